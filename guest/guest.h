@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * A guest: what is migrated. Its RAM is a set of RAM blocks, each backed by a shared memfd that the
+ * engine maps as well; everything else it is travels as an opaque device state.
+ *
+ * Two kinds: `qemu:qmp=PATH,agent=PATH` (a stock QEMU, QMP plus the preload agent) and
+ * `agent:PATH` (a process that links the agent library, include/postroad/agent.h).
+ *
+ * All calls block, for at most the guest timeout, and are made from migration threads, never from
+ * the main loop; each call is safe against the others. Errors are of the domain PR_GUEST_ERROR.
+ */
+#pragma once
+
+#include <glib.h>
+#include <gio/gio.h>
+#include <stdint.h>
+
+typedef enum PrGuestError {
+	PR_GUEST_ERROR_SPEC,	    /* the --guest option is malformed */
+	PR_GUEST_ERROR_UNREACHABLE, /* socket missing, refused, or nobody answers */
+	PR_GUEST_ERROR_UNSUPPORTED, /* this guest can't be migrated: says which device or option */
+	PR_GUEST_ERROR_PERMISSION,  /* userfaultfd refused: says what to do */
+	PR_GUEST_ERROR_PROTOCOL,    /* an answer that makes no sense */
+	PR_GUEST_ERROR_REFUSED,	    /* the guest answered with an error of its own */
+	PR_GUEST_ERROR_DIED,	    /* the guest's process is gone */
+	PR_GUEST_ERROR_TIMEOUT,
+} PrGuestError;
+#define PR_GUEST_ERROR pr_guest_error_quark()
+GQuark pr_guest_error_quark(void);
+
+typedef enum PrGuestRole { PR_GUEST_SOURCE, PR_GUEST_DESTINATION } PrGuestRole;
+
+/* One RAM block. The same block has the same idstr, size and page size on both sides. */
+typedef struct PrGuestBlock {
+	char *idstr;	       /* at most 255 bytes */
+	uint64_t size;	       /* bytes, a multiple of page_size */
+	uint32_t page_size;    /* bytes: 4096, or the huge page size of the memfd */
+	int memfd;	       /* owned by the guest object */
+	uint64_t memfd_offset; /* bytes */
+	uint64_t base;	       /* where the guest process has it mapped */
+} PrGuestBlock;
+
+/* Takes a piece of device state; FALSE ends the save. */
+typedef gboolean (*PrGuestSink)(const void *data, gsize len, void *opaque, GError **error);
+/* The guest's process is gone. Called once, from any thread. */
+typedef void (*PrGuestDied)(const char *reason, void *opaque);
+
+typedef struct PrGuestOps PrGuestOps;
+typedef struct PrGuest {
+	const PrGuestOps *ops;
+} PrGuest;
+
+struct PrGuestOps {
+	const char *kind;
+
+	/* spec is what follows "KIND:". timeout_ms bounds each later call. */
+	PrGuest *(*open)(const char *spec, guint timeout_ms, GError **error);
+	void (*close)(PrGuest *guest);
+
+	/* Refuses, before anything is touched, what can't be migrated (device, missing option or
+	 * kernel feature), naming it and the remedy. Returns the RAM blocks in a stable order; they
+	 * belong to the guest and stay valid until close. */
+	const PrGuestBlock *(*prepare)(PrGuest *guest, PrGuestRole role, guint *ret_n, GError **error);
+
+	/* Source. stop() remembers whether the guest was running; resume() undoes it (a guest that was
+	 * paused stays paused) and is harmless when nothing was stopped. */
+	gboolean (*stop)(PrGuest *guest, gboolean *ret_was_running, GError **error);
+	gboolean (*resume)(PrGuest *guest, GError **error);
+	gboolean (*save)(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
+			 GError **error);
+
+	/* Destination. load_begin, load_data…, load_end; load_end returns when the state is in
+	 * place and the guest is ready to run, and still stopped. Loading touches guest RAM: the
+	 * faults are served by other threads meanwhile. load_abort() makes a load in progress on
+	 * another thread return soon. */
+	gboolean (*load_begin)(PrGuest *guest, GError **error);
+	gboolean (*load_data)(PrGuest *guest, const void *data, gsize len, GError **error);
+	gboolean (*load_end)(PrGuest *guest, GError **error);
+	void (*load_abort)(PrGuest *guest);
+	/* Lets the loaded guest run. */
+	gboolean (*run)(PrGuest *guest, GError **error);
+
+	/* Destination: turns the fault mode on for all blocks: a userfaultfd is made in the guest's
+	 * process, every block registered MISSING|MINOR, stale page table entries dropped. Returns
+	 * the descriptor (non-blocking, the caller's to close) or -1. The agent keeps a duplicate. */
+	int (*fault_on)(PrGuest *guest, GError **error);
+	/* Unregisters, wakes everybody, closes the agent's duplicate. Harmless when off. */
+	gboolean (*fault_off)(PrGuest *guest, GError **error);
+
+	/* The agent keeps the engine's state memfd, and gives it back (a new descriptor, or -1). */
+	gboolean (*keep_state)(PrGuest *guest, int memfd, GError **error);
+	int (*fetch_state)(PrGuest *guest, GError **error);
+
+	/* Watches for the death of the guest's process. */
+	void (*on_death)(PrGuest *guest, PrGuestDied died, void *opaque);
+};
+
+/* spec as given to --guest: "qemu:…" or "agent:…". */
+PrGuest *pr_guest_open(const char *spec, guint timeout_ms, GError **error);
+void pr_guest_close(PrGuest *guest);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrGuest, pr_guest_close)

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * One migration of one guest, either side: what the monitor and the program use. All calls are safe
+ * from any thread, take no lock that is held over I/O, and return at once; progress shows in
+ * pr_migration_query() and in events.
+ */
+#pragma once
+
+#include <glib.h>
+#include <stdint.h>
+
+#include "guest/guest.h"
+#include "migration/params.h"
+#include "migration/state.h"
+
+typedef enum PrMigrationError {
+	PR_MIGRATION_ERROR_BUSY,      /* a migration is in progress */
+	PR_MIGRATION_ERROR_STATE,     /* the command makes no sense in this state; says which */
+	PR_MIGRATION_ERROR_URI,	      /* malformed URI or unknown scheme */
+	PR_MIGRATION_ERROR_LISTEN,    /* could not listen */
+	PR_MIGRATION_ERROR_MISMATCH,  /* the block tables of the two sides differ */
+	PR_MIGRATION_ERROR_PEER,      /* the other side gave up; its reason */
+	PR_MIGRATION_ERROR_PROTOCOL,  /* the other side broke the protocol */
+	PR_MIGRATION_ERROR_CANCELLED,
+	PR_MIGRATION_ERROR_SYSTEM,    /* the kernel refused something */
+} PrMigrationError;
+#define PR_MIGRATION_ERROR pr_migration_error_quark()
+GQuark pr_migration_error_quark(void);
+
+typedef struct PrMigration PrMigration;
+
+#define PR_LATENCY_BUCKETS 24 /* bucket N: [2^N us, 2^(N+1) us), as QEMU's postcopy-latency-dist */
+
+/* A path as the operator sees it. */
+typedef struct PrPathInfo {
+	char *uri;
+	char *state;	  /* "listening", "active", "failed", "idle" */
+	char *last_error; /* or NULL */
+	uint64_t rtt_us;  /* of the control channel; 0: not known */
+	uint64_t bytes;	  /* of guest RAM carried */
+} PrPathInfo;
+
+/* A snapshot. Times in ms unless the name says otherwise; bytes and pages are of guest RAM. */
+typedef struct PrMigrationInfo {
+	PrRole role; /* PR_ROLE_NONE before the first command */
+	PrState state;
+	char *reason;	  /* of the last change of state, or NULL */
+	char *error_desc; /* why the migration failed, or NULL */
+	char uuid[37];
+	uint64_t epoch;
+
+	uint64_t total_time;
+	uint64_t setup_time;
+	uint64_t downtime;
+	uint64_t total;		/* bytes of guest RAM */
+	uint64_t remaining;	/* bytes not yet in place at the destination */
+	uint64_t transferred;	/* bytes of guest RAM that travelled */
+	uint64_t normal;	/* pages that travelled */
+	uint64_t duplicate;	/* zero pages and holes, in pages */
+	uint64_t postcopy_requests; /* READs for faults */
+	uint64_t page_size;
+	double mbps;		/* over the last second, Mbit/s */
+	uint64_t expected_ms;	/* time left at this rate; 0: not known */
+
+	uint64_t pauses;	/* how often postcopy-paused was entered */
+	uint64_t recoveries;	/* how often it was left for postcopy-active */
+	uint64_t time_paused;	/* total, the current pause included */
+	uint64_t last_pause;	/* length of the last pause, the current one included */
+	uint64_t last_recovery; /* from the command (source) or HELLO (destination) to postcopy-active */
+	uint64_t pages_at_pause; /* pages in place when the last pause began */
+
+	/* destination only */
+	uint64_t faults;	/* resolved */
+	uint64_t fault_latency_ns; /* mean */
+	uint64_t fault_latency_max_ns;
+	uint64_t latency_dist[PR_LATENCY_BUCKETS];
+
+	GPtrArray *paths; /* PrPathInfo */
+} PrMigrationInfo;
+void pr_migration_info_clear(PrMigrationInfo *info);
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PrMigrationInfo, pr_migration_info_clear)
+
+/* Called from any thread, with no lock held, in the order of the changes. */
+typedef void (*PrOnState)(PrState state, const char *reason, void *opaque);
+
+/* Neither guest nor params are owned; both outlive the migration. */
+PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, PrOnState on_state, void *opaque);
+/* Cancels what may be cancelled, leaves a paused or running postcopy as a path failure for the other
+ * side, joins all threads. */
+void pr_migration_free(PrMigration *migration);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrMigration, pr_migration_free)
+
+/* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is used. */
+gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean resume,
+			    GError **error);
+/* Destination: listens on all of the URIs (`--incoming`, `migrate-incoming`). */
+gboolean pr_migration_incoming(PrMigration *migration, const char *uris, GError **error);
+/* Destination: adds listeners, the old ones stay open (`migrate_recover`). Only in postcopy-paused. */
+gboolean pr_migration_recover(PrMigration *migration, const char *uris, GError **error);
+/* Either side: pauses both (`migrate_pause`). */
+gboolean pr_migration_pause(PrMigration *migration, GError **error);
+gboolean pr_migration_cancel(PrMigration *migration, GError **error);
+void pr_migration_query(PrMigration *migration, PrMigrationInfo *ret);

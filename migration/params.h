@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Migration parameters and capabilities: one table each, with name, default, range, unit and help.
+ * The tables feed --set, --help, the monitor and validation.
+ */
+#pragma once
+
+#include <glib.h>
+#include <stdint.h>
+
+typedef enum PrParam {
+	PR_PARAM_MAX_POSTCOPY_BANDWIDTH,
+	PR_PARAM_HEARTBEAT_INTERVAL,
+	PR_PARAM_HEARTBEAT_TIMEOUT,
+	PR_PARAM_CONNECT_TIMEOUT,
+	PR_PARAM_HANDSHAKE_TIMEOUT,
+	PR_PARAM_GUEST_TIMEOUT,
+	PR_PARAM_BULK_READ_SIZE,
+	PR_PARAM_BULK_WINDOW,
+	PR_PARAM_FAULT_SPIN,
+	PR_N_PARAMS
+} PrParam;
+
+typedef struct PrParamInfo {
+	const char *name;
+	uint64_t def, min, max;
+	const char *unit;
+	const char *help;
+} PrParamInfo;
+
+typedef enum PrCapability {
+	PR_CAP_POSTCOPY_RAM, /* fixed on: there is no other way to migrate here */
+	PR_CAP_RETURN_PATH,  /* fixed on */
+	PR_CAP_EVENTS,	     /* send MIGRATION events to monitors */
+	PR_CAP_ZERO_PAGES,   /* look for zero pages on the source and send only their numbers */
+	PR_N_CAPABILITIES
+} PrCapability;
+
+typedef struct PrCapabilityInfo {
+	const char *name;
+	gboolean def;
+	gboolean fixed;
+	const char *help;
+} PrCapabilityInfo;
+
+/* Values may be read from any thread and are set from the monitor's: all access is atomic. */
+typedef struct PrParams {
+	uint64_t value[PR_N_PARAMS]; /* atomic */
+	int capability[PR_N_CAPABILITIES]; /* atomic, boolean */
+} PrParams;
+
+typedef enum PrParamsError {
+	PR_PARAMS_ERROR_UNKNOWN,
+	PR_PARAMS_ERROR_VALUE,
+	PR_PARAMS_ERROR_FIXED,
+} PrParamsError;
+#define PR_PARAMS_ERROR pr_params_error_quark()
+GQuark pr_params_error_quark(void);
+
+void pr_params_init(PrParams *params);
+const PrParamInfo *pr_param_info(PrParam param);
+const PrCapabilityInfo *pr_capability_info(PrCapability cap);
+uint64_t pr_param(const PrParams *params, PrParam param);
+gboolean pr_capability(const PrParams *params, PrCapability cap);
+
+/* Sets a parameter by name. The error names the parameter, the value found and the range. */
+gboolean pr_params_set(PrParams *params, const char *name, uint64_t value, GError **error);
+
+/* As pr_params_set(), from text: a decimal number with an optional suffix k, M or G (powers of
+ * 1024), as the operator types it. */
+gboolean pr_params_set_text(PrParams *params, const char *name, const char *text, GError **error);
+gboolean pr_params_set_capability(PrParams *params, const char *name, gboolean on, GError **error);

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The control channel: framed messages (transport/wire.h) over one TCP connection, and the listener
+ * that accepts them.
+ *
+ * A started channel has a thread of its own that reads frames into a queue and watches the heartbeat:
+ * a consumer that is busy (loading device state) never looks like a dead peer. Every failure (error,
+ * end of stream, malformed frame, silence) closes the channel once, with a PR_PATH_ERROR as reason.
+ */
+#pragma once
+
+#include <gio/gio.h>
+#include <stdint.h>
+
+#include "transport/path.h"
+#include "transport/transport.h"
+#include "transport/wire.h"
+
+typedef struct PrControl PrControl;
+
+typedef struct PrMsg {
+	uint16_t type;
+	uint32_t length;
+	uint8_t *body;
+} PrMsg;
+void pr_msg_free(PrMsg *msg);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrMsg, pr_msg_free)
+
+/* Source: connects within timeout_ms and exchanges HELLO for HELLO_ACK within handshake_ms. A peer that
+ * refuses is PR_PATH_ERROR_REFUSED with its reason; one that is not Postroad says so. */
+PrControl *pr_control_connect(const PrUri *uri, const PrHello *hello, guint timeout_ms,
+			      guint handshake_ms, GCancellable *cancel, PrHelloAck *ret_ack,
+			      GError **error);
+
+/* Destination: answers the HELLO of a connection that the listener handed over. With a status
+ * other than PR_HELLO_OK the connection is closed afterwards. */
+gboolean pr_control_answer(PrControl *control, const PrHelloAck *ack, GError **error);
+
+/* Starts the reader thread and the heartbeat. on_failed is called once, from the reader thread or from
+ * whichever thread's send failed, before any pr_control_recv() returns the failure. */
+void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint heartbeat_timeout_ms,
+		      PrPathFailed on_failed, void *opaque);
+
+/* Sends one message; any thread. FALSE: the channel has failed. */
+gboolean pr_control_send(PrControl *control, uint16_t type, const void *body, gsize length,
+			 GError **error);
+/* As above, with the body of a GByteArray (NULL: empty). */
+gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *body, GError **error);
+
+/* Takes the next message for the engine. Waits for at most timeout_ms (G_MAXUINT: until one
+ * comes or the channel fails). Unknown types were skipped already. Messages that arrived before
+ * a failure are still returned first. On timeout returns NULL with PR_PATH_ERROR_TIMEOUT and
+ * the channel stays open. */
+PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error);
+
+/* Closes the channel with this reason (a copy is kept); any thread, idempotent; the first
+ * reason stays. on_failed is not called. All sends and receives end. */
+void pr_control_shutdown(PrControl *control, const GError *reason);
+/* The peer's address, for messages. */
+const char *pr_control_peer(PrControl *control);
+/* Round trip of the last heartbeat, microseconds; 0: none yet. */
+guint64 pr_control_rtt_us(PrControl *control);
+/* Joins the reader thread and frees. Never from on_failed. */
+void pr_control_free(PrControl *control);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrControl, pr_control_free)
+
+/*
+ * The listener: one per incoming URI, with a thread of its own. It reads the first message of each
+ * connection (bounded in time, number and length, so that a stranger who stalls or sends garbage
+ * disturbs nobody), gives control connections to on_hello and data connections to the
+ * transport's offer().
+ */
+typedef struct PrListener PrListener;
+
+/* Called from a thread of the listener, one at a time. Takes the control, not yet answered; the hello
+ * stays the listener's. data is the listener's data listener. */
+typedef void (*PrOnHello)(PrControl *control, const PrHello *hello, PrListener *listener,
+			  void *opaque);
+
+PrListener *pr_listener_new(const PrUri *uri, guint handshake_ms, PrOnHello on_hello, void *opaque,
+			    GError **error);
+/* With the port that was really bound. */
+const PrUri *pr_listener_uri(PrListener *listener);
+PrDataListener *pr_listener_data(PrListener *listener);
+/* Stops accepting, waits for handshakes and on_hello calls in progress, frees. */
+void pr_listener_free(PrListener *listener);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrListener, pr_listener_free)

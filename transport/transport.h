@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Data paths: how pages get from the source's RAM to the destination's. The destination pulls: it
+ * posts READs of ranges of a RAM block straight into its own mapping of that block. Backends are
+ * ops tables: ofi (libfabric), tcp (plain sockets), faulty (fault injection around another one).
+ *
+ * A data path has PR_N_LANES lanes. A lane is used by one thread at a time: the destination's fault
+ * thread owns the urgent one, its pull thread the bulk one. shutdown() may be called by anyone.
+ *
+ * Failure: one `on_failed` call per path, from any thread, with the reason in words; after that,
+ * post_read() fails and every READ that was posted completes with an error. A failure of the path is
+ * always a GError of the domain PR_PATH_ERROR, whatever its cause: the engine pauses on it.
+ */
+#pragma once
+
+#include <gio/gio.h>
+#include <stdint.h>
+
+#include "transport/path.h"
+#include "transport/wire.h"
+
+typedef enum PrPathError {
+	PR_PATH_ERROR_CONNECT, /* could not be connected: says to where and why */
+	PR_PATH_ERROR_REFUSED, /* the peer turned us away: says its reason */
+	PR_PATH_ERROR_LOST,    /* was up and died */
+	PR_PATH_ERROR_SILENT,  /* nothing heard within the heartbeat timeout */
+	PR_PATH_ERROR_TIMEOUT, /* a step of the handshake took too long */
+	PR_PATH_ERROR_PEER,    /* the peer told us that it has left (PR_MSG_PAUSE) */
+	PR_PATH_ERROR_ASKED,   /* a human asked for it (migrate_pause) */
+} PrPathError;
+#define PR_PATH_ERROR pr_path_error_quark()
+GQuark pr_path_error_quark(void);
+
+typedef enum PrLaneId { PR_LANE_URGENT, PR_LANE_BULK, PR_N_LANES } PrLaneId;
+
+/* Binds a connection to one incarnation of one migration. */
+typedef struct PrBinding {
+	uint8_t uuid[PR_UUID_BYTES];
+	uint64_t epoch;
+	uint8_t secret[PR_SECRET_BYTES];
+} PrBinding;
+
+/* A RAM block as this side has it mapped. */
+typedef struct PrRegion {
+	void *addr;
+	uint64_t size; /* bytes */
+} PrRegion;
+
+/* What a READ may touch, as the source grants it for this connection. */
+typedef struct PrGrant {
+	uint32_t block;
+	uint64_t offset, length; /* bytes within the block */
+	uint64_t addr, key;
+} PrGrant;
+
+typedef struct PrCompletion {
+	uint64_t token; /* as given to post_read() */
+	gboolean ok;	/* the bytes are in place */
+} PrCompletion;
+
+#define PR_READ_MAX (1024 * 1024) /* longest READ, bytes */
+
+typedef void (*PrPathFailed)(const GError *reason, void *opaque);
+
+typedef struct PrTransportOps PrTransportOps;
+typedef struct PrDataPath {
+	const PrTransportOps *ops;
+} PrDataPath;
+typedef struct PrDataListener {
+	const PrTransportOps *ops;
+} PrDataListener;
+
+/* What connect() and accept() need to know. regions must outlive the path. */
+typedef struct PrPathSetup {
+	const PrUri *uri;
+	uint16_t data_port; /* connect(): from HELLO_ACK; 0: the URI's own port */
+	PrBinding binding;
+	const PrRegion *regions;
+	guint n_regions;
+	guint timeout_ms;
+	GCancellable *cancel;
+	PrPathFailed on_failed;
+	void *opaque;
+} PrPathSetup;
+
+struct PrTransportOps {
+	const char *scheme; /* as in URIs */
+
+	/* Destination: opens what has to listen beside the control port, and says on which port (0:
+	 * data connections come in on the control port and are handed over by offer()). */
+	PrDataListener *(*listen)(const PrUri *uri, GError **error);
+	uint16_t (*listener_port)(PrDataListener *listener);
+	/* A connection that came in on the control port with a LANE message. Takes the connection; one
+	 * that nobody waits for is refused and closed. Called from the listener's thread. */
+	void (*offer)(PrDataListener *listener, GSocketConnection *connection,
+		      const PrLaneHello *hello);
+	void (*listener_close)(PrDataListener *listener);
+
+	/* Destination: waits until all lanes with this binding are there. Others are refused. */
+	PrDataPath *(*accept)(PrDataListener *listener, const PrPathSetup *setup, GError **error);
+	/* Source: connects all lanes and serves READs until shutdown. */
+	PrDataPath *(*connect)(const PrPathSetup *setup, GError **error);
+
+	/* Source: what to grant (PrGrant). Destination: what was granted. */
+	GArray *(*grants)(PrDataPath *path);
+	void (*set_grants)(PrDataPath *path, const PrGrant *grants, guint n);
+
+	/* Destination. READs `length` bytes (at most PR_READ_MAX, within one block) at `offset` of
+	 * block `block` into the same place of our region. At most max_reads() may be outstanding
+	 * on a lane; they complete in any order. FALSE: the path has failed and the READ was not
+	 * posted. */
+	guint (*max_reads)(PrDataPath *path, PrLaneId lane);
+	gboolean (*post_read)(PrDataPath *path, PrLaneId lane, uint32_t block, uint64_t offset,
+			      uint32_t length, uint64_t token);
+	/* Returns how many completions were stored, 0 if there are none yet. */
+	guint (*poll)(PrDataPath *path, PrLaneId lane, PrCompletion *ret, guint max);
+	/* To sleep: arm(), and if it returns TRUE poll(2) for POLLIN on wait_fd(); if FALSE, poll again. */
+	int (*wait_fd)(PrDataPath *path, PrLaneId lane);
+	gboolean (*arm)(PrDataPath *path, PrLaneId lane);
+
+	/* Ends the path: nothing lands in our regions after drain() has returned TRUE. shutdown() is
+	 * idempotent and callable from any thread; it makes wait_fd readable and does not call
+	 * on_failed. drain() is called when no other thread uses the lanes any more: it fences the
+	 * path (outstanding READs are dropped; their completions are discarded), within the time. */
+	void (*shutdown)(PrDataPath *path);
+	gboolean (*drain)(PrDataPath *path, guint timeout_ms);
+	void (*destroy)(PrDataPath *path);
+
+	/* Sees each message of the control channel that goes with a path to `uri`; FALSE cuts the
+	 * channel there instead (only the fault injection does). `outgoing` is from our side. */
+	gboolean (*admit_message)(const PrUri *uri, gboolean outgoing, uint16_t type);
+};
+
+/* The ops of a URI's scheme, or an error that lists the schemes of this build. */
+const PrTransportOps *pr_transport_find(const char *scheme, GError **error);
+
+void pr_data_path_destroy(PrDataPath *path);
+void pr_data_listener_close(PrDataListener *listener);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrDataPath, pr_data_path_destroy)
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrDataListener, pr_data_listener_close)

@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The control channel's wire format: pure functions that encode and decode, no I/O, no state.
+ * All decoding of what a peer sends is in wire.c, which is fuzzed.
+ *
+ * Frame: be16 type, be16 zero, be32 body length, body. Integers are big endian. Where QEMU has the
+ * message its name and number are kept: the low byte of the type is QEMU's number, the high byte
+ * the class. Bodies of QEMU's messages are QEMU's payloads unless said here.
+ *
+ *	source                                         destination
+ *	  HELLO (uuid, epoch, secret, role, blocks) ──▶
+ *	                                            ◀── HELLO_ACK (status, data port)
+ *	  … data lanes are connected, bound by uuid, epoch, secret …
+ *	  GRANT (what READ may touch)               ──▶
+ *	  CMD_POSTCOPY_ADVISE, CMD_PING 1           ──▶
+ *	                                            ◀── RP_PONG 1 (RAM is ready)
+ *	  … the source's guest is stopped …
+ *	  CMD_RAM_ZERO … (holes)                    ──▶
+ *	  CMD_POSTCOPY_LISTEN                       ──▶
+ *	  CMD_PACKAGED … (device state)             ──▶
+ *	  CMD_PING 0x42                             ──▶
+ *	                                            ◀── RP_PONG 0x42 (device state is loaded)
+ *	  CMD_POSTCOPY_RUN                          ──▶
+ *	  CMD_RAM_ZERO … (zero pages found later)   ──▶
+ *	                                            ◀── RP_PROGRESS …
+ *	                                            ◀── RP_SHUT
+ *
+ * Recovery, on a new connection with a higher epoch:
+ *	  HELLO, HELLO_ACK, lanes, GRANT as above
+ *	  CMD_RECV_BITMAP per block                 ──▶
+ *	                                            ◀── RP_RECV_BITMAP per block
+ *	  CMD_POSTCOPY_RESUME                       ──▶
+ *	                                            ◀── RP_RESUME_ACK
+ */
+#pragma once
+
+#include <glib.h>
+#include <stdint.h>
+
+#define PR_WIRE_MAGIC	     0x50535452u /* "PSTR" */
+#define PR_WIRE_VERSION	     1
+#define PR_WIRE_HEADER_BYTES 8
+#define PR_UUID_BYTES	     16
+#define PR_SECRET_BYTES	     16
+#define PR_IDSTR_MAX	     255
+#define PR_BLOCKS_MAX	     64 /* RAM blocks of one guest */
+#define PR_RANGES_MAX	     4096 /* in one RAM_ZERO or GRANT message */
+#define PR_REASON_MAX	     1024
+#define PR_PACKAGED_CHUNK    (1024 * 1024)
+#define PR_PING_READY	     1
+#define PR_PING_LOADED	     0x42 /* QEMU_VM_PING_PACKAGED_LOADED */
+#define PR_RESUME_ACK_VALUE  1
+#define PR_BITMAP_END_MARK   0x0123456789abcdefull
+
+typedef enum PrMsgType {
+	/* both ways, handled by the control channel itself */
+	PR_MSG_HELLO = 0x0001,
+	PR_MSG_HELLO_ACK = 0x0002,
+	PR_MSG_LANE = 0x0003, /* first message of a data connection of tcp: */
+	PR_MSG_LANE_ACK = 0x0004,
+	PR_MSG_HEARTBEAT = 0x0005,
+	/* both ways, for the engine */
+	PR_MSG_PAUSE = 0x0010, /* reason: the sender has left this epoch */
+	PR_MSG_ERROR = 0x0011, /* reason: the sender gives this migration up (before RUN only) */
+	/* source to destination: QEMU's MIG_CMD_* */
+	PR_CMD_PING = 0x0102,
+	PR_CMD_POSTCOPY_ADVISE = 0x0103,
+	PR_CMD_POSTCOPY_LISTEN = 0x0104,
+	PR_CMD_POSTCOPY_RUN = 0x0105,
+	PR_CMD_PACKAGED = 0x0107,
+	PR_CMD_POSTCOPY_RESUME = 0x0109,
+	PR_CMD_RECV_BITMAP = 0x010a,
+	PR_CMD_GRANT = 0x0180,
+	PR_CMD_RAM_ZERO = 0x0181,
+	/* destination to source: QEMU's MIG_RP_MSG_* */
+	PR_RP_SHUT = 0x0201,
+	PR_RP_PONG = 0x0202,
+	PR_RP_REQ_PAGES = 0x0204, /* on data connections of tcp: */
+	PR_RP_RECV_BITMAP = 0x0205,
+	PR_RP_RESUME_ACK = 0x0206,
+	PR_RP_PROGRESS = 0x0280,
+	PR_RP_PAGES = 0x0281, /* source to destination, on data connections of tcp: the answer */
+} PrMsgType;
+
+typedef enum PrWireError {
+	PR_WIRE_ERROR_MALFORMED, /* a peer sent what no Postroad sends; the connection is closed */
+} PrWireError;
+#define PR_WIRE_ERROR pr_wire_error_quark()
+GQuark pr_wire_error_quark(void);
+
+/* The name of a message type, "type 0x…" (static buffer per thread) for an unknown one. */
+const char *pr_msg_name(uint16_t type);
+
+typedef struct PrMsgHeader {
+	uint16_t type;
+	uint32_t length; /* of the body, bytes */
+} PrMsgHeader;
+
+/* Longest body that is accepted for a type. Unknown types: 64 KiB, to be skipped. */
+uint32_t pr_msg_max_length(uint16_t type);
+void pr_header_encode(uint8_t out[PR_WIRE_HEADER_BYTES], uint16_t type, uint32_t length);
+gboolean pr_header_decode(const uint8_t in[PR_WIRE_HEADER_BYTES], PrMsgHeader *ret, GError **error);
+
+typedef enum PrHelloRole { PR_HELLO_SOURCE = 1, PR_HELLO_DESTINATION = 2 } PrHelloRole;
+
+typedef struct PrWireBlock {
+	char idstr[PR_IDSTR_MAX + 1];
+	uint64_t size;
+	uint32_t page_size;
+} PrWireBlock;
+
+typedef struct PrHello {
+	uint16_t version;
+	uint8_t role; /* PrHelloRole */
+	uint8_t uuid[PR_UUID_BYTES];
+	uint64_t epoch; /* 1 for a new migration, higher for each recovery */
+	uint8_t secret[PR_SECRET_BYTES]; /* of the migration, made by the source */
+	uint64_t capabilities; /* none defined yet; unknown bits are ignored */
+	char scheme[16]; /* of the data path that the source is going to connect */
+	uint32_t n_blocks;
+	PrWireBlock *blocks;
+} PrHello;
+void pr_hello_clear(PrHello *hello);
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PrHello, pr_hello_clear)
+
+typedef enum PrHelloStatus {
+	PR_HELLO_OK = 0,
+	PR_HELLO_COMPLETED = 1, /* this migration has everything: the source may complete too */
+	PR_HELLO_REFUSED = 2,	/* with a reason */
+} PrHelloStatus;
+
+typedef struct PrHelloAck {
+	uint32_t status; /* PrHelloStatus */
+	uint64_t capabilities;
+	uint16_t data_port; /* where the data path listens; 0: the control port */
+	char reason[PR_REASON_MAX + 1];
+} PrHelloAck;
+
+typedef struct PrLaneHello {
+	uint8_t uuid[PR_UUID_BYTES];
+	uint64_t epoch;
+	uint8_t secret[PR_SECRET_BYTES];
+	uint8_t lane; /* PrLaneId */
+} PrLaneHello;
+#define PR_LANE_HELLO_BYTES (4 + PR_UUID_BYTES + 8 + PR_SECRET_BYTES + 1) /* incl. magic; 45 */
+
+typedef struct PrWireRange {
+	uint64_t offset, length; /* bytes within the block */
+} PrWireRange;
+
+typedef struct PrWireGrant {
+	uint64_t offset, length; /* bytes within the block */
+	uint64_t addr, key;	 /* remote address and key of its first byte, for the transport */
+} PrWireGrant;
+
+typedef struct PrReqPages {
+	uint32_t block; /* index in the block table */
+	uint64_t start; /* bytes within the block */
+	uint32_t length; /* bytes, at most 1 MiB */
+} PrReqPages;
+#define PR_REQ_PAGES_BYTES 16
+
+typedef struct PrProgress {
+	uint64_t received_pages;     /* pages in place, zero pages and holes included */
+	uint64_t postcopy_requests;  /* READs posted for faults */
+	uint64_t postcopy_bytes;     /* bytes of guest RAM read since the switch-over */
+	uint64_t remaining;	     /* bytes not yet in place */
+	uint64_t zero_pages;	     /* pages that did not travel */
+} PrProgress;
+#define PR_PROGRESS_BYTES 40
+
+typedef struct PrPackaged {
+	gboolean last;		/* the end of the device state */
+	gboolean guest_running; /* the guest was running when the source stopped it */
+	const uint8_t *data;	/* within the body */
+	gsize length;
+} PrPackaged;
+
+/* Encoders append a body to a GByteArray made by the caller. */
+void pr_hello_encode(GByteArray *out, const PrHello *hello);
+void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack);
+void pr_lane_hello_encode(GByteArray *out, const PrLaneHello *lane);
+void pr_u32_encode(GByteArray *out, uint32_t value);
+void pr_reason_encode(GByteArray *out, const char *reason); /* truncated to PR_REASON_MAX bytes */
+void pr_advise_encode(GByteArray *out, uint64_t page_size_summary, uint64_t target_page_size);
+void pr_ranges_encode(GByteArray *out, uint32_t block, const PrWireRange *ranges, guint n);
+void pr_grants_encode(GByteArray *out, uint32_t block, const PrWireGrant *grants, guint n);
+void pr_packaged_encode(GByteArray *out, gboolean last, gboolean guest_running, const void *data,
+			gsize length);
+void pr_block_name_encode(GByteArray *out, const char *idstr);
+void pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigned long *bits,
+			   uint64_t n_bits);
+void pr_req_pages_encode(uint8_t out[PR_REQ_PAGES_BYTES], const PrReqPages *req);
+void pr_progress_encode(GByteArray *out, const PrProgress *progress);
+
+/* Decoders read a whole body; a body that is too short, too long or out of bounds is MALFORMED and
+ * leaves the outputs alone. */
+gboolean pr_hello_decode(const uint8_t *body, gsize len, PrHello *ret, GError **error);
+gboolean pr_hello_ack_decode(const uint8_t *body, gsize len, PrHelloAck *ret, GError **error);
+gboolean pr_lane_hello_decode(const uint8_t *body, gsize len, PrLaneHello *ret, GError **error);
+gboolean pr_u32_decode(const uint8_t *body, gsize len, uint32_t *ret, GError **error);
+gboolean pr_reason_decode(const uint8_t *body, gsize len, char ret[PR_REASON_MAX + 1],
+			  GError **error);
+gboolean pr_advise_decode(const uint8_t *body, gsize len, uint64_t *ret_summary,
+			  uint64_t *ret_target_page_size, GError **error);
+/* *ret_ranges is the caller's to g_free(). */
+gboolean pr_ranges_decode(const uint8_t *body, gsize len, uint32_t *ret_block,
+			  PrWireRange **ret_ranges, guint *ret_n, GError **error);
+gboolean pr_grants_decode(const uint8_t *body, gsize len, uint32_t *ret_block,
+			  PrWireGrant **ret_grants, guint *ret_n, GError **error);
+gboolean pr_packaged_decode(const uint8_t *body, gsize len, PrPackaged *ret, GError **error);
+gboolean pr_block_name_decode(const uint8_t *body, gsize len, char ret[PR_IDSTR_MAX + 1],
+			      GError **error);
+/* *ret_bits holds ceil(n_bits / 64) * 64 bits and is the caller's to g_free(). */
+gboolean pr_recv_bitmap_decode(const uint8_t *body, gsize len, char ret_idstr[PR_IDSTR_MAX + 1],
+			       uint64_t n_bits, unsigned long **ret_bits, GError **error);
+/* The block a RECV_BITMAP body is about, before its length is known. */
+gboolean pr_recv_bitmap_name(const uint8_t *body, gsize len, char ret_idstr[PR_IDSTR_MAX + 1],
+			     GError **error);
+gboolean pr_req_pages_decode(const uint8_t *body, gsize len, PrReqPages *ret, GError **error);
+gboolean pr_progress_decode(const uint8_t *body, gsize len, PrProgress *ret, GError **error);
