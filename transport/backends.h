@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The ops tables of this build, for pr_transport_find() and for their own files. Everybody else asks
+ * pr_transport_find().
+ */
+#pragma once
+
+#include "transport/transport.h"
+
+extern const PrTransportOps pr_transport_tcp;
+extern const PrTransportOps pr_transport_ofi;
+/* Stands for every scheme "faulty+X"; it finds X itself. */
+extern const PrTransportOps pr_transport_faulty;
+
+/* A scheme that begins with this is pr_transport_faulty's. */
+#define PR_FAULTY_PREFIX "faulty+"
