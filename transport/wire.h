@@ -7,6 +7,20 @@
  * message its name and number are kept: the low byte of the type is QEMU's number, the high byte
  * the class. Bodies of QEMU's messages are QEMU's payloads unless said here.
  *
+ *	HELLO		be32 magic, be16 version, u8 role, uuid, be64 epoch, secret, be64 capabilities,
+ *			u8 length + scheme, be32 n, n times (u8 length + idstr, be64 size, be32 page size)
+ *	HELLO_ACK	be32 magic, be16 version, be32 status, be64 capabilities, be16 data port, reason;
+ *			the same in every version, so that a refusal can always be read
+ *	LANE		be32 magic, uuid, be64 epoch, secret, u8 lane
+ *	HEARTBEAT	be64 stamp, be64 echo, be64 held (PrHeartbeatBody)
+ *	PAUSE, ERROR	reason: be16 length + UTF-8 text without control characters
+ *	PACKAGED	u8 flags (1: last, 2: guest was running), be32 length, that many bytes
+ *	RECV_BITMAP	(return path) u8 length + idstr, be64 size, bitmap, be64 end mark
+ *	REQ_PAGES	be64 start, be32 length, be32 block
+ *	RAM_ZERO	be32 block, be32 n, n times (be64 offset, be64 length)
+ *	GRANT		be32 block, be32 n, n times (be64 offset, be64 length, be64 addr, be64 key)
+ *	PROGRESS	the five be64 of PrProgress in their order
+ *
  *	source                                         destination
  *	  HELLO (uuid, epoch, secret, role, blocks) ──▶
  *	                                            ◀── HELLO_ACK (status, data port)
@@ -144,6 +158,15 @@ typedef struct PrLaneHello {
 } PrLaneHello;
 #define PR_LANE_HELLO_BYTES (4 + PR_UUID_BYTES + 8 + PR_SECRET_BYTES + 1) /* incl. magic; 45 */
 
+/* The times are of the clock of whoever made the stamp, so the clocks need not agree: the round trip
+ * is now - echo - held. */
+typedef struct PrHeartbeatBody {
+	uint64_t stamp; /* microseconds, when this heartbeat left */
+	uint64_t echo;	/* stamp of the last heartbeat that the sender has received, 0: none yet */
+	uint64_t held;	/* microseconds that the sender has had it */
+} PrHeartbeatBody;
+#define PR_HEARTBEAT_BYTES 24
+
 typedef struct PrWireRange {
 	uint64_t offset, length; /* bytes within the block */
 } PrWireRange;
@@ -180,6 +203,7 @@ typedef struct PrPackaged {
 void pr_hello_encode(GByteArray *out, const PrHello *hello);
 void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack);
 void pr_lane_hello_encode(GByteArray *out, const PrLaneHello *lane);
+void pr_heartbeat_encode(uint8_t out[PR_HEARTBEAT_BYTES], const PrHeartbeatBody *heartbeat);
 void pr_u32_encode(GByteArray *out, uint32_t value);
 void pr_reason_encode(GByteArray *out, const char *reason); /* truncated to PR_REASON_MAX bytes */
 void pr_advise_encode(GByteArray *out, uint64_t page_size_summary, uint64_t target_page_size);
@@ -198,6 +222,7 @@ void pr_progress_encode(GByteArray *out, const PrProgress *progress);
 gboolean pr_hello_decode(const uint8_t *body, gsize len, PrHello *ret, GError **error);
 gboolean pr_hello_ack_decode(const uint8_t *body, gsize len, PrHelloAck *ret, GError **error);
 gboolean pr_lane_hello_decode(const uint8_t *body, gsize len, PrLaneHello *ret, GError **error);
+gboolean pr_heartbeat_decode(const uint8_t *body, gsize len, PrHeartbeatBody *ret, GError **error);
 gboolean pr_u32_decode(const uint8_t *body, gsize len, uint32_t *ret, GError **error);
 gboolean pr_reason_decode(const uint8_t *body, gsize len, char ret[PR_REASON_MAX + 1],
 			  GError **error);

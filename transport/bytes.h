@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Big endian fields: appended to a GByteArray, and read through a cursor that remembers the first read
+ * beyond the end and returns zeros from then on. So a decoder is a straight list of fields followed by
+ * one check.
+ */
+#pragma once
+
+#include <glib.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline void store_u16(uint8_t *out, uint16_t value)
+{
+	value = GUINT16_TO_BE(value);
+	memcpy(out, &value, sizeof value);
+}
+
+static inline void store_u32(uint8_t *out, uint32_t value)
+{
+	value = GUINT32_TO_BE(value);
+	memcpy(out, &value, sizeof value);
+}
+
+static inline void store_u64(uint8_t *out, uint64_t value)
+{
+	value = GUINT64_TO_BE(value);
+	memcpy(out, &value, sizeof value);
+}
+
+static inline void put_bytes(GByteArray *out, const void *data, gsize length)
+{
+	if (length)
+		g_byte_array_append(out, data, length);
+}
+
+static inline void put_u8(GByteArray *out, uint8_t value)
+{
+	g_byte_array_append(out, &value, 1);
+}
+
+static inline void put_u16(GByteArray *out, uint16_t value)
+{
+	uint8_t raw[2];
+
+	store_u16(raw, value);
+	g_byte_array_append(out, raw, sizeof raw);
+}
+
+static inline void put_u32(GByteArray *out, uint32_t value)
+{
+	uint8_t raw[4];
+
+	store_u32(raw, value);
+	g_byte_array_append(out, raw, sizeof raw);
+}
+
+static inline void put_u64(GByteArray *out, uint64_t value)
+{
+	uint8_t raw[8];
+
+	store_u64(raw, value);
+	g_byte_array_append(out, raw, sizeof raw);
+}
+
+typedef struct Cursor {
+	const uint8_t *at;
+	gsize left;
+	gboolean overrun; /* something was read beyond the end */
+} Cursor;
+
+/* The next n bytes, or NULL. */
+static inline const uint8_t *take(Cursor *cursor, gsize n)
+{
+	const uint8_t *at = cursor->at;
+
+	if (cursor->overrun || n > cursor->left) {
+		cursor->overrun = TRUE;
+		return NULL;
+	}
+	cursor->left -= n;
+	if (n)
+		cursor->at += n;
+	return at;
+}
+
+static inline void get_bytes(Cursor *cursor, void *out, gsize n)
+{
+	const uint8_t *at = take(cursor, n);
+
+	if (at && n)
+		memcpy(out, at, n);
+	else
+		memset(out, 0, n);
+}
+
+static inline uint8_t get_u8(Cursor *cursor)
+{
+	uint8_t value;
+
+	get_bytes(cursor, &value, sizeof value);
+	return value;
+}
+
+static inline uint16_t get_u16(Cursor *cursor)
+{
+	uint16_t value;
+
+	get_bytes(cursor, &value, sizeof value);
+	return GUINT16_FROM_BE(value);
+}
+
+static inline uint32_t get_u32(Cursor *cursor)
+{
+	uint32_t value;
+
+	get_bytes(cursor, &value, sizeof value);
+	return GUINT32_FROM_BE(value);
+}
+
+static inline uint64_t get_u64(Cursor *cursor)
+{
+	uint64_t value;
+
+	get_bytes(cursor, &value, sizeof value);
+	return GUINT64_FROM_BE(value);
+}

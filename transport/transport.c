@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "transport/transport.h"
+
+#include <string.h>
+
+#include "transport/backends.h"
+
+G_DEFINE_QUARK(pr_path_error, pr_path_error)
+
+/* In the order in which an error lists them. */
+static const PrTransportOps *const backends[] = {
+	&pr_transport_ofi,
+	&pr_transport_tcp,
+};
+
+static const PrTransportOps *find_backend(const char *scheme)
+{
+	for (gsize i = 0; i < G_N_ELEMENTS(backends); i++)
+		if (!strcmp(backends[i]->scheme, scheme))
+			return backends[i];
+	return NULL;
+}
+
+static char *list_schemes(void)
+{
+	GString *list = g_string_new(NULL);
+
+	for (gsize i = 0; i < G_N_ELEMENTS(backends); i++)
+		g_string_append_printf(list, "%s, ", backends[i]->scheme);
+	g_string_append(list, PR_FAULTY_PREFIX "SCHEME");
+	return g_string_free(list, FALSE);
+}
+
+const PrTransportOps *pr_transport_find(const char *scheme, GError **error)
+{
+	g_autofree char *schemes = NULL;
+	const PrTransportOps *ops;
+
+	if (g_str_has_prefix(scheme, PR_FAULTY_PREFIX) &&
+	    find_backend(scheme + strlen(PR_FAULTY_PREFIX)))
+		return &pr_transport_faulty;
+	ops = find_backend(scheme);
+	if (ops)
+		return ops;
+	schemes = list_schemes();
+	g_set_error(error, PR_URI_ERROR, PR_URI_ERROR_MALFORMED,
+		    "scheme \"%s\" is not known here; use one of %s", scheme, schemes);
+	return NULL;
+}
+
+void pr_data_path_destroy(PrDataPath *path)
+{
+	if (path)
+		path->ops->destroy(path);
+}
+
+void pr_data_listener_close(PrDataListener *listener)
+{
+	if (listener)
+		listener->ops->listener_close(listener);
+}

@@ -1,0 +1,786 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Encoding and decoding of everything that a peer sends: pure functions, fuzzed. No length that a peer
+ * names is used, for memory or for a loop, before it was compared with the bytes that are really there.
+ */
+#include "transport/wire.h"
+
+#include <string.h>
+
+#include "transport/bytes.h"
+
+G_DEFINE_QUARK(pr_wire_error, pr_wire_error)
+
+#define PACKAGED_LAST	 0x01
+#define PACKAGED_RUNNING 0x02
+#define PACKAGED_HEAD	 5 /* flags, length */
+#define RANGES_HEAD	 8 /* block, n */
+#define RANGE_BYTES	 16
+#define GRANT_BYTES	 32
+#define BLOCK_BYTES_MAX	 (1 + PR_IDSTR_MAX + 8 + 4)
+#define BLOCK_BYTES_MIN	 (1 + 1 + 8 + 4)
+#define REASON_BYTES_MAX (2 + PR_REASON_MAX)
+#define ACK_BYTES_MAX	 (4 + 2 + 4 + 8 + 2 + REASON_BYTES_MAX)
+#define RANGES_BYTES_MAX (RANGES_HEAD + PR_RANGES_MAX * RANGE_BYTES)
+#define GRANTS_BYTES_MAX (RANGES_HEAD + PR_RANGES_MAX * GRANT_BYTES)
+#define HELLO_HEAD_MAX	 (4 + 2 + 1 + PR_UUID_BYTES + 8 + PR_SECRET_BYTES + 8 + 16 + 4)
+#define HELLO_BYTES_MAX	 (HELLO_HEAD_MAX + PR_BLOCKS_MAX * BLOCK_BYTES_MAX)
+#define PAGE_SIZE_MIN	 4096
+#define REQ_PAGES_MAX	 (1024 * 1024)
+/* The bitmap of a block of 16 TiB in pages of 4 KiB. */
+#define BITMAP_BYTES_MAX   (512 * 1024 * 1024)
+#define UNKNOWN_LENGTH_MAX (64 * 1024)
+
+typedef struct MsgInfo {
+	uint16_t type;
+	const char *name;
+	uint32_t max_length;
+} MsgInfo;
+
+static const MsgInfo messages[] = {
+	{PR_MSG_HELLO, "HELLO", HELLO_BYTES_MAX},
+	{PR_MSG_HELLO_ACK, "HELLO_ACK", ACK_BYTES_MAX},
+	{PR_MSG_LANE, "LANE", PR_LANE_HELLO_BYTES},
+	{PR_MSG_LANE_ACK, "LANE_ACK", ACK_BYTES_MAX},
+	{PR_MSG_HEARTBEAT, "HEARTBEAT", PR_HEARTBEAT_BYTES},
+	{PR_MSG_PAUSE, "PAUSE", REASON_BYTES_MAX},
+	{PR_MSG_ERROR, "ERROR", REASON_BYTES_MAX},
+	{PR_CMD_PING, "CMD_PING", 4},
+	{PR_CMD_POSTCOPY_ADVISE, "CMD_POSTCOPY_ADVISE", 16},
+	{PR_CMD_POSTCOPY_LISTEN, "CMD_POSTCOPY_LISTEN", 0},
+	{PR_CMD_POSTCOPY_RUN, "CMD_POSTCOPY_RUN", 0},
+	{PR_CMD_PACKAGED, "CMD_PACKAGED", PACKAGED_HEAD + PR_PACKAGED_CHUNK},
+	{PR_CMD_POSTCOPY_RESUME, "CMD_POSTCOPY_RESUME", 0},
+	{PR_CMD_RECV_BITMAP, "CMD_RECV_BITMAP", 1 + PR_IDSTR_MAX},
+	{PR_CMD_GRANT, "CMD_GRANT", GRANTS_BYTES_MAX},
+	{PR_CMD_RAM_ZERO, "CMD_RAM_ZERO", RANGES_BYTES_MAX},
+	{PR_RP_SHUT, "RP_SHUT", 4},
+	{PR_RP_PONG, "RP_PONG", 4},
+	{PR_RP_REQ_PAGES, "RP_REQ_PAGES", PR_REQ_PAGES_BYTES},
+	{PR_RP_RECV_BITMAP, "RP_RECV_BITMAP", 1 + PR_IDSTR_MAX + 8 + BITMAP_BYTES_MAX + 8},
+	{PR_RP_RESUME_ACK, "RP_RESUME_ACK", 4},
+	{PR_RP_PROGRESS, "RP_PROGRESS", PR_PROGRESS_BYTES},
+	{PR_RP_PAGES, "RP_PAGES", PR_REQ_PAGES_BYTES + REQ_PAGES_MAX},
+};
+
+static const MsgInfo *msg_info(uint16_t type)
+{
+	for (gsize i = 0; i < G_N_ELEMENTS(messages); i++)
+		if (messages[i].type == type)
+			return &messages[i];
+	return NULL;
+}
+
+const char *pr_msg_name(uint16_t type)
+{
+	static __thread char unknown[sizeof "type 0xffff"];
+	const MsgInfo *info = msg_info(type);
+
+	if (info)
+		return info->name;
+	g_snprintf(unknown, sizeof unknown, "type 0x%04x", type);
+	return unknown;
+}
+
+uint32_t pr_msg_max_length(uint16_t type)
+{
+	const MsgInfo *info = msg_info(type);
+
+	return info ? info->max_length : UNKNOWN_LENGTH_MAX;
+}
+
+/* A name of at most 255 bytes after its length. */
+static void put_name(GByteArray *out, const char *name)
+{
+	gsize length = strlen(name);
+
+	g_assert(length > 0 && length <= PR_IDSTR_MAX);
+	put_u8(out, length);
+	put_bytes(out, name, length);
+}
+
+static gboolean G_GNUC_PRINTF(2, 3) malformed(GError **error, const char *format, ...)
+{
+	g_autofree char *what = NULL;
+	va_list args;
+
+	va_start(args, format);
+	what = g_strdup_vprintf(format, args);
+	va_end(args);
+	g_set_error_literal(error, PR_WIRE_ERROR, PR_WIRE_ERROR_MALFORMED, what);
+	return FALSE;
+}
+
+/* The cursor has reached the end of the body exactly. */
+static gboolean finished(const Cursor *cursor, uint16_t type, gsize len, GError **error)
+{
+	if (cursor->overrun)
+		return malformed(error, "%s is too short (%" G_GSIZE_FORMAT " bytes)",
+				 pr_msg_name(type), len);
+	if (cursor->left)
+		return malformed(error,
+				 "%s has %" G_GSIZE_FORMAT " bytes too many (%" G_GSIZE_FORMAT
+				 " in all)",
+				 pr_msg_name(type), cursor->left, len);
+	return TRUE;
+}
+
+/* UTF-8 without control characters: such text can be shown to people. */
+static gboolean is_clean_text(const char *text, gsize length)
+{
+	for (gsize i = 0; i < length; i++)
+		if ((uint8_t)text[i] < 0x20 || text[i] == 0x7f)
+			return FALSE;
+	return g_utf8_validate_len(text, length, NULL);
+}
+
+/* Text of `length` bytes into out[size], NUL-terminated; a text that doesn't fit is an overrun. */
+static gboolean get_text(Cursor *cursor, gsize length, char *out, gsize size)
+{
+	if (length >= size) {
+		cursor->overrun = TRUE;
+		length = 0;
+	}
+	get_bytes(cursor, out, length);
+	out[length] = '\0';
+	return is_clean_text(out, length);
+}
+
+static gboolean get_name(Cursor *cursor, char *out, gsize size)
+{
+	uint8_t length = get_u8(cursor);
+
+	return get_text(cursor, length, out, size) && length > 0;
+}
+
+static gboolean is_power_of_two(uint64_t value)
+{
+	return value && !(value & (value - 1));
+}
+
+static gboolean is_range(uint64_t offset, uint64_t length)
+{
+	return length > 0 && length <= UINT64_MAX - offset;
+}
+
+static gboolean get_magic(Cursor *cursor, uint16_t type, GError **error)
+{
+	uint32_t magic = get_u32(cursor);
+
+	if (magic == PR_WIRE_MAGIC)
+		return TRUE;
+	return malformed(error, "%s begins with 0x%08x, not with Postroad's magic",
+			 pr_msg_name(type), magic);
+}
+
+void pr_header_encode(uint8_t out[PR_WIRE_HEADER_BYTES], uint16_t type, uint32_t length)
+{
+	store_u16(out, type);
+	store_u16(out + 2, 0);
+	store_u32(out + 4, length);
+}
+
+gboolean pr_header_decode(const uint8_t in[PR_WIRE_HEADER_BYTES], PrMsgHeader *ret, GError **error)
+{
+	Cursor cursor = {.at = in, .left = PR_WIRE_HEADER_BYTES};
+	uint16_t type = get_u16(&cursor);
+	uint16_t zero = get_u16(&cursor);
+	uint32_t length = get_u32(&cursor);
+
+	if (zero)
+		return malformed(error, "bytes 2 and 3 of a frame are 0x%04x, not zero", zero);
+	if (length > pr_msg_max_length(type))
+		return malformed(error, "%s claims %u bytes, at most %u are allowed",
+				 pr_msg_name(type), length, pr_msg_max_length(type));
+	*ret = (PrMsgHeader){.type = type, .length = length};
+	return TRUE;
+}
+
+void pr_hello_clear(PrHello *hello)
+{
+	g_clear_pointer(&hello->blocks, g_free);
+	hello->n_blocks = 0;
+}
+
+void pr_hello_encode(GByteArray *out, const PrHello *hello)
+{
+	g_assert(hello->n_blocks <= PR_BLOCKS_MAX);
+	put_u32(out, PR_WIRE_MAGIC);
+	put_u16(out, hello->version);
+	put_u8(out, hello->role);
+	put_bytes(out, hello->uuid, sizeof hello->uuid);
+	put_u64(out, hello->epoch);
+	put_bytes(out, hello->secret, sizeof hello->secret);
+	put_u64(out, hello->capabilities);
+	put_name(out, hello->scheme);
+	put_u32(out, hello->n_blocks);
+	for (uint32_t i = 0; i < hello->n_blocks; i++) {
+		put_name(out, hello->blocks[i].idstr);
+		put_u64(out, hello->blocks[i].size);
+		put_u32(out, hello->blocks[i].page_size);
+	}
+}
+
+static gboolean check_block(const PrHello *hello, const PrWireBlock *block, GError **error)
+{
+	if (!is_power_of_two(block->page_size) || block->page_size < PAGE_SIZE_MIN)
+		return malformed(error, "RAM block %s: page size %u is no power of two >= %d",
+				 block->idstr, block->page_size, PAGE_SIZE_MIN);
+	if (!block->size || block->size > INT64_MAX || block->size % block->page_size)
+		return malformed(error,
+				 "RAM block %s: size %" G_GUINT64_FORMAT
+				 " is not a multiple of its page size %u",
+				 block->idstr, block->size, block->page_size);
+	for (const PrWireBlock *other = hello->blocks; other < block; other++)
+		if (!strcmp(other->idstr, block->idstr))
+			return malformed(error, "RAM block %s is listed twice", block->idstr);
+	return TRUE;
+}
+
+static gboolean get_blocks(Cursor *cursor, PrHello *hello, GError **error)
+{
+	uint32_t n = get_u32(cursor);
+
+	if (n > PR_BLOCKS_MAX || n > cursor->left / BLOCK_BYTES_MIN)
+		return malformed(error, "HELLO claims %u RAM blocks in %" G_GSIZE_FORMAT " bytes",
+				 n, cursor->left);
+	if (!n && hello->role == PR_HELLO_SOURCE)
+		return malformed(error, "HELLO of a source lists no RAM block");
+	hello->blocks = g_new0(PrWireBlock, n);
+	for (; hello->n_blocks < n; hello->n_blocks++) {
+		PrWireBlock *block = &hello->blocks[hello->n_blocks];
+		gboolean named = get_name(cursor, block->idstr, sizeof block->idstr);
+
+		block->size = get_u64(cursor);
+		block->page_size = get_u32(cursor);
+		if (cursor->overrun)
+			return TRUE;
+		if (!named)
+			return malformed(error, "RAM block %u has no proper name", hello->n_blocks);
+		if (!check_block(hello, block, error))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+static gboolean is_scheme(const char *scheme)
+{
+	for (const char *c = scheme; *c; c++)
+		if (!g_ascii_islower(*c) && !g_ascii_isdigit(*c) && *c != '+')
+			return FALSE;
+	return *scheme != '\0';
+}
+
+static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
+{
+	hello->version = get_u16(cursor);
+	if (!cursor->overrun && hello->version != PR_WIRE_VERSION)
+		return malformed(
+			error,
+			"the peer speaks version %u of the protocol, this side version %d; "
+			"run the same release on both",
+			hello->version, PR_WIRE_VERSION);
+	hello->role = get_u8(cursor);
+	get_bytes(cursor, hello->uuid, sizeof hello->uuid);
+	hello->epoch = get_u64(cursor);
+	get_bytes(cursor, hello->secret, sizeof hello->secret);
+	hello->capabilities = get_u64(cursor);
+	get_name(cursor, hello->scheme, sizeof hello->scheme);
+	if (cursor->overrun)
+		return malformed(error, "HELLO is too short");
+	if (hello->role != PR_HELLO_SOURCE && hello->role != PR_HELLO_DESTINATION)
+		return malformed(error, "HELLO names the unknown role %u", hello->role);
+	if (!hello->epoch)
+		return malformed(error, "HELLO names the epoch 0, epochs begin with 1");
+	if (!is_scheme(hello->scheme))
+		return malformed(error, "HELLO names no proper scheme");
+	return TRUE;
+}
+
+gboolean pr_hello_decode(const uint8_t *body, gsize len, PrHello *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	g_auto(PrHello) hello = {0};
+
+	if (!get_magic(&cursor, PR_MSG_HELLO, error) || !get_hello_head(&cursor, &hello, error) ||
+	    !get_blocks(&cursor, &hello, error) || !finished(&cursor, PR_MSG_HELLO, len, error))
+		return FALSE;
+	*ret = hello;
+	hello = (PrHello){0};
+	return TRUE;
+}
+
+void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack)
+{
+	put_u32(out, PR_WIRE_MAGIC);
+	put_u16(out, PR_WIRE_VERSION);
+	put_u32(out, ack->status);
+	put_u64(out, ack->capabilities);
+	put_u16(out, ack->data_port);
+	pr_reason_encode(out, ack->reason);
+}
+
+static gboolean get_reason(Cursor *cursor, uint16_t type, char out[PR_REASON_MAX + 1],
+			   GError **error)
+{
+	uint16_t length = get_u16(cursor);
+
+	if (get_text(cursor, length, out, PR_REASON_MAX + 1) || cursor->overrun)
+		return TRUE;
+	return malformed(error, "%s has a reason that is no clean UTF-8", pr_msg_name(type));
+}
+
+gboolean pr_hello_ack_decode(const uint8_t *body, gsize len, PrHelloAck *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	PrHelloAck ack;
+	uint16_t version;
+
+	if (!get_magic(&cursor, PR_MSG_HELLO_ACK, error))
+		return FALSE;
+	version = get_u16(&cursor);
+	ack.status = get_u32(&cursor);
+	ack.capabilities = get_u64(&cursor);
+	ack.data_port = get_u16(&cursor);
+	if (!get_reason(&cursor, PR_MSG_HELLO_ACK, ack.reason, error) ||
+	    !finished(&cursor, PR_MSG_HELLO_ACK, len, error))
+		return FALSE;
+	if (ack.status > PR_HELLO_REFUSED)
+		return malformed(error, "HELLO_ACK has the unknown status %u", ack.status);
+	if (version != PR_WIRE_VERSION && ack.status != PR_HELLO_REFUSED)
+		return malformed(error,
+				 "the peer speaks version %u of the protocol, this side version %d",
+				 version, PR_WIRE_VERSION);
+	*ret = ack;
+	return TRUE;
+}
+
+void pr_lane_hello_encode(GByteArray *out, const PrLaneHello *lane)
+{
+	put_u32(out, PR_WIRE_MAGIC);
+	put_bytes(out, lane->uuid, sizeof lane->uuid);
+	put_u64(out, lane->epoch);
+	put_bytes(out, lane->secret, sizeof lane->secret);
+	put_u8(out, lane->lane);
+}
+
+gboolean pr_lane_hello_decode(const uint8_t *body, gsize len, PrLaneHello *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	PrLaneHello lane;
+
+	if (!get_magic(&cursor, PR_MSG_LANE, error))
+		return FALSE;
+	get_bytes(&cursor, lane.uuid, sizeof lane.uuid);
+	lane.epoch = get_u64(&cursor);
+	get_bytes(&cursor, lane.secret, sizeof lane.secret);
+	lane.lane = get_u8(&cursor);
+	if (!finished(&cursor, PR_MSG_LANE, len, error))
+		return FALSE;
+	*ret = lane;
+	return TRUE;
+}
+
+void pr_heartbeat_encode(uint8_t out[PR_HEARTBEAT_BYTES], const PrHeartbeatBody *heartbeat)
+{
+	store_u64(out, heartbeat->stamp);
+	store_u64(out + 8, heartbeat->echo);
+	store_u64(out + 16, heartbeat->held);
+}
+
+gboolean pr_heartbeat_decode(const uint8_t *body, gsize len, PrHeartbeatBody *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	PrHeartbeatBody heartbeat = {.stamp = get_u64(&cursor)};
+
+	heartbeat.echo = get_u64(&cursor);
+	heartbeat.held = get_u64(&cursor);
+	if (!finished(&cursor, PR_MSG_HEARTBEAT, len, error))
+		return FALSE;
+	*ret = heartbeat;
+	return TRUE;
+}
+
+void pr_u32_encode(GByteArray *out, uint32_t value)
+{
+	put_u32(out, value);
+}
+
+gboolean pr_u32_decode(const uint8_t *body, gsize len, uint32_t *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	uint32_t value = get_u32(&cursor);
+
+	if (cursor.overrun || cursor.left)
+		return malformed(error, "a number of 4 bytes has %" G_GSIZE_FORMAT, len);
+	*ret = value;
+	return TRUE;
+}
+
+/* Makes any text fit for a reason: clean UTF-8 of at most PR_REASON_MAX bytes. */
+static char *clean_reason(const char *reason)
+{
+	char *text = g_utf8_make_valid(reason, -1);
+
+	for (char *c = text; *c; c++)
+		if ((uint8_t)*c < 0x20 || *c == 0x7f)
+			*c = ' ';
+	if (strlen(text) > PR_REASON_MAX)
+		*g_utf8_find_prev_char(text, text + PR_REASON_MAX + 1) = '\0';
+	return text;
+}
+
+void pr_reason_encode(GByteArray *out, const char *reason)
+{
+	g_autofree char *text = clean_reason(reason);
+
+	put_u16(out, strlen(text));
+	put_bytes(out, text, strlen(text));
+}
+
+gboolean pr_reason_decode(const uint8_t *body, gsize len, char ret[PR_REASON_MAX + 1],
+			  GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	char reason[PR_REASON_MAX + 1];
+
+	if (!get_reason(&cursor, PR_MSG_PAUSE, reason, error) ||
+	    !finished(&cursor, PR_MSG_PAUSE, len, error))
+		return FALSE;
+	memcpy(ret, reason, strlen(reason) + 1);
+	return TRUE;
+}
+
+void pr_advise_encode(GByteArray *out, uint64_t page_size_summary, uint64_t target_page_size)
+{
+	put_u64(out, page_size_summary);
+	put_u64(out, target_page_size);
+}
+
+gboolean pr_advise_decode(const uint8_t *body, gsize len, uint64_t *ret_summary,
+			  uint64_t *ret_target_page_size, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	uint64_t summary = get_u64(&cursor);
+	uint64_t page_size = get_u64(&cursor);
+
+	if (!finished(&cursor, PR_CMD_POSTCOPY_ADVISE, len, error))
+		return FALSE;
+	if (!is_power_of_two(page_size) || !summary || summary % page_size)
+		return malformed(error,
+				 "CMD_POSTCOPY_ADVISE: page sizes 0x%" G_GINT64_MODIFIER
+				 "x and target page size 0x%" G_GINT64_MODIFIER "x make no sense",
+				 summary, page_size);
+	*ret_summary = summary;
+	*ret_target_page_size = page_size;
+	return TRUE;
+}
+
+void pr_progress_encode(GByteArray *out, const PrProgress *progress)
+{
+	put_u64(out, progress->received_pages);
+	put_u64(out, progress->postcopy_requests);
+	put_u64(out, progress->postcopy_bytes);
+	put_u64(out, progress->remaining);
+	put_u64(out, progress->zero_pages);
+}
+
+gboolean pr_progress_decode(const uint8_t *body, gsize len, PrProgress *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	PrProgress progress;
+
+	progress.received_pages = get_u64(&cursor);
+	progress.postcopy_requests = get_u64(&cursor);
+	progress.postcopy_bytes = get_u64(&cursor);
+	progress.remaining = get_u64(&cursor);
+	progress.zero_pages = get_u64(&cursor);
+	if (!finished(&cursor, PR_RP_PROGRESS, len, error))
+		return FALSE;
+	*ret = progress;
+	return TRUE;
+}
+
+/* The head of RAM_ZERO and GRANT; what is left holds exactly n elements. */
+static gboolean get_ranges_head(Cursor *cursor, uint16_t type, gsize element, uint32_t *ret_block,
+				uint32_t *ret_n, GError **error)
+{
+	uint32_t block = get_u32(cursor);
+	uint32_t n = get_u32(cursor);
+
+	if (cursor->overrun)
+		return malformed(error, "%s is too short", pr_msg_name(type));
+	if (block >= PR_BLOCKS_MAX)
+		return malformed(error, "%s is about RAM block %u, there are at most %d",
+				 pr_msg_name(type), block, PR_BLOCKS_MAX);
+	if (n > PR_RANGES_MAX || cursor->left != n * element)
+		return malformed(error, "%s claims %u ranges in %" G_GSIZE_FORMAT " bytes",
+				 pr_msg_name(type), n, cursor->left);
+	*ret_block = block;
+	*ret_n = n;
+	return TRUE;
+}
+
+static gboolean bad_range(uint16_t type, uint64_t offset, uint64_t length, GError **error)
+{
+	return malformed(error,
+			 "%s: a range of %" G_GUINT64_FORMAT " bytes at offset %" G_GUINT64_FORMAT
+			 " is none",
+			 pr_msg_name(type), length, offset);
+}
+
+void pr_ranges_encode(GByteArray *out, uint32_t block, const PrWireRange *ranges, guint n)
+{
+	g_assert(n <= PR_RANGES_MAX);
+	put_u32(out, block);
+	put_u32(out, n);
+	for (guint i = 0; i < n; i++) {
+		put_u64(out, ranges[i].offset);
+		put_u64(out, ranges[i].length);
+	}
+}
+
+gboolean pr_ranges_decode(const uint8_t *body, gsize len, uint32_t *ret_block,
+			  PrWireRange **ret_ranges, guint *ret_n, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	g_autofree PrWireRange *ranges = NULL;
+	uint32_t block, n;
+
+	if (!get_ranges_head(&cursor, PR_CMD_RAM_ZERO, RANGE_BYTES, &block, &n, error))
+		return FALSE;
+	ranges = g_new(PrWireRange, n);
+	for (uint32_t i = 0; i < n; i++) {
+		ranges[i].offset = get_u64(&cursor);
+		ranges[i].length = get_u64(&cursor);
+		if (!is_range(ranges[i].offset, ranges[i].length))
+			return bad_range(PR_CMD_RAM_ZERO, ranges[i].offset, ranges[i].length,
+					 error);
+	}
+	*ret_block = block;
+	*ret_ranges = g_steal_pointer(&ranges);
+	*ret_n = n;
+	return TRUE;
+}
+
+void pr_grants_encode(GByteArray *out, uint32_t block, const PrWireGrant *grants, guint n)
+{
+	g_assert(n <= PR_RANGES_MAX);
+	put_u32(out, block);
+	put_u32(out, n);
+	for (guint i = 0; i < n; i++) {
+		put_u64(out, grants[i].offset);
+		put_u64(out, grants[i].length);
+		put_u64(out, grants[i].addr);
+		put_u64(out, grants[i].key);
+	}
+}
+
+gboolean pr_grants_decode(const uint8_t *body, gsize len, uint32_t *ret_block,
+			  PrWireGrant **ret_grants, guint *ret_n, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	g_autofree PrWireGrant *grants = NULL;
+	uint32_t block, n;
+
+	if (!get_ranges_head(&cursor, PR_CMD_GRANT, GRANT_BYTES, &block, &n, error))
+		return FALSE;
+	grants = g_new(PrWireGrant, n);
+	for (uint32_t i = 0; i < n; i++) {
+		PrWireGrant *grant = &grants[i];
+
+		grant->offset = get_u64(&cursor);
+		grant->length = get_u64(&cursor);
+		grant->addr = get_u64(&cursor);
+		grant->key = get_u64(&cursor);
+		if (!is_range(grant->offset, grant->length) ||
+		    !is_range(grant->addr, grant->length))
+			return bad_range(PR_CMD_GRANT, grant->offset, grant->length, error);
+	}
+	*ret_block = block;
+	*ret_grants = g_steal_pointer(&grants);
+	*ret_n = n;
+	return TRUE;
+}
+
+void pr_req_pages_encode(uint8_t out[PR_REQ_PAGES_BYTES], const PrReqPages *req)
+{
+	store_u64(out, req->start);
+	store_u32(out + 8, req->length);
+	store_u32(out + 12, req->block);
+}
+
+gboolean pr_req_pages_decode(const uint8_t *body, gsize len, PrReqPages *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	PrReqPages req;
+
+	req.start = get_u64(&cursor);
+	req.length = get_u32(&cursor);
+	req.block = get_u32(&cursor);
+	if (!finished(&cursor, PR_RP_REQ_PAGES, len, error))
+		return FALSE;
+	if (req.block >= PR_BLOCKS_MAX || req.length > REQ_PAGES_MAX ||
+	    !is_range(req.start, req.length))
+		return bad_range(PR_RP_REQ_PAGES, req.start, req.length, error);
+	*ret = req;
+	return TRUE;
+}
+
+void pr_packaged_encode(GByteArray *out, gboolean last, gboolean guest_running, const void *data,
+			gsize length)
+{
+	g_assert(length <= PR_PACKAGED_CHUNK);
+	put_u8(out, (last ? PACKAGED_LAST : 0) | (guest_running ? PACKAGED_RUNNING : 0));
+	put_u32(out, length);
+	put_bytes(out, data, length);
+}
+
+gboolean pr_packaged_decode(const uint8_t *body, gsize len, PrPackaged *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	uint8_t flags = get_u8(&cursor);
+	uint32_t length = get_u32(&cursor);
+	const uint8_t *data = take(&cursor, length);
+
+	if (!finished(&cursor, PR_CMD_PACKAGED, len, error))
+		return FALSE;
+	if (flags & ~(PACKAGED_LAST | PACKAGED_RUNNING) || length > PR_PACKAGED_CHUNK)
+		return malformed(error, "CMD_PACKAGED has flags 0x%02x and %u bytes", flags,
+				 length);
+	*ret = (PrPackaged){
+		.last = !!(flags & PACKAGED_LAST),
+		.guest_running = !!(flags & PACKAGED_RUNNING),
+		.data = data,
+		.length = length,
+	};
+	return TRUE;
+}
+
+void pr_block_name_encode(GByteArray *out, const char *idstr)
+{
+	put_name(out, idstr);
+}
+
+static gboolean get_block_name(Cursor *cursor, uint16_t type, char out[PR_IDSTR_MAX + 1],
+			       GError **error)
+{
+	if (get_name(cursor, out, PR_IDSTR_MAX + 1) && !cursor->overrun)
+		return TRUE;
+	return malformed(error, "%s names no RAM block", pr_msg_name(type));
+}
+
+gboolean pr_block_name_decode(const uint8_t *body, gsize len, char ret[PR_IDSTR_MAX + 1],
+			      GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	char name[PR_IDSTR_MAX + 1];
+
+	if (!get_block_name(&cursor, PR_CMD_RECV_BITMAP, name, error) ||
+	    !finished(&cursor, PR_CMD_RECV_BITMAP, len, error))
+		return FALSE;
+	memcpy(ret, name, strlen(name) + 1);
+	return TRUE;
+}
+
+/* The bits of the 64-bit group `group`, bit 0 first; those beyond n_bits are zero. */
+static uint64_t load_group(const unsigned long *bits, uint64_t n_bits, uint64_t group)
+{
+	const gsize words = sizeof(uint64_t) / sizeof *bits;
+	uint64_t rest = n_bits - group * 64;
+	uint64_t value = 0;
+
+	for (gsize i = 0; i < words; i++)
+		value |= (uint64_t)bits[group * words + i] << (i * 8 * sizeof *bits);
+	return rest < 64 ? value & ((1ull << rest) - 1) : value;
+}
+
+static void store_group(unsigned long *bits, uint64_t group, uint64_t value)
+{
+	const gsize words = sizeof(uint64_t) / sizeof *bits;
+
+	for (gsize i = 0; i < words; i++)
+		bits[group * words + i] = value >> (i * 8 * sizeof *bits);
+}
+
+static uint64_t groups_of(uint64_t n_bits)
+{
+	return n_bits / 64 + !!(n_bits % 64);
+}
+
+void pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigned long *bits,
+			   uint64_t n_bits)
+{
+	uint64_t n = groups_of(n_bits);
+	guint at;
+
+	g_assert(n <= BITMAP_BYTES_MAX / 8);
+	put_name(out, idstr);
+	put_u64(out, n * 8);
+	at = out->len;
+	g_byte_array_set_size(out, at + n * 8);
+	for (uint64_t i = 0; i < n; i++) {
+		uint64_t group = GUINT64_TO_LE(load_group(bits, n_bits, i));
+
+		memcpy(out->data + at + i * 8, &group, sizeof group);
+	}
+	put_u64(out, PR_BITMAP_END_MARK);
+}
+
+static gboolean get_bitmap(const uint8_t *raw, uint64_t n_bits, unsigned long *bits)
+{
+	uint64_t n = groups_of(n_bits);
+
+	for (uint64_t i = 0; i < n; i++) {
+		uint64_t group;
+
+		memcpy(&group, raw + i * 8, sizeof group);
+		store_group(bits, i, GUINT64_FROM_LE(group));
+		if (load_group(bits, n_bits, i) != GUINT64_FROM_LE(group))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+gboolean pr_recv_bitmap_decode(const uint8_t *body, gsize len, char ret_idstr[PR_IDSTR_MAX + 1],
+			       uint64_t n_bits, unsigned long **ret_bits, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	g_autofree unsigned long *bits = NULL;
+	char idstr[PR_IDSTR_MAX + 1];
+	const uint8_t *raw;
+	uint64_t size;
+
+	if (!get_block_name(&cursor, PR_RP_RECV_BITMAP, idstr, error))
+		return FALSE;
+	size = get_u64(&cursor);
+	if (!cursor.overrun && (size % 8 || size / 8 != groups_of(n_bits)))
+		return malformed(error,
+				 "RP_RECV_BITMAP of RAM block %s has %" G_GUINT64_FORMAT
+				 " bytes for %" G_GUINT64_FORMAT " pages",
+				 idstr, size, n_bits);
+	raw = take(&cursor, size);
+	if (get_u64(&cursor) != PR_BITMAP_END_MARK && !cursor.overrun)
+		return malformed(error, "RP_RECV_BITMAP of RAM block %s has no end mark", idstr);
+	if (!finished(&cursor, PR_RP_RECV_BITMAP, len, error))
+		return FALSE;
+	bits = g_malloc0(size);
+	if (!get_bitmap(raw, n_bits, bits))
+		return malformed(error, "RP_RECV_BITMAP of RAM block %s has bits beyond its end",
+				 idstr);
+	memcpy(ret_idstr, idstr, strlen(idstr) + 1);
+	*ret_bits = g_steal_pointer(&bits);
+	return TRUE;
+}
+
+gboolean pr_recv_bitmap_name(const uint8_t *body, gsize len, char ret_idstr[PR_IDSTR_MAX + 1],
+			     GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	char idstr[PR_IDSTR_MAX + 1];
+
+	if (!get_block_name(&cursor, PR_RP_RECV_BITMAP, idstr, error))
+		return FALSE;
+	memcpy(ret_idstr, idstr, strlen(idstr) + 1);
+	return TRUE;
+}
