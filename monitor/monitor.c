@@ -1,0 +1,234 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include "monitor/monitor.h"
+
+#include "monitor/internal.h"
+
+G_DEFINE_QUARK(pr - monitor - error - quark, pr_monitor_error)
+
+/* A change of state on its way from an engine thread to the main loop. */
+typedef struct PrStateEvent {
+	PrState state;
+	char *reason;
+	gint64 time; /* us since the epoch, when it happened */
+	guint64 number;
+} PrStateEvent;
+
+static void state_event_free(PrStateEvent *event)
+{
+	g_free(event->reason);
+	g_free(event);
+}
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrStateEvent, state_event_free)
+
+PrMonitor *pr_monitor_new(PrParams *params, GMainContext *context, PrMonitorQuit on_quit,
+			  void *opaque)
+{
+	PrMonitor *monitor = g_new0(PrMonitor, 1);
+
+	monitor->context = g_main_context_ref(context);
+	monitor->params = params;
+	monitor->on_quit = on_quit;
+	monitor->opaque = opaque;
+	monitor->sessions = g_ptr_array_new_with_free_func((GDestroyNotify)pr_hmp_session_free);
+	monitor->waits = g_ptr_array_new();
+	g_mutex_init(&monitor->lock);
+	g_queue_init(&monitor->events);
+	return monitor;
+}
+
+void pr_monitor_attach(PrMonitor *monitor, PrMigration *migration)
+{
+	monitor->migration = migration;
+}
+
+gboolean pr_monitor_listen(PrMonitor *monitor, const char *path, GError **error)
+{
+	monitor->qmp = pr_qmp_server_new(monitor, path, error);
+	return monitor->qmp != NULL;
+}
+
+void pr_monitor_hmp(PrMonitor *monitor, int in_fd, int out_fd, gboolean prompt)
+{
+	g_ptr_array_add(monitor->sessions, pr_hmp_session_new(monitor, in_fd, out_fd, prompt));
+}
+
+guint64 pr_monitor_mark(PrMonitor *monitor)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
+
+	return monitor->n_events;
+}
+
+PrWait *pr_monitor_wait(PrMonitor *monitor, guint64 since, PrAnswer answer, void *opaque)
+{
+	PrWait *wait = g_new0(PrWait, 1);
+
+	wait->monitor = monitor;
+	wait->answer = answer;
+	wait->opaque = opaque;
+	wait->since = since;
+	g_ptr_array_add(monitor->waits, wait);
+	return wait;
+}
+
+void pr_monitor_unwait(PrWait *wait)
+{
+	g_ptr_array_remove(wait->monitor->waits, wait);
+	g_free(wait);
+}
+
+static char *describe_completion(PrMonitor *monitor)
+{
+	g_auto(PrMigrationInfo) info = {0};
+
+	pr_migration_query(monitor->migration, &info);
+	return g_strdup_printf("completed: %" G_GUINT64_FORMAT " KiB in %" G_GUINT64_FORMAT
+			       " ms, downtime %" G_GUINT64_FORMAT " ms\n",
+			       info.transferred / 1024, info.total_time, info.downtime);
+}
+
+/* Takes the wait out of the list, then answers. */
+static void answer_wait(PrWait *wait, const PrStateEvent *event)
+{
+	PrMonitor *monitor = wait->monitor;
+	PrAnswer answer = wait->answer;
+	void *opaque = wait->opaque;
+	const char *reason = event->reason ? event->reason : "no reason given";
+	g_autoptr(GError) error = NULL;
+	g_autofree char *text = NULL;
+
+	pr_monitor_unwait(wait);
+	switch (event->state) {
+	case PR_STATE_COMPLETED:
+		text = describe_completion(monitor);
+		break;
+	case PR_STATE_POSTCOPY_PAUSED:
+		error = g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
+				    "the migration is paused: %s; go on with: migrate -r URI",
+				    reason);
+		break;
+	default:
+		error = g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
+				    "the migration has %s: %s",
+				    event->state == PR_STATE_FAILED ? "failed" : "been cancelled",
+				    reason);
+	}
+	answer(text, error, opaque);
+}
+
+static gboolean is_end(PrState state)
+{
+	return state == PR_STATE_COMPLETED || state == PR_STATE_FAILED ||
+	       state == PR_STATE_CANCELLED || state == PR_STATE_POSTCOPY_PAUSED;
+}
+
+static void serve_waits(PrMonitor *monitor, const PrStateEvent *event)
+{
+	/* an answer may start a new wait: that one is not for this event */
+	g_autoptr(GPtrArray) due = g_ptr_array_new();
+
+	for (guint i = 0; i < monitor->waits->len; i++) {
+		PrWait *wait = g_ptr_array_index(monitor->waits, i);
+
+		if (event->number < wait->since)
+			continue;
+		if (!is_end(event->state))
+			wait->begun = TRUE;
+		else if (wait->begun)
+			g_ptr_array_add(due, wait);
+	}
+	for (guint i = 0; i < due->len; i++)
+		answer_wait(g_ptr_array_index(due, i), event);
+}
+
+static void send_event(PrMonitor *monitor, const PrStateEvent *event)
+{
+	JsonObject *object, *timestamp, *data;
+
+	if (!monitor->qmp || !pr_capability(monitor->params, PR_CAP_EVENTS))
+		return;
+	object = json_object_new();
+	timestamp = json_object_new();
+	data = json_object_new();
+	json_object_set_int_member(timestamp, "seconds", event->time / G_USEC_PER_SEC);
+	json_object_set_int_member(timestamp, "microseconds", event->time % G_USEC_PER_SEC);
+	json_object_set_string_member(data, "status", pr_state_name(event->state));
+	if (event->reason)
+		json_object_set_string_member(data, "reason", event->reason);
+	json_object_set_object_member(object, "timestamp", timestamp);
+	json_object_set_string_member(object, "event", "MIGRATION");
+	json_object_set_object_member(object, "data", data);
+	pr_qmp_server_event(monitor->qmp, object);
+}
+
+static PrStateEvent *next_event(PrMonitor *monitor)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
+	PrStateEvent *event = g_queue_pop_head(&monitor->events);
+
+	if (!event)
+		g_clear_pointer(&monitor->dispatch, g_source_unref);
+	return event;
+}
+
+static gboolean on_dispatch(gpointer opaque)
+{
+	PrMonitor *monitor = opaque;
+
+	for (;;) {
+		g_autoptr(PrStateEvent) event = next_event(monitor);
+
+		if (!event)
+			return G_SOURCE_REMOVE;
+		send_event(monitor, event);
+		serve_waits(monitor, event);
+	}
+}
+
+void pr_monitor_on_state(PrState state, const char *reason, void *opaque)
+{
+	PrMonitor *monitor = opaque;
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
+	PrStateEvent *event;
+
+	if (monitor->closed)
+		return;
+	event = g_new0(PrStateEvent, 1);
+	event->state = state;
+	event->reason = g_strdup(reason);
+	event->time = g_get_real_time();
+	event->number = monitor->n_events++;
+	g_queue_push_tail(&monitor->events, event);
+	if (monitor->dispatch)
+		return;
+	monitor->dispatch = g_idle_source_new();
+	g_source_set_priority(monitor->dispatch, G_PRIORITY_DEFAULT);
+	g_source_set_callback(monitor->dispatch, on_dispatch, monitor, NULL);
+	g_source_attach(monitor->dispatch, monitor->context);
+}
+
+void pr_monitor_close(PrMonitor *monitor)
+{
+	g_clear_pointer(&monitor->qmp, pr_qmp_server_free);
+	g_ptr_array_set_size(monitor->sessions, 0);
+	g_mutex_lock(&monitor->lock);
+	monitor->closed = TRUE;
+	if (monitor->dispatch) {
+		g_source_destroy(monitor->dispatch);
+		g_clear_pointer(&monitor->dispatch, g_source_unref);
+	}
+	g_queue_clear_full(&monitor->events, (GDestroyNotify)state_event_free);
+	g_mutex_unlock(&monitor->lock);
+}
+
+void pr_monitor_free(PrMonitor *monitor)
+{
+	if (!monitor)
+		return;
+	pr_monitor_close(monitor);
+	g_ptr_array_unref(monitor->sessions);
+	g_ptr_array_unref(monitor->waits);
+	g_mutex_clear(&monitor->lock);
+	g_main_context_unref(monitor->context);
+	g_free(monitor);
+}

@@ -1,0 +1,337 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The engine as a program: one process for each VM and side. */
+#include <fcntl.h>
+#include <glib-unix.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "guest/guest.h"
+#include "migration/migration.h"
+#include "monitor/log.h"
+#include "monitor/monitor.h"
+
+#define EXIT_USAGE 2
+
+typedef struct Options {
+	char *guest;
+	char *incoming;
+	char *qmp;
+	char **set;
+	char *log;
+	gboolean hmp;
+	gboolean version;
+} Options;
+
+static void options_clear(Options *options)
+{
+	g_free(options->guest);
+	g_free(options->incoming);
+	g_free(options->qmp);
+	g_strfreev(options->set);
+	g_free(options->log);
+}
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Options, options_clear)
+
+typedef struct Engine {
+	GMainLoop *loop;
+	PrParams params;
+	PrMonitor *monitor;
+	int state; /* PrState, atomic: the last one logged */
+} Engine;
+
+static const char summary[] =
+	"Moves the running guest of a VMM to another host, its memory by postcopy, and recovers when a\n"
+	"path fails. One engine runs beside the VMM on each side; it takes its orders by QMP or HMP.";
+
+static void append_parameters(GString *text)
+{
+	g_string_append(text, "Parameters (--set, migrate_set_parameter):\n");
+	for (guint i = 0; i < PR_N_PARAMS; i++) {
+		const PrParamInfo *info = pr_param_info(i);
+		g_autofree char *range = NULL;
+
+		if (info->max == G_MAXINT64)
+			range = g_strdup_printf("%" G_GUINT64_FORMAT "...", info->min);
+		else
+			range = g_strdup_printf("%" G_GUINT64_FORMAT "..%" G_GUINT64_FORMAT,
+						info->min, info->max);
+		g_string_append_printf(text,
+				       "  %-23s %s\n"
+				       "                          default %" G_GUINT64_FORMAT
+				       ", range %s, in %s\n",
+				       info->name, info->help, info->def, range, info->unit);
+	}
+	g_string_append(text, "\nCapabilities (--set NAME=on|off, migrate_set_capability):\n");
+	for (guint i = 0; i < PR_N_CAPABILITIES; i++) {
+		const PrCapabilityInfo *info = pr_capability_info(i);
+
+		g_string_append_printf(text, "  %-23s %s (%s %s)\n", info->name, info->help,
+				       info->fixed ? "always" : "default",
+				       info->def ? "on" : "off");
+	}
+}
+
+static char *describe(void)
+{
+	g_autoptr(GString) text = g_string_new(
+		"Guests:\n"
+		"  qemu:qmp=PATH,agent=PATH   a stock QEMU: its QMP socket, and the socket of\n"
+		"                             libpostroad-agent.so preloaded into it\n"
+		"  agent:PATH                 a program that links the agent library\n"
+		"\n"
+		"Paths: SCHEME:HOST:PORT[?KEY=VALUE[&KEY=VALUE]...]; an IPv6 address in brackets;\n"
+		"several separated by commas, in order of preference:\n"
+		"  ofi:HOST:PORT              one-sided READs by libfabric\n"
+		"  tcp:HOST:PORT              pages over a plain socket\n"
+		"  faulty+SCHEME:HOST:PORT    the same with faults injected, for tests\n"
+		"\n");
+
+	append_parameters(text);
+	g_string_append(
+		text,
+		"\nExample; on the destination host, then on the source host:\n"
+		"  postroad --guest qemu:qmp=/run/vm/qmp.sock,agent=/run/vm/agent.sock \\\n"
+		"           --incoming ofi:10.0.1.2:4444,ofi:10.0.2.2:4444 --qmp /run/vm/pr.sock\n"
+		"  postroad --guest qemu:qmp=/run/vm/qmp.sock,agent=/run/vm/agent.sock \\\n"
+		"           --qmp /run/vm/pr.sock &\n"
+		"  postroadctl /run/vm/pr.sock 'migrate -d ofi:10.0.1.2:4444,ofi:10.0.2.2:4444'\n"
+		"  postroadctl /run/vm/pr.sock watch\n");
+	return g_string_free(g_steal_pointer(&text), FALSE);
+}
+
+static gboolean parse_options(Options *options, int *argc, char ***argv, GError **error)
+{
+	const GOptionEntry entries[] = {
+		{"guest", 'g', 0, G_OPTION_ARG_STRING, &options->guest, "what is migrated",
+		 "GUEST"},
+		{"incoming", 'i', 0, G_OPTION_ARG_STRING, &options->incoming,
+		 "be the destination: listen on these paths, or wait for migrate_incoming",
+		 "URI[,URI...]|defer"},
+		{"qmp", 'q', 0, G_OPTION_ARG_FILENAME, &options->qmp,
+		 "serve QMP on this unix socket", "PATH"},
+		{"hmp", 'm', 0, G_OPTION_ARG_NONE, &options->hmp,
+		 "take HMP lines from standard input", NULL},
+		{"set", 's', 0, G_OPTION_ARG_STRING_ARRAY, &options->set,
+		 "set a parameter or a capability; may be repeated", "KEY=VALUE"},
+		{"log", 'l', 0, G_OPTION_ARG_STRING, &options->log,
+		 "what to log: error, warning, info (default) or debug", "LEVEL"},
+		{"version", 'v', 0, G_OPTION_ARG_NONE, &options->version, "show the version", NULL},
+		{NULL},
+	};
+	g_autoptr(GOptionContext) context = g_option_context_new(NULL);
+	g_autofree char *description = describe();
+
+	g_option_context_set_summary(context, summary);
+	g_option_context_set_description(context, description);
+	g_option_context_add_main_entries(context, entries, NULL);
+	return g_option_context_parse(context, argc, argv, error);
+}
+
+static gboolean usage(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
+
+static gboolean usage(GError **error, const char *format, ...)
+{
+	va_list ap;
+
+	va_start(ap, format);
+	if (error)
+		*error = g_error_new_valist(G_OPTION_ERROR, G_OPTION_ERROR_BAD_VALUE, format, ap);
+	va_end(ap);
+	return FALSE;
+}
+
+static gboolean is_capability(const char *name)
+{
+	for (guint i = 0; i < PR_N_CAPABILITIES; i++)
+		if (!strcmp(pr_capability_info(i)->name, name))
+			return TRUE;
+	return FALSE;
+}
+
+static gboolean apply_setting(PrParams *params, const char *setting, GError **error)
+{
+	g_auto(GStrv) pair = g_strsplit(setting, "=", 2);
+	gboolean on;
+
+	if (g_strv_length(pair) != 2 || !pair[0][0])
+		return usage(error, "--set '%s': expected KEY=VALUE", setting);
+	if (!is_capability(pair[0])) {
+		if (pr_params_set_text(params, pair[0], pair[1], error))
+			return TRUE;
+		g_prefix_error(error, "--set: ");
+		return FALSE;
+	}
+	on = !strcmp(pair[1], "on");
+	if (!on && strcmp(pair[1], "off"))
+		return usage(error, "--set %s: expected on or off, found '%s'", pair[0], pair[1]);
+	if (pr_params_set_capability(params, pair[0], on, error))
+		return TRUE;
+	g_prefix_error(error, "--set: ");
+	return FALSE;
+}
+
+/* Everything about the options that can be told without touching anything. */
+static gboolean validate(const Options *options, int argc, char **argv, PrParams *params,
+			 GLogLevelFlags *ret_level, GError **error)
+{
+	if (argc > 1)
+		return usage(error, "unexpected argument '%s'", argv[1]);
+	if (!options->guest)
+		return usage(error, "--guest is missing: say what is to be migrated");
+	if (!options->qmp && !options->hmp &&
+	    (!options->incoming || !strcmp(options->incoming, "defer")))
+		return usage(error, "nobody could command this engine: give --qmp PATH or --hmp");
+	if (!pr_log_parse_level(options->log ? options->log : "info", ret_level))
+		return usage(error, "--log '%s': expected error, warning, info or debug",
+			     options->log);
+	pr_params_init(params);
+	for (char **setting = options->set; setting && *setting; setting++)
+		if (!apply_setting(params, *setting, error))
+			return FALSE;
+	return TRUE;
+}
+
+/* Any thread. */
+static void on_state(PrState state, const char *reason, void *opaque)
+{
+	Engine *engine = opaque;
+	PrState old = g_atomic_int_exchange(&engine->state, state);
+
+	g_info("%s -> %s (%s)", pr_state_name(old), pr_state_name(state),
+	       reason ? reason : "no reason given");
+	pr_monitor_on_state(state, reason, engine->monitor);
+}
+
+static void on_quit(void *opaque)
+{
+	Engine *engine = opaque;
+
+	g_main_loop_quit(engine->loop);
+}
+
+static gboolean on_signal(gpointer opaque)
+{
+	g_info("a signal asks this engine to end");
+	on_quit(opaque);
+	return G_SOURCE_CONTINUE;
+}
+
+/* A descriptor for the same terminal or pipe that does not block; the flag of standard input and output
+ * themselves is shared with the shell and stays as it is. A file keeps its position this way. */
+static int own_descriptor(int fd, int flags)
+{
+	struct stat st;
+	int own = -1;
+
+	if (fstat(fd, &st) == 0 && (S_ISCHR(st.st_mode) || S_ISFIFO(st.st_mode))) {
+		g_autofree char *path = g_strdup_printf("/proc/self/fd/%d", fd);
+
+		own = open(path, flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+	}
+	if (own < 0) {
+		own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+		if (own >= 0)
+			g_unix_set_fd_nonblocking(own, TRUE, NULL);
+	}
+	return own;
+}
+
+static gboolean serve_terminal(PrMonitor *monitor, GError **error)
+{
+	int in = own_descriptor(STDIN_FILENO, O_RDONLY);
+	int out = own_descriptor(STDOUT_FILENO, O_WRONLY);
+
+	if (in < 0 || out < 0) {
+		g_set_error(error, G_OPTION_ERROR, G_OPTION_ERROR_FAILED,
+			    "--hmp: standard input and output must be open");
+		return FALSE;
+	}
+	pr_monitor_hmp(monitor, in, out, isatty(STDIN_FILENO));
+	return TRUE;
+}
+
+static void prepare_process(void)
+{
+	struct rlimit limit;
+
+	signal(SIGPIPE, SIG_IGN);
+	if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+		limit.rlim_cur = limit.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &limit);
+	}
+}
+
+static gboolean serve(const Options *options, Engine *engine, PrMigration *migration,
+		      GError **error)
+{
+	pr_monitor_attach(engine->monitor, migration);
+	if (options->qmp && !pr_monitor_listen(engine->monitor, options->qmp, error))
+		return FALSE;
+	if (options->incoming && strcmp(options->incoming, "defer") &&
+	    !pr_migration_incoming(migration, options->incoming, error)) {
+		g_prefix_error(error, "--incoming: ");
+		return FALSE;
+	}
+	if (options->hmp && !serve_terminal(engine->monitor, error))
+		return FALSE;
+	g_unix_signal_add(SIGTERM, on_signal, engine);
+	g_unix_signal_add(SIGINT, on_signal, engine);
+	g_main_loop_run(engine->loop);
+	return TRUE;
+}
+
+static gboolean run(const Options *options, Engine *engine, GError **error)
+{
+	g_autoptr(PrMonitor) monitor = NULL;
+	g_autoptr(PrGuest) guest = NULL;
+	g_autoptr(GMainLoop) loop = NULL;
+	PrMigration *migration;
+	gboolean ok;
+
+	guest = pr_guest_open(options->guest, pr_param(&engine->params, PR_PARAM_GUEST_TIMEOUT),
+			      error);
+	if (!guest) {
+		g_prefix_error(error, "--guest: ");
+		return FALSE;
+	}
+	loop = g_main_loop_new(NULL, FALSE);
+	engine->loop = loop;
+	monitor = pr_monitor_new(&engine->params, g_main_context_default(), on_quit, engine);
+	engine->monitor = monitor;
+	migration = pr_migration_new(guest, &engine->params, on_state, engine);
+	ok = serve(options, engine, migration, error);
+	pr_monitor_close(monitor);
+	pr_migration_free(migration);
+	return ok;
+}
+
+int main(int argc, char **argv)
+{
+	g_auto(Options) options = {0};
+	g_autoptr(GError) error = NULL;
+	Engine engine = {.state = PR_STATE_NONE};
+	GLogLevelFlags level;
+
+	if (!parse_options(&options, &argc, &argv, &error)) {
+		fprintf(stderr, "postroad: %s; see postroad --help\n", error->message);
+		return EXIT_USAGE;
+	}
+	if (options.version) {
+		printf("postroad %s\n", PR_VERSION);
+		return 0;
+	}
+	if (!validate(&options, argc, argv, &engine.params, &level, &error)) {
+		fprintf(stderr, "postroad: %s; see postroad --help\n", error->message);
+		return EXIT_USAGE;
+	}
+	pr_log_start(level);
+	prepare_process();
+	if (run(&options, &engine, &error))
+		return 0;
+	fprintf(stderr, "postroad: %s\n", error->message);
+	return 1;
+}

@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The engine's state as JSON, in QEMU's field names, and that JSON as text. No I/O. */
+#pragma once
+
+#include <json-glib/json-glib.h>
+
+#include "migration/migration.h"
+
+JsonNode *pr_migrate_to_json(const PrMigrationInfo *info);
+JsonNode *pr_paths_to_json(const PrMigrationInfo *info);
+const char *pr_role_name(PrRole role);
+
+void pr_show_migrate(JsonNode *result, GString *text);
+void pr_show_paths(JsonNode *result, GString *text);
+void pr_show_parameters(JsonNode *result, GString *text);
+void pr_show_capabilities(JsonNode *result, GString *text);
+void pr_show_version(JsonNode *result, GString *text);
+/* A result that is a text already. */
+void pr_show_text(JsonNode *result, GString *text);
