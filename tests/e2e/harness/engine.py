@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One `postroad` beside one QEMU, driven as an operator does (postroadctl) and as a program (QMP)."""
+
+import subprocess
+
+from .process import Failure, expect, wait_for
+from .qmp import Qmp
+
+
+class Engine:
+    def __init__(self, lab, host, guest_option, incoming=None, name=None, settings=()):
+        self.name = name or f"postroad-{host.name}"
+        self.qmp_path = lab.path(f"{self.name}.qmp")
+        self.ctl = lab.build_file("postroadctl")
+        argv = [lab.engine_file(), "--guest", guest_option, "--qmp", self.qmp_path, "--log", "debug"]
+        argv += ["--incoming", incoming] if incoming else []
+        for setting in settings:
+            argv += ["--set", setting]
+        self.process = lab.start(self.name, host.command(argv), lab.sanitizer_env)
+        self.qmp = Qmp(self.qmp_path)
+
+    def hmp(self, line, seconds=20):
+        """What postroadctl prints for one HMP line; QEMU's words for a refusal are in the text."""
+        done = self.postroadctl(line, seconds)
+        if done.returncode:
+            raise Failure(f"{self.name}: '{line}' failed: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def refused(self, line, *words):
+        """Runs a line that has to be refused, with these words in the message."""
+        done = self.postroadctl(line, 20)
+        said = (done.stdout + done.stderr).strip()
+        expect(done.returncode != 0, f"{self.name}: '{line}' was not refused; it said: {said!r}")
+        for word in words:
+            expect(word in said, f"{self.name}: the refusal of '{line}' lacks {word!r}: {said!r}")
+        return said
+
+    def postroadctl(self, line, seconds):
+        try:
+            return subprocess.run(
+                [self.ctl, self.qmp_path, line],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise Failure(f"{self.name}: no answer to '{line}' in {seconds} s") from None
+
+    def query(self):
+        return self.qmp.command("query-migrate")
+
+    def status(self):
+        return self.query().get("status", "none")
+
+    def remaining(self):
+        return self.query().get("ram", {}).get("remaining", 0)
+
+    def wait_status(self, status, seconds=30):
+        try:
+            wait_for(f"{self.name} is {status}", seconds, lambda: self.status() == status)
+        except Failure as failure:
+            info = self.query()
+            raise Failure(f"{failure}; it is {info.get('status')}: {info.get('error-desc')}") from None
+        return self.query()
+
+    def statuses(self):
+        """The states it went through, from its events."""
+        events = self.qmp.drain_events()
+        return [event["data"]["status"] for event in events if event["event"] == "MIGRATION"]
+
+    def reasons(self):
+        events = self.qmp.drain_events()
+        return [
+            (event["data"]["status"], event["data"].get("reason"))
+            for event in events
+            if event["event"] == "MIGRATION"
+        ]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Processes that never outlive us, and waiting for conditions with a deadline."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Failure(Exception):
+    """An expectation that was not met, in words for whoever reads the report."""
+
+
+class Skip(Exception):
+    """This machine can't run the test; says why."""
+
+
+def expect(condition, message):
+    if not condition:
+        raise Failure(message)
+
+
+def wait_for(what, seconds, probe, interval=0.03):
+    """Returns probe()'s first true value; `what` names the condition in the failure."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = probe()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise Failure(f"waited {seconds} s in vain: {what}")
+        time.sleep(interval)
+
+
+def die_with_parent():
+    """In the child: be killed when the thread that started us ends, however it ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def raise_on_signals():
+    """Turns SIGTERM and SIGHUP into an exception, so that everything is cleaned up."""
+
+    def stop(number, _frame):
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, stop)
+
+
+class Process:
+    """A child with its output in a log file. One that need not be stopped gently is killed."""
+
+    def __init__(self, name, argv, log, env=None, gently=True):
+        self.name = name
+        self.gently = gently
+        self.log = log
+        full_env = {**os.environ, **(env or {})}
+        with open(log, "ab") as out:
+            self.popen = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=full_env,
+                preexec_fn=die_with_parent,
+            )
+
+    @property
+    def pid(self):
+        return self.popen.pid
+
+    def alive(self):
+        return self.popen.poll() is None
+
+    def exit_code(self):
+        return self.popen.poll()
+
+    def wait(self, seconds=10):
+        try:
+            return self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise Failure(f"{self.name} (pid {self.pid}) is still running after {seconds} s") from None
+
+    def stop(self):
+        """Asks it to end, then makes it."""
+        if self.alive() and self.gently:
+            self.popen.terminate()
+            try:
+                self.popen.wait(5)
+            except subprocess.TimeoutExpired:
+                pass
+        self.kill()
+
+    def kill(self):
+        if self.alive():
+            self.popen.kill()
+        self.popen.wait()
+
+    def output(self):
+        with open(self.log, "r", errors="replace") as log:
+            return log.read()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A QMP client: QEMU's monitor and ours speak the same protocol."""
+
+import json
+import socket
+import time
+
+from .process import Failure, wait_for
+
+
+class QmpError(Failure):
+    """The server answered with an error."""
+
+
+class Qmp:
+    def __init__(self, path, seconds=10):
+        self.path = path
+        self.events = []  # all since the connection was made
+        self.buffer = b""
+        self.socket = wait_for(f"monitor {path} accepts connections", seconds, self._connect)
+        self._receive(seconds, lambda message: "QMP" in message)
+        self.command("qmp_capabilities")
+
+    def _connect(self):
+        candidate = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            candidate.connect(self.path)
+        except OSError:
+            candidate.close()
+            return None
+        return candidate
+
+    def _line(self, deadline):
+        while b"\n" not in self.buffer:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self.socket.settimeout(left)
+            data = self.socket.recv(65536)
+            if not data:
+                raise ConnectionError(f"monitor {self.path}: closed")
+            self.buffer += data
+        line, self.buffer = self.buffer.split(b"\n", 1)
+        return json.loads(line)
+
+    def _receive(self, seconds, wanted):
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                message = self._line(deadline)
+            except (TimeoutError, socket.timeout):
+                return None
+            if wanted(message):
+                return message
+            if "event" in message:
+                self.events.append(message)
+
+    def send(self, name, **arguments):
+        request = {"execute": name}
+        if arguments:
+            request["arguments"] = arguments
+        self.socket.sendall(json.dumps(request).encode() + b"\n")
+
+    def answer(self, seconds):
+        """The answer to what was sent; None: there is none within that time."""
+        return self._receive(seconds, lambda message: "return" in message or "error" in message)
+
+    def command(self, name, /, **arguments):
+        self.send(name, **arguments)
+        message = self.answer(20)
+        if message is None:
+            raise Failure(f"monitor {self.path}: no answer to {name}")
+        if "error" in message:
+            raise QmpError(message["error"].get("desc", "no description"))
+        return message["return"]
+
+    def drain_events(self):
+        """Reads the events that have arrived."""
+        self._receive(0.05, lambda message: False)
+        return self.events
+
+    def close(self):
+        self.socket.close()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A stock QEMU with the Linux test guest, and what the guest says on its console."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+
+from .process import Failure, expect, wait_for
+from .qmp import Qmp
+
+PROGRESS = re.compile(r"^guest: t=([\d.]+) rounds=(\d+) pages=(\d+) corrupt=(\d+)\s*$", re.M)
+QEMU = "qemu-system-x86_64"
+
+# The reporter's CPU keeps the time (nohz=off) and the kernel lies at a known place at the start of
+# RAM, so that the console stays alive while the workers wait for pages that can't be fetched.
+KERNEL = (
+    "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr nohz=off nowatchdog mitigations=off"
+    " rcupdate.rcu_cpu_stall_suppress=1 isolcpus=1"
+)
+
+
+@dataclass
+class GuestSpec:
+    """What the guest is like; the same on both sides."""
+
+    ram_mb: int = 256
+    work_mb: int = 48
+    work_rate: int = 8000  # pages a second
+    work_threads: int = 2
+    tick_ms: int = 200
+    nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
+    share: str = "on"
+
+    def memory(self):
+        each = self.ram_mb // self.nodes
+        args = ["-m", str(self.ram_mb)]
+        for node in range(self.nodes):
+            args += ["-object", f"memory-backend-memfd,id=ram{node},size={each}M,share={self.share}"]
+        if self.nodes == 1:
+            return args + ["-machine", "pc,memory-backend=ram0"]
+        for node in range(self.nodes):
+            args += ["-numa", f"node,memdev=ram{node}"]
+        return args + ["-machine", "pc"]
+
+    def kernel_line(self):
+        return (
+            f"{KERNEL} work_mb={self.work_mb} work_rate={self.work_rate}"
+            f" work_threads={self.work_threads} work_tick={self.tick_ms}"
+        )
+
+
+@dataclass
+class Progress:
+    """One line of the guest's reporter."""
+
+    t: float
+    rounds: int
+    pages: int
+    corrupt: int
+
+
+class Console:
+    """What one QEMU's serial port has printed, from the byte that the reader has come to."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def text(self):
+        try:
+            with open(self.path, "r", errors="replace") as console:
+                return console.read()
+        except FileNotFoundError:
+            return ""
+
+    def progress(self):
+        return [
+            Progress(float(t), int(rounds), int(pages), int(corrupt))
+            for t, rounds, pages, corrupt in PROGRESS.findall(self.text())
+        ]
+
+    def last(self):
+        lines = self.progress()
+        return lines[-1] if lines else None
+
+    def wait_running(self, what, seconds=60):
+        """Waits until the guest has printed two more lines, i.e. it runs."""
+        seen = len(self.progress())
+        wait_for(f"{what}: the guest prints on", seconds, lambda: len(self.progress()) >= seen + 2)
+
+    def wait_rounds(self, rounds, seconds=90):
+        """Waits for that many more complete rounds over its memory."""
+        first = wait_for("the guest prints its progress", seconds, self.last).rounds
+        wait_for(
+            f"the guest verifies all its pages {rounds} more times",
+            seconds,
+            lambda: self.last().rounds >= first + rounds,
+        )
+
+    def expect_sound(self):
+        lines = self.progress()
+        expect(lines, f"the guest has printed nothing to {self.path}")
+        bad = [line for line in lines if line.corrupt]
+        expect(not bad, f"the guest found corrupt pages: {bad[:1]}; its console: {self.text()[-2000:]}")
+
+
+class Qemu:
+    """One QEMU, started on a host."""
+
+    def __init__(self, lab, host, spec, incoming=False, agent=True, name=None):
+        self.name = name or f"qemu-{host.name}"
+        self.spec = spec
+        self.qmp_path = lab.path(f"{self.name}.qmp")
+        self.second_qmp_path = lab.path(f"{self.name}.qmp2")
+        self.agent_path = lab.path(f"{self.name}.agent")
+        self.console = Console(lab.path(f"{self.name}.console"))
+        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
+        argv += ["-no-reboot", "-accel", lab.accel, "-cpu", "max", "-smp", "2", *spec.memory()]
+        argv += ["-kernel", lab.guest_file("vmlinuz"), "-initrd", lab.guest_file("initrd.gz")]
+        argv += ["-append", spec.kernel_line(), "-serial", f"file:{self.console.path}"]
+        for path in (self.qmp_path, self.second_qmp_path):
+            argv += ["-qmp", f"unix:{path},server=on,wait=off"]
+        argv += ["-incoming", "defer"] if incoming else []
+        env = {}
+        if agent:
+            env = {"LD_PRELOAD": lab.build_file("libpostroad-agent.so"), "POSTROAD_AGENT": self.agent_path}
+        self.process = lab.start(self.name, host.command(argv), env, gently=False)
+        self.qmp = self._connect()
+
+    def _connect(self):
+        """A monitor connection of our own; the engine uses the other."""
+        wait_for(
+            f"{self.name} opens its monitor",
+            20,
+            lambda: os.path.exists(self.second_qmp_path) or not self.process.alive(),
+        )
+        if not self.process.alive():
+            raise Failure(f"{self.name} ended: {self.process.output()[-1000:]}")
+        return Qmp(self.second_qmp_path)
+
+    def guest_option(self):
+        return f"qemu:qmp={self.qmp_path},agent={self.agent_path}"
+
+    def wait_booted(self):
+        wait_for(f"the guest of {self.name} has booted and filled its memory", 90, self.console.last)
+
+    def status(self):
+        return self.qmp.command("query-status")["status"]
+
+    def quit(self):
+        """As an operator would end it."""
+        self.qmp.send("quit")
+        self.process.wait(20)
+
+
+def probe_accel(guest_dir, wanted):
+    """The accelerator to use: the one asked for, or KVM if a guest really boots under it, else TCG."""
+    if wanted != "auto":
+        return wanted
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot"]
+    argv += ["-accel", "kvm", "-cpu", "max", "-smp", "2", "-m", "128", "-serial", "stdio"]
+    argv += ["-kernel", f"{guest_dir}/vmlinuz", "-initrd", f"{guest_dir}/initrd.gz"]
+    argv += ["-append", KERNEL + " work_mb=1"]
+    probe = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    os.set_blocking(probe.stdout.fileno(), False)
+    seen = bytearray()
+
+    def booted():
+        seen.extend(probe.stdout.read() or b"")
+        return b"guest: booted" in seen or probe.poll() is not None
+
+    try:
+        wait_for("a guest boots under KVM", 10, booted)
+    except Failure:
+        pass
+    probe.kill()
+    probe.wait()
+    return "kvm" if b"guest: booted" in seen else "tcg"

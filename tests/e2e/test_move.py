@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Migrations that nothing goes wrong with."""
+
+from harness.case import case
+from harness.engine import Engine
+from harness.lab import Move
+from harness.process import expect, wait_for
+from harness.vm import GuestSpec, Qemu
+
+
+def move_and_verify(lab, **kind):
+    move = Move(lab, **kind)
+    move.start()
+    move.wait_completed()
+    move.expect_path_taken("setup", "active", "device", "postcopy-active", "completed")
+    move.expect_guest_sound()
+    return move
+
+
+@case("move-over-ofi")
+def move_over_ofi(lab):
+    move_and_verify(lab, scheme="ofi")
+
+
+@case("move-over-tcp")
+def move_over_tcp(lab):
+    move_and_verify(lab, scheme="tcp")
+
+
+@case("move-of-two-ram-backends")
+def move_two_backends(lab):
+    move_and_verify(lab, scheme="ofi", spec=GuestSpec(nodes=2))
+
+
+@case("move-back-again-with-the-roles-swapped")
+def move_twice(lab):
+    """A guest that came can also go: the second move starts from the first one's destination."""
+    move = move_and_verify(lab, scheme="ofi")
+    middle_vm = move.destination_vm
+    move.destination.process.stop()
+    last_vm = Qemu(lab, lab.network.source, middle_vm.spec, incoming=True, name="qemu-last")
+    middle = Engine(lab, lab.network.destination, middle_vm.guest_option(), name="postroad-middle")
+    last = Engine(
+        lab, lab.network.source, last_vm.guest_option(), "ofi:0.0.0.0:4445", name="postroad-last"
+    )
+    middle.hmp(f"migrate -d ofi:{lab.network.source.address(1)}:4445")
+    middle.wait_status("completed")
+    last.wait_status("completed")
+    middle_vm.quit()
+    last_vm.console.wait_rounds(2)
+    last_vm.console.expect_sound()
+
+
+@case("paused-guest-stays-paused")
+def paused_stays_paused(lab):
+    move = Move(lab)
+    move.source_vm.qmp.command("stop")
+    move.start()
+    move.wait_completed()
+    state = move.destination_vm.status()
+    expect(state == "paused", f"the guest was paused at the source, at the destination it is {state}")
+    expect(
+        not move.destination_vm.console.progress(),
+        "the guest was paused, but has printed something at the destination",
+    )
+    move.destination_vm.qmp.command("cont")
+    move.expect_guest_sound()
+
+
+@case("statistics-agree-on-both-sides")
+def statistics_agree(lab):
+    move = Move(lab)
+    move.start()
+    move.wait_completed()
+    source, destination = (engine.query() for engine in move.engines)
+    for info in (source, destination):
+        ram = info["ram"]
+        expect(
+            ram["total"] == move.source_vm.spec.ram_mb << 20,
+            f"total is {ram['total']}, the guest has {move.source_vm.spec.ram_mb} MiB",
+        )
+        pages = ram["normal"] + ram["duplicate"]
+        expect(
+            pages * ram["page-size"] == ram["total"],
+            f"{ram['normal']} travelled and {ram['duplicate']} zero pages are not all of {ram['total']} bytes",
+        )
+        expect(
+            ram["transferred"] == ram["normal"] * ram["page-size"],
+            f"{ram['transferred']} bytes travelled in {ram['normal']} pages",
+        )
+        expect(ram["normal"] >= move.source_vm.spec.work_mb << 8, "fewer pages travelled than the guest uses")
+    for field in ("normal", "duplicate", "transferred", "postcopy-requests"):
+        a, b = source["ram"][field], destination["ram"][field]
+        expect(a == b, f"{field} is {a} at the source and {b} at the destination")
+    expect(0 < source["downtime"] <= source["total-time"], f"downtime {source['downtime']} ms")
+
+
+@case("guest-runs-at-the-destination-before-its-pages-are-there")
+def guest_runs_early(lab):
+    """It does not wait for its memory: it prints while pages are still on the way."""
+    move = Move(lab)
+    move.slow_down()
+    move.start()
+    move.wait_midway()
+    wait_for(
+        "the guest prints from the destination while its pages travel",
+        10,
+        move.destination_vm.console.last,
+    )
+    move.expect_midway()
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()

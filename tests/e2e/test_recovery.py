@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Paths that fail in the middle of a postcopy, and what it takes to go on."""
+
+import time
+
+from harness.case import case
+from harness.lab import Move
+from harness.process import expect, wait_for
+
+PAUSED_AND_BACK = (
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover",
+    "postcopy-active",
+    "completed",
+)
+
+
+def start_and_stop_midway(lab, scheme, **kind):
+    move = Move(lab, scheme=scheme, **kind)
+    move.slow_down()
+    move.start()
+    move.wait_midway()
+    return move
+
+
+def cut_and_recover(lab, scheme):
+    move = start_and_stop_midway(lab, scheme)
+    move.network.link_down(1)
+    move.wait_paused()
+    move.finish_over(link=2)
+    move.expect_path_taken(*PAUSED_AND_BACK)
+
+
+@case("recover-over-ofi-after-link-cut")
+def recover_ofi(lab):
+    cut_and_recover(lab, "ofi")
+
+
+@case("recover-over-tcp-after-link-cut")
+def recover_tcp(lab):
+    cut_and_recover(lab, "tcp")
+
+
+@case("recover-with-another-transport")
+def recover_other_transport(lab):
+    """The path that is left need not be of the kind that was lost."""
+    move = Move(lab, incoming="ofi:0.0.0.0:4444,tcp:0.0.0.0:4445")
+    move.slow_down()
+    move.start()
+    move.wait_midway()
+    move.network.link_down(1)
+    move.wait_paused()
+    move.source.hmp(f"migrate -d -r tcp:{move.network.destination.address(2)}:4445")
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("guest-runs-on-with-the-pages-it-has-while-paused")
+def guest_runs_while_paused(lab):
+    move = start_and_stop_midway(lab, "ofi")
+    move.destination_vm.console.wait_running("destination, in postcopy")
+    move.network.link_down(1)
+    move.wait_paused()
+    move.destination_vm.console.wait_running("destination, paused")
+    move.expect_midway()
+    move.finish_over(link=2)
+
+
+@case("recover-twice-in-a-row")
+def recover_twice(lab):
+    move = start_and_stop_midway(lab, "ofi")
+    move.network.link_down(1)
+    move.wait_paused()
+    move.resume(link=2)
+    for engine in move.engines:
+        engine.wait_status("postcopy-active")
+    move.wait_midway(fraction=0.8)
+    move.network.link_up(1)
+    move.network.link_down(2)
+    move.wait_paused()
+    move.finish_over(link=1)
+    move.expect_path_taken(*PAUSED_AND_BACK[:-1], *PAUSED_AND_BACK[1:])
+
+
+@case("recover-after-recovery-over-a-dead-link-failed")
+def recovery_fails_first(lab):
+    move = start_and_stop_midway(lab, "ofi")
+    move.network.link_down(1)
+    move.wait_paused()
+    move.resume(link=1)
+    wait_for(
+        "the recovery over the dead link is given up",
+        30,
+        lambda: move.source.statuses().count("postcopy-paused") >= 2,
+    )
+    move.wait_paused()
+    move.finish_over(link=2)
+
+
+@case("recover-after-silent-loss")
+def silent_loss(lab):
+    """Both ends of the link stay up and no error comes: only the heartbeat can notice."""
+    move = start_and_stop_midway(lab, "ofi")
+    move.network.black_hole(1)
+    began = time.monotonic()
+    move.wait_paused()
+    noticed = time.monotonic() - began
+    expect(noticed < 5, f"the heartbeat took {noticed:.1f} s to notice")
+    move.finish_over(link=2)
+
+
+@case("recover-over-the-same-link-once-it-is-back")
+def same_link(lab):
+    move = start_and_stop_midway(lab, "tcp")
+    move.network.black_hole(1)
+    move.wait_paused()
+    move.network.end_black_hole(1)
+    move.finish_over(link=1)
+
+
+def cut_during_bitmaps(lab, scheme):
+    """The first recovery is cut between two messages of the bitmap exchange, again and again."""
+    move = start_and_stop_midway(lab, scheme)
+    move.network.link_down(1)
+    move.wait_paused()
+    for messages in range(1, 5):
+        paused = move.source.statuses().count("postcopy-paused")
+        move.resume(link=2, prefix="faulty+", options=f"?cut-after-messages={messages}")
+        wait_for(
+            f"a recovery that is cut after {messages} messages goes back to paused",
+            30,
+            lambda before=paused: move.source.statuses().count("postcopy-paused") > before,
+        )
+        move.wait_paused()
+    move.finish_over(link=2)
+
+
+@case("recover-after-cut-during-bitmap-exchange-over-ofi")
+def bitmaps_ofi(lab):
+    cut_during_bitmaps(lab, "ofi")
+
+
+@case("recover-after-cut-during-bitmap-exchange-over-tcp")
+def bitmaps_tcp(lab):
+    cut_during_bitmaps(lab, "tcp")
+
+
+@case("recover-on-the-direct-path-after-socat-bridge-died")
+def socat_bridge(lab):
+    """The test that came with the first postcopy recovery: the path is a socat bridge, it is killed, the
+    recovery takes the direct way."""
+    move = Move(lab, scheme="tcp")
+    host = lab.network.source
+    direct = lab.network.destination.address(1)
+    bridge = lab.start(
+        "socat",
+        host.command(["socat", "TCP-LISTEN:6666,fork,reuseaddr,bind=127.0.0.1", f"TCP:{direct}:4444"]),
+        gently=False,
+    )
+    wait_for("the bridge listens", 10, lambda: "127.0.0.1:6666" in host.run("ss", "-ltn"))
+    move.slow_down()
+    move.source.hmp("migrate -d tcp:127.0.0.1:6666")
+    move.wait_midway()
+    lab.kill_tree(bridge)
+    move.wait_paused()
+    move.finish_over(link=1)
+    move.expect_path_taken(*PAUSED_AND_BACK)
+
+
+@case("recover-while-the-main-loop-of-qemu-is-stuck")
+def main_loop_stuck(lab):
+    """The old worry about postcopy: QEMU's main thread waits for a page that can't come, and nobody can
+    ask for a recovery any more. QEMU's monitor really hangs; ours does not."""
+    move = start_and_stop_midway(lab, "ofi")
+    move.network.link_down(1)
+    move.wait_paused()
+    qemu = move.destination_vm
+    size = qemu.spec.ram_mb << 20
+    qemu.qmp.send("pmemsave", val=0, size=size, filename=lab.path("memory"))
+    answer = qemu.qmp.answer(3)
+    expect(answer is None, f"QEMU's monitor was to hang on a missing page, but answers {answer}")
+    for engine in move.engines:
+        began = time.monotonic()
+        expect(engine.status() == "postcopy-paused", f"{engine.name} is {engine.status()}")
+        took = time.monotonic() - began
+        expect(took < 0.5, f"{engine.name} took {took * 1000:.0f} ms to answer")
+    move.resume(link=2)
+    move.full_speed()
+    answer = qemu.qmp.answer(30)
+    expect(answer and "return" in answer, f"after the recovery QEMU's monitor answers {answer}")
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+def asked_to_pause(lab, side):
+    move = start_and_stop_midway(lab, "ofi")
+    getattr(move, side).hmp("migrate_pause")
+    move.wait_paused()
+    move.finish_over(link=1)
+
+
+@case("migrate-pause-at-the-source-pauses-both")
+def pause_source(lab):
+    asked_to_pause(lab, "source")
+
+
+@case("migrate-pause-at-the-destination-pauses-both")
+def pause_destination(lab):
+    asked_to_pause(lab, "destination")
+
+
+@case("migrate-recover-adds-a-listener-and-the-old-one-stays")
+def recover_adds_listener(lab):
+    move = start_and_stop_midway(lab, "ofi")
+    address = lab.network.destination.address(2)
+    move.network.link_down(1)
+    move.wait_paused()
+    move.destination.hmp(f"migrate_recover tcp:{address}:5555")
+    listening = lab.network.destination.run("ss", "-ltn")
+    for port in (":4444", ":5555"):
+        expect(port in listening, f"nobody listens on {port}: {listening}")
+    move.source.hmp(f"migrate -d -r tcp:{address}:5555")
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("statistics-stay-right-across-recoveries")
+def statistics(lab):
+    move = start_and_stop_midway(lab, "ofi")
+    move.network.link_down(1)
+    move.wait_paused()
+    before = move.destination.query()["ram"]
+    time_paused = 1.0
+    began = time.monotonic()
+    wait_for("some time in the pause", 5, lambda: time.monotonic() - began > time_paused)
+    move.finish_over(link=2)
+    source, destination = (engine.query() for engine in move.engines)
+    for name, info in (("source", source), ("destination", destination)):
+        ram = info["ram"]
+        pages = ram["normal"] + ram["duplicate"]
+        expect(pages * ram["page-size"] == ram["total"], f"{name}: pages don't add up: {ram}")
+        expect(ram["transferred"] > before["transferred"], f"{name}: nothing travelled after the recovery")
+        expect(info["total-time"] >= time_paused * 1000, f"{name}: total-time {info['total-time']} ms")
+        paused = info["postroad"]["time-paused"]
+        expect(
+            time_paused * 1000 <= paused <= info["total-time"],
+            f"{name}: paused {paused} ms of {info['total-time']} ms",
+        )
+        expect(info["postroad"]["recoveries"] == 1, f"{name}: {info['postroad']['recoveries']} recoveries")
+        expect(info["postroad"]["pauses"] == 1, f"{name}: {info['postroad']['pauses']} pauses")

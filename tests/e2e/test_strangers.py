@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Peers on the migration port that do not belong to the migration."""
+
+import random
+
+from harness.case import case
+from harness.engine import Engine
+from harness.lab import Move
+from harness.process import expect, wait_for
+from harness.vm import Qemu
+
+# Connects, sends what it is given on stdin, and stays connected until it is killed or turned away.
+STRANGER = """
+import socket, sys
+peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
+peer.sendall(bytes.fromhex(sys.argv[3]))
+print("sent", flush=True)
+peer.settimeout(60)
+try:
+    while peer.recv(4096):
+        pass
+    print("closed", flush=True)
+except ConnectionError:
+    print("reset", flush=True)
+"""
+
+
+def garbage():
+    """What strangers say: nothing, noise, other protocols, and lengths that lie."""
+    noise = random.Random(1)
+    return {
+        "silent": b"",
+        "http": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "noise": bytes(noise.randrange(256) for _ in range(4096)),
+        "half-a-header": b"\x00\x01\x00",
+        "huge-hello": b"\x00\x01\x00\x00\xff\xff\xff\xff",
+        "short-hello": b"\x00\x01\x00\x00\x00\x00\x00\x04PSTR",
+        "lying-hello": b"\x00\x01\x00\x00\x00\x00\x01\x00PSTR" + b"\xff" * 252,
+        "bare-command": b"\x01\x05\x00\x00\x00\x00\x00\x00",
+        "foreign-lane": b"\x00\x03\x00\x00\x00\x00\x00\x2dPSTR" + b"\x00" * 41,
+    }
+
+
+def knock(lab, port=4444):
+    host = lab.network.source
+    strangers = []
+    for name, data in garbage().items():
+        argv = ["python3", "-c", STRANGER, host_address(lab), str(port), data.hex()]
+        strangers.append(lab.start(f"stranger-{name}", host.command(argv), gently=False))
+    return strangers
+
+
+def host_address(lab):
+    return lab.network.destination.address(2)
+
+
+@case("strangers-do-not-disturb-a-running-migration")
+def strangers_while_running(lab):
+    move = Move(lab)
+    move.slow_down()
+    move.start()
+    move.wait_midway()
+    strangers = knock(lab)
+    wait_for("the strangers have spoken", 20, lambda: all("sent" in s.output() for s in strangers))
+    move.full_speed()
+    move.wait_completed()
+    states = move.source.statuses() + move.destination.statuses()
+    expect("postcopy-paused" not in states, f"the strangers disturbed the migration: {states}")
+    move.expect_guest_sound()
+
+
+@case("strangers-do-not-disturb-a-paused-migration")
+def strangers_while_paused(lab):
+    move = Move(lab)
+    move.slow_down()
+    move.start()
+    move.wait_midway()
+    move.network.link_down(1)
+    move.wait_paused()
+    strangers = knock(lab)
+    wait_for(
+        "every stranger is turned away",
+        40,
+        lambda: all("closed" in s.output() or "reset" in s.output() for s in strangers),
+    )
+    expect(move.destination.status() == "postcopy-paused", "a stranger moved the paused migration")
+    move.finish_over(link=2)
+
+
+@case("source-of-another-migration-is-turned-away")
+def another_migration(lab):
+    """A second guest knocks on a destination that is taken; its guest runs on, the first is not
+    disturbed."""
+    move = Move(lab)
+    other_vm = Qemu(lab, lab.network.source, move.source_vm.spec, name="qemu-other")
+    other = Engine(lab, lab.network.source, other_vm.guest_option(), name="postroad-other")
+    other_vm.wait_booted()
+    move.slow_down()
+    move.start()
+    move.wait_midway()
+    other.hmp(f"migrate -d {move.uri(link=2)}")
+    info = other.wait_status("failed")
+    expect(info.get("error-desc"), "the refusal has no reason")
+    other_vm.console.wait_running("other source")
+    move.full_speed()
+    move.wait_completed()
+    states = move.source.statuses() + move.destination.statuses()
+    expect("postcopy-paused" not in states, f"another source disturbed the migration: {states}")
+    move.expect_guest_sound()
+
+
+@case("peer-that-is-not-postroad-is-named-so")
+def not_postroad(lab):
+    """The source connects to something that answers in another language."""
+    move = Move(lab, settings=("handshake-timeout=2000",))
+    host = lab.network.destination
+    server = lab.start(
+        "other-server",
+        host.command(["socat", "TCP-LISTEN:8080,fork,reuseaddr", "SYSTEM:echo HTTP/1.1 400 Bad Request"]),
+        gently=False,
+    )
+    wait_for("the other server listens", 10, lambda: ":8080" in host.run("ss", "-ltn"))
+    move.source.hmp(f"migrate -d {move.uri(port=8080)}")
+    info = move.source.wait_status("failed")
+    expect("8080" in info["error-desc"], f"the error does not name the path: {info['error-desc']}")
+    move.expect_source_runs()
+    lab.kill_tree(server)

@@ -1,0 +1,289 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the Linux test guest does all day: workers rewrite and verify every page of a large buffer; a
+ * reporter prints a line about it on the console.
+ *
+ * Each page holds a stamp (buffer position and generation) and a pattern made from the stamp. A
+ * worker visits its pages in a scattered but known order, so that it knows which generation each of
+ * them must have: a page that is torn, swapped with another, zeroed or stale is counted and reported.
+ *
+ * The reporter is a process of its own on CPU 0 and the workers are on the others: workers that wait
+ * for a page which can't be fetched never keep the reporter from printing. What they share is one page,
+ * `stats`; the reporter only reads it, each worker writes its own part, all accesses are atomic.
+ *
+ * Environment: work_mb (size of the buffer, MiB), work_threads, work_rate (pages a second, 0: no
+ * limit). Prints, once all pages have their first generation and then every work_tick ms:
+ *
+ *	guest: t=12 rounds=3 pages=123456 corrupt=0
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE	    4096u
+#define WORDS	    (PAGE / sizeof(uint64_t))
+#define MAX_WORKERS 8
+#define MAX_REPORTS 16
+#define STAMP	    0x706f7374726f6164ull /* first word of each page, xor position and generation */
+#define BATCH	    64			  /* pages between two looks at the clock */
+
+struct report {
+	atomic_bool ready;
+	uint64_t page, word, expected, found;
+};
+
+struct worker_stats {
+	_Atomic uint64_t rounds, pages, corrupt;
+};
+
+/* Shared between the reporter and the workers. */
+struct stats {
+	atomic_uint ready; /* workers that have filled their part */
+	atomic_uint n_reports;
+	struct worker_stats worker[MAX_WORKERS];
+	struct report report[MAX_REPORTS];
+};
+
+struct worker {
+	struct stats *stats;
+	unsigned int id;
+	uint64_t *buffer; /* its own part */
+	uint64_t first;	  /* page number of that part within the whole buffer */
+	uint64_t n_pages;
+	uint64_t rate; /* pages a second, 0: no limit */
+};
+
+static uint64_t env_number(const char *name, uint64_t otherwise)
+{
+	const char *text = getenv(name);
+
+	return text && *text ? strtoull(text, NULL, 10) : otherwise;
+}
+
+static void die(const char *what)
+{
+	printf("guest: fatal: %s: %s\n", what, strerror(errno));
+	exit(1);
+}
+
+static void pin_to(unsigned int cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	if (sched_setaffinity(0, sizeof(set), &set) < 0)
+		die("sched_setaffinity");
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+static uint64_t page_word(uint64_t page, uint64_t generation, unsigned int word)
+{
+	uint64_t stamp = STAMP ^ (page << 32) ^ generation;
+
+	return word == 0 ? stamp : (stamp + word) * 0x9e3779b97f4a7c15ull;
+}
+
+static void fill(uint64_t *at, uint64_t page, uint64_t generation)
+{
+	for (unsigned int i = 0; i < WORDS; i++)
+		at[i] = page_word(page, generation, i);
+}
+
+static void report(struct worker *w, uint64_t page, uint64_t generation, const uint64_t *at,
+		   unsigned int word)
+{
+	unsigned int slot = atomic_fetch_add(&w->stats->n_reports, 1);
+
+	if (slot >= MAX_REPORTS)
+		return;
+	struct report *r = &w->stats->report[slot];
+	r->page = page;
+	r->word = word;
+	r->expected = page_word(page, generation, word);
+	r->found = at[word];
+	atomic_store(&r->ready, 1);
+}
+
+static void verify(struct worker *w, const uint64_t *at, uint64_t page, uint64_t generation)
+{
+	for (unsigned int i = 0; i < WORDS; i++) {
+		if (at[i] == page_word(page, generation, i))
+			continue;
+		atomic_fetch_add(&w->stats->worker[w->id].corrupt, 1);
+		report(w, page, generation, at, i);
+		return;
+	}
+}
+
+/* Sleeps until `pages` are due at the worker's rate. */
+static void pace(const struct worker *w, uint64_t start, uint64_t pages)
+{
+	uint64_t due = start + pages * 1000000000u / w->rate;
+	struct timespec ts = {(time_t)(due / 1000000000u), (long)(due % 1000000000u)};
+
+	clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL);
+}
+
+/* A step that scatters the visits and reaches every page: coprime to n. */
+static uint64_t scatter(uint64_t n)
+{
+	for (uint64_t step = n * 5 / 8 | 1;; step += 2) {
+		uint64_t a = n, b = step % n;
+
+		while (b) {
+			uint64_t rest = a % b;
+
+			a = b;
+			b = rest;
+		}
+		if (a == 1)
+			return step % n;
+	}
+}
+
+static void work_round(struct worker *w, uint64_t step, uint64_t generation)
+{
+	struct worker_stats *stats = &w->stats->worker[w->id];
+	uint64_t start = now_ns(), at = 0;
+
+	for (uint64_t i = 0; i < w->n_pages; i++) {
+		uint64_t *page = w->buffer + at * WORDS;
+
+		verify(w, page, w->first + at, generation);
+		fill(page, w->first + at, generation + 1);
+		atomic_fetch_add(&stats->pages, 1);
+		at = (at + step) % w->n_pages;
+		if (w->rate && i % BATCH == BATCH - 1)
+			pace(w, start, i + 1);
+	}
+	atomic_fetch_add(&stats->rounds, 1);
+}
+
+static void *work(void *opaque)
+{
+	struct worker *w = opaque;
+	uint64_t step = scatter(w->n_pages);
+
+	for (uint64_t i = 0; i < w->n_pages; i++)
+		fill(w->buffer + i * WORDS, w->first + i, 0);
+	atomic_fetch_add(&w->stats->ready, 1);
+	for (uint64_t generation = 0;; generation++)
+		work_round(w, step, generation);
+	return NULL;
+}
+
+static void run_workers(struct stats *stats, uint64_t n_pages, unsigned int n, uint64_t rate)
+{
+	static struct worker workers[MAX_WORKERS];
+	pthread_t threads[MAX_WORKERS];
+	uint64_t each = n_pages / n;
+	uint64_t *buffer = mmap(NULL, n_pages * PAGE, PROT_READ | PROT_WRITE,
+				MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (buffer == MAP_FAILED)
+		die("buffer");
+	if (sysconf(_SC_NPROCESSORS_ONLN) > 1)
+		pin_to(1);
+	for (unsigned int i = 0; i < n; i++) {
+		workers[i] = (struct worker){
+			.stats = stats,
+			.id = i,
+			.buffer = buffer + i * each * WORDS,
+			.first = i * each,
+			.n_pages = each,
+			.rate = rate ? rate / n + 1 : 0,
+		};
+		if (pthread_create(&threads[i], NULL, work, &workers[i]))
+			die("pthread_create");
+	}
+	for (unsigned int i = 0; i < n; i++)
+		pthread_join(threads[i], NULL);
+}
+
+static void print_reports(struct stats *stats)
+{
+	static bool printed[MAX_REPORTS];
+
+	for (unsigned int i = 0; i < MAX_REPORTS; i++) {
+		struct report *r = &stats->report[i];
+
+		if (printed[i] || !atomic_load(&r->ready))
+			continue;
+		printf("guest: page %" PRIu64 " word %" PRIu64 ": expected %016" PRIx64
+		       " found %016" PRIx64 "\n",
+		       r->page, r->word, r->expected, r->found);
+		printed[i] = true;
+	}
+}
+
+static void print_progress(struct stats *stats, unsigned int n, uint64_t t)
+{
+	uint64_t rounds = UINT64_MAX, pages = 0, corrupt = 0;
+
+	for (unsigned int i = 0; i < n; i++) {
+		uint64_t r = atomic_load(&stats->worker[i].rounds);
+
+		rounds = r < rounds ? r : rounds;
+		pages += atomic_load(&stats->worker[i].pages);
+		corrupt += atomic_load(&stats->worker[i].corrupt);
+	}
+	printf("guest: t=%" PRIu64 ".%03" PRIu64 " rounds=%" PRIu64 " pages=%" PRIu64
+	       " corrupt=%" PRIu64 "\n",
+	       t / 1000000000u, t / 1000000u % 1000u, rounds, pages, corrupt);
+}
+
+static void run_reporter(struct stats *stats, unsigned int n, uint64_t tick_ms)
+{
+	struct timespec tick = {(time_t)(tick_ms / 1000), (long)(tick_ms % 1000) * 1000000};
+
+	pin_to(0);
+	mlockall(MCL_CURRENT | MCL_FUTURE);
+	while (atomic_load(&stats->ready) < n)
+		nanosleep(&tick, NULL);
+	for (uint64_t start = now_ns();;) {
+		print_progress(stats, n, now_ns() - start);
+		print_reports(stats);
+		nanosleep(&tick, NULL);
+		if (waitpid(-1, NULL, WNOHANG) > 0)
+			die("the workers are gone");
+	}
+}
+
+int main(void)
+{
+	uint64_t n_pages = env_number("work_mb", 64) * (1024 * 1024 / PAGE);
+	unsigned int n = (unsigned int)env_number("work_threads", 1);
+	struct stats *stats = mmap(NULL, sizeof(*stats), PROT_READ | PROT_WRITE,
+				   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	if (stats == MAP_FAILED)
+		die("stats");
+	if (n < 1 || n > MAX_WORKERS || n_pages < n) {
+		errno = EINVAL;
+		die("work_threads, work_mb");
+	}
+	if (fork() == 0)
+		run_workers(stats, n_pages, n, env_number("work_rate", 0));
+	else
+		run_reporter(stats, n, env_number("work_tick", 1000));
+	return 1;
+}
