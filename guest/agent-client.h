@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The engine's end of an agent socket (guest/agent-proto.h). Both kinds of guest have one: `agent:` for
+ * everything, `qemu:` for memory and faults.
+ *
+ * A client has a thread that reads replies, so that any number of calls can be under way at once. All
+ * functions are safe from any thread; they block for at most the timeout. Errors are of the domain
+ * PR_GUEST_ERROR (a cancelled call: G_IO_ERROR_CANCELLED) and name the socket.
+ */
+#pragma once
+
+#include <gio/gio.h>
+
+#include "guest/agent-proto.h"
+#include "guest/guest.h"
+
+typedef struct PrAgentClient PrAgentClient;
+
+PrAgentClient *pr_agent_client_open(const char *path, guint timeout_ms, GError **error);
+/* Joins the reader: never from the callback of on_death. */
+void pr_agent_client_free(PrAgentClient *client);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrAgentClient, pr_agent_client_free)
+
+const char *pr_agent_client_path(PrAgentClient *client);
+/* Does it offer stop, run, save and load? */
+gboolean pr_agent_client_has_callbacks(PrAgentClient *client);
+guint pr_agent_client_pid(PrAgentClient *client);
+
+/* A GArray of PrGuestBlock, in the order of registration, checked for sense; it owns its names and
+ * memfds. */
+GArray *pr_agent_client_regions(PrAgentClient *client, GError **error);
+
+gboolean pr_agent_client_probe(PrAgentClient *client, GError **error);
+int pr_agent_client_fault_on(PrAgentClient *client, GError **error);
+gboolean pr_agent_client_fault_off(PrAgentClient *client, GError **error);
+/* memfd -1: forget the one kept so far. */
+gboolean pr_agent_client_keep_state(PrAgentClient *client, int memfd, GError **error);
+/* -1 without an error: the agent keeps none. */
+int pr_agent_client_fetch_state(PrAgentClient *client, GError **error);
+
+gboolean pr_agent_client_stop(PrAgentClient *client, gboolean *ret_was_running, GError **error);
+gboolean pr_agent_client_run(PrAgentClient *client, GError **error);
+/* Returns a memfd with the state, or -1. */
+int pr_agent_client_save(PrAgentClient *client, GCancellable *cancel, GError **error);
+gboolean pr_agent_client_load(PrAgentClient *client, int memfd, GCancellable *cancel,
+			      GError **error);
+
+/* died is called once, from the reader thread, or from here if it happened already. */
+void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque);

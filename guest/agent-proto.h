@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What engine and agent say to each other, over a SOCK_SEQPACKET unix socket of one host: one packet a
+ * request, one packet a reply, native byte order, descriptors by SCM_RIGHTS.
+ *
+ *	engine                                  agent
+ *	HELLO (version)                 ──▶
+ *	                                ◀──     HELLO (flags), or BUSY: another engine is attached
+ *	REGIONS                         ──▶
+ *	                                ◀──     REGIONS, one memfd each
+ *	FAULT_ON                        ──▶
+ *	                                ◀──     the userfaultfd
+ *	LOAD + memfd                    ──▶     (on the agent's second thread)
+ *	FAULT_OFF                       ──▶
+ *	                                ◀──     FAULT_OFF
+ *	                                ◀──     LOAD
+ *
+ * Replies carry the id of their request. STOP, RUN, SAVE and LOAD are answered when the VMM has done
+ * them, out of order with the rest: a LOAD that waits for a page must not keep FAULT_OFF from being
+ * heard. A packet that is not exactly a request closes the connection.
+ */
+#pragma once
+
+#include <stdint.h>
+
+#include "postroad/agent.h"
+
+#define PR_AGENT_MAGIC	 0x50724167 /* "PrAg" */
+#define PR_AGENT_VERSION 1
+
+typedef enum PrAgentOp {
+	PR_AGENT_HELLO = 1,
+	PR_AGENT_REGIONS,
+	PR_AGENT_PROBE,	      /* could FAULT_ON work here? Changes nothing */
+	PR_AGENT_FAULT_ON,    /* replies with the userfaultfd; when on already, with the same one */
+	PR_AGENT_FAULT_OFF,   /* unregisters, which wakes everybody */
+	PR_AGENT_KEEP_STATE,  /* with a memfd to keep, or with none: forget it */
+	PR_AGENT_FETCH_STATE, /* replies with that memfd, or with none */
+	PR_AGENT_STOP,
+	PR_AGENT_RUN,
+	PR_AGENT_SAVE, /* replies with a memfd */
+	PR_AGENT_LOAD, /* with a memfd */
+	PR_AGENT_N_OPS
+} PrAgentOp;
+
+typedef enum PrAgentStatus {
+	PR_AGENT_OK = 0,
+	PR_AGENT_BUSY,	      /* another engine is attached, or a callback is still at work */
+	PR_AGENT_PERMISSION,  /* userfaultfd refused */
+	PR_AGENT_UNSUPPORTED, /* kernel, or an agent without callbacks */
+	PR_AGENT_FAILED,      /* the VMM or the kernel said no */
+	PR_AGENT_N_STATUS
+} PrAgentStatus;
+
+typedef struct PrAgentRequest {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t op; /* PrAgentOp */
+	uint32_t id;
+} PrAgentRequest;
+
+#define PR_AGENT_FLAG_CALLBACKS	  0x1u /* HELLO: stop, run, save and load are offered */
+#define PR_AGENT_FLAG_FAULT_ON	  0x2u /* HELLO: the fault mode is on already */
+#define PR_AGENT_FLAG_WAS_RUNNING 0x4u /* STOP */
+
+#define PR_AGENT_TEXT_MAX	  511
+
+typedef struct PrAgentReply {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t op;
+	uint32_t id;
+	uint32_t status; /* PrAgentStatus */
+	uint32_t flags;
+	uint32_t pid;			  /* HELLO: of the guest's process */
+	uint32_t n_regions;		  /* REGIONS: so many PrAgentWireRegion follow */
+	char text[PR_AGENT_TEXT_MAX + 1]; /* what went wrong, for the operator */
+} PrAgentReply;
+
+typedef struct PrAgentWireRegion {
+	uint64_t base;
+	uint64_t size;	 /* bytes */
+	uint64_t offset; /* bytes, within the memfd */
+	uint32_t page_size;
+	uint32_t reserved;
+	char idstr[PR_AGENT_IDSTR_MAX + 1];
+} PrAgentWireRegion;
+
+_Static_assert(sizeof(PrAgentRequest) == 16, "layout of a request");
+_Static_assert(sizeof(PrAgentReply) == 32 + PR_AGENT_TEXT_MAX + 1, "layout of a reply");
+_Static_assert(sizeof(PrAgentWireRegion) == 32 + PR_AGENT_IDSTR_MAX + 1, "layout of a region");
+
+#define PR_AGENT_REPLY_MAX (sizeof(PrAgentReply) + PR_AGENT_REGIONS_MAX * sizeof(PrAgentWireRegion))

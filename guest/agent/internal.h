@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The agent's own parts: agent.c (life and regions), server.c (socket and requests), worker.c (the VMM's
+ * callbacks), uffd.c (the fault mode). libc and pthreads only: this code lives in other people's VMMs.
+ */
+#pragma once
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#include "guest/agent-proto.h"
+#include "postroad/agent.h"
+
+#define PR_AGENT_CONNS 8 /* the attached engine, and whoever has not said HELLO yet */
+
+typedef struct AgentRegion {
+	PrAgentWireRegion wire;
+	int memfd; /* owned */
+} AgentRegion;
+
+/* What a request came to. */
+typedef struct AgentResult {
+	PrAgentStatus status;
+	uint32_t flags;
+	char text[PR_AGENT_TEXT_MAX + 1];
+} AgentResult;
+
+typedef struct AgentConn {
+	int fd; /* -1: free slot */
+	uint64_t serial;
+} AgentConn;
+
+typedef struct AgentJob {
+	uint32_t op; /* 0: none */
+	uint32_t id;
+	uint64_t serial; /* of the connection that asked */
+	int fd;		 /* LOAD: the state, owned; else -1 */
+} AgentJob;
+
+struct PrAgent {
+	PrAgentOps ops; /* constant */
+	bool has_ops;	/* constant */
+	void *opaque;	/* constant */
+
+	pthread_mutex_t lock; /* held over no callback, no wait, no access to guest RAM */
+	AgentRegion regions[PR_AGENT_REGIONS_MAX]; /* lock */
+	unsigned n_regions;			   /* lock */
+	int uffd;				   /* lock; -1: fault mode off */
+	int state_fd;				   /* lock; -1: none */
+	AgentJob job;		 /* lock; filled by the server, emptied by the worker */
+	bool quit;		 /* lock */
+	pthread_cond_t job_cond; /* lock; job or quit changed */
+	/* The engine that said HELLO; written by the server thread under the lock, so that it reads
+	 * without. -1: nobody. */
+	int attached_fd;
+	uint64_t attached_serial; /* as attached_fd */
+
+	/* From here on: the server thread's; before it starts and after it ended, the owner's. */
+	bool serving;
+	int listen_fd;
+	int wake_fd; /* eventfd: end the server thread */
+	struct sockaddr_un addr;
+	struct stat socket_stat; /* of the socket file we made */
+	AgentConn conns[PR_AGENT_CONNS];
+	uint64_t last_serial;
+	pthread_t server;
+	pthread_t worker;
+};
+
+/* agent.c */
+void agent_close_fd(int *fd);
+void agent_result_fail(AgentResult *result, PrAgentStatus status, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+
+/* server.c */
+int agent_listen(PrAgent *agent, const char *path);
+void *agent_server_thread(void *opaque);
+/* Sends a reply with up to PR_AGENT_REGIONS_MAX descriptors, without blocking. False: give the
+ * connection up. */
+bool agent_reply(int conn, const PrAgentRequest *request, const AgentResult *result, const int *fds,
+		 unsigned n_fds);
+
+/* worker.c */
+void *agent_worker_thread(void *opaque);
+/* Hands a callback to the worker. Takes fd. False: refused, *result says why. */
+bool agent_worker_start(PrAgent *agent, const PrAgentRequest *request, int fd, AgentResult *result);
+
+/* uffd.c; the caller holds the lock */
+bool agent_fault_probe(PrAgent *agent, AgentResult *result);
+bool agent_fault_on(PrAgent *agent, AgentResult *result);
+void agent_fault_off(PrAgent *agent);
