@@ -37,6 +37,8 @@ typedef enum PrState {
 	PR_STATE_POSTCOPY_RECOVER,
 	/* Cancel was asked for; threads are ending, the source's guest is being resumed. */
 	PR_STATE_CANCELLING,
+	/* As cancelling, because of an error. */
+	PR_STATE_FAILING,
 	/* Ended, the guest runs on the source. A new migration may start. */
 	PR_STATE_CANCELLED,
 	/* Ended by an error before RUN, the guest runs on the source. A new one may start. */
@@ -48,3 +50,59 @@ typedef enum PrState {
 
 /* QEMU's name: "postcopy-active", … */
 const char *pr_state_name(PrState state);
+
+typedef enum PrEvent {
+	PR_EVENT_START,	    /* source: `migrate`; destination: the HELLO of a new migration */
+	PR_EVENT_READY,	    /* the destination is ready for RAM and device state */
+	PR_EVENT_STOP,	    /* source: about to stop the guest; destination: LISTEN */
+	PR_EVENT_LOADED,    /* the device state is in place; the source is about to send RUN */
+	PR_EVENT_RUN,	    /* destination: RUN, or a recovery that implies it */
+	PR_EVENT_PATH_LOST, /* the path failed, the peer left it, or a human asked for a pause */
+	PR_EVENT_ERROR,	   /* anything else went wrong: guest, protocol, kernel, the peer gave up */
+	PR_EVENT_GIVEN_UP, /* the peer says that it has given up, and never saw or sent RUN */
+	PR_EVENT_CANCEL,   /* a human wants the migration ended */
+	PR_EVENT_CLEANED_UP, /* what a cancel or failure had to undo is undone */
+	PR_EVENT_RESUME,     /* source: `migrate -r` */
+	PR_EVENT_CONNECTED,  /* the control channel of a recovery is up */
+	PR_EVENT_RESUMED,    /* source: RESUME_ACK; destination: POSTCOPY_RESUME */
+	PR_EVENT_SHUT,	     /* the destination has every page */
+	PR_N_EVENTS
+} PrEvent;
+
+const char *pr_event_name(PrEvent event);
+
+/* What the caller has to do about an event. */
+typedef enum PrAction {
+	PR_ACTION_NONE,	  /* only the state changed, if at all */
+	PR_ACTION_REFUSE, /* the event has no place in this state; nothing changed */
+	PR_ACTION_IGNORE, /* late news of something already over; nothing changed */
+	PR_ACTION_UNDO, /* close the connection; source: let the guest run on; destination: drop it */
+	PR_ACTION_PAUSE,   /* close the connection, halt the threads, keep everything */
+	PR_ACTION_RUN,	   /* destination: let the guest run, if it was running */
+	PR_ACTION_RELEASE, /* end of the story: close the connection, free the guest of its faults */
+} PrAction;
+
+/* Times are of a monotonic clock, microseconds; 0: has not happened. */
+typedef struct PrStateMachine {
+	PrRole role;
+	PrState state;
+	gboolean
+		run; /* destination: RUN was seen; from then on only completion ends the migration */
+
+	gint64 started, stopped, loaded, running, ended;
+	gint64 paused;	   /* the current or last pause began */
+	gint64 recovering; /* the current or last recovery was asked for */
+	guint64 pauses, recoveries;
+	gint64 time_paused;   /* of pauses that are over */
+	gint64 last_pause;    /* length of the last pause that is over */
+	gint64 last_recovery; /* from RESUME or CONNECTED to postcopy-active, of the last one */
+} PrStateMachine;
+
+/* Applies an event at time `now`. For PR_EVENT_START the role is taken over; else it is ignored. */
+PrAction pr_state_step(PrStateMachine *sm, PrEvent event, PrRole role, gint64 now);
+
+/* The guest belongs to the destination: neither side may go back. */
+gboolean pr_state_is_postcopy(PrState state);
+gboolean pr_state_is_over(PrState state); /* none, cancelled, failed, completed */
+/* Time spent in pauses, the current one included. */
+gint64 pr_state_time_paused(const PrStateMachine *sm, gint64 now);

@@ -1,0 +1,639 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The destination's story. The load thread waits for a newcomer, a source whose HELLO was found good,
+ * answers it, and carries out its commands until the connection ends; then it fences the connection and
+ * either waits for the next newcomer (paused) or tidies up. Beside it work the fault thread and the
+ * pull thread, from the moment the source's guest is stopped.
+ *
+ * Fence: the workers let go of the path, every READ that was posted has come back, the path is
+ * destroyed; only then are the claims of lost READs forgotten and the next HELLO answered. So the
+ * received bitmap that the next source gets is exact, and nothing lands late.
+ */
+#include <string.h>
+#include <unistd.h>
+
+#include "migration/bitmap.h"
+#include "migration/internal.h"
+#include "migration/place.h"
+
+#define SHUT_WAIT_MS 5000		   /* for the source to close after SHUT */
+#define TIDY_WAIT_US (10 * G_USEC_PER_SEC) /* for an ended migration to be tidied up */
+
+/* ---- who may come in: the listeners' thread ---- */
+
+static gboolean same_migration(PrMigration *m, const PrHello *hello)
+{
+	return memcmp(m->binding.uuid, hello->uuid, PR_UUID_BYTES) == 0 &&
+	       memcmp(m->binding.secret, hello->secret, PR_SECRET_BYTES) == 0;
+}
+
+static void refuse(PrHelloAck *ack, const char *format, ...) G_GNUC_PRINTF(2, 3);
+static void refuse(PrHelloAck *ack, const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	g_vsnprintf(ack->reason, sizeof(ack->reason), format, args);
+	va_end(args);
+	ack->status = PR_HELLO_REFUSED;
+}
+
+/* Decides with the lock held; a newcomer of the running migration pauses it. */
+static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
+{
+	PrState state = m->sm.state;
+	g_autoptr(GError) superseded = NULL;
+
+	if (m->sm.role != PR_ROLE_DESTINATION || !same_migration(m, hello))
+		refuse(ack, "there is no such migration here to resume");
+	else if (state == PR_STATE_COMPLETED)
+		ack->status = PR_HELLO_COMPLETED;
+	else if (!pr_state_is_postcopy(state))
+		refuse(ack, "this migration is %s and can't be resumed", pr_state_name(state));
+	else if (hello->epoch <= m->binding.epoch)
+		refuse(ack,
+		       "epoch %" G_GUINT64_FORMAT " is over; the current one is %" G_GUINT64_FORMAT,
+		       hello->epoch, m->binding.epoch);
+	if (ack->status != PR_HELLO_OK || state == PR_STATE_POSTCOPY_PAUSED)
+		return;
+	superseded =
+		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_PEER,
+			    "the source has come back with epoch %" G_GUINT64_FORMAT, hello->epoch);
+	pr_migration_failed_locked(m, superseded);
+}
+
+static void judge_new(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
+{
+	gint64 deadline = g_get_monotonic_time() + TIDY_WAIT_US;
+
+	/* The one before may be tidying up still, perhaps over another path of the same source. */
+	while ((m->sm.state == PR_STATE_FAILING || m->sm.state == PR_STATE_CANCELLING) && !m->quit)
+		if (!g_cond_wait_until(&m->changed, &m->lock, deadline))
+			break;
+	if (m->quit)
+		refuse(ack, "the engine is quitting");
+	else if (m->sm.role == PR_ROLE_SOURCE && !pr_state_is_over(m->sm.state))
+		refuse(ack, "this engine is the source of a migration");
+	else if (m->sm.role == PR_ROLE_DESTINATION && m->sm.state == PR_STATE_COMPLETED)
+		refuse(ack, "a guest has arrived here already");
+	else if (!m->owner || m->newcomer || m->sm.role == PR_ROLE_SOURCE ||
+		 pr_migration_step_locked(m, PR_EVENT_START, PR_ROLE_DESTINATION,
+					  "a source has connected") == PR_ACTION_REFUSE)
+		refuse(ack, "another migration is %s here", pr_state_name(m->sm.state));
+	if (ack->status != PR_HELLO_OK)
+		return;
+	memcpy(m->binding.uuid, hello->uuid, PR_UUID_BYTES);
+	memcpy(m->binding.secret, hello->secret, PR_SECRET_BYTES);
+	g_clear_pointer(&m->error_desc, g_free);
+	memset(&m->fault_stats, 0, sizeof(m->fault_stats));
+	m->pages_at_pause = 0;
+}
+
+static PrNewcomer *newcomer_new(PrControl *control, const PrHello *hello, PrListener *listener)
+{
+	PrNewcomer *newcomer = g_new0(PrNewcomer, 1);
+
+	newcomer->control = control;
+	newcomer->listener = listener;
+	newcomer->hello = *hello;
+	newcomer->hello.blocks = g_memdup2(hello->blocks, hello->n_blocks * sizeof(PrWireBlock));
+	return newcomer;
+}
+
+void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *listener,
+			  void *opaque)
+{
+	PrMigration *m = opaque;
+	PrNewcomer *old = NULL;
+	PrHelloAck ack = {.status = PR_HELLO_OK};
+
+	g_mutex_lock(&m->lock);
+	if (hello->role != PR_HELLO_SOURCE)
+		refuse(&ack, "this is a destination; it takes only sources");
+	else if (hello->resume)
+		judge_resume(m, hello, &ack);
+	else
+		judge_new(m, hello, &ack);
+	if (ack.status == PR_HELLO_OK) {
+		/* The epoch is taken now, so that whoever comes next has to be newer still. */
+		m->binding.epoch = hello->epoch;
+		old = m->newcomer;
+		m->newcomer = newcomer_new(control, hello, listener);
+		g_cond_broadcast(&m->changed);
+	}
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+	pr_newcomer_free(old);
+	if (ack.status == PR_HELLO_OK)
+		return;
+	if (ack.status == PR_HELLO_REFUSED)
+		g_message("refused a connection from %s: %s", pr_control_peer(control), ack.reason);
+	pr_control_answer(control, &ack, NULL);
+	pr_control_free(control);
+}
+
+/* ---- workers' news ---- */
+
+static void send_progress(PrMigration *m, PrConn *conn)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	uint64_t received = pr_ram_received_bytes(m->ram), zero = pr_ram_zero_bytes(m->ram);
+	PrFaultStats stats;
+
+	pr_fault_stats(m->faults, &stats);
+	PrProgress progress = {
+		.received_pages = received / PR_TARGET_PAGE,
+		.postcopy_requests = stats.requests,
+		.postcopy_bytes = received - zero,
+		.remaining = m->ram->total_bytes - received,
+		.zero_pages = zero / PR_TARGET_PAGE,
+	};
+	pr_progress_encode(body, &progress);
+	pr_send(conn, PR_RP_PROGRESS, body, NULL); /* a failure reports itself */
+}
+
+/* The current connection. Workers may use it while they have its path: pr_conn_close() comes after
+ * they have let go. */
+static PrConn *current_conn(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	PrConn *conn = m->conn;
+	g_mutex_unlock(&m->lock);
+	return conn;
+}
+
+static void on_progress(void *opaque)
+{
+	PrMigration *m = opaque;
+	PrConn *conn = current_conn(m);
+	uint64_t travelled = pr_ram_received_bytes(m->ram) - pr_ram_zero_bytes(m->ram);
+
+	g_mutex_lock(&m->lock);
+	pr_migration_sample_rate(m, travelled, g_get_monotonic_time());
+	g_mutex_unlock(&m->lock);
+	if (conn)
+		send_progress(m, conn);
+}
+
+void pr_destination_check_complete(PrMigration *m)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+
+	if (!pr_ram_complete(m->ram))
+		return;
+	g_mutex_lock(&m->lock);
+	PrConn *conn = m->conn;
+	/* Before RUN there is nothing to complete; RUN looks again. */
+	gboolean done = m->sm.run && m->sm.state == PR_STATE_POSTCOPY_ACTIVE &&
+			pr_migration_step_locked(m, PR_EVENT_SHUT, PR_ROLE_DESTINATION,
+						 "every page is in place") == PR_ACTION_RELEASE;
+	g_mutex_unlock(&m->lock);
+	if (!done)
+		return;
+	if (conn) {
+		send_progress(m, conn);
+		pr_u32_encode(body, 0);
+		/* If it is lost, the source finds out when it comes to resume: PR_HELLO_COMPLETED. */
+		pr_send(conn, PR_RP_SHUT, body, NULL);
+	}
+	pr_migration_tell(m);
+}
+
+static void on_complete(void *opaque)
+{
+	pr_destination_check_complete(opaque);
+}
+
+static void on_broken(const GError *error, void *opaque)
+{
+	pr_migration_failed(opaque, NULL, error);
+}
+
+/* ---- the source's commands ---- */
+
+static PrRamBlock *find_block(PrMigration *m, uint32_t index, const char *what, GError **error)
+{
+	if (index < m->ram->n_blocks)
+		return &m->ram->blocks[index];
+	g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
+		    "%s for block %u, but there are only %u", what, index, m->ram->n_blocks);
+	return NULL;
+}
+
+static gboolean take_grant(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	uint32_t index;
+	g_autofree PrWireGrant *wire = NULL;
+	guint n;
+
+	if (!pr_grants_decode(msg->body, msg->length, &index, &wire, &n, error))
+		return FALSE;
+	PrRamBlock *block = find_block(m, index, "GRANT", error);
+	if (!block)
+		return FALSE;
+	for (guint i = 0; i < n; i++) {
+		PrGrant grant = {index, wire[i].offset, wire[i].length, wire[i].addr, wire[i].key};
+		if (!pr_ram_block_contains(block, grant.offset, grant.length)) {
+			g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
+				    "GRANT of a range outside of RAM block %s", block->idstr);
+			return FALSE;
+		}
+		g_array_append_val(m->grants, grant);
+	}
+	return TRUE;
+}
+
+static gboolean start_workers(PrMigration *m, GError **error)
+{
+	PrFaultHooks fault_hooks = {on_complete, on_broken, m};
+	PrPullHooks pull_hooks = {on_progress, on_complete, on_broken, m};
+
+	m->uffd = m->guest->ops->fault_on(m->guest, error);
+	if (m->uffd < 0)
+		return FALSE;
+	/* Now that every access faults, what the memfds held before can go. */
+	if (!pr_ram_punch(m->ram, error))
+		return FALSE;
+	PrFaultThread *faults = pr_fault_start(m->ram, m->uffd, m->params, &fault_hooks);
+	PrPullThread *pull = pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks);
+	g_mutex_lock(&m->lock);
+	m->faults = faults;
+	m->pull = pull;
+	g_mutex_unlock(&m->lock);
+	return TRUE;
+}
+
+static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	uint64_t summary, target;
+
+	if (!pr_advise_decode(msg->body, msg->length, &summary, &target, error))
+		return FALSE;
+	if (summary != m->ram->page_size_summary || target != PR_TARGET_PAGE) {
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+			    "page sizes differ: the source has 0x%" G_GINT64_MODIFIER
+			    "x (target %" G_GUINT64_FORMAT "), we have 0x%" G_GINT64_MODIFIER
+			    "x (%u)",
+			    summary, target, m->ram->page_size_summary, PR_TARGET_PAGE);
+		return FALSE;
+	}
+	pr_ram_set_identity(m->ram, &m->binding);
+	return start_workers(m, error) &&
+	       m->guest->ops->keep_state(m->guest, m->ram->state_fd, error) &&
+	       pr_migration_step(m, PR_EVENT_READY, "ready for RAM and device state", error);
+}
+
+static gboolean take_zero(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	uint32_t index;
+	g_autofree PrWireRange *ranges = NULL;
+	guint n;
+
+	if (!pr_ranges_decode(msg->body, msg->length, &index, &ranges, &n, error))
+		return FALSE;
+	PrRamBlock *block = find_block(m, index, "RAM_ZERO", error);
+	if (!block)
+		return FALSE;
+	for (guint i = 0; i < n; i++) {
+		if (!pr_ram_block_contains(block, ranges[i].offset, ranges[i].length)) {
+			g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
+				    "RAM_ZERO of a range outside of RAM block %s", block->idstr);
+			return FALSE;
+		}
+		uint64_t page = ranges[i].offset / block->page_size;
+		uint64_t pages = ranges[i].length / block->page_size;
+		pr_ram_zero(m->ram, block, page, pages);
+		if (!pr_place_wake(m->uffd, block, page, pages, error))
+			return FALSE;
+		if (pr_bitmap_clear(block->waiting, page, pages) > 0)
+			pr_fault_notify(m->faults);
+	}
+	pr_destination_check_complete(m);
+	return TRUE;
+}
+
+static gboolean take_listen(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	if (!pr_migration_step(m, PR_EVENT_STOP, "the source's guest is stopped", error))
+		return FALSE;
+	conn->path->ops->set_grants(conn->path, (const PrGrant *)m->grants->data, m->grants->len);
+	pr_fault_attach(m->faults, conn->path);
+	pr_pull_attach(m->pull, conn->path);
+	return m->guest->ops->load_begin(m->guest, error);
+}
+
+static gboolean take_packaged(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	PrPackaged packaged;
+
+	if (!pr_packaged_decode(msg->body, msg->length, &packaged, error))
+		return FALSE;
+	m->guest_was_running = packaged.guest_running;
+	if (!packaged.last)
+		return m->guest->ops->load_data(m->guest, packaged.data, packaged.length, error);
+	/* The source hands the guest over only after the PONG that answers the PING behind this. */
+	return m->guest->ops->load_end(m->guest, error) &&
+	       pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error);
+}
+
+static gboolean take_ping(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	uint32_t value;
+	g_autoptr(GByteArray) body = g_byte_array_new();
+
+	if (!pr_u32_decode(msg->body, msg->length, &value, error))
+		return FALSE;
+	pr_u32_encode(body, value);
+	return pr_send(conn, PR_RP_PONG, body, error);
+}
+
+void pr_destination_run(PrMigration *m)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (m->guest_was_running && !m->guest->ops->run(m->guest, &error))
+		g_critical("the guest has arrived but could not be started, start it by hand: %s",
+			   error->message);
+}
+
+static gboolean take_run(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	PrAction action = pr_migration_step_locked(m, PR_EVENT_RUN, PR_ROLE_DESTINATION, "RUN");
+	if (action == PR_ACTION_REFUSE)
+		pr_migration_copy_failure(m, error);
+	g_mutex_unlock(&m->lock);
+	if (action == PR_ACTION_RUN)
+		pr_destination_run(m);
+	if (action != PR_ACTION_REFUSE)
+		pr_destination_check_complete(m);
+	return action != PR_ACTION_REFUSE;
+}
+
+static gboolean take_recv_bitmap(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	return pr_destination_send_bitmap(m, conn, msg, error);
+}
+
+static gboolean take_resume(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	conn->path->ops->set_grants(conn->path, (const PrGrant *)m->grants->data, m->grants->len);
+	return pr_destination_resume(m, conn, error);
+}
+
+static gboolean take_reason(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	char reason[PR_REASON_MAX + 1];
+
+	if (!pr_reason_decode(msg->body, msg->length, reason, error))
+		return FALSE;
+	if (msg->type == PR_MSG_PAUSE)
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER, "the source has paused: %s",
+			    reason);
+	else
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER,
+			    "the source has given up: %s", reason);
+	return FALSE;
+}
+
+#define IN(state_) (1u << PR_STATE_##state_)
+#define IN_POSTCOPY                                                                                \
+	(IN(POSTCOPY_ACTIVE) | IN(POSTCOPY_PAUSED) | IN(POSTCOPY_RECOVER) | IN(COMPLETED))
+#define IN_ANY (~0u)
+
+/* The commands, and the states in which they make sense. A late one of an epoch that has ended is
+ * carried out where that is harmless. */
+static const struct Command {
+	uint16_t type;
+	guint states;
+	gboolean (*take)(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
+} commands[] = {
+	{PR_CMD_GRANT, IN(SETUP) | IN(POSTCOPY_RECOVER) | IN(POSTCOPY_PAUSED), take_grant},
+	{PR_CMD_POSTCOPY_ADVISE, IN(SETUP), take_advise},
+	{PR_CMD_PING, IN_ANY, take_ping},
+	{PR_CMD_RAM_ZERO, IN(ACTIVE) | IN(DEVICE) | IN_POSTCOPY, take_zero},
+	{PR_CMD_POSTCOPY_LISTEN, IN(ACTIVE), take_listen},
+	{PR_CMD_PACKAGED, IN(DEVICE), take_packaged},
+	{PR_CMD_POSTCOPY_RUN, IN_POSTCOPY, take_run},
+	{PR_CMD_RECV_BITMAP, IN(POSTCOPY_RECOVER), take_recv_bitmap},
+	{PR_CMD_POSTCOPY_RESUME, IN(POSTCOPY_RECOVER), take_resume},
+	{PR_MSG_PAUSE, IN_ANY, take_reason},
+	{PR_MSG_ERROR, IN_ANY, take_reason},
+};
+
+static PrState current_state(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	PrState state = m->sm.state;
+	g_mutex_unlock(&m->lock);
+	return state;
+}
+
+static gboolean take_message(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	PrState state = current_state(m);
+
+	for (guint i = 0; i < G_N_ELEMENTS(commands); i++)
+		if (commands[i].type == msg->type && (commands[i].states & 1u << state))
+			return commands[i].take(m, conn, msg, error);
+	g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
+		    "the source sent %s, which makes no sense to a destination that is %s",
+		    pr_msg_name(msg->type), pr_state_name(state));
+	return FALSE;
+}
+
+/* ---- the load thread ---- */
+
+/* After SHUT the source closes; should it not, we do. */
+static gboolean over_for_long(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	gboolean over = pr_state_is_over(m->sm.state) &&
+			g_get_monotonic_time() - m->sm.ended > SHUT_WAIT_MS * 1000ll;
+	g_mutex_unlock(&m->lock);
+	return over;
+}
+
+static void carry_out_commands(PrMigration *m, PrConn *conn)
+{
+	while (!over_for_long(m)) {
+		g_autoptr(GError) error = NULL;
+		g_autoptr(PrMsg) msg = pr_control_recv(conn->control, SHUT_WAIT_MS, &error);
+		if (!msg && g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
+			continue;
+		if (!msg || !take_message(m, conn, msg, &error)) {
+			pr_migration_failed(m, conn, error);
+			return;
+		}
+	}
+}
+
+static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error)
+{
+	guint n;
+	const PrGuestBlock *blocks =
+		m->guest->ops->prepare(m->guest, PR_GUEST_DESTINATION, &n, error);
+	g_autoptr(PrRam) ram = blocks ? pr_ram_new(blocks, n, PR_GUEST_DESTINATION, error) : NULL;
+
+	if (!ram || !pr_ram_check_blocks(ram, hello->blocks, hello->n_blocks, error))
+		return FALSE;
+	g_mutex_lock(&m->lock);
+	PrRam *old = m->ram;
+	m->ram = g_steal_pointer(&ram);
+	g_mutex_unlock(&m->lock);
+	pr_ram_free(old);
+	return TRUE;
+}
+
+static gboolean admit(PrMigration *m, const PrHello *hello, const PrUri *uri, GError **error)
+{
+	g_autofree char *reason = g_strdup_printf("connected again over %s", uri->text);
+
+	if (strcmp(hello->scheme, uri->scheme) != 0) {
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+			    "the source comes over \"%s\", but this port is for \"%s\"",
+			    hello->scheme, uri->scheme);
+		return FALSE;
+	}
+	if (!hello->resume)
+		return admit_guest(m, hello, error);
+	if (!pr_ram_check_blocks(m->ram, hello->blocks, hello->n_blocks, error))
+		return FALSE;
+	pr_ram_set_identity(m->ram, &m->binding);
+	return pr_migration_step(m, PR_EVENT_CONNECTED, reason, error);
+}
+
+/* Answers the HELLO and waits for the lanes. */
+static gboolean open_conn(PrMigration *m, PrConn *conn, const PrNewcomer *newcomer, GError **error)
+{
+	PrDataListener *listener = pr_listener_data(newcomer->listener);
+	PrHelloAck ack = {
+		.status = PR_HELLO_OK,
+		.data_port = listener->ops->listener_port(listener),
+	};
+
+	if (!pr_control_answer(conn->control, &ack, error) || !pr_conn_publish(conn, error))
+		return FALSE;
+	PrPathSetup setup = pr_conn_setup(conn, ack.data_port);
+	PrDataPath *path = listener->ops->accept(listener, &setup, error);
+	return path && pr_conn_set_path(conn, path, error);
+}
+
+/* Nothing of this connection touches guest RAM after this. */
+static void fence(PrMigration *m, PrConn *conn)
+{
+	pr_conn_shutdown(conn);
+	if (m->faults) {
+		pr_fault_detach(m->faults);
+		pr_pull_detach(m->pull);
+	}
+	pr_conn_close(m, conn);
+	if (m->ram)
+		pr_ram_forget_inflight(m->ram);
+}
+
+/* Whether the newcomer is still wanted, now that its turn has come. */
+static gboolean begin(PrMigration *m, const PrHello *hello, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	gboolean wanted =
+		m->sm.state == (hello->resume ? PR_STATE_POSTCOPY_PAUSED : PR_STATE_SETUP);
+	if (wanted)
+		pr_migration_begin_attempt(m);
+	else
+		pr_migration_copy_failure(m, error);
+	g_mutex_unlock(&m->lock);
+	return wanted;
+}
+
+static void serve(PrMigration *m, PrNewcomer *newcomer)
+{
+	g_autoptr(GError) error = NULL;
+	PrConn *conn = g_new0(PrConn, 1);
+
+	conn->m = m;
+	conn->uri = pr_uri_copy(pr_listener_uri(newcomer->listener));
+	conn->epoch = newcomer->hello.epoch;
+	conn->control = g_steal_pointer(&newcomer->control);
+	g_array_set_size(m->grants, 0);
+
+	if (!begin(m, &newcomer->hello, &error) || !admit(m, &newcomer->hello, conn->uri, &error)) {
+		PrHelloAck ack = {.status = PR_HELLO_OK};
+		refuse(&ack, "%s", error->message);
+		pr_control_answer(conn->control, &ack, NULL);
+		pr_migration_failed(m, NULL, error);
+	} else if (!open_conn(m, conn, newcomer, &error)) {
+		pr_migration_failed(m, NULL, error);
+	} else {
+		carry_out_commands(m, conn);
+	}
+	fence(m, conn);
+}
+
+static void stop_workers(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	PrPullThread *pull = g_steal_pointer(&m->pull);
+	PrFaultThread *faults = m->faults;
+	g_mutex_unlock(&m->lock);
+
+	pr_pull_stop(pull);
+	g_mutex_lock(&m->lock);
+	if (faults)
+		pr_fault_stats(faults, &m->fault_stats);
+	m->faults = NULL;
+	g_mutex_unlock(&m->lock);
+	pr_fault_stop(faults);
+}
+
+static void close_uffd(PrMigration *m)
+{
+	if (m->uffd >= 0)
+		close(m->uffd);
+	m->uffd = -1;
+}
+
+/* Ends it, one way or the other: the guest is freed of the fault mode. */
+static void tidy_up(PrMigration *m)
+{
+	g_autoptr(GError) error = NULL;
+
+	stop_workers(m);
+	if (m->uffd >= 0 && !m->guest->ops->fault_off(m->guest, &error))
+		g_warning("turning the fault mode off: %s", error->message);
+	close_uffd(m);
+	PrState state = current_state(m);
+	if (state == PR_STATE_FAILING || state == PR_STATE_CANCELLING)
+		pr_migration_step(m, PR_EVENT_CLEANED_UP, "ready for another try", NULL);
+}
+
+/* Waits for something to do. FALSE: the thread's time is over. */
+static gboolean wait_newcomer(PrMigration *m, PrNewcomer **ret)
+{
+	g_mutex_lock(&m->lock);
+	while (!m->quit && !m->newcomer && m->sm.role != PR_ROLE_SOURCE &&
+	       m->sm.state != PR_STATE_CANCELLING)
+		g_cond_wait(&m->changed, &m->lock);
+	gboolean go_on = !m->quit && m->sm.role != PR_ROLE_SOURCE;
+	*ret = go_on ? g_steal_pointer(&m->newcomer) : NULL;
+	g_mutex_unlock(&m->lock);
+	return go_on;
+}
+
+gpointer pr_load_thread(gpointer migration)
+{
+	PrMigration *m = migration;
+	PrNewcomer *newcomer;
+
+	while (wait_newcomer(m, &newcomer)) {
+		if (newcomer)
+			serve(m, newcomer);
+		pr_newcomer_free(newcomer);
+		if (!pr_state_is_postcopy(current_state(m)))
+			tidy_up(m);
+	}
+	/* Left while paused: the guest's faults wait for the next engine; the agent keeps them. */
+	stop_workers(m);
+	close_uffd(m);
+	return NULL;
+}

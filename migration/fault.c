@@ -1,0 +1,368 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Theory of operation
+ *
+ * One thread reads faults from the guest's userfaultfd and posts READs of the missing pages on the
+ * urgent lane; it also takes their completions, so that nothing stands between a page's arrival and
+ * waking the vCPU that waits for it.
+ *
+ * A fault is one of three:
+ *  - on a page that is in place (received bit set): resolved here at once, path or no path. So the
+ *    guest runs on with what it has while the migration is paused, zero pages included.
+ *  - on a page that nobody reads yet: claimed, posted, kept in `pending` until it lands.
+ *  - on a page that a bulk READ covers: kept in `pending`, its `waiting` bit is set. The pull thread
+ *    exposes the page, which wakes the vCPU, and notifies us so that we take the time. Both sides use
+ *    sequentially consistent bit operations: either we see `received` after we set `waiting`, or the
+ *    pull thread sees `waiting` after it set `received`.
+ *
+ * A path may go and another one come at any time (attach, detach). READs of a lost path leave their
+ * claims behind, because data may still land; the destination clears them once the path is fenced
+ * (pr_ram_forget_inflight). `pending` survives: on attach every entry is looked at again.
+ *
+ * `pending` is bounded; when it is full, faults stay unread in the kernel, and their vCPUs asleep,
+ * until there is room. The fault path allocates nothing and takes no lock.
+ *
+ * The thread polls without sleeping while READs are outstanding, for at most fault-spin microseconds
+ * after the last event.
+ */
+#include "migration/fault.h"
+
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "migration/bitmap.h"
+#include "migration/place.h"
+#include "migration/worker.h"
+
+#define MAX_PENDING 4096
+#define BATCH	    32
+
+typedef struct Pending {
+	uint64_t token;
+	gint64 since_ns;
+	gboolean posted;
+} Pending;
+
+struct PrFaultThread {
+	PrRam *ram;
+	int uffd;
+	const PrParams *params;
+	PrFaultHooks hooks;
+	PrWorker worker;
+
+	/* the fault thread's own */
+	Pending pending[MAX_PENDING];
+	guint n_pending;
+	guint outstanding; /* READs on the current path */
+	gboolean uffd_dead;
+	gboolean broken;
+
+	PrFaultStats stats; /* written by the thread, atomic */
+};
+
+static gint64 now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000000ll + ts.tv_nsec;
+}
+
+static void add(uint64_t *counter, uint64_t value)
+{
+	__atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+}
+
+static void note_broken(PrFaultThread *self, GError *error)
+{
+	if (!self->broken)
+		self->hooks.broken(error, self->hooks.opaque);
+	self->broken = TRUE;
+	g_error_free(error);
+}
+
+static void note_latency(PrFaultThread *self, gint64 ns)
+{
+	uint64_t us = (uint64_t)ns / 1000;
+	guint bucket = us == 0 ? 0 : 63 - (guint)__builtin_clzll(us);
+
+	add(&self->stats.resolved, 1);
+	add(&self->stats.total_ns, (uint64_t)ns);
+	add(&self->stats.dist[MIN(bucket, PR_LATENCY_BUCKETS - 1)], 1);
+	if ((uint64_t)ns > self->stats.max_ns)
+		__atomic_store_n(&self->stats.max_ns, (uint64_t)ns, __ATOMIC_RELAXED);
+}
+
+static Pending *find_pending(PrFaultThread *self, uint64_t token)
+{
+	for (guint i = 0; i < self->n_pending; i++)
+		if (self->pending[i].token == token)
+			return &self->pending[i];
+	return NULL;
+}
+
+/* The vCPU was woken: the entry goes, the last one takes its place. */
+static void settle(PrFaultThread *self, Pending *entry)
+{
+	note_latency(self, now_ns() - entry->since_ns);
+	*entry = self->pending[--self->n_pending];
+}
+
+static void resolve(PrFaultThread *self, PrRamBlock *block, uint64_t page)
+{
+	GError *error = NULL;
+
+	if (!pr_place_resolve(self->uffd, block, page, &error))
+		note_broken(self, error);
+}
+
+/* Posts the READ of a claimed page. When the path refuses it, the claim stays until the fence. */
+static gboolean post(PrFaultThread *self, guint index, uint64_t page)
+{
+	PrRamBlock *block = &self->ram->blocks[index];
+	PrDataPath *path = self->worker.current;
+	uint64_t token = pr_token_pack(index, page, 1);
+
+	if (!path->ops->post_read(path, PR_LANE_URGENT, index, page * block->page_size,
+				  block->page_size, token))
+		return FALSE;
+	self->outstanding++;
+	add(&self->stats.requests, 1);
+	__atomic_store_n(&self->ram->pull_hint, token, __ATOMIC_RELAXED);
+	return TRUE;
+}
+
+static gboolean may_post(const PrFaultThread *self)
+{
+	PrDataPath *path = self->worker.current;
+
+	return path && self->outstanding < path->ops->max_reads(path, PR_LANE_URGENT);
+}
+
+/* Does for an entry what can be done now. TRUE: it is settled and gone. */
+static gboolean advance(PrFaultThread *self, Pending *entry)
+{
+	guint index;
+	uint64_t page, n;
+
+	pr_token_unpack(entry->token, &index, &page, &n);
+	PrRamBlock *block = &self->ram->blocks[index];
+	if (!entry->posted && may_post(self) && pr_ram_claim(block, page)) {
+		entry->posted = TRUE;
+		post(self, index, page);
+		return FALSE;
+	}
+	if (!entry->posted && !pr_bitmap_test(block->received, page))
+		pr_bitmap_test_and_set(block->waiting, page);
+	if (!pr_bitmap_test(block->received, page))
+		return FALSE;
+	resolve(self, block, page);
+	settle(self, entry);
+	return TRUE;
+}
+
+static void advance_all(PrFaultThread *self)
+{
+	for (guint i = 0; i < self->n_pending;)
+		if (!advance(self, &self->pending[i]))
+			i++;
+}
+
+static gboolean locate(PrFaultThread *self, uint64_t address, uint64_t *ret_token)
+{
+	for (guint i = 0; i < self->ram->n_blocks; i++) {
+		const PrRamBlock *block = &self->ram->blocks[i];
+		if (address >= block->base && address - block->base < block->size) {
+			*ret_token =
+				pr_token_pack(i, (address - block->base) / block->page_size, 1);
+			return TRUE;
+		}
+	}
+	return FALSE;
+}
+
+static void take_fault(PrFaultThread *self, const struct uffd_msg *msg)
+{
+	uint64_t token, page, n;
+	guint index;
+
+	if (msg->event != UFFD_EVENT_PAGEFAULT)
+		return;
+	if (!locate(self, msg->arg.pagefault.address, &token)) {
+		note_broken(self, g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
+					      "a fault at 0x%llx, outside of all RAM blocks",
+					      msg->arg.pagefault.address));
+		return;
+	}
+	pr_token_unpack(token, &index, &page, &n);
+	if (pr_bitmap_test(self->ram->blocks[index].received, page)) {
+		resolve(self, &self->ram->blocks[index], page);
+		return;
+	}
+	if (find_pending(self, token))
+		return;
+	Pending *entry = &self->pending[self->n_pending++];
+	*entry = (Pending){.token = token, .since_ns = now_ns()};
+	advance(self, entry);
+}
+
+static gboolean has_room(const PrFaultThread *self)
+{
+	return self->n_pending + BATCH <= MAX_PENDING;
+}
+
+static guint take_faults(PrFaultThread *self)
+{
+	struct uffd_msg msgs[BATCH];
+
+	if (self->uffd_dead || !has_room(self))
+		return 0;
+	ssize_t got = read(self->uffd, msgs, sizeof(msgs));
+	if (got <= 0)
+		return 0;
+	guint n = (guint)((gsize)got / sizeof(msgs[0]));
+	for (guint i = 0; i < n; i++)
+		take_fault(self, &msgs[i]);
+	return n;
+}
+
+static void take_page(PrFaultThread *self, uint64_t token)
+{
+	GError *error = NULL;
+	guint index;
+	uint64_t page, n;
+
+	pr_token_unpack(token, &index, &page, &n);
+	PrRamBlock *block = &self->ram->blocks[index];
+	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
+	if (!pr_place_expose(self->uffd, block, page, n, &error))
+		note_broken(self, error);
+	Pending *entry = find_pending(self, token);
+	if (entry)
+		settle(self, entry);
+}
+
+static guint take_completions(PrFaultThread *self)
+{
+	PrCompletion done[BATCH];
+	PrDataPath *path = self->worker.current;
+
+	if (!path || self->outstanding == 0)
+		return 0;
+	guint n = path->ops->poll(path, PR_LANE_URGENT, done, BATCH);
+	for (guint i = 0; i < n; i++)
+		if (done[i].ok)
+			take_page(self, done[i].token);
+	self->outstanding -= n;
+	if (n > 0 && self->n_pending > 0)
+		advance_all(self);
+	if (n > 0 && pr_ram_complete(self->ram))
+		self->hooks.complete(self->hooks.opaque);
+	return n;
+}
+
+static void sleep_until_event(PrFaultThread *self)
+{
+	PrDataPath *path = self->worker.current;
+	struct pollfd fds[3] = {
+		{.fd = self->worker.wake_fd, .events = POLLIN},
+		{.fd = self->uffd_dead || !has_room(self) ? -1 : self->uffd, .events = POLLIN},
+		{.fd = path ? path->ops->wait_fd(path, PR_LANE_URGENT) : -1, .events = POLLIN},
+	};
+
+	if (path && !path->ops->arm(path, PR_LANE_URGENT))
+		return;
+	if (poll(fds, G_N_ELEMENTS(fds), -1) < 0)
+		return;
+	/* Without POLLIN it can only be the end of the guest's address space. */
+	if ((fds[1].revents & (POLLERR | POLLHUP | POLLNVAL)) && !(fds[1].revents & POLLIN))
+		self->uffd_dead = TRUE;
+}
+
+/* The path has changed: whatever was posted on the old one is to be asked for again. */
+static void restart(PrFaultThread *self)
+{
+	self->outstanding = 0;
+	for (guint i = 0; i < self->n_pending; i++)
+		self->pending[i].posted = FALSE;
+}
+
+/* FALSE: the thread is to end. */
+static gboolean obey(PrFaultThread *self)
+{
+	gboolean switched;
+	gboolean go_on = pr_worker_obey(&self->worker, &switched);
+
+	if (switched)
+		restart(self);
+	advance_all(self);
+	return go_on;
+}
+
+static gpointer fault_thread(gpointer opaque)
+{
+	PrFaultThread *self = opaque;
+	gint64 busy_ns = now_ns();
+
+	for (;;) {
+		if (pr_worker_was_kicked(&self->worker) && !obey(self))
+			return NULL;
+		guint work = take_completions(self) + take_faults(self);
+		gint64 now = now_ns();
+		if (work > 0)
+			busy_ns = now;
+		gint64 spin_ns = (gint64)pr_param(self->params, PR_PARAM_FAULT_SPIN) * 1000;
+		if (work == 0 && (self->outstanding == 0 || now - busy_ns > spin_ns))
+			sleep_until_event(self);
+	}
+}
+
+PrFaultThread *pr_fault_start(PrRam *ram, int uffd, const PrParams *params,
+			      const PrFaultHooks *hooks)
+{
+	PrFaultThread *self = g_new0(PrFaultThread, 1);
+
+	self->ram = ram;
+	self->uffd = uffd;
+	self->params = params;
+	self->hooks = *hooks;
+	pr_worker_start(&self->worker, "fault", fault_thread, self);
+	return self;
+}
+
+void pr_fault_attach(PrFaultThread *self, PrDataPath *path)
+{
+	pr_worker_set_path(&self->worker, path);
+}
+
+void pr_fault_detach(PrFaultThread *self)
+{
+	pr_worker_set_path(&self->worker, NULL);
+}
+
+void pr_fault_notify(PrFaultThread *self)
+{
+	pr_worker_kick(&self->worker);
+}
+
+void pr_fault_stop(PrFaultThread *self)
+{
+	if (!self)
+		return;
+	pr_worker_stop(&self->worker);
+	g_free(self);
+}
+
+void pr_fault_stats(const PrFaultThread *self, PrFaultStats *ret)
+{
+	const PrFaultStats *from = &self->stats;
+
+	ret->requests = __atomic_load_n(&from->requests, __ATOMIC_RELAXED);
+	ret->resolved = __atomic_load_n(&from->resolved, __ATOMIC_RELAXED);
+	ret->total_ns = __atomic_load_n(&from->total_ns, __ATOMIC_RELAXED);
+	ret->max_ns = __atomic_load_n(&from->max_ns, __ATOMIC_RELAXED);
+	for (guint i = 0; i < PR_LATENCY_BUCKETS; i++)
+		ret->dist[i] = __atomic_load_n(&from->dist[i], __ATOMIC_RELAXED);
+}

@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The fault thread: serves the page faults of the destination's guest. Theory in fault.c. */
+#pragma once
+
+#include "migration/migration.h"
+#include "migration/params.h"
+#include "migration/ram.h"
+#include "transport/transport.h"
+
+typedef struct PrFaultThread PrFaultThread;
+
+typedef struct PrFaultHooks {
+	/* The last page has come in; any number of times. From the fault thread. */
+	void (*complete)(void *opaque);
+	/* The guest or the kernel failed us; once. From the fault thread, which goes on. */
+	void (*broken)(const GError *error, void *opaque);
+	void *opaque;
+} PrFaultHooks;
+
+typedef struct PrFaultStats {
+	uint64_t requests; /* READs posted */
+	uint64_t resolved; /* faults that had to wait for a page */
+	uint64_t total_ns; /* of their latencies, from reading the fault to waking the guest */
+	uint64_t max_ns;
+	uint64_t dist[PR_LATENCY_BUCKETS];
+} PrFaultStats;
+
+/* Starts the thread, with no path. uffd, ram and params outlive it. */
+PrFaultThread *pr_fault_start(PrRam *ram, int uffd, const PrParams *params,
+			      const PrFaultHooks *hooks);
+/* Gives it a path: its urgent lane is the fault thread's from now on; every fault that still waits is
+ * asked for again. */
+void pr_fault_attach(PrFaultThread *self, PrDataPath *path);
+/* Takes the path away; returns when the thread does not use it any more. Harmless without one. */
+void pr_fault_detach(PrFaultThread *self);
+/* Pages with a `waiting` bit have been received by somebody else. */
+void pr_fault_notify(PrFaultThread *self);
+void pr_fault_stop(PrFaultThread *self);
+void pr_fault_stats(const PrFaultThread *self, PrFaultStats *ret);

@@ -1,0 +1,608 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The migration's interface to the monitor, and what source and destination have in common. */
+#include "migration/migration.h"
+
+#include <string.h>
+
+#include "migration/internal.h"
+
+#define DRAIN_MS 1000
+
+G_DEFINE_QUARK(pr - migration - error, pr_migration_error)
+
+typedef struct PrNotice {
+	PrState state;
+	char *reason;
+} PrNotice;
+
+static void notice_free(PrNotice *notice)
+{
+	g_free(notice->reason);
+	g_free(notice);
+}
+
+static gint64 now_us(void)
+{
+	return g_get_monotonic_time();
+}
+
+/* ---- changes of state ---- */
+
+PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, const char *reason)
+{
+	PrState old = m->sm.state;
+	PrAction action = pr_state_step(&m->sm, event, role, now_us());
+
+	if (action == PR_ACTION_REFUSE)
+		g_debug("event %s has no place in state %s", pr_event_name(event),
+			pr_state_name(old));
+	if (m->sm.state == old)
+		return action;
+	if (old == PR_STATE_POSTCOPY_ACTIVE && m->ram)
+		m->pages_at_pause = (m->sm.role == PR_ROLE_DESTINATION
+					     ? pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE
+					     : m->progress.received_pages);
+	g_info("%s -> %s (%s)", pr_state_name(old), pr_state_name(m->sm.state), reason);
+	g_free(m->reason);
+	m->reason = g_strdup(reason);
+	PrNotice *notice = g_new(PrNotice, 1);
+	*notice = (PrNotice){m->sm.state, g_strdup(reason)};
+	g_queue_push_tail(&m->notices, notice);
+	g_cond_broadcast(&m->changed);
+	return action;
+}
+
+void pr_migration_tell(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	while (!m->notifying && !g_queue_is_empty(&m->notices)) {
+		PrNotice *notice = g_queue_pop_head(&m->notices);
+		m->notifying = TRUE;
+		g_mutex_unlock(&m->lock);
+		if (m->on_state)
+			m->on_state(notice->state, notice->reason, m->opaque);
+		notice_free(notice);
+		g_mutex_lock(&m->lock);
+		m->notifying = FALSE;
+	}
+	g_mutex_unlock(&m->lock);
+}
+
+void pr_migration_copy_failure(PrMigration *m, GError **error)
+{
+	if (m->failure)
+		g_propagate_error(error, g_error_copy(m->failure));
+	else
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
+			    "the migration is %s (%s)", pr_state_name(m->sm.state),
+			    m->reason ? m->reason : "no reason given");
+}
+
+gboolean pr_migration_step(PrMigration *m, PrEvent event, const char *reason, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	PrAction action = pr_migration_step_locked(m, event, m->sm.role, reason);
+	gboolean done = action != PR_ACTION_REFUSE && action != PR_ACTION_IGNORE;
+	if (!done)
+		pr_migration_copy_failure(m, error);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+	return done;
+}
+
+/* ---- failures ---- */
+
+static PrEvent event_of(const GError *error)
+{
+	if (error->domain == PR_PATH_ERROR)
+		return PR_EVENT_PATH_LOST;
+	if (g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_CANCELLED))
+		return PR_EVENT_CANCEL;
+	if (g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER))
+		return PR_EVENT_GIVEN_UP;
+	return PR_EVENT_ERROR;
+}
+
+/* Tells the peer, if that can be done without waiting, and shuts everything down. */
+static void cut(PrMigration *m, PrAction action, const GError *error)
+{
+	g_cancellable_cancel(m->cancel);
+	if (m->sm.role == PR_ROLE_DESTINATION && action == PR_ACTION_UNDO)
+		m->guest->ops->load_abort(m->guest);
+	if (!m->conn)
+		return;
+	/* What the peer told us it need not hear back. */
+	if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER) &&
+	    !g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER))
+		pr_control_farewell(m->conn->control,
+				    action == PR_ACTION_UNDO ? PR_MSG_ERROR : PR_MSG_PAUSE,
+				    error->message);
+	pr_control_shutdown(m->conn->control, error);
+	if (m->conn->path)
+		m->conn->path->ops->shutdown(m->conn->path);
+}
+
+PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
+{
+	PrEvent event = event_of(error);
+	PrAction action = pr_migration_step_locked(m, event, m->sm.role, error->message);
+
+	if (action != PR_ACTION_UNDO && action != PR_ACTION_PAUSE)
+		return action;
+	if (!m->failure)
+		m->failure = g_error_copy(error);
+	if (m->sm.state == PR_STATE_FAILING && !m->error_desc)
+		m->error_desc = g_strdup(error->message);
+	if (m->conn) {
+		PrPathRecord *record = pr_migration_record(m, m->conn->uri);
+		g_free(record->last_error);
+		record->last_error = g_strdup(error->message);
+	}
+	cut(m, action, error);
+	return action;
+}
+
+void pr_migration_failed(PrMigration *m, PrConn *from, const GError *error)
+{
+	g_mutex_lock(&m->lock);
+	if (!from || m->conn == from)
+		pr_migration_failed_locked(m, error);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+}
+
+void pr_conn_failed(const GError *error, void *opaque)
+{
+	PrConn *conn = opaque;
+
+	pr_migration_failed(conn->m, conn, error);
+}
+
+static void guest_died(const char *reason, void *opaque)
+{
+	PrMigration *m = opaque;
+
+	g_mutex_lock(&m->lock);
+	gboolean kept = m->sm.role == PR_ROLE_SOURCE && pr_state_is_postcopy(m->sm.state);
+	g_mutex_unlock(&m->lock);
+	if (kept) {
+		g_warning("%s; its RAM is kept here, the migration goes on", reason);
+		return;
+	}
+	g_autoptr(GError) error =
+		g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, "the guest is gone: %s", reason);
+	pr_migration_failed(m, NULL, error);
+}
+
+/* ---- connections ---- */
+
+PrPathRecord *pr_migration_record(PrMigration *m, const PrUri *uri)
+{
+	for (guint i = 0; i < m->records->len; i++) {
+		PrPathRecord *record = g_ptr_array_index(m->records, i);
+		if (strcmp(record->uri, uri->text) == 0)
+			return record;
+	}
+	PrPathRecord *record = g_new0(PrPathRecord, 1);
+	record->uri = g_strdup(uri->text);
+	g_ptr_array_add(m->records, record);
+	return record;
+}
+
+static void record_free(gpointer data)
+{
+	PrPathRecord *record = data;
+
+	g_free(record->uri);
+	g_free(record->last_error);
+	g_free(record);
+}
+
+void pr_migration_begin_attempt(PrMigration *m)
+{
+	g_clear_error(&m->failure);
+	g_set_object(&m->cancel, NULL);
+	m->cancel = g_cancellable_new();
+	m->pong = 0;
+	m->bitmaps_due = 0;
+}
+
+PrPathSetup pr_conn_setup(PrConn *conn, uint16_t data_port)
+{
+	PrMigration *m = conn->m;
+	PrPathSetup setup = {
+		.uri = conn->uri,
+		.data_port = data_port,
+		.binding = m->binding,
+		.regions = m->ram->regions,
+		.n_regions = m->ram->n_blocks,
+		.timeout_ms = (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
+		.cancel = m->cancel,
+		.on_failed = pr_conn_failed,
+		.opaque = conn,
+	};
+
+	setup.binding.epoch = conn->epoch;
+	return setup;
+}
+
+gboolean pr_conn_publish(PrConn *conn, GError **error)
+{
+	PrMigration *m = conn->m;
+
+	g_mutex_lock(&m->lock);
+	gboolean go_on = !m->failure;
+	if (go_on)
+		m->conn = conn;
+	else
+		pr_migration_copy_failure(m, error);
+	g_mutex_unlock(&m->lock);
+	if (!go_on)
+		return FALSE;
+	pr_control_start(conn->control, (guint)pr_param(m->params, PR_PARAM_HEARTBEAT_INTERVAL),
+			 (guint)pr_param(m->params, PR_PARAM_HEARTBEAT_TIMEOUT), pr_conn_failed,
+			 conn);
+	return TRUE;
+}
+
+gboolean pr_conn_set_path(PrConn *conn, PrDataPath *path, GError **error)
+{
+	PrMigration *m = conn->m;
+
+	g_mutex_lock(&m->lock);
+	conn->path = path;
+	gboolean go_on = !m->failure;
+	if (!go_on)
+		pr_migration_copy_failure(m, error);
+	g_mutex_unlock(&m->lock);
+	return go_on;
+}
+
+/* Adds what travelled since the last path was closed to this path's record. With the lock held. */
+static void account_bytes(PrMigration *m, PrConn *conn)
+{
+	uint64_t others = 0;
+	PrPathRecord *own = pr_migration_record(m, conn->uri);
+
+	for (guint i = 0; i < m->records->len; i++)
+		others += ((PrPathRecord *)g_ptr_array_index(m->records, i))->bytes;
+	own->bytes += pr_migration_transferred(m) - MIN(pr_migration_transferred(m), others);
+}
+
+void pr_conn_shutdown(PrConn *conn)
+{
+	g_autoptr(GError) closing = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOST,
+							"the connection is being closed");
+
+	pr_control_shutdown(conn->control, closing);
+	if (conn->path)
+		conn->path->ops->shutdown(conn->path);
+}
+
+void pr_conn_close(PrMigration *m, PrConn *conn)
+{
+	if (!conn)
+		return;
+	pr_conn_shutdown(conn);
+	if (conn->return_path)
+		g_thread_join(conn->return_path);
+
+	g_mutex_lock(&m->lock);
+	if (m->conn == conn) {
+		account_bytes(m, conn);
+		m->conn = NULL;
+	}
+	g_mutex_unlock(&m->lock);
+
+	if (conn->path) {
+		if (!conn->path->ops->drain(conn->path, DRAIN_MS))
+			g_warning("path %s: not every READ came back within %d ms; destroying it",
+				  conn->uri->text, DRAIN_MS);
+		pr_data_path_destroy(conn->path);
+	}
+	pr_control_free(conn->control);
+	pr_uri_free(conn->uri);
+	g_free(conn);
+}
+
+gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error)
+{
+	return pr_control_send_bytes(conn->control, type, body, error);
+}
+
+void pr_newcomer_free(PrNewcomer *newcomer)
+{
+	if (!newcomer)
+		return;
+	pr_control_free(newcomer->control);
+	pr_hello_clear(&newcomer->hello);
+	g_free(newcomer);
+}
+
+/* ---- life ---- */
+
+PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, PrOnState on_state, void *opaque)
+{
+	PrMigration *m = g_new0(PrMigration, 1);
+
+	m->guest = guest;
+	m->params = params;
+	m->on_state = on_state;
+	m->opaque = opaque;
+	g_mutex_init(&m->lock);
+	g_cond_init(&m->changed);
+	g_queue_init(&m->notices);
+	m->records = g_ptr_array_new_with_free_func(record_free);
+	m->listeners = g_ptr_array_new();
+	m->grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+	m->cancel = g_cancellable_new();
+	m->uffd = -1;
+	guest->ops->on_death(guest, guest_died, m);
+	return m;
+}
+
+/* Ends what the owner is doing: what may be cancelled is, what may not is paused. */
+static void quit(PrMigration *m)
+{
+	g_autoptr(GError) cancelled = g_error_new_literal(
+		PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_CANCELLED, "the engine quits");
+	g_autoptr(GError) left =
+		g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "the engine quits");
+
+	g_mutex_lock(&m->lock);
+	m->quit = TRUE;
+	if (pr_migration_failed_locked(m, cancelled) == PR_ACTION_REFUSE)
+		pr_migration_failed_locked(m, left);
+	g_cond_broadcast(&m->changed);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+}
+
+void pr_migration_free(PrMigration *m)
+{
+	if (!m)
+		return;
+	quit(m);
+	for (guint i = 0; i < m->listeners->len; i++)
+		pr_listener_free(g_ptr_array_index(m->listeners, i));
+	if (m->owner)
+		g_thread_join(m->owner);
+	m->guest->ops->on_death(m->guest, NULL, NULL);
+	pr_newcomer_free(m->newcomer);
+	pr_ram_free(m->ram);
+	g_clear_pointer(&m->uris, g_ptr_array_unref);
+	g_ptr_array_unref(m->listeners);
+	g_ptr_array_unref(m->records);
+	g_array_unref(m->grants);
+	g_clear_error(&m->failure);
+	g_object_unref(m->cancel);
+	g_queue_clear_full(&m->notices, (GDestroyNotify)notice_free);
+	g_free(m->reason);
+	g_free(m->error_desc);
+	g_mutex_clear(&m->lock);
+	g_cond_clear(&m->changed);
+	g_free(m);
+}
+
+/* ---- commands ---- */
+
+static gboolean check_schemes(GPtrArray *uris, GError **error)
+{
+	for (guint i = 0; i < uris->len; i++) {
+		PrUri *uri = g_ptr_array_index(uris, i);
+		if (!pr_transport_find(uri->scheme, error)) {
+			g_prefix_error(error, "path %s: ", uri->text);
+			return FALSE;
+		}
+	}
+	return TRUE;
+}
+
+static GPtrArray *parse_uris(const char *text, gboolean listening, GError **error)
+{
+	g_autoptr(GError) inner = NULL;
+	g_autoptr(GPtrArray) uris = pr_uri_list_parse(text, listening, &inner);
+
+	if (uris && check_schemes(uris, &inner))
+		return g_steal_pointer(&uris);
+	g_set_error_literal(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_URI, inner->message);
+	return NULL;
+}
+
+static void set_state_error(PrMigration *m, const char *command, const char *hint, GError **error)
+{
+	gboolean busy = !pr_state_is_over(m->sm.state);
+
+	g_set_error(error, PR_MIGRATION_ERROR,
+		    busy ? PR_MIGRATION_ERROR_BUSY : PR_MIGRATION_ERROR_STATE,
+		    "%s: not possible while the migration is %s; %s", command,
+		    pr_state_name(m->sm.state), hint);
+}
+
+/* A new migration: a fresh identity. With the lock held. */
+static void become_source(PrMigration *m)
+{
+	for (guint i = 0; i < PR_UUID_BYTES; i += 4) {
+		guint32 a = g_random_int();
+		memcpy(m->binding.uuid + i, &a, 4);
+	}
+	m->binding.uuid[6] = (m->binding.uuid[6] & 0x0f) | 0x40; /* RFC 4122, version 4 */
+	m->binding.uuid[8] = (m->binding.uuid[8] & 0x3f) | 0x80;
+	m->binding.epoch = 0;
+	memset(&m->progress, 0, sizeof(m->progress));
+	m->pages_at_pause = 0;
+	g_clear_pointer(&m->error_desc, g_free);
+}
+
+static gboolean start_locked(PrMigration *m, GPtrArray *uris, const uint8_t *secret, GError **error)
+{
+	if (pr_migration_step_locked(m, PR_EVENT_START, PR_ROLE_SOURCE, "migrate was asked for") ==
+	    PR_ACTION_REFUSE) {
+		set_state_error(m, "migrate",
+				m->sm.state == PR_STATE_COMPLETED
+					? "this guest has moved to the destination"
+					: "wait for it, cancel it (migrate_cancel) or, when it is "
+					  "paused, resume it (migrate -r)",
+				error);
+		return FALSE;
+	}
+	become_source(m);
+	memcpy(m->binding.secret, secret, PR_SECRET_BYTES);
+	g_clear_pointer(&m->uris, g_ptr_array_unref);
+	m->uris = g_ptr_array_ref(uris);
+	pr_migration_begin_attempt(m);
+	return TRUE;
+}
+
+static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
+{
+	gboolean mine = m->sm.role == PR_ROLE_SOURCE;
+
+	if (!mine || pr_migration_step_locked(m, PR_EVENT_RESUME, PR_ROLE_SOURCE,
+					      "a recovery was asked for") == PR_ACTION_REFUSE) {
+		set_state_error(m, "migrate -r",
+				mine ? "there is nothing to resume unless it is postcopy-paused"
+				     : "give it on the source",
+				error);
+		return FALSE;
+	}
+	g_clear_pointer(&m->uris, g_ptr_array_unref);
+	m->uris = g_ptr_array_ref(uris);
+	return TRUE;
+}
+
+static gboolean make_secret(uint8_t *out, GError **error)
+{
+	g_autofree char *bytes = NULL;
+	g_autoptr(GFile) source = g_file_new_for_path("/dev/urandom");
+	g_autoptr(GFileInputStream) stream = g_file_read(source, NULL, error);
+	gsize got;
+
+	return stream && g_input_stream_read_all(G_INPUT_STREAM(stream), out, PR_SECRET_BYTES, &got,
+						 NULL, error);
+}
+
+gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, GError **error)
+{
+	g_autoptr(GPtrArray) uris = parse_uris(text, /* listening= */ FALSE, error);
+	uint8_t secret[PR_SECRET_BYTES];
+
+	if (!uris || !make_secret(secret, error))
+		return FALSE;
+	g_mutex_lock(&m->lock);
+	gboolean done =
+		resume ? resume_locked(m, uris, error) : start_locked(m, uris, secret, error);
+	GThread *old = done && !resume ? g_steal_pointer(&m->owner) : NULL;
+	g_mutex_unlock(&m->lock);
+	if (!done)
+		return FALSE;
+	if (!resume) {
+		/* The last owner of an ended migration has nothing left to do but return. */
+		if (old)
+			g_thread_join(old);
+		g_mutex_lock(&m->lock);
+		m->owner = g_thread_new("migration", pr_source_thread, m);
+		g_mutex_unlock(&m->lock);
+	}
+	pr_migration_tell(m);
+	return TRUE;
+}
+
+static gboolean add_listener(PrMigration *m, const PrUri *uri, GError **error)
+{
+	g_autoptr(GError) inner = NULL;
+	PrListener *listener =
+		pr_listener_new(uri, (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
+				pr_destination_hello, m, &inner);
+
+	if (!listener) {
+		g_set_error_literal(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_LISTEN,
+				    inner->message);
+		return FALSE;
+	}
+	g_mutex_lock(&m->lock);
+	g_ptr_array_add(m->listeners, listener);
+	pr_migration_record(m, pr_listener_uri(listener))->listening = TRUE;
+	g_mutex_unlock(&m->lock);
+	g_message("listening on %s", pr_listener_uri(listener)->text);
+	return TRUE;
+}
+
+static gboolean add_listeners(PrMigration *m, const char *text, GError **error)
+{
+	g_autoptr(GPtrArray) uris = parse_uris(text, /* listening= */ TRUE, error);
+
+	if (!uris)
+		return FALSE;
+	for (guint i = 0; i < uris->len; i++)
+		if (!add_listener(m, g_ptr_array_index(uris, i), error))
+			return FALSE;
+	return TRUE;
+}
+
+gboolean pr_migration_incoming(PrMigration *m, const char *text, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	gboolean fresh = m->sm.state == PR_STATE_NONE && m->listeners->len == 0;
+	if (!fresh)
+		set_state_error(m, "migrate_incoming",
+				m->listeners->len > 0
+					? "this side is listening already"
+					: "it is only for a side that has done nothing yet",
+				error);
+	else if (!m->owner)
+		m->owner = g_thread_new("load", pr_load_thread, m);
+	g_mutex_unlock(&m->lock);
+	return fresh && add_listeners(m, text, error);
+}
+
+gboolean pr_migration_recover(PrMigration *m, const char *text, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	gboolean fit = m->sm.role == PR_ROLE_DESTINATION && m->sm.state == PR_STATE_POSTCOPY_PAUSED;
+	if (!fit)
+		set_state_error(m, "migrate_recover",
+				m->sm.role == PR_ROLE_SOURCE
+					? "it is for the destination; on the source use migrate -r"
+					: "it is only for a migration that is postcopy-paused",
+				error);
+	g_mutex_unlock(&m->lock);
+	return fit && add_listeners(m, text, error);
+}
+
+gboolean pr_migration_pause(PrMigration *m, GError **error)
+{
+	g_autoptr(GError) asked = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED,
+						      "migrate_pause was asked for");
+
+	g_mutex_lock(&m->lock);
+	gboolean fit = pr_state_is_postcopy(m->sm.state) && m->sm.state != PR_STATE_POSTCOPY_PAUSED;
+	if (fit)
+		pr_migration_failed_locked(m, asked);
+	else
+		set_state_error(m, "migrate_pause", "only a migration in postcopy can be paused",
+				error);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+	return fit;
+}
+
+gboolean pr_migration_cancel(PrMigration *m, GError **error)
+{
+	g_autoptr(GError) cancelled = g_error_new_literal(
+		PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_CANCELLED, "migrate_cancel was asked for");
+
+	g_mutex_lock(&m->lock);
+	/* As in QEMU, cancelling what has ended already is no error. */
+	PrAction action = pr_state_is_over(m->sm.state) ? PR_ACTION_IGNORE
+							: pr_migration_failed_locked(m, cancelled);
+	if (action == PR_ACTION_REFUSE)
+		set_state_error(
+			m, "migrate_cancel",
+			"the guest runs on the destination already; migrate_pause pauses the "
+			"migration, migrate -r resumes it",
+			error);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+	return action != PR_ACTION_REFUSE;
+}

@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Exposing pages that are in place (ram.h: their received bit is set) to the guest: the userfaultfd
+ * calls. They act on the guest's address space, from our process. Errors are of the domain
+ * PR_MIGRATION_ERROR and mean that the guest's process is gone or the kernel is not what we think.
+ */
+#pragma once
+
+#include "migration/ram.h"
+
+/* Maps n pages that were read and wakes who waits for them. Pages that are mapped already, or that
+ * the guest has given back meanwhile (balloon), are only woken. */
+gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
+			 GError **error);
+
+/* Resolves a fault on a page that is in place: maps what was read; what never travelled, or was given
+ * back by the guest, becomes a zero page. */
+gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error);
+
+/* Lets whoever waits in these pages fault again. */
+gboolean pr_place_wake(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
+		       GError **error);

@@ -1,0 +1,381 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "migration/ram.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "migration/bitmap.h"
+#include "migration/migration.h"
+
+#define STATE_MAGIC   0x50524d5354415445ull /* "PRMSTATE" */
+#define STATE_VERSION 1
+#define STATE_ALIGN   4096
+
+/* Head of the state memfd; the received bitmaps follow, each at its block's bitmap_offset. */
+typedef struct StateBlock {
+	char idstr[PR_IDSTR_MAX + 1];
+	uint64_t size, page_size;
+	uint64_t bitmap_offset; /* bytes, page aligned */
+} StateBlock;
+
+typedef struct StateHead {
+	uint64_t magic, version;
+	PrBinding binding;
+	uint64_t n_blocks;
+	StateBlock blocks[PR_BLOCKS_MAX];
+} StateHead;
+
+static uint64_t align_up(uint64_t value)
+{
+	return (value + STATE_ALIGN - 1) & ~(uint64_t)(STATE_ALIGN - 1);
+}
+
+static void set_system_error(GError **error, const char *what, const char *idstr)
+{
+	int code = errno;
+
+	g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM, "RAM block %s: %s: %s",
+		    idstr, what, g_strerror(code));
+}
+
+static gboolean map_block(PrRamBlock *block, const PrGuestBlock *from, PrGuestRole role,
+			  GError **error)
+{
+	int prot = role == PR_GUEST_SOURCE ? PROT_READ : PROT_READ | PROT_WRITE;
+
+	block->idstr = g_strdup(from->idstr);
+	block->size = from->size;
+	block->page_size = from->page_size;
+	block->n_pages = from->size / from->page_size;
+	block->base = from->base;
+	block->memfd = from->memfd;
+	block->memfd_offset = from->memfd_offset;
+	if (from->page_size > PR_READ_MAX) {
+		g_set_error(
+			error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
+			"RAM block %s: pages of %u KiB are not supported, at most %u KiB; use a "
+			"memory backend without hugetlb",
+			from->idstr, from->page_size / 1024, PR_READ_MAX / 1024);
+		return FALSE;
+	}
+
+	void *map = mmap(NULL, from->size, prot, MAP_SHARED | MAP_NORESERVE, from->memfd,
+			 (off_t)from->memfd_offset);
+	if (map == MAP_FAILED) {
+		set_system_error(error, "mmap of its memfd", from->idstr);
+		return FALSE;
+	}
+	block->host = map;
+	return TRUE;
+}
+
+static gboolean make_state(PrRam *ram, GError **error)
+{
+	uint64_t bytes = align_up(sizeof(StateHead));
+	uint64_t offsets[PR_BLOCKS_MAX];
+
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		offsets[i] = bytes;
+		bytes += align_up(pr_bitmap_words(ram->blocks[i].n_pages) * sizeof(unsigned long));
+	}
+	ram->state_bytes = bytes;
+	ram->state_fd = memfd_create("postroad-state", MFD_CLOEXEC);
+	if (ram->state_fd < 0 || ftruncate(ram->state_fd, (off_t)bytes) < 0) {
+		set_system_error(error, "memfd for the received bitmap", "all");
+		return FALSE;
+	}
+	void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ram->state_fd, 0);
+	if (map == MAP_FAILED) {
+		set_system_error(error, "mmap of the received bitmap", "all");
+		return FALSE;
+	}
+	ram->state_map = map;
+
+	StateHead *head = map;
+	head->version = STATE_VERSION;
+	head->n_blocks = ram->n_blocks;
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		PrRamBlock *block = &ram->blocks[i];
+		g_strlcpy(head->blocks[i].idstr, block->idstr, sizeof(head->blocks[i].idstr));
+		head->blocks[i].size = block->size;
+		head->blocks[i].page_size = block->page_size;
+		head->blocks[i].bitmap_offset = offsets[i];
+		block->received = (unsigned long *)(ram->state_map + offsets[i]);
+		block->inflight = pr_bitmap_new(block->n_pages);
+		block->waiting = pr_bitmap_new(block->n_pages);
+	}
+	return TRUE;
+}
+
+PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError **error)
+{
+	g_autoptr(PrRam) ram = g_new0(PrRam, 1);
+
+	g_assert(n <= PR_BLOCKS_MAX);
+	ram->state_fd = -1;
+	ram->blocks = g_new0(PrRamBlock, n);
+	ram->regions = g_new0(PrRegion, n);
+	for (guint i = 0; i < n; i++) {
+		PrRamBlock *block = &ram->blocks[i];
+		ram->n_blocks = i + 1;
+		if (!map_block(block, &blocks[i], role, error))
+			return NULL;
+		ram->regions[i] = (PrRegion){block->host, block->size};
+		ram->total_bytes += block->size;
+		ram->page_size_summary |= block->page_size;
+		if (role == PR_GUEST_SOURCE) {
+			block->dirty = pr_bitmap_new(block->n_pages);
+			pr_bitmap_set(block->dirty, 0, block->n_pages);
+		}
+	}
+	if (role == PR_GUEST_DESTINATION && !make_state(ram, error))
+		return NULL;
+	return g_steal_pointer(&ram);
+}
+
+void pr_ram_free(PrRam *ram)
+{
+	if (!ram)
+		return;
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		PrRamBlock *block = &ram->blocks[i];
+		if (block->host)
+			munmap(block->host, block->size);
+		g_free(block->idstr);
+		g_free(block->inflight);
+		g_free(block->waiting);
+		g_free(block->dirty);
+	}
+	if (ram->state_map)
+		munmap(ram->state_map, ram->state_bytes);
+	if (ram->state_fd >= 0)
+		close(ram->state_fd);
+	g_free(ram->blocks);
+	g_free(ram->regions);
+	g_free(ram);
+}
+
+void pr_ram_set_identity(PrRam *ram, const PrBinding *binding)
+{
+	StateHead *head = (StateHead *)ram->state_map;
+
+	head->binding = *binding;
+	__atomic_store_n(&head->magic, STATE_MAGIC, __ATOMIC_RELEASE);
+}
+
+PrWireBlock *pr_ram_wire_blocks(const PrRam *ram)
+{
+	PrWireBlock *out = g_new0(PrWireBlock, ram->n_blocks);
+
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		g_strlcpy(out[i].idstr, ram->blocks[i].idstr, sizeof(out[i].idstr));
+		out[i].size = ram->blocks[i].size;
+		out[i].page_size = ram->blocks[i].page_size;
+	}
+	return out;
+}
+
+static gboolean check_block(const PrRamBlock *ours, const PrWireBlock *theirs, GError **error)
+{
+	if (strcmp(ours->idstr, theirs->idstr) != 0)
+		g_set_error(
+			error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+			"RAM block \"%s\" of the source is \"%s\" at the destination; give the memory "
+			"backends the same ids in the same order on both sides",
+			theirs->idstr, ours->idstr);
+	else if (ours->size != theirs->size)
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+			    "RAM block \"%s\": the source has %" G_GUINT64_FORMAT
+			    " bytes, the destination %" G_GUINT64_FORMAT
+			    "; use the same size on both sides",
+			    ours->idstr, theirs->size, ours->size);
+	else if (ours->page_size != theirs->page_size)
+		g_set_error(
+			error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+			"RAM block \"%s\": the source has pages of %u bytes, the destination of %u; "
+			"use the same hugetlb settings on both sides",
+			ours->idstr, theirs->page_size, ours->page_size);
+	else
+		return TRUE;
+	return FALSE;
+}
+
+gboolean pr_ram_check_blocks(const PrRam *ram, const PrWireBlock *blocks, guint n, GError **error)
+{
+	for (guint i = 0; i < MIN(n, ram->n_blocks); i++)
+		if (!check_block(&ram->blocks[i], &blocks[i], error))
+			return FALSE;
+	if (n != ram->n_blocks) {
+		const char *extra =
+			n > ram->n_blocks ? blocks[ram->n_blocks].idstr : ram->blocks[n].idstr;
+		g_set_error(
+			error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+			"RAM block \"%s\" exists only at the %s (%u blocks at the source, %u at the "
+			"destination)",
+			extra, n > ram->n_blocks ? "source" : "destination", n, ram->n_blocks);
+		return FALSE;
+	}
+	return TRUE;
+}
+
+PrRamBlock *pr_ram_find(const PrRam *ram, const char *idstr)
+{
+	for (guint i = 0; i < ram->n_blocks; i++)
+		if (strcmp(ram->blocks[i].idstr, idstr) == 0)
+			return &ram->blocks[i];
+	return NULL;
+}
+
+gboolean pr_ram_block_contains(const PrRamBlock *block, uint64_t offset, uint64_t length)
+{
+	return offset <= block->size && length <= block->size - offset &&
+	       offset % block->page_size == 0 && length % block->page_size == 0;
+}
+
+gboolean pr_ram_punch(PrRam *ram, GError **error)
+{
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		PrRamBlock *block = &ram->blocks[i];
+		if (fallocate(block->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			      (off_t)block->memfd_offset, (off_t)block->size) < 0) {
+			set_system_error(error, "emptying its memfd", block->idstr);
+			return FALSE;
+		}
+	}
+	return TRUE;
+}
+
+gboolean pr_ram_claim(PrRamBlock *block, uint64_t page)
+{
+	if (pr_bitmap_test(block->received, page) || pr_bitmap_test_and_set(block->inflight, page))
+		return FALSE;
+	/* It may have been received between the two; then the claim was free again, not the page. */
+	if (pr_bitmap_test(block->received, page)) {
+		pr_bitmap_test_and_clear(block->inflight, page);
+		return FALSE;
+	}
+	return TRUE;
+}
+
+uint64_t pr_ram_claim_run(PrRamBlock *block, uint64_t from, uint64_t max, uint64_t *ret_page)
+{
+	uint64_t page = from;
+
+	for (;;) {
+		page = pr_bitmap_next_clear2(block->received, block->inflight, block->n_pages,
+					     page);
+		if (page >= block->n_pages)
+			return 0;
+		if (pr_ram_claim(block, page))
+			break;
+		page++;
+	}
+	uint64_t n = 1;
+	while (n < max && page + n < block->n_pages && pr_ram_claim(block, page + n))
+		n++;
+	*ret_page = page;
+	return n;
+}
+
+void pr_ram_unclaim(PrRamBlock *block, uint64_t page, uint64_t n)
+{
+	pr_bitmap_clear(block->inflight, page, n);
+}
+
+void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, gboolean travelled)
+{
+	uint64_t changed = pr_bitmap_set(block->received, page, n);
+
+	if (changed != n)
+		g_critical("RAM block %s: %" G_GUINT64_FORMAT " of %" G_GUINT64_FORMAT
+			   " pages at %" G_GUINT64_FORMAT " were placed twice",
+			   block->idstr, n - changed, n, page);
+	pr_bitmap_clear(block->inflight, page, n);
+	__atomic_fetch_add(&ram->received_bytes, changed * block->page_size, __ATOMIC_SEQ_CST);
+	if (!travelled)
+		__atomic_fetch_add(&ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
+}
+
+uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
+{
+	uint64_t changed = 0, end = page + n;
+
+	/* A word at a time, as pr_ram_claim() and pr_ram_received() do it for a page: holes are large. */
+	for (uint64_t i = page / PR_LONG_BITS; i < pr_bitmap_words(end); i++) {
+		unsigned long mask = pr_bitmap_span(i, page, end);
+		unsigned long others =
+			__atomic_fetch_or(&block->inflight[i], mask, __ATOMIC_SEQ_CST);
+		unsigned long mine = mask & ~others;
+		unsigned long have = __atomic_load_n(&block->received[i], __ATOMIC_SEQ_CST);
+
+		__atomic_fetch_or(&block->received[i], mine, __ATOMIC_SEQ_CST);
+		__atomic_fetch_and(&block->inflight[i], ~mine, __ATOMIC_SEQ_CST);
+		changed += (uint64_t)__builtin_popcountl(mine & ~have);
+	}
+	__atomic_fetch_add(&ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&ram->received_bytes, changed * block->page_size, __ATOMIC_SEQ_CST);
+	return changed;
+}
+
+void pr_ram_forget_inflight(PrRam *ram)
+{
+	for (guint i = 0; i < ram->n_blocks; i++)
+		pr_bitmap_clear(ram->blocks[i].inflight, 0, ram->blocks[i].n_pages);
+}
+
+uint64_t pr_ram_received_bytes(const PrRam *ram)
+{
+	return __atomic_load_n(&ram->received_bytes, __ATOMIC_SEQ_CST);
+}
+
+uint64_t pr_ram_zero_bytes(const PrRam *ram)
+{
+	return __atomic_load_n(&ram->zero_bytes, __ATOMIC_RELAXED);
+}
+
+gboolean pr_ram_complete(const PrRam *ram)
+{
+	return pr_ram_received_bytes(ram) == ram->total_bytes;
+}
+
+gboolean pr_ram_next_data(const PrRamBlock *block, uint64_t offset, uint64_t *ret_start,
+			  uint64_t *ret_end)
+{
+	off_t base = (off_t)block->memfd_offset;
+
+	if (offset >= block->size)
+		return FALSE;
+	off_t data = lseek(block->memfd, base + (off_t)offset, SEEK_DATA);
+	/* ENXIO: nothing but hole to the end. Any other error: take everything for data. */
+	if (data < 0 && errno == ENXIO)
+		return FALSE;
+	uint64_t start = data < 0 ? offset : (uint64_t)(data - base);
+	if (start >= block->size)
+		return FALSE;
+	off_t hole = lseek(block->memfd, base + (off_t)start, SEEK_HOLE);
+	uint64_t end = hole < 0 ? block->size : (uint64_t)(hole - base);
+
+	start -= start % block->page_size;
+	end = MIN(block->size, (end + block->page_size - 1) / block->page_size * block->page_size);
+	*ret_start = start;
+	*ret_end = end;
+	return TRUE;
+}
+
+gboolean pr_ram_page_is_zero(const PrRamBlock *block, uint64_t page)
+{
+	const uint64_t *words = (const uint64_t *)(block->host + page * block->page_size);
+	gsize n = block->page_size / sizeof(*words);
+
+	/* Most pages that hold something show it early; the rest is read in lines of 64 bytes. */
+	for (gsize i = 0; i < n; i += 8) {
+		uint64_t bits = words[i] | words[i + 1] | words[i + 2] | words[i + 3];
+		bits |= words[i + 4] | words[i + 5] | words[i + 6] | words[i + 7];
+		if (bits)
+			return FALSE;
+	}
+	return TRUE;
+}

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Guest RAM as the engine sees it: the RAM blocks, our own mapping of each, and their bitmaps.
+ *
+ * The received bitmap (destination) is the only truth about which pages are in place:
+ *
+ *	received bit set  ⇒  the page in the memfd is final
+ *
+ * Order of a placement: the data lands → the received bit is set → the in-flight bit is cleared →
+ * the page is exposed to the guest (place.h). Nobody writes to a page whose received bit is set, and
+ * a page is covered by at most one READ: whoever wants to read it claims its in-flight bit first. So
+ * the engine or the path may die between any two steps: a clear bit means that the page was never
+ * exposed and is read again; a set bit on a page that was never exposed costs one more fault.
+ *
+ * The received bitmap lives in a memfd, the state memfd, which the agent in the guest's process keeps.
+ */
+#pragma once
+
+#include <glib.h>
+#include <stdint.h>
+
+#include "guest/guest.h"
+#include "transport/transport.h"
+
+#define PR_TARGET_PAGE 4096u /* statistics count pages of this size, as QEMU's do on x86 */
+
+typedef struct PrRamBlock {
+	char *idstr;
+	uint64_t size;	    /* bytes */
+	uint32_t page_size; /* bytes */
+	uint64_t n_pages;
+	uint64_t base; /* guest process's address of the block */
+	int memfd;     /* the guest object's */
+	uint64_t memfd_offset;
+	uint8_t *host; /* our mapping: read-only on the source */
+
+	unsigned long *received; /* destination; atomic, in the state memfd */
+	unsigned long *inflight; /* destination; atomic: claimed by a reader */
+	unsigned long *waiting;	 /* destination; atomic: a fault waits for somebody else's READ */
+	unsigned long *dirty;	 /* source: not yet in place at the destination, as far as we know;
+				  * the migration thread's, the return-path thread's during recovery */
+} PrRamBlock;
+
+typedef struct PrRam {
+	guint n_blocks;
+	PrRamBlock *blocks;
+	PrRegion *regions; /* the same, for the data path */
+	uint64_t total_bytes;
+	uint64_t page_size_summary; /* OR of the page sizes, as in POSTCOPY_ADVISE */
+	int state_fd;		    /* destination: the state memfd; -1 on the source */
+	uint8_t *state_map;
+	gsize state_bytes;
+	uint64_t received_bytes; /* destination; atomic */
+	uint64_t zero_bytes;	 /* destination; atomic: of these, what never travelled */
+	uint64_t pull_hint; /* destination; atomic: token of the page that faulted last, 0: none;
+				  * from there the bulk pull goes on */
+} PrRam;
+
+/* Names a run of pages in 64 bits: never 0. */
+static inline uint64_t pr_token_pack(guint block, uint64_t page, uint64_t n)
+{
+	return (uint64_t)block << 56 | n << 40 | page;
+}
+
+static inline void pr_token_unpack(uint64_t token, guint *ret_block, uint64_t *ret_page,
+				   uint64_t *ret_n)
+{
+	*ret_block = (guint)(token >> 56);
+	*ret_n = token >> 40 & 0xffff;
+	*ret_page = token & ((1ull << 40) - 1);
+}
+
+/* Maps all blocks. Errors: PR_MIGRATION_ERROR_SYSTEM. */
+PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError **error);
+void pr_ram_free(PrRam *ram);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrRam, pr_ram_free)
+
+/* Writes who we are into the state memfd. */
+void pr_ram_set_identity(PrRam *ram, const PrBinding *binding);
+
+/* The block table as HELLO carries it; g_free() it. */
+PrWireBlock *pr_ram_wire_blocks(const PrRam *ram);
+/* Compares the peer's block table with ours: by name, size and page size, in order. The error says
+ * which block differs in what. */
+gboolean pr_ram_check_blocks(const PrRam *ram, const PrWireBlock *blocks, guint n, GError **error);
+PrRamBlock *pr_ram_find(const PrRam *ram, const char *idstr);
+/* Whether [offset, offset + length) lies in the block, on page boundaries. */
+gboolean pr_ram_block_contains(const PrRamBlock *block, uint64_t offset, uint64_t length);
+
+/* Destination: frees whatever the memfds hold already, so that what is not received reads as
+ * missing. Only before anything was received. */
+gboolean pr_ram_punch(PrRam *ram, GError **error);
+
+/* Destination: claims a page for reading. FALSE: it is received, or somebody else's READ covers it. */
+gboolean pr_ram_claim(PrRamBlock *block, uint64_t page);
+/* Claims up to max pages in a row, the first free ones at or after `from`, within the block.
+ * Returns how many (0: none free from there on), the first in *ret_page. */
+uint64_t pr_ram_claim_run(PrRamBlock *block, uint64_t from, uint64_t max, uint64_t *ret_page);
+/* Gives a claim back: the READ was not posted or failed. */
+void pr_ram_unclaim(PrRamBlock *block, uint64_t page, uint64_t n);
+/* The data of n claimed pages is in place: sets the received bits, then ends the claim. */
+void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, gboolean travelled);
+/* The source says that n pages are zero: those that nobody has or reads are marked received.
+ * Returns how many. */
+uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n);
+/* Destination, with the path fenced and its readers halted: no READ is in flight any more. */
+void pr_ram_forget_inflight(PrRam *ram);
+/* Everything is in place. */
+gboolean pr_ram_complete(const PrRam *ram);
+uint64_t pr_ram_received_bytes(const PrRam *ram);
+uint64_t pr_ram_zero_bytes(const PrRam *ram);
+
+/* Source: the next extent of a block at or after `offset` that holds data, or FALSE at the end.
+ * Page aligned; what lies between extents was never touched. */
+gboolean pr_ram_next_data(const PrRamBlock *block, uint64_t offset, uint64_t *ret_start,
+			  uint64_t *ret_end);
+/* Source: whether a page holds only zeros. */
+gboolean pr_ram_page_is_zero(const PrRamBlock *block, uint64_t page);

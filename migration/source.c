@@ -1,0 +1,553 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The source's story. The migration thread walks it from the top of pr_source_thread() down; each
+ * connection has a return-path thread beside it, which reads what the destination sends.
+ *
+ * Up to hand_over() every failure leads to undo(): the guest runs on here and the cause is named. In
+ * hand_over() the machine goes to postcopy-active before RUN is sent: from then on RUN may have been
+ * seen, and this guest never runs again.
+ *
+ * The source's RAM does not change once the guest is stopped; the data path serves it without us. What is
+ * left to do in postcopy is to look for zero pages, so that they need not travel.
+ */
+#include <string.h>
+
+#include "migration/bitmap.h"
+#include "migration/internal.h"
+
+#define ZERO_SCAN_STEP (8u * 1024 * 1024) /* bytes between two looks at the state */
+
+/* Waits with the lock held until `*value` is `wanted` or the attempt has failed. */
+static gboolean wait_value(PrMigration *m, const uint32_t *value, uint32_t wanted, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	while (!m->failure && *value != wanted)
+		g_cond_wait(&m->changed, &m->lock);
+	gboolean reached = !m->failure;
+	if (!reached)
+		pr_migration_copy_failure(m, error);
+	g_mutex_unlock(&m->lock);
+	return reached;
+}
+
+/* ---- the return path ---- */
+
+static gboolean take_pong(PrMigration *m, const PrMsg *msg, GError **error)
+{
+	uint32_t value;
+
+	if (!pr_u32_decode(msg->body, msg->length, &value, error))
+		return FALSE;
+	g_mutex_lock(&m->lock);
+	m->pong = value;
+	g_cond_broadcast(&m->changed);
+	g_mutex_unlock(&m->lock);
+	return TRUE;
+}
+
+static gboolean take_resume_ack(PrMigration *m, const PrMsg *msg, GError **error)
+{
+	uint32_t value;
+
+	if (!pr_u32_decode(msg->body, msg->length, &value, error))
+		return FALSE;
+	if (value != PR_RESUME_ACK_VALUE) {
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
+			    "RESUME_ACK with value %u instead of %u", value, PR_RESUME_ACK_VALUE);
+		return FALSE;
+	}
+	/* Stepped here, not by the migration thread, which would be overtaken by a SHUT right behind. */
+	return pr_migration_step(m, PR_EVENT_RESUMED, "recovered", error);
+}
+
+static gboolean take_progress(PrMigration *m, const PrMsg *msg, GError **error)
+{
+	PrProgress progress;
+
+	if (!pr_progress_decode(msg->body, msg->length, &progress, error))
+		return FALSE;
+	g_mutex_lock(&m->lock);
+	m->progress = progress;
+	pr_migration_sample_rate(m, progress.postcopy_bytes, g_get_monotonic_time());
+	g_mutex_unlock(&m->lock);
+	return TRUE;
+}
+
+static gboolean take_shut(PrMigration *m, const PrMsg *msg, GError **error)
+{
+	uint32_t status;
+
+	if (!pr_u32_decode(msg->body, msg->length, &status, error))
+		return FALSE;
+	return pr_migration_step(m, PR_EVENT_SHUT, "the destination has every page", error);
+}
+
+static gboolean take_reason(const PrMsg *msg, GError **error)
+{
+	char reason[PR_REASON_MAX + 1];
+
+	if (!pr_reason_decode(msg->body, msg->length, reason, error))
+		return FALSE;
+	if (msg->type == PR_MSG_PAUSE)
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER,
+			    "the destination has paused: %s", reason);
+	else
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER,
+			    "the destination has given up: %s", reason);
+	return FALSE;
+}
+
+static gboolean take_message(PrMigration *m, const PrMsg *msg, GError **error)
+{
+	switch (msg->type) {
+	case PR_RP_PONG:
+		return take_pong(m, msg, error);
+	case PR_RP_RECV_BITMAP:
+		return pr_source_take_bitmap(m, msg, error);
+	case PR_RP_RESUME_ACK:
+		return take_resume_ack(m, msg, error);
+	case PR_RP_PROGRESS:
+		return take_progress(m, msg, error);
+	case PR_RP_SHUT:
+		return take_shut(m, msg, error);
+	case PR_MSG_PAUSE:
+	case PR_MSG_ERROR:
+		return take_reason(msg, error);
+	default:
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
+			    "the destination sent %s, which is not for a source",
+			    pr_msg_name(msg->type));
+		return FALSE;
+	}
+}
+
+static gpointer return_path_thread(gpointer opaque)
+{
+	PrConn *conn = opaque;
+
+	for (;;) {
+		g_autoptr(GError) error = NULL;
+		g_autoptr(PrMsg) msg = pr_control_recv(conn->control, G_MAXUINT, &error);
+		if (!msg || !take_message(conn->m, msg, &error)) {
+			pr_migration_failed(conn->m, conn, error);
+			return NULL;
+		}
+	}
+}
+
+/* ---- connecting ---- */
+
+static gboolean send_grants(PrConn *conn, GError **error)
+{
+	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
+
+	for (guint i = 0; i < grants->len;) {
+		g_autoptr(GByteArray) body = g_byte_array_new();
+		g_autofree PrWireGrant *wire = g_new(PrWireGrant, grants->len - i);
+		uint32_t block = g_array_index(grants, PrGrant, i).block;
+		guint n = 0;
+		for (; i < grants->len && n < PR_RANGES_MAX; i++, n++) {
+			const PrGrant *grant = &g_array_index(grants, PrGrant, i);
+			if (grant->block != block)
+				break;
+			wire[n] = (PrWireGrant){grant->offset, grant->length, grant->addr,
+						grant->key};
+		}
+		pr_grants_encode(body, block, wire, n);
+		if (!pr_send(conn, PR_CMD_GRANT, body, error))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+static PrControl *say_hello(PrMigration *m, PrConn *conn, gboolean resume, PrHelloAck *ret_ack,
+			    GError **error)
+{
+	g_autofree PrWireBlock *blocks = pr_ram_wire_blocks(m->ram);
+	PrHello hello = {
+		.version = PR_WIRE_VERSION,
+		.role = PR_HELLO_SOURCE,
+		.epoch = conn->epoch,
+		.resume = resume,
+		.n_blocks = m->ram->n_blocks,
+		.blocks = blocks,
+	};
+
+	memcpy(hello.uuid, m->binding.uuid, PR_UUID_BYTES);
+	memcpy(hello.secret, m->binding.secret, PR_SECRET_BYTES);
+	g_strlcpy(hello.scheme, conn->uri->scheme, sizeof(hello.scheme));
+	return pr_control_connect(conn->uri, &hello,
+				  (guint)pr_param(m->params, PR_PARAM_CONNECT_TIMEOUT),
+				  (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT), m->cancel,
+				  ret_ack, error);
+}
+
+/* Brings up a published connection's lanes and return path. */
+static gboolean open_lanes(PrConn *conn, uint16_t data_port, GError **error)
+{
+	const PrTransportOps *ops = pr_transport_find(conn->uri->scheme, error);
+	PrPathSetup setup = pr_conn_setup(conn, data_port);
+	PrDataPath *path = ops ? ops->connect(&setup, error) : NULL;
+
+	if (!path || !pr_conn_set_path(conn, path, error))
+		return FALSE;
+	conn->return_path = g_thread_new("return-path", return_path_thread, conn);
+	return send_grants(conn, error);
+}
+
+/* Connects one path. On failure returns NULL, with everything closed again. *ret_completed: the
+ * destination says that it needs us no more; then NULL too, without an error. */
+static PrConn *connect_path(PrMigration *m, const PrUri *uri, gboolean resume,
+			    gboolean *ret_completed, GError **error)
+{
+	PrConn *conn = g_new0(PrConn, 1);
+	PrHelloAck ack = {0};
+
+	conn->m = m;
+	conn->uri = pr_uri_copy(uri);
+	g_mutex_lock(&m->lock);
+	conn->epoch = ++m->binding.epoch;
+	g_mutex_unlock(&m->lock);
+	conn->control = say_hello(m, conn, resume, &ack, error);
+	if (conn->control && ack.status == PR_HELLO_COMPLETED) {
+		*ret_completed = TRUE;
+	} else if (conn->control && pr_conn_publish(conn, error)) {
+		if (open_lanes(conn, ack.data_port, error))
+			return conn;
+	}
+	if (conn->control) {
+		pr_conn_close(m, conn);
+	} else {
+		pr_uri_free(conn->uri);
+		g_free(conn);
+	}
+	return NULL;
+}
+
+static void record_failure(PrMigration *m, const PrUri *uri, const GError *error)
+{
+	g_mutex_lock(&m->lock);
+	PrPathRecord *record = pr_migration_record(m, uri);
+	g_free(record->last_error);
+	record->last_error = g_strdup(error->message);
+	g_mutex_unlock(&m->lock);
+}
+
+static gboolean attempt_failed(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	gboolean failed = m->failure != NULL;
+	g_mutex_unlock(&m->lock);
+	return failed;
+}
+
+/* Tries the paths in order; the first that connects is taken. A peer that refuses us ends it. */
+static PrConn *connect_any(PrMigration *m, gboolean resume, gboolean *ret_completed, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	g_autoptr(GPtrArray) uris = g_ptr_array_ref(m->uris);
+	g_mutex_unlock(&m->lock);
+
+	*ret_completed = FALSE;
+	for (guint i = 0; i < uris->len; i++) {
+		const PrUri *uri = g_ptr_array_index(uris, i);
+		g_autoptr(GError) why = NULL;
+		PrConn *conn = connect_path(m, uri, resume, ret_completed, &why);
+		if (conn || *ret_completed)
+			return conn;
+		record_failure(m, uri, why);
+		if (i + 1 == uris->len || attempt_failed(m) ||
+		    g_error_matches(why, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED)) {
+			g_propagate_prefixed_error(error, g_steal_pointer(&why),
+						   "path %s: ", uri->text);
+			return NULL;
+		}
+		g_warning("path %s: %s; trying the next one", uri->text, why->message);
+	}
+	g_assert_not_reached();
+}
+
+/* ---- the switch-over ---- */
+
+static gboolean prepare_guest(PrMigration *m, GError **error)
+{
+	guint n;
+	const PrGuestBlock *blocks = m->guest->ops->prepare(m->guest, PR_GUEST_SOURCE, &n, error);
+	PrRam *ram = blocks ? pr_ram_new(blocks, n, PR_GUEST_SOURCE, error) : NULL;
+
+	if (!ram)
+		return FALSE;
+	g_mutex_lock(&m->lock);
+	PrRam *old = m->ram;
+	m->ram = ram;
+	g_mutex_unlock(&m->lock);
+	pr_ram_free(old);
+	return TRUE;
+}
+
+static gboolean ping(PrConn *conn, uint32_t value, GError **error)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+
+	pr_u32_encode(body, value);
+	return pr_send(conn, PR_CMD_PING, body, error);
+}
+
+/* Tells the destination what kind of RAM comes, and waits until it is ready for it. */
+static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+
+	pr_advise_encode(body, m->ram->page_size_summary, PR_TARGET_PAGE);
+	return pr_send(conn, PR_CMD_POSTCOPY_ADVISE, body, error) &&
+	       ping(conn, PR_PING_READY, error) && wait_value(m, &m->pong, PR_PING_READY, error) &&
+	       pr_migration_step(m, PR_EVENT_READY, "the destination is ready", error);
+}
+
+static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **error)
+{
+	return pr_migration_step(m, PR_EVENT_STOP, "stopping the guest", error) &&
+	       m->guest->ops->stop(m->guest, ret_was_running, error);
+}
+
+typedef struct Ranges {
+	PrConn *conn;
+	uint32_t block;
+	guint n;
+	PrWireRange range[PR_RANGES_MAX];
+} Ranges;
+
+static gboolean flush_ranges(Ranges *ranges, GError **error)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+
+	if (ranges->n == 0)
+		return TRUE;
+	pr_ranges_encode(body, ranges->block, ranges->range, ranges->n);
+	ranges->n = 0;
+	return pr_send(ranges->conn, PR_CMD_RAM_ZERO, body, error);
+}
+
+static gboolean add_range(Ranges *ranges, uint64_t offset, uint64_t length, GError **error)
+{
+	PrWireRange *last = ranges->n > 0 ? &ranges->range[ranges->n - 1] : NULL;
+
+	if (last && last->offset + last->length == offset) {
+		last->length += length;
+		return TRUE;
+	}
+	if (ranges->n == PR_RANGES_MAX && !flush_ranges(ranges, error))
+		return FALSE;
+	ranges->range[ranges->n++] = (PrWireRange){offset, length};
+	return TRUE;
+}
+
+/* What the memfd has never held is zero, and known without reading it. */
+static gboolean send_block_holes(Ranges *ranges, const PrRamBlock *block, GError **error)
+{
+	uint64_t at = 0, start, end;
+
+	while (pr_ram_next_data(block, at, &start, &end)) {
+		if (start > at && !add_range(ranges, at, start - at, error))
+			return FALSE;
+		at = end;
+	}
+	if (at < block->size && !add_range(ranges, at, block->size - at, error))
+		return FALSE;
+	return flush_ranges(ranges, error);
+}
+
+static gboolean send_holes(PrMigration *m, PrConn *conn, GError **error)
+{
+	g_autofree Ranges *ranges = g_new0(Ranges, 1);
+
+	ranges->conn = conn;
+	for (guint i = 0; i < m->ram->n_blocks; i++) {
+		ranges->block = i;
+		if (!send_block_holes(ranges, &m->ram->blocks[i], error))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+typedef struct Package {
+	PrConn *conn;
+	gboolean was_running;
+} Package;
+
+static gboolean send_chunk(Package *package, gboolean last, const void *data, gsize length,
+			   GError **error)
+{
+	g_autoptr(GByteArray) body = g_byte_array_sized_new((guint)length + 16);
+
+	pr_packaged_encode(body, last, package->was_running, data, length);
+	return pr_send(package->conn, PR_CMD_PACKAGED, body, error);
+}
+
+/* PrGuestSink */
+static gboolean send_state(const void *data, gsize length, void *opaque, GError **error)
+{
+	const uint8_t *at = data;
+
+	while (length > 0) {
+		gsize chunk = MIN(length, PR_PACKAGED_CHUNK);
+		if (!send_chunk(opaque, /* last= */ FALSE, at, chunk, error))
+			return FALSE;
+		at += chunk;
+		length -= chunk;
+	}
+	return TRUE;
+}
+
+/* Sends the device state as the guest produces it, and waits until it is loaded. */
+static gboolean send_device_state(PrMigration *m, PrConn *conn, gboolean was_running,
+				  GError **error)
+{
+	Package package = {conn, was_running};
+
+	return pr_send(conn, PR_CMD_POSTCOPY_LISTEN, NULL, error) &&
+	       m->guest->ops->save(m->guest, m->cancel, send_state, &package, error) &&
+	       send_chunk(&package, /* last= */ TRUE, NULL, 0, error) &&
+	       ping(conn, PR_PING_LOADED, error) && wait_value(m, &m->pong, PR_PING_LOADED, error);
+}
+
+/* The guest is the destination's from here on, whatever becomes of RUN. */
+static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
+{
+	g_autoptr(GError) lost = NULL;
+
+	if (!pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error))
+		return FALSE;
+	if (!pr_send(conn, PR_CMD_POSTCOPY_RUN, NULL, &lost))
+		pr_migration_failed(m, conn, lost);
+	return TRUE;
+}
+
+static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
+{
+	gboolean completed, was_running;
+
+	if (!prepare_guest(m, error))
+		return FALSE;
+	PrConn *conn = connect_any(m, /* resume= */ FALSE, &completed, error);
+	if (!conn && completed)
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
+			    "the destination says that a new migration is complete");
+	if (!conn)
+		return FALSE;
+	*ret_conn = conn;
+	return advise(m, conn, error) && stop_guest(m, &was_running, error) &&
+	       send_holes(m, conn, error) && send_device_state(m, conn, was_running, error) &&
+	       hand_over(m, conn, error);
+}
+
+/* Before RUN: the guest runs on here. */
+static void undo(PrMigration *m, PrConn *conn, const GError *why)
+{
+	g_autoptr(GError) error = NULL;
+
+	pr_migration_failed(m, NULL, why);
+	pr_conn_close(m, conn);
+	if (!m->guest->ops->resume(m->guest, &error))
+		g_critical("the guest could not be resumed: %s", error->message);
+	pr_migration_step(m, PR_EVENT_CLEANED_UP,
+			  error ? error->message : "the guest runs on at the source", NULL);
+}
+
+/* ---- postcopy ---- */
+
+static PrState wait_while(PrMigration *m, PrState state)
+{
+	g_mutex_lock(&m->lock);
+	while (m->sm.state == state && !m->quit)
+		g_cond_wait(&m->changed, &m->lock);
+	PrState now = m->sm.state;
+	g_mutex_unlock(&m->lock);
+	return now;
+}
+
+static gboolean scan_extent(PrMigration *m, Ranges *ranges, const PrRamBlock *block, uint64_t start,
+			    uint64_t end, GError **error)
+{
+	for (uint64_t at = start; at < end; at += block->page_size) {
+		uint64_t page = at / block->page_size;
+		if (at % ZERO_SCAN_STEP == 0 && attempt_failed(m))
+			return FALSE;
+		if (pr_bitmap_test(block->dirty, page) && pr_ram_page_is_zero(block, page) &&
+		    !add_range(ranges, at, block->page_size, error))
+			return FALSE;
+	}
+	return flush_ranges(ranges, error);
+}
+
+/* Looks through all RAM that is not known to be in place, ahead of the destination's pull. */
+static void send_zero_pages(PrMigration *m, PrConn *conn)
+{
+	g_autofree Ranges *ranges = g_new0(Ranges, 1);
+	g_autoptr(GError) error = NULL; /* the connection's, which is reported by itself */
+
+	ranges->conn = conn;
+	for (guint i = 0; i < m->ram->n_blocks; i++) {
+		const PrRamBlock *block = &m->ram->blocks[i];
+		uint64_t at = 0, start, end;
+		ranges->block = i;
+		while (pr_ram_next_data(block, at, &start, &end)) {
+			if (!scan_extent(m, ranges, block, start, end, &error))
+				return;
+			at = end;
+		}
+	}
+}
+
+/* One recovery: from recover-setup to postcopy-active, or back to paused. */
+static PrConn *recover(PrMigration *m)
+{
+	g_autoptr(GError) error = NULL;
+	gboolean completed;
+
+	g_mutex_lock(&m->lock);
+	gboolean wanted = m->sm.state == PR_STATE_POSTCOPY_RECOVER_SETUP;
+	if (wanted)
+		pr_migration_begin_attempt(m);
+	g_mutex_unlock(&m->lock);
+	if (!wanted)
+		return NULL;
+
+	PrConn *conn = connect_any(m, /* resume= */ TRUE, &completed, &error);
+	if (completed) {
+		pr_migration_step(m, PR_EVENT_SHUT, "the destination had every page already", NULL);
+		return NULL;
+	}
+	if (conn && pr_source_recover(m, conn, &error))
+		return conn;
+	pr_migration_failed(m, NULL, error);
+	pr_conn_close(m, conn);
+	return NULL;
+}
+
+gpointer pr_source_thread(gpointer migration)
+{
+	PrMigration *m = migration;
+	g_autoptr(GError) error = NULL;
+	PrConn *conn = NULL;
+
+	if (!switch_over(m, &conn, &error)) {
+		undo(m, conn, error);
+		return NULL;
+	}
+	for (;;) {
+		if (conn && pr_capability(m->params, PR_CAP_ZERO_PAGES))
+			send_zero_pages(m, conn);
+		PrState state = wait_while(m, PR_STATE_POSTCOPY_ACTIVE);
+		pr_conn_close(m, conn);
+		conn = NULL;
+		if (state == PR_STATE_POSTCOPY_PAUSED)
+			state = wait_while(m, PR_STATE_POSTCOPY_PAUSED);
+		g_mutex_lock(&m->lock);
+		gboolean end = m->quit || pr_state_is_over(m->sm.state);
+		g_mutex_unlock(&m->lock);
+		if (end)
+			return NULL;
+		conn = recover(m);
+	}
+}

@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "migration/worker.h"
+
+#include <errno.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+void pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, gpointer opaque)
+{
+	worker->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (worker->wake_fd < 0)
+		g_error("eventfd for the %s thread: %s", name, g_strerror(errno));
+	g_mutex_init(&worker->lock);
+	g_cond_init(&worker->changed);
+	worker->thread = g_thread_new(name, func, opaque);
+}
+
+void pr_worker_kick(PrWorker *worker)
+{
+	uint64_t one = 1;
+	ssize_t written = write(worker->wake_fd, &one, sizeof(one));
+
+	/* EAGAIN: the counter is full, so the worker is being woken anyway. */
+	g_assert(written == sizeof(one) || errno == EAGAIN);
+}
+
+void pr_worker_set_path(PrWorker *worker, PrDataPath *path)
+{
+	g_mutex_lock(&worker->lock);
+	worker->wanted = path;
+	pr_worker_kick(worker);
+	while (worker->current != path)
+		g_cond_wait(&worker->changed, &worker->lock);
+	g_mutex_unlock(&worker->lock);
+}
+
+void pr_worker_stop(PrWorker *worker)
+{
+	g_mutex_lock(&worker->lock);
+	worker->stop = TRUE;
+	pr_worker_kick(worker);
+	g_mutex_unlock(&worker->lock);
+	g_thread_join(worker->thread);
+	close(worker->wake_fd);
+	g_mutex_clear(&worker->lock);
+	g_cond_clear(&worker->changed);
+}
+
+gboolean pr_worker_was_kicked(PrWorker *worker)
+{
+	uint64_t count;
+
+	return read(worker->wake_fd, &count, sizeof(count)) == sizeof(count);
+}
+
+gboolean pr_worker_obey(PrWorker *worker, gboolean *ret_switched)
+{
+	g_mutex_lock(&worker->lock);
+	gboolean stop = worker->stop;
+	*ret_switched = worker->current != worker->wanted;
+	worker->current = worker->wanted;
+	g_cond_broadcast(&worker->changed);
+	g_mutex_unlock(&worker->lock);
+	return !stop;
+}
