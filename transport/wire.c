@@ -82,6 +82,11 @@ const char *pr_msg_name(uint16_t type)
 	return unknown;
 }
 
+gboolean pr_msg_is_known(uint16_t type)
+{
+	return msg_info(type) != NULL;
+}
+
 uint32_t pr_msg_max_length(uint16_t type)
 {
 	const MsgInfo *info = msg_info(type);
@@ -210,6 +215,7 @@ void pr_hello_encode(GByteArray *out, const PrHello *hello)
 	put_u8(out, hello->role);
 	put_bytes(out, hello->uuid, sizeof hello->uuid);
 	put_u64(out, hello->epoch);
+	put_u8(out, hello->resume ? 1 : 0);
 	put_bytes(out, hello->secret, sizeof hello->secret);
 	put_u64(out, hello->capabilities);
 	put_name(out, hello->scheme);
@@ -283,6 +289,7 @@ static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 	hello->role = get_u8(cursor);
 	get_bytes(cursor, hello->uuid, sizeof hello->uuid);
 	hello->epoch = get_u64(cursor);
+	hello->resume = get_u8(cursor) != 0;
 	get_bytes(cursor, hello->secret, sizeof hello->secret);
 	hello->capabilities = get_u64(cursor);
 	get_name(cursor, hello->scheme, sizeof hello->scheme);

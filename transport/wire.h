@@ -104,6 +104,7 @@ GQuark pr_wire_error_quark(void);
 
 /* The name of a message type, "type 0x…" (static buffer per thread) for an unknown one. */
 const char *pr_msg_name(uint16_t type);
+gboolean pr_msg_is_known(uint16_t type);
 
 typedef struct PrMsgHeader {
 	uint16_t type;
@@ -127,7 +128,8 @@ typedef struct PrHello {
 	uint16_t version;
 	uint8_t role; /* PrHelloRole */
 	uint8_t uuid[PR_UUID_BYTES];
-	uint64_t epoch; /* 1 for a new migration, higher for each recovery */
+	uint64_t epoch; /* 1 for the first connection, higher for each later one */
+	gboolean resume; /* of a migration in postcopy; else a new one */
 	uint8_t secret[PR_SECRET_BYTES]; /* of the migration, made by the source */
 	uint64_t capabilities; /* none defined yet; unknown bits are ignored */
 	char scheme[16]; /* of the data path that the source is going to connect */

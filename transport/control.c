@@ -1,0 +1,341 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "transport/control.h"
+
+#include <poll.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "transport/control-internal.h"
+#include "transport/dial.h"
+
+void pr_msg_free(PrMsg *msg)
+{
+	if (!msg)
+		return;
+	g_free(msg->body);
+	g_free(msg);
+}
+
+static void signal_fd(int fd)
+{
+	eventfd_write(fd, 1);
+}
+
+/* A descriptor that pr_control_free() may close, whatever became of it. */
+static void close_fd(int fd)
+{
+	if (fd >= 0)
+		close(fd);
+}
+
+PrControl *pr_control_new(GSocketConnection *connection, const PrUri *uri,
+			  const PrTransportOps *ops, GError **error)
+{
+	g_autoptr(PrControl) control = g_new0(PrControl, 1);
+
+	control->connection = connection;
+	control->fd = g_socket_get_fd(g_socket_connection_get_socket(connection));
+	control->uri = pr_uri_copy(uri);
+	control->ops = ops;
+	control->peer = pr_peer_text(connection);
+	control->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	control->closed_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	control->tail = g_byte_array_new();
+	g_mutex_init(&control->send_lock);
+	g_mutex_init(&control->lock);
+	g_cond_init(&control->changed);
+	g_queue_init(&control->queue);
+	if (control->wake_fd < 0 || control->closed_fd < 0) {
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+			    "%s: no eventfd: %s; raise the limit of open files", control->peer,
+			    g_strerror(errno));
+		return NULL;
+	}
+	return g_steal_pointer(&control);
+}
+
+void pr_control_set_handshake(PrControl *control, gint64 deadline, GCancellable *cancel)
+{
+	control->handshake_deadline = deadline;
+	g_set_object(&control->cancel, cancel);
+}
+
+const char *pr_control_peer(PrControl *control)
+{
+	return control->peer;
+}
+
+guint64 pr_control_rtt_us(PrControl *control)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+
+	return control->rtt_us;
+}
+
+GError *pr_control_lost(PrControl *control, const char *what)
+{
+	return g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "%s: %s", control->peer, what);
+}
+
+GError *pr_control_lost_errno(PrControl *control, const char *doing, int code)
+{
+	return g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "%s: %s: %s", control->peer, doing,
+			   g_strerror(code));
+}
+
+gboolean pr_control_has_ended(PrControl *control)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+
+	return control->failure != NULL;
+}
+
+/* Only the first reason counts. One that is not ours is reported by the reader. */
+static void end(PrControl *control, const GError *reason, gboolean by_us)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	gboolean dead = g_error_matches(reason, PR_PATH_ERROR, PR_PATH_ERROR_LOST) ||
+			g_error_matches(reason, PR_PATH_ERROR, PR_PATH_ERROR_SILENT);
+
+	if (control->failure)
+		return;
+	control->failure = g_error_copy(reason);
+	control->reported = by_us;
+	control->linger = by_us && !dead;
+	shutdown(control->fd, control->linger ? SHUT_WR : SHUT_RDWR);
+	signal_fd(control->closed_fd);
+	signal_fd(control->wake_fd);
+	g_cond_broadcast(&control->changed);
+}
+
+void pr_control_fail(PrControl *control, GError *reason)
+{
+	end(control, reason, FALSE);
+	g_error_free(reason);
+}
+
+void pr_control_shutdown(PrControl *control, const GError *reason)
+{
+	end(control, reason, TRUE);
+}
+
+gboolean pr_control_admit(PrControl *control, gboolean outgoing, uint16_t type)
+{
+	if (type == PR_MSG_HEARTBEAT || control->ops->admit_message(control->uri, outgoing, type))
+		return TRUE;
+	pr_control_fail(control, pr_control_lost(control, PR_CUT_TEXT));
+	return FALSE;
+}
+
+/* Sending */
+
+static void frame_advance(PrFrame *frame, gsize written)
+{
+	frame->left -= written;
+	for (guint i = 0; i < G_N_ELEMENTS(frame->part); i++) {
+		gsize n = MIN(written, frame->part[i].iov_len);
+
+		frame->part[i].iov_base = (uint8_t *)frame->part[i].iov_base + n;
+		frame->part[i].iov_len -= n;
+		written -= n;
+	}
+}
+
+/* Writes what fits: bytes, or -errno. */
+gssize pr_frame_write(int fd, PrFrame *frame)
+{
+	struct msghdr msg = {.msg_iov = frame->part, .msg_iovlen = G_N_ELEMENTS(frame->part)};
+	gssize n;
+
+	do
+		n = sendmsg(fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		return -errno;
+	frame_advance(frame, n);
+	return n;
+}
+
+/* Waits until the socket takes more or the channel has ended. FALSE: the handshake's time is over. */
+static gboolean wait_for_room(PrControl *control)
+{
+	struct pollfd fds[] = {
+		{.fd = control->fd, .events = POLLOUT},
+		{.fd = control->closed_fd, .events = POLLIN},
+	};
+
+	if (control->handshake_deadline)
+		return pr_wait_fd(control->fd, POLLOUT, control->handshake_deadline,
+				  control->cancel) == PR_WAIT_READY;
+	poll(fds, G_N_ELEMENTS(fds), -1);
+	return TRUE;
+}
+
+/* A write failed. The reader declares the end, after it has taken in what is still there. */
+static void write_failed(PrControl *control, int code)
+{
+	GError *reason = pr_control_lost_errno(control, "sending", code);
+
+	g_mutex_lock(&control->lock);
+	if (control->started && !control->failure) {
+		if (!control->send_error)
+			control->send_error = g_steal_pointer(&reason);
+		signal_fd(control->wake_fd);
+		while (!control->failure)
+			g_cond_wait(&control->changed, &control->lock);
+	}
+	g_mutex_unlock(&control->lock);
+	if (reason)
+		pr_control_fail(control, g_steal_pointer(&reason));
+}
+
+/* Under send_lock. */
+static gboolean write_whole(PrControl *control, uint16_t type, const void *body, gsize length)
+{
+	uint8_t header[PR_WIRE_HEADER_BYTES];
+	PrFrame frame = {
+		.part = {{control->tail->data, control->tail->len},
+			 {header, sizeof header},
+			 {(void *)body, length}},
+		.left = control->tail->len + sizeof header + length,
+	};
+
+	pr_header_encode(header, type, length);
+	while (frame.left) {
+		gssize n = pr_control_has_ended(control) ? -ESHUTDOWN
+							 : pr_frame_write(control->fd, &frame);
+
+		if (n == -EAGAIN && !wait_for_room(control))
+			n = -ETIMEDOUT;
+		if (n < 0 && n != -EAGAIN) {
+			write_failed(control, -n);
+			return FALSE;
+		}
+	}
+	g_byte_array_set_size(control->tail, 0);
+	return TRUE;
+}
+
+static void copy_failure(PrControl *control, GError **error)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+
+	if (error)
+		*error = g_error_copy(control->failure);
+}
+
+gboolean pr_control_send(PrControl *control, uint16_t type, const void *body, gsize length,
+			 GError **error)
+{
+	gboolean sent;
+
+	g_assert(length <= pr_msg_max_length(type));
+	g_mutex_lock(&control->send_lock);
+	sent = !pr_control_has_ended(control) && pr_control_admit(control, TRUE, type) &&
+	       write_whole(control, type, body, length);
+	g_mutex_unlock(&control->send_lock);
+	if (!sent)
+		copy_failure(control, error);
+	return sent;
+}
+
+gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *body, GError **error)
+{
+	return pr_control_send(control, type, body ? body->data : NULL, body ? body->len : 0,
+			       error);
+}
+
+void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint heartbeat_timeout_ms,
+		      PrPathFailed on_failed, void *opaque)
+{
+	pr_control_set_handshake(control, 0, NULL);
+	control->on_failed = on_failed;
+	control->opaque = opaque;
+	pr_heartbeat_init(&control->heartbeat, heartbeat_interval_ms, heartbeat_timeout_ms,
+			  g_get_monotonic_time());
+	g_mutex_lock(&control->lock);
+	control->started = TRUE;
+	g_mutex_unlock(&control->lock);
+	control->reader = g_thread_new("control", pr_control_reader, control);
+}
+
+/* Receiving: the engine's side */
+
+/* Under the lock, by the deadline (-1: none). */
+static gboolean wait_for_message(PrControl *control, gint64 deadline)
+{
+	while (g_queue_is_empty(&control->queue) && !(control->failure && control->reported)) {
+		if (deadline < 0)
+			g_cond_wait(&control->changed, &control->lock);
+		else if (!g_cond_wait_until(&control->changed, &control->lock, deadline))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error)
+{
+	gint64 deadline =
+		timeout_ms == G_MAXUINT ? -1 : g_get_monotonic_time() + (gint64)timeout_ms * 1000;
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	gboolean come = wait_for_message(control, deadline);
+	PrMsg *msg = g_queue_pop_head(&control->queue);
+
+	if (msg) {
+		control->queued_bytes -= sizeof *msg + msg->length;
+		if (control->full)
+			signal_fd(control->wake_fd);
+		control->full = FALSE;
+	} else if (come && error) {
+		*error = g_error_copy(control->failure);
+	} else {
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
+			    "no message from %s within %u ms", control->peer, timeout_ms);
+	}
+	return msg;
+}
+
+GSocketConnection *pr_control_release(PrControl *control)
+{
+	GSocketConnection *connection = g_steal_pointer(&control->connection);
+
+	pr_control_free(control);
+	return connection;
+}
+
+/* Ends a started channel, if nothing else has, and waits for its reader. */
+static void stop_reader(PrControl *control)
+{
+	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED,
+					       "%s: this side has left", control->peer);
+
+	pr_control_shutdown(control, reason);
+	g_thread_join(control->reader);
+}
+
+void pr_control_free(PrControl *control)
+{
+	if (!control)
+		return;
+	if (control->reader)
+		stop_reader(control);
+	if (control->connection)
+		g_io_stream_close(G_IO_STREAM(control->connection), NULL, NULL);
+	g_clear_object(&control->connection);
+	g_clear_object(&control->cancel);
+	close_fd(control->wake_fd);
+	close_fd(control->closed_fd);
+	pr_uri_free(control->uri);
+	g_free(control->peer);
+	g_byte_array_unref(control->tail);
+	g_queue_clear_full(&control->queue, (GDestroyNotify)pr_msg_free);
+	pr_msg_free(control->coming);
+	g_clear_error(&control->failure);
+	g_clear_error(&control->send_error);
+	g_mutex_clear(&control->send_lock);
+	g_mutex_clear(&control->lock);
+	g_cond_clear(&control->changed);
+	g_free(control);
+}
