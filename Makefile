@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# A thin cover over meson: everything here can be done by hand, too (HACKING.md).
+MESON_FLAGS = --werror
+PREFIX ?= /usr/local
+
+all: build/build.ninja
+	meson compile -C build
+
+build/build.ninja: | deps
+	meson setup build --prefix=$(PREFIX) $(MESON_FLAGS)
+
+# What has to be installed (Debian 12); quick when it is.
+deps:
+	@tests/deps.sh
+
+# All tests, under the sanitizers as well. Ends with "N passed, N failed, N skipped".
+check: deps
+	@tests/run
+
+# A guest moves, loses its path, and recovers: told on the terminal in a minute.
+demo: all linux-guest
+	@tests/demo.py --build build
+
+bench: all
+	meson test -C build --benchmark --verbose
+
+# The Linux guest that the demo and the end-to-end tests move.
+linux-guest: deps
+	@tests/guest/linux/build-initramfs build/linux-guest
+
+install: all
+	meson install -C build
+
+format: deps
+	git ls-files '*.c' '*.h' | xargs clang-format -i
+
+clean:
+	rm -rf build build-asan build-tsan
+
+.PHONY: all deps check demo bench linux-guest install format clean

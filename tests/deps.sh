@@ -1,0 +1,31 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-or-later
+# Makes sure that everything Postroad is built, tested and shown with is installed: Debian 12's
+# packages, by name. Quick, and offline, when it all is.
+set -eu
+
+packages="
+gcc libc6-dev make meson ninja-build pkg-config
+libglib2.0-dev libjson-glib-dev libfabric-dev libibverbs-dev librdmacm-dev libzstd-dev libcmocka-dev
+glib-networking
+clang-format
+python3 qemu-system-x86 seabios ipxe-qemu busybox-static cpio gzip iproute2 socat util-linux
+"
+
+missing=""
+for package in $packages; do
+	dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed ||
+		missing="$missing $package"
+done
+[ -n "$missing" ] || exit 0
+
+if [ "$(id -u)" -ne 0 ]; then
+	echo "Packages are missing. Install them as root, then try again:" >&2
+	echo "  apt-get update && apt-get install --no-install-recommends$missing" >&2
+	exit 1
+fi
+echo "Installing:$missing"
+export DEBIAN_FRONTEND=noninteractive
+apt-get -q update
+# shellcheck disable=SC2086 # a list of words
+apt-get -q -y install --no-install-recommends $missing
