@@ -489,7 +489,7 @@ static gboolean admit(PrMigration *m, const PrHello *hello, const PrUri *uri, GE
 {
 	g_autofree char *reason = g_strdup_printf("connected again over %s", uri->text);
 
-	if (strcmp(hello->scheme, uri->scheme) != 0) {
+	if (strcmp(pr_scheme_transport(hello->scheme), pr_scheme_transport(uri->scheme)) != 0) {
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
 			    "the source comes over \"%s\", but this port is for \"%s\"",
 			    hello->scheme, uri->scheme);

@@ -247,6 +247,27 @@ gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *bo
 			       error);
 }
 
+void pr_control_farewell(PrControl *control, uint16_t type, const char *reason)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	uint8_t header[PR_WIRE_HEADER_BYTES];
+
+	/* Somebody is in the middle of a frame: the peer will see the end without a reason. */
+	if (!g_mutex_trylock(&control->send_lock))
+		return;
+	pr_reason_encode(body, reason);
+	pr_header_encode(header, type, body->len);
+	PrFrame frame = {
+		.part = {{control->tail->data, control->tail->len},
+			 {header, sizeof header},
+			 {body->data, body->len}},
+		.left = control->tail->len + sizeof header + body->len,
+	};
+	if (!pr_control_has_ended(control) && pr_control_admit(control, TRUE, type))
+		pr_frame_write(control->fd, &frame);
+	g_mutex_unlock(&control->send_lock);
+}
+
 void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint heartbeat_timeout_ms,
 		      PrPathFailed on_failed, void *opaque)
 {

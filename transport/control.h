@@ -47,6 +47,10 @@ gboolean pr_control_send(PrControl *control, uint16_t type, const void *body, gs
 /* As above, with the body of a GByteArray (NULL: empty). */
 gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *body, GError **error);
 
+/* Sends a message with a reason if that can be done without waiting: the last word before a
+ * pr_control_shutdown(). Any thread. */
+void pr_control_farewell(PrControl *control, uint16_t type, const char *reason);
+
 /* Takes the next message for the engine. Waits for at most timeout_ms (G_MAXUINT: until one
  * comes or the channel fails). Unknown types were skipped already. Messages that arrived before
  * a failure are still returned first. On timeout returns NULL with PR_PATH_ERROR_TIMEOUT and

@@ -252,3 +252,10 @@ char *pr_uri_address(const PrUri *uri)
 	return g_strdup_printf("%s:%s%s%s:%u", uri->scheme, brackets ? "[" : "", uri->host,
 			       brackets ? "]" : "", uri->port);
 }
+
+const char *pr_scheme_transport(const char *scheme)
+{
+	const char *plus = strrchr(scheme, '+');
+
+	return plus ? plus + 1 : scheme;
+}

@@ -31,5 +31,8 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrUri, pr_uri_free)
 /* An element list of PrUri*, freed with the array; at least one. */
 GPtrArray *pr_uri_list_parse(const char *text, gboolean listening, GError **error);
 
+/* The transport that carries the pages: the scheme without wrappers ("faulty+ofi" -> "ofi"). */
+const char *pr_scheme_transport(const char *scheme);
+
 /* SCHEME:HOST:PORT with brackets where needed; the caller's to g_free(). */
 char *pr_uri_address(const PrUri *uri);

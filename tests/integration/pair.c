@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "tests/integration/pair.h"
+
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <string.h>
+
+/* Far above what anything here takes, sanitizers and a busy machine included. */
+#define PATIENCE_US (60 * G_USEC_PER_SEC)
+
+static void on_state(PrState state, const char *reason, void *opaque)
+{
+	Side *side = opaque;
+
+	g_mutex_lock(&side->lock);
+	g_debug("%s: %s (%s)", side->name, pr_state_name(state), reason);
+	side->state = state;
+	g_array_append_val(side->states, state);
+	g_cond_broadcast(&side->changed);
+	g_mutex_unlock(&side->lock);
+}
+
+static void side_init(Side *side, const char *name, const PairConfig *config, uint64_t size)
+{
+	g_autoptr(GError) error = NULL;
+	TestGuestConfig guest = {
+		.size = size,
+		.n_blocks = config->n_blocks ? config->n_blocks : 2,
+		.n_threads = config->n_threads ? config->n_threads : 3,
+		.pace_us = config->pace_us,
+		.paused = config->paused,
+		.load_touches = 8,
+	};
+
+	side->name = name;
+	g_mutex_init(&side->lock);
+	g_cond_init(&side->changed);
+	side->states = g_array_new(FALSE, FALSE, sizeof(PrState));
+	side->guest = testguest_new(&guest, &error);
+	g_assert_no_error(error);
+	side->adapter = pr_guest_open(testguest_spec(side->guest), 20000, &error);
+	g_assert_no_error(error);
+	pr_params_init(&side->params);
+	/* Two engines, a guest and perhaps a sanitizer share few cores: silence means more here. */
+	g_assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
+	g_assert_true(pr_params_set(&side->params, "max-postcopy-bandwidth", config->bandwidth, NULL));
+	side->engine = pr_migration_new(side->adapter, &side->params, on_state, side);
+}
+
+static void side_clear(Side *side)
+{
+	pr_migration_free(side->engine);
+	g_autoptr(GError) error = NULL;
+	if (!side->adapter->ops->fault_off(side->adapter, &error))
+		g_warning("%s: fault off: %s", side->name, error->message);
+	pr_guest_close(side->adapter);
+	testguest_free(side->guest);
+	g_array_unref(side->states);
+	g_mutex_clear(&side->lock);
+	g_cond_clear(&side->changed);
+}
+
+/* "tcp:127.0.0.1:PORT", where the destination really listens. */
+static char *listening_uri(Side *destination)
+{
+	g_auto(PrMigrationInfo) info = {0};
+
+	pr_migration_query(destination->engine, &info);
+	g_assert_cmpuint(info.paths->len, ==, 1);
+	return g_strdup(((PrPathInfo *)g_ptr_array_index(info.paths, 0))->uri);
+}
+
+Pair *pair_new(const PairConfig *config)
+{
+	static int count; /* atomic; names the faults of each pair */
+	Pair *pair = g_new0(Pair, 1);
+	g_autoptr(GError) error = NULL;
+	g_autofree char *id = g_strdup_printf("pair-%d", g_atomic_int_add(&count, 1));
+	g_autofree char *incoming = g_strdup_printf("%s:127.0.0.1:0", config->scheme);
+
+	side_init(&pair->source, "source", config, config->size);
+	side_init(&pair->destination, "destination", config,
+		  config->destination_size ? config->destination_size : config->size);
+	testguest_start(pair->source.guest);
+	pr_migration_incoming(pair->destination.engine, incoming, &error);
+	g_assert_no_error(error);
+	g_autofree char *listening = listening_uri(&pair->destination);
+	pair->faults = pr_faults_new(id);
+	pair->uri = g_strdup_printf("faulty+%s?fault-id=%s", listening, id);
+	return pair;
+}
+
+void pair_free(Pair *pair)
+{
+	side_clear(&pair->source);
+	side_clear(&pair->destination);
+	pr_faults_free(pair->faults);
+	g_free(pair->uri);
+	g_free(pair);
+}
+
+void pair_migrate(Pair *pair)
+{
+	g_autoptr(GError) error = NULL;
+
+	pr_migration_start(pair->source.engine, pair->uri, /* resume= */ FALSE, &error);
+	g_assert_no_error(error);
+}
+
+void pair_resume(Pair *pair)
+{
+	g_autoptr(GError) error = NULL;
+
+	pr_migration_start(pair->source.engine, pair->uri, /* resume= */ TRUE, &error);
+	g_assert_no_error(error);
+}
+
+PrState side_wait_any(Side *side, guint mask)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	g_mutex_lock(&side->lock);
+	while (!(mask & 1u << side->state))
+		if (!g_cond_wait_until(&side->changed, &side->lock, deadline)) {
+			g_auto(PrMigrationInfo) info = {0};
+			pr_migration_query(side->engine, &info);
+			g_error("%s: waited for states 0x%x, it is %s: %s", side->name, mask,
+				pr_state_name(side->state), info.reason);
+		}
+	PrState state = side->state;
+	g_mutex_unlock(&side->lock);
+	return state;
+}
+
+void side_wait(Side *side, PrState state)
+{
+	side_wait_any(side, 1u << state);
+}
+
+PrState side_state(Side *side)
+{
+	g_mutex_lock(&side->lock);
+	PrState state = side->state;
+	g_mutex_unlock(&side->lock);
+	return state;
+}
+
+void pair_wait(Pair *pair, PrState both)
+{
+	side_wait(&pair->source, both);
+	side_wait(&pair->destination, both);
+}
+
+void pair_wait_received(Pair *pair, uint64_t bytes)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	for (;;) {
+		g_auto(PrMigrationInfo) info = {0};
+		pr_migration_query(pair->destination.engine, &info);
+		if (info.total > 0 && info.total - info.remaining >= bytes)
+			return;
+		if (g_get_monotonic_time() > deadline)
+			g_error("the destination never received %" G_GUINT64_FORMAT " bytes: %s", bytes,
+				info.reason);
+		g_usleep(200); /* between two looks at the condition */
+	}
+}
+
+void pair_resume_until_completed(Pair *pair, guint limit)
+{
+	guint settled = 1u << PR_STATE_POSTCOPY_PAUSED | 1u << PR_STATE_COMPLETED;
+
+	for (guint i = 0; i <= limit; i++) {
+		if (side_wait_any(&pair->source, settled) == PR_STATE_COMPLETED) {
+			side_wait(&pair->destination, PR_STATE_COMPLETED);
+			return;
+		}
+		side_wait_any(&pair->destination, settled);
+		pair_resume(pair);
+		side_wait_any(&pair->source, settled | 1u << PR_STATE_POSTCOPY_ACTIVE);
+	}
+	g_error("not completed after %u recoveries", limit);
+}
+
+void pair_check_completed(Pair *pair)
+{
+	g_auto(PrMigrationInfo) here = {0}, there = {0};
+	guint64 corrupt = 1;
+
+	pr_migration_query(pair->source.engine, &there);
+	pr_migration_query(pair->destination.engine, &here);
+	assert_int_equal(there.state, PR_STATE_COMPLETED);
+	assert_int_equal(here.state, PR_STATE_COMPLETED);
+	assert_int_equal(here.remaining, 0);
+	assert_int_equal(there.remaining, 0);
+	assert_int_equal(here.transferred + here.duplicate * here.page_size, here.total);
+	assert_int_equal(there.transferred, here.transferred);
+	assert_int_equal(there.duplicate, here.duplicate);
+	assert_int_equal(there.postcopy_requests, here.postcopy_requests);
+	assert_int_equal(there.recoveries, there.pauses);
+
+	assert_false(testguest_running(pair->source.guest));
+	assert_true(testguest_loaded(pair->destination.guest));
+	assert_true(testguest_verify(pair->destination.guest, &corrupt));
+	assert_int_equal(corrupt, 0);
+	assert_int_equal(testguest_corrupt(pair->destination.guest), 0);
+}
+
+void pair_check_undone(Pair *pair)
+{
+	guint64 corrupt = 1;
+
+	assert_true(testguest_running(pair->source.guest));
+	assert_true(testguest_verify(pair->source.guest, &corrupt));
+	assert_int_equal(corrupt, 0);
+}

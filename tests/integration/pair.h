@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Two engines and two test guests in one process: a source, and a destination that listens. */
+#pragma once
+
+#include <glib.h>
+
+#include "guest/guest.h"
+#include "migration/migration.h"
+#include "tests/guest/testguest.h"
+#include "transport/faulty.h"
+
+/* One side. */
+typedef struct Side {
+	const char *name;
+	TestGuest *guest;
+	PrGuest *adapter;
+	PrParams params;
+	PrMigration *engine;
+
+	GMutex lock; /* protects what follows */
+	GCond changed;
+	PrState state; /* the last one told */
+	GArray *states; /* PrState: all that were told, in order */
+} Side;
+
+typedef struct PairConfig {
+	const char *scheme; /* "tcp", "ofi" */
+	uint64_t size;	    /* bytes of guest RAM */
+	uint64_t destination_size; /* 0: the same */
+	guint n_blocks;	    /* 0: 2 */
+	guint n_threads;    /* 0: 3 */
+	guint pace_us;
+	uint64_t bandwidth; /* of the bulk pull, bytes a second; 0: unlimited */
+	gboolean paused;    /* the guest does not run; compared byte for byte at the end */
+} PairConfig;
+
+typedef struct Pair {
+	Side source, destination;
+	PrFaults *faults; /* of the source's paths */
+	char *uri;	  /* of the destination, with the source's faults around it */
+} Pair;
+
+Pair *pair_new(const PairConfig *config);
+void pair_free(Pair *pair);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Pair, pair_free)
+
+/* migrate, and migrate -r; asserts that they are accepted. */
+void pair_migrate(Pair *pair);
+void pair_resume(Pair *pair);
+
+/* Waits until a side has been told this state as its last; fails the test after some seconds, with what
+ * there was instead. */
+void side_wait(Side *side, PrState state);
+/* Waits for any of the states in the mask (1u << PR_STATE_…); returns which. */
+PrState side_wait_any(Side *side, guint mask);
+PrState side_state(Side *side);
+void pair_wait(Pair *pair, PrState both);
+/* Waits until the destination has at least so many bytes in place. */
+void pair_wait_received(Pair *pair, uint64_t bytes);
+/* Resumes again and again until both have completed; at most `limit` times. */
+void pair_resume_until_completed(Pair *pair, guint limit);
+
+/* The guest lives at the destination, all its pages are right, the statistics of both sides agree. */
+void pair_check_completed(Pair *pair);
+/* The guest runs on at the source and is sound. */
+void pair_check_undone(Pair *pair);

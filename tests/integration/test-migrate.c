@@ -1,0 +1,207 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Whole migrations of the test guest: the way it goes, and what an operator may do to it. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <string.h>
+
+#include "tests/integration/pair.h"
+
+#define MIB (1024ull * 1024)
+
+static const char *scheme_of(void **state)
+{
+	return *state;
+}
+
+static void moves_a_working_guest(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 64 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+
+	g_auto(PrMigrationInfo) info = {0};
+	pr_migration_query(pair->destination.engine, &info);
+	assert_true(info.faults > 0);
+	uint64_t in_buckets = 0;
+	for (guint i = 0; i < PR_LATENCY_BUCKETS; i++)
+		in_buckets += info.latency_dist[i];
+	assert_int_equal(in_buckets, info.faults);
+	assert_int_equal(info.pauses, 0);
+}
+
+static void moves_a_paused_guest_byte_for_byte(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 32 * MIB, .paused = TRUE};
+	g_autoptr(Pair) pair = pair_new(&config);
+	g_autofree char *difference = NULL;
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	assert_false(testguest_running(pair->destination.guest));
+	if (!testguest_equal(pair->source.guest, pair->destination.guest, &difference))
+		fail_msg("%s", difference);
+}
+
+static void passes_through_the_states_in_order(void **state)
+{
+	static const PrState expected[] = {
+		PR_STATE_SETUP, PR_STATE_ACTIVE, PR_STATE_DEVICE, PR_STATE_POSTCOPY_ACTIVE,
+		PR_STATE_POSTCOPY_PAUSED, PR_STATE_POSTCOPY_RECOVER_SETUP, PR_STATE_POSTCOPY_RECOVER,
+		PR_STATE_POSTCOPY_ACTIVE, PR_STATE_COMPLETED,
+	};
+	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	pair_migrate(pair);
+	pair_wait_received(pair, 6 * MIB);
+	pr_faults_cut_paths(pair->faults);
+	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_resume(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+
+	assert_int_equal(pair->source.states->len, G_N_ELEMENTS(expected));
+	assert_memory_equal(pair->source.states->data, expected, sizeof(expected));
+}
+
+/* Both sides pause, whoever is asked, and the guest runs on with what it has. */
+static void pauses_both_sides_when_asked(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 4 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+	Side *sides[] = {&pair->source, &pair->destination};
+	g_autoptr(GError) error = NULL;
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	for (guint i = 0; i < G_N_ELEMENTS(sides); i++) {
+		assert_true(pr_migration_pause(sides[i]->engine, &error));
+		pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+		assert_false(pr_migration_pause(sides[i]->engine, NULL));
+		pair_resume(pair);
+		pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	}
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+
+	g_auto(PrMigrationInfo) info = {0};
+	pr_migration_query(pair->source.engine, &info);
+	assert_int_equal(info.pauses, 2);
+	assert_int_equal(info.recoveries, 2);
+}
+
+static void refuses_what_makes_no_sense_now(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 4 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+	g_autoptr(GError) error = NULL;
+
+	assert_false(pr_migration_start(pair->source.engine, pair->uri, /* resume= */ TRUE, &error));
+	assert_true(g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE));
+	g_clear_error(&error);
+	assert_false(pr_migration_start(pair->source.engine, "nonsense", FALSE, &error));
+	assert_true(g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_URI));
+	g_clear_error(&error);
+	assert_false(pr_migration_recover(pair->destination.engine, "tcp:127.0.0.1:0", &error));
+	assert_true(g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE));
+	g_clear_error(&error);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	assert_false(pr_migration_start(pair->source.engine, pair->uri, FALSE, &error));
+	assert_true(g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_BUSY));
+	g_clear_error(&error);
+	assert_false(pr_migration_cancel(pair->source.engine, &error));
+	assert_non_null(error);
+	g_clear_error(&error);
+	assert_false(pr_migration_cancel(pair->destination.engine, &error));
+	g_clear_error(&error);
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	assert_false(pr_migration_start(pair->source.engine, pair->uri, FALSE, &error));
+	pair_check_completed(pair);
+}
+
+static void names_the_block_that_differs(void **state)
+{
+	PairConfig config = {
+		.scheme = scheme_of(state), .size = 16 * MIB, .destination_size = 24 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+	g_auto(PrMigrationInfo) info = {0};
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_FAILED);
+	pr_migration_query(pair->source.engine, &info);
+	assert_non_null(strstr(info.error_desc, "ram0"));
+	assert_non_null(strstr(info.error_desc, "bytes"));
+	pair_check_undone(pair);
+}
+
+static void says_when_nobody_listens(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 8 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+	g_autofree char *nowhere = g_strdup_printf("%s:127.0.0.1:1", scheme_of(state));
+	g_autofree char *both = g_strdup_printf("%s,%s", nowhere, pair->uri);
+	g_auto(PrMigrationInfo) info = {0};
+
+	assert_true(pr_migration_start(pair->source.engine, nowhere, FALSE, NULL));
+	side_wait(&pair->source, PR_STATE_FAILED);
+	pr_migration_query(pair->source.engine, &info);
+	assert_non_null(strstr(info.error_desc, nowhere));
+	pair_check_undone(pair);
+
+	/* With a second path in the list, the first one's absence does not matter. */
+	assert_true(pr_migration_start(pair->source.engine, both, FALSE, NULL));
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+}
+
+static void cancel_leaves_the_guest_at_the_source(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 32 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+	guint over = 1u << PR_STATE_CANCELLED | 1u << PR_STATE_COMPLETED |
+		     1u << PR_STATE_POSTCOPY_ACTIVE;
+
+	/* It may come too late; again until it does not. */
+	for (guint i = 0; i < 50; i++) {
+		pair_migrate(pair);
+		if (pr_migration_cancel(pair->source.engine, NULL)) {
+			assert_int_equal(side_wait_any(&pair->source, over), PR_STATE_CANCELLED);
+			pair_check_undone(pair);
+			break;
+		}
+	}
+	assert_int_equal(side_state(&pair->source), PR_STATE_CANCELLED);
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+}
+
+#define FOR(scheme_, test_) {#test_ " over " scheme_, test_, NULL, NULL, scheme_}
+#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		BOTH(moves_a_working_guest),
+		BOTH(moves_a_paused_guest_byte_for_byte),
+		BOTH(passes_through_the_states_in_order),
+		BOTH(pauses_both_sides_when_asked),
+		BOTH(refuses_what_makes_no_sense_now),
+		FOR("tcp", names_the_block_that_differs),
+		BOTH(says_when_nobody_listens),
+		BOTH(cancel_leaves_the_guest_at_the_source),
+	};
+
+	return cmocka_run_group_tests_name("migrate", tests, NULL, NULL);
+}
