@@ -247,24 +247,31 @@ gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *bo
 			       error);
 }
 
+/* Under send_lock. What the socket doesn't take now goes before the next frame, if there is one. */
+static void write_without_waiting(PrControl *control, uint16_t type, const GByteArray *body)
+{
+	uint8_t header[PR_WIRE_HEADER_BYTES];
+	PrFrame frame = {0};
+
+	pr_header_encode(header, type, body->len);
+	g_byte_array_append(control->tail, header, sizeof header);
+	g_byte_array_append(control->tail, body->data, body->len);
+	frame.part[0] = (struct iovec){control->tail->data, control->tail->len};
+	frame.left = control->tail->len;
+	if (pr_frame_write(control->fd, &frame) > 0)
+		g_byte_array_remove_range(control->tail, 0, control->tail->len - frame.left);
+}
+
 void pr_control_farewell(PrControl *control, uint16_t type, const char *reason)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
-	uint8_t header[PR_WIRE_HEADER_BYTES];
 
 	/* Somebody is in the middle of a frame: the peer will see the end without a reason. */
 	if (!g_mutex_trylock(&control->send_lock))
 		return;
 	pr_reason_encode(body, reason);
-	pr_header_encode(header, type, body->len);
-	PrFrame frame = {
-		.part = {{control->tail->data, control->tail->len},
-			 {header, sizeof header},
-			 {body->data, body->len}},
-		.left = control->tail->len + sizeof header + body->len,
-	};
 	if (!pr_control_has_ended(control) && pr_control_admit(control, TRUE, type))
-		pr_frame_write(control->fd, &frame);
+		write_without_waiting(control, type, body);
 	g_mutex_unlock(&control->send_lock);
 }
 

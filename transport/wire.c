@@ -23,7 +23,7 @@ G_DEFINE_QUARK(pr_wire_error, pr_wire_error)
 #define ACK_BYTES_MAX	 (4 + 2 + 4 + 8 + 2 + REASON_BYTES_MAX)
 #define RANGES_BYTES_MAX (RANGES_HEAD + PR_RANGES_MAX * RANGE_BYTES)
 #define GRANTS_BYTES_MAX (RANGES_HEAD + PR_RANGES_MAX * GRANT_BYTES)
-#define HELLO_HEAD_MAX	 (4 + 2 + 1 + PR_UUID_BYTES + 8 + PR_SECRET_BYTES + 8 + 16 + 4)
+#define HELLO_HEAD_MAX	 (4 + 2 + 1 + PR_UUID_BYTES + 8 + 1 + PR_SECRET_BYTES + 8 + 16 + 4)
 #define HELLO_BYTES_MAX	 (HELLO_HEAD_MAX + PR_BLOCKS_MAX * BLOCK_BYTES_MAX)
 #define PAGE_SIZE_MIN	 4096
 #define REQ_PAGES_MAX	 (1024 * 1024)
@@ -279,6 +279,8 @@ static gboolean is_scheme(const char *scheme)
 
 static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 {
+	uint8_t resume;
+
 	hello->version = get_u16(cursor);
 	if (!cursor->overrun && hello->version != PR_WIRE_VERSION)
 		return malformed(
@@ -289,7 +291,8 @@ static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 	hello->role = get_u8(cursor);
 	get_bytes(cursor, hello->uuid, sizeof hello->uuid);
 	hello->epoch = get_u64(cursor);
-	hello->resume = get_u8(cursor) != 0;
+	resume = get_u8(cursor);
+	hello->resume = resume != 0;
 	get_bytes(cursor, hello->secret, sizeof hello->secret);
 	hello->capabilities = get_u64(cursor);
 	get_name(cursor, hello->scheme, sizeof hello->scheme);
@@ -297,6 +300,8 @@ static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 		return malformed(error, "HELLO is too short");
 	if (hello->role != PR_HELLO_SOURCE && hello->role != PR_HELLO_DESTINATION)
 		return malformed(error, "HELLO names the unknown role %u", hello->role);
+	if (resume > 1)
+		return malformed(error, "HELLO has %u for resume, not 0 or 1", resume);
 	if (!hello->epoch)
 		return malformed(error, "HELLO names the epoch 0, epochs begin with 1");
 	if (!is_scheme(hello->scheme))
