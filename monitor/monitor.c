@@ -54,7 +54,7 @@ void pr_monitor_hmp(PrMonitor *monitor, int in_fd, int out_fd, gboolean prompt)
 
 guint64 pr_monitor_mark(PrMonitor *monitor)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
+	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
 
 	return monitor->n_events;
 }
@@ -163,7 +163,7 @@ static void send_event(PrMonitor *monitor, const PrStateEvent *event)
 
 static PrStateEvent *next_event(PrMonitor *monitor)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
+	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
 	PrStateEvent *event = g_queue_pop_head(&monitor->events);
 
 	if (!event)
@@ -188,7 +188,7 @@ static gboolean on_dispatch(gpointer opaque)
 void pr_monitor_on_state(PrState state, const char *reason, void *opaque)
 {
 	PrMonitor *monitor = opaque;
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
+	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
 	PrStateEvent *event;
 
 	if (monitor->closed)

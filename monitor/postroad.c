@@ -40,7 +40,6 @@ typedef struct Engine {
 	GMainLoop *loop;
 	PrParams params;
 	PrMonitor *monitor;
-	int state; /* PrState, atomic: the last one logged */
 } Engine;
 
 static const char summary[] =
@@ -195,17 +194,6 @@ static gboolean validate(const Options *options, int argc, char **argv, PrParams
 	return TRUE;
 }
 
-/* Any thread. */
-static void on_state(PrState state, const char *reason, void *opaque)
-{
-	Engine *engine = opaque;
-	PrState old = g_atomic_int_exchange(&engine->state, state);
-
-	g_info("%s -> %s (%s)", pr_state_name(old), pr_state_name(state),
-	       reason ? reason : "no reason given");
-	pr_monitor_on_state(state, reason, engine->monitor);
-}
-
 static void on_quit(void *opaque)
 {
 	Engine *engine = opaque;
@@ -302,7 +290,7 @@ static gboolean run(const Options *options, Engine *engine, GError **error)
 	engine->loop = loop;
 	monitor = pr_monitor_new(&engine->params, g_main_context_default(), on_quit, engine);
 	engine->monitor = monitor;
-	migration = pr_migration_new(guest, &engine->params, on_state, engine);
+	migration = pr_migration_new(guest, &engine->params, pr_monitor_on_state, monitor);
 	ok = serve(options, engine, migration, error);
 	pr_monitor_close(monitor);
 	pr_migration_free(migration);
@@ -313,7 +301,7 @@ int main(int argc, char **argv)
 {
 	g_auto(Options) options = {0};
 	g_autoptr(GError) error = NULL;
-	Engine engine = {.state = PR_STATE_NONE};
+	Engine engine = {0};
 	GLogLevelFlags level;
 
 	if (!parse_options(&options, &argc, &argv, &error)) {

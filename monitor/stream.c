@@ -53,6 +53,14 @@ static void end_stream(PrStream *stream, char *why)
 	g_source_attach(stream->end_source, stream->context);
 }
 
+/* A peer that hangs up with bytes on their way is no more remarkable than one that reads them. */
+static void end_by_errno(PrStream *stream)
+{
+	gboolean left = errno == EPIPE || errno == ECONNRESET;
+
+	end_stream(stream, left ? NULL : g_strdup(g_strerror(errno)));
+}
+
 static gboolean on_readable(gint fd, GIOCondition condition, gpointer opaque)
 {
 	PrStream *stream = opaque;
@@ -64,7 +72,7 @@ static gboolean on_readable(gint fd, GIOCondition condition, gpointer opaque)
 	else if (n == 0)
 		end_stream(stream, NULL);
 	else if (errno != EAGAIN && errno != EINTR)
-		end_stream(stream, g_strdup(g_strerror(errno)));
+		end_by_errno(stream);
 	return G_SOURCE_CONTINUE;
 }
 
@@ -79,7 +87,7 @@ static gboolean flush_queue(PrStream *stream)
 		} else if (errno == EAGAIN) {
 			return TRUE;
 		} else if (errno != EINTR) {
-			end_stream(stream, g_strdup(g_strerror(errno)));
+			end_by_errno(stream);
 			return FALSE;
 		}
 	}
