@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A running Linux guest moves to another host, loses its path half-way, and recovers over another.
+
+Two hosts (network namespaces) are joined by two links. An unpatched QEMU runs a guest that rewrites and
+verifies its memory all the time. Everything is told as it happens; the exit code is 1 if anything is off."""
+
+import argparse
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "e2e"))
+sys.dont_write_bytecode = True
+
+from harness.lab import Lab, Move  # noqa: E402
+from harness.network import require_namespaces  # noqa: E402
+from harness.process import Failure, Skip, expect, raise_on_signals, wait_for  # noqa: E402
+from harness.vm import GuestSpec, probe_accel  # noqa: E402
+
+GUEST = GuestSpec(ram_mb=512, work_mb=256, work_rate=20000, work_threads=2, tick_ms=250)
+BANDWIDTH = "32M"
+PAUSE_SECONDS = 4
+AFTER_SECONDS = 6
+MB = 1 << 20
+
+PICTURE = """
+    source host                      destination host
+   ┌───────────────────┐            ┌───────────────────┐
+   │ QEMU ── postroad  │── link1 ───│ postroad ── QEMU  │
+   │ (Linux guest)     │── link2 ───│ (waits)           │
+   └───────────────────┘            └───────────────────┘
+"""
+
+
+class Story:
+    """The teller: what happened, when, and what the guest says."""
+
+    def __init__(self, colour):
+        self.began = time.monotonic()
+        self.colour = colour
+
+    def paint(self, code, text):
+        return f"\033[{code}m{text}\033[0m" if self.colour else text
+
+    def line(self, tag, text, code):
+        at = time.monotonic() - self.began
+        print(f"{at:6.1f} s  {self.paint(code, f'{tag:<12}')} {text}", flush=True)
+
+    def chapter(self, text):
+        print(f"\n{self.paint('1', text)}", flush=True)
+
+    def says(self, who, text):
+        self.line(who, text, "36")
+
+    def command(self, host, text):
+        self.line(host, self.paint("1", f"$ {text}"), "33")
+
+    def guest(self, console, where):
+        last = console.last()
+        self.line(
+            f"guest on {where}",
+            f"t={last.t:.1f} s, {last.rounds} rounds, {last.pages} pages verified, {last.corrupt} corrupt",
+            "32" if not last.corrupt else "31",
+        )
+
+
+class Demo:
+    def __init__(self, lab, story):
+        self.lab = lab
+        self.story = story
+        self.move = None
+        self.at_cut = None
+
+    def command(self, engine, line):
+        """Shows and runs one command of the operator."""
+        side = "source" if engine is self.move.source else "destination"
+        self.story.command(side, f"postroadctl {side}.qmp '{line}'")
+        said = engine.hmp(line).strip()
+        if said:
+            self.story.says("", said)
+
+    def show(self, engine):
+        info = engine.query()
+        side = "source" if engine is self.move.source else "destination"
+        ram = info["ram"]
+        reason = info["postroad"].get("reason")
+        done = 100 * (ram["total"] - ram["remaining"]) / ram["total"]
+        self.story.says(side, f"{info['status']}, {done:.0f} % in place" + (f" ({reason})" if reason else ""))
+
+    def show_both(self):
+        for engine in self.move.engines:
+            self.show(engine)
+
+    def boot(self):
+        self.story.chapter("1. A guest works on the source host")
+        self.move = Move(self.lab, scheme="ofi", spec=GUEST)
+        self.story.says(
+            "",
+            f"stock QEMU ({self.lab.accel}), {GUEST.ram_mb} MB, Linux rewrites and verifies"
+            f" {GUEST.work_mb} MB of it at {GUEST.work_rate} pages/s",
+        )
+        self.move.source_vm.console.wait_running("source")
+        self.story.guest(self.move.source_vm.console, "A")
+
+    def depart(self):
+        move = self.move
+        self.story.chapter("2. It moves over link1")
+        for engine in move.engines:
+            self.command(engine, f"migrate_set_parameter max-postcopy-bandwidth {BANDWIDTH}")
+        self.command(move.source, f"migrate -d {move.uri(link=1)}")
+        wait_for("the guest runs at the destination", 30, lambda: move.destination_vm.console.last())
+        self.story.guest(move.destination_vm.console, "B")
+        self.show_both()
+        move.wait_midway(fraction=0.75)
+        self.story.guest(move.destination_vm.console, "B")
+
+    def cut(self):
+        move = self.move
+        self.story.chapter("3. link1 is cut in the middle of it")
+        self.story.command("source", "ip link set link1 down")
+        move.network.link_down(1)
+        move.wait_paused()
+        self.at_cut = move.destination.query()
+        self.show_both()
+        console = move.destination_vm.console
+        seen = len(console.progress())
+        for _ in range(PAUSE_SECONDS):
+            seen += round(1000 / GUEST.tick_ms)
+            wait_for("the guest goes on printing", 10, lambda: len(console.progress()) >= seen)
+            self.story.guest(console, "B")
+        self.story.says("", "the guest prints on; its workers wait for pages that can't come now")
+        move.wait_paused()
+
+    def recover(self):
+        move = self.move
+        self.story.chapter("4. The recovery takes link2")
+        self.command(move.source, f"migrate -d -r {move.uri(link=2)}")
+        for engine in move.engines:
+            wait_for(
+                f"{engine.name} is back in postcopy",
+                30,
+                lambda e=engine: e.status() in ("postcopy-active", "completed"),
+            )
+        self.show_both()
+        for engine in move.engines:
+            self.command(engine, "migrate_set_parameter max-postcopy-bandwidth 0")
+        move.wait_completed()
+        self.show_both()
+
+    def arrive(self):
+        move = self.move
+        self.story.chapter("5. The source is switched off, the guest verifies on")
+        expect(move.source_vm.status() != "running", "the guest must not run on the source any more")
+        self.story.command("source", "quit (QEMU)")
+        move.source_vm.quit()
+        console = move.destination_vm.console
+        start = console.last()
+        for second in range(1, AFTER_SECONDS + 1):
+            wait_for("the guest works on", 20, lambda: console.last().t >= start.t + second)
+            self.story.guest(console, "B")
+        console.wait_rounds(2)
+        self.story.guest(console, "B")
+        console.expect_sound()
+        move.source_vm.console.expect_sound()
+
+    def table(self):
+        """The numbers, and whether they make sense."""
+        source, destination = (engine.query() for engine in self.move.engines)
+        extra = destination["postroad"]
+        page = destination["ram"]["page-size"]
+        total = destination["ram"]["total"] // page
+        before = extra["pages-at-pause"]
+        corrupt = self.move.destination_vm.console.last().corrupt
+        rows = (
+            ("downtime at the switch-over", f"{source['downtime']} ms"),
+            ("time paused (a human, 4 s)", f"{source['postroad']['time-paused']} ms"),
+            ("recovery, command to postcopy-active", f"{source['postroad']['last-recovery']} ms"),
+            ("pages in place before the cut", f"{before} of {total}"),
+            ("pages after the cut", f"{total - before}"),
+            ("faults served", f"{extra['faults']}"),
+            ("fault latency, mean (longest)", latency(destination)),
+            ("memory moved over the links", f"{destination['ram']['transferred'] // MB} MB"),
+            ("corrupt pages", f"{corrupt}"),
+        )
+        self.story.chapter("What it took")
+        for name, value in rows:
+            print(f"  {name:<40}{value:>24}")
+        expect(0 < before < total, f"{before} of {total} pages before the cut: it was not in the middle")
+        expect(source["postroad"]["recoveries"] == 1, "there was to be exactly one recovery")
+        expect(extra["faults"] > 0, "no fault was served: this was no postcopy")
+        expect(corrupt == 0, f"{corrupt} corrupt pages")
+
+    def tell(self):
+        print(PICTURE, end="")
+        for chapter in (self.boot, self.depart, self.cut, self.recover, self.arrive, self.table):
+            chapter()
+
+
+def latency(info):
+    mean = info.get("postcopy-latency", 0) / 1000
+    longest = info["postroad"]["fault-latency-max"] / 1e6
+    return f"{mean:.0f} us ({longest:.0f} ms)"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build", default="build", help="build directory (default: build)")
+    options = parser.parse_args()
+    raise_on_signals()
+    story = Story(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    wanted = os.environ.get("POSTROAD_ACCEL", "auto")
+    lab = None
+    try:
+        require_namespaces()
+        lab = Lab(options.build, probe_accel(os.path.join(options.build, "linux-guest"), wanted))
+        with lab:
+            try:
+                Demo(lab, story).tell()
+            except Failure:
+                print(lab.logs(), file=sys.stderr)
+                raise
+    except Skip as reason:
+        print(f"demo: can't run here: {reason}", file=sys.stderr)
+        return 1
+    except Failure as failure:
+        print(f"\ndemo: FAILED: {failure}", file=sys.stderr)
+        return 1
+    print(f"\nThe guest has moved, lost its path, and recovered. {time.monotonic() - story.began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
