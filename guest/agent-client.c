@@ -434,6 +434,14 @@ static void block_clear(gpointer data)
 		close(block->memfd);
 }
 
+GArray *pr_guest_blocks_new(void)
+{
+	GArray *blocks = g_array_new(FALSE, TRUE, sizeof(PrGuestBlock));
+
+	g_array_set_clear_func(blocks, block_clear);
+	return blocks;
+}
+
 static gboolean region_valid(const PrAgentWireRegion *region, int memfd)
 {
 	gint64 page = sysconf(_SC_PAGESIZE);
@@ -458,8 +466,7 @@ GArray *pr_agent_client_regions(PrAgentClient *client, GError **error)
 	if (!reply)
 		return NULL;
 	regions = (const PrAgentWireRegion *)(reply->head + 1);
-	blocks = g_array_new(FALSE, TRUE, sizeof(PrGuestBlock));
-	g_array_set_clear_func(blocks, block_clear);
+	blocks = pr_guest_blocks_new();
 	for (guint i = 0; i < reply->head->n_regions; i++) {
 		PrGuestBlock block = {0};
 

@@ -26,8 +26,10 @@ const char *pr_agent_client_path(PrAgentClient *client);
 gboolean pr_agent_client_has_callbacks(PrAgentClient *client);
 guint pr_agent_client_pid(PrAgentClient *client);
 
-/* A GArray of PrGuestBlock, in the order of registration, checked for sense; it owns its names and
- * memfds. */
+/* A GArray of PrGuestBlock that owns its names and memfds. */
+GArray *pr_guest_blocks_new(void);
+
+/* A GArray of PrGuestBlock, in the order of registration, checked for sense. */
 GArray *pr_agent_client_regions(PrAgentClient *client, GError **error);
 
 gboolean pr_agent_client_probe(PrAgentClient *client, GError **error);

@@ -561,9 +561,9 @@ static void serve(PrMigration *m, PrNewcomer *newcomer)
 		PrHelloAck ack = {.status = PR_HELLO_OK};
 		refuse(&ack, "%s", error->message);
 		pr_control_answer(conn->control, &ack, NULL);
-		pr_migration_failed(m, NULL, error);
+		pr_attempt_failed(m, error);
 	} else if (!open_conn(m, conn, newcomer, &error)) {
-		pr_migration_failed(m, NULL, error);
+		pr_attempt_failed(m, error);
 	} else {
 		carry_out_commands(m, conn);
 	}

@@ -109,6 +109,9 @@ void pr_migration_tell(PrMigration *m);
 void pr_migration_failed(PrMigration *m, PrConn *from, const GError *error);
 /* As above for the current connection, with the lock held; pr_migration_tell() afterwards. */
 PrAction pr_migration_failed_locked(PrMigration *m, const GError *error);
+/* The owner's own report: a step of the current attempt has failed, unless somebody reported that already
+ * (then the machine may have moved on to the next attempt). */
+void pr_attempt_failed(PrMigration *m, const GError *error);
 /* PrPathFailed for control channel and data path; opaque is the PrConn. */
 void pr_conn_failed(const GError *error, void *opaque);
 /* Why the current attempt can't go on; never leaves *error unset. With the lock held. */

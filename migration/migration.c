@@ -92,6 +92,38 @@ gboolean pr_migration_step(PrMigration *m, PrEvent event, const char *reason, GE
 
 /* ---- failures ---- */
 
+PrPathRecord *pr_migration_record(PrMigration *m, const PrUri *uri)
+{
+	for (guint i = 0; i < m->records->len; i++) {
+		PrPathRecord *record = g_ptr_array_index(m->records, i);
+		if (strcmp(record->uri, uri->text) == 0)
+			return record;
+	}
+	PrPathRecord *record = g_new0(PrPathRecord, 1);
+	record->uri = g_strdup(uri->text);
+	g_ptr_array_add(m->records, record);
+	return record;
+}
+
+/* Adds what travelled since the last path was closed to this path's record. With the lock held. */
+static void account_bytes(PrMigration *m, PrConn *conn)
+{
+	uint64_t others = 0;
+	PrPathRecord *own = pr_migration_record(m, conn->uri);
+
+	for (guint i = 0; i < m->records->len; i++)
+		others += ((PrPathRecord *)g_ptr_array_index(m->records, i))->bytes;
+	own->bytes += pr_migration_transferred(m) - MIN(pr_migration_transferred(m), others);
+}
+
+/* The connection is no longer the current one. With the lock held. */
+static void withdraw(PrMigration *m)
+{
+	if (m->conn)
+		account_bytes(m, m->conn);
+	m->conn = NULL;
+}
+
 static PrEvent event_of(const GError *error)
 {
 	if (error->domain == PR_PATH_ERROR)
@@ -139,6 +171,8 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 		record->last_error = g_strdup(error->message);
 	}
 	cut(m, action, error);
+	/* What else is heard of this connection is old news. Its owner still has it, and closes it. */
+	withdraw(m);
 	return action;
 }
 
@@ -146,6 +180,15 @@ void pr_migration_failed(PrMigration *m, PrConn *from, const GError *error)
 {
 	g_mutex_lock(&m->lock);
 	if (!from || m->conn == from)
+		pr_migration_failed_locked(m, error);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+}
+
+void pr_attempt_failed(PrMigration *m, const GError *error)
+{
+	g_mutex_lock(&m->lock);
+	if (!m->failure)
 		pr_migration_failed_locked(m, error);
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
@@ -175,19 +218,6 @@ static void guest_died(const char *reason, void *opaque)
 }
 
 /* ---- connections ---- */
-
-PrPathRecord *pr_migration_record(PrMigration *m, const PrUri *uri)
-{
-	for (guint i = 0; i < m->records->len; i++) {
-		PrPathRecord *record = g_ptr_array_index(m->records, i);
-		if (strcmp(record->uri, uri->text) == 0)
-			return record;
-	}
-	PrPathRecord *record = g_new0(PrPathRecord, 1);
-	record->uri = g_strdup(uri->text);
-	g_ptr_array_add(m->records, record);
-	return record;
-}
 
 static void record_free(gpointer data)
 {
@@ -258,17 +288,6 @@ gboolean pr_conn_set_path(PrConn *conn, PrDataPath *path, GError **error)
 	return go_on;
 }
 
-/* Adds what travelled since the last path was closed to this path's record. With the lock held. */
-static void account_bytes(PrMigration *m, PrConn *conn)
-{
-	uint64_t others = 0;
-	PrPathRecord *own = pr_migration_record(m, conn->uri);
-
-	for (guint i = 0; i < m->records->len; i++)
-		others += ((PrPathRecord *)g_ptr_array_index(m->records, i))->bytes;
-	own->bytes += pr_migration_transferred(m) - MIN(pr_migration_transferred(m), others);
-}
-
 void pr_conn_shutdown(PrConn *conn)
 {
 	g_autoptr(GError) closing = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOST,
@@ -288,10 +307,8 @@ void pr_conn_close(PrMigration *m, PrConn *conn)
 		g_thread_join(conn->return_path);
 
 	g_mutex_lock(&m->lock);
-	if (m->conn == conn) {
-		account_bytes(m, conn);
-		m->conn = NULL;
-	}
+	if (m->conn == conn)
+		withdraw(m);
 	g_mutex_unlock(&m->lock);
 
 	if (conn->path) {

@@ -258,11 +258,10 @@ static PrConn *connect_any(PrMigration *m, gboolean resume, gboolean *ret_comple
 		record_failure(m, uri, why);
 		if (i + 1 == uris->len || attempt_failed(m) ||
 		    g_error_matches(why, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED)) {
-			g_propagate_prefixed_error(error, g_steal_pointer(&why),
-						   "path %s: ", uri->text);
+			g_propagate_error(error, g_steal_pointer(&why));
 			return NULL;
 		}
-		g_warning("path %s: %s; trying the next one", uri->text, why->message);
+		g_warning("%s; trying the next path", why->message);
 	}
 	g_assert_not_reached();
 }
@@ -446,7 +445,7 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 {
 	g_autoptr(GError) error = NULL;
 
-	pr_migration_failed(m, NULL, why);
+	pr_attempt_failed(m, why);
 	pr_conn_close(m, conn);
 	if (!m->guest->ops->resume(m->guest, &error))
 		g_critical("the guest could not be resumed: %s", error->message);
@@ -520,7 +519,7 @@ static PrConn *recover(PrMigration *m)
 	}
 	if (conn && pr_source_recover(m, conn, &error))
 		return conn;
-	pr_migration_failed(m, NULL, error);
+	pr_attempt_failed(m, error);
 	pr_conn_close(m, conn);
 	return NULL;
 }

@@ -326,7 +326,12 @@ static GSocketAddress *with_port(GSocketAddress *address, uint16_t port)
 
 	return g_object_new(G_TYPE_INET_SOCKET_ADDRESS, "address",
 			    g_inet_socket_address_get_address(inet), "port", (guint)port,
-			    "scope-id", g_inet_socket_address_get_scope_id(inet), NULL);
+			    "scope-id",
+			    g_inet_address_get_family(g_inet_socket_address_get_address(inet)) ==
+					    G_SOCKET_FAMILY_IPV6
+				    ? g_inet_socket_address_get_scope_id(inet)
+				    : 0,
+			    NULL);
 }
 
 /* Listens on every address of the host. One that this machine doesn't have (::1 without IPv6) is left

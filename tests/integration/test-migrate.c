@@ -203,5 +203,6 @@ int main(void)
 		BOTH(cancel_leaves_the_guest_at_the_source),
 	};
 
+	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
 	return cmocka_run_group_tests_name("migrate", tests, NULL, NULL);
 }
