@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "transport/backend.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "transport/dial.h"
+
+gboolean pr_backend_check_options(const PrUri *uri, const char *const *known, GError **error)
+{
+	GHashTableIter iter;
+	gpointer key;
+
+	g_hash_table_iter_init(&iter, uri->options);
+	while (g_hash_table_iter_next(&iter, &key, NULL)) {
+		g_autofree char *list = g_strjoinv(", ", (char **)known);
+
+		if (!strcmp(key, PR_OPTION_BIND) || g_strv_contains(known, key))
+			continue;
+		g_set_error(error, PR_URI_ERROR, PR_URI_ERROR_MALFORMED,
+			    "path %s: unknown option \"%s\"; options of %s: are " PR_OPTION_BIND
+			    "%s%s",
+			    uri->text, (const char *)key, uri->scheme, *list ? ", " : "", list);
+		return FALSE;
+	}
+	return TRUE;
+}
+
+gboolean pr_backend_number(const PrUri *uri, const char *option, guint64 min, guint64 max,
+			   guint64 fallback, guint64 *ret, GError **error)
+{
+	const char *text = g_hash_table_lookup(uri->options, option);
+
+	if (!text) {
+		*ret = fallback;
+		return TRUE;
+	}
+	if (g_ascii_string_to_unsigned(text, 10, min, max, ret, NULL))
+		return TRUE;
+	g_set_error(error, PR_URI_ERROR, PR_URI_ERROR_MALFORMED,
+		    "path %s: option %s is \"%s\"; give a number from %" G_GUINT64_FORMAT
+		    " to %" G_GUINT64_FORMAT,
+		    uri->text, option, text, min, max);
+	return FALSE;
+}
+
+/* In constant time: the secret is what keeps strangers out. */
+static gboolean same_bytes(const uint8_t *a, const uint8_t *b, gsize n)
+{
+	uint8_t diff = 0;
+
+	for (gsize i = 0; i < n; i++)
+		diff |= a[i] ^ b[i];
+	return !diff;
+}
+
+gboolean pr_backend_binding_matches(const PrBinding *binding, const PrLaneHello *hello)
+{
+	return hello->lane < PR_N_LANES && hello->epoch == binding->epoch &&
+	       same_bytes(hello->uuid, binding->uuid, PR_UUID_BYTES) &&
+	       same_bytes(hello->secret, binding->secret, PR_SECRET_BYTES);
+}
+
+void pr_backend_lane_hello(PrLaneHello *ret, const PrBinding *binding, PrLaneId lane)
+{
+	ret->epoch = binding->epoch;
+	ret->lane = lane;
+	memcpy(ret->uuid, binding->uuid, PR_UUID_BYTES);
+	memcpy(ret->secret, binding->secret, PR_SECRET_BYTES);
+}
+
+void pr_fate_init(PrFate *fate, const PrPathSetup *setup)
+{
+	g_autofree char *address = pr_uri_address(setup->uri);
+
+	fate->state = PR_FATE_UP;
+	fate->name = g_strdup_printf("path %s", address);
+	fate->on_failed = setup->on_failed;
+	fate->opaque = setup->opaque;
+}
+
+void pr_fate_clear(PrFate *fate)
+{
+	g_clear_pointer(&fate->name, g_free);
+}
+
+gboolean pr_fate_is_up(PrFate *fate)
+{
+	return g_atomic_int_get(&fate->state) == PR_FATE_UP;
+}
+
+gboolean pr_fate_end(PrFate *fate, PrFateState how)
+{
+	return g_atomic_int_compare_and_exchange(&fate->state, PR_FATE_UP, (int)how);
+}
+
+void pr_fate_notify(PrFate *fate, const char *reason)
+{
+	g_autoptr(GError) error =
+		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "%s: %s", fate->name, reason);
+
+	fate->on_failed(error, fate->opaque);
+}
+
+gint64 pr_backend_deadline(guint timeout_ms)
+{
+	return g_get_monotonic_time() + (gint64)timeout_ms * 1000;
+}
+
+gboolean pr_backend_wait(int fd, short events, gint64 deadline, GCancellable *cancel,
+			 GError **error)
+{
+	switch (pr_wait_fd(fd, events, deadline, cancel)) {
+	case PR_WAIT_READY:
+		return TRUE;
+	case PR_WAIT_CANCELLED:
+		return !g_cancellable_set_error_if_cancelled(cancel, error);
+	case PR_WAIT_TIMEOUT:
+		break;
+	}
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
+		    "no answer in time; is the peer alive, and is a firewall in between?");
+	return FALSE;
+}
+
+static gboolean waker_error(const char *what, GError **error)
+{
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT, "%s: %s", what, g_strerror(errno));
+	return FALSE;
+}
+
+gboolean pr_waker_init(PrWaker *waker, GError **error)
+{
+	*waker = PR_WAKER_INIT;
+	waker->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (waker->epoll_fd < 0)
+		return waker_error("epoll_create1", error);
+	waker->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (waker->event_fd < 0)
+		return waker_error("eventfd", error);
+	return pr_waker_watch(waker, waker->event_fd, error);
+}
+
+gboolean pr_waker_watch(PrWaker *waker, int fd, GError **error)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+
+	if (epoll_ctl(waker->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+		return waker_error("epoll_ctl", error);
+	return TRUE;
+}
+
+void pr_waker_wake(PrWaker *waker)
+{
+	/* Can only fail where the counter is full, and then the fd is readable already. */
+	if (waker->event_fd >= 0)
+		(void)eventfd_write(waker->event_fd, 1);
+}
+
+void pr_waker_clear(PrWaker *waker)
+{
+	if (waker->event_fd >= 0)
+		close(waker->event_fd);
+	if (waker->epoll_fd >= 0)
+		close(waker->epoll_fd);
+	*waker = PR_WAKER_INIT;
+}

@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What the backends have in common: options of a URI, the end of a path, bounded waits and the fd that
+ * a lane sleeps on. For transport/ only.
+ */
+#pragma once
+
+#include <gio/gio.h>
+#include <poll.h>
+
+#include "transport/transport.h"
+
+#define PR_OPTION_BIND "bind"
+
+/* FALSE unless every option of the URI is one of `known` (NULL-terminated) or is `bind`, the address
+ * to connect from. The error names the option and lists what there is. */
+gboolean pr_backend_check_options(const PrUri *uri, const char *const *known, GError **error);
+/* An option that is a number in [min, max]; `fallback` where the URI does not have it. */
+gboolean pr_backend_number(const PrUri *uri, const char *option, guint64 min, guint64 max,
+			   guint64 fallback, guint64 *ret, GError **error);
+
+/* Whether a lane that came in belongs to the incarnation that is waited for. */
+gboolean pr_backend_binding_matches(const PrBinding *binding, const PrLaneHello *hello);
+void pr_backend_lane_hello(PrLaneHello *ret, const PrBinding *binding, PrLaneId lane);
+
+/*
+ * How a path ends: once, by failure or by shutdown(), whichever comes first. Thread-safe.
+ */
+typedef enum PrFateState {
+	PR_FATE_UP,	/* READs may be posted */
+	PR_FATE_FAILED, /* on_failed has been or is being called */
+	PR_FATE_SHUT,	/* shutdown() came first: on_failed is never called */
+} PrFateState;
+
+typedef struct PrFate {
+	int state;		/* PrFateState; atomic, leaves UP once */
+	char *name;		/* "path tcp:HOST:PORT"; constant */
+	PrPathFailed on_failed; /* constant, like opaque */
+	void *opaque;
+} PrFate;
+
+void pr_fate_init(PrFate *fate, const PrPathSetup *setup);
+void pr_fate_clear(PrFate *fate);
+gboolean pr_fate_is_up(PrFate *fate);
+/* TRUE for the one caller that ended the path. It then stops the lanes, and after a failure calls
+ * pr_fate_notify(). */
+gboolean pr_fate_end(PrFate *fate, PrFateState how);
+/* Calls on_failed with PR_PATH_ERROR_LOST and "NAME: REASON". */
+void pr_fate_notify(PrFate *fate, const char *reason);
+
+/* Waits until poll(2) reports one of `events` (or an error) on fd. FALSE: PR_PATH_ERROR_TIMEOUT at the
+ * deadline (monotonic time, microseconds), G_IO_ERROR_CANCELLED when cancelled. */
+gboolean pr_backend_wait(int fd, short events, gint64 deadline, GCancellable *cancel,
+			 GError **error);
+gint64 pr_backend_deadline(guint timeout_ms);
+
+/*
+ * The fd a lane's thread sleeps on: an epoll fd with the lane's own event sources, and an eventfd by
+ * which any other thread makes it readable for good.
+ */
+typedef struct PrWaker {
+	int epoll_fd, event_fd; /* -1: none */
+} PrWaker;
+
+#define PR_WAKER_INIT ((PrWaker){.epoll_fd = -1, .event_fd = -1})
+gboolean pr_waker_init(PrWaker *waker, GError **error);
+gboolean pr_waker_watch(PrWaker *waker, int fd, GError **error);
+/* Any thread; nothing to do for one that was never set up. */
+void pr_waker_wake(PrWaker *waker);
+void pr_waker_clear(PrWaker *waker);

@@ -1,0 +1,431 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The fault-injecting transport. What to inject and when is in faults.c. */
+#include "transport/faulty.h"
+
+#include <string.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include "transport/backend.h"
+#include "transport/backends.h"
+#include "transport/faults.h"
+
+#define POLL_BATCH 16
+
+typedef struct HeldCompletion {
+	PrCompletion completion;
+	gint64 due; /* monotonic, microseconds */
+} HeldCompletion;
+
+/* Owned by the lane's thread; wake: anyone. */
+typedef struct FaultyLane {
+	PrWaker waker;	 /* covers the inner lane's fd and the timer */
+	int timer_fd;	 /* for the first held completion */
+	GArray *held;	 /* of HeldCompletion, by due time */
+	GArray *stalled; /* of uint64_t, tokens of READs that were never posted */
+} FaultyLane;
+
+typedef struct FaultyPath {
+	PrDataPath base;
+	PrFaultyHook hook; /* how faults.c reaches us */
+	PrFate fate;	   /* thread-safe */
+	PrFaults *faults;
+	PrDataPath *inner; /* constant once opened */
+	int stalled;	   /* atomic, once set stays */
+	FaultyLane lanes[PR_N_LANES];
+} FaultyPath;
+
+typedef struct FaultyListener {
+	PrDataListener base;
+	PrDataListener *inner;
+} FaultyListener;
+
+/* The URI as the inner backend is to see it. */
+static PrUri *inner_uri(const PrUri *uri)
+{
+	PrUri *inner = pr_uri_copy(uri);
+
+	g_free(inner->scheme);
+	inner->scheme = g_strdup(uri->scheme + strlen(PR_FAULTY_PREFIX));
+	pr_faults_strip_options(inner);
+	return inner;
+}
+
+static const PrTransportOps *inner_ops(const PrUri *uri, GError **error)
+{
+	return pr_transport_find(uri->scheme + strlen(PR_FAULTY_PREFIX), error);
+}
+
+static PrDataListener *faulty_listen(const PrUri *uri, GError **error)
+{
+	const PrTransportOps *ops = inner_ops(uri, error);
+	g_autoptr(PrUri) inner = NULL;
+	FaultyListener *listener;
+	PrDataListener *opened;
+
+	if (!ops || !pr_faults_check_options(uri, error))
+		return NULL;
+	inner = inner_uri(uri);
+	opened = ops->listen(inner, error);
+	if (!opened)
+		return NULL;
+	listener = g_new0(FaultyListener, 1);
+	listener->base.ops = &pr_transport_faulty;
+	listener->inner = opened;
+	return &listener->base;
+}
+
+static uint16_t faulty_listener_port(PrDataListener *base)
+{
+	PrDataListener *inner = ((FaultyListener *)base)->inner;
+
+	return inner->ops->listener_port(inner);
+}
+
+static void faulty_offer(PrDataListener *base, GSocketConnection *connection,
+			 const PrLaneHello *hello)
+{
+	PrDataListener *inner = ((FaultyListener *)base)->inner;
+
+	inner->ops->offer(inner, connection, hello);
+}
+
+static void faulty_listener_close(PrDataListener *base)
+{
+	pr_data_listener_close(((FaultyListener *)base)->inner);
+	g_free(base);
+}
+
+static void wake_lanes(FaultyPath *path)
+{
+	for (guint i = 0; i < PR_N_LANES; i++)
+		pr_waker_wake(&path->lanes[i].waker);
+}
+
+static void fail(FaultyPath *path, const char *reason)
+{
+	if (!pr_fate_end(&path->fate, PR_FATE_FAILED))
+		return;
+	path->inner->ops->shutdown(path->inner);
+	wake_lanes(path);
+	pr_fate_notify(&path->fate, reason);
+}
+
+static void on_inner_failed(const GError *reason, void *opaque)
+{
+	FaultyPath *path = opaque;
+
+	if (!pr_fate_end(&path->fate, PR_FATE_FAILED))
+		return;
+	wake_lanes(path);
+	path->fate.on_failed(reason, path->fate.opaque);
+}
+
+static void cut_now(PrFaultyHook *hook)
+{
+	fail((FaultyPath *)((char *)hook - G_STRUCT_OFFSET(FaultyPath, hook)), "cut by request");
+}
+
+static void stall_now(PrFaultyHook *hook)
+{
+	FaultyPath *path = (FaultyPath *)((char *)hook - G_STRUCT_OFFSET(FaultyPath, hook));
+
+	g_atomic_int_set(&path->stalled, 1);
+}
+
+static void path_free(FaultyPath *path)
+{
+	if (path->hook.cut)
+		pr_faults_detach(path->faults, &path->hook);
+	pr_data_path_destroy(path->inner);
+	for (guint i = 0; i < PR_N_LANES; i++) {
+		FaultyLane *lane = &path->lanes[i];
+
+		pr_waker_clear(&lane->waker);
+		if (lane->timer_fd >= 0)
+			close(lane->timer_fd);
+		g_array_unref(lane->held);
+		g_array_unref(lane->stalled);
+	}
+	pr_faults_free(path->faults);
+	pr_fate_clear(&path->fate);
+	g_free(path);
+}
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(FaultyPath, path_free)
+
+static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
+{
+	g_autoptr(FaultyPath) path = g_new0(FaultyPath, 1);
+	gboolean ok = TRUE;
+
+	path->base.ops = &pr_transport_faulty;
+	path->faults = pr_faults_for_uri(setup->uri);
+	pr_fate_init(&path->fate, setup);
+	for (guint i = 0; i < PR_N_LANES; i++) {
+		FaultyLane *lane = &path->lanes[i];
+
+		lane->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+		lane->held = g_array_new(FALSE, FALSE, sizeof(HeldCompletion));
+		lane->stalled = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+		ok = ok && pr_waker_init(&lane->waker, error) &&
+		     pr_waker_watch(&lane->waker, lane->timer_fd, error);
+	}
+	return ok ? g_steal_pointer(&path) : NULL;
+}
+
+static PrDataPath *path_opened(FaultyPath *path)
+{
+	path->hook.cut = cut_now;
+	path->hook.stall = stall_now;
+	pr_faults_attach(path->faults, &path->hook);
+	return &path->base;
+}
+
+/* The setup for the inner backend; *ret_uri is to outlive it. */
+static PrPathSetup inner_setup(FaultyPath *path, const PrPathSetup *setup, PrUri **ret_uri)
+{
+	PrPathSetup inner = *setup;
+
+	*ret_uri = inner_uri(setup->uri);
+	inner.uri = *ret_uri;
+	inner.on_failed = on_inner_failed;
+	inner.opaque = path;
+	return inner;
+}
+
+static PrDataPath *faulty_accept(PrDataListener *base, const PrPathSetup *setup, GError **error)
+{
+	PrDataListener *listener = ((FaultyListener *)base)->inner;
+	g_autoptr(FaultyPath) path = NULL;
+	g_autoptr(PrUri) uri = NULL;
+	PrPathSetup inner;
+
+	if (!pr_faults_check_options(setup->uri, error))
+		return NULL;
+	path = path_new(setup, error);
+	if (!path)
+		return NULL;
+	inner = inner_setup(path, setup, &uri);
+	path->inner = listener->ops->accept(listener, &inner, error);
+	if (!path->inner)
+		return NULL;
+	for (guint i = 0; i < PR_N_LANES; i++)
+		if (!pr_waker_watch(&path->lanes[i].waker,
+				    path->inner->ops->wait_fd(path->inner, i), error))
+			return NULL;
+	return path_opened(g_steal_pointer(&path));
+}
+
+static PrDataPath *faulty_connect(const PrPathSetup *setup, GError **error)
+{
+	const PrTransportOps *ops = inner_ops(setup->uri, error);
+	g_autoptr(FaultyPath) path = NULL;
+	g_autoptr(PrUri) uri = NULL;
+	PrPathSetup inner;
+
+	if (!ops || !pr_faults_check_options(setup->uri, error))
+		return NULL;
+	path = path_new(setup, error);
+	if (!path)
+		return NULL;
+	inner = inner_setup(path, setup, &uri);
+	path->inner = ops->connect(&inner, error);
+	return path->inner ? path_opened(g_steal_pointer(&path)) : NULL;
+}
+
+static GArray *faulty_grants(PrDataPath *base)
+{
+	PrDataPath *inner = ((FaultyPath *)base)->inner;
+
+	return inner->ops->grants(inner);
+}
+
+static void faulty_set_grants(PrDataPath *base, const PrGrant *grants, guint n)
+{
+	PrDataPath *inner = ((FaultyPath *)base)->inner;
+
+	inner->ops->set_grants(inner, grants, n);
+}
+
+static guint faulty_max_reads(PrDataPath *base, PrLaneId id)
+{
+	PrDataPath *inner = ((FaultyPath *)base)->inner;
+
+	return inner->ops->max_reads(inner, id);
+}
+
+static gboolean faulty_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uint64_t offset,
+				 uint32_t length, uint64_t token)
+{
+	FaultyPath *path = (FaultyPath *)base;
+
+	if (!pr_fate_is_up(&path->fate))
+		return FALSE;
+	switch (pr_faults_on_read(path->faults)) {
+	case PR_FAULT_CUT:
+		fail(path, "cut by fault injection, at a READ");
+		return FALSE;
+	case PR_FAULT_STALL:
+		g_atomic_int_set(&path->stalled, 1);
+		break;
+	case PR_FAULT_NONE:
+		break;
+	}
+	if (!g_atomic_int_get(&path->stalled))
+		return path->inner->ops->post_read(path->inner, id, block, offset, length, token);
+	g_array_append_val(path->lanes[id].stalled, token);
+	return TRUE;
+}
+
+/* Takes over what the inner path completed. */
+static void hold(FaultyPath *path, FaultyLane *lane, const PrCompletion *completion)
+{
+	HeldCompletion held = {
+		.completion = *completion,
+		.due = g_get_monotonic_time() + (gint64)pr_faults_delay_ms(path->faults) * 1000,
+	};
+
+	if (completion->ok && pr_faults_on_completion(path->faults) == PR_FAULT_CUT) {
+		held.completion.ok = FALSE;
+		fail(path, "READ failed by fault injection");
+	}
+	g_array_append_val(lane->held, held);
+}
+
+static guint release_held(FaultyLane *lane, gboolean up, PrCompletion *ret, guint max)
+{
+	gint64 now = g_get_monotonic_time();
+	guint n = 0;
+
+	for (; n < max && n < lane->held->len; n++) {
+		HeldCompletion *held = &g_array_index(lane->held, HeldCompletion, n);
+
+		if (up && held->due > now)
+			break;
+		ret[n] = held->completion;
+		ret[n].ok = ret[n].ok && up;
+	}
+	if (n)
+		g_array_remove_range(lane->held, 0, n);
+	return n;
+}
+
+static guint release_stalled(FaultyLane *lane, PrCompletion *ret, guint max)
+{
+	guint n = MIN(max, lane->stalled->len);
+
+	for (guint i = 0; i < n; i++)
+		ret[i] = (PrCompletion){
+			.token = g_array_index(lane->stalled, uint64_t, i),
+			.ok = FALSE,
+		};
+	if (n)
+		g_array_remove_range(lane->stalled, 0, n);
+	return n;
+}
+
+static guint faulty_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint max)
+{
+	FaultyPath *path = (FaultyPath *)base;
+	FaultyLane *lane = &path->lanes[id];
+	PrCompletion batch[POLL_BATCH];
+	guint n = path->inner->ops->poll(path->inner, id, batch, MIN(max, POLL_BATCH));
+	gboolean up;
+
+	for (guint i = 0; i < n; i++)
+		hold(path, lane, &batch[i]);
+	up = pr_fate_is_up(&path->fate);
+	n = release_held(lane, up, ret, max);
+	if (!up)
+		n += release_stalled(lane, ret + n, max - n);
+	return n;
+}
+
+static int faulty_wait_fd(PrDataPath *base, PrLaneId id)
+{
+	return ((FaultyPath *)base)->lanes[id].waker.epoll_fd;
+}
+
+/* Sets the timer for the first held completion, or clears it. FALSE: that one is due. */
+static gboolean arm_timer(FaultyLane *lane)
+{
+	struct itimerspec when = {{0}};
+	gint64 due = 0;
+
+	if (lane->held->len)
+		due = g_array_index(lane->held, HeldCompletion, 0).due;
+	if (due && due <= g_get_monotonic_time())
+		return FALSE;
+	when.it_value.tv_sec = due / G_USEC_PER_SEC;
+	when.it_value.tv_nsec = due % G_USEC_PER_SEC * 1000;
+	timerfd_settime(lane->timer_fd, TFD_TIMER_ABSTIME, &when, NULL);
+	return TRUE;
+}
+
+static gboolean faulty_arm(PrDataPath *base, PrLaneId id)
+{
+	FaultyPath *path = (FaultyPath *)base;
+
+	return pr_fate_is_up(&path->fate) && arm_timer(&path->lanes[id]) &&
+	       path->inner->ops->arm(path->inner, id);
+}
+
+static void faulty_shutdown(PrDataPath *base)
+{
+	FaultyPath *path = (FaultyPath *)base;
+
+	if (!pr_fate_end(&path->fate, PR_FATE_SHUT))
+		return;
+	path->inner->ops->shutdown(path->inner);
+	wake_lanes(path);
+}
+
+static gboolean faulty_drain(PrDataPath *base, guint timeout_ms)
+{
+	FaultyPath *path = (FaultyPath *)base;
+
+	faulty_shutdown(base);
+	for (guint i = 0; i < PR_N_LANES; i++) {
+		g_array_set_size(path->lanes[i].held, 0);
+		g_array_set_size(path->lanes[i].stalled, 0);
+	}
+	return path->inner->ops->drain(path->inner, timeout_ms);
+}
+
+static void faulty_destroy(PrDataPath *base)
+{
+	faulty_shutdown(base);
+	path_free((FaultyPath *)base);
+}
+
+static gboolean faulty_admit_message(const PrUri *uri, gboolean outgoing, uint16_t type)
+{
+	g_autoptr(PrFaults) faults = NULL;
+
+	/* How many heartbeats there are depends on the time of day. */
+	if (type == PR_MSG_HEARTBEAT)
+		return TRUE;
+	faults = pr_faults_for_uri(uri);
+	return pr_faults_on_message(faults) == PR_FAULT_NONE;
+}
+
+const PrTransportOps pr_transport_faulty = {
+	.scheme = PR_FAULTY_PREFIX,
+	.listen = faulty_listen,
+	.listener_port = faulty_listener_port,
+	.offer = faulty_offer,
+	.listener_close = faulty_listener_close,
+	.accept = faulty_accept,
+	.connect = faulty_connect,
+	.grants = faulty_grants,
+	.set_grants = faulty_set_grants,
+	.max_reads = faulty_max_reads,
+	.post_read = faulty_post_read,
+	.poll = faulty_poll,
+	.wait_fd = faulty_wait_fd,
+	.arm = faulty_arm,
+	.shutdown = faulty_shutdown,
+	.drain = faulty_drain,
+	.destroy = faulty_destroy,
+	.admit_message = faulty_admit_message,
+};
