@@ -38,6 +38,28 @@ static void refuse(PrHelloAck *ack, const char *format, ...)
 	ack->status = PR_HELLO_REFUSED;
 }
 
+static PrProgress progress_of(PrMigration *m, const PrFaultStats *stats)
+{
+	uint64_t received = pr_ram_received_bytes(m->ram), zero = pr_ram_zero_bytes(m->ram);
+
+	return (PrProgress){
+		.received_pages = received / PR_TARGET_PAGE,
+		.postcopy_requests = stats->requests,
+		.postcopy_bytes = received - zero,
+		.remaining = m->ram->total_bytes - received,
+		.zero_pages = zero / PR_TARGET_PAGE,
+	};
+}
+
+/* What a source hears that comes to resume what is complete. With the lock held. */
+static void tell_completed(PrMigration *m, PrHelloAck *ack)
+{
+	if (m->faults)
+		pr_fault_stats(m->faults, &m->fault_stats);
+	ack->status = PR_HELLO_COMPLETED;
+	ack->progress = progress_of(m, &m->fault_stats);
+}
+
 /* Decides with the lock held; a newcomer of the running migration pauses it. */
 static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 {
@@ -47,7 +69,7 @@ static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 	if (m->sm.role != PR_ROLE_DESTINATION || !same_migration(m, hello))
 		refuse(ack, "there is no such migration here to resume");
 	else if (state == PR_STATE_COMPLETED)
-		ack->status = PR_HELLO_COMPLETED;
+		tell_completed(m, ack);
 	else if (!pr_state_is_postcopy(state))
 		refuse(ack, "this migration is %s and can't be resumed", pr_state_name(state));
 	else if (hello->epoch <= m->binding.epoch)
@@ -137,17 +159,10 @@ void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *
 static void send_progress(PrMigration *m, PrConn *conn)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
-	uint64_t received = pr_ram_received_bytes(m->ram), zero = pr_ram_zero_bytes(m->ram);
 	PrFaultStats stats;
 
 	pr_fault_stats(m->faults, &stats);
-	PrProgress progress = {
-		.received_pages = received / PR_TARGET_PAGE,
-		.postcopy_requests = stats.requests,
-		.postcopy_bytes = received - zero,
-		.remaining = m->ram->total_bytes - received,
-		.zero_pages = zero / PR_TARGET_PAGE,
-	};
+	PrProgress progress = progress_of(m, &stats);
 	pr_progress_encode(body, &progress);
 	pr_send(conn, PR_RP_PROGRESS, body, NULL); /* a failure reports itself */
 }

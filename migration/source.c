@@ -211,6 +211,9 @@ static PrConn *connect_path(PrMigration *m, const PrUri *uri, gboolean resume,
 	conn->control = say_hello(m, conn, resume, &ack, error);
 	if (conn->control && ack.status == PR_HELLO_COMPLETED) {
 		*ret_completed = TRUE;
+		g_mutex_lock(&m->lock);
+		m->progress = ack.progress;
+		g_mutex_unlock(&m->lock);
 	} else if (conn->control && pr_conn_publish(conn, error)) {
 		if (open_lanes(conn, ack.data_port, error))
 			return conn;

@@ -322,6 +322,24 @@ gboolean pr_hello_decode(const uint8_t *body, gsize len, PrHello *ret, GError **
 	return TRUE;
 }
 
+void pr_progress_encode(GByteArray *out, const PrProgress *progress)
+{
+	put_u64(out, progress->received_pages);
+	put_u64(out, progress->postcopy_requests);
+	put_u64(out, progress->postcopy_bytes);
+	put_u64(out, progress->remaining);
+	put_u64(out, progress->zero_pages);
+}
+
+static void get_progress(Cursor *cursor, PrProgress *progress)
+{
+	progress->received_pages = get_u64(cursor);
+	progress->postcopy_requests = get_u64(cursor);
+	progress->postcopy_bytes = get_u64(cursor);
+	progress->remaining = get_u64(cursor);
+	progress->zero_pages = get_u64(cursor);
+}
+
 void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack)
 {
 	put_u32(out, PR_WIRE_MAGIC);
@@ -329,6 +347,7 @@ void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack)
 	put_u32(out, ack->status);
 	put_u64(out, ack->capabilities);
 	put_u16(out, ack->data_port);
+	pr_progress_encode(out, &ack->progress);
 	pr_reason_encode(out, ack->reason);
 }
 
@@ -354,6 +373,7 @@ gboolean pr_hello_ack_decode(const uint8_t *body, gsize len, PrHelloAck *ret, GE
 	ack.status = get_u32(&cursor);
 	ack.capabilities = get_u64(&cursor);
 	ack.data_port = get_u16(&cursor);
+	get_progress(&cursor, &ack.progress);
 	if (!get_reason(&cursor, PR_MSG_HELLO_ACK, ack.reason, error) ||
 	    !finished(&cursor, PR_MSG_HELLO_ACK, len, error))
 		return FALSE;
@@ -488,25 +508,12 @@ gboolean pr_advise_decode(const uint8_t *body, gsize len, uint64_t *ret_summary,
 	return TRUE;
 }
 
-void pr_progress_encode(GByteArray *out, const PrProgress *progress)
-{
-	put_u64(out, progress->received_pages);
-	put_u64(out, progress->postcopy_requests);
-	put_u64(out, progress->postcopy_bytes);
-	put_u64(out, progress->remaining);
-	put_u64(out, progress->zero_pages);
-}
-
 gboolean pr_progress_decode(const uint8_t *body, gsize len, PrProgress *ret, GError **error)
 {
 	Cursor cursor = {.at = body, .left = len};
 	PrProgress progress;
 
-	progress.received_pages = get_u64(&cursor);
-	progress.postcopy_requests = get_u64(&cursor);
-	progress.postcopy_bytes = get_u64(&cursor);
-	progress.remaining = get_u64(&cursor);
-	progress.zero_pages = get_u64(&cursor);
+	get_progress(&cursor, &progress);
 	if (!finished(&cursor, PR_RP_PROGRESS, len, error))
 		return FALSE;
 	*ret = progress;

@@ -58,7 +58,7 @@
 #define PR_UUID_BYTES	     16
 #define PR_SECRET_BYTES	     16
 #define PR_IDSTR_MAX	     255
-#define PR_BLOCKS_MAX	     64 /* RAM blocks of one guest */
+#define PR_BLOCKS_MAX	     64	  /* RAM blocks of one guest */
 #define PR_RANGES_MAX	     4096 /* in one RAM_ZERO or GRANT message */
 #define PR_REASON_MAX	     1024
 #define PR_PACKAGED_CHUNK    (1024 * 1024)
@@ -129,11 +129,11 @@ typedef struct PrHello {
 	uint16_t version;
 	uint8_t role; /* PrHelloRole */
 	uint8_t uuid[PR_UUID_BYTES];
-	uint64_t epoch; /* 1 for the first connection, higher for each later one */
-	gboolean resume; /* of a migration in postcopy; else a new one */
+	uint64_t epoch;			 /* 1 for the first connection, higher for each later one */
+	gboolean resume;		 /* of a migration in postcopy; else a new one */
 	uint8_t secret[PR_SECRET_BYTES]; /* of the migration, made by the source */
-	uint64_t capabilities; /* none defined yet; unknown bits are ignored */
-	char scheme[16]; /* of the data path that the source is going to connect */
+	uint64_t capabilities;		 /* none defined yet; unknown bits are ignored */
+	char scheme[16];		 /* of the data path that the source is going to connect */
 	uint32_t n_blocks;
 	PrWireBlock *blocks;
 } PrHello;
@@ -146,10 +146,20 @@ typedef enum PrHelloStatus {
 	PR_HELLO_REFUSED = 2,	/* with a reason */
 } PrHelloStatus;
 
+typedef struct PrProgress {
+	uint64_t received_pages;    /* pages in place, zero pages and holes included */
+	uint64_t postcopy_requests; /* READs posted for faults */
+	uint64_t postcopy_bytes;    /* bytes of guest RAM read since the switch-over */
+	uint64_t remaining;	    /* bytes not yet in place */
+	uint64_t zero_pages;	    /* pages that did not travel */
+} PrProgress;
+#define PR_PROGRESS_BYTES 40
+
 typedef struct PrHelloAck {
 	uint32_t status; /* PrHelloStatus */
 	uint64_t capabilities;
-	uint16_t data_port; /* where the data path listens; 0: the control port */
+	uint16_t data_port;  /* where the data path listens; 0: the control port */
+	PrProgress progress; /* with PR_HELLO_COMPLETED: the final figures */
 	char reason[PR_REASON_MAX + 1];
 } PrHelloAck;
 
@@ -180,20 +190,11 @@ typedef struct PrWireGrant {
 } PrWireGrant;
 
 typedef struct PrReqPages {
-	uint32_t block; /* index in the block table */
-	uint64_t start; /* bytes within the block */
+	uint32_t block;	 /* index in the block table */
+	uint64_t start;	 /* bytes within the block */
 	uint32_t length; /* bytes, at most 1 MiB */
 } PrReqPages;
 #define PR_REQ_PAGES_BYTES 16
-
-typedef struct PrProgress {
-	uint64_t received_pages;     /* pages in place, zero pages and holes included */
-	uint64_t postcopy_requests;  /* READs posted for faults */
-	uint64_t postcopy_bytes;     /* bytes of guest RAM read since the switch-over */
-	uint64_t remaining;	     /* bytes not yet in place */
-	uint64_t zero_pages;	     /* pages that did not travel */
-} PrProgress;
-#define PR_PROGRESS_BYTES 40
 
 typedef struct PrPackaged {
 	gboolean last;		/* the end of the device state */

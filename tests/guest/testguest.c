@@ -352,6 +352,8 @@ static int on_load(void *opaque, int fd)
 	g_mutex_lock(&guest->lock);
 	guest->loaded = TRUE;
 	g_mutex_unlock(&guest->lock);
+	/* A load that was given up half way has read whatever was there when it was let go. */
+	atomic_store(&guest->corrupt, 0);
 	for (guint i = 0; i < guest->config.load_touches; i++)
 		check_page(guest, i % guest->config.n_blocks,
 			   mix(guest->seed + i) % guest->n_pages);

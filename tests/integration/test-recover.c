@@ -1,0 +1,366 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Path failures at every place, and what follows: nothing is lost, whatever is cut, however often. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <string.h>
+
+#include "migration/bitmap.h"
+#include "migration/internal.h"
+#include "tests/integration/pair.h"
+
+#define MIB (1024ull * 1024)
+
+static const char *scheme_of(void **state)
+{
+	return *state;
+}
+
+/* ---- cuts of the control channel, at each message in turn ---- */
+
+/* Migrates with the channel cut at the N-th message. FALSE: there is no such message any more. */
+static gboolean cut_at_message(const char *scheme, guint64 message)
+{
+	PairConfig config = {.scheme = scheme, .size = 4 * MIB, .pace_us = 100};
+	PrFaultPlan plan = {.cut_after_messages = message};
+	guint settled = 1u << PR_STATE_FAILED | 1u << PR_STATE_POSTCOPY_PAUSED | 1u << PR_STATE_COMPLETED;
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	pr_faults_set_plan(pair->faults, &plan);
+	pair_migrate(pair);
+	PrState ended = side_wait_any(&pair->source, settled);
+	gboolean fired = pr_faults_counts(pair->faults).fired > 0;
+
+	if (ended == PR_STATE_FAILED) {
+		/* Before RUN: the guest runs on at the source. The destination may have failed as well, or
+		 * wait for a RUN that never comes; then a human gives it up. */
+		pair_check_undone(pair);
+		PrState there = side_wait_any(&pair->destination,
+					      1u << PR_STATE_NONE | 1u << PR_STATE_FAILED |
+						      1u << PR_STATE_POSTCOPY_PAUSED);
+		if (there == PR_STATE_POSTCOPY_PAUSED) {
+			assert_true(pr_migration_cancel(pair->destination.engine, NULL));
+			side_wait(&pair->destination, PR_STATE_CANCELLED);
+		}
+		assert_false(testguest_running(pair->destination.guest));
+		pair_migrate(pair);
+	}
+	pair_resume_until_completed(pair, 1);
+	pair_check_completed(pair);
+	return fired;
+}
+
+static void recovers_from_a_cut_at_every_message(void **state)
+{
+	guint64 message = 1;
+
+	while (cut_at_message(scheme_of(state), message)) {
+		assert_true(message < 1000);
+		message++;
+	}
+	/* HELLO to SHUT: at the very least these many messages pass. */
+	assert_true(message > 12);
+}
+
+/* Pauses in mid-pull, then cuts the N-th message of the recovery. */
+static gboolean cut_at_recovery_message(const char *scheme, guint64 message)
+{
+	PairConfig config = {.scheme = scheme, .size = 4 * MIB, .bandwidth = 4 * MIB, .pace_us = 100};
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_faults_cut_paths(pair->faults);
+	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+
+	guint64 before = pr_faults_counts(pair->faults).fired;
+	PrFaultPlan plan = {.cut_after_messages = pr_faults_counts(pair->faults).messages + message};
+	pr_faults_set_plan(pair->faults, &plan);
+	pair_resume_until_completed(pair, 2);
+	pair_check_completed(pair);
+	return pr_faults_counts(pair->faults).fired > before;
+}
+
+static void recovers_from_a_cut_at_every_message_of_a_recovery(void **state)
+{
+	guint64 message = 1;
+
+	while (cut_at_recovery_message(scheme_of(state), message)) {
+		assert_true(message < 1000);
+		message++;
+	}
+	assert_true(message > 9);
+}
+
+/* ---- cuts of the data path ---- */
+
+static void recovers_from_cuts_at_random_reads(void **state)
+{
+	g_autoptr(GRand) random = g_rand_new_with_seed(20171117);
+	PairConfig config = {.scheme = scheme_of(state), .size = 32 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	PrFaultPlan plan = {.cut_after_reads = (guint64)g_rand_int_range(random, 1, 20)};
+	pr_faults_set_plan(pair->faults, &plan);
+	pair_migrate(pair);
+	for (guint i = 0; i < 8; i++) {
+		guint settled = 1u << PR_STATE_POSTCOPY_PAUSED | 1u << PR_STATE_COMPLETED;
+		if (side_wait_any(&pair->source, settled) == PR_STATE_COMPLETED)
+			break;
+		side_wait(&pair->destination, PR_STATE_POSTCOPY_PAUSED);
+		plan.cut_after_reads =
+			pr_faults_counts(pair->faults).reads + (guint64)g_rand_int_range(random, 1, 40);
+		pr_faults_set_plan(pair->faults, &plan);
+		pair_resume(pair);
+	}
+	pair_resume_until_completed(pair, 2);
+	pair_check_completed(pair);
+}
+
+static void recovers_forty_times_in_one_migration(void **state)
+{
+	/* Slow enough to last, with guests that rest between pages: faults are not throttled. */
+	PairConfig config = {
+		.scheme = scheme_of(state), .size = 64 * MIB, .bandwidth = MIB, .pace_us = 200000};
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	for (guint i = 0; i < 40; i++) {
+		if (i % 2)
+			pr_faults_cut_paths(pair->faults);
+		else
+			pr_faults_cut_next_message(pair->faults);
+		pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+		pair_resume(pair);
+		pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	}
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_resume_until_completed(pair, 1);
+	pair_check_completed(pair);
+
+	g_auto(PrMigrationInfo) info = {0};
+	pr_migration_query(pair->destination.engine, &info);
+	assert_int_equal(info.recoveries, 40);
+}
+
+/* While the path is down the guest reads every page that is in place: what was pulled, and holes, which are
+ * mapped only when they are touched. */
+static void guest_runs_on_while_paused(void **state)
+{
+	PairConfig config = {
+		.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB, .paused = TRUE};
+	g_autoptr(Pair) pair = pair_new(&config);
+	guint64 pages = 0;
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_faults_cut_paths(pair->faults);
+	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+
+	const PrRamBlock *block = &pair->destination.engine->ram->blocks[0];
+	const volatile uint8_t *map = testguest_block_map(pair->destination.guest, 0);
+	for (uint64_t page = 0; page < block->n_pages; page++)
+		if (pr_bitmap_test(block->received, page)) {
+			(void)map[page * block->page_size]; /* hangs if nobody serves it */
+			pages++;
+		}
+	assert_true(pages > 0);
+	assert_int_equal(side_state(&pair->destination), PR_STATE_POSTCOPY_PAUSED);
+
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_resume_until_completed(pair, 1);
+	pair_check_completed(pair);
+}
+
+/* READs without an answer: nothing fails by itself; a human pauses, and the fence must not wait. */
+static void recovers_when_reads_are_never_answered(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_faults_stall_paths(pair->faults);
+	assert_true(pr_migration_pause(pair->source.engine, NULL));
+	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_resume_until_completed(pair, 1);
+	pair_check_completed(pair);
+}
+
+static void recovers_over_a_new_listener(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
+	const char *other = strcmp(scheme_of(state), "tcp") == 0 ? "ofi" : "tcp";
+	g_autofree char *incoming = g_strdup_printf("%s:127.0.0.1:0", other);
+	g_autoptr(Pair) pair = pair_new(&config);
+	g_auto(PrMigrationInfo) info = {0};
+	g_autoptr(GError) error = NULL;
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_faults_cut_paths(pair->faults);
+	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pr_migration_recover(pair->destination.engine, incoming, &error);
+	g_assert_no_error(error);
+	pr_migration_query(pair->destination.engine, &info);
+	assert_int_equal(info.paths->len, 2);
+	const PrPathInfo *second = g_ptr_array_index(info.paths, 1);
+	pr_migration_start(pair->source.engine, second->uri, /* resume= */ TRUE, &error);
+	g_assert_no_error(error);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+}
+
+static void failed_recoveries_go_back_to_paused(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_faults_cut_paths(pair->faults);
+	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+	for (guint i = 0; i < 5; i++) {
+		/* Refused at once by the kernel; the state is told when it is over. */
+		guint told = pair->source.states->len;
+		assert_true(pr_migration_start(pair->source.engine, "tcp:127.0.0.1:1", TRUE, NULL));
+		g_mutex_lock(&pair->source.lock);
+		while (pair->source.states->len < told + 2)
+			g_cond_wait(&pair->source.changed, &pair->source.lock);
+		assert_int_equal(pair->source.state, PR_STATE_POSTCOPY_PAUSED);
+		g_mutex_unlock(&pair->source.lock);
+	}
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_resume_until_completed(pair, 1);
+	pair_check_completed(pair);
+
+	g_auto(PrMigrationInfo) info = {0};
+	pr_migration_query(pair->source.engine, &info);
+	assert_int_equal(info.pauses, 1);
+	assert_int_equal(info.recoveries, 1);
+}
+
+/* ---- who else comes ---- */
+
+static PrControl *knock(Pair *pair, const PrHello *hello, PrHelloAck *ack, GError **error)
+{
+	g_auto(PrMigrationInfo) info = {0};
+
+	pr_migration_query(pair->destination.engine, &info);
+	const PrPathInfo *path = g_ptr_array_index(info.paths, 0);
+	g_autoptr(PrUri) uri = pr_uri_parse(path->uri, FALSE, NULL);
+	return pr_control_connect(uri, hello, 5000, 5000, NULL, ack, error);
+}
+
+/* The hello that the source would send to resume. */
+static PrHello resume_hello(Pair *pair, const char *scheme)
+{
+	PrMigration *m = pair->source.engine;
+	PrHello hello = {.version = PR_WIRE_VERSION, .role = PR_HELLO_SOURCE, .resume = TRUE};
+
+	g_mutex_lock(&m->lock);
+	memcpy(hello.uuid, m->binding.uuid, PR_UUID_BYTES);
+	memcpy(hello.secret, m->binding.secret, PR_SECRET_BYTES);
+	hello.epoch = m->binding.epoch;
+	hello.n_blocks = m->ram->n_blocks;
+	hello.blocks = pr_ram_wire_blocks(m->ram);
+	g_mutex_unlock(&m->lock);
+	g_strlcpy(hello.scheme, scheme, sizeof(hello.scheme));
+	return hello;
+}
+
+static void assert_refused(Pair *pair, const PrHello *hello, const char *reason)
+{
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+	g_autoptr(PrControl) control = knock(pair, hello, &ack, &error);
+
+	assert_null(control);
+	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
+	if (!strstr(error->message, reason))
+		fail_msg("\"%s\" does not mention \"%s\"", error->message, reason);
+	assert_int_equal(side_state(&pair->destination), PR_STATE_POSTCOPY_ACTIVE);
+}
+
+static void turns_strangers_away(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 4 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+
+	g_auto(PrHello) old = resume_hello(pair, scheme_of(state));
+	assert_refused(pair, &old, "epoch");
+	g_auto(PrHello) foreign = resume_hello(pair, scheme_of(state));
+	foreign.epoch += 5;
+	foreign.uuid[3] ^= 1;
+	assert_refused(pair, &foreign, "no such migration");
+	g_auto(PrHello) liar = resume_hello(pair, scheme_of(state));
+	liar.epoch += 5;
+	liar.secret[3] ^= 1;
+	assert_refused(pair, &liar, "no such migration");
+	g_auto(PrHello) fresh = resume_hello(pair, scheme_of(state));
+	fresh.resume = FALSE;
+	fresh.uuid[3] ^= 1;
+	assert_refused(pair, &fresh, "another migration");
+
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	g_auto(PrMigrationInfo) info = {0};
+	pr_migration_query(pair->destination.engine, &info);
+	assert_int_equal(info.pauses, 0);
+}
+
+/* Only the source has noticed: its higher epoch pauses the destination, and the old path is fenced. */
+static void newer_epoch_takes_over(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 4 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	g_auto(PrHello) newer = resume_hello(pair, scheme_of(state));
+	newer.epoch += 1;
+	g_autoptr(PrControl) control = knock(pair, &newer, &ack, &error);
+	g_assert_no_error(error);
+	assert_int_equal(ack.status, PR_HELLO_OK);
+	side_wait(&pair->source, PR_STATE_POSTCOPY_PAUSED);
+	g_clear_pointer(&control, pr_control_free);
+	side_wait(&pair->destination, PR_STATE_POSTCOPY_PAUSED);
+
+	/* The real source's next epoch is over already; the one after is not. */
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_resume_until_completed(pair, 3);
+	pair_check_completed(pair);
+}
+
+#define FOR(scheme_, test_) {#test_ " over " scheme_, test_, NULL, NULL, scheme_}
+#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		BOTH(recovers_from_a_cut_at_every_message),
+		BOTH(recovers_from_a_cut_at_every_message_of_a_recovery),
+		BOTH(recovers_from_cuts_at_random_reads),
+		BOTH(recovers_forty_times_in_one_migration),
+		BOTH(guest_runs_on_while_paused),
+		BOTH(recovers_when_reads_are_never_answered),
+		BOTH(recovers_over_a_new_listener),
+		BOTH(failed_recoveries_go_back_to_paused),
+		BOTH(turns_strangers_away),
+		BOTH(newer_epoch_takes_over),
+	};
+
+	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
+	return cmocka_run_group_tests_name("recover", tests, NULL, NULL);
+}
