@@ -464,7 +464,7 @@ static void lengths_that_lie_are_refused(void **state)
 		{PR_MSG_HELLO, 56, 1},	    /* scheme */
 		{PR_MSG_HELLO, 67, 4},	    /* blocks */
 		{PR_MSG_HELLO, 71, 1},	    /* idstr */
-		{PR_MSG_HELLO_ACK, 20, 2},  /* reason */
+		{PR_MSG_HELLO_ACK, 60, 2},  /* reason */
 		{PR_MSG_PAUSE, 0, 2},	    /* reason */
 		{PR_CMD_RAM_ZERO, 4, 4},    /* ranges */
 		{PR_CMD_GRANT, 4, 4},	    /* grants */
