@@ -45,7 +45,8 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	pr_params_init(&side->params);
 	/* Two engines, a guest and perhaps a sanitizer share few cores: silence means more here. */
 	g_assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
-	g_assert_true(pr_params_set(&side->params, "max-postcopy-bandwidth", config->bandwidth, NULL));
+	g_assert_true(
+		pr_params_set(&side->params, "max-postcopy-bandwidth", config->bandwidth, NULL));
 	side->engine = pr_migration_new(side->adapter, &side->params, on_state, side);
 }
 
@@ -172,8 +173,8 @@ void pair_wait_received(Pair *pair, uint64_t bytes)
 		if (info.total > 0 && info.total - info.remaining >= bytes)
 			return;
 		if (g_get_monotonic_time() > deadline)
-			g_error("the destination never received %" G_GUINT64_FORMAT " bytes: %s", bytes,
-				info.reason);
+			g_error("the destination never received %" G_GUINT64_FORMAT " bytes: %s",
+				bytes, info.reason);
 		g_usleep(200); /* between two looks at the condition */
 	}
 }

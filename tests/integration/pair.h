@@ -19,16 +19,16 @@ typedef struct Side {
 
 	GMutex lock; /* protects what follows */
 	GCond changed;
-	PrState state; /* the last one told */
+	PrState state;	/* the last one told */
 	GArray *states; /* PrState: all that were told, in order */
 } Side;
 
 typedef struct PairConfig {
-	const char *scheme; /* "tcp", "ofi" */
-	uint64_t size;	    /* bytes of guest RAM */
+	const char *scheme;	   /* "tcp", "ofi" */
+	uint64_t size;		   /* bytes of guest RAM */
 	uint64_t destination_size; /* 0: the same */
-	guint n_blocks;	    /* 0: 2 */
-	guint n_threads;    /* 0: 3 */
+	guint n_blocks;		   /* 0: 2 */
+	guint n_threads;	   /* 0: 3 */
 	guint pace_us;
 	uint64_t bandwidth; /* of the bulk pull, bytes a second; 0: unlimited */
 	gboolean paused;    /* the guest does not run; compared byte for byte at the end */

@@ -51,9 +51,15 @@ static void moves_a_paused_guest_byte_for_byte(void **state)
 static void passes_through_the_states_in_order(void **state)
 {
 	static const PrState expected[] = {
-		PR_STATE_SETUP, PR_STATE_ACTIVE, PR_STATE_DEVICE, PR_STATE_POSTCOPY_ACTIVE,
-		PR_STATE_POSTCOPY_PAUSED, PR_STATE_POSTCOPY_RECOVER_SETUP, PR_STATE_POSTCOPY_RECOVER,
-		PR_STATE_POSTCOPY_ACTIVE, PR_STATE_COMPLETED,
+		PR_STATE_SETUP,
+		PR_STATE_ACTIVE,
+		PR_STATE_DEVICE,
+		PR_STATE_POSTCOPY_ACTIVE,
+		PR_STATE_POSTCOPY_PAUSED,
+		PR_STATE_POSTCOPY_RECOVER_SETUP,
+		PR_STATE_POSTCOPY_RECOVER,
+		PR_STATE_POSTCOPY_ACTIVE,
+		PR_STATE_COMPLETED,
 	};
 	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -104,7 +110,8 @@ static void refuses_what_makes_no_sense_now(void **state)
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_autoptr(GError) error = NULL;
 
-	assert_false(pr_migration_start(pair->source.engine, pair->uri, /* resume= */ TRUE, &error));
+	assert_false(
+		pr_migration_start(pair->source.engine, pair->uri, /* resume= */ TRUE, &error));
 	assert_true(g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE));
 	g_clear_error(&error);
 	assert_false(pr_migration_start(pair->source.engine, "nonsense", FALSE, &error));
@@ -187,7 +194,10 @@ static void cancel_leaves_the_guest_at_the_source(void **state)
 	pair_check_completed(pair);
 }
 
-#define FOR(scheme_, test_) {#test_ " over " scheme_, test_, NULL, NULL, scheme_}
+#define FOR(scheme_, test_)                                                                        \
+	{                                                                                          \
+#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
+	}
 #define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
 
 int main(void)

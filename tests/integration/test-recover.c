@@ -24,7 +24,8 @@ static gboolean cut_at_message(const char *scheme, guint64 message)
 {
 	PairConfig config = {.scheme = scheme, .size = 4 * MIB, .pace_us = 100};
 	PrFaultPlan plan = {.cut_after_messages = message};
-	guint settled = 1u << PR_STATE_FAILED | 1u << PR_STATE_POSTCOPY_PAUSED | 1u << PR_STATE_COMPLETED;
+	guint settled =
+		1u << PR_STATE_FAILED | 1u << PR_STATE_POSTCOPY_PAUSED | 1u << PR_STATE_COMPLETED;
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pr_faults_set_plan(pair->faults, &plan);
@@ -66,7 +67,8 @@ static void recovers_from_a_cut_at_every_message(void **state)
 /* Pauses in mid-pull, then cuts the N-th message of the recovery. */
 static gboolean cut_at_recovery_message(const char *scheme, guint64 message)
 {
-	PairConfig config = {.scheme = scheme, .size = 4 * MIB, .bandwidth = 4 * MIB, .pace_us = 100};
+	PairConfig config = {
+		.scheme = scheme, .size = 4 * MIB, .bandwidth = 4 * MIB, .pace_us = 100};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pair_migrate(pair);
@@ -76,7 +78,8 @@ static gboolean cut_at_recovery_message(const char *scheme, guint64 message)
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 
 	guint64 before = pr_faults_counts(pair->faults).fired;
-	PrFaultPlan plan = {.cut_after_messages = pr_faults_counts(pair->faults).messages + message};
+	PrFaultPlan plan = {.cut_after_messages =
+				    pr_faults_counts(pair->faults).messages + message};
 	pr_faults_set_plan(pair->faults, &plan);
 	pair_resume_until_completed(pair, 2);
 	pair_check_completed(pair);
@@ -110,8 +113,8 @@ static void recovers_from_cuts_at_random_reads(void **state)
 		if (side_wait_any(&pair->source, settled) == PR_STATE_COMPLETED)
 			break;
 		side_wait(&pair->destination, PR_STATE_POSTCOPY_PAUSED);
-		plan.cut_after_reads =
-			pr_faults_counts(pair->faults).reads + (guint64)g_rand_int_range(random, 1, 40);
+		plan.cut_after_reads = pr_faults_counts(pair->faults).reads +
+				       (guint64)g_rand_int_range(random, 1, 40);
 		pr_faults_set_plan(pair->faults, &plan);
 		pair_resume(pair);
 	}
@@ -343,7 +346,10 @@ static void newer_epoch_takes_over(void **state)
 	pair_check_completed(pair);
 }
 
-#define FOR(scheme_, test_) {#test_ " over " scheme_, test_, NULL, NULL, scheme_}
+#define FOR(scheme_, test_)                                                                        \
+	{                                                                                          \
+#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
+	}
 #define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
 
 int main(void)

@@ -1,0 +1,243 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Bitmaps, claims and the received bitmap. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "migration/bitmap.h"
+#include "migration/migration.h"
+#include "migration/ram.h"
+
+#define N_BITS 1000
+
+/* The same operations on a bitmap and on an array of booleans. */
+static void bitmaps_do_what_arrays_do(void **state)
+{
+	g_autoptr(GRand) random = g_rand_new_with_seed(7);
+	g_autofree unsigned long *map = pr_bitmap_new(N_BITS);
+	gboolean model[N_BITS] = {FALSE};
+
+	for (guint round = 0; round < 2000; round++) {
+		uint64_t start = (uint64_t)g_rand_int_range(random, 0, N_BITS);
+		uint64_t n =
+			(uint64_t)g_rand_int_range(random, 0, (gint32)MIN(200, N_BITS - start + 1));
+		gboolean set = g_rand_boolean(random);
+		uint64_t changed = 0, count = 0, next_set = N_BITS, next_clear = N_BITS;
+		for (uint64_t i = start; i < start + n; i++) {
+			changed += model[i] != set;
+			model[i] = set;
+		}
+		assert_int_equal((set ? pr_bitmap_set : pr_bitmap_clear)(map, start, n), changed);
+		for (guint i = 0; i < N_BITS; i++)
+			count += model[i] != FALSE;
+		for (uint64_t i = N_BITS; i-- > start;) {
+			next_set = model[i] ? i : next_set;
+			next_clear = model[i] ? next_clear : i;
+		}
+		assert_int_equal(pr_bitmap_count(map, N_BITS), count);
+		assert_int_equal(pr_bitmap_next_set(map, N_BITS, start), next_set);
+		assert_int_equal(pr_bitmap_next_clear(map, N_BITS, start), next_clear);
+		assert_int_equal(pr_bitmap_any(map, start, n), n > 0 && next_set < start + n);
+	}
+}
+
+typedef struct Fixture {
+	PrGuestBlock blocks[2];
+	PrRam *ram;
+} Fixture;
+
+static void make_block(PrGuestBlock *block, const char *idstr, uint64_t pages)
+{
+	*block = (PrGuestBlock){.idstr = g_strdup(idstr), .size = pages * 4096, .page_size = 4096};
+	block->memfd = memfd_create(idstr, MFD_CLOEXEC);
+	assert_true(block->memfd >= 0);
+	assert_int_equal(ftruncate(block->memfd, (off_t)block->size), 0);
+}
+
+static Fixture *fixture_new(PrGuestRole role)
+{
+	Fixture *fixture = g_new0(Fixture, 1);
+	g_autoptr(GError) error = NULL;
+
+	make_block(&fixture->blocks[0], "ram0", 100);
+	make_block(&fixture->blocks[1], "ram1", 300);
+	fixture->ram = pr_ram_new(fixture->blocks, 2, role, &error);
+	g_assert_no_error(error);
+	return fixture;
+}
+
+static void fixture_free(Fixture *fixture)
+{
+	pr_ram_free(fixture->ram);
+	for (guint i = 0; i < 2; i++) {
+		g_free(fixture->blocks[i].idstr);
+		close(fixture->blocks[i].memfd);
+	}
+	g_free(fixture);
+}
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Fixture, fixture_free)
+
+static void a_page_has_one_reader_at_a_time(void **state)
+{
+	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
+	PrRam *ram = fixture->ram;
+	PrRamBlock *block = &ram->blocks[0];
+	uint64_t page;
+
+	assert_true(pr_ram_claim(block, 5));
+	assert_false(pr_ram_claim(block, 5));
+	assert_int_equal(pr_ram_claim_run(block, 0, 64, &page), 5);
+	assert_int_equal(page, 0);
+	assert_int_equal(pr_ram_claim_run(block, 0, 64, &page), 64);
+	assert_int_equal(page, 6);
+	pr_ram_received(ram, block, 5, 1, TRUE);
+	assert_false(pr_ram_claim(block, 5));
+	pr_ram_forget_inflight(ram);
+	assert_false(pr_ram_claim(block, 5));
+	assert_true(pr_ram_claim(block, 6));
+	assert_int_equal(pr_ram_claim_run(block, 99, 64, &page), 1);
+	assert_int_equal(pr_ram_claim_run(block, 99, 64, &page), 0);
+	assert_int_equal(pr_ram_received_bytes(ram), 4096);
+}
+
+static void zeros_spare_what_is_being_read(void **state)
+{
+	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
+	PrRam *ram = fixture->ram;
+	PrRamBlock *block = &ram->blocks[1];
+
+	assert_true(pr_ram_claim(block, 70));
+	assert_true(pr_ram_claim(block, 200));
+	pr_ram_received(ram, block, 200, 1, TRUE);
+	assert_int_equal(pr_ram_zero(ram, block, 10, 240), 238);
+	assert_false(pr_bitmap_test(block->received, 70));
+	assert_true(pr_bitmap_test(block->inflight, 70));
+	assert_int_equal(pr_bitmap_count(block->inflight, block->n_pages), 1);
+	assert_int_equal(pr_bitmap_count(block->received, block->n_pages), 239);
+	assert_int_equal(pr_ram_zero_bytes(ram), 238 * 4096);
+	assert_int_equal(pr_ram_received_bytes(ram), 239 * 4096);
+	assert_int_equal(pr_ram_zero(ram, block, 0, 300), 60);
+	assert_false(pr_ram_complete(ram));
+	pr_ram_received(ram, block, 70, 1, TRUE);
+	assert_int_equal(pr_ram_zero(ram, &ram->blocks[0], 0, 100), 100);
+	assert_true(pr_ram_complete(ram));
+}
+
+static gpointer claim_all(gpointer data)
+{
+	PrRam *ram = data;
+	PrRamBlock *block = &ram->blocks[1];
+	uint64_t page, n, mine = 0;
+
+	while ((n = pr_ram_claim_run(block, 0, 7, &page)) > 0) {
+		pr_ram_received(ram, block, page, n, TRUE);
+		mine += n;
+	}
+	return GSIZE_TO_POINTER(mine);
+}
+
+static void readers_share_the_pages(void **state)
+{
+	for (guint round = 0; round < 50; round++) {
+		g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
+		GThread *threads[3];
+		gsize sum = 0;
+		for (guint i = 0; i < 3; i++)
+			threads[i] = g_thread_new("reader", claim_all, fixture->ram);
+		for (guint i = 0; i < 3; i++)
+			sum += GPOINTER_TO_SIZE(g_thread_join(threads[i]));
+		assert_int_equal(sum, 300);
+		assert_int_equal(pr_ram_received_bytes(fixture->ram), 300 * 4096);
+		assert_int_equal(pr_bitmap_count(fixture->ram->blocks[1].inflight, 300), 0);
+	}
+}
+
+static void holes_and_zero_pages_are_found(void **state)
+{
+	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_SOURCE);
+	PrRamBlock *block = &fixture->ram->blocks[1];
+	uint64_t start, end;
+	char byte = 1, zero = 0;
+
+	assert_false(pr_ram_next_data(block, 0, &start, &end));
+	assert_int_equal(pwrite(block->memfd, &byte, 1, 10 * 4096 + 4095), 1);
+	assert_int_equal(pwrite(block->memfd, &zero, 1, 11 * 4096), 1);
+	assert_int_equal(pwrite(block->memfd, &byte, 1, 299 * 4096), 1);
+	assert_true(pr_ram_next_data(block, 0, &start, &end));
+	assert_int_equal(start, 10 * 4096);
+	assert_int_equal(end, 12 * 4096);
+	assert_true(pr_ram_next_data(block, end, &start, &end));
+	assert_int_equal(start, 299 * 4096);
+	assert_int_equal(end, 300 * 4096);
+	assert_false(pr_ram_next_data(block, end, &start, &end));
+	assert_false(pr_ram_page_is_zero(block, 10));
+	assert_true(pr_ram_page_is_zero(block, 11));
+	assert_false(pr_ram_page_is_zero(block, 299));
+}
+
+static void differing_block_tables_are_named(void **state)
+{
+	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
+	static const struct {
+		guint index;
+		const char *idstr;
+		uint64_t size;
+		uint32_t page_size;
+		guint n;
+		const char *mentions;
+	} cases[] = {
+		{0, "other", 409600, 4096, 2, "other"},
+		{0, "ram0", 8192, 4096, 2, "8192"},
+		{1, "ram1", 1228800, 8192, 2, "pages of 8192"},
+		{1, "ram1", 1228800, 4096, 1, "\"ram1\" exists only at the destination"},
+		{2, "ram2", 4096, 4096, 3, "\"ram2\" exists only at the source"},
+	};
+
+	for (guint i = 0; i < G_N_ELEMENTS(cases); i++) {
+		g_autofree PrWireBlock *wire = pr_ram_wire_blocks(fixture->ram);
+		g_autoptr(GError) error = NULL;
+		assert_true(pr_ram_check_blocks(fixture->ram, wire, 2, NULL));
+		wire = g_renew(PrWireBlock, wire, 3);
+		g_strlcpy(wire[cases[i].index].idstr, cases[i].idstr, sizeof(wire->idstr));
+		wire[cases[i].index].size = cases[i].size;
+		wire[cases[i].index].page_size = cases[i].page_size;
+		assert_false(pr_ram_check_blocks(fixture->ram, wire, cases[i].n, &error));
+		assert_true(
+			g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH));
+		if (!strstr(error->message, cases[i].mentions))
+			fail_msg("\"%s\" does not mention %s", error->message, cases[i].mentions);
+	}
+}
+
+static void offsets_out_of_a_block_are_seen(void **state)
+{
+	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
+	const PrRamBlock *block = &fixture->ram->blocks[0];
+
+	assert_true(pr_ram_block_contains(block, 0, block->size));
+	assert_true(pr_ram_block_contains(block, block->size, 0));
+	assert_false(pr_ram_block_contains(block, 4096, block->size));
+	assert_false(pr_ram_block_contains(block, 8192, UINT64_MAX - 4095));
+	assert_false(pr_ram_block_contains(block, block->size + 4096, 0));
+	assert_false(pr_ram_block_contains(block, 1, 4096));
+	assert_false(pr_ram_block_contains(block, 0, 100));
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(bitmaps_do_what_arrays_do),
+		cmocka_unit_test(a_page_has_one_reader_at_a_time),
+		cmocka_unit_test(zeros_spare_what_is_being_read),
+		cmocka_unit_test(readers_share_the_pages),
+		cmocka_unit_test(holes_and_zero_pages_are_found),
+		cmocka_unit_test(differing_block_tables_are_named),
+		cmocka_unit_test(offsets_out_of_a_block_are_seen),
+	};
+
+	return cmocka_run_group_tests_name("ram", tests, NULL, NULL);
+}
