@@ -29,12 +29,19 @@ gboolean pr_log_parse_level(const char *name, GLogLevelFlags *ret)
 	return FALSE;
 }
 
-static const char *find_message(const GLogField *fields, gsize n)
+static const char *find_field(const GLogField *fields, gsize n, const char *key)
 {
 	for (gsize i = 0; i < n; i++)
-		if (!strcmp(fields[i].key, "MESSAGE") && fields[i].length < 0)
+		if (!strcmp(fields[i].key, key) && fields[i].length < 0)
 			return fields[i].value;
 	return "";
+}
+
+/* What the libraries think aloud is not about this program. */
+static gboolean is_chatter(GLogLevelFlags level, const GLogField *fields, gsize n)
+{
+	return level & (G_LOG_LEVEL_INFO | G_LOG_LEVEL_DEBUG) &&
+	       g_str_has_prefix(find_field(fields, n, "GLIB_DOMAIN"), "GLib");
 }
 
 static GLogWriterOutput write_entry(GLogLevelFlags level, const GLogField *fields, gsize n,
@@ -47,13 +54,13 @@ static GLogWriterOutput write_entry(GLogLevelFlags level, const GLogField *field
 	const Level *entry = levels;
 
 	/* flags of more important levels are lower bits */
-	if ((level & G_LOG_LEVEL_MASK) > last)
+	if ((level & G_LOG_LEVEL_MASK) > last || is_chatter(level, fields, n))
 		return G_LOG_WRITER_HANDLED;
 	while (!(entry->flags & level) && entry < &levels[G_N_ELEMENTS(levels) - 1])
 		entry++;
 	/* milliseconds; one call, so that lines of two threads don't mix */
 	g_printerr("%.23s %s%s%s: %s\n", time, colour ? entry->colour : "", entry->name,
-		   colour ? "\033[0m" : "", find_message(fields, n));
+		   colour ? "\033[0m" : "", find_field(fields, n, "MESSAGE"));
 	return G_LOG_WRITER_HANDLED;
 }
 

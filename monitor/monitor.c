@@ -77,42 +77,46 @@ void pr_monitor_unwait(PrWait *wait)
 	g_free(wait);
 }
 
-static char *describe_completion(PrMonitor *monitor)
+static char *describe_completion(const PrMigrationInfo *info)
 {
-	g_auto(PrMigrationInfo) info = {0};
-
-	pr_migration_query(monitor->migration, &info);
 	return g_strdup_printf("completed: %" G_GUINT64_FORMAT " KiB in %" G_GUINT64_FORMAT
 			       " ms, downtime %" G_GUINT64_FORMAT " ms\n",
-			       info.transferred / 1024, info.total_time, info.downtime);
+			       info->transferred / 1024, info->total_time, info->downtime);
+}
+
+/* The cause comes first; the reason of the last change tells where the guest is now. */
+static GError *describe_end(const PrStateEvent *event, const PrMigrationInfo *info)
+{
+	const char *reason = event->reason ? event->reason : "no reason given";
+
+	if (event->state == PR_STATE_POSTCOPY_PAUSED)
+		return g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
+				   "the migration is paused: %s; go on with: migrate -r URI",
+				   reason);
+	if (event->state == PR_STATE_CANCELLED)
+		return g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_CANCELLED,
+				   "the migration has been cancelled: %s", reason);
+	return g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
+			   "the migration has failed: %s%s%s",
+			   info->error_desc ? info->error_desc : "", info->error_desc ? "; " : "",
+			   reason);
 }
 
 /* Takes the wait out of the list, then answers. */
 static void answer_wait(PrWait *wait, const PrStateEvent *event)
 {
-	PrMonitor *monitor = wait->monitor;
-	PrAnswer answer = wait->answer;
-	void *opaque = wait->opaque;
-	const char *reason = event->reason ? event->reason : "no reason given";
+	g_auto(PrMigrationInfo) info = {0};
 	g_autoptr(GError) error = NULL;
 	g_autofree char *text = NULL;
+	PrAnswer answer = wait->answer;
+	void *opaque = wait->opaque;
 
+	pr_migration_query(wait->monitor->migration, &info);
 	pr_monitor_unwait(wait);
-	switch (event->state) {
-	case PR_STATE_COMPLETED:
-		text = describe_completion(monitor);
-		break;
-	case PR_STATE_POSTCOPY_PAUSED:
-		error = g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
-				    "the migration is paused: %s; go on with: migrate -r URI",
-				    reason);
-		break;
-	default:
-		error = g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
-				    "the migration has %s: %s",
-				    event->state == PR_STATE_FAILED ? "failed" : "been cancelled",
-				    reason);
-	}
+	if (event->state == PR_STATE_COMPLETED)
+		text = describe_completion(&info);
+	else
+		error = describe_end(event, &info);
 	answer(text, error, opaque);
 }
 

@@ -2,6 +2,7 @@
 /* The engine as a program: one process for each VM and side. */
 #include <fcntl.h>
 #include <glib-unix.h>
+#include <locale.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -304,6 +305,7 @@ int main(int argc, char **argv)
 	Engine engine = {0};
 	GLogLevelFlags level;
 
+	setlocale(LC_CTYPE, "");
 	if (!parse_options(&options, &argc, &argv, &error)) {
 		fprintf(stderr, "postroad: %s; see postroad --help\n", error->message);
 		return EXIT_USAGE;

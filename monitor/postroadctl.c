@@ -4,6 +4,7 @@
 #include <gio/gio.h>
 #include <gio/gunixsocketaddress.h>
 #include <json-glib/json-glib.h>
+#include <locale.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -460,6 +461,7 @@ int main(int argc, char **argv)
 	g_autoptr(GError) error = NULL;
 	gboolean version = FALSE;
 
+	setlocale(LC_CTYPE, "");
 	signal(SIGPIPE, SIG_IGN);
 	if (!parse_options(&argc, &argv, &version, &error) ||
 	    (!version && !check_arguments(argc, argv, &error))) {

@@ -337,7 +337,7 @@ static void migrate_without_d_is_answered_at_its_end(void **state)
 	} rows[] = {
 		{PR_STATE_COMPLETED,
 		 "{\"return\":\"completed: 40960 KiB in 2000 ms, downtime 16 ms\\n\",\"id\":1}"},
-		{PR_STATE_FAILED, "the migration has failed: why"},
+		{PR_STATE_FAILED, "the migration has failed: no luck; why"},
 		{PR_STATE_CANCELLED, "the migration has been cancelled: why"},
 		{PR_STATE_POSTCOPY_PAUSED,
 		 "the migration is paused: why; go on with: migrate -r URI"},
@@ -546,7 +546,8 @@ static void hmp_at_a_terminal_waits_for_migrate(void **state)
 		assert_string_equal(call, "start tcp:a:1");
 	}
 	fake_set_state(bench->migration, PR_STATE_FAILED, "no route");
-	assert_hmp_line(bench, buffer, "(postroad) Error: the migration has failed: no route");
+	assert_hmp_line(bench, buffer,
+			"(postroad) Error: the migration has failed: no luck; no route");
 	assert_hmp_line(bench, buffer,
 			"(postroad) (postroad) Engine status: role destination, "
 			"failed (no route)");
