@@ -38,7 +38,7 @@ PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, co
 			pr_state_name(old));
 	if (m->sm.state == old)
 		return action;
-	if (old == PR_STATE_POSTCOPY_ACTIVE && m->ram)
+	if (m->sm.state == PR_STATE_POSTCOPY_PAUSED && old == PR_STATE_POSTCOPY_ACTIVE)
 		m->pages_at_pause = (m->sm.role == PR_ROLE_DESTINATION
 					     ? pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE
 					     : m->progress.received_pages);

@@ -60,16 +60,21 @@ typedef struct OfiPath {
 	PrGrant *grants; /* destination: set before the first READ */
 	guint n_grants;
 	OfiLane lanes[PR_N_LANES];
+	GMutex ep_lock; /* whoever shuts an endpoint down finds it open */
 } OfiPath;
 
 static void stop_lanes(OfiPath *path)
 {
+	g_mutex_lock(&path->ep_lock);
 	for (guint i = 0; i < PR_N_LANES; i++) {
 		PrOfiLane *lane = &path->lanes[i].ofi;
 
+		if (!lane->ep)
+			continue;
 		fi_shutdown(lane->ep, 0);
 		pr_waker_wake(&lane->waker);
 	}
+	g_mutex_unlock(&path->ep_lock);
 }
 
 static void fail(OfiPath *path, const char *reason)
@@ -98,6 +103,7 @@ static OfiPath *path_new(const PrPathSetup *setup)
 	OfiPath *path = g_new0(OfiPath, 1);
 
 	path->base.ops = &pr_transport_ofi;
+	g_mutex_init(&path->ep_lock);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
 	pr_fate_init(&path->fate, setup);
@@ -113,6 +119,7 @@ static void path_free(OfiPath *path)
 	for (guint i = 0; i < PR_N_LANES; i++)
 		pr_ofi_lane_close(&path->lanes[i].ofi);
 	pr_fate_clear(&path->fate);
+	g_mutex_clear(&path->ep_lock);
 	g_free(path->grants);
 	g_free(path);
 }
@@ -430,7 +437,9 @@ static gboolean ofi_drain(PrDataPath *base, guint timeout_ms)
 	join_progress(path);
 	for (guint i = 0; i < PR_N_LANES; i++) {
 		drained &= drain_lane(path, &path->lanes[i].ofi, deadline);
+		g_mutex_lock(&path->ep_lock);
 		pr_ofi_lane_close_ep(&path->lanes[i].ofi);
+		g_mutex_unlock(&path->ep_lock);
 	}
 	return drained;
 }
