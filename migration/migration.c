@@ -8,7 +8,7 @@
 
 #define DRAIN_MS 1000
 
-G_DEFINE_QUARK(pr - migration - error, pr_migration_error)
+G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 
 typedef struct PrNotice {
 	PrState state;

@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
-G_DEFINE_QUARK(pr - params - error - quark, pr_params_error)
+G_DEFINE_QUARK(pr_params_error, pr_params_error)
 
 #define KIB G_GUINT64_CONSTANT(1024)
 #define MIB (1024 * KIB)

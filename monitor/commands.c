@@ -8,7 +8,7 @@
 #include "monitor/json.h"
 #include "monitor/show.h"
 
-G_DEFINE_QUARK(pr - command - error - quark, pr_command_error)
+G_DEFINE_QUARK(pr_command_error, pr_command_error)
 
 static JsonNode *empty_result(void)
 {

@@ -3,7 +3,7 @@
 
 #include "monitor/internal.h"
 
-G_DEFINE_QUARK(pr - monitor - error - quark, pr_monitor_error)
+G_DEFINE_QUARK(pr_monitor_error, pr_monitor_error)
 
 /* A change of state on its way from an engine thread to the main loop. */
 typedef struct PrStateEvent {

@@ -24,7 +24,7 @@ typedef enum CtlError {
 	CTL_ERROR_USAGE,
 } CtlError;
 #define CTL_ERROR ctl_error_quark()
-static G_DEFINE_QUARK(ctl - error - quark, ctl_error)
+static G_DEFINE_QUARK(ctl_error, ctl_error)
 
 	typedef struct Ctl Ctl;
 typedef void (*OnEvent)(Ctl *ctl, JsonObject *event);

@@ -17,7 +17,7 @@
 
 #define WAIT_MS 20000 /* longest wait for an answer before a test has failed */
 
-G_DEFINE_QUARK(pr - migration - error - quark, pr_migration_error)
+G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 
 struct PrMigration {
 	GMutex lock;
