@@ -63,6 +63,16 @@ static inline void put_u64(GByteArray *out, uint64_t value)
 	g_byte_array_append(out, raw, sizeof raw);
 }
 
+/* A name of at most 255 bytes after its length. */
+static inline void put_name(GByteArray *out, const char *name)
+{
+	gsize length = strlen(name);
+
+	g_assert(length > 0 && length <= UINT8_MAX);
+	put_u8(out, length);
+	put_bytes(out, name, length);
+}
+
 typedef struct Cursor {
 	const uint8_t *at;
 	gsize left;

@@ -323,14 +323,11 @@ static uint16_t port_of(GSocket *socket)
 static GSocketAddress *with_port(GSocketAddress *address, uint16_t port)
 {
 	GInetSocketAddress *inet = G_INET_SOCKET_ADDRESS(address);
+	gboolean has_scope = g_socket_address_get_family(address) == G_SOCKET_FAMILY_IPV6;
 
 	return g_object_new(G_TYPE_INET_SOCKET_ADDRESS, "address",
 			    g_inet_socket_address_get_address(inet), "port", (guint)port,
-			    "scope-id",
-			    g_inet_address_get_family(g_inet_socket_address_get_address(inet)) ==
-					    G_SOCKET_FAMILY_IPV6
-				    ? g_inet_socket_address_get_scope_id(inet)
-				    : 0,
+			    "scope-id", has_scope ? g_inet_socket_address_get_scope_id(inet) : 0,
 			    NULL);
 }
 

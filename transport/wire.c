@@ -20,7 +20,7 @@ G_DEFINE_QUARK(pr_wire_error, pr_wire_error)
 #define BLOCK_BYTES_MAX	 (1 + PR_IDSTR_MAX + 8 + 4)
 #define BLOCK_BYTES_MIN	 (1 + 1 + 8 + 4)
 #define REASON_BYTES_MAX (2 + PR_REASON_MAX)
-#define ACK_BYTES_MAX	 (4 + 2 + 4 + 8 + 2 + REASON_BYTES_MAX)
+#define ACK_BYTES_MAX	 (4 + 2 + 4 + 8 + 2 + PR_PROGRESS_BYTES + REASON_BYTES_MAX)
 #define RANGES_BYTES_MAX (RANGES_HEAD + PR_RANGES_MAX * RANGE_BYTES)
 #define GRANTS_BYTES_MAX (RANGES_HEAD + PR_RANGES_MAX * GRANT_BYTES)
 #define HELLO_HEAD_MAX	 (4 + 2 + 1 + PR_UUID_BYTES + 8 + 1 + PR_SECRET_BYTES + 8 + 16 + 4)
@@ -92,16 +92,6 @@ uint32_t pr_msg_max_length(uint16_t type)
 	const MsgInfo *info = msg_info(type);
 
 	return info ? info->max_length : UNKNOWN_LENGTH_MAX;
-}
-
-/* A name of at most 255 bytes after its length. */
-static void put_name(GByteArray *out, const char *name)
-{
-	gsize length = strlen(name);
-
-	g_assert(length > 0 && length <= PR_IDSTR_MAX);
-	put_u8(out, length);
-	put_bytes(out, name, length);
 }
 
 static gboolean G_GNUC_PRINTF(2, 3) malformed(GError **error, const char *format, ...)

@@ -10,8 +10,8 @@
  *	HELLO		be32 magic, be16 version, u8 role, uuid, be64 epoch, u8 resume, secret,
  *			be64 capabilities, u8 length + scheme, be32 n, n times (u8 length + idstr,
  *			be64 size, be32 page size)
- *	HELLO_ACK	be32 magic, be16 version, be32 status, be64 capabilities, be16 data port, reason;
- *			the same in every version, so that a refusal can always be read
+ *	HELLO_ACK	be32 magic, be16 version, be32 status, be64 capabilities, be16 data port,
+ *			PROGRESS, reason; the same in every version, so that a refusal can always be read
  *	LANE		be32 magic, uuid, be64 epoch, secret, u8 lane
  *	HEARTBEAT	be64 stamp, be64 echo, be64 held (PrHeartbeatBody)
  *	PAUSE, ERROR	reason: be16 length + UTF-8 text without control characters

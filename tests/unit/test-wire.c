@@ -368,6 +368,19 @@ static void the_largest_hello_fits(void **state)
 	assert_string_equal(back.blocks[63].idstr, blocks[63].idstr);
 }
 
+static void the_largest_hello_ack_fits(void **state)
+{
+	PrHelloAck ack = {.status = PR_HELLO_REFUSED};
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	PrHelloAck back;
+
+	memset(ack.reason, 'x', PR_REASON_MAX);
+	pr_hello_ack_encode(body, &ack);
+	assert_int_equal(body->len, pr_msg_max_length(PR_MSG_HELLO_ACK));
+	assert_true(pr_hello_ack_decode(body->data, body->len, &back, NULL));
+	assert_string_equal(back.reason, ack.reason);
+}
+
 static void a_hello_that_makes_no_sense_is_refused(void **state)
 {
 	static const struct {
@@ -747,6 +760,7 @@ int main(void)
 		cmocka_unit_test(every_changed_byte_is_decoded_or_refused),
 		cmocka_unit_test(hello_round_trip),
 		cmocka_unit_test(the_largest_hello_fits),
+		cmocka_unit_test(the_largest_hello_ack_fits),
 		cmocka_unit_test(a_hello_that_makes_no_sense_is_refused),
 		cmocka_unit_test(two_blocks_of_one_name_are_refused),
 		cmocka_unit_test(a_destination_may_list_no_block),

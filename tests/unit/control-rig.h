@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The control channel over loopback sockets: what its tests share. Peers that misbehave are raw
+ * sockets. */
+#pragma once
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+
+#include "transport/control.h"
+
+#define LONG_MS	     20000 /* bounds what should come at once, on a slow machine with a sanitizer */
+#define HANDSHAKE_MS 3000
+#define INTERVAL_MS  20
+#define TIMEOUT_MS   1000
+#define MIB	     (1024 * 1024)
+
+/* The failure of a channel, as on_failed tells it. */
+typedef struct Failure {
+	GMutex lock; /* of the rest */
+	GCond changed;
+	guint calls;
+	GError *reason;
+} Failure;
+
+void failure_clear(Failure *failure);
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Failure, failure_clear)
+
+/* A destination: a listener that gives every HELLO the same answer. */
+typedef struct Destination {
+	PrListener *listener;
+	PrHelloAck ack;
+	GMutex lock; /* of the rest */
+	GCond changed;
+	GQueue controls; /* PrControl, answered */
+	guint hellos;
+	gboolean hold; /* on_hello waits */
+	char scheme[16];
+} Destination;
+
+void destination_free(Destination *destination);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Destination, destination_free)
+
+/* Two ends of a started channel. */
+typedef struct Pair {
+	Destination *destination;
+	PrControl *source, *sink;
+	Failure source_failure, sink_failure;
+} Pair;
+
+void pair_free(Pair *pair);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Pair, pair_free)
+
+/* A server of one connection that does as its script says. */
+typedef struct Raw {
+	int listening, fd;
+	PrUri *uri;
+	void (*script)(int fd);
+	GThread *thread;
+} Raw;
+
+void raw_free(Raw *raw);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Raw, raw_free)
+
+guint failure_calls(Failure *failure);
+/* Waits for on_failed; FALSE: it was not called within the time. */
+gboolean failure_wait(Failure *failure, gint64 ms);
+void start(PrControl *control, Failure *failure);
+void on_hello(PrControl *control, const PrHello *hello, PrListener *listener, void *opaque);
+Destination *destination_new(const char *text);
+void destination_hold(Destination *destination, gboolean hold);
+PrControl *destination_control(Destination *destination);
+void destination_wait_hellos(Destination *destination, guint n);
+uint16_t destination_port(Destination *destination);
+PrHello hello_of(uint16_t version);
+PrControl *connect_to(const PrUri *uri, guint handshake_ms, PrHelloAck *ack, GError **error);
+PrControl *connect_destination(Destination *destination);
+Pair *pair_new(void);
+int raw_connect(uint16_t port);
+int raw_listen(PrUri **ret_uri);
+void raw_write(int fd, const void *data, gsize length);
+void raw_send(int fd, uint16_t type, const void *body, uint32_t length);
+/* Everything up to the end of the stream or a reset is read and dropped. FALSE: it didn't end. */
+gboolean raw_reaches_end(int fd);
+void raw_read_hello(int fd);
+Raw *raw_new(void (*script)(int fd));
+/* Waits until the script is done; the connection stays open. */
+int raw_join(Raw *raw);
+void script_answer(int fd);
+/* A started channel to a raw peer that has answered HELLO properly. */
+PrControl *connect_raw(Raw *raw, Failure *failure);
+/* The channel has failed with this code and text; on_failed was called once, before. */
+void assert_fails(PrControl *control, Failure *failure, int code, const char *text);
+void assert_receives(PrControl *control, uint16_t type, const void *body, gsize length);
+void on_failed(const GError *reason, void *opaque);

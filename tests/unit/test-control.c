@@ -1,0 +1,613 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include "control-rig.h"
+
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "transport/faulty.h"
+
+/* The handshake */
+
+static void hello_is_answered_and_messages_pass(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	g_auto(Failure) source_failure = {0}, sink_failure = {0};
+	g_autoptr(PrControl) source = NULL;
+	g_autoptr(PrControl) sink = NULL;
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	source = connect_to(pr_listener_uri(destination->listener), LONG_MS, &ack, &error);
+	assert_non_null(source);
+	assert_int_equal(ack.status, PR_HELLO_OK);
+	assert_int_equal(ack.data_port, 4445);
+	assert_string_equal(destination->scheme, "tcp");
+	sink = destination_control(destination);
+	assert_true(g_str_has_prefix(pr_control_peer(sink), "127.0.0.1:"));
+	start(source, &source_failure);
+	start(sink, &sink_failure);
+	assert_true(pr_control_send(source, PR_CMD_PING, "\0\0\0\1", 4, NULL));
+	assert_receives(sink, PR_CMD_PING, "\0\0\0\1", 4);
+	assert_true(pr_control_send_bytes(sink, PR_CMD_POSTCOPY_RUN, NULL, NULL));
+	assert_receives(source, PR_CMD_POSTCOPY_RUN, NULL, 0);
+}
+
+static void a_refusal_carries_its_reason(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	g_autoptr(PrControl) source = NULL;
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack = {.status = 77};
+
+	destination->ack.status = PR_HELLO_REFUSED;
+	strcpy(destination->ack.reason, "RAM block mem0: 4 GiB here, 8 GiB there");
+	source = connect_to(pr_listener_uri(destination->listener), LONG_MS, &ack, &error);
+	assert_null(source);
+	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
+	assert_non_null(strstr(error->message, "RAM block mem0: 4 GiB here, 8 GiB there"));
+	assert_int_equal(ack.status, 77);
+}
+
+static void a_completed_migration_is_no_error(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	g_autoptr(PrControl) source = NULL;
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	destination->ack.status = PR_HELLO_COMPLETED;
+	source = connect_to(pr_listener_uri(destination->listener), LONG_MS, &ack, &error);
+	assert_non_null(source);
+	assert_int_equal(ack.status, PR_HELLO_COMPLETED);
+}
+
+static void another_version_is_refused_with_both_numbers(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	PrHello hello = hello_of(9);
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	assert_null(pr_control_connect(pr_listener_uri(destination->listener), &hello, LONG_MS,
+				       LONG_MS, NULL, &ack, &error));
+	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
+	assert_non_null(strstr(error->message, "version 9"));
+	assert_non_null(strstr(error->message, "version 1"));
+	assert_int_equal(destination->hellos, 0);
+}
+
+static void script_speak_http(int fd)
+{
+	static const char answer[] = "HTTP/1.1 400 Bad Request\r\n\r\n";
+
+	raw_write(fd, answer, strlen(answer));
+}
+
+static void script_answer_with_hello(int fd)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	PrHello hello = hello_of(PR_WIRE_VERSION);
+
+	raw_read_hello(fd);
+	pr_hello_encode(body, &hello);
+	raw_send(fd, PR_MSG_HELLO, body->data, body->len);
+}
+
+static void script_claim_too_much(int fd)
+{
+	static const uint8_t header[] = {0, 2, 0, 0, 0x7f, 0xff, 0xff, 0xff};
+
+	raw_read_hello(fd);
+	raw_write(fd, header, sizeof header);
+}
+
+static void script_send_garbled_ack(int fd)
+{
+	static const uint8_t body[32] = "this is not a HELLO_ACK";
+
+	raw_read_hello(fd);
+	raw_send(fd, PR_MSG_HELLO_ACK, body, sizeof body);
+}
+
+static void script_close(int fd)
+{
+	raw_read_hello(fd);
+	shutdown(fd, SHUT_RDWR);
+}
+
+static void script_stall(int fd)
+{
+	raw_read_hello(fd);
+}
+
+static void peers_that_do_not_answer_properly_are_told_apart(void **state)
+{
+	static const struct {
+		void (*script)(int fd);
+		int code;
+		const char *says;
+	} table[] = {
+		{script_speak_http, PR_PATH_ERROR_CONNECT, "is not Postroad"},
+		{script_answer_with_hello, PR_PATH_ERROR_CONNECT, "answers HELLO with HELLO"},
+		{script_claim_too_much, PR_PATH_ERROR_CONNECT, "HELLO_ACK claims 2147483647"},
+		{script_send_garbled_ack, PR_PATH_ERROR_CONNECT, "magic"},
+		{script_close, PR_PATH_ERROR_LOST, "closed the connection"},
+		{script_stall, PR_PATH_ERROR_TIMEOUT, "does not answer"},
+	};
+
+	for (gsize i = 0; i < G_N_ELEMENTS(table); i++) {
+		g_autoptr(Raw) raw = raw_new(table[i].script);
+		g_autoptr(GError) error = NULL;
+		g_autofree char *path = pr_uri_address(raw->uri);
+		PrHelloAck ack;
+
+		assert_null(connect_to(raw->uri,
+				       table[i].code == PR_PATH_ERROR_TIMEOUT ? 100 : LONG_MS, &ack,
+				       &error));
+		if (!g_error_matches(error, PR_PATH_ERROR, table[i].code) ||
+		    !strstr(error->message, table[i].says) || !strstr(error->message, path))
+			fail_msg("case %zu: %s", i, error->message);
+	}
+}
+
+static void nobody_listening_names_the_path_and_the_cause(void **state)
+{
+	g_autoptr(PrUri) uri = NULL;
+	g_autoptr(GError) error = NULL;
+	g_autofree char *path = NULL;
+	PrHelloAck ack;
+
+	close(raw_listen(&uri));
+	path = pr_uri_address(uri);
+	assert_null(connect_to(uri, LONG_MS, &ack, &error));
+	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
+	assert_non_null(strstr(error->message, path));
+	assert_non_null(strstr(error->message, "refused"));
+}
+
+static void an_unknown_scheme_lists_those_of_this_build(void **state)
+{
+	g_autoptr(PrUri) uri = pr_uri_parse("pigeon:127.0.0.1:1", FALSE, NULL);
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	assert_null(connect_to(uri, LONG_MS, &ack, &error));
+	assert_string_equal(error->message,
+			    "scheme \"pigeon\" is not known here; use one of ofi, tcp, "
+			    "faulty+SCHEME");
+}
+
+static void the_local_address_can_be_chosen(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	g_autofree char *good =
+		g_strdup_printf("tcp:127.0.0.1:%u?bind=127.0.0.77", destination_port(destination));
+	g_autofree char *bad =
+		g_strdup_printf("tcp:127.0.0.1:%u?bind=192.0.2.1", destination_port(destination));
+	g_autoptr(PrUri) good_uri = pr_uri_parse(good, FALSE, NULL);
+	g_autoptr(PrUri) bad_uri = pr_uri_parse(bad, FALSE, NULL);
+	g_autoptr(PrControl) source = NULL;
+	g_autoptr(PrControl) sink = NULL;
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	source = connect_to(good_uri, LONG_MS, &ack, &error);
+	assert_non_null(source);
+	sink = destination_control(destination);
+	assert_true(g_str_has_prefix(pr_control_peer(sink), "127.0.0.77:"));
+	assert_null(connect_to(bad_uri, LONG_MS, &ack, &error));
+	assert_non_null(strstr(error->message, "bind=192.0.2.1"));
+}
+
+static gpointer cancel_main(gpointer cancel)
+{
+	g_cancellable_cancel(cancel);
+	return NULL;
+}
+
+/* The kernel takes the connection, nobody ever answers. */
+static void a_connect_can_be_cancelled(void **state)
+{
+	g_autoptr(GCancellable) cancel = g_cancellable_new();
+	g_autoptr(GError) error = NULL;
+	g_autoptr(PrUri) uri = NULL;
+	PrHello hello = hello_of(PR_WIRE_VERSION);
+	int listening = raw_listen(&uri);
+	GThread *thread = g_thread_new("cancel", cancel_main, cancel);
+	gint64 began = g_get_monotonic_time();
+	PrHelloAck ack;
+
+	assert_null(pr_control_connect(uri, &hello, LONG_MS, LONG_MS, cancel, &ack, &error));
+	assert_true(g_error_matches(error, G_IO_ERROR, G_IO_ERROR_CANCELLED));
+	assert_true(g_get_monotonic_time() - began < LONG_MS * 1000);
+	g_thread_join(thread);
+	close(listening);
+}
+
+/* The heartbeat */
+
+static void an_idle_channel_stays_open_and_knows_its_round_trip(void **state)
+{
+	g_autoptr(Pair) pair = pair_new();
+	g_autoptr(GError) error = NULL;
+
+	assert_false(failure_wait(&pair->source_failure, 3 * TIMEOUT_MS));
+	assert_int_equal(failure_calls(&pair->sink_failure), 0);
+	assert_true(pr_control_rtt_us(pair->source) > 0);
+	assert_true(pr_control_rtt_us(pair->sink) > 0);
+	assert_null(pr_control_recv(pair->source, 1, &error));
+	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT));
+	assert_true(pr_control_send(pair->source, PR_CMD_POSTCOPY_RUN, NULL, 0, NULL));
+	assert_receives(pair->sink, PR_CMD_POSTCOPY_RUN, NULL, 0);
+}
+
+static void a_silent_peer_is_dead_after_the_timeout(void **state)
+{
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	gint64 began = g_get_monotonic_time();
+	g_autoptr(PrControl) control = connect_raw(raw, &failure);
+	gint64 took;
+
+	assert_fails(control, &failure, PR_PATH_ERROR_SILENT, "nothing heard from 127.0.0.1:");
+	took = g_get_monotonic_time() - began;
+	assert_true(took >= TIMEOUT_MS * 1000);
+	assert_true(took < LONG_MS * 1000);
+}
+
+static void a_send_that_cannot_go_on_ends_with_the_silence(void **state)
+{
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	g_autoptr(PrControl) control = connect_raw(raw, &failure);
+	g_autofree uint8_t *body = g_malloc0(MIB);
+	g_autoptr(GError) error = NULL;
+	guint sent = 0;
+
+	/* More than any socket buffers take. */
+	while (sent < 1024 && pr_control_send(control, PR_CMD_PACKAGED, body, MIB, &error))
+		sent++;
+	assert_true(sent < 1024);
+	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_SILENT));
+	assert_fails(control, &failure, PR_PATH_ERROR_SILENT, "nothing heard");
+}
+
+typedef struct Sender {
+	PrControl *control;
+	guint n;
+	gsize length;
+	guint sent;
+	GError *error;
+} Sender;
+
+/* Message i begins with i and is filled with its low byte. */
+static gpointer sender_main(gpointer opaque)
+{
+	Sender *sender = opaque;
+	g_autofree uint8_t *body = g_malloc(sender->length);
+
+	for (guint i = 0; i < sender->n; i++) {
+		memset(body, i, sender->length);
+		memcpy(body, &i, sizeof i);
+		if (!pr_control_send(sender->control, PR_CMD_PACKAGED, body, sender->length,
+				     &sender->error))
+			break;
+		sender->sent++;
+	}
+	return NULL;
+}
+
+static void assert_receives_numbered(PrControl *control, guint n, gsize length)
+{
+	g_autofree uint8_t *body = g_malloc(length);
+
+	for (guint i = 0; i < n; i++) {
+		memset(body, i, length);
+		memcpy(body, &i, sizeof i);
+		assert_receives(control, PR_CMD_PACKAGED, body, length);
+	}
+}
+
+static void a_busy_consumer_with_a_full_queue_is_not_dead(void **state)
+{
+	g_autoptr(Pair) pair = pair_new();
+	Sender sender = {.control = pair->source, .n = 80, .length = MIB};
+	GThread *thread = g_thread_new("sender", sender_main, &sender);
+
+	assert_false(failure_wait(&pair->sink_failure, 3 * TIMEOUT_MS));
+	assert_int_equal(failure_calls(&pair->source_failure), 0);
+	assert_receives_numbered(pair->sink, 80, MIB);
+	g_thread_join(thread);
+	assert_int_equal(sender.sent, 80);
+	assert_int_equal(failure_calls(&pair->sink_failure), 0);
+}
+
+/* Messages */
+
+static void big_messages_pass_both_ways_at_once(void **state)
+{
+	g_autoptr(Pair) pair = pair_new();
+	Sender there = {.control = pair->source, .n = 48, .length = MIB};
+	Sender back = {.control = pair->sink, .n = 48, .length = MIB - 1};
+	GThread *thread_there = g_thread_new("there", sender_main, &there);
+	GThread *thread_back = g_thread_new("back", sender_main, &back);
+
+	assert_receives_numbered(pair->sink, 48, MIB);
+	assert_receives_numbered(pair->source, 48, MIB - 1);
+	g_thread_join(thread_there);
+	g_thread_join(thread_back);
+	assert_int_equal(there.sent, 48);
+	assert_int_equal(back.sent, 48);
+}
+
+static void frames_of_several_threads_are_not_mixed(void **state)
+{
+	g_autoptr(Pair) pair = pair_new();
+	Sender senders[4];
+	GThread *threads[4];
+	guint next[4] = {0};
+
+	for (guint i = 0; i < 4; i++) {
+		senders[i] = (Sender){.control = pair->source, .n = 200, .length = 1000 + i};
+		threads[i] = g_thread_new("sender", sender_main, &senders[i]);
+	}
+	for (guint i = 0; i < 4 * 200; i++) {
+		g_autoptr(PrMsg) msg = pr_control_recv(pair->sink, LONG_MS, NULL);
+		guint who, number;
+
+		assert_non_null(msg);
+		who = msg->length - 1000;
+		assert_true(who < 4);
+		memcpy(&number, msg->body, sizeof number);
+		assert_int_equal(number, next[who]++);
+		assert_int_equal(msg->body[msg->length - 1], number & 0xff);
+	}
+	for (guint i = 0; i < 4; i++)
+		g_thread_join(threads[i]);
+}
+
+static void a_frame_larger_than_the_queue_passes_alone(void **state)
+{
+	g_autoptr(Pair) pair = pair_new();
+	const uint64_t n_bits = 33ull * 8 * MIB;
+	g_autofree unsigned long *bits = g_malloc0(n_bits / 8);
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	g_autofree unsigned long *back = NULL;
+	g_autoptr(PrMsg) msg = NULL;
+	char idstr[PR_IDSTR_MAX + 1];
+
+	bits[0] = bits[n_bits / 64 - 1] = 0x8000000000000001ul;
+	pr_recv_bitmap_encode(body, "mem0", bits, n_bits);
+	assert_true(pr_control_send_bytes(pair->sink, PR_RP_RECV_BITMAP, body, NULL));
+	msg = pr_control_recv(pair->source, LONG_MS, NULL);
+	assert_non_null(msg);
+	assert_true(pr_recv_bitmap_decode(msg->body, msg->length, idstr, n_bits, &back, NULL));
+	assert_memory_equal(back, bits, n_bits / 8);
+}
+
+static void unknown_types_are_skipped(void **state)
+{
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	g_autoptr(PrControl) control = connect_raw(raw, &failure);
+	g_autofree uint8_t *body = g_malloc0(64 * 1024);
+
+	raw_send(raw->fd, 0x0abc, body, 64 * 1024);
+	raw_send(raw->fd, 0x02ff, NULL, 0);
+	raw_send(raw->fd, PR_RP_PONG, "\0\0\0\1", 4);
+	assert_receives(control, PR_RP_PONG, "\0\0\0\1", 4);
+}
+
+static void frames_may_come_byte_by_byte(void **state)
+{
+	static const uint8_t frame[] = {0x02, 0x02, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0x42};
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	g_autoptr(PrControl) control = connect_raw(raw, &failure);
+	int on = 1;
+
+	assert_int_equal(setsockopt(raw->fd, IPPROTO_TCP, 1 /* TCP_NODELAY */, &on, sizeof on), 0);
+	for (gsize i = 0; i < sizeof frame; i++)
+		raw_write(raw->fd, &frame[i], 1);
+	assert_receives(control, PR_RP_PONG, "\0\0\0\x42", 4);
+}
+
+/* Ends */
+
+static void what_no_postroad_sends_ends_the_channel(void **state)
+{
+	static const struct {
+		uint8_t bytes[16];
+		const char *says;
+	} table[] = {
+		{{0xde, 0xad, 0xbe, 0xef, 0, 0, 0, 0}, "not zero"},
+		{{0x01, 0x02, 0, 0, 0, 0, 0, 5}, "CMD_PING claims 5 bytes"},
+		{{0x01, 0x07, 0, 0, 0xff, 0xff, 0xff, 0xff}, "CMD_PACKAGED claims"},
+		{{0x0a, 0xbc, 0, 0, 0, 1, 0, 1}, "type 0x0abc claims 65537 bytes"},
+		{{0x00, 0x04, 0, 0, 0, 0, 0, 0}, "LANE_ACK has no place here"},
+		{{0x00, 0x05, 0, 0, 0, 0, 0, 0}, "HEARTBEAT is too short"},
+	};
+
+	for (gsize i = 0; i < G_N_ELEMENTS(table); i++) {
+		g_autoptr(Raw) raw = raw_new(script_answer);
+		g_auto(Failure) failure = {0};
+		g_autoptr(PrControl) control = connect_raw(raw, &failure);
+
+		raw_write(raw->fd, table[i].bytes, PR_WIRE_HEADER_BYTES);
+		assert_fails(control, &failure, PR_PATH_ERROR_LOST, table[i].says);
+		assert_true(raw_reaches_end(raw->fd));
+	}
+}
+
+static void messages_before_the_end_are_returned_first(void **state)
+{
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	g_autoptr(PrControl) control = connect_raw(raw, &failure);
+
+	raw_send(raw->fd, PR_RP_PONG, "\0\0\0\1", 4);
+	raw_send(raw->fd, PR_RP_SHUT, "\0\0\0\0", 4);
+	shutdown(raw->fd, SHUT_WR);
+	assert_true(failure_wait(&failure, LONG_MS));
+	assert_receives(control, PR_RP_PONG, "\0\0\0\1", 4);
+	assert_receives(control, PR_RP_SHUT, "\0\0\0\0", 4);
+	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "the peer closed the connection");
+}
+
+/* The peer's last words are in our socket, and it has reset the connection: our next write fails. */
+static void last_words_are_heard_although_a_write_failed(void **state)
+{
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	struct linger reset = {.l_onoff = 1, .l_linger = 0};
+	g_autoptr(PrControl) control = NULL;
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	control = connect_to(raw->uri, LONG_MS, &ack, &error);
+	assert_non_null(control);
+	raw_join(raw);
+	raw_send(raw->fd, PR_RP_SHUT, "\0\0\0\0", 4);
+	assert_int_equal(setsockopt(raw->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset), 0);
+	close(raw->fd);
+	raw->fd = -1;
+	/* The first thing that the reader does is a look at the socket or a heartbeat. */
+	start(control, &failure);
+	pr_control_send(control, PR_CMD_POSTCOPY_RUN, NULL, 0, NULL);
+	assert_receives(control, PR_RP_SHUT, "\0\0\0\0", 4);
+	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "127.0.0.1:");
+}
+
+static void the_end_in_the_middle_of_a_message_says_so(void **state)
+{
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	g_autoptr(PrControl) control = connect_raw(raw, &failure);
+
+	raw_write(raw->fd, "\x02\x02\0\0\0\0\0\x04\0\0", 10);
+	shutdown(raw->fd, SHUT_WR);
+	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "in the middle of a message");
+}
+
+static gpointer receiver_main(gpointer opaque)
+{
+	Sender *receiver = opaque;
+	g_autoptr(PrMsg) msg = pr_control_recv(receiver->control, G_MAXUINT, &receiver->error);
+
+	return NULL;
+}
+
+static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
+{
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	g_autoptr(GError) reason =
+		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "somebody asked");
+	g_autoptr(GError) later = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "too late");
+	PrHelloAck ack;
+	g_autoptr(PrControl) control = connect_to(raw->uri, LONG_MS, &ack, NULL);
+	Sender sender = {.control = control, .n = 4096, .length = MIB};
+	Sender receiver = {.control = control};
+	GThread *sending, *receiving;
+
+	raw_join(raw);
+	/* No silence within this test. */
+	pr_control_start(control, INTERVAL_MS, 10 * LONG_MS, on_failed, &failure);
+	sending = g_thread_new("sender", sender_main, &sender);
+	receiving = g_thread_new("receiver", receiver_main, &receiver);
+	assert_false(failure_wait(&failure, 300));
+	pr_control_shutdown(control, reason);
+	pr_control_shutdown(control, later);
+	g_thread_join(sending);
+	g_thread_join(receiving);
+	assert_true(sender.sent < 4096);
+	assert_string_equal(sender.error->message, "somebody asked");
+	assert_true(g_error_matches(receiver.error, PR_PATH_ERROR, PR_PATH_ERROR_ASKED));
+	assert_int_equal(failure_calls(&failure), 0);
+	g_clear_error(&sender.error);
+	g_clear_error(&receiver.error);
+}
+
+static void what_was_sent_before_a_shutdown_arrives(void **state)
+{
+	for (guint round = 0; round < 20; round++) {
+		g_autoptr(Pair) pair = pair_new();
+		g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "done");
+		g_autofree uint8_t *body = g_malloc0(MIB);
+		Sender noise = {.control = pair->source, .n = 3, .length = MIB};
+		GThread *thread = g_thread_new("noise", sender_main, &noise);
+
+		/* The other side talks meanwhile, and nobody listens to it. */
+		assert_true(pr_control_send(pair->sink, PR_CMD_PACKAGED, body, MIB, NULL));
+		pr_control_farewell(pair->sink, PR_MSG_PAUSE, "done");
+		pr_control_shutdown(pair->sink, reason);
+		g_clear_pointer(&pair->sink, pr_control_free);
+		assert_receives(pair->source, PR_CMD_PACKAGED, body, MIB);
+		assert_receives(pair->source, PR_MSG_PAUSE, "\0\4done", 6);
+		g_thread_join(thread);
+		g_clear_error(&noise.error);
+	}
+}
+
+static void fault_injection_cuts_the_channel_at_a_message(void **state)
+{
+	g_autoptr(PrFaults) faults = pr_faults_new("test-control");
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	g_autofree char *text = g_strdup_printf("faulty+tcp:127.0.0.1:%u?fault-id=test-control",
+						destination_port(destination));
+	g_autoptr(PrUri) uri = pr_uri_parse(text, FALSE, NULL);
+	g_auto(Failure) failure = {0}, sink_failure = {0};
+	g_autoptr(PrControl) sink = NULL;
+	g_autoptr(PrControl) source = NULL;
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	pr_faults_cut_next_message(faults);
+	assert_null(connect_to(uri, LONG_MS, &ack, &error));
+	assert_non_null(strstr(error->message, "cut by fault injection"));
+	g_clear_error(&error);
+	source = connect_to(uri, LONG_MS, &ack, &error);
+	assert_non_null(source);
+	sink = destination_control(destination);
+	start(source, &failure);
+	start(sink, &sink_failure);
+	pr_faults_cut_next_message(faults);
+	assert_true(pr_control_send(sink, PR_RP_PONG, "\0\0\0\1", 4, NULL));
+	assert_fails(source, &failure, PR_PATH_ERROR_LOST, "cut by fault injection");
+	assert_fails(sink, &sink_failure, PR_PATH_ERROR_LOST, "");
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(hello_is_answered_and_messages_pass),
+		cmocka_unit_test(a_refusal_carries_its_reason),
+		cmocka_unit_test(a_completed_migration_is_no_error),
+		cmocka_unit_test(another_version_is_refused_with_both_numbers),
+		cmocka_unit_test(peers_that_do_not_answer_properly_are_told_apart),
+		cmocka_unit_test(nobody_listening_names_the_path_and_the_cause),
+		cmocka_unit_test(an_unknown_scheme_lists_those_of_this_build),
+		cmocka_unit_test(the_local_address_can_be_chosen),
+		cmocka_unit_test(a_connect_can_be_cancelled),
+		cmocka_unit_test(an_idle_channel_stays_open_and_knows_its_round_trip),
+		cmocka_unit_test(a_silent_peer_is_dead_after_the_timeout),
+		cmocka_unit_test(a_send_that_cannot_go_on_ends_with_the_silence),
+		cmocka_unit_test(a_busy_consumer_with_a_full_queue_is_not_dead),
+		cmocka_unit_test(big_messages_pass_both_ways_at_once),
+		cmocka_unit_test(frames_of_several_threads_are_not_mixed),
+		cmocka_unit_test(a_frame_larger_than_the_queue_passes_alone),
+		cmocka_unit_test(unknown_types_are_skipped),
+		cmocka_unit_test(frames_may_come_byte_by_byte),
+		cmocka_unit_test(what_no_postroad_sends_ends_the_channel),
+		cmocka_unit_test(messages_before_the_end_are_returned_first),
+		cmocka_unit_test(last_words_are_heard_although_a_write_failed),
+		cmocka_unit_test(the_end_in_the_middle_of_a_message_says_so),
+		cmocka_unit_test(shutdown_ends_a_blocked_send_and_a_blocked_receive),
+		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
+		cmocka_unit_test(fault_injection_cuts_the_channel_at_a_message),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}

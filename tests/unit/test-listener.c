@@ -1,0 +1,186 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include "control-rig.h"
+
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+static void a_stranger_that_stalls_does_not_keep_the_peer_out(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	int silent = raw_connect(destination_port(destination));
+	int halfway = raw_connect(destination_port(destination));
+	g_autoptr(PrControl) source = NULL;
+
+	raw_write(halfway, "\0\1\0\0\0\0", 6);
+	source = connect_destination(destination);
+	assert_non_null(source);
+	/* Both are closed when their time is over. */
+	assert_true(raw_reaches_end(silent));
+	assert_true(raw_reaches_end(halfway));
+	close(silent);
+	close(halfway);
+}
+
+static void a_flood_of_strangers_does_not_keep_the_peer_out(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	int strangers[100];
+
+	for (guint i = 0; i < G_N_ELEMENTS(strangers); i++)
+		strangers[i] = raw_connect(destination_port(destination));
+	for (guint round = 0; round < 3; round++) {
+		g_autoptr(PrControl) source = connect_destination(destination);
+
+		assert_non_null(source);
+	}
+	/* The oldest had to go long before its time. */
+	assert_true(raw_reaches_end(strangers[0]));
+	for (guint i = 0; i < G_N_ELEMENTS(strangers); i++)
+		close(strangers[i]);
+}
+
+static void strangers_that_talk_nonsense_are_closed(void **state)
+{
+	static const struct {
+		uint8_t bytes[16];
+		gsize length;
+	} table[] = {
+		{"GET / HTTP/1.1\r\n", 16},
+		{{0x00, 0x01, 0, 0, 0x7f, 0xff, 0xff, 0xff}, 8}, /* a HELLO of 2 GiB */
+		{{0x02, 0x05, 0, 0, 0x01, 0, 0, 0}, 8},		 /* a bitmap of 16 MiB */
+		{{0x00, 0x02, 0, 0, 0, 0, 0, 0}, 8},		 /* HELLO_ACK */
+		{{0x00, 0x03, 0, 0, 0, 0, 0, 1, 0x55}, 9},	 /* a LANE of one byte */
+		{{0x0a, 0xbc, 0, 0, 0, 0, 0, 0}, 8},		 /* unknown */
+	};
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+
+	for (gsize i = 0; i < G_N_ELEMENTS(table); i++) {
+		gint64 began = g_get_monotonic_time();
+		int fd = raw_connect(destination_port(destination));
+
+		raw_write(fd, table[i].bytes, table[i].length);
+		assert_true(raw_reaches_end(fd));
+		/* At once, not when the time for a handshake is over. */
+		assert_true(g_get_monotonic_time() - began < HANDSHAKE_MS * 1000);
+		close(fd);
+	}
+	assert_int_equal(destination->hellos, 0);
+}
+
+static gpointer connect_main(gpointer opaque)
+{
+	return connect_destination(opaque);
+}
+
+static void a_slow_on_hello_does_not_stop_the_door(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	GThread *first, *second;
+	gint64 began;
+	int fd;
+
+	destination_hold(destination, TRUE);
+	first = g_thread_new("first", connect_main, destination);
+	destination_wait_hellos(destination, 1);
+	second = g_thread_new("second", connect_main, destination);
+	began = g_get_monotonic_time();
+	fd = raw_connect(destination_port(destination));
+	raw_write(fd, "nonsense", 8);
+	assert_true(raw_reaches_end(fd));
+	assert_true(g_get_monotonic_time() - began < HANDSHAKE_MS * 1000);
+	close(fd);
+	/* One at a time: the second HELLO waits for the first callback. */
+	assert_int_equal(destination->hellos, 1);
+	destination_hold(destination, FALSE);
+	destination_wait_hellos(destination, 2);
+	pr_control_free(g_thread_join(first));
+	pr_control_free(g_thread_join(second));
+}
+
+static void a_port_in_use_is_named_with_the_remedy(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	g_autofree char *text = pr_uri_address(pr_listener_uri(destination->listener));
+	g_autoptr(PrUri) uri = pr_uri_parse(text, TRUE, NULL);
+	g_autoptr(GError) error = NULL;
+
+	assert_null(pr_listener_new(uri, HANDSHAKE_MS, on_hello, destination, &error));
+	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
+	assert_non_null(strstr(error->message, text));
+	assert_non_null(strstr(error->message, "use another port or stop what listens there"));
+}
+
+static void an_address_of_another_host_is_refused(void **state)
+{
+	g_autoptr(PrUri) uri = pr_uri_parse("tcp:192.0.2.1:4444", TRUE, NULL);
+	g_autoptr(GError) error = NULL;
+
+	assert_null(pr_listener_new(uri, HANDSHAKE_MS, on_hello, NULL, &error));
+	assert_non_null(strstr(error->message, "cannot listen on tcp:192.0.2.1:4444"));
+	assert_non_null(strstr(error->message, "use an address of this host"));
+}
+
+static void port_zero_is_replaced_by_the_real_one(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0?bind=127.0.0.1");
+	const PrUri *uri = pr_listener_uri(destination->listener);
+	g_autofree char *text = g_strdup_printf("tcp:127.0.0.1:%u?bind=127.0.0.1", uri->port);
+
+	assert_true(uri->port > 0);
+	assert_string_equal(uri->text, text);
+	assert_string_equal(g_hash_table_lookup(uri->options, "bind"), "127.0.0.1");
+	assert_non_null(pr_listener_data(destination->listener));
+}
+
+static void names_and_ipv6_work(void **state)
+{
+	static const char *const hosts[] = {"localhost", "[::1]"};
+
+	for (gsize i = 0; i < G_N_ELEMENTS(hosts); i++) {
+		g_autofree char *text = g_strdup_printf("tcp:%s:0", hosts[i]);
+		g_autoptr(Destination) destination = NULL;
+		g_autoptr(PrControl) source = NULL;
+		int probe = socket(AF_INET6, SOCK_STREAM, 0);
+		struct sockaddr_in6 at = {.sin6_family = AF_INET6, .sin6_addr = in6addr_loopback};
+		gboolean has_ipv6 = bind(probe, (struct sockaddr *)&at, sizeof at) == 0;
+
+		close(probe);
+		if (hosts[i][0] == '[' && !has_ipv6) {
+			print_message("no IPv6 on this host, [::1] is left out\n");
+			continue;
+		}
+		destination = destination_new(text);
+		source = connect_destination(destination);
+		assert_non_null(source);
+	}
+}
+
+static void a_listener_can_be_freed_with_strangers_inside(void **state)
+{
+	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
+	int silent = raw_connect(destination_port(destination));
+	g_autoptr(PrControl) source = connect_destination(destination);
+
+	g_clear_pointer(&destination->listener, pr_listener_free);
+	assert_true(raw_reaches_end(silent));
+	close(silent);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(a_stranger_that_stalls_does_not_keep_the_peer_out),
+		cmocka_unit_test(a_flood_of_strangers_does_not_keep_the_peer_out),
+		cmocka_unit_test(strangers_that_talk_nonsense_are_closed),
+		cmocka_unit_test(a_slow_on_hello_does_not_stop_the_door),
+		cmocka_unit_test(a_port_in_use_is_named_with_the_remedy),
+		cmocka_unit_test(an_address_of_another_host_is_refused),
+		cmocka_unit_test(port_zero_is_replaced_by_the_real_one),
+		cmocka_unit_test(names_and_ipv6_work),
+		cmocka_unit_test(a_listener_can_be_freed_with_strangers_inside),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
