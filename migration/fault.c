@@ -22,8 +22,8 @@
  * `pending` is bounded; when it is full, faults stay unread in the kernel, and their vCPUs asleep,
  * until there is room. The fault path allocates nothing and takes no lock.
  *
- * The thread polls without sleeping while READs are outstanding, for at most fault-spin microseconds
- * after the last event.
+ * The thread polls without sleeping for fault-spin microseconds after the last event: a page is about to
+ * come in, or the vCPU that was just woken is about to fault again.
  */
 #include "migration/fault.h"
 
@@ -314,7 +314,7 @@ static gpointer fault_thread(gpointer opaque)
 		if (work > 0)
 			busy_ns = now;
 		gint64 spin_ns = (gint64)pr_param(self->params, PR_PARAM_FAULT_SPIN) * 1000;
-		if (work == 0 && (self->outstanding == 0 || now - busy_ns > spin_ns))
+		if (work == 0 && now - busy_ns > spin_ns)
 			sleep_until_event(self);
 	}
 }

@@ -40,6 +40,7 @@ struct PrPullThread {
 	guint block;	    /* where the walk stands */
 	uint64_t page;
 	uint64_t hint;	    /* the last one followed */
+	uint64_t rate;	    /* the limiter's, bytes a second; 0: none */
 	gint64 allowed_us;  /* the limiter lets the next READ go at this time */
 	gint64 reported_us; /* the last progress hook */
 	gboolean broken;
@@ -114,16 +115,23 @@ static gboolean claim_next(PrPullThread *self, guint *ret_block, uint64_t *ret_p
 	return FALSE;
 }
 
-static void charge_limiter(PrPullThread *self, uint64_t bytes, gint64 now)
+/* A new rate counts from now on; what the old one still owed is forgiven. */
+static void follow_rate(PrPullThread *self, gint64 now)
 {
 	uint64_t rate = pr_param(self->params, PR_PARAM_MAX_POSTCOPY_BANDWIDTH);
 
-	if (rate == 0) {
-		self->allowed_us = 0;
+	if (rate == self->rate)
 		return;
-	}
+	self->rate = rate;
+	self->allowed_us = now;
+}
+
+static void charge_limiter(PrPullThread *self, uint64_t bytes, gint64 now)
+{
+	if (self->rate == 0)
+		return;
 	self->allowed_us = MAX(self->allowed_us, now - LIMITER_BURST_US) +
-			   (gint64)((double)bytes * G_USEC_PER_SEC / (double)rate);
+			   (gint64)((double)bytes * G_USEC_PER_SEC / (double)self->rate);
 }
 
 static guint post_some(PrPullThread *self, gint64 now)
@@ -132,6 +140,7 @@ static guint post_some(PrPullThread *self, gint64 now)
 	guint window = (guint)pr_param(self->params, PR_PARAM_BULK_WINDOW);
 	guint posted = 0;
 
+	follow_rate(self, now);
 	window = MIN(window, path->ops->max_reads(path, PR_LANE_BULK));
 	while (!self->path_dead && self->outstanding < window && now >= self->allowed_us) {
 		guint index;

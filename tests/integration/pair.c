@@ -13,11 +13,13 @@
 static void on_state(PrState state, const char *reason, void *opaque)
 {
 	Side *side = opaque;
+	gint64 now = g_get_monotonic_time();
 
 	g_mutex_lock(&side->lock);
 	g_debug("%s: %s (%s)", side->name, pr_state_name(state), reason);
 	side->state = state;
 	g_array_append_val(side->states, state);
+	g_array_append_val(side->times, now);
 	g_cond_broadcast(&side->changed);
 	g_mutex_unlock(&side->lock);
 }
@@ -38,6 +40,7 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	g_mutex_init(&side->lock);
 	g_cond_init(&side->changed);
 	side->states = g_array_new(FALSE, FALSE, sizeof(PrState));
+	side->times = g_array_new(FALSE, FALSE, sizeof(gint64));
 	side->guest = testguest_new(&guest, &error);
 	g_assert_no_error(error);
 	side->adapter = pr_guest_open(testguest_spec(side->guest), 20000, &error);
@@ -59,6 +62,7 @@ static void side_clear(Side *side)
 	pr_guest_close(side->adapter);
 	testguest_free(side->guest);
 	g_array_unref(side->states);
+	g_array_unref(side->times);
 	g_mutex_clear(&side->lock);
 	g_cond_clear(&side->changed);
 }
@@ -155,6 +159,19 @@ PrState side_state(Side *side)
 	PrState state = side->state;
 	g_mutex_unlock(&side->lock);
 	return state;
+}
+
+gint64 side_told_at(Side *side, PrState state)
+{
+	gint64 at = 0;
+
+	g_mutex_lock(&side->lock);
+	for (guint i = 0; i < side->states->len; i++)
+		if (g_array_index(side->states, PrState, i) == state)
+			at = g_array_index(side->times, gint64, i);
+	g_mutex_unlock(&side->lock);
+	g_assert(at != 0);
+	return at;
 }
 
 void pair_wait(Pair *pair, PrState both)

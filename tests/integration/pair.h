@@ -21,6 +21,7 @@ typedef struct Side {
 	GCond changed;
 	PrState state;	/* the last one told */
 	GArray *states; /* PrState: all that were told, in order */
+	GArray *times;	/* gint64: when, monotonic microseconds */
 } Side;
 
 typedef struct PairConfig {
@@ -54,6 +55,8 @@ void side_wait(Side *side, PrState state);
 /* Waits for any of the states in the mask (1u << PR_STATE_…); returns which. */
 PrState side_wait_any(Side *side, guint mask);
 PrState side_state(Side *side);
+/* When a state was told last; it must have been. */
+gint64 side_told_at(Side *side, PrState state);
 void pair_wait(Pair *pair, PrState both);
 /* Waits until the destination has at least so many bytes in place. */
 void pair_wait_received(Pair *pair, uint64_t bytes);
