@@ -35,6 +35,7 @@
 #include "transport/ofi.h"
 
 #include <rdma/fi_errno.h>
+#include <sched.h>
 #include <string.h>
 
 #include "transport/backends.h"
@@ -154,6 +155,21 @@ static PrDataPath *ofi_accept(PrDataListener *listener, const PrPathSetup *setup
 	return &g_steal_pointer(&path)->base;
 }
 
+/* Faults often come one after the other, and waking up takes longer than a READ does. */
+static void sleep_for_request(OfiLane *lane)
+{
+	gboolean urgent = lane == &lane->path->lanes[PR_LANE_URGENT];
+	gint64 awake_until = g_get_monotonic_time() + (urgent ? PR_BACKEND_SPIN_US : 0);
+	struct pollfd fd = {.fd = lane->ofi.waker.epoll_fd, .events = POLLIN};
+
+	while (g_get_monotonic_time() < awake_until) {
+		if (poll(&fd, 1, 0))
+			return;
+		sched_yield();
+	}
+	poll(&fd, 1, -1);
+}
+
 /* The source's share: lets libfabric answer until the path ends. */
 static gpointer progress_thread(gpointer opaque)
 {
@@ -162,12 +178,10 @@ static gpointer progress_thread(gpointer opaque)
 	struct fi_cq_entry entry;
 
 	while (pr_fate_is_up(&path->fate)) {
-		struct pollfd fd = {.fd = lane->ofi.waker.epoll_fd, .events = POLLIN};
-
 		/* Answers what has come in; completes nothing, as we post nothing. */
 		fi_cq_read(lane->ofi.cq, &entry, 1);
 		if (pr_ofi_lane_may_sleep(&lane->ofi))
-			poll(&fd, 1, -1);
+			sleep_for_request(lane);
 		else
 			check_events(path, &lane->ofi);
 	}

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -188,14 +189,29 @@ static char *answer_requests(int fd, const uint8_t *frames, gsize n, const PrReg
 	return NULL;
 }
 
-char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions)
+/* recv(2), awake for the first spin_us. */
+static gssize receive_requests(int fd, uint8_t *out, gsize size, guint spin_us)
+{
+	gint64 awake_until = g_get_monotonic_time() + spin_us;
+
+	while (g_get_monotonic_time() < awake_until) {
+		gssize n = recv(fd, out, size, MSG_DONTWAIT);
+
+		if (n >= 0 || errno != EAGAIN)
+			return n;
+		sched_yield();
+	}
+	return recv(fd, out, size, 0);
+}
+
+char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions, guint spin_us)
 {
 	uint8_t buffer[BATCH * REQUEST_BYTES];
 	char *reason = NULL;
 	gsize have = 0;
 
 	while (!reason) {
-		gssize n = recv(fd, buffer + have, sizeof(buffer) - have, 0);
+		gssize n = receive_requests(fd, buffer + have, sizeof(buffer) - have, spin_us);
 		gsize whole;
 
 		if (n < 0 && errno == EINTR)

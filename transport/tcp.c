@@ -102,7 +102,8 @@ static gpointer server_thread(gpointer opaque)
 {
 	TcpLane *lane = opaque;
 	TcpPath *path = lane->path;
-	g_autofree char *reason = pr_tcp_serve(lane->fd, path->regions, path->n_regions);
+	guint spin_us = lane == &path->lanes[PR_LANE_URGENT] ? PR_BACKEND_SPIN_US : 0;
+	g_autofree char *reason = pr_tcp_serve(lane->fd, path->regions, path->n_regions, spin_us);
 
 	fail(path, reason);
 	return NULL;

@@ -16,8 +16,9 @@ gboolean pr_tcp_listener_claim(PrDataListener *listener, const PrPathSetup *setu
 			       GSocketConnection *ret[PR_N_LANES], GError **error);
 
 /* tcp-server.c: answers the REQ_PAGES of one connection until it ends. Returns the reason, to be freed.
- * The socket blocks; shutdown(2) by another thread ends the call. */
-char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions);
+ * The socket blocks; shutdown(2) by another thread ends the call. Stays awake for spin_us after each
+ * answer. */
+char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions, guint spin_us);
 /* The source's side of a new connection: connects, introduces the lane, waits for the answer. The socket
  * blocks. */
 GSocketConnection *pr_tcp_connect_lane(const PrPathSetup *setup, PrLaneId lane, gint64 deadline,
