@@ -2,8 +2,10 @@
 #include "control-rig.h"
 
 #include <netinet/in.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "transport/faulty.h"
@@ -255,6 +257,75 @@ static void a_silent_peer_is_dead_after_the_timeout(void **state)
 	took = g_get_monotonic_time() - began;
 	assert_true(took >= TIMEOUT_MS * 1000);
 	assert_true(took < LONG_MS * 1000);
+}
+
+/* In a process of its own: answers each CMD_PING until RP_SHUT comes. */
+static int echo_main(const char *text)
+{
+	g_autoptr(PrUri) uri = pr_uri_parse(text, FALSE, NULL);
+	g_auto(Failure) failure = {0};
+	g_autoptr(PrControl) control = NULL;
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	control = connect_to(uri, LONG_MS, &ack, &error);
+	if (!control)
+		g_error("%s", error->message);
+	start(control, &failure);
+	for (;;) {
+		g_autoptr(PrMsg) msg = pr_control_recv(control, LONG_MS, &error);
+
+		if (!msg) {
+			g_printerr("%s\n", error->message);
+			return 1;
+		}
+		if (msg->type == PR_RP_SHUT)
+			return 0;
+		pr_control_send(control, PR_RP_PONG, msg->body, msg->length, NULL);
+	}
+}
+
+static void raw_expect(int fd, uint16_t type)
+{
+	PrMsgHeader header = {0};
+	uint8_t head[PR_WIRE_HEADER_BYTES], body[64];
+
+	while (header.type != type) {
+		assert_int_equal(recv(fd, head, sizeof head, MSG_WAITALL), sizeof head);
+		assert_true(pr_header_decode(head, &header, NULL));
+		assert_true(header.length <= sizeof body);
+		assert_int_equal(recv(fd, body, header.length, MSG_WAITALL), header.length);
+	}
+}
+
+/* The process is stopped for longer than the timeout, and not one heartbeat waits for it afterwards: the
+ * peer may have been stopped with it. */
+static void a_process_that_was_stopped_does_not_take_its_peer_for_dead(void **state)
+{
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_autofree char *text = pr_uri_address(raw->uri);
+	char *argv[] = {(char *)"/proc/self/exe", (char *)"--echo", text, NULL};
+	g_autoptr(GError) error = NULL;
+	GPid pid;
+	int status;
+
+	if (!g_spawn_async(NULL, argv, NULL, G_SPAWN_DO_NOT_REAP_CHILD, NULL, NULL, &pid, &error))
+		fail_msg("%s", error->message);
+	raw_join(raw);
+	raw_send(raw->fd, PR_CMD_PING, "\0\0\0\1", 4);
+	raw_expect(raw->fd, PR_RP_PONG);
+	assert_int_equal(kill(pid, SIGSTOP), 0);
+	assert_int_equal(waitpid(pid, &status, WUNTRACED), pid);
+	assert_true(WIFSTOPPED(status));
+	g_usleep(3 * TIMEOUT_MS * 1000);
+	assert_int_equal(kill(pid, SIGCONT), 0);
+	raw_expect(raw->fd, PR_MSG_HEARTBEAT);
+	raw_send(raw->fd, PR_CMD_PING, "\0\0\0\2", 4);
+	raw_expect(raw->fd, PR_RP_PONG);
+	raw_send(raw->fd, PR_RP_SHUT, "\0\0\0\0", 4);
+	assert_int_equal(waitpid(pid, &status, 0), pid);
+	assert_true(WIFEXITED(status));
+	assert_int_equal(WEXITSTATUS(status), 0);
 }
 
 static void a_send_that_cannot_go_on_ends_with_the_silence(void **state)
@@ -579,7 +650,7 @@ static void fault_injection_cuts_the_channel_at_a_message(void **state)
 	assert_fails(sink, &sink_failure, PR_PATH_ERROR_LOST, "");
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(hello_is_answered_and_messages_pass),
@@ -593,6 +664,7 @@ int main(void)
 		cmocka_unit_test(a_connect_can_be_cancelled),
 		cmocka_unit_test(an_idle_channel_stays_open_and_knows_its_round_trip),
 		cmocka_unit_test(a_silent_peer_is_dead_after_the_timeout),
+		cmocka_unit_test(a_process_that_was_stopped_does_not_take_its_peer_for_dead),
 		cmocka_unit_test(a_send_that_cannot_go_on_ends_with_the_silence),
 		cmocka_unit_test(a_busy_consumer_with_a_full_queue_is_not_dead),
 		cmocka_unit_test(big_messages_pass_both_ways_at_once),
@@ -609,5 +681,7 @@ int main(void)
 		cmocka_unit_test(fault_injection_cuts_the_channel_at_a_message),
 	};
 
+	if (argc == 3 && !strcmp(argv[1], "--echo"))
+		return echo_main(argv[2]);
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
