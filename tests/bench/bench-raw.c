@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "raw.h"
+#include "tests/bench/raw.h"
 
 #define RATE_BYTES   (256u * 1024 * 1024)
 #define RATE_READ    (1024u * 1024)

@@ -12,8 +12,8 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#include "raw-memory.h"
-#include "raw.h"
+#include "tests/bench/raw-memory.h"
+#include "tests/bench/raw.h"
 
 #define PAGE	      4096
 #define LATENCY_PAGES 1024 /* are read over and over */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Floors without a network: copying and faults. */
-#include "raw.h"
+#include "tests/bench/raw.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "raw-memory.h"
+#include "tests/bench/raw-memory.h"
 
 #define PAGE 4096
 

@@ -7,7 +7,7 @@
 
 #include <cmocka.h>
 
-#include "transport-rig.h"
+#include "tests/unit/transport-rig.h"
 #include "transport/faulty.h"
 
 #define PAGE 4096

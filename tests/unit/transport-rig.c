@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "transport-rig.h"
+#include "tests/unit/transport-rig.h"
 
 #include <poll.h>
 #include <setjmp.h>
