@@ -13,6 +13,8 @@
  * may be wrappers that will execute QEMU (timeout, numactl, ip netns exec): they keep both until they
  * map a memfd themselves. A child that is forked and not executed is known by its process id.
  */
+/* With it, glibc's headers make the name mmap an alias of mmap64; both are defined here. */
+#undef _FILE_OFFSET_BITS
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
