@@ -402,6 +402,11 @@ gboolean pr_agent_client_has_callbacks(PrAgentClient *client)
 	return client->flags & PR_AGENT_FLAG_CALLBACKS;
 }
 
+gboolean pr_agent_client_was_faulting(PrAgentClient *client)
+{
+	return (client->flags & PR_AGENT_FLAG_FAULT_ON) != 0;
+}
+
 guint pr_agent_client_pid(PrAgentClient *client)
 {
 	return client->pid;

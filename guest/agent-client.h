@@ -24,6 +24,8 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrAgentClient, pr_agent_client_free)
 const char *pr_agent_client_path(PrAgentClient *client);
 /* Does it offer stop, run, save and load? */
 gboolean pr_agent_client_has_callbacks(PrAgentClient *client);
+/* Was the fault mode on already: does this engine follow another one that is gone? */
+gboolean pr_agent_client_was_faulting(PrAgentClient *client);
 guint pr_agent_client_pid(PrAgentClient *client);
 
 /* A GArray of PrGuestBlock that owns its names and memfds. */

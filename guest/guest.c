@@ -5,9 +5,9 @@
 
 #include "guest/kinds.h"
 
-G_DEFINE_QUARK(pr - guest - error - quark, pr_guest_error)
+G_DEFINE_QUARK(pr_guest_error, pr_guest_error)
 
-static const PrGuestOps *const kinds[] = {&pr_guest_agent};
+static const PrGuestOps *const kinds[] = {&pr_guest_qemu, &pr_guest_agent};
 
 PrGuest *pr_guest_open(const char *spec, guint timeout_ms, GError **error)
 {

@@ -1,0 +1,336 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "guest/qemu.h"
+#include "guest/qemu-ram.h"
+
+#include <string.h>
+
+static gboolean refuse(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
+
+static gboolean refuse(GError **error, const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	if (error)
+		*error = g_error_new_valist(PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED, format,
+					    args);
+	va_end(args);
+	return FALSE;
+}
+
+static JsonObject *execute_object(PrQmp *qmp, const char *command, JsonNode **node, GError **error)
+{
+	*node = pr_qmp_execute(qmp, command, NULL, -1, error);
+	if (!*node)
+		return NULL;
+	if (JSON_NODE_HOLDS_OBJECT(*node))
+		return json_node_get_object(*node);
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+		    "QEMU's answer to '%s' is not an object", command);
+	return NULL;
+}
+
+static JsonArray *execute_array(PrQmp *qmp, const char *command, JsonObject *arguments,
+				JsonNode **node, GError **error)
+{
+	*node = pr_qmp_execute(qmp, command, arguments, -1, error);
+	if (!*node)
+		return NULL;
+	if (JSON_NODE_HOLDS_ARRAY(*node))
+		return json_node_get_array(*node);
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+		    "QEMU's answer to '%s' is not a list", command);
+	return NULL;
+}
+
+/* NULL: not an object, or has no such string. */
+static const char *element_string(JsonArray *array, guint i, const char *member)
+{
+	JsonNode *node = json_array_get_element(array, i);
+
+	if (!JSON_NODE_HOLDS_OBJECT(node))
+		return NULL;
+	return json_object_get_string_member_with_default(json_node_get_object(node), member, NULL);
+}
+
+static const char *object_string(JsonObject *object, const char *member)
+{
+	const char *text = json_object_get_string_member_with_default(object, member, "");
+
+	return text ? text : "";
+}
+
+static gboolean check_version(PrQmp *qmp, GError **error)
+{
+	g_autoptr(JsonNode) node = NULL;
+	JsonObject *object = execute_object(qmp, "query-version", &node, error);
+	JsonNode *qemu;
+	gint64 major = 0;
+
+	if (!object)
+		return FALSE;
+	qemu = json_object_get_member(object, "qemu");
+	if (qemu && JSON_NODE_HOLDS_OBJECT(qemu))
+		major = json_object_get_int_member_with_default(json_node_get_object(qemu), "major",
+								0);
+	if (major >= 4)
+		return TRUE;
+	return refuse(error, "this is QEMU %d; Postroad needs QEMU 4.0 or later (x-ignore-shared)",
+		      (int)major);
+}
+
+static gboolean check_capability(PrQmp *qmp, GError **error)
+{
+	g_autoptr(JsonNode) node = NULL;
+	JsonArray *array = execute_array(qmp, "query-migrate-capabilities", NULL, &node, error);
+
+	if (!array)
+		return FALSE;
+	for (guint i = 0; i < json_array_get_length(array); i++) {
+		if (g_strcmp0(element_string(array, i, "capability"), "x-ignore-shared") == 0)
+			return TRUE;
+	}
+	return refuse(error,
+		      "this QEMU has no migration capability 'x-ignore-shared'; use QEMU 4.0 "
+		      "or later");
+}
+
+static gboolean check_source_state(const char *migration, const char *run_state, GError **error)
+{
+	static const char *const at_rest[] = {"", "none", "completed", "cancelled", "failed", NULL};
+
+	if (g_str_equal(run_state, "inmigrate"))
+		return refuse(error,
+			      "this QEMU waits for an incoming migration (-incoming); it can "
+			      "only be a destination");
+	if (!g_strv_contains(at_rest, migration))
+		return refuse(error,
+			      "this QEMU is migrating already (query-migrate says '%s'); wait for "
+			      "it or use its migrate_cancel",
+			      migration);
+	if (g_str_equal(run_state, "postmigrate") && g_str_equal(migration, "completed"))
+		return refuse(error, "this QEMU's guest has migrated away already (run state "
+				     "'postmigrate'); `cont` in its monitor takes it back");
+	return TRUE;
+}
+
+static gboolean check_destination_state(JsonObject *migration, const char *run_state,
+					GError **error)
+{
+	if (!g_str_equal(run_state, "inmigrate"))
+		return refuse(error,
+			      "this QEMU does not wait for a guest (run state '%s'); start the "
+			      "destination with -incoming defer",
+			      run_state);
+	if (json_object_has_member(migration, "socket-address") ||
+	    *object_string(migration, "status"))
+		return refuse(error, "this QEMU listens for a migration of its own; start the "
+				     "destination with -incoming defer");
+	return TRUE;
+}
+
+static gboolean check_state(PrQmp *qmp, PrGuestRole role, GError **error)
+{
+	g_autoptr(JsonNode) status_node = NULL;
+	g_autoptr(JsonNode) migration_node = NULL;
+	JsonObject *status = execute_object(qmp, "query-status", &status_node, error);
+	JsonObject *migration;
+	const char *run_state;
+
+	if (!status)
+		return FALSE;
+	migration = execute_object(qmp, "query-migrate", &migration_node, error);
+	if (!migration)
+		return FALSE;
+	run_state = object_string(status, "status");
+	if (role == PR_GUEST_DESTINATION)
+		return check_destination_state(migration, run_state, error);
+	return check_source_state(object_string(migration, "status"), run_state, error);
+}
+
+/* Devices whose state, or whose access to guest RAM, lives outside of QEMU. */
+static gboolean check_device(const char *path, const char *name, const char *type, GError **error)
+{
+	static const char *const bad[] = {"child<vfio-", "vhost-user", "vhost-vdpa", NULL};
+
+	for (guint i = 0; bad[i]; i++) {
+		if (strstr(type, bad[i]))
+			return refuse(
+				error,
+				"device %s/%s is a %.*s, which reaches guest RAM from outside "
+				"of QEMU and can't be migrated; unplug it first",
+				path, name, (int)strcspn(type + 6, ">"), type + 6);
+	}
+	return TRUE;
+}
+
+static JsonObject *path_arguments(const char *path)
+{
+	JsonObject *arguments = json_object_new();
+
+	json_object_set_string_member(arguments, "path", path);
+	return arguments;
+}
+
+static gboolean check_devices_at(PrQmp *qmp, const char *path, GError **error)
+{
+	g_autoptr(JsonNode) node = NULL;
+	JsonArray *array = execute_array(qmp, "qom-list", path_arguments(path), &node, error);
+
+	if (!array)
+		return FALSE;
+	for (guint i = 0; i < json_array_get_length(array); i++) {
+		const char *type = element_string(array, i, "type");
+		const char *name = element_string(array, i, "name");
+
+		if (type && name && g_str_has_prefix(type, "child<") &&
+		    !check_device(path, name, type, error))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+static gboolean check_network(PrQmp *qmp, GError **error)
+{
+	g_autofree char *text = pr_qmp_human(qmp, "info network", error);
+	g_auto(GStrv) lines = NULL;
+
+	if (!text)
+		return FALSE;
+	lines = g_strsplit_set(text, "\r\n", -1);
+	for (guint i = 0; lines[i]; i++) {
+		const char *line = g_strchug(lines[i]);
+
+		if (strstr(line, "type=vhost-user") || strstr(line, "type=vhost-vdpa"))
+			return refuse(error,
+				      "netdev '%.*s' is served by another process that maps guest "
+				      "RAM (vhost-user or vhost-vdpa) and can't be migrated; use a "
+				      "tap netdev",
+				      (int)strcspn(line, ":"), line);
+	}
+	return TRUE;
+}
+
+gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error)
+{
+	return check_version(qmp, error) && check_capability(qmp, error) &&
+	       (!fresh || check_state(qmp, role, error)) &&
+	       check_devices_at(qmp, "/machine/peripheral", error) &&
+	       check_devices_at(qmp, "/machine/peripheral-anon", error) &&
+	       check_network(qmp, error);
+}
+
+static JsonNode *backend_property(PrQmp *qmp, const char *id, const char *property, GError **error)
+{
+	g_autofree char *path = g_strconcat("/objects/", id, NULL);
+	JsonObject *arguments = path_arguments(path);
+
+	json_object_set_string_member(arguments, "property", property);
+	return pr_qmp_execute(qmp, "qom-get", arguments, -1, error);
+}
+
+static gboolean add_backend(PrQmp *qmp, GArray *backends, const char *id, const char *type,
+			    GError **error)
+{
+	g_autoptr(JsonNode) share = backend_property(qmp, id, "share", error);
+	g_autoptr(JsonNode) size = NULL;
+	PrQemuBackend backend = {0};
+
+	if (!share)
+		return FALSE;
+	size = backend_property(qmp, id, "size", error);
+	if (!size)
+		return FALSE;
+	backend.share = JSON_NODE_HOLDS_VALUE(share) && json_node_get_boolean(share);
+	backend.size = JSON_NODE_HOLDS_VALUE(size) ? json_node_get_int(size) : 0;
+	backend.id = g_strdup(id);
+	/* "child<TYPE>" */
+	backend.type = g_strndup(type + 6, strcspn(type + 6, ">"));
+	g_array_append_val(backends, backend);
+	return TRUE;
+}
+
+static GArray *list_backends(PrQmp *qmp, GError **error)
+{
+	g_autoptr(GArray) backends = pr_qemu_backends_new();
+	g_autoptr(JsonNode) node = NULL;
+	JsonArray *array = execute_array(qmp, "qom-list", path_arguments("/objects"), &node, error);
+
+	if (!array)
+		return NULL;
+	for (guint i = 0; i < json_array_get_length(array); i++) {
+		const char *type = element_string(array, i, "type");
+		const char *name = element_string(array, i, "name");
+
+		if (type && name && g_str_has_prefix(type, "child<memory-backend-") &&
+		    !add_backend(qmp, backends, name, type, error))
+			return NULL;
+	}
+	return g_steal_pointer(&backends);
+}
+
+static gboolean check_blocks(const GArray *ramblocks, const GArray *backends, guint *ret_n_shared,
+			     GError **error)
+{
+	guint n_shared = 0;
+
+	for (guint i = 0; i < ramblocks->len; i++) {
+		const PrQemuRamBlock *block = &g_array_index(ramblocks, PrQemuRamBlock, i);
+		gboolean shared;
+
+		if (!pr_qemu_block_shared(block, backends, &shared, error))
+			return FALSE;
+		n_shared += shared && *block->name;
+	}
+	if (!n_shared)
+		return refuse(error, "this QEMU has no shared RAM; start it with -object "
+				     "memory-backend-memfd,id=mem,size=SIZE,share=on and -machine "
+				     "memory-backend=mem");
+	*ret_n_shared = n_shared;
+	return TRUE;
+}
+
+/* Addresses are a check, and settle which of two blocks of the same size is which. A QEMU that does not
+ * tell them is matched by order. */
+static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backends)
+{
+	g_autofree char *mtree = pr_qmp_human(qmp, "info mtree -f", NULL);
+
+	for (guint i = 0; mtree && i < ramblocks->len; i++) {
+		PrQemuRamBlock *block = &g_array_index(ramblocks, PrQemuRamBlock, i);
+		g_autofree char *line = NULL;
+		g_autofree char *text = NULL;
+		uint64_t gpa, offset, hva;
+
+		if (block->hva || !pr_qemu_backend_of(backends, block->name) ||
+		    !pr_qemu_find_gpa(mtree, block->name, &gpa, &offset))
+			continue;
+		line = g_strdup_printf("gpa2hva 0x%" G_GINT64_MODIFIER "x", gpa);
+		text = pr_qmp_human(qmp, line, NULL);
+		if (text && pr_qemu_parse_hva(text, &hva))
+			block->hva = hva - offset;
+	}
+}
+
+GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
+{
+	g_autofree char *text = pr_qmp_human(qmp, "info ramblock", error);
+	g_autoptr(GArray) ramblocks = NULL;
+	g_autoptr(GArray) backends = NULL;
+	g_autoptr(GArray) regions = NULL;
+	guint n_shared;
+
+	if (!text)
+		return NULL;
+	ramblocks = pr_qemu_ramblocks_parse(text, error);
+	if (!ramblocks)
+		return NULL;
+	backends = list_backends(qmp, error);
+	if (!backends || !check_blocks(ramblocks, backends, &n_shared, error))
+		return NULL;
+	ask_for_addresses(qmp, ramblocks, backends);
+	regions = pr_agent_client_regions(agent, error);
+	if (!regions)
+		return NULL;
+	return pr_qemu_match(ramblocks, backends, regions, error);
+}

@@ -1,0 +1,266 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "guest/qemu-ram.h"
+
+#include <string.h>
+
+#include "guest/agent-client.h"
+
+#define MIB(bytes) ((guint)((bytes) >> 20))
+
+static void ramblock_clear(gpointer data)
+{
+	g_free(((PrQemuRamBlock *)data)->name);
+}
+
+static void backend_clear(gpointer data)
+{
+	PrQemuBackend *backend = data;
+
+	g_free(backend->id);
+	g_free(backend->type);
+}
+
+GArray *pr_qemu_backends_new(void)
+{
+	GArray *backends = g_array_new(FALSE, TRUE, sizeof(PrQemuBackend));
+
+	g_array_set_clear_func(backends, backend_clear);
+	return backends;
+}
+
+/* "  NAME    4 KiB  0xOFFSET 0xUSED 0xTOTAL[ RO? ][ 0xHVA]": the name may be empty or hold blanks. */
+static gboolean parse_line(const char *line, PrQemuRamBlock *ret)
+{
+	static const char pattern[] =
+		"^\\s*(.*?)\\s+[0-9.]+ [KMGT]?i?B\\s+(0x[0-9a-f]+)\\s+(0x[0-9a-f]+)\\s+"
+		"(0x[0-9a-f]+)(?:\\s+(0x[0-9a-f]+))?";
+	g_autoptr(GRegex) regex = g_regex_new(pattern, 0, 0, NULL);
+	g_autoptr(GMatchInfo) match = NULL;
+	g_autofree char *offset = NULL, *size = NULL, *hva = NULL;
+
+	if (!g_regex_match(regex, line, 0, &match))
+		return FALSE;
+	offset = g_match_info_fetch(match, 2);
+	size = g_match_info_fetch(match, 4);
+	hva = g_match_info_fetch(match, 5);
+	ret->name = g_match_info_fetch(match, 1);
+	ret->offset = g_ascii_strtoull(offset, NULL, 16);
+	ret->size = g_ascii_strtoull(size, NULL, 16);
+	ret->hva = hva ? g_ascii_strtoull(hva, NULL, 16) : 0;
+	return TRUE;
+}
+
+static gint by_offset(gconstpointer a, gconstpointer b)
+{
+	const PrQemuRamBlock *first = a, *second = b;
+
+	return (first->offset > second->offset) - (first->offset < second->offset);
+}
+
+GArray *pr_qemu_ramblocks_parse(const char *text, GError **error)
+{
+	g_autoptr(GArray) blocks = g_array_new(FALSE, TRUE, sizeof(PrQemuRamBlock));
+	g_auto(GStrv) lines = g_strsplit_set(text, "\r\n", -1);
+
+	g_array_set_clear_func(blocks, ramblock_clear);
+	for (guint i = 0; lines[i]; i++) {
+		PrQemuRamBlock block;
+
+		if (parse_line(lines[i], &block))
+			g_array_append_val(blocks, block);
+	}
+	if (!blocks->len) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "`info ramblock` names no RAM block: '%.200s'", text);
+		return NULL;
+	}
+	g_array_sort(blocks, by_offset);
+	return g_steal_pointer(&blocks);
+}
+
+/* Blocks are named after their backend's path, memory regions after its last part. */
+static const char *last_part(const char *name)
+{
+	const char *slash = strrchr(name, '/');
+
+	return slash ? slash + 1 : name;
+}
+
+gboolean pr_qemu_find_gpa(const char *mtree, const char *block, uint64_t *ret_gpa,
+			  uint64_t *ret_offset)
+{
+	g_autofree char *name = g_regex_escape_string(last_part(block), -1);
+	g_autofree char *pattern =
+		g_strdup_printf("^\\s*([0-9a-f]{16})-[0-9a-f]{16} \\(prio -?\\d+, ram\\): "
+				"%s(?: @([0-9a-f]{16}))?(?: KVM)?\\s*$",
+				name);
+	g_autoptr(GRegex) regex = g_regex_new(pattern, G_REGEX_MULTILINE, 0, NULL);
+	g_autoptr(GMatchInfo) match = NULL;
+	g_autofree char *gpa = NULL, *offset = NULL;
+
+	if (!regex || !g_regex_match(regex, mtree, 0, &match))
+		return FALSE;
+	gpa = g_match_info_fetch(match, 1);
+	offset = g_match_info_fetch(match, 2);
+	*ret_gpa = g_ascii_strtoull(gpa, NULL, 16);
+	*ret_offset = offset ? g_ascii_strtoull(offset, NULL, 16) : 0;
+	return TRUE;
+}
+
+gboolean pr_qemu_parse_hva(const char *text, uint64_t *ret_hva)
+{
+	const char *is = strstr(text, ") is 0x");
+
+	if (!is)
+		return FALSE;
+	*ret_hva = g_ascii_strtoull(is + strlen(") is "), NULL, 16);
+	return *ret_hva != 0;
+}
+
+const PrQemuBackend *pr_qemu_backend_of(const GArray *backends, const char *block)
+{
+	const char *id = g_str_has_prefix(block, "/objects/") ? last_part(block) : block;
+
+	for (guint i = 0; i < backends->len; i++) {
+		const PrQemuBackend *backend = &g_array_index(backends, PrQemuBackend, i);
+
+		if (g_str_equal(backend->id, id))
+			return backend;
+	}
+	return NULL;
+}
+
+static gboolean is_device_memory(const char *name)
+{
+	return strstr(name, "vram") || strstr(name, "flash") || strstr(name, "rom");
+}
+
+gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backends,
+			      gboolean *ret_shared, GError **error)
+{
+	const PrQemuBackend *backend = pr_qemu_backend_of(backends, block->name);
+	gboolean memfd = backend && g_str_equal(backend->type, "memory-backend-memfd");
+
+	*ret_shared = memfd && backend->share;
+	if (*ret_shared || !*block->name)
+		return TRUE;
+	/* With x-ignore-shared, QEMU would leave it behind. */
+	if (backend && backend->share) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+			    "RAM block '%s' is shared memory of a %s; use -object "
+			    "memory-backend-memfd,id=%s,size=%uM,share=on instead",
+			    block->name, backend->type, backend->id, MIB(block->size));
+		return FALSE;
+	}
+	if (block->size <= PR_QEMU_PRIVATE_MAX || (!backend && is_device_memory(block->name)))
+		return TRUE;
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+		    "RAM block '%s' (%u MiB) is private to QEMU; start QEMU with -object "
+		    "memory-backend-memfd,id=%s,size=%uM,share=on and -machine memory-backend=%s "
+		    "(or -numa node,memdev=%s)",
+		    block->name, MIB(block->size), backend ? backend->id : "mem", MIB(block->size),
+		    backend ? backend->id : "mem", backend ? backend->id : "mem");
+	return FALSE;
+}
+
+/* The backends that QEMU has mapped: those of the machine, and unnamed blocks of a backend's size. */
+static gboolean may_be_mapped(const PrQemuRamBlock *block, const GArray *backends)
+{
+	gboolean shared = FALSE;
+
+	if (*block->name)
+		return pr_qemu_block_shared(block, backends, &shared, NULL) && shared;
+	for (guint i = 0; i < backends->len; i++) {
+		const PrQemuBackend *backend = &g_array_index(backends, PrQemuBackend, i);
+
+		if (backend->share && backend->size == block->size &&
+		    g_str_equal(backend->type, "memory-backend-memfd"))
+			return TRUE;
+	}
+	return FALSE;
+}
+
+static GPtrArray *mapped_blocks(const GArray *ramblocks, const GArray *backends)
+{
+	GPtrArray *mapped = g_ptr_array_new();
+
+	for (guint i = 0; i < ramblocks->len; i++) {
+		PrQemuRamBlock *block = &g_array_index(ramblocks, PrQemuRamBlock, i);
+
+		if (may_be_mapped(block, backends))
+			g_ptr_array_add(mapped, block);
+	}
+	return mapped;
+}
+
+static PrGuestBlock *region_at(GArray *regions, uint64_t hva)
+{
+	for (guint i = 0; i < regions->len; i++) {
+		PrGuestBlock *region = &g_array_index(regions, PrGuestBlock, i);
+
+		if (region->base == hva)
+			return region;
+	}
+	return NULL;
+}
+
+/* nth: among the blocks that the agent should know, in the order of offsets. */
+static PrGuestBlock *find_region(const PrQemuRamBlock *block, guint nth, GArray *regions)
+{
+	PrGuestBlock *region = block->hva ? region_at(regions, block->hva)
+					  : &g_array_index(regions, PrGuestBlock, nth);
+
+	return region && region->size == block->size && region->memfd >= 0 ? region : NULL;
+}
+
+static gboolean refuse_count(guint n_blocks, guint n_regions, GError **error)
+{
+	if (n_blocks == n_regions)
+		return TRUE;
+	g_set_error(
+		error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+		"QEMU has %u shared memfd RAM block%s, its agent knows %u; start this QEMU with "
+		"LD_PRELOAD=libpostroad-agent.so and an agent socket of its own",
+		n_blocks, n_blocks == 1 ? "" : "s", n_regions);
+	return FALSE;
+}
+
+static void take_region(GArray *out, PrGuestBlock *region, const char *name)
+{
+	PrGuestBlock block = *region;
+
+	g_free(region->idstr);
+	region->idstr = NULL;
+	region->memfd = -1;
+	block.idstr = g_strdup(name);
+	g_array_append_val(out, block);
+}
+
+GArray *pr_qemu_match(const GArray *ramblocks, const GArray *backends, GArray *regions,
+		      GError **error)
+{
+	g_autoptr(GPtrArray) mapped = mapped_blocks(ramblocks, backends);
+	g_autoptr(GArray) out = NULL;
+
+	if (!refuse_count(mapped->len, regions->len, error))
+		return NULL;
+	out = pr_guest_blocks_new();
+	for (guint i = 0; i < mapped->len; i++) {
+		const PrQemuRamBlock *block = mapped->pdata[i];
+		PrGuestBlock *region = find_region(block, i, regions);
+
+		/* A backend that the machine does not use: nobody migrates it. */
+		if (!*block->name)
+			continue;
+		if (!region) {
+			g_set_error(
+				error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+				"RAM block '%s' (%u MiB): the agent has no mapping that fits it; "
+				"is this the agent of this QEMU?",
+				block->name, MIB(block->size));
+			return NULL;
+		}
+		take_region(out, region, block->name);
+	}
+	return g_steal_pointer(&out);
+}

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Which mapping of the agent is which RAM block of QEMU. Pure functions over what the monitor printed.
+ *
+ * QEMU knows its RAM blocks by name (`info ramblock`) and by memory backend; the agent knows mappings of
+ * memfds, without names. They are matched by host address where QEMU tells it (a column of `info
+ * ramblock` since 8.0, `gpa2hva` before that), else by order: QEMU maps its backends in the order in
+ * which it gives them offsets. Sizes must agree either way, and every mapping must find its block:
+ * what is ambiguous is refused.
+ */
+#pragma once
+
+#include <glib.h>
+#include <stdint.h>
+
+#include "guest/guest.h"
+
+/* Private RAM up to this size travels with the device state: ROMs, tables, a small frame buffer. */
+#define PR_QEMU_PRIVATE_MAX (16u << 20) /* bytes */
+
+typedef struct PrQemuRamBlock {
+	char *name;	 /* "": not part of the machine */
+	uint64_t offset; /* ram_addr_t */
+	uint64_t size;	 /* bytes, the most it can grow to */
+	uint64_t hva;	 /* where it is mapped; 0: not known */
+} PrQemuRamBlock;
+
+typedef struct PrQemuBackend {
+	char *id;
+	char *type; /* "memory-backend-memfd", … */
+	uint64_t size;
+	gboolean share;
+} PrQemuBackend;
+
+/* Arrays that own their strings. */
+GArray *pr_qemu_backends_new(void);
+
+/* A GArray of PrQemuRamBlock, in the order of their offsets. */
+GArray *pr_qemu_ramblocks_parse(const char *text, GError **error);
+
+/* The guest physical address of a piece of the block in `info mtree -f`, and the piece's offset within
+ * the block. FALSE: the block is not mapped there. */
+gboolean pr_qemu_find_gpa(const char *mtree, const char *block, uint64_t *ret_gpa,
+			  uint64_t *ret_offset);
+/* The host address in the answer to `gpa2hva`. */
+gboolean pr_qemu_parse_hva(const char *text, uint64_t *ret_hva);
+
+/* The backend of a block, or NULL. */
+const PrQemuBackend *pr_qemu_backend_of(const GArray *backends, const char *block);
+/* Does the block have to be served by the agent? FALSE with an error: it cannot be migrated. */
+gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backends,
+			      gboolean *ret_shared, GError **error);
+
+/* Names the agent's regions (a GArray of PrGuestBlock); takes the matched ones out of it into a new
+ * array, in the order of the blocks. */
+GArray *pr_qemu_match(const GArray *ramblocks, const GArray *backends, GArray *regions,
+		      GError **error);

@@ -1,0 +1,303 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The kind `qemu:qmp=PATH,agent=PATH`: a stock QEMU. QMP stops, saves, loads and continues it; the
+ * preload agent in its process provides memory and faults.
+ */
+#include "guest/qemu.h"
+
+#include <string.h>
+
+#include "guest/kinds.h"
+
+typedef struct QemuGuest {
+	PrGuest parent;
+	PrQmp *qmp;	      /* constant */
+	PrAgentClient *agent; /* constant */
+	PrQemuStream *stream; /* constant */
+
+	GMutex lock;
+	GArray *blocks;	      /* lock; PrGuestBlock; NULL before prepare() */
+	gboolean stopped;     /* lock; by stop(), and not resumed since */
+	gboolean was_running; /* lock; goes with stopped */
+	gboolean dead;	      /* lock */
+	char *death;	      /* lock; why, once dead */
+	PrGuestDied died;     /* lock; taken when called */
+	void *died_opaque;    /* lock */
+} QemuGuest;
+
+typedef struct QemuSpec {
+	char *qmp;
+	char *agent;
+} QemuSpec;
+
+static void qemu_spec_clear(QemuSpec *spec)
+{
+	g_free(spec->qmp);
+	g_free(spec->agent);
+}
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(QemuSpec, qemu_spec_clear)
+
+static gboolean spec_error(GError **error, const char *spec, const char *what)
+{
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_SPEC,
+		    "guest 'qemu:%s': %s; use qemu:qmp=PATH,agent=PATH", spec, what);
+	return FALSE;
+}
+
+static gboolean parse_spec(const char *spec, QemuSpec *ret, GError **error)
+{
+	g_auto(GStrv) parts = g_strsplit(spec, ",", -1);
+
+	for (guint i = 0; parts[i]; i++) {
+		char **value = g_str_has_prefix(parts[i], "qmp=")     ? &ret->qmp
+			       : g_str_has_prefix(parts[i], "agent=") ? &ret->agent
+								      : NULL;
+		g_autofree char *what = NULL;
+
+		if (!value || *value) {
+			what = g_strdup_printf("%s '%s'", value ? "a second" : "unknown", parts[i]);
+			return spec_error(error, spec, what);
+		}
+		*value = g_strdup(strchr(parts[i], '=') + 1);
+	}
+	if (!ret->qmp || !*ret->qmp)
+		return spec_error(error, spec, "qmp= is missing");
+	if (!ret->agent || !*ret->agent)
+		return spec_error(error, spec, "agent= is missing");
+	return TRUE;
+}
+
+static void on_event(const char *name, JsonObject *data, void *opaque)
+{
+	QemuGuest *self = opaque;
+	PrQemuStream *stream;
+
+	g_mutex_lock(&self->lock);
+	stream = self->stream;
+	g_mutex_unlock(&self->lock);
+	if (stream)
+		pr_qemu_stream_event(stream, name, data);
+}
+
+/* QMP's end, or the agent's: whichever comes first is told. */
+static void on_end(const char *reason, void *opaque)
+{
+	QemuGuest *self = opaque;
+	PrGuestDied died = NULL;
+	void *died_opaque;
+
+	pr_qemu_stream_died(self->stream, reason);
+	g_mutex_lock(&self->lock);
+	if (!self->dead) {
+		self->dead = TRUE;
+		self->death = g_strdup(reason);
+		died = g_steal_pointer(&self->died);
+	}
+	died_opaque = self->died_opaque;
+	g_mutex_unlock(&self->lock);
+	if (died)
+		died(reason, died_opaque);
+}
+
+static void qemu_close(PrGuest *guest)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	g_clear_pointer(&self->qmp, pr_qmp_free);
+	g_clear_pointer(&self->agent, pr_agent_client_free);
+	g_clear_pointer(&self->stream, pr_qemu_stream_free);
+	g_clear_pointer(&self->blocks, g_array_unref);
+	g_free(self->death);
+	g_mutex_clear(&self->lock);
+	g_free(self);
+}
+
+static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
+{
+	g_auto(QemuSpec) parsed = {0};
+	g_autoptr(PrGuest) guest = NULL;
+	QemuGuest *self;
+
+	if (!parse_spec(spec, &parsed, error))
+		return NULL;
+	self = g_new0(QemuGuest, 1);
+	guest = &self->parent;
+	guest->ops = &pr_guest_qemu;
+	g_mutex_init(&self->lock);
+	self->agent = pr_agent_client_open(parsed.agent, timeout_ms, error);
+	if (!self->agent)
+		return NULL;
+	self->qmp = pr_qmp_open(parsed.qmp, timeout_ms, on_event, self, error);
+	if (!self->qmp)
+		return NULL;
+	g_mutex_lock(&self->lock);
+	self->stream = pr_qemu_stream_new(self->qmp, timeout_ms);
+	g_mutex_unlock(&self->lock);
+	pr_qmp_on_death(self->qmp, on_end, self);
+	pr_agent_client_on_death(self->agent, on_end, self);
+	return g_steal_pointer(&guest);
+}
+
+static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint *ret_n,
+					GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+	g_autoptr(GArray) blocks = NULL;
+	g_autoptr(GMutexLocker) locker = NULL;
+	gboolean fresh;
+
+	fresh = role == PR_GUEST_SOURCE || !pr_agent_client_was_faulting(self->agent);
+	if (!pr_qemu_check(self->qmp, role, fresh, error))
+		return NULL;
+	blocks = pr_qemu_blocks(self->qmp, self->agent, error);
+	if (!blocks)
+		return NULL;
+	if (role == PR_GUEST_DESTINATION && !pr_agent_client_probe(self->agent, error))
+		return NULL;
+	locker = g_mutex_locker_new(&self->lock);
+	/* The first answer stays: callers hold pointers into it. */
+	if (!self->blocks)
+		self->blocks = g_steal_pointer(&blocks);
+	*ret_n = self->blocks->len;
+	return (const PrGuestBlock *)self->blocks->data;
+}
+
+static gboolean query_running(QemuGuest *self, gboolean *ret_running, GError **error)
+{
+	g_autoptr(JsonNode) node = pr_qmp_execute(self->qmp, "query-status", NULL, -1, error);
+
+	if (!node)
+		return FALSE;
+	if (!JSON_NODE_HOLDS_OBJECT(node)) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "QEMU's answer to 'query-status' is not an object");
+		return FALSE;
+	}
+	*ret_running = json_object_get_boolean_member_with_default(json_node_get_object(node),
+								   "running", FALSE);
+	return TRUE;
+}
+
+static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+	gboolean running;
+
+	if (!query_running(self, &running, error) ||
+	    !pr_qmp_command(self->qmp, "stop", NULL, -1, error))
+		return FALSE;
+	g_mutex_lock(&self->lock);
+	self->stopped = TRUE;
+	self->was_running = running;
+	g_mutex_unlock(&self->lock);
+	*ret_was_running = running;
+	return TRUE;
+}
+
+static gboolean qemu_resume(PrGuest *guest, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+	g_autoptr(GError) undo_error = NULL;
+	gboolean cont;
+
+	/* A guest that could run must not stay stopped because a capability could not be put back. */
+	if (!pr_qemu_stream_undo(self->stream, &undo_error))
+		g_info("putting QEMU's migration settings back: %s", undo_error->message);
+	g_mutex_lock(&self->lock);
+	cont = self->stopped && self->was_running;
+	g_mutex_unlock(&self->lock);
+	if (cont && !pr_qmp_command(self->qmp, "cont", NULL, -1, error))
+		return FALSE;
+	g_mutex_lock(&self->lock);
+	self->stopped = FALSE;
+	g_mutex_unlock(&self->lock);
+	return TRUE;
+}
+
+static gboolean qemu_save(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
+			  GError **error)
+{
+	return pr_qemu_stream_save(((QemuGuest *)guest)->stream, cancel, sink, opaque, error);
+}
+
+static gboolean qemu_load_begin(PrGuest *guest, GError **error)
+{
+	return pr_qemu_stream_load_begin(((QemuGuest *)guest)->stream, error);
+}
+
+static gboolean qemu_load_data(PrGuest *guest, const void *data, gsize len, GError **error)
+{
+	return pr_qemu_stream_load_data(((QemuGuest *)guest)->stream, data, len, error);
+}
+
+static gboolean qemu_load_end(PrGuest *guest, GError **error)
+{
+	return pr_qemu_stream_load_end(((QemuGuest *)guest)->stream, error);
+}
+
+static void qemu_load_abort(PrGuest *guest)
+{
+	pr_qemu_stream_load_abort(((QemuGuest *)guest)->stream);
+}
+
+static gboolean qemu_run(PrGuest *guest, GError **error)
+{
+	return pr_qmp_command(((QemuGuest *)guest)->qmp, "cont", NULL, -1, error);
+}
+
+static int qemu_fault_on(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fault_on(((QemuGuest *)guest)->agent, error);
+}
+
+static gboolean qemu_fault_off(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fault_off(((QemuGuest *)guest)->agent, error);
+}
+
+static gboolean qemu_keep_state(PrGuest *guest, int memfd, GError **error)
+{
+	return pr_agent_client_keep_state(((QemuGuest *)guest)->agent, memfd, error);
+}
+
+static int qemu_fetch_state(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fetch_state(((QemuGuest *)guest)->agent, error);
+}
+
+static void qemu_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+	g_autofree char *reason = NULL;
+
+	g_mutex_lock(&self->lock);
+	if (self->dead) {
+		reason = g_strdup(self->death);
+	} else {
+		self->died = died;
+		self->died_opaque = opaque;
+	}
+	g_mutex_unlock(&self->lock);
+	if (reason)
+		died(reason, opaque);
+}
+
+const PrGuestOps pr_guest_qemu = {
+	.kind = "qemu",
+	.open = qemu_open,
+	.close = qemu_close,
+	.prepare = qemu_prepare,
+	.stop = qemu_stop,
+	.resume = qemu_resume,
+	.save = qemu_save,
+	.load_begin = qemu_load_begin,
+	.load_data = qemu_load_data,
+	.load_end = qemu_load_end,
+	.load_abort = qemu_load_abort,
+	.run = qemu_run,
+	.fault_on = qemu_fault_on,
+	.fault_off = qemu_fault_off,
+	.keep_state = qemu_keep_state,
+	.fetch_state = qemu_fetch_state,
+	.on_death = qemu_on_death,
+};

@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The parts of the `qemu:` kind: qemu.c (the ops), qemu-check.c (what is refused), qemu-stream.c (the
+ * device state), qemu-ram.c (RAM blocks). */
+#pragma once
+
+#include "guest/agent-client.h"
+#include "guest/guest.h"
+#include "guest/qmp.h"
+
+/* qemu-check.c. Refuses a QEMU that cannot be migrated; touches nothing. fresh: no engine was at work
+ * here before, so the run state has to be that of a beginning. */
+gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error);
+/* The RAM blocks as PrGuestBlock. */
+GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error);
+
+/*
+ * qemu-stream.c: QEMU's own migration stream, through a socketpair whose other end QEMU gets with
+ * getfd. With x-ignore-shared it holds the device state and private RAM only.
+ */
+typedef struct PrQemuStream PrQemuStream;
+
+PrQemuStream *pr_qemu_stream_new(PrQmp *qmp, guint timeout_ms);
+void pr_qemu_stream_free(PrQemuStream *stream);
+/* For the QMP client: an event came. Reader thread. */
+void pr_qemu_stream_event(PrQemuStream *stream, const char *name, JsonObject *data);
+/* QEMU is gone: nobody needs to wait any more. */
+void pr_qemu_stream_died(PrQemuStream *stream, const char *reason);
+
+gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuestSink sink,
+			     void *opaque, GError **error);
+/* Ends a save in progress and undoes what it changed in QEMU. Harmless when there was none. */
+gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error);
+
+gboolean pr_qemu_stream_load_begin(PrQemuStream *stream, GError **error);
+gboolean pr_qemu_stream_load_data(PrQemuStream *stream, const void *data, gsize len,
+				  GError **error);
+gboolean pr_qemu_stream_load_end(PrQemuStream *stream, GError **error);
+void pr_qemu_stream_load_abort(PrQemuStream *stream);

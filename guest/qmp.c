@@ -1,0 +1,473 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "guest/qmp.h"
+
+#include <gio/gunixfdmessage.h>
+#include <gio/gunixsocketaddress.h>
+#include <string.h>
+
+#include "guest/qmp-frame.h"
+
+#define READ_CHUNK 16384 /* bytes */
+
+/* A command that waits for its answer; on the stack of its caller. */
+typedef struct Call {
+	JsonObject *answer; /* owned; NULL: not yet */
+} Call;
+
+struct PrQmp {
+	char *path;	       /* constant */
+	guint timeout_ms;      /* constant */
+	GSocket *socket;       /* constant, non-blocking */
+	PrQmpEvent on_event;   /* constant */
+	void *event_opaque;    /* constant */
+	GMainContext *context; /* constant; the reader's */
+	GMainLoop *loop;       /* constant; the reader's */
+	GThread *reader;       /* the owner's */
+	PrQmpFrame frame;      /* the reader's */
+
+	GMutex send_lock; /* held over one command's bytes */
+
+	GMutex lock;
+	GCond cond;	   /* lock; an answer, the greeting, or the end */
+	GHashTable *calls; /* lock; id -> Call */
+	guint32 last_id;   /* lock */
+	gboolean greeted;  /* lock */
+	GError *failure;   /* lock; set once: the connection is gone */
+	char *shutdown;	   /* lock; why QEMU said it shuts down, or NULL */
+	PrGuestDied died;  /* lock; taken when called */
+	void *died_opaque; /* lock */
+};
+
+/* The reader thread */
+
+static void fail(PrQmp *qmp, GError *failure)
+{
+	PrGuestDied died = NULL;
+	void *opaque;
+
+	g_mutex_lock(&qmp->lock);
+	if (qmp->failure) {
+		g_error_free(failure);
+	} else {
+		qmp->failure = failure;
+		died = g_steal_pointer(&qmp->died);
+	}
+	opaque = qmp->died_opaque;
+	g_cond_broadcast(&qmp->cond);
+	g_mutex_unlock(&qmp->lock);
+	if (died)
+		died(failure->message, opaque);
+}
+
+static void fail_closed(PrQmp *qmp, const char *detail)
+{
+	g_autofree char *why = NULL;
+
+	g_mutex_lock(&qmp->lock);
+	why = g_strdup(qmp->shutdown);
+	g_mutex_unlock(&qmp->lock);
+	if (why)
+		fail(qmp, g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
+				      "QMP %s: QEMU has shut down (%s)", qmp->path, why));
+	else
+		fail(qmp, g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
+				      "QMP %s: QEMU is gone: %s", qmp->path, detail));
+}
+
+static void fail_garbage(PrQmp *qmp, const char *what)
+{
+	fail(qmp, g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			      "QMP %s: %s; is this the socket of a QEMU's -qmp?", qmp->path, what));
+}
+
+static void deliver_event(PrQmp *qmp, JsonObject *object)
+{
+	const char *name = json_object_get_string_member_with_default(object, "event", NULL);
+	JsonNode *node = json_object_get_member(object, "data");
+	JsonObject *data = node && JSON_NODE_HOLDS_OBJECT(node) ? json_node_get_object(node) : NULL;
+
+	if (!name)
+		return;
+	if (data && g_str_equal(name, "SHUTDOWN")) {
+		g_mutex_lock(&qmp->lock);
+		g_free(qmp->shutdown);
+		qmp->shutdown = g_strdup(
+			json_object_get_string_member_with_default(data, "reason", "no reason"));
+		g_mutex_unlock(&qmp->lock);
+	}
+	if (qmp->on_event)
+		qmp->on_event(name, data, qmp->event_opaque);
+}
+
+static void deliver_answer(PrQmp *qmp, JsonObject *object)
+{
+	gint64 id = json_object_get_int_member_with_default(object, "id", 0);
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&qmp->lock);
+	Call *call = g_hash_table_lookup(qmp->calls, GSIZE_TO_POINTER((gsize)id));
+
+	/* Its caller may have given up. */
+	if (!call || call->answer)
+		return;
+	call->answer = json_object_ref(object);
+	g_cond_broadcast(&qmp->cond);
+}
+
+static gboolean deliver(PrQmp *qmp)
+{
+	g_autoptr(JsonParser) parser = json_parser_new_immutable();
+	JsonObject *object;
+
+	if (!json_parser_load_from_data(parser, qmp->frame.text->str, qmp->frame.text->len, NULL) ||
+	    !JSON_NODE_HOLDS_OBJECT(json_parser_get_root(parser))) {
+		fail_garbage(qmp, "what came is not JSON");
+		return FALSE;
+	}
+	object = json_node_get_object(json_parser_get_root(parser));
+	if (json_object_has_member(object, "event")) {
+		deliver_event(qmp, object);
+	} else if (json_object_has_member(object, "QMP")) {
+		g_mutex_lock(&qmp->lock);
+		qmp->greeted = TRUE;
+		g_cond_broadcast(&qmp->cond);
+		g_mutex_unlock(&qmp->lock);
+	} else {
+		deliver_answer(qmp, object);
+	}
+	return TRUE;
+}
+
+static gboolean take_bytes(PrQmp *qmp, const char *bytes, gsize len)
+{
+	for (gsize i = 0; i < len; i++) {
+		switch (pr_qmp_frame_push(&qmp->frame, bytes[i])) {
+		case PR_QMP_FRAME_MORE:
+			break;
+		case PR_QMP_FRAME_GARBAGE:
+			fail_garbage(qmp, "what came is not QMP");
+			return FALSE;
+		case PR_QMP_FRAME_OBJECT:
+			if (!deliver(qmp))
+				return FALSE;
+			pr_qmp_frame_next(&qmp->frame);
+			break;
+		}
+	}
+	return TRUE;
+}
+
+static gboolean on_readable(GSocket *socket, GIOCondition condition, gpointer data)
+{
+	PrQmp *qmp = data;
+	char chunk[READ_CHUNK];
+	g_autoptr(GError) error = NULL;
+	gssize n = g_socket_receive(socket, chunk, sizeof(chunk), NULL, &error);
+
+	if (g_error_matches(error, G_IO_ERROR, G_IO_ERROR_WOULD_BLOCK))
+		return G_SOURCE_CONTINUE;
+	if (n <= 0) {
+		fail_closed(qmp, error ? error->message : "it closed the connection");
+		return G_SOURCE_REMOVE;
+	}
+	return take_bytes(qmp, chunk, n) ? G_SOURCE_CONTINUE : G_SOURCE_REMOVE;
+}
+
+static gpointer reader_thread(gpointer data)
+{
+	PrQmp *qmp = data;
+	g_autoptr(GSource) source = g_socket_create_source(qmp->socket, G_IO_IN, NULL);
+
+	g_main_context_push_thread_default(qmp->context);
+	g_source_set_callback(source, G_SOURCE_FUNC(on_readable), qmp, NULL);
+	g_source_attach(source, qmp->context);
+	g_main_loop_run(qmp->loop);
+	g_source_destroy(source);
+	g_main_context_pop_thread_default(qmp->context);
+	return NULL;
+}
+
+/* Calls */
+
+static gboolean timed_out(PrQmp *qmp, const char *command, GError **error)
+{
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_TIMEOUT,
+		    "QMP %s: no answer to '%s' within %u ms", qmp->path, command, qmp->timeout_ms);
+	return FALSE;
+}
+
+static gint64 deadline_of(PrQmp *qmp)
+{
+	return g_get_monotonic_time() + (gint64)qmp->timeout_ms * G_TIME_SPAN_MILLISECOND;
+}
+
+static gssize send_some(PrQmp *qmp, const char *bytes, gsize len, int fd, GError **error)
+{
+	GOutputVector vector = {.buffer = bytes, .size = len};
+	g_autoptr(GSocketControlMessage) message = NULL;
+
+	if (fd >= 0) {
+		message = g_unix_fd_message_new();
+		if (!g_unix_fd_message_append_fd(G_UNIX_FD_MESSAGE(message), fd, error))
+			return -1;
+	}
+	return g_socket_send_message(qmp->socket, NULL, &vector, 1, message ? &message : NULL,
+				     message ? 1 : 0, G_SOCKET_MSG_NONE, NULL, error);
+}
+
+/* fd goes with the first bytes. */
+static gboolean send_text(PrQmp *qmp, const char *command, const char *text, int fd, GError **error)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&qmp->send_lock);
+	gint64 deadline = deadline_of(qmp);
+	gsize len = strlen(text);
+
+	for (gsize at = 0; at < len;) {
+		g_autoptr(GError) cause = NULL;
+		gssize n = send_some(qmp, text + at, len - at, at ? -1 : fd, &cause);
+		gint64 left = deadline - g_get_monotonic_time();
+
+		if (n > 0) {
+			at += n;
+		} else if (!g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_WOULD_BLOCK)) {
+			g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
+				    "QMP %s: cannot send '%s': %s", qmp->path, command,
+				    cause->message);
+			return FALSE;
+		} else if (left <= 0 || !g_socket_condition_timed_wait(qmp->socket, G_IO_OUT, left,
+								       NULL, NULL)) {
+			return timed_out(qmp, command, error);
+		}
+	}
+	return TRUE;
+}
+
+/* With the lock held. */
+static gboolean failed_already(PrQmp *qmp, GError **error)
+{
+	if (qmp->failure && error)
+		*error = g_error_copy(qmp->failure);
+	return qmp->failure != NULL;
+}
+
+static gboolean wait_for_answer(PrQmp *qmp, Call *call, const char *command, GError **error)
+{
+	gint64 deadline = deadline_of(qmp);
+
+	while (!call->answer) {
+		if (failed_already(qmp, error))
+			return FALSE;
+		if (!g_cond_wait_until(&qmp->cond, &qmp->lock, deadline) && !call->answer)
+			return timed_out(qmp, command, error);
+	}
+	return TRUE;
+}
+
+static char *command_text(const char *command, JsonObject *arguments, guint32 id)
+{
+	g_autoptr(JsonNode) root = json_node_new(JSON_NODE_OBJECT);
+	JsonObject *object = json_object_new();
+	g_autofree char *json = NULL;
+
+	json_object_set_string_member(object, "execute", command);
+	if (arguments)
+		json_object_set_object_member(object, "arguments", arguments);
+	json_object_set_int_member(object, "id", id);
+	json_node_take_object(root, object);
+	json = json_to_string(root, FALSE);
+	return g_strconcat(json, "\n", NULL);
+}
+
+static JsonNode *result_of(PrQmp *qmp, const char *command, JsonObject *answer, GError **error)
+{
+	JsonNode *failure = json_object_get_member(answer, "error");
+	JsonObject *object;
+	const char *class;
+
+	if (json_object_has_member(answer, "return"))
+		return json_node_copy(json_object_get_member(answer, "return"));
+	if (!failure || !JSON_NODE_HOLDS_OBJECT(failure)) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "QMP %s: the answer to '%s' has neither return nor error", qmp->path,
+			    command);
+		return NULL;
+	}
+	object = json_node_get_object(failure);
+	class = json_object_get_string_member_with_default(object, "class", "");
+	g_set_error(error, PR_GUEST_ERROR,
+		    g_strcmp0(class, "CommandNotFound") == 0 ? PR_GUEST_ERROR_UNSUPPORTED
+							     : PR_GUEST_ERROR_REFUSED,
+		    "QMP %s: %s: %s", qmp->path, command,
+		    json_object_get_string_member_with_default(object, "desc", "no description"));
+	return NULL;
+}
+
+static JsonObject *exchange(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
+			    GError **error)
+{
+	g_autofree char *text = NULL;
+	Call call = {0};
+	guint32 id;
+	gboolean sent;
+
+	g_mutex_lock(&qmp->lock);
+	id = ++qmp->last_id;
+	g_hash_table_insert(qmp->calls, GSIZE_TO_POINTER((gsize)id), &call);
+	g_mutex_unlock(&qmp->lock);
+	text = command_text(command, arguments, id);
+	sent = send_text(qmp, command, text, fd, error);
+	g_mutex_lock(&qmp->lock);
+	if (sent)
+		wait_for_answer(qmp, &call, command, error);
+	g_hash_table_remove(qmp->calls, GSIZE_TO_POINTER((gsize)id));
+	g_mutex_unlock(&qmp->lock);
+	return call.answer;
+}
+
+JsonNode *pr_qmp_execute(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
+			 GError **error)
+{
+	g_autoptr(GError) cause = NULL;
+	g_autoptr(JsonObject) answer = exchange(qmp, command, arguments, fd, &cause);
+
+	/* An answer may arrive in the moment of giving up: then it counts. */
+	if (answer)
+		return result_of(qmp, command, answer, error);
+	g_propagate_error(error, g_steal_pointer(&cause));
+	return NULL;
+}
+
+gboolean pr_qmp_command(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
+			GError **error)
+{
+	g_autoptr(JsonNode) result = pr_qmp_execute(qmp, command, arguments, fd, error);
+
+	return result != NULL;
+}
+
+char *pr_qmp_human(PrQmp *qmp, const char *line, GError **error)
+{
+	JsonObject *arguments = json_object_new();
+	g_autoptr(JsonNode) result = NULL;
+
+	json_object_set_string_member(arguments, "command-line", line);
+	result = pr_qmp_execute(qmp, "human-monitor-command", arguments, -1, error);
+	if (!result)
+		return NULL;
+	if (json_node_get_value_type(result) == G_TYPE_STRING)
+		return g_strdup(json_node_get_string(result));
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+		    "QMP %s: the answer to '%s' is not text", qmp->path, line);
+	return NULL;
+}
+
+/* Opening */
+
+static GSocket *connect_socket(const char *path, GError **error)
+{
+	g_autoptr(GSocketAddress) address = g_unix_socket_address_new(path);
+	g_autoptr(GSocket) socket = NULL;
+	g_autoptr(GError) cause = NULL;
+
+	socket = g_socket_new(G_SOCKET_FAMILY_UNIX, G_SOCKET_TYPE_STREAM, G_SOCKET_PROTOCOL_DEFAULT,
+			      &cause);
+	if (socket)
+		g_socket_set_blocking(socket, FALSE);
+	if (socket && g_socket_connect(socket, address, NULL, &cause))
+		return g_steal_pointer(&socket);
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE,
+		    "QMP %s: %s; start QEMU with -qmp unix:%s,server=on,wait=off", path,
+		    cause->message, path);
+	return NULL;
+}
+
+static gboolean wait_for_greeting(PrQmp *qmp, GError **error)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&qmp->lock);
+	gint64 deadline = deadline_of(qmp);
+
+	while (!qmp->greeted) {
+		if (failed_already(qmp, error))
+			return FALSE;
+		if (g_cond_wait_until(&qmp->cond, &qmp->lock, deadline) || qmp->greeted)
+			continue;
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_TIMEOUT,
+			    "QMP %s: no greeting within %u ms; a QMP socket serves one client at a "
+			    "time: give QEMU another -qmp for Postroad",
+			    qmp->path, qmp->timeout_ms);
+		return FALSE;
+	}
+	return TRUE;
+}
+
+PrQmp *pr_qmp_open(const char *path, guint timeout_ms, PrQmpEvent on_event, void *opaque,
+		   GError **error)
+{
+	GSocket *socket = connect_socket(path, error);
+
+	if (!socket)
+		return NULL;
+
+	g_autoptr(PrQmp) qmp = g_new0(PrQmp, 1);
+
+	qmp->path = g_strdup(path);
+	qmp->timeout_ms = timeout_ms;
+	qmp->socket = socket;
+	qmp->on_event = on_event;
+	qmp->event_opaque = opaque;
+	qmp->context = g_main_context_new();
+	qmp->loop = g_main_loop_new(qmp->context, FALSE);
+	qmp->calls = g_hash_table_new(NULL, NULL);
+	pr_qmp_frame_init(&qmp->frame);
+	g_mutex_init(&qmp->lock);
+	g_mutex_init(&qmp->send_lock);
+	g_cond_init(&qmp->cond);
+	qmp->reader = g_thread_new("qmp", reader_thread, qmp);
+	if (!wait_for_greeting(qmp, error) ||
+	    !pr_qmp_command(qmp, "qmp_capabilities", NULL, -1, error))
+		return NULL;
+	return g_steal_pointer(&qmp);
+}
+
+static gboolean quit_loop(gpointer data)
+{
+	g_main_loop_quit(data);
+	return G_SOURCE_REMOVE;
+}
+
+void pr_qmp_free(PrQmp *qmp)
+{
+	g_autoptr(GSource) quit = g_idle_source_new();
+
+	/* As a source: the loop may not run yet, and would not see a quit of now. */
+	g_source_set_callback(quit, quit_loop, qmp->loop, NULL);
+	g_source_attach(quit, qmp->context);
+	g_thread_join(qmp->reader);
+	g_socket_close(qmp->socket, NULL);
+	g_object_unref(qmp->socket);
+	g_main_loop_unref(qmp->loop);
+	g_main_context_unref(qmp->context);
+	g_hash_table_unref(qmp->calls);
+	pr_qmp_frame_clear(&qmp->frame);
+	g_clear_error(&qmp->failure);
+	g_free(qmp->shutdown);
+	g_mutex_clear(&qmp->lock);
+	g_mutex_clear(&qmp->send_lock);
+	g_cond_clear(&qmp->cond);
+	g_free(qmp->path);
+	g_free(qmp);
+}
+
+void pr_qmp_on_death(PrQmp *qmp, PrGuestDied died, void *opaque)
+{
+	g_autofree char *reason = NULL;
+
+	g_mutex_lock(&qmp->lock);
+	if (qmp->failure) {
+		reason = g_strdup(qmp->failure->message);
+	} else {
+		qmp->died = died;
+		qmp->died_opaque = opaque;
+	}
+	g_mutex_unlock(&qmp->lock);
+	if (reason)
+		died(reason, opaque);
+}

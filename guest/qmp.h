@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * A QMP client. A thread of its own, with its own GMainContext, reads the socket; calls may be made
+ * from any thread and at the same time, each bounded in time. Errors are of the domain PR_GUEST_ERROR
+ * (a cancelled wait: G_IO_ERROR_CANCELLED) and name the socket and the command.
+ *
+ * What is not JSON, or not an object, or endless, ends the connection with PR_GUEST_ERROR_PROTOCOL.
+ */
+#pragma once
+
+#include <gio/gio.h>
+#include <json-glib/json-glib.h>
+
+#include "guest/guest.h"
+
+typedef struct PrQmp PrQmp;
+
+/* Called from the reader thread: must not make calls. data may be NULL. */
+typedef void (*PrQmpEvent)(const char *name, JsonObject *data, void *opaque);
+
+/* Connects, waits for the greeting, negotiates. on_event sees every event from then on. */
+PrQmp *pr_qmp_open(const char *path, guint timeout_ms, PrQmpEvent on_event, void *opaque,
+		   GError **error);
+/* Joins the reader: never from a callback. */
+void pr_qmp_free(PrQmp *qmp);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrQmp, pr_qmp_free)
+
+/* Executes a command and returns its "return". Takes arguments (NULL: none). fd, if not -1, goes with
+ * it (getfd) and stays the caller's. */
+JsonNode *pr_qmp_execute(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
+			 GError **error);
+/* As above, for commands whose answer does not matter. */
+gboolean pr_qmp_command(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
+			GError **error);
+/* The output of a line of the human monitor. */
+char *pr_qmp_human(PrQmp *qmp, const char *line, GError **error);
+
+/* Called once, from the reader thread, or from here if it happened already. */
+void pr_qmp_on_death(PrQmp *qmp, PrGuestDied died, void *opaque);
