@@ -42,7 +42,7 @@ static int write_heartbeat(PrControl *control, const uint8_t *frame, gsize lengt
 
 static void note_send_error(PrControl *control, int code)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 
 	if (!control->send_error)
 		control->send_error = pr_control_lost_errno(control, "sending", code);
@@ -98,7 +98,7 @@ static gboolean belongs_here(uint16_t type)
 /* Takes the message. */
 static void enqueue(PrControl *control, PrMsg *msg)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 
 	g_queue_push_tail(&control->queue, msg);
 	control->queued_bytes += sizeof *msg + msg->length;
@@ -216,7 +216,7 @@ static GError *receive_failure(PrControl *control, gssize n)
 /* The queue takes the message that is coming: it fits, or it is alone. */
 static gboolean has_room(PrControl *control)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 	gsize coming = control->coming ? control->coming->length : 0;
 
 	control->full = control->queued_bytes && control->queued_bytes + coming > QUEUE_BYTES_MAX;
@@ -275,7 +275,7 @@ static void end_after_send_error(PrControl *control)
 
 static gboolean has_send_error(PrControl *control)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 
 	return control->send_error != NULL;
 }

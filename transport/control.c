@@ -69,7 +69,7 @@ const char *pr_control_peer(PrControl *control)
 
 guint64 pr_control_rtt_us(PrControl *control)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 
 	return control->rtt_us;
 }
@@ -87,7 +87,7 @@ GError *pr_control_lost_errno(PrControl *control, const char *doing, int code)
 
 gboolean pr_control_has_ended(PrControl *control)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 
 	return control->failure != NULL;
 }
@@ -95,7 +95,7 @@ gboolean pr_control_has_ended(PrControl *control)
 /* Only the first reason counts. One that is not ours is reported by the reader. */
 static void end(PrControl *control, const GError *reason, gboolean by_us)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 	gboolean dead = g_error_matches(reason, PR_PATH_ERROR, PR_PATH_ERROR_LOST) ||
 			g_error_matches(reason, PR_PATH_ERROR, PR_PATH_ERROR_SILENT);
 
@@ -220,7 +220,7 @@ static gboolean write_whole(PrControl *control, uint16_t type, const void *body,
 
 static void copy_failure(PrControl *control, GError **error)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 
 	if (error)
 		*error = g_error_copy(control->failure);
@@ -307,7 +307,7 @@ PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error)
 {
 	gint64 deadline =
 		timeout_ms == G_MAXUINT ? -1 : g_get_monotonic_time() + (gint64)timeout_ms * 1000;
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&control->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 	gboolean come = wait_for_message(control, deadline);
 	PrMsg *msg = g_queue_pop_head(&control->queue);
 

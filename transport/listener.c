@@ -271,7 +271,7 @@ static gpointer door_main(gpointer opaque)
 
 static Visitor *next_visitor(PrListener *listener)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&listener->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&listener->lock);
 
 	while (!listener->stopping && g_queue_is_empty(&listener->visitors))
 		g_cond_wait(&listener->changed, &listener->lock);

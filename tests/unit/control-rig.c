@@ -33,14 +33,14 @@ void on_failed(const GError *reason, void *opaque)
 
 guint failure_calls(Failure *failure)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&failure->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&failure->lock);
 
 	return failure->calls;
 }
 
 gboolean failure_wait(Failure *failure, gint64 ms)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&failure->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&failure->lock);
 	gint64 deadline = deadline_in(ms);
 
 	while (!failure->calls)
@@ -107,7 +107,7 @@ void destination_free(Destination *destination)
 
 PrControl *destination_control(Destination *destination)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&destination->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&destination->lock);
 	gint64 deadline = deadline_in(LONG_MS);
 
 	while (g_queue_is_empty(&destination->controls))
@@ -118,7 +118,7 @@ PrControl *destination_control(Destination *destination)
 
 void destination_wait_hellos(Destination *destination, guint n)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&destination->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&destination->lock);
 	gint64 deadline = deadline_in(LONG_MS);
 
 	while (destination->hellos < n)
