@@ -29,6 +29,7 @@
 
 #include <linux/userfaultfd.h>
 #include <poll.h>
+#include <sched.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -316,6 +317,8 @@ static gpointer fault_thread(gpointer opaque)
 		gint64 spin_ns = (gint64)pr_param(self->params, PR_PARAM_FAULT_SPIN) * 1000;
 		if (work == 0 && now - busy_ns > spin_ns)
 			sleep_until_event(self);
+		else if (work == 0)
+			sched_yield(); /* to a vCPU or a source on the same core */
 	}
 }
 
