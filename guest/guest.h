@@ -60,7 +60,8 @@ struct PrGuestOps {
 	/* Refuses, before anything is touched, what can't be migrated (device, missing option or
 	 * kernel feature), naming it and the remedy. Returns the RAM blocks in a stable order; they
 	 * belong to the guest and stay valid until close. */
-	const PrGuestBlock *(*prepare)(PrGuest *guest, PrGuestRole role, guint *ret_n, GError **error);
+	const PrGuestBlock *(*prepare)(PrGuest *guest, PrGuestRole role, guint *ret_n,
+				       GError **error);
 
 	/* Source. stop() remembers whether the guest was running; resume() undoes it (a guest that was
 	 * paused stays paused) and is harmless when nothing was stopped. */

@@ -14,15 +14,15 @@
 #include "migration/state.h"
 
 typedef enum PrMigrationError {
-	PR_MIGRATION_ERROR_BUSY,      /* a migration is in progress */
-	PR_MIGRATION_ERROR_STATE,     /* the command makes no sense in this state; says which */
-	PR_MIGRATION_ERROR_URI,	      /* malformed URI or unknown scheme */
-	PR_MIGRATION_ERROR_LISTEN,    /* could not listen */
-	PR_MIGRATION_ERROR_MISMATCH,  /* the block tables of the two sides differ */
-	PR_MIGRATION_ERROR_PEER,      /* the other side gave up; its reason */
-	PR_MIGRATION_ERROR_PROTOCOL,  /* the other side broke the protocol */
+	PR_MIGRATION_ERROR_BUSY,     /* a migration is in progress */
+	PR_MIGRATION_ERROR_STATE,    /* the command makes no sense in this state; says which */
+	PR_MIGRATION_ERROR_URI,	     /* malformed URI or unknown scheme */
+	PR_MIGRATION_ERROR_LISTEN,   /* could not listen */
+	PR_MIGRATION_ERROR_MISMATCH, /* the block tables of the two sides differ */
+	PR_MIGRATION_ERROR_PEER,     /* the other side gave up; its reason */
+	PR_MIGRATION_ERROR_PROTOCOL, /* the other side broke the protocol */
 	PR_MIGRATION_ERROR_CANCELLED,
-	PR_MIGRATION_ERROR_SYSTEM,    /* the kernel refused something */
+	PR_MIGRATION_ERROR_SYSTEM, /* the kernel refused something */
 } PrMigrationError;
 #define PR_MIGRATION_ERROR pr_migration_error_quark()
 GQuark pr_migration_error_quark(void);
@@ -52,25 +52,26 @@ typedef struct PrMigrationInfo {
 	uint64_t total_time;
 	uint64_t setup_time;
 	uint64_t downtime;
-	uint64_t total;		/* bytes of guest RAM */
-	uint64_t remaining;	/* bytes not yet in place at the destination */
-	uint64_t transferred;	/* bytes of guest RAM that travelled */
-	uint64_t normal;	/* pages that travelled */
-	uint64_t duplicate;	/* zero pages and holes, in pages */
+	uint64_t total;		    /* bytes of guest RAM */
+	uint64_t remaining;	    /* bytes not yet in place at the destination */
+	uint64_t transferred;	    /* bytes of guest RAM that travelled */
+	uint64_t normal;	    /* pages that travelled */
+	uint64_t duplicate;	    /* zero pages and holes, in pages */
 	uint64_t postcopy_requests; /* READs for faults */
 	uint64_t page_size;
-	double mbps;		/* over the last second, Mbit/s */
-	uint64_t expected_ms;	/* time left at this rate; 0: not known */
+	double mbps;	      /* over the last second, Mbit/s */
+	uint64_t expected_ms; /* time left at this rate; 0: not known */
 
-	uint64_t pauses;	/* how often postcopy-paused was entered */
-	uint64_t recoveries;	/* how often it was left for postcopy-active */
-	uint64_t time_paused;	/* total, the current pause included */
-	uint64_t last_pause;	/* length of the last pause, the current one included */
-	uint64_t last_recovery; /* from the command (source) or HELLO (destination) to postcopy-active */
+	uint64_t pauses;      /* how often postcopy-paused was entered */
+	uint64_t recoveries;  /* how often it was left for postcopy-active */
+	uint64_t time_paused; /* total, the current pause included */
+	uint64_t last_pause;  /* length of the last pause, the current one included */
+	uint64_t
+		last_recovery; /* from the command (source) or HELLO (destination) to postcopy-active */
 	uint64_t pages_at_pause; /* pages in place when the last pause began */
 
 	/* destination only */
-	uint64_t faults;	/* resolved */
+	uint64_t faults;	   /* resolved */
 	uint64_t fault_latency_ns; /* mean */
 	uint64_t fault_latency_max_ns;
 	uint64_t latency_dist[PR_LATENCY_BUCKETS];

@@ -45,7 +45,7 @@ typedef struct PrCapabilityInfo {
 
 /* Values may be read from any thread and are set from the monitor's: all access is atomic. */
 typedef struct PrParams {
-	uint64_t value[PR_N_PARAMS]; /* atomic */
+	uint64_t value[PR_N_PARAMS];	   /* atomic */
 	int capability[PR_N_CAPABILITIES]; /* atomic, boolean */
 } PrParams;
 

@@ -14,10 +14,10 @@ typedef enum PrUriError { PR_URI_ERROR_MALFORMED } PrUriError;
 GQuark pr_uri_error_quark(void);
 
 typedef struct PrUri {
-	char *text;   /* as given */
-	char *scheme; /* "ofi", "tcp", "faulty+ofi", … */
-	char *host;   /* without brackets */
-	uint16_t port; /* 0 only where a listener may choose one */
+	char *text;	     /* as given */
+	char *scheme;	     /* "ofi", "tcp", "faulty+ofi", … */
+	char *host;	     /* without brackets */
+	uint16_t port;	     /* 0 only where a listener may choose one */
 	GHashTable *options; /* key -> value, both strings */
 } PrUri;
 
