@@ -18,8 +18,8 @@ from harness.network import require_namespaces  # noqa: E402
 from harness.process import Failure, Skip, expect, raise_on_signals, wait_for  # noqa: E402
 from harness.vm import GuestSpec, probe_accel  # noqa: E402
 
-GUEST = GuestSpec(ram_mb=512, work_mb=256, work_rate=20000, work_threads=2, tick_ms=250)
-BANDWIDTH = "32M"
+GUEST = GuestSpec(ram_mb=384, work_mb=288, work_rate=4000, tick_ms=250, survey=True)
+BANDWIDTH = "8M"
 PAUSE_SECONDS = 4
 AFTER_SECONDS = 6
 MB = 1 << 20
@@ -112,8 +112,10 @@ class Demo:
         wait_for("the guest runs at the destination", 30, lambda: move.destination_vm.console.last())
         self.story.guest(move.destination_vm.console, "B")
         self.show_both()
-        move.wait_midway(fraction=0.75)
+        move.destination_vm.console.wait_surveyed()
+        move.expect_midway()
         self.story.guest(move.destination_vm.console, "B")
+        self.show_both()
 
     def cut(self):
         move = self.move
@@ -156,11 +158,13 @@ class Demo:
         move.source_vm.quit()
         console = move.destination_vm.console
         start = console.last()
-        for second in range(1, AFTER_SECONDS + 1):
+        second = 0
+        while second < AFTER_SECONDS or not GUEST.went_round(start, console.last()):
+            expect(second < 120, "the guest does not get round its memory")
+            second += 2
             wait_for("the guest works on", 20, lambda: console.last().t >= start.t + second)
             self.story.guest(console, "B")
-        console.wait_rounds(2)
-        self.story.guest(console, "B")
+        self.story.says("", "every page has been verified since the source is gone")
         console.expect_sound()
         move.source_vm.console.expect_sound()
 

@@ -29,7 +29,7 @@ def move_over_tcp(lab):
 
 @case("move-of-two-ram-backends")
 def move_two_backends(lab):
-    move_and_verify(lab, scheme="ofi", spec=GuestSpec(nodes=2))
+    move_and_verify(lab, scheme="ofi", spec=GuestSpec(nodes=2, work_threads=2))
 
 
 @case("move-back-again-with-the-roles-swapped")
@@ -47,7 +47,7 @@ def move_twice(lab):
     middle.wait_status("completed")
     last.wait_status("completed")
     middle_vm.quit()
-    last_vm.console.wait_rounds(2)
+    last_vm.console.wait_verified(last_vm.spec)
     last_vm.console.expect_sound()
 
 

@@ -4,8 +4,9 @@
 import time
 
 from harness.case import case
-from harness.lab import Move
+from harness.lab import SLOW, Move
 from harness.process import expect, wait_for
+from harness.vm import GuestSpec
 
 PAUSED_AND_BACK = (
     "postcopy-active",
@@ -16,9 +17,9 @@ PAUSED_AND_BACK = (
 )
 
 
-def start_and_stop_midway(lab, scheme, **kind):
+def start_and_stop_midway(lab, scheme, slow=SLOW, **kind):
     move = Move(lab, scheme=scheme, **kind)
-    move.slow_down()
+    move.slow_down(slow)
     move.start()
     move.wait_midway()
     return move
@@ -59,11 +60,17 @@ def recover_other_transport(lab):
 
 @case("guest-runs-on-with-the-pages-it-has-while-paused")
 def guest_runs_while_paused(lab):
-    move = start_and_stop_midway(lab, "ofi")
-    move.destination_vm.console.wait_running("destination, in postcopy")
+    """What is missing when the path is cut is the workers' memory: all else goes on."""
+    spec = GuestSpec(ram_mb=160, work_mb=64, work_rate=2000, survey=True)
+    move = start_and_stop_midway(lab, "ofi", spec=spec, slow="8M")
+    move.destination_vm.console.wait_surveyed()
     move.network.link_down(1)
     move.wait_paused()
     move.destination_vm.console.wait_running("destination, paused")
+    began = move.destination_vm.console.last()
+    move.destination_vm.console.wait_running("destination, paused for longer")
+    after = move.destination_vm.console.last()
+    expect(after.t > began.t, f"the guest's time stands still at {after.t} s")
     move.expect_midway()
     move.finish_over(link=2)
 

@@ -4,9 +4,8 @@
 import socket
 
 from harness.case import case
-from harness.engine import Engine
 from harness.lab import Move
-from harness.process import expect
+from harness.process import expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
 
@@ -105,7 +104,7 @@ def migrate_twice(lab):
 def nonsense(lab):
     move = Move(lab)
     source = move.source
-    source.refused(f"migrate -d -r {move.uri()}", "postcopy-paused")
+    source.refused(f"migrate -d -r {move.uri()}", "migration is none")
     source.refused("migrate_pause")
     for uri in ("nonsense", "tcp:", "tcp:host", "tcp:host:port", "tcp:host:70000", "carrier-pigeon:a:1"):
         source.refused(f"migrate -d {uri}", uri.partition(":")[0])
@@ -120,41 +119,60 @@ def nonsense(lab):
     move.expect_guest_sound()
 
 
-def refused_source(lab, spec=None, agent=True, words=()):
-    """A source QEMU that can't be migrated: says so, and its guest runs on."""
+def start_engine(lab, host, vm, *options):
+    """An engine that has to end at once, because of what it is told; returns what it says."""
+    argv = [lab.engine_file(), "--guest", vm.guest_option(), "--qmp", lab.path("refused.qmp"), *options]
+    engine = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
+    expect(engine.wait() == 1, f"an engine that can't work ended with {engine.exit_code()}")
+    return engine.output()
+
+
+def refused_source(lab, *words, spec=None, agent=True):
+    """A QEMU that can't be moved: the engine says why, and the guest runs on."""
     vm = Qemu(lab, lab.network.source, spec or GuestSpec(), agent=agent)
-    engine = Engine(lab, lab.network.source, vm.guest_option())
     vm.wait_booted()
-    engine.hmp(f"migrate -d ofi:{lab.network.destination.address(1)}:4444")
-    info = engine.wait_status("failed")
+    said = start_engine(lab, lab.network.source, vm)
     for word in words:
-        expect(word in info["error-desc"], f"the error lacks {word!r}: {info['error-desc']!r}")
+        expect(word in said, f"the refusal lacks {word!r}: {said!r}")
     expect(vm.status() == "running", f"the guest must run, it is {vm.status()}")
     vm.console.wait_running("source")
 
 
 @case("qemu-without-shared-ram-is-refused")
 def without_share(lab):
-    refused_source(lab, spec=GuestSpec(share="off"), words=("share=on",))
+    refused_source(lab, "share=on", spec=GuestSpec(share="off"))
 
 
 @case("qemu-without-the-agent-is-refused")
 def without_agent(lab):
-    refused_source(lab, agent=False, words=("LD_PRELOAD",))
+    refused_source(lab, "LD_PRELOAD", agent=False)
+
+
+@case("qemu-with-one-private-ram-backend-is-refused")
+def one_private_backend(lab):
+    move = Move(lab, spec=GuestSpec(nodes=2, share="on,off"))
+    move.start()
+    expect_failed(move, "ram1", "share=on")
+
+
+@case("second-engine-beside-one-guest-is-refused")
+def second_engine(lab):
+    move = Move(lab)
+    said = start_engine(lab, lab.network.source, move.source_vm)
+    expect("another engine" in said, f"the refusal does not say why: {said}")
+    move.start()
+    move.wait_completed()
+    move.expect_guest_sound()
 
 
 @case("port-in-use-is-named-and-the-engine-does-not-start")
 def port_in_use(lab):
     host = lab.network.destination
-    first = Move(lab)
-    argv = [lab.engine_file(), "--guest", first.destination_vm.guest_option()]
-    argv += ["--qmp", lab.path("second.qmp"), "--incoming", "ofi:0.0.0.0:4444"]
-    second = lab.start("second-engine", host.command(argv), lab.sanitizer_env)
-    expect(second.wait() == 1, f"a port in use: exit code {second.exit_code()}")
-    expect("4444" in second.output(), f"the port is not named: {second.output()}")
-    first.start()
-    first.wait_completed()
-    first.expect_guest_sound()
+    vm = Qemu(lab, host, GuestSpec(), incoming=True)
+    lab.start("other-program", host.command(["socat", "TCP-LISTEN:4444", "STDOUT"]), gently=False)
+    wait_for("the other program listens", 10, lambda: ":4444" in host.run("ss", "-ltn"))
+    said = start_engine(lab, host, vm, "--incoming", "ofi:0.0.0.0:4444")
+    expect("4444" in said and "in use" in said, f"the port is not named: {said}")
 
 
 @case("second-monitor-client-is-served-or-refused")

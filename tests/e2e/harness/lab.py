@@ -119,10 +119,10 @@ class Move:
 
     # Steps
 
-    def slow_down(self):
+    def slow_down(self, bandwidth=SLOW):
         """Bulk pages travel slowly from now on."""
         for engine in self.engines:
-            engine.hmp(f"migrate_set_parameter max-postcopy-bandwidth {SLOW}")
+            engine.hmp(f"migrate_set_parameter max-postcopy-bandwidth {bandwidth}")
 
     def full_speed(self):
         for engine in self.engines:
@@ -179,7 +179,7 @@ class Move:
             left = info.get("ram", {}).get("remaining")
             expect(left == 0, f"{engine.name} is completed with {left} bytes remaining")
 
-    def expect_guest_sound(self, rounds=2):
+    def expect_guest_sound(self):
         """The guest works on at the destination, and everything that it verifies is right; the source
         QEMU is gone by then."""
         expect(
@@ -187,7 +187,7 @@ class Move:
             f"the source guest must stay stopped, it is {self.source_vm.status()}",
         )
         self.source_vm.quit()
-        self.destination_vm.console.wait_rounds(rounds)
+        self.destination_vm.console.wait_verified(self.destination_vm.spec)
         self.destination_vm.console.expect_sound()
 
     def expect_source_runs(self):
@@ -215,4 +215,4 @@ class Move:
             expect(not missing, f"{engine.name} went through {seen}, expected {list(wanted)} in order")
 
 
-__all__ = ["Lab", "Move", "find_built"]
+__all__ = ["SLOW", "Lab", "Move", "find_built"]

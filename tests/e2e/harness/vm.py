@@ -9,45 +9,17 @@ from dataclasses import dataclass
 from .process import Failure, expect, wait_for
 from .qmp import Qmp
 
-PROGRESS = re.compile(r"^guest: t=([\d.]+) rounds=(\d+) pages=(\d+) corrupt=(\d+)\s*$", re.M)
+PROGRESS = re.compile(
+    r"^guest: t=([\d.]+) rounds=(\d+) pages=(\d+) corrupt=(\d+) surveys=(\d+)\s*$", re.M
+)
 QEMU = "qemu-system-x86_64"
 
-# The reporter's CPU keeps the time (nohz=off) and the kernel lies at a known place at the start of
-# RAM, so that the console stays alive while the workers wait for pages that can't be fetched.
+# The reporter's CPU keeps the time (nohz=off) and serves the serial port (irqaffinity), so that the console stays alive while the other CPU
+# waits for a page that can't be fetched.
 KERNEL = (
     "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr nohz=off nowatchdog mitigations=off"
-    " rcupdate.rcu_cpu_stall_suppress=1 isolcpus=1"
+    " rcupdate.rcu_cpu_stall_suppress=1 isolcpus=1 irqaffinity=0"
 )
-
-
-@dataclass
-class GuestSpec:
-    """What the guest is like; the same on both sides."""
-
-    ram_mb: int = 256
-    work_mb: int = 48
-    work_rate: int = 8000  # pages a second
-    work_threads: int = 2
-    tick_ms: int = 200
-    nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
-    share: str = "on"
-
-    def memory(self):
-        each = self.ram_mb // self.nodes
-        args = ["-m", str(self.ram_mb)]
-        for node in range(self.nodes):
-            args += ["-object", f"memory-backend-memfd,id=ram{node},size={each}M,share={self.share}"]
-        if self.nodes == 1:
-            return args + ["-machine", "pc,memory-backend=ram0"]
-        for node in range(self.nodes):
-            args += ["-numa", f"node,memdev=ram{node}"]
-        return args + ["-machine", "pc"]
-
-    def kernel_line(self):
-        return (
-            f"{KERNEL} work_mb={self.work_mb} work_rate={self.work_rate}"
-            f" work_threads={self.work_threads} work_tick={self.tick_ms}"
-        )
 
 
 @dataclass
@@ -58,6 +30,47 @@ class Progress:
     rounds: int
     pages: int
     corrupt: int
+    surveys: int
+
+
+@dataclass
+class GuestSpec:
+    """What the guest is like; the same on both sides."""
+
+    ram_mb: int = 256
+    work_mb: int = 48
+    work_rate: int = 8000  # pages a second
+    work_threads: int = 1
+    tick_ms: int = 200
+    survey: bool = False  # read all other pages of RAM as well, over and over
+    nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
+    share: str = "on"  # of each node's backend: "on", "on,off", …
+
+    def memory(self):
+        each = self.ram_mb // self.nodes
+        args = ["-m", str(self.ram_mb)]
+        shares = self.share.split(",")
+        for node in range(self.nodes):
+            share = shares[node % len(shares)]
+            args += ["-object", f"memory-backend-memfd,id=ram{node},size={each}M,share={share}"]
+        if self.nodes == 1:
+            return args + ["-machine", "pc,memory-backend=ram0"]
+        for node in range(self.nodes):
+            args += ["-numa", f"node,memdev=ram{node}"]
+        return args + ["-machine", "pc"]
+
+    def went_round(self, first, last):
+        """Whether all pages were visited between two progress lines. One worker counts its pages; several
+        are somewhere in their rounds, and only two more of them will do."""
+        if self.work_threads == 1:
+            return last.pages >= first.pages + (self.work_mb << 8)
+        return last.rounds >= first.rounds + 2
+
+    def kernel_line(self):
+        return (
+            f"{KERNEL} work_mb={self.work_mb} work_rate={self.work_rate}"
+            f" work_threads={self.work_threads} work_tick={self.tick_ms} work_survey={int(self.survey)}"
+        )
 
 
 class Console:
@@ -75,8 +88,8 @@ class Console:
 
     def progress(self):
         return [
-            Progress(float(t), int(rounds), int(pages), int(corrupt))
-            for t, rounds, pages, corrupt in PROGRESS.findall(self.text())
+            Progress(float(t), *map(int, counts))
+            for t, *counts in PROGRESS.findall(self.text())
         ]
 
     def last(self):
@@ -88,13 +101,23 @@ class Console:
         seen = len(self.progress())
         wait_for(f"{what}: the guest prints on", seconds, lambda: len(self.progress()) >= seen + 2)
 
-    def wait_rounds(self, rounds, seconds=90):
-        """Waits for that many more complete rounds over its memory."""
-        first = wait_for("the guest prints its progress", seconds, self.last).rounds
+    def wait_verified(self, spec, seconds=120):
+        """Waits until each of the workers' pages has been verified from now on."""
+        first = wait_for("the guest prints its progress", seconds, self.last)
         wait_for(
-            f"the guest verifies all its pages {rounds} more times",
+            "the guest verifies all its pages once more",
             seconds,
-            lambda: self.last().rounds >= first + rounds,
+            lambda: spec.went_round(first, self.last()),
+        )
+
+    def wait_surveyed(self, seconds=60):
+        """Waits until every page of RAM that is not the workers' has been read since the first line
+        here: from then on the reporter needs nothing that is missing."""
+        first = wait_for("the guest prints its progress", seconds, self.progress)[0].surveys
+        wait_for(
+            "the guest has surveyed its memory",
+            seconds,
+            lambda: self.last().surveys >= first + 2,
         )
 
     def expect_sound(self):

@@ -7,16 +7,22 @@
  * worker visits its pages in a scattered but known order, so that it knows which generation each of
  * them must have: a page that is torn, swapped with another, zeroed or stale is counted and reported.
  *
- * The reporter is a process of its own on CPU 0 and the workers are on the others: workers that wait
- * for a page which can't be fetched never keep the reporter from printing. What they share is one page,
+ * The reporter is a process of its own on CPU 0 and the workers are on CPU 1: workers that wait for a
+ * page which can't be fetched never keep the reporter from printing. What they share is one page,
  * `stats`; the reporter only reads it, each worker writes its own part, all accesses are atomic.
  *
- * Environment: work_mb (size of the buffer, MiB), work_threads, work_rate (pages a second, 0: no
- * limit). Prints, once all pages have their first generation and then every work_tick ms:
+ * The kernel has pages of its own, though, and CPU 0 may need any of them. With work_survey=1 a surveyor
+ * on CPU 1 reads a word of every page of RAM that is not in the buffer, over and over: once it has
+ * gone round after a switch-over, only pages of the buffer can still be missing.
  *
- *	guest: t=12 rounds=3 pages=123456 corrupt=0
+ * Environment: work_mb (size of the buffer, MiB), work_threads, work_rate (pages a second, 0: no
+ * limit), work_survey. Prints, once all pages have their first generation and then every work_tick ms:
+ *
+ *	guest: t=12.345 rounds=3 pages=123456 corrupt=0 surveys=0
  */
+#include <elf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
 #include <sched.h>
@@ -50,6 +56,7 @@ struct worker_stats {
 struct stats {
 	atomic_uint ready; /* workers that have filled their part */
 	atomic_uint n_reports;
+	atomic_uint surveys; /* rounds of the surveyor, over all of RAM but the buffer */
 	struct worker_stats worker[MAX_WORKERS];
 	struct report report[MAX_REPORTS];
 };
@@ -190,10 +197,93 @@ static void *work(void *opaque)
 	return NULL;
 }
 
+/* The physical pages behind the buffer, as a bitmap of n_bits. */
+static void mark_buffer(uint8_t *map, uint64_t n_bits, const uint64_t *buffer, uint64_t n_pages)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY);
+	uint64_t entry;
+
+	if (fd < 0)
+		die("/proc/self/pagemap");
+	memset(map, 0, n_bits / 8 + 1);
+	for (uint64_t i = 0; i < n_pages; i++) {
+		off_t at = (off_t)(((uintptr_t)buffer / PAGE + i) * sizeof(entry));
+
+		if (pread(fd, &entry, sizeof(entry), at) != sizeof(entry))
+			die("/proc/self/pagemap");
+		uint64_t frame = entry & ((1ull << 55) - 1);
+		if (frame < n_bits)
+			map[frame / 8] |= (uint8_t)(1u << frame % 8);
+	}
+	close(fd);
+}
+
+/* Reads a word of each page of one stretch of RAM, as /proc/kcore shows it. */
+static void survey_stretch(int kcore, const Elf64_Phdr *stretch, const uint8_t *map,
+			   uint64_t n_bits)
+{
+	uint64_t word;
+
+	for (uint64_t at = 0; at < stretch->p_filesz; at += PAGE) {
+		uint64_t frame = (stretch->p_paddr + at) / PAGE;
+
+		if (frame < n_bits && !(map[frame / 8] >> frame % 8 & 1) &&
+		    pread(kcore, &word, sizeof(word), (off_t)(stretch->p_offset + at)) < 0 &&
+		    errno != EFAULT)
+			die("/proc/kcore");
+	}
+}
+
+static void survey_ram(int kcore, const uint8_t *map, uint64_t n_bits)
+{
+	Elf64_Ehdr head;
+	Elf64_Phdr stretch;
+
+	if (pread(kcore, &head, sizeof(head), 0) != sizeof(head))
+		die("/proc/kcore");
+	for (unsigned int i = 0; i < head.e_phnum; i++) {
+		off_t at = (off_t)(head.e_phoff + i * sizeof(stretch));
+
+		if (pread(kcore, &stretch, sizeof(stretch), at) != sizeof(stretch))
+			die("/proc/kcore");
+		/* The direct map of RAM; the other segments have no physical address. */
+		if (stretch.p_type == PT_LOAD && stretch.p_paddr / PAGE < n_bits)
+			survey_stretch(kcore, &stretch, map, n_bits);
+	}
+}
+
+struct surveyor {
+	struct stats *stats;
+	const uint64_t *buffer;
+	uint64_t n_pages;
+	unsigned int n_workers;
+};
+
+static void *survey(void *opaque)
+{
+	struct surveyor *s = opaque;
+	struct timespec rest = {.tv_nsec = 100 * 1000000};
+	uint64_t n_bits = 4ull << 30 >> 12; /* the guest is smaller than 4 GiB */
+	uint8_t *map = malloc(n_bits / 8 + 1);
+	int kcore = open("/proc/kcore", O_RDONLY);
+
+	if (!map || kcore < 0)
+		die("/proc/kcore");
+	for (;; nanosleep(&rest, NULL)) {
+		if (atomic_load(&s->stats->ready) < s->n_workers)
+			continue;
+		mark_buffer(map, n_bits, s->buffer, s->n_pages);
+		survey_ram(kcore, map, n_bits);
+		atomic_fetch_add(&s->stats->surveys, 1);
+	}
+	return NULL;
+}
+
 static void run_workers(struct stats *stats, uint64_t n_pages, unsigned int n, uint64_t rate)
 {
 	static struct worker workers[MAX_WORKERS];
-	pthread_t threads[MAX_WORKERS];
+	static struct surveyor surveyor;
+	pthread_t threads[MAX_WORKERS], extra;
 	uint64_t each = n_pages / n;
 	uint64_t *buffer = mmap(NULL, n_pages * PAGE, PROT_READ | PROT_WRITE,
 				MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -214,6 +304,9 @@ static void run_workers(struct stats *stats, uint64_t n_pages, unsigned int n, u
 		if (pthread_create(&threads[i], NULL, work, &workers[i]))
 			die("pthread_create");
 	}
+	surveyor = (struct surveyor){stats, buffer, each * n, n};
+	if (env_number("work_survey", 0) && pthread_create(&extra, NULL, survey, &surveyor))
+		die("pthread_create");
 	for (unsigned int i = 0; i < n; i++)
 		pthread_join(threads[i], NULL);
 }
@@ -246,8 +339,9 @@ static void print_progress(struct stats *stats, unsigned int n, uint64_t t)
 		corrupt += atomic_load(&stats->worker[i].corrupt);
 	}
 	printf("guest: t=%" PRIu64 ".%03" PRIu64 " rounds=%" PRIu64 " pages=%" PRIu64
-	       " corrupt=%" PRIu64 "\n",
-	       t / 1000000000u, t / 1000000u % 1000u, rounds, pages, corrupt);
+	       " corrupt=%" PRIu64 " surveys=%u\n",
+	       t / 1000000000u, t / 1000000u % 1000u, rounds, pages, corrupt,
+	       atomic_load(&stats->surveys));
 }
 
 static void run_reporter(struct stats *stats, unsigned int n, uint64_t tick_ms)
