@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include "guest/json.h"
+
 static gboolean refuse(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
 
 static gboolean refuse(GError **error, const char *format, ...)
@@ -16,18 +18,6 @@ static gboolean refuse(GError **error, const char *format, ...)
 					    args);
 	va_end(args);
 	return FALSE;
-}
-
-static JsonObject *execute_object(PrQmp *qmp, const char *command, JsonNode **node, GError **error)
-{
-	*node = pr_qmp_execute(qmp, command, NULL, -1, error);
-	if (!*node)
-		return NULL;
-	if (JSON_NODE_HOLDS_OBJECT(*node))
-		return json_node_get_object(*node);
-	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-		    "QEMU's answer to '%s' is not an object", command);
-	return NULL;
 }
 
 static JsonArray *execute_array(PrQmp *qmp, const char *command, JsonObject *arguments,
@@ -50,29 +40,26 @@ static const char *element_string(JsonArray *array, guint i, const char *member)
 
 	if (!JSON_NODE_HOLDS_OBJECT(node))
 		return NULL;
-	return json_object_get_string_member_with_default(json_node_get_object(node), member, NULL);
+	return pr_json_string(json_node_get_object(node), member);
 }
 
 static const char *object_string(JsonObject *object, const char *member)
 {
-	const char *text = json_object_get_string_member_with_default(object, member, "");
+	const char *text = pr_json_string(object, member);
 
 	return text ? text : "";
 }
 
 static gboolean check_version(PrQmp *qmp, GError **error)
 {
-	g_autoptr(JsonNode) node = NULL;
-	JsonObject *object = execute_object(qmp, "query-version", &node, error);
-	JsonNode *qemu;
-	gint64 major = 0;
+	g_autoptr(JsonObject) object = pr_qmp_query(qmp, "query-version", error);
+	JsonObject *qemu;
+	gint64 major;
 
 	if (!object)
 		return FALSE;
-	qemu = json_object_get_member(object, "qemu");
-	if (qemu && JSON_NODE_HOLDS_OBJECT(qemu))
-		major = json_object_get_int_member_with_default(json_node_get_object(qemu), "major",
-								0);
+	qemu = pr_json_object(object, "qemu");
+	major = qemu ? pr_json_int(qemu, "major") : 0;
 	if (major >= 4)
 		return TRUE;
 	return refuse(error, "this is QEMU %d; Postroad needs QEMU 4.0 or later (x-ignore-shared)",
@@ -131,15 +118,13 @@ static gboolean check_destination_state(JsonObject *migration, const char *run_s
 
 static gboolean check_state(PrQmp *qmp, PrGuestRole role, GError **error)
 {
-	g_autoptr(JsonNode) status_node = NULL;
-	g_autoptr(JsonNode) migration_node = NULL;
-	JsonObject *status = execute_object(qmp, "query-status", &status_node, error);
-	JsonObject *migration;
+	g_autoptr(JsonObject) status = pr_qmp_query(qmp, "query-status", error);
+	g_autoptr(JsonObject) migration = NULL;
 	const char *run_state;
 
 	if (!status)
 		return FALSE;
-	migration = execute_object(qmp, "query-migrate", &migration_node, error);
+	migration = pr_qmp_query(qmp, "query-migrate", error);
 	if (!migration)
 		return FALSE;
 	run_state = object_string(status, "status");

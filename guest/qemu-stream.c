@@ -19,6 +19,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "guest/json.h"
 #include "guest/kinds.h"
 
 #define FD_NAME	     "postroad"
@@ -85,7 +86,7 @@ void pr_qemu_stream_event(PrQemuStream *stream, const char *name, JsonObject *da
 
 	if (!g_str_equal(name, "MIGRATION") || !data)
 		return;
-	status = json_object_get_string_member_with_default(data, "status", NULL);
+	status = pr_json_string(data, "status");
 	if (!is_end(status))
 		return;
 	g_mutex_lock(&stream->lock);
@@ -163,21 +164,14 @@ static char *wait_for_end(PrQemuStream *stream, guint timeouts, GCancellable *ca
 static gboolean migration_status(PrQemuStream *stream, char **ret_status, char **ret_desc,
 				 GError **error)
 {
-	g_autoptr(JsonNode) node = pr_qmp_execute(stream->qmp, "query-migrate", NULL, -1, error);
-	JsonObject *object;
+	g_autoptr(JsonObject) object = pr_qmp_query(stream->qmp, "query-migrate", error);
+	const char *status;
 
-	if (!node)
+	if (!object)
 		return FALSE;
-	if (!JSON_NODE_HOLDS_OBJECT(node)) {
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "QEMU's answer to 'query-migrate' is not an object");
-		return FALSE;
-	}
-	object = json_node_get_object(node);
-	*ret_status =
-		g_strdup(json_object_get_string_member_with_default(object, "status", "none"));
-	*ret_desc =
-		g_strdup(json_object_get_string_member_with_default(object, "error-desc", NULL));
+	status = pr_json_string(object, "status");
+	*ret_status = g_strdup(status ? status : "none");
+	*ret_desc = g_strdup(pr_json_string(object, "error-desc"));
 	return TRUE;
 }
 
@@ -244,8 +238,8 @@ static void plan_capabilities(JsonArray *found, JsonArray *wanted, JsonArray *ol
 		if (!JSON_NODE_HOLDS_OBJECT(node))
 			continue;
 		object = json_node_get_object(node);
-		name = json_object_get_string_member_with_default(object, "capability", NULL);
-		is = json_object_get_boolean_member_with_default(object, "state", FALSE);
+		name = pr_json_string(object, "capability");
+		is = pr_json_boolean(object, "state");
 		if (!name || !wanted_capability(name, &on) || is == on)
 			continue;
 		add_capability(wanted, name, on);
@@ -274,18 +268,11 @@ static gboolean set_bandwidth(PrQemuStream *stream, gint64 bandwidth, GError **e
 
 static gboolean query_bandwidth(PrQemuStream *stream, gint64 *ret_bandwidth, GError **error)
 {
-	g_autoptr(JsonNode) node =
-		pr_qmp_execute(stream->qmp, "query-migrate-parameters", NULL, -1, error);
+	g_autoptr(JsonObject) object = pr_qmp_query(stream->qmp, "query-migrate-parameters", error);
 
-	if (!node)
+	if (!object)
 		return FALSE;
-	if (!JSON_NODE_HOLDS_OBJECT(node)) {
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "QEMU's answer to 'query-migrate-parameters' is not an object");
-		return FALSE;
-	}
-	*ret_bandwidth = json_object_get_int_member_with_default(json_node_get_object(node),
-								 "max-bandwidth", 0);
+	*ret_bandwidth = pr_json_int(object, "max-bandwidth");
 	return TRUE;
 }
 
@@ -533,16 +520,11 @@ gboolean pr_qemu_stream_load_data(PrQemuStream *stream, const void *data, gsize 
 
 static gboolean left_inmigrate(PrQemuStream *stream, GError **error)
 {
-	g_autoptr(JsonNode) node = pr_qmp_execute(stream->qmp, "query-status", NULL, -1, error);
-	const char *status;
+	g_autoptr(JsonObject) object = pr_qmp_query(stream->qmp, "query-status", error);
 
-	if (!node)
+	if (!object)
 		return FALSE;
-	status = JSON_NODE_HOLDS_OBJECT(node)
-			 ? json_object_get_string_member_with_default(json_node_get_object(node),
-								      "status", "")
-			 : "";
-	if (g_strcmp0(status, "inmigrate") != 0)
+	if (g_strcmp0(pr_json_string(object, "status"), "inmigrate") != 0)
 		return TRUE;
 	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
 		    "QEMU says its device state is loaded, and still waits for it");

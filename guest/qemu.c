@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include "guest/json.h"
 #include "guest/kinds.h"
 
 typedef struct QemuGuest {
@@ -164,17 +165,11 @@ static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint 
 
 static gboolean query_running(QemuGuest *self, gboolean *ret_running, GError **error)
 {
-	g_autoptr(JsonNode) node = pr_qmp_execute(self->qmp, "query-status", NULL, -1, error);
+	g_autoptr(JsonObject) object = pr_qmp_query(self->qmp, "query-status", error);
 
-	if (!node)
+	if (!object)
 		return FALSE;
-	if (!JSON_NODE_HOLDS_OBJECT(node)) {
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "QEMU's answer to 'query-status' is not an object");
-		return FALSE;
-	}
-	*ret_running = json_object_get_boolean_member_with_default(json_node_get_object(node),
-								   "running", FALSE);
+	*ret_running = pr_json_boolean(object, "running");
 	return TRUE;
 }
 

@@ -5,6 +5,7 @@
 #include <gio/gunixsocketaddress.h>
 #include <string.h>
 
+#include "guest/json.h"
 #include "guest/qmp-frame.h"
 
 #define READ_CHUNK 16384 /* bytes */
@@ -82,17 +83,17 @@ static void fail_garbage(PrQmp *qmp, const char *what)
 
 static void deliver_event(PrQmp *qmp, JsonObject *object)
 {
-	const char *name = json_object_get_string_member_with_default(object, "event", NULL);
-	JsonNode *node = json_object_get_member(object, "data");
-	JsonObject *data = node && JSON_NODE_HOLDS_OBJECT(node) ? json_node_get_object(node) : NULL;
+	const char *name = pr_json_string(object, "event");
+	JsonObject *data = pr_json_object(object, "data");
+	const char *reason;
 
 	if (!name)
 		return;
-	if (data && g_str_equal(name, "SHUTDOWN")) {
+	reason = data && g_str_equal(name, "SHUTDOWN") ? pr_json_string(data, "reason") : NULL;
+	if (reason) {
 		g_mutex_lock(&qmp->lock);
 		g_free(qmp->shutdown);
-		qmp->shutdown = g_strdup(
-			json_object_get_string_member_with_default(data, "reason", "no reason"));
+		qmp->shutdown = g_strdup(reason);
 		g_mutex_unlock(&qmp->lock);
 	}
 	if (qmp->on_event)
@@ -101,7 +102,7 @@ static void deliver_event(PrQmp *qmp, JsonObject *object)
 
 static void deliver_answer(PrQmp *qmp, JsonObject *object)
 {
-	gint64 id = json_object_get_int_member_with_default(object, "id", 0);
+	gint64 id = pr_json_int(object, "id");
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&qmp->lock);
 	Call *call = g_hash_table_lookup(qmp->calls, GSIZE_TO_POINTER((gsize)id));
 
@@ -278,25 +279,23 @@ static char *command_text(const char *command, JsonObject *arguments, guint32 id
 
 static JsonNode *result_of(PrQmp *qmp, const char *command, JsonObject *answer, GError **error)
 {
-	JsonNode *failure = json_object_get_member(answer, "error");
-	JsonObject *object;
-	const char *class;
+	JsonObject *failure = pr_json_object(answer, "error");
+	const char *desc;
 
 	if (json_object_has_member(answer, "return"))
 		return json_node_copy(json_object_get_member(answer, "return"));
-	if (!failure || !JSON_NODE_HOLDS_OBJECT(failure)) {
+	if (!failure) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
 			    "QMP %s: the answer to '%s' has neither return nor error", qmp->path,
 			    command);
 		return NULL;
 	}
-	object = json_node_get_object(failure);
-	class = json_object_get_string_member_with_default(object, "class", "");
+	desc = pr_json_string(failure, "desc");
 	g_set_error(error, PR_GUEST_ERROR,
-		    g_strcmp0(class, "CommandNotFound") == 0 ? PR_GUEST_ERROR_UNSUPPORTED
-							     : PR_GUEST_ERROR_REFUSED,
-		    "QMP %s: %s: %s", qmp->path, command,
-		    json_object_get_string_member_with_default(object, "desc", "no description"));
+		    g_strcmp0(pr_json_string(failure, "class"), "CommandNotFound") == 0
+			    ? PR_GUEST_ERROR_UNSUPPORTED
+			    : PR_GUEST_ERROR_REFUSED,
+		    "QMP %s: %s: %s", qmp->path, command, desc ? desc : "no description");
 	return NULL;
 }
 
@@ -341,6 +340,19 @@ gboolean pr_qmp_command(PrQmp *qmp, const char *command, JsonObject *arguments, 
 	g_autoptr(JsonNode) result = pr_qmp_execute(qmp, command, arguments, fd, error);
 
 	return result != NULL;
+}
+
+JsonObject *pr_qmp_query(PrQmp *qmp, const char *command, GError **error)
+{
+	g_autoptr(JsonNode) result = pr_qmp_execute(qmp, command, NULL, -1, error);
+
+	if (!result)
+		return NULL;
+	if (JSON_NODE_HOLDS_OBJECT(result))
+		return json_node_dup_object(result);
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+		    "QMP %s: the answer to '%s' is not an object", qmp->path, command);
+	return NULL;
 }
 
 char *pr_qmp_human(PrQmp *qmp, const char *line, GError **error)

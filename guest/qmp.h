@@ -32,6 +32,8 @@ JsonNode *pr_qmp_execute(PrQmp *qmp, const char *command, JsonObject *arguments,
 /* As above, for commands whose answer does not matter. */
 gboolean pr_qmp_command(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
 			GError **error);
+/* A command without arguments whose "return" is an object; the caller's to unref. */
+JsonObject *pr_qmp_query(PrQmp *qmp, const char *command, GError **error);
 /* The output of a line of the human monitor. */
 char *pr_qmp_human(PrQmp *qmp, const char *line, GError **error);
 

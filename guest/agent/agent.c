@@ -46,6 +46,7 @@ PrAgent *pr_agent_new(const PrAgentOps *ops, void *opaque)
 	agent->listen_fd = -1;
 	agent->wake_fd = -1;
 	agent->job.fd = -1;
+	agent->next.fd = -1;
 	for (unsigned i = 0; i < PR_AGENT_CONNS; i++)
 		agent->conns[i].fd = -1;
 	pthread_mutex_init(&agent->lock, NULL);
@@ -177,6 +178,7 @@ static void end_worker(PrAgent *agent)
 	pthread_join(agent->worker, NULL);
 	agent_close_fd(&agent->job.fd);
 	agent->job.op = 0;
+	agent->next.op = 0;
 	agent->quit = false;
 }
 

@@ -51,6 +51,7 @@ struct PrAgent {
 	int uffd;				   /* lock; -1: fault mode off */
 	int state_fd;				   /* lock; -1: none */
 	AgentJob job;		 /* lock; filled by the server, emptied by the worker */
+	AgentJob next;		 /* lock; a RUN that waits for the job before it */
 	bool quit;		 /* lock */
 	pthread_cond_t job_cond; /* lock; job or quit changed */
 	/* The engine that said HELLO; written by the server thread under the lock, so that it reads

@@ -25,6 +25,17 @@ static const char *op_name(uint32_t op)
 	}
 }
 
+/* Where the job goes, or NULL. An engine that gives a migration up while the state is being saved lets
+ * the guest run on: its RUN comes right behind the STOP or SAVE that nobody waits for any more. */
+static AgentJob *free_slot(PrAgent *agent, uint32_t op)
+{
+	bool saving = agent->job.op == PR_AGENT_STOP || agent->job.op == PR_AGENT_SAVE;
+
+	if (!agent->job.op)
+		return &agent->job;
+	return saving && op == PR_AGENT_RUN && !agent->next.op ? &agent->next : NULL;
+}
+
 bool agent_worker_start(PrAgent *agent, const PrAgentRequest *request, int fd, AgentResult *result)
 {
 	if (!agent->has_ops) {
@@ -34,7 +45,8 @@ bool agent_worker_start(PrAgent *agent, const PrAgentRequest *request, int fd, A
 		return false;
 	}
 	pthread_mutex_lock(&agent->lock);
-	if (agent->job.op) {
+	AgentJob *slot = free_slot(agent, request->op);
+	if (!slot) {
 		agent_result_fail(result, PR_AGENT_BUSY,
 				  "the guest is still busy with '%s'; try again when it is done",
 				  op_name(agent->job.op));
@@ -42,7 +54,7 @@ bool agent_worker_start(PrAgent *agent, const PrAgentRequest *request, int fd, A
 		agent_close_fd(&fd);
 		return false;
 	}
-	agent->job = (AgentJob){
+	*slot = (AgentJob){
 		.op = request->op,
 		.id = request->id,
 		.serial = agent->attached_serial,
@@ -109,7 +121,8 @@ static void run_job(PrAgent *agent, const AgentJob *job)
 	do_job(agent, job, &result, &fd);
 	pthread_mutex_lock(&agent->lock);
 	agent_close_fd(&agent->job.fd);
-	agent->job.op = 0;
+	agent->job = agent->next;
+	agent->next = (AgentJob){.fd = -1};
 	/* The engine that asked may be gone, and another one attached. */
 	if (agent->attached_fd >= 0 && agent->attached_serial == job->serial &&
 	    !agent_reply(agent->attached_fd, &request, &result, &fd, fd >= 0))
