@@ -2,7 +2,9 @@
 /* The migration's interface to the monitor, and what source and destination have in common. */
 #include "migration/migration.h"
 
+#include <errno.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "migration/internal.h"
 
@@ -439,10 +441,9 @@ static void set_state_error(PrMigration *m, const char *command, const char *hin
 /* A new migration: a fresh identity. With the lock held. */
 static void become_source(PrMigration *m)
 {
-	for (guint i = 0; i < PR_UUID_BYTES; i += 4) {
-		guint32 a = g_random_int();
-		memcpy(m->binding.uuid + i, &a, 4);
-	}
+	if (getentropy(m->binding.uuid, PR_UUID_BYTES) < 0 ||
+	    getentropy(m->binding.secret, PR_SECRET_BYTES) < 0)
+		g_error("getentropy: %s", g_strerror(errno));
 	m->binding.uuid[6] = (m->binding.uuid[6] & 0x0f) | 0x40; /* RFC 4122, version 4 */
 	m->binding.uuid[8] = (m->binding.uuid[8] & 0x3f) | 0x80;
 	m->binding.epoch = 0;
@@ -451,7 +452,7 @@ static void become_source(PrMigration *m)
 	g_clear_pointer(&m->error_desc, g_free);
 }
 
-static gboolean start_locked(PrMigration *m, GPtrArray *uris, const uint8_t *secret, GError **error)
+static gboolean start_locked(PrMigration *m, GPtrArray *uris, GError **error)
 {
 	if (pr_migration_step_locked(m, PR_EVENT_START, PR_ROLE_SOURCE, "migrate was asked for") ==
 	    PR_ACTION_REFUSE) {
@@ -464,7 +465,6 @@ static gboolean start_locked(PrMigration *m, GPtrArray *uris, const uint8_t *sec
 		return FALSE;
 	}
 	become_source(m);
-	memcpy(m->binding.secret, secret, PR_SECRET_BYTES);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);
 	m->uris = g_ptr_array_ref(uris);
 	pr_migration_begin_attempt(m);
@@ -488,27 +488,14 @@ static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 	return TRUE;
 }
 
-static gboolean make_secret(uint8_t *out, GError **error)
-{
-	g_autofree char *bytes = NULL;
-	g_autoptr(GFile) source = g_file_new_for_path("/dev/urandom");
-	g_autoptr(GFileInputStream) stream = g_file_read(source, NULL, error);
-	gsize got;
-
-	return stream && g_input_stream_read_all(G_INPUT_STREAM(stream), out, PR_SECRET_BYTES, &got,
-						 NULL, error);
-}
-
 gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, GError **error)
 {
 	g_autoptr(GPtrArray) uris = parse_uris(text, /* listening= */ FALSE, error);
-	uint8_t secret[PR_SECRET_BYTES];
 
-	if (!uris || !make_secret(secret, error))
+	if (!uris)
 		return FALSE;
 	g_mutex_lock(&m->lock);
-	gboolean done =
-		resume ? resume_locked(m, uris, error) : start_locked(m, uris, secret, error);
+	gboolean done = resume ? resume_locked(m, uris, error) : start_locked(m, uris, error);
 	GThread *old = done && !resume ? g_steal_pointer(&m->owner) : NULL;
 	g_mutex_unlock(&m->lock);
 	if (!done)
