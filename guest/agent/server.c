@@ -17,7 +17,8 @@
 
 #include "guest/agent/internal.h"
 
-#define REQUEST_FDS_MAX 4 /* one is legal; room to see, and close, more */
+#define REQUEST_FDS_MAX 4   /* one is legal; room to see, and close, more */
+#define ACCEPT_PAUSE	100 /* ms; before the next try, when the process has no descriptor left */
 
 typedef struct Incoming {
 	PrAgentRequest request;
@@ -338,30 +339,35 @@ static AgentConn *take_slot(PrAgent *agent)
 	return oldest;
 }
 
-static void accept_conn(PrAgent *agent)
+/* False: there is no descriptor to be had. */
+static bool accept_conn(PrAgent *agent)
 {
 	int fd = accept4(agent->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 	AgentConn *conn;
 
 	if (fd < 0)
-		return;
+		return errno != EMFILE && errno != ENFILE && errno != ENOMEM && errno != ENOBUFS;
 	conn = take_slot(agent);
 	conn->fd = fd;
 	conn->serial = ++agent->last_serial;
+	return true;
 }
 
 void *agent_server_thread(void *opaque)
 {
 	PrAgent *agent = opaque;
 	struct pollfd polls[2 + PR_AGENT_CONNS];
+	bool accepting = true;
 
 	for (;;) {
 		polls[0] = (struct pollfd){.fd = agent->wake_fd, .events = POLLIN};
-		polls[1] = (struct pollfd){.fd = agent->listen_fd, .events = POLLIN};
+		polls[1] =
+			(struct pollfd){.fd = accepting ? agent->listen_fd : -1, .events = POLLIN};
 		for (unsigned i = 0; i < PR_AGENT_CONNS; i++)
 			polls[2 + i] = (struct pollfd){.fd = agent->conns[i].fd, .events = POLLIN};
-		if (poll(polls, 2 + PR_AGENT_CONNS, -1) < 0)
+		if (poll(polls, 2 + PR_AGENT_CONNS, accepting ? -1 : ACCEPT_PAUSE) < 0)
 			continue;
+		accepting = true;
 		if (polls[0].revents)
 			break;
 		for (unsigned i = 0; i < PR_AGENT_CONNS; i++) {
@@ -369,7 +375,7 @@ void *agent_server_thread(void *opaque)
 				serve_conn(agent, &agent->conns[i]);
 		}
 		if (polls[1].revents)
-			accept_conn(agent);
+			accepting = accept_conn(agent);
 	}
 	for (unsigned i = 0; i < PR_AGENT_CONNS; i++) {
 		if (agent->conns[i].fd >= 0)

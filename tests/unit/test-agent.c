@@ -23,7 +23,6 @@
 
 #include "guest/agent-proto.h"
 #include "guest/guest.h"
-#include "postroad/agent.h"
 #include "tests/guest/testguest.h"
 
 #define PAGE	4096
@@ -733,66 +732,6 @@ static void a_foreign_state_is_refused(void **state)
 	assert_false(testguest_loaded(guest));
 }
 
-/* The library by itself */
-
-static void a_live_socket_is_kept_and_a_stale_one_replaced(void **state)
-{
-	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
-	g_autofree char *path = g_build_filename(dir, "agent.sock", NULL);
-	struct sockaddr_un addr = {.sun_family = AF_UNIX};
-	PrAgent *first = pr_agent_new(NULL, NULL);
-	PrAgent *second = pr_agent_new(NULL, NULL);
-	int stale = socket(AF_UNIX, SOCK_SEQPACKET, 0);
-
-	g_strlcpy(addr.sun_path, path, sizeof(addr.sun_path));
-	assert_int_equal(bind(stale, (struct sockaddr *)&addr, sizeof(addr)), 0);
-	close(stale);
-	assert_int_equal(pr_agent_serve(first, path), 0);
-	assert_int_equal(pr_agent_serve(first, path), -EALREADY);
-	assert_int_equal(pr_agent_serve(second, path), -EADDRINUSE);
-	pr_agent_free(first);
-	assert_false(g_file_test(path, G_FILE_TEST_EXISTS));
-	assert_true(g_file_set_contents(path, "precious", -1, NULL));
-	assert_int_equal(pr_agent_serve(second, path), -EADDRINUSE);
-	assert_true(g_file_test(path, G_FILE_TEST_IS_REGULAR));
-	unlink(path);
-	assert_int_equal(pr_agent_serve(second, path), 0);
-	pr_agent_free(second);
-	rmdir(dir);
-}
-
-static void regions_are_checked(void **state)
-{
-	PrAgent *agent = pr_agent_new(NULL, NULL);
-	int memfd = memfd_create("test", MFD_CLOEXEC);
-	char *base = mmap(NULL, 65 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	PrAgentRegion region = {.idstr = "ram", .base = base, .size = PAGE, .memfd = memfd};
-	g_autofree char *long_name = g_strnfill(PR_AGENT_IDSTR_MAX + 1, 'x');
-
-	assert_int_equal(pr_agent_add_region(agent, &region), 0);
-	assert_int_equal(pr_agent_add_region(agent, &region), -EEXIST);
-	region.base = base + PAGE + 1;
-	assert_int_equal(pr_agent_add_region(agent, &region), -EINVAL);
-	region.base = base + PAGE;
-	region.size = PAGE + 1;
-	assert_int_equal(pr_agent_add_region(agent, &region), -EINVAL);
-	region.size = PAGE;
-	region.idstr = long_name;
-	assert_int_equal(pr_agent_add_region(agent, &region), -EINVAL);
-	region.idstr = "ram";
-	for (guint i = 1; i < PR_AGENT_REGIONS_MAX; i++) {
-		region.base = base + i * PAGE;
-		assert_int_equal(pr_agent_add_region(agent, &region), 0);
-	}
-	region.base = base + PR_AGENT_REGIONS_MAX * PAGE;
-	assert_int_equal(pr_agent_add_region(agent, &region), -ENOSPC);
-	assert_int_equal(pr_agent_remove_regions(agent, base + PAGE + 5, PAGE), 2);
-	assert_int_equal(pr_agent_add_region(agent, &region), 0);
-	pr_agent_free(agent);
-	munmap(base, 65 * PAGE);
-	close(memfd);
-}
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -817,8 +756,6 @@ int main(void)
 		cmocka_unit_test(a_load_that_waits_for_a_page_can_be_aborted),
 		cmocka_unit_test(a_guest_that_waits_for_pages_can_be_freed),
 		cmocka_unit_test(a_foreign_state_is_refused),
-		cmocka_unit_test(a_live_socket_is_kept_and_a_stale_one_replaced),
-		cmocka_unit_test(regions_are_checked),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -15,6 +15,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -30,7 +31,8 @@
 
 typedef struct Fixture {
 	char *dir;
-	GPtrArray *qemus; /* GSubprocess */
+	GPtrArray *qemus;    /* GSubprocess */
+	const char *wrapper; /* executes QEMU; NULL: none */
 } Fixture;
 
 static char *path_of(Fixture *fix, const char *name, const char *suffix)
@@ -62,6 +64,12 @@ static void wait_for_socket(const char *path, int type)
 	}
 }
 
+/* A test that is killed leaves no QEMU behind. */
+static void die_with_parent(gpointer data)
+{
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+}
+
 /* extra ends with NULL. */
 static GSubprocess *start_qemu(Fixture *fix, const char *name, gboolean preload,
 			       const char *const *extra)
@@ -78,6 +86,9 @@ static GSubprocess *start_qemu(Fixture *fix, const char *name, gboolean preload,
 		"-nodefaults",	      "-qmp",	qmp_option, NULL};
 	GSubprocess *qemu;
 
+	g_subprocess_launcher_set_child_setup(launcher, die_with_parent, NULL, NULL);
+	if (fix->wrapper)
+		g_ptr_array_add(argv, (void *)fix->wrapper);
 	for (guint i = 0; fixed[i]; i++)
 		g_ptr_array_add(argv, (void *)fixed[i]);
 	for (guint i = 0; extra[i]; i++)
@@ -354,6 +365,58 @@ static void the_preload_library_is_not_inherited(void **state)
 	assert_null(strstr(env, "LD_PRELOAD="));
 }
 
+/* A daemon forks before it maps its RAM: the agent has to be in the child. */
+static void a_daemon_is_served(void **state)
+{
+	Fixture *fix = *state;
+	g_autofree char *pidfile = path_of(fix, "a", ".pid");
+	const char *const args[] = {RAM, "-S", "-daemonize", "-pidfile", pidfile, NULL};
+	g_autoptr(PrGuest) guest = NULL;
+	g_autofree char *pid = NULL;
+	guint n;
+
+	start_qemu(fix, "a", TRUE, args);
+	assert_true(g_file_get_contents(pidfile, &pid, NULL, NULL));
+	guest = attach(fix, "a");
+	prepare(guest, PR_GUEST_SOURCE, &n);
+	assert_int_equal(n, 1);
+	assert_int_equal(kill(atoi(pid), SIGKILL), 0);
+}
+
+/* The preload variables reach QEMU through a program that executes it. */
+static void a_wrapper_does_not_lose_the_agent(void **state)
+{
+	Fixture *fix = *state;
+	const char *const args[] = {RAM, "-S", NULL};
+	g_autoptr(PrGuest) guest = NULL;
+	guint n;
+
+	fix->wrapper = "nice";
+	start_qemu(fix, "a", TRUE, args);
+	guest = attach(fix, "a");
+	prepare(guest, PR_GUEST_SOURCE, &n);
+	assert_int_equal(n, 1);
+}
+
+/* Locked memory needs a madvise() of its own. */
+static void locked_ram_takes_the_fault_mode(void **state)
+{
+	const char *const args[] = {RAM, "-S", "-overcommit", "mem-lock=on", NULL};
+	g_autoptr(PrGuest) guest = NULL;
+	g_autoptr(GError) error = NULL;
+	int uffd;
+
+	start_qemu(*state, "a", TRUE, args);
+	guest = attach(*state, "a");
+	uffd = guest->ops->fault_on(guest, &error);
+	if (g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION))
+		skip();
+	assert_null(error);
+	assert_true(uffd >= 0);
+	close(uffd);
+	assert_true(guest->ops->fault_off(guest, &error));
+}
+
 static gboolean collect(const void *data, gsize len, void *opaque, GError **error)
 {
 	g_byte_array_append(opaque, data, len);
@@ -612,6 +675,9 @@ int main(void)
 		TEST(anothers_agent_is_refused),
 		TEST(roles_need_their_run_state),
 		TEST(the_preload_library_is_not_inherited),
+		TEST(a_daemon_is_served),
+		TEST(a_wrapper_does_not_lose_the_agent),
+		TEST(locked_ram_takes_the_fault_mode),
 		TEST(a_guest_moves_by_hand),
 		TEST(a_broken_save_resumes),
 		TEST(a_paused_guest_stays_paused),

@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The agent library by itself: its socket, its regions, and huge pages. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <gio/gio.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "guest/agent-client.h"
+#include "postroad/agent.h"
+
+#define PAGE	4096
+#define HUGE	(2u << 20)
+#define TIMEOUT 5000 /* ms */
+
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21u << 26) /* of linux/memfd.h, which does not go with libc's header */
+#endif
+
+static void a_live_socket_is_kept_and_a_stale_one_replaced(void **state)
+{
+	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(dir, "agent.sock", NULL);
+	struct sockaddr_un addr = {.sun_family = AF_UNIX};
+	PrAgent *first = pr_agent_new(NULL, NULL);
+	PrAgent *second = pr_agent_new(NULL, NULL);
+	int stale = socket(AF_UNIX, SOCK_SEQPACKET, 0);
+
+	g_strlcpy(addr.sun_path, path, sizeof(addr.sun_path));
+	assert_int_equal(bind(stale, (struct sockaddr *)&addr, sizeof(addr)), 0);
+	close(stale);
+	assert_int_equal(pr_agent_serve(first, path), 0);
+	assert_int_equal(pr_agent_serve(first, path), -EALREADY);
+	assert_int_equal(pr_agent_serve(second, path), -EADDRINUSE);
+	pr_agent_free(first);
+	assert_false(g_file_test(path, G_FILE_TEST_EXISTS));
+	assert_true(g_file_set_contents(path, "precious", -1, NULL));
+	assert_int_equal(pr_agent_serve(second, path), -EADDRINUSE);
+	assert_true(g_file_test(path, G_FILE_TEST_IS_REGULAR));
+	unlink(path);
+	assert_int_equal(pr_agent_serve(second, path), 0);
+	pr_agent_free(second);
+	rmdir(dir);
+}
+
+static void regions_are_checked(void **state)
+{
+	PrAgent *agent = pr_agent_new(NULL, NULL);
+	int memfd = memfd_create("test", MFD_CLOEXEC);
+	char *base = mmap(NULL, 65 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	PrAgentRegion region = {.idstr = "ram", .base = base, .size = PAGE, .memfd = memfd};
+	g_autofree char *long_name = g_strnfill(PR_AGENT_IDSTR_MAX + 1, 'x');
+
+	assert_int_equal(pr_agent_add_region(agent, &region), 0);
+	assert_int_equal(pr_agent_add_region(agent, &region), -EEXIST);
+	region.base = base + PAGE + 1;
+	assert_int_equal(pr_agent_add_region(agent, &region), -EINVAL);
+	region.base = base + PAGE;
+	region.size = PAGE + 1;
+	assert_int_equal(pr_agent_add_region(agent, &region), -EINVAL);
+	region.size = PAGE;
+	region.idstr = long_name;
+	assert_int_equal(pr_agent_add_region(agent, &region), -EINVAL);
+	region.idstr = "ram";
+	for (guint i = 1; i < PR_AGENT_REGIONS_MAX; i++) {
+		region.base = base + i * PAGE;
+		assert_int_equal(pr_agent_add_region(agent, &region), 0);
+	}
+	region.base = base + PR_AGENT_REGIONS_MAX * PAGE;
+	assert_int_equal(pr_agent_add_region(agent, &region), -ENOSPC);
+	assert_int_equal(pr_agent_remove_regions(agent, base + PAGE + 5, PAGE), 2);
+	assert_int_equal(pr_agent_add_region(agent, &region), 0);
+	pr_agent_free(agent);
+	munmap(base, 65 * PAGE);
+	close(memfd);
+}
+
+/* With the descriptors used up, the agent waits instead of spinning, and goes on later. */
+static void an_agent_without_descriptors_goes_on_later(void **state)
+{
+	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(dir, "agent.sock", NULL);
+	PrAgent *agent = pr_agent_new(NULL, NULL);
+	struct sockaddr_un addr = {.sun_family = AF_UNIX};
+	struct rlimit old, low;
+	g_autoptr(PrAgentClient) client = NULL;
+	g_autoptr(GError) error = NULL;
+	int conn = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+
+	assert_int_equal(pr_agent_serve(agent, path), 0);
+	g_strlcpy(addr.sun_path, path, sizeof(addr.sun_path));
+	getrlimit(RLIMIT_NOFILE, &old);
+	low = old;
+	low.rlim_cur = conn + 1;
+	assert_int_equal(setrlimit(RLIMIT_NOFILE, &low), 0);
+	assert_int_equal(connect(conn, (struct sockaddr *)&addr, sizeof(addr)), 0);
+	assert_int_equal(setrlimit(RLIMIT_NOFILE, &old), 0);
+	close(conn);
+	client = pr_agent_client_open(path, TIMEOUT, &error);
+	assert_null(error);
+	assert_non_null(client);
+	pr_agent_free(agent);
+	rmdir(dir);
+}
+
+typedef struct Reader {
+	const volatile guint8 *address;
+	guint8 value;
+} Reader;
+
+static gpointer read_thread(gpointer data)
+{
+	Reader *reader = data;
+
+	reader->value = *reader->address;
+	return NULL;
+}
+
+static void resolve_huge_fault(int uffd, const PrGuestBlock *block, guint8 value)
+{
+	struct uffdio_continue cont = {.range = {.start = block->base, .len = HUGE}};
+	struct pollfd poll_fd = {.fd = uffd, .events = POLLIN};
+	struct uffd_msg msg;
+	guint8 *alias;
+
+	assert_int_equal(poll(&poll_fd, 1, TIMEOUT), 1);
+	assert_int_equal(read(uffd, &msg, sizeof(msg)), sizeof(msg));
+	assert_int_equal(msg.event, UFFD_EVENT_PAGEFAULT);
+	alias = mmap(NULL, HUGE, PROT_READ | PROT_WRITE, MAP_SHARED, block->memfd, 0);
+	assert_ptr_not_equal(alias, MAP_FAILED);
+	alias[5] = value;
+	munmap(alias, HUGE);
+	assert_int_equal(ioctl(uffd, UFFDIO_CONTINUE, &cont), 0);
+}
+
+/* A memfd of huge pages: its page size is told, and a fault is resolved a huge page at a time. */
+static void huge_pages_are_served(void **state)
+{
+	int memfd = memfd_create("test", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
+	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(dir, "agent.sock", NULL);
+	PrAgentRegion region = {.idstr = "huge", .size = HUGE, .memfd = memfd};
+	PrAgent *agent = pr_agent_new(NULL, NULL);
+	g_autoptr(PrAgentClient) client = NULL;
+	g_autoptr(GArray) blocks = NULL;
+	g_autoptr(GError) error = NULL;
+	Reader reader = {0};
+	GThread *thread;
+	int uffd;
+
+	if (memfd >= 0 && ftruncate(memfd, HUGE) == 0)
+		region.base = mmap(NULL, HUGE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+	if (!region.base || region.base == MAP_FAILED) {
+		pr_agent_free(agent);
+		rmdir(dir);
+		print_message("skipped: no huge page is free (vm.nr_hugepages)\n");
+		skip();
+	}
+	assert_int_equal(pr_agent_add_region(agent, &region), 0);
+	assert_int_equal(pr_agent_serve(agent, path), 0);
+	client = pr_agent_client_open(path, TIMEOUT, &error);
+	assert_null(error);
+	blocks = pr_agent_client_regions(client, &error);
+	assert_int_equal(g_array_index(blocks, PrGuestBlock, 0).page_size, HUGE);
+	uffd = pr_agent_client_fault_on(client, &error);
+	assert_null(error);
+	reader.address = (guint8 *)region.base + 5;
+	thread = g_thread_new("reader", read_thread, &reader);
+	resolve_huge_fault(uffd, &g_array_index(blocks, PrGuestBlock, 0), 42);
+	g_thread_join(thread);
+	assert_int_equal(reader.value, 42);
+	assert_true(pr_agent_client_fault_off(client, &error));
+	close(uffd);
+	pr_agent_free(agent);
+	munmap(region.base, HUGE);
+	close(memfd);
+	rmdir(dir);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(a_live_socket_is_kept_and_a_stale_one_replaced),
+		cmocka_unit_test(regions_are_checked),
+		cmocka_unit_test(an_agent_without_descriptors_goes_on_later),
+		cmocka_unit_test(huge_pages_are_served),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
