@@ -12,7 +12,7 @@
 
 /* A command that waits for its answer; on the stack of its caller. */
 typedef struct Call {
-	JsonObject *answer; /* owned; NULL: not yet */
+	JsonNode *answer; /* an object, owned; NULL: not yet */
 } Call;
 
 struct PrQmp {
@@ -100,30 +100,43 @@ static void deliver_event(PrQmp *qmp, JsonObject *object)
 		qmp->on_event(name, data, qmp->event_opaque);
 }
 
-static void deliver_answer(PrQmp *qmp, JsonObject *object)
+/* Takes root: it belongs to one thread at a time. */
+static void deliver_answer(PrQmp *qmp, JsonNode *root)
 {
-	gint64 id = pr_json_int(object, "id");
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&qmp->lock);
-	Call *call = g_hash_table_lookup(qmp->calls, GSIZE_TO_POINTER((gsize)id));
+	gint64 id = pr_json_int(json_node_get_object(root), "id");
+	Call *call;
 
+	g_mutex_lock(&qmp->lock);
+	call = g_hash_table_lookup(qmp->calls, GSIZE_TO_POINTER((gsize)id));
+	if (call && !call->answer) {
+		call->answer = g_steal_pointer(&root);
+		g_cond_broadcast(&qmp->cond);
+	}
+	g_mutex_unlock(&qmp->lock);
 	/* Its caller may have given up. */
-	if (!call || call->answer)
-		return;
-	call->answer = json_object_ref(object);
-	g_cond_broadcast(&qmp->cond);
+	g_clear_pointer(&root, json_node_unref);
+}
+
+static JsonNode *parse(PrQmp *qmp)
+{
+	g_autoptr(JsonParser) parser = json_parser_new();
+
+	if (!json_parser_load_from_data(parser, qmp->frame.text->str, qmp->frame.text->len, NULL) ||
+	    !JSON_NODE_HOLDS_OBJECT(json_parser_get_root(parser)))
+		return NULL;
+	return json_parser_steal_root(parser);
 }
 
 static gboolean deliver(PrQmp *qmp)
 {
-	g_autoptr(JsonParser) parser = json_parser_new_immutable();
+	g_autoptr(JsonNode) root = parse(qmp);
 	JsonObject *object;
 
-	if (!json_parser_load_from_data(parser, qmp->frame.text->str, qmp->frame.text->len, NULL) ||
-	    !JSON_NODE_HOLDS_OBJECT(json_parser_get_root(parser))) {
+	if (!root) {
 		fail_garbage(qmp, "what came is not JSON");
 		return FALSE;
 	}
-	object = json_node_get_object(json_parser_get_root(parser));
+	object = json_node_get_object(root);
 	if (json_object_has_member(object, "event")) {
 		deliver_event(qmp, object);
 	} else if (json_object_has_member(object, "QMP")) {
@@ -132,7 +145,7 @@ static gboolean deliver(PrQmp *qmp)
 		g_cond_broadcast(&qmp->cond);
 		g_mutex_unlock(&qmp->lock);
 	} else {
-		deliver_answer(qmp, object);
+		deliver_answer(qmp, g_steal_pointer(&root));
 	}
 	return TRUE;
 }
@@ -299,8 +312,8 @@ static JsonNode *result_of(PrQmp *qmp, const char *command, JsonObject *answer, 
 	return NULL;
 }
 
-static JsonObject *exchange(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
-			    GError **error)
+static JsonNode *exchange(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
+			  GError **error)
 {
 	g_autofree char *text = NULL;
 	Call call = {0};
@@ -325,11 +338,11 @@ JsonNode *pr_qmp_execute(PrQmp *qmp, const char *command, JsonObject *arguments,
 			 GError **error)
 {
 	g_autoptr(GError) cause = NULL;
-	g_autoptr(JsonObject) answer = exchange(qmp, command, arguments, fd, &cause);
+	g_autoptr(JsonNode) answer = exchange(qmp, command, arguments, fd, &cause);
 
 	/* An answer may arrive in the moment of giving up: then it counts. */
 	if (answer)
-		return result_of(qmp, command, answer, error);
+		return result_of(qmp, command, json_node_get_object(answer), error);
 	g_propagate_error(error, g_steal_pointer(&cause));
 	return NULL;
 }
