@@ -1,0 +1,569 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The two-host RoCE lab, for tests and for the program `lab`.
+
+    with Lab(build="build") as lab:
+        print(lab.a.run("ibv_devinfo").stdout)
+        server = lab.b.popen("ib_read_lat", "-d", "rxe1", "-R")
+        lab.a.run("ib_read_lat", "-d", "rxe1", "-R", "10.88.1.2", check=True)
+        lab.cut(1)
+
+Two virtual machines, a and b, see this machine's root file system read-only; what they write to is
+memory of their own, and lab.share, a directory that is the same here and on both. Rail 1 and 2 join
+eth1 and eth2 of one with those of the other; rxe1 and rxe2 are on top.
+
+    a  10.88.1.1 eth1, rxe1 ────── rxe1, eth1 10.88.1.2  b
+       10.88.2.1 eth2, rxe2 ────── rxe2, eth2 10.88.2.2
+
+The lab belongs to the thread that started it: when that ends, in whatever way, so do the machines."""
+
+import ctypes
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+
+import channel
+from channel import Connection, HostGone, LabError, Port, Process
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+QEMU = "qemu-system-x86_64"
+HOSTS = ("a", "b")
+RAILS = (1, 2)
+BOOT_SECONDS = {"kvm": 20, "tcg": 180}
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG = 1
+
+# What can be done to a rail from inside of a host, and how it is undone: actions of vm/rail.
+FAULTS = {
+    "link-down": "link-up",
+    "address-del": "address-add",
+    "rdma-del": "rdma-add",
+    "blackhole": "unblackhole",
+}
+
+KERNEL = "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr mitigations=off rcupdate.rcu_cpu_stall_suppress=1"
+
+
+@dataclass
+class Spec:
+    """What the hosts are like."""
+
+    build: str = "build"  # the build directory; what the hosts boot from is kept there
+    accel: str = "auto"  # kvm, tcg, auto
+    memory_mb: int = 1024  # each
+    cpus: int = 0  # each; 0: 2 under KVM, 1 under TCG
+    visible: list = field(default_factory=list)  # directories to be seen even in /tmp and the like
+
+
+@dataclass
+class Result:
+    """How a command on a host ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Host:
+    """One of the two machines."""
+
+    def __init__(self, directory, name):
+        self.directory = directory
+        self.name = name
+        self.number = HOSTS.index(name) + 1
+
+    def address(self, rail):
+        return f"10.88.{rail}.{self.number}"
+
+    def port(self, seconds=10):
+        return Port(self.directory, self.name, seconds)
+
+    # Commands
+
+    def popen(self, *argv, env=None, cwd="/", tty=None, out=None, err=None):
+        """Starts a command; see channel.Process."""
+        return Process(self.port(), [str(word) for word in argv], env, cwd, tty, out, err)
+
+    def run(self, *argv, timeout=60, check=False, input=b"", **kind):
+        """Runs a command to its end; check: a failure is an exception."""
+        process = self.popen(*argv, **kind)
+        try:
+            if input:
+                process.write(input)
+            process.write(b"")
+            code = process.wait(timeout)
+        finally:
+            process.close()
+        result = Result(code, process.output("out"), process.output("err"))
+        if check and code:
+            what = " ".join(map(str, argv))
+            raise LabError(f"{what} on host {self.name}: exit code {code}: {process.output().strip()}")
+        return result
+
+    def connect(self, path):
+        """A socket that is connected to a unix socket on this host (a monitor, say). Raises OSError."""
+        return Connection(self.port(), path).socket
+
+    # Time
+
+    def clock_offset(self, rounds=10):
+        """What this host's CLOCK_REALTIME is ahead of ours, and how wrong that may be, in seconds."""
+        port = self.port()
+        try:
+            best = None
+            for _ in range(rounds):
+                sent = time.time_ns()
+                there = port.ask("time", 10)["time"]
+                received = time.time_ns()
+                error = (received - sent) / 2
+                if best is None or error < best[1]:
+                    best = (there - (sent + received) / 2, error)
+            return best[0] / 1e9, best[1] / 1e9
+        finally:
+            port.close()
+
+    def set_clock(self):
+        """Sets this host's clock to ours, as near as the channel is quick."""
+        offset, _ = self.clock_offset()
+        port = self.port()
+        try:
+            port.ask("shift-time", 10, by=round(-offset * 1e9))
+        finally:
+            port.close()
+
+    # Faults
+
+    def rail(self, action, rail):
+        return self.run(os.path.join(HERE, "vm", "rail"), action, rail, check=True).stdout
+
+    def inject(self, fault, rail):
+        """One of FAULTS."""
+        self.rail(fault, rail)
+
+    def undo(self, fault, rail):
+        self.rail(FAULTS[fault], rail)
+
+    def set_carrier(self, rail, up):
+        """Plugs this host's end of a rail in or pulls it out, from outside."""
+        self.qmp("set_link", name=f"rail{rail}", up=up)
+
+    # The machine
+
+    def qmp(self, command, /, **arguments):
+        """One command to the QEMU of this host. Connects each time: several users can take turns."""
+        with Monitor(os.path.join(self.directory, f"{self.name}.qmp"), self.name) as monitor:
+            return monitor.command(command, **arguments)
+
+    def console(self):
+        """What the kernel and the init scripts have printed."""
+        try:
+            with open(os.path.join(self.directory, f"{self.name}.console"), errors="replace") as console:
+                return console.read()
+        except FileNotFoundError:
+            return ""
+
+
+class Monitor:
+    """QMP, for one command."""
+
+    def __init__(self, path, host):
+        self.host = host
+        self.port = socket.socket(socket.AF_UNIX)
+        self.port.settimeout(10)
+        try:
+            self.port.connect(path)
+            self.lines = self.port.makefile("rb")
+            self._answer("QMP")
+            self.command("qmp_capabilities")
+        except OSError as error:
+            self.port.close()
+            raise HostGone(f"host {host} cannot be reached ({error.strerror}): is the lab up?") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.lines.close()
+        self.port.close()
+
+    def _answer(self, *keys):
+        for line in self.lines:
+            message = json.loads(line)
+            if any(key in message for key in keys):
+                return message
+        raise HostGone(f"host {self.host} has ended")
+
+    def command(self, name, /, **arguments):
+        self.port.sendall(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
+        message = self._answer("return", "error")
+        if "error" in message:
+            raise LabError(f"QEMU of host {self.host}: {name}: {message['error'].get('desc')}")
+        return message["return"]
+
+
+class Machine:
+    """A QEMU that runs a host, known by its process id and start time."""
+
+    def __init__(self, pid, start):
+        self.pid = pid
+        self.start = start
+        self.popen = None  # if it is our child
+
+    @classmethod
+    def launch(cls, argv, log, ours):
+        """ours: it ends with us; else it lives on until somebody ends it."""
+
+        def die_with_parent():
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+        popen = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=die_with_parent if ours else None,
+            start_new_session=True,
+        )
+        machine = cls(popen.pid, start_time(popen.pid))
+        machine.popen = popen
+        return machine
+
+    def alive(self):
+        if self.popen:
+            return self.popen.poll() is None
+        return start_time(self.pid) == self.start
+
+    def kill(self):
+        if self.alive():
+            os.kill(self.pid, signal.SIGKILL)
+        if self.popen:
+            self.popen.wait()
+        else:
+            wait_until(f"process {self.pid} is gone", 10, lambda: not self.alive())
+
+
+def start_time(pid):
+    """When a process was started, in the kernel's ticks; None: there is none, or only its remains."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def wait_until(what, seconds, probe, interval=0.02):
+    """Returns probe()'s first true value."""
+    deadline = time.monotonic() + seconds
+    while not (value := probe()):
+        if time.monotonic() > deadline:
+            raise LabError(f"waited {seconds} s in vain: {what}")
+        time.sleep(interval)
+    return value
+
+
+def default_directory():
+    """Where `lab` keeps its lab, unless told: one for each user."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return os.path.join(runtime, "postroad-lab") if runtime else f"/tmp/postroad-lab-{os.getuid()}"
+
+
+@dataclass
+class Accel:
+    """The accelerator to try, and the one to take if the hosts do not come up with it."""
+
+    first: str
+    second: str = None
+
+
+def choose_accel(wanted):
+    """There are machines with a /dev/kvm that no guest gets far with: "auto" finds out by booting."""
+    wanted = os.environ.get("POSTROAD_ACCEL", "auto") if wanted == "auto" else wanted
+    if wanted not in ("auto", "kvm", "tcg"):
+        raise LabError(f"accelerator {wanted!r} is none of kvm, tcg, auto (--accel, POSTROAD_ACCEL)")
+    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
+    if wanted == "kvm" and not usable:
+        raise LabError("accelerator kvm: /dev/kvm cannot be opened; take tcg (--accel, POSTROAD_ACCEL)")
+    if wanted == "auto":
+        return Accel("kvm", "tcg") if usable else Accel("tcg")
+    return Accel(wanted)
+
+
+class DirectoryLock:
+    """Keeps others from starting a lab in the same directory at the same time."""
+
+    def __init__(self, directory):
+        self.fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+
+
+class Lab:
+    """Both hosts, from start to stop. Either start() it, or attach to a running one."""
+
+    def __init__(self, directory=None, ours=True, **spec):
+        """directory: where its sockets and logs are; a new one in /tmp by default, removed at the end.
+        ours: the hosts end with us. The rest: see Spec."""
+        self.spec = Spec(**spec)
+        self.ours = ours
+        self.directory = os.path.abspath(directory or tempfile.mkdtemp(prefix="postroad-lab-"))
+        self.share = os.path.join(self.directory, "share")
+        self.a, self.b = self.hosts = tuple(Host(self.directory, name) for name in HOSTS)
+        self.machines = []
+        self.accel = None
+
+    @classmethod
+    def attach(cls, directory):
+        """The lab that runs with that directory."""
+        lab = cls(directory)
+        try:
+            with open(lab._file("lab.json")) as file:
+                state = json.load(file)
+        except FileNotFoundError:
+            raise LabError(f"there is no lab in {directory}: start it with 'lab up'") from None
+        lab.accel = state["accel"]
+        lab.spec = Spec(**state["spec"])
+        lab.machines = [Machine(*machine) for machine in state["machines"]]
+        return lab
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def host(self, name):
+        return self.hosts[HOSTS.index(name)]
+
+    def _file(self, name):
+        return os.path.join(self.directory, name)
+
+    # Start and stop
+
+    def start(self):
+        """Boots both hosts, and returns when they take commands and both rails carry."""
+        if len(self._file("a.99.lock")) > 100:
+            raise LabError(f"{self.directory}: too long for the names of unix sockets; choose another --dir")
+        os.makedirs(self.share, mode=0o700, exist_ok=True)
+        with DirectoryLock(self.directory):
+            if self._runs():
+                raise LabError(f"a lab runs in {self.directory} already: end it with 'lab down'")
+            try:
+                self._start()
+            except BaseException:
+                self.stop()
+                raise
+
+    def _runs(self):
+        """Whether machines are left of a lab with this directory."""
+        try:
+            return any(machine.alive() for machine in Lab.attach(self.directory).machines)
+        except LabError:
+            return False
+
+    def _start(self):
+        self._remove_files()
+        accel = choose_accel(self.spec.accel)
+        self._build_image()
+        self._configure_hosts()
+        try:
+            self._boot(accel.first)
+        except LabError:
+            if not accel.second:
+                raise
+            self._end_machines()
+            self._boot(accel.second)
+        for host in self.hosts:
+            host.set_clock()
+        self._check_rails()
+
+    def _boot(self, accel):
+        self.accel = accel
+        with open(self._file("qemu.log"), "ab") as log:
+            for host in self.hosts:
+                self.machines.append(Machine.launch(self._argv(host), log, self.ours))
+                self._remember()
+                self._wait_rails_offered()
+        for host in self.hosts:
+            self._wait_booted(host)
+
+    def _wait_rails_offered(self):
+        """The second host connects to the first one's ends of the rails."""
+        ends = [self._file(f"rail{rail}") for rail in RAILS]
+
+        def offered():
+            self._expect_alive()
+            return all(map(os.path.exists, ends))
+
+        wait_until("QEMU of host a offers the rails", 20, offered)
+
+    def _build_image(self):
+        self.image = os.path.abspath(os.path.join(self.spec.build, "soft-roce"))
+        done = subprocess.run(
+            [os.path.join(HERE, "build-image"), self.image],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise LabError(done.stderr.strip() or f"soft-roce/build-image: exit code {done.returncode}")
+
+    def _configure_hosts(self):
+        visible = [ROOT, os.path.abspath(self.spec.build), *map(os.path.abspath, self.spec.visible)]
+        values = {
+            "tree": HERE,
+            "share": self.share,
+            "modules": os.path.join(self.image, "root"),
+            "visible": "\n".join(visible),
+        }
+        for host in self.hosts:
+            with open(os.path.join(self.share, f"{host.name}.conf"), "w") as conf:
+                conf.writelines(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
+
+    def _argv(self, host):
+        cpus = self.spec.cpus or (2 if self.accel == "kvm" else 1)
+        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot"]
+        argv += ["-name", f"postroad-lab-{host.name}", "-M", "pc", "-accel", self.accel, "-cpu", "max"]
+        argv += ["-smp", str(cpus), "-m", str(self.spec.memory_mb)]
+        argv += ["-kernel", f"{self.image}/vmlinuz", "-initrd", f"{self.image}/initrd.gz"]
+        argv += ["-append", f"{KERNEL} lab_host={host.name}"]
+        argv += ["-serial", f"file:{self._file(host.name)}.console"]
+        argv += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
+        argv += ["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]
+        argv += ["-fsdev", f"local,id=share,path={comma_safe(self.share)},security_model=none"]
+        argv += ["-device", "virtio-9p-pci,fsdev=share,mount_tag=lab"]
+        argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"]
+        return argv + self._rails(host) + self._ports(host)
+
+    def _rails(self, host):
+        argv = []
+        for rail in RAILS:
+            path = comma_safe(self._file(f"rail{rail}"))
+            server = "on" if host is self.a else "off"
+            argv += ["-netdev", f"stream,id=net{rail},server={server},addr.type=unix,addr.path={path}"]
+            mac = f"52:54:00:88:0{rail}:0{host.number}"
+            argv += ["-device", f"virtio-net-pci,id=rail{rail},netdev=net{rail},mac={mac},romfile="]
+        return argv
+
+    def _ports(self, host):
+        argv = ["-device", f"virtio-serial-pci,max_ports={channel.PORTS + 1}"]
+        for number in range(1, channel.PORTS + 1):
+            path = comma_safe(self._file(f"{host.name}.{number}"))
+            argv += ["-chardev", f"socket,id=port{number},path={path},server=on,wait=off"]
+            argv += ["-device", f"virtserialport,nr={number},chardev=port{number}"]
+        path = comma_safe(self._file(f"{host.name}.qmp"))
+        return argv + ["-qmp", f"unix:{path},server=on,wait=off"]
+
+    def _remember(self):
+        state = {
+            "accel": self.accel,
+            "spec": asdict(self.spec),
+            "machines": [(machine.pid, machine.start) for machine in self.machines],
+        }
+        with open(self._file("lab.json.new"), "w") as file:
+            json.dump(state, file)
+        os.rename(self._file("lab.json.new"), self._file("lab.json"))
+
+    def _expect_alive(self):
+        for host, machine in zip(self.hosts, self.machines):
+            if not machine.alive():
+                with open(self._file("qemu.log"), errors="replace") as log:
+                    said = (log.read() + host.console()).strip()[-1500:]
+                raise LabError(f"host {host.name} has ended: {said}")
+
+    def _wait_booted(self, host):
+        def ready():
+            self._expect_alive()
+            return "lab: ready" in host.console()
+
+        try:
+            wait_until(f"host {host.name} boots under {self.accel}", BOOT_SECONDS[self.accel], ready)
+        except LabError as error:
+            raise LabError(f"{error}; its console: {host.console()[-1500:]}") from None
+
+    def _check_rails(self):
+        for host in self.hosts:
+            for rail in RAILS:
+                state = host.rail("state", rail)
+                if host.address(rail) not in state or "state ACTIVE" not in state:
+                    raise LabError(f"host {host.name}: rail {rail} is not up: {state}{host.console()[-1500:]}")
+
+    def stop(self):
+        """Ends the hosts and removes what they left. May be repeated."""
+        self._end_machines()
+        shutil.rmtree(self.share, ignore_errors=True)
+        try:
+            os.rmdir(self.directory)
+        except OSError:
+            pass  # holds something of its owner's, or is not there
+
+    def _end_machines(self):
+        for machine in self.machines:
+            machine.kill()
+        self.machines = []
+        self._remove_files()
+
+    def _remove_files(self):
+        """Only what a lab makes: the directory may be somebody's choice."""
+        names = ["lab.json", "lab.json.new", "qemu.log", *(f"rail{rail}" for rail in RAILS)]
+        for host in HOSTS:
+            names += [f"{host}.qmp", f"{host}.console"]
+            for number in range(1, channel.PORTS + 1):
+                names += [f"{host}.{number}", f"{host}.{number}.lock"]
+        for name in names:
+            try:
+                os.unlink(self._file(name))
+            except FileNotFoundError:
+                pass
+
+    # Rails
+
+    def cut(self, rail, host=None):
+        """Pulls the cable, at both ends or only at one host's, from outside of the hosts."""
+        for each in self._ends(host):
+            each.set_carrier(rail, False)
+
+    def mend(self, rail, host=None):
+        """Undoes cut()."""
+        for each in self._ends(host):
+            each.set_carrier(rail, True)
+
+    def inject(self, fault, rail, host=None):
+        """One of FAULTS, on both hosts or on one."""
+        for each in self._ends(host):
+            each.inject(fault, rail)
+
+    def undo(self, fault, rail, host=None):
+        for each in self._ends(host):
+            each.undo(fault, rail)
+
+    def restore(self, rail):
+        """Makes a rail whole, whatever was done to it."""
+        self.mend(rail)
+        for host in self.hosts:
+            host.rail("setup", rail)
+
+    def _ends(self, host):
+        if host is None:
+            return self.hosts
+        return (self.host(host) if isinstance(host, str) else host,)
+
+
+def comma_safe(path):
+    """As QEMU's option parser wants a path."""
+    return path.replace(",", ",,")
