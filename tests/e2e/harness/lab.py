@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Everything one test or one demo needs, made at the start and gone at the end."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ class Lab:
         self.accel = accel
         self.keep = keep
         self.processes = []
-        self.sanitizer_env = {"ASAN_OPTIONS": "abort_on_error=0:detect_leaks=1", "UBSAN_OPTIONS": "halt_on_error=1"}
+        self.sanitizer_env = sanitizer_env()
         self.directory = tempfile.mkdtemp(prefix="postroad-")
         self.network = None
 
@@ -66,9 +67,11 @@ class Lab:
 
     def kill_tree(self, process):
         """Kills a process that has forked, with its children."""
-        for child in children_of(process.pid):
-            os.kill(child, signal.SIGKILL)
+        children = children_of(process.pid)
         process.kill()
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):  # ended with its parent
+                os.kill(child, signal.SIGKILL)
 
     def logs(self, lines=25):
         """The ends of all logs, for a failure's report."""
@@ -78,6 +81,16 @@ class Lab:
             out.append(f"--- {process.name} (exit {process.exit_code()})")
             out += tail
         return "\n".join(out)
+
+
+def sanitizer_env():
+    """For engines that are built with sanitizers; the others don't look."""
+    suppressions = os.path.join(os.path.dirname(__file__), "..", "..", "lsan.supp")
+    return {
+        "ASAN_OPTIONS": "detect_leaks=1",
+        "LSAN_OPTIONS": f"suppressions={os.path.abspath(suppressions)}:print_suppressions=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
 
 
 def children_of(pid):
