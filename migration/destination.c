@@ -38,6 +38,13 @@ static void refuse(PrHelloAck *ack, const char *format, ...)
 	ack->status = PR_HELLO_REFUSED;
 }
 
+/* A human has paused this side: a source that comes by itself is to wait for a human, too. */
+static void hold(PrHelloAck *ack)
+{
+	refuse(ack, "this side was paused by hand; resume it by hand (migrate -r)");
+	ack->status = PR_HELLO_HELD;
+}
+
 static PrProgress progress_of(PrMigration *m, const PrFaultStats *stats)
 {
 	uint64_t received = pr_ram_received_bytes(m->ram), zero = pr_ram_zero_bytes(m->ram);
@@ -76,6 +83,10 @@ static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 		refuse(ack,
 		       "epoch %" G_GUINT64_FORMAT " is over; the current one is %" G_GUINT64_FORMAT,
 		       hello->epoch, m->binding.epoch);
+	else if (m->held && hello->resume == PR_RESUME_AUTOMATIC)
+		hold(ack);
+	if (ack->status == PR_HELLO_OK)
+		m->held = FALSE;
 	if (ack->status != PR_HELLO_OK || state == PR_STATE_POSTCOPY_PAUSED)
 		return;
 	superseded =
@@ -109,6 +120,7 @@ static void judge_new(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 	g_clear_pointer(&m->error_desc, g_free);
 	memset(&m->fault_stats, 0, sizeof(m->fault_stats));
 	m->pages_at_pause = 0;
+	m->held = FALSE;
 }
 
 static PrNewcomer *newcomer_new(PrControl *control, const PrHello *hello, PrListener *listener)
@@ -148,7 +160,7 @@ void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *
 	pr_newcomer_free(old);
 	if (ack.status == PR_HELLO_OK)
 		return;
-	if (ack.status == PR_HELLO_REFUSED)
+	if (ack.status != PR_HELLO_COMPLETED)
 		g_message("refused a connection from %s: %s", pr_control_peer(control), ack.reason);
 	pr_control_answer(control, &ack, NULL);
 	pr_control_free(control);
@@ -402,9 +414,10 @@ static gboolean take_reason(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 
 	if (!pr_reason_decode(msg->body, msg->length, reason, error))
 		return FALSE;
-	if (msg->type == PR_MSG_PAUSE)
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER, "the source has paused: %s",
-			    reason);
+	if (msg->type != PR_MSG_ERROR)
+		g_set_error(error, PR_PATH_ERROR,
+			    msg->type == PR_MSG_HOLD ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_PEER,
+			    "the source has paused: %s", reason);
 	else
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER,
 			    "the source has given up: %s", reason);
@@ -433,6 +446,7 @@ static const struct Command {
 	{PR_CMD_RECV_BITMAP, IN(POSTCOPY_RECOVER), take_recv_bitmap},
 	{PR_CMD_POSTCOPY_RESUME, IN(POSTCOPY_RECOVER), take_resume},
 	{PR_MSG_PAUSE, IN_ANY, take_reason},
+	{PR_MSG_HOLD, IN_ANY, take_reason},
 	{PR_MSG_ERROR, IN_ANY, take_reason},
 };
 

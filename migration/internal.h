@@ -79,7 +79,11 @@ struct PrMigration {
 	PrFaultStats fault_stats; /* of a fault thread that has ended */
 
 	/* source */
-	GPtrArray *uris;     /* PrUri*: of the next attempt; taken by the migration thread */
+	GPtrArray *uris;     /* PrUri*: all known paths, the preferred ones first; replaced, never
+			      * changed */
+	guint n_asked;	     /* so many of them were named by the last command */
+	char *last_path;     /* text of the URI that connected last */
+	PrResume resume;     /* what kind of recovery RECOVER_SETUP is */
 	uint32_t pong;	     /* the last one received */
 	guint bitmaps_due;   /* RECV_BITMAP answers still missing */
 	PrProgress progress; /* as the destination last reported it */
@@ -90,6 +94,7 @@ struct PrMigration {
 	gboolean guest_was_running; /* on the source, when it was stopped */
 
 	uint64_t pages_at_pause;
+	gboolean held; /* either side: a human has paused; automatic recovery waits for a human */
 
 	/* destination, the load thread's own: no lock */
 	int uffd;

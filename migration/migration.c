@@ -147,9 +147,12 @@ static void cut(PrMigration *m, PrAction action, const GError *error)
 		return;
 	/* What the peer told us it need not hear back. */
 	if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER) &&
+	    !g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD) &&
 	    !g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER))
 		pr_control_farewell(m->conn->control,
-				    action == PR_ACTION_UNDO ? PR_MSG_ERROR : PR_MSG_PAUSE,
+				    action == PR_ACTION_UNDO ? PR_MSG_ERROR
+				    : m->held		     ? PR_MSG_HOLD
+							     : PR_MSG_PAUSE,
 				    error->message);
 	pr_control_shutdown(m->conn->control, error);
 	if (m->conn->path)
@@ -161,6 +164,10 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 	PrEvent event = event_of(error);
 	PrAction action = pr_migration_step_locked(m, event, m->sm.role, error->message);
 
+	if (action != PR_ACTION_REFUSE && g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD)) {
+		m->held = TRUE;
+		g_cond_broadcast(&m->changed);
+	}
 	if (action != PR_ACTION_UNDO && action != PR_ACTION_PAUSE)
 		return action;
 	if (!m->failure)
@@ -398,6 +405,7 @@ void pr_migration_free(PrMigration *m)
 	g_queue_clear_full(&m->notices, (GDestroyNotify)notice_free);
 	g_free(m->reason);
 	g_free(m->error_desc);
+	g_free(m->last_path);
 	g_mutex_clear(&m->lock);
 	g_cond_clear(&m->changed);
 	g_free(m);
@@ -449,6 +457,7 @@ static void become_source(PrMigration *m)
 	m->binding.epoch = 0;
 	memset(&m->progress, 0, sizeof(m->progress));
 	m->pages_at_pause = 0;
+	m->held = FALSE;
 	g_clear_pointer(&m->error_desc, g_free);
 }
 
@@ -467,14 +476,46 @@ static gboolean start_locked(PrMigration *m, GPtrArray *uris, GError **error)
 	become_source(m);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);
 	m->uris = g_ptr_array_ref(uris);
+	m->n_asked = uris->len;
+	m->resume = PR_RESUME_NO;
 	pr_migration_begin_attempt(m);
 	return TRUE;
+}
+
+static gboolean is_listed(GPtrArray *uris, const PrUri *uri)
+{
+	for (guint i = 0; i < uris->len; i++)
+		if (strcmp(((PrUri *)g_ptr_array_index(uris, i))->text, uri->text) == 0)
+			return TRUE;
+	return FALSE;
+}
+
+/* These first, then what was listed before. With the lock held. */
+static void prefer_uris(PrMigration *m, GPtrArray *uris)
+{
+	GPtrArray *all = g_ptr_array_new_with_free_func((GDestroyNotify)pr_uri_free);
+
+	for (guint i = 0; i < uris->len; i++)
+		g_ptr_array_add(all, pr_uri_copy(g_ptr_array_index(uris, i)));
+	for (guint i = 0; i < m->uris->len; i++)
+		if (!is_listed(uris, g_ptr_array_index(m->uris, i)))
+			g_ptr_array_add(all, pr_uri_copy(g_ptr_array_index(m->uris, i)));
+	m->n_asked = uris->len;
+	g_ptr_array_unref(m->uris);
+	m->uris = all;
 }
 
 static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 {
 	gboolean mine = m->sm.role == PR_ROLE_SOURCE;
+	g_autoptr(GError) outranked =
+		g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "migrate -r was asked for");
 
+	/* A human's word ends an automatic attempt. */
+	if (mine && m->resume == PR_RESUME_AUTOMATIC &&
+	    (m->sm.state == PR_STATE_POSTCOPY_RECOVER_SETUP ||
+	     m->sm.state == PR_STATE_POSTCOPY_RECOVER))
+		pr_migration_failed_locked(m, outranked);
 	if (!mine || pr_migration_step_locked(m, PR_EVENT_RESUME, PR_ROLE_SOURCE,
 					      "a recovery was asked for") == PR_ACTION_REFUSE) {
 		set_state_error(m, "migrate -r",
@@ -483,8 +524,9 @@ static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 				error);
 		return FALSE;
 	}
-	g_clear_pointer(&m->uris, g_ptr_array_unref);
-	m->uris = g_ptr_array_ref(uris);
+	m->resume = PR_RESUME_ASKED;
+	m->held = FALSE;
+	prefer_uris(m, uris);
 	return TRUE;
 }
 
@@ -580,10 +622,14 @@ gboolean pr_migration_pause(PrMigration *m, GError **error)
 						      "migrate_pause was asked for");
 
 	g_mutex_lock(&m->lock);
-	gboolean fit = pr_state_is_postcopy(m->sm.state) && m->sm.state != PR_STATE_POSTCOPY_PAUSED;
-	if (fit)
+	gboolean paused = m->sm.state == PR_STATE_POSTCOPY_PAUSED;
+	/* Pausing what is paused keeps it from recovering by itself. */
+	gboolean fit = pr_state_is_postcopy(m->sm.state) && !(paused && m->held);
+	if (fit) {
+		m->held = TRUE;
 		pr_migration_failed_locked(m, asked);
-	else
+	}
+	if (!fit)
 		set_state_error(m, "migrate_pause", "only a migration in postcopy can be paused",
 				error);
 	g_mutex_unlock(&m->lock);

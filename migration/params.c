@@ -37,6 +37,9 @@ static const PrCapabilityInfo capability_table[PR_N_CAPABILITIES] = {
 	[PR_CAP_EVENTS] = {"events", TRUE, FALSE, "send MIGRATION events to QMP clients"},
 	[PR_CAP_ZERO_PAGES] = {"zero-pages", TRUE, FALSE,
 			       "look for zero pages and send only their numbers"},
+	[PR_CAP_AUTO_RECOVER] = {"auto-recover", TRUE, FALSE,
+				 "when a path is lost and more than one is listed, recover over "
+				 "another one without being asked"},
 };
 
 const PrParamInfo *pr_param_info(PrParam param)

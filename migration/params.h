@@ -33,6 +33,7 @@ typedef enum PrCapability {
 	PR_CAP_RETURN_PATH,  /* fixed on */
 	PR_CAP_EVENTS,	     /* send MIGRATION events to monitors */
 	PR_CAP_ZERO_PAGES,   /* look for zero pages on the source and send only their numbers */
+	PR_CAP_AUTO_RECOVER, /* recover over another path by itself, when more than one is listed */
 	PR_N_CAPABILITIES
 } PrCapability;
 

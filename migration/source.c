@@ -15,7 +15,10 @@
 #include "migration/bitmap.h"
 #include "migration/internal.h"
 
-#define ZERO_SCAN_STEP (8u * 1024 * 1024) /* bytes between two looks at the state */
+#define ZERO_SCAN_STEP	   (8u * 1024 * 1024) /* bytes between two looks at the state */
+#define BACKOFF_MIN_US	   (100 * 1000)	      /* between automatic recoveries, doubling */
+#define BACKOFF_MAX_US	   (2 * G_USEC_PER_SEC)
+#define CAPABILITY_LOOK_US (200 * 1000) /* between two looks whether auto-recover was switched on */
 
 /* Waits with the lock held until `*value` is `wanted` or the attempt has failed. */
 static gboolean wait_value(PrMigration *m, const uint32_t *value, uint32_t wanted, GError **error)
@@ -88,8 +91,9 @@ static gboolean take_reason(const PrMsg *msg, GError **error)
 
 	if (!pr_reason_decode(msg->body, msg->length, reason, error))
 		return FALSE;
-	if (msg->type == PR_MSG_PAUSE)
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER,
+	if (msg->type != PR_MSG_ERROR)
+		g_set_error(error, PR_PATH_ERROR,
+			    msg->type == PR_MSG_HOLD ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_PEER,
 			    "the destination has paused: %s", reason);
 	else
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER,
@@ -111,6 +115,7 @@ static gboolean take_message(PrMigration *m, const PrMsg *msg, GError **error)
 	case PR_RP_SHUT:
 		return take_shut(m, msg, error);
 	case PR_MSG_PAUSE:
+	case PR_MSG_HOLD:
 	case PR_MSG_ERROR:
 		return take_reason(msg, error);
 	default:
@@ -160,7 +165,7 @@ static gboolean send_grants(PrConn *conn, GError **error)
 	return TRUE;
 }
 
-static PrControl *say_hello(PrMigration *m, PrConn *conn, gboolean resume, PrHelloAck *ret_ack,
+static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHelloAck *ret_ack,
 			    GError **error)
 {
 	g_autofree PrWireBlock *blocks = pr_ram_wire_blocks(m->ram);
@@ -197,7 +202,7 @@ static gboolean open_lanes(PrConn *conn, uint16_t data_port, GError **error)
 
 /* Connects one path. On failure returns NULL, with everything closed again. *ret_completed: the
  * destination says that it needs us no more; then NULL too, without an error. */
-static PrConn *connect_path(PrMigration *m, const PrUri *uri, gboolean resume,
+static PrConn *connect_path(PrMigration *m, const PrUri *uri, PrResume resume,
 			    gboolean *ret_completed, GError **error)
 {
 	PrConn *conn = g_new0(PrConn, 1);
@@ -244,11 +249,37 @@ static gboolean attempt_failed(PrMigration *m)
 	return failed;
 }
 
-/* Tries the paths in order; the first that connects is taken. A peer that refuses us ends it. */
-static PrConn *connect_any(PrMigration *m, gboolean resume, gboolean *ret_completed, GError **error)
+/* The paths of this attempt, in the order in which to try them: those that a human has named; by itself,
+ * all that are known, beginning behind the one that was lost. With the lock held. */
+static GPtrArray *paths_to_try(PrMigration *m)
+{
+	GPtrArray *paths = g_ptr_array_new_with_free_func((GDestroyNotify)pr_uri_free);
+	gboolean automatic = m->resume == PR_RESUME_AUTOMATIC;
+	guint n = automatic ? m->uris->len : m->n_asked;
+	guint first = 0;
+
+	for (guint i = 0; automatic && i < n; i++)
+		if (g_strcmp0(((PrUri *)g_ptr_array_index(m->uris, i))->text, m->last_path) == 0)
+			first = i + 1;
+	for (guint i = 0; i < n; i++)
+		g_ptr_array_add(paths, pr_uri_copy(g_ptr_array_index(m->uris, (first + i) % n)));
+	return paths;
+}
+
+static void note_last_path(PrMigration *m, const PrUri *uri)
 {
 	g_mutex_lock(&m->lock);
-	g_autoptr(GPtrArray) uris = g_ptr_array_ref(m->uris);
+	g_free(m->last_path);
+	m->last_path = g_strdup(uri->text);
+	g_mutex_unlock(&m->lock);
+}
+
+/* Tries the paths in order; the first that connects is taken. A peer that refuses us ends it. */
+static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	g_autoptr(GPtrArray) uris = paths_to_try(m);
+	PrResume resume = m->resume;
 	g_mutex_unlock(&m->lock);
 
 	*ret_completed = FALSE;
@@ -256,11 +287,14 @@ static PrConn *connect_any(PrMigration *m, gboolean resume, gboolean *ret_comple
 		const PrUri *uri = g_ptr_array_index(uris, i);
 		g_autoptr(GError) why = NULL;
 		PrConn *conn = connect_path(m, uri, resume, ret_completed, &why);
+		if (conn)
+			note_last_path(m, uri);
 		if (conn || *ret_completed)
 			return conn;
 		record_failure(m, uri, why);
 		if (i + 1 == uris->len || attempt_failed(m) ||
-		    g_error_matches(why, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED)) {
+		    g_error_matches(why, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED) ||
+		    g_error_matches(why, PR_PATH_ERROR, PR_PATH_ERROR_HELD)) {
 			g_propagate_error(error, g_steal_pointer(&why));
 			return NULL;
 		}
@@ -431,7 +465,7 @@ static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
 
 	if (!prepare_guest(m, error))
 		return FALSE;
-	PrConn *conn = connect_any(m, /* resume= */ FALSE, &completed, error);
+	PrConn *conn = connect_any(m, &completed, error);
 	if (!conn && completed)
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
 			    "the destination says that a new migration is complete");
@@ -458,14 +492,20 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 
 /* ---- postcopy ---- */
 
-static PrState wait_while(PrMigration *m, PrState state)
+static void wait_while_active(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
-	while (m->sm.state == state && !m->quit)
+	while (m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit)
 		g_cond_wait(&m->changed, &m->lock);
-	PrState now = m->sm.state;
 	g_mutex_unlock(&m->lock);
-	return now;
+}
+
+static gboolean is_over(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	gboolean over = m->quit || pr_state_is_over(m->sm.state);
+	g_mutex_unlock(&m->lock);
+	return over;
 }
 
 static gboolean scan_extent(PrMigration *m, Ranges *ranges, const PrRamBlock *block, uint64_t start,
@@ -501,6 +541,37 @@ static void send_zero_pages(PrMigration *m, PrConn *conn)
 	}
 }
 
+/* Whether this pause is ours to end. With the lock held. */
+static gboolean may_recover_alone(PrMigration *m)
+{
+	return m->sm.state == PR_STATE_POSTCOPY_PAUSED && !m->held && !m->quit &&
+	       m->uris->len > 1 && pr_capability(m->params, PR_CAP_AUTO_RECOVER);
+}
+
+/* Waits in postcopy-paused for a human, or for the time of the next automatic attempt. */
+static void wait_for_recovery(PrMigration *m, guint attempts)
+{
+	gint64 due =
+		g_get_monotonic_time() +
+		(attempts == 0 ? 0 : MIN(BACKOFF_MIN_US << MIN(attempts - 1, 10), BACKOFF_MAX_US));
+
+	g_mutex_lock(&m->lock);
+	while (m->sm.state == PR_STATE_POSTCOPY_PAUSED && !m->quit) {
+		gint64 look_again = g_get_monotonic_time() + CAPABILITY_LOOK_US;
+		if (!may_recover_alone(m)) {
+			g_cond_wait_until(&m->changed, &m->lock, look_again);
+		} else if (g_get_monotonic_time() >= due) {
+			m->resume = PR_RESUME_AUTOMATIC;
+			pr_migration_step_locked(m, PR_EVENT_RESUME, PR_ROLE_SOURCE,
+						 "recovering over another path");
+		} else {
+			g_cond_wait_until(&m->changed, &m->lock, due);
+		}
+	}
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+}
+
 /* One recovery: from recover-setup to postcopy-active, or back to paused. */
 static PrConn *recover(PrMigration *m)
 {
@@ -515,7 +586,7 @@ static PrConn *recover(PrMigration *m)
 	if (!wanted)
 		return NULL;
 
-	PrConn *conn = connect_any(m, /* resume= */ TRUE, &completed, &error);
+	PrConn *conn = connect_any(m, &completed, &error);
 	if (completed) {
 		pr_migration_step(m, PR_EVENT_SHUT, "the destination had every page already", NULL);
 		return NULL;
@@ -537,18 +608,16 @@ gpointer pr_source_thread(gpointer migration)
 		undo(m, conn, error);
 		return NULL;
 	}
-	for (;;) {
-		if (conn && pr_capability(m->params, PR_CAP_ZERO_PAGES))
-			send_zero_pages(m, conn);
-		PrState state = wait_while(m, PR_STATE_POSTCOPY_ACTIVE);
-		pr_conn_close(m, conn);
-		conn = NULL;
-		if (state == PR_STATE_POSTCOPY_PAUSED)
-			state = wait_while(m, PR_STATE_POSTCOPY_PAUSED);
-		g_mutex_lock(&m->lock);
-		gboolean end = m->quit || pr_state_is_over(m->sm.state);
-		g_mutex_unlock(&m->lock);
-		if (end)
+	for (guint attempts = 0;; attempts++) {
+		if (conn) {
+			attempts = 0;
+			if (pr_capability(m->params, PR_CAP_ZERO_PAGES))
+				send_zero_pages(m, conn);
+			wait_while_active(m);
+			pr_conn_close(m, conn);
+		}
+		wait_for_recovery(m, attempts);
+		if (is_over(m))
 			return NULL;
 		conn = recover(m);
 	}

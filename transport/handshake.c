@@ -52,8 +52,10 @@ static gboolean exchange(PrControl *control, const PrHello *hello, PrHelloAck *r
 
 	if (!send_hello(control, hello, error) || !read_ack(control, &ack, error))
 		return FALSE;
-	if (ack.status == PR_HELLO_REFUSED) {
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED,
+	if (ack.status == PR_HELLO_REFUSED || ack.status == PR_HELLO_HELD) {
+		g_set_error(error, PR_PATH_ERROR,
+			    ack.status == PR_HELLO_HELD ? PR_PATH_ERROR_HELD
+							: PR_PATH_ERROR_REFUSED,
 			    "%s refused the connection: %s", control->peer, ack.reason);
 		return FALSE;
 	}

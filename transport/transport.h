@@ -2,7 +2,7 @@
 /*
  * Data paths: how pages get from the source's RAM to the destination's. The destination pulls: it
  * posts READs of ranges of a RAM block straight into its own mapping of that block. Backends are
- * ops tables: ofi (libfabric), tcp (plain sockets), faulty (fault injection around another one).
+ * ops tables: rdma (libibverbs), ofi (libfabric), tcp (plain sockets), faulty (fault injection around another one).
  *
  * A data path has PR_N_LANES lanes. A lane is used by one thread at a time: the destination's fault
  * thread owns the urgent one, its pull thread the bulk one. shutdown() may be called by anyone.
@@ -26,6 +26,7 @@ typedef enum PrPathError {
 	PR_PATH_ERROR_SILENT,  /* nothing heard within the heartbeat timeout */
 	PR_PATH_ERROR_TIMEOUT, /* a step of the handshake took too long */
 	PR_PATH_ERROR_PEER,    /* the peer told us that it has left (PR_MSG_PAUSE) */
+	PR_PATH_ERROR_HELD,    /* the peer was asked by a human to pause (PR_MSG_HOLD) */
 	PR_PATH_ERROR_ASKED,   /* a human asked for it (migrate_pause) */
 } PrPathError;
 #define PR_PATH_ERROR pr_path_error_quark()
@@ -44,6 +45,8 @@ typedef struct PrBinding {
 typedef struct PrRegion {
 	void *addr;
 	uint64_t size; /* bytes */
+	int memfd;     /* what is mapped there, -1: not known; its holes are not to be filled */
+	uint64_t memfd_offset;
 } PrRegion;
 
 /* What a READ may touch, as the source grants it for this connection. */
@@ -101,7 +104,10 @@ struct PrTransportOps {
 	/* Source: connects all lanes and serves READs until shutdown. */
 	PrDataPath *(*connect)(const PrPathSetup *setup, GError **error);
 
-	/* Source: what to grant (PrGrant). Destination: what was granted. */
+	/* Source: what to grant (PrGrant): all that holds data at the time of the call. What the guest has
+	 * touched since connect() may have to be registered first, so this may take a while and may fail
+	 * the path; what counts is the answer after the guest has stopped. Destination: what was
+	 * granted, before the first READ. */
 	GArray *(*grants)(PrDataPath *path);
 	void (*set_grants)(PrDataPath *path, const PrGrant *grants, guint n);
 

@@ -44,6 +44,7 @@ static const MsgInfo messages[] = {
 	{PR_MSG_LANE_ACK, "LANE_ACK", ACK_BYTES_MAX},
 	{PR_MSG_HEARTBEAT, "HEARTBEAT", PR_HEARTBEAT_BYTES},
 	{PR_MSG_PAUSE, "PAUSE", REASON_BYTES_MAX},
+	{PR_MSG_HOLD, "HOLD", REASON_BYTES_MAX},
 	{PR_MSG_ERROR, "ERROR", REASON_BYTES_MAX},
 	{PR_CMD_PING, "CMD_PING", 4},
 	{PR_CMD_POSTCOPY_ADVISE, "CMD_POSTCOPY_ADVISE", 16},
@@ -205,7 +206,7 @@ void pr_hello_encode(GByteArray *out, const PrHello *hello)
 	put_u8(out, hello->role);
 	put_bytes(out, hello->uuid, sizeof hello->uuid);
 	put_u64(out, hello->epoch);
-	put_u8(out, hello->resume ? 1 : 0);
+	put_u8(out, hello->resume);
 	put_bytes(out, hello->secret, sizeof hello->secret);
 	put_u64(out, hello->capabilities);
 	put_name(out, hello->scheme);
@@ -269,8 +270,6 @@ static gboolean is_scheme(const char *scheme)
 
 static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 {
-	uint8_t resume;
-
 	hello->version = get_u16(cursor);
 	if (!cursor->overrun && hello->version != PR_WIRE_VERSION)
 		return malformed(
@@ -281,8 +280,7 @@ static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 	hello->role = get_u8(cursor);
 	get_bytes(cursor, hello->uuid, sizeof hello->uuid);
 	hello->epoch = get_u64(cursor);
-	resume = get_u8(cursor);
-	hello->resume = resume != 0;
+	hello->resume = get_u8(cursor);
 	get_bytes(cursor, hello->secret, sizeof hello->secret);
 	hello->capabilities = get_u64(cursor);
 	get_name(cursor, hello->scheme, sizeof hello->scheme);
@@ -290,8 +288,8 @@ static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 		return malformed(error, "HELLO is too short");
 	if (hello->role != PR_HELLO_SOURCE && hello->role != PR_HELLO_DESTINATION)
 		return malformed(error, "HELLO names the unknown role %u", hello->role);
-	if (resume > 1)
-		return malformed(error, "HELLO has %u for resume, not 0 or 1", resume);
+	if (hello->resume > PR_RESUME_AUTOMATIC)
+		return malformed(error, "HELLO has %u for resume, more than 2", hello->resume);
 	if (!hello->epoch)
 		return malformed(error, "HELLO names the epoch 0, epochs begin with 1");
 	if (!is_scheme(hello->scheme))
@@ -367,7 +365,7 @@ gboolean pr_hello_ack_decode(const uint8_t *body, gsize len, PrHelloAck *ret, GE
 	if (!get_reason(&cursor, PR_MSG_HELLO_ACK, ack.reason, error) ||
 	    !finished(&cursor, PR_MSG_HELLO_ACK, len, error))
 		return FALSE;
-	if (ack.status > PR_HELLO_REFUSED)
+	if (ack.status > PR_HELLO_HELD)
 		return malformed(error, "HELLO_ACK has the unknown status %u", ack.status);
 	if (version != PR_WIRE_VERSION && ack.status != PR_HELLO_REFUSED)
 		return malformed(error,

@@ -14,7 +14,8 @@
  *			PROGRESS, reason; the same in every version, so that a refusal can always be read
  *	LANE		be32 magic, uuid, be64 epoch, secret, u8 lane
  *	HEARTBEAT	be64 stamp, be64 echo, be64 held (PrHeartbeatBody)
- *	PAUSE, ERROR	reason: be16 length + UTF-8 text without control characters
+ *	PAUSE, HOLD, ERROR
+ *			reason: be16 length + UTF-8 text without control characters
  *	PACKAGED	u8 flags (1: last, 2: guest was running), be32 length, that many bytes
  *	RECV_BITMAP	(return path) u8 length + idstr, be64 size, bitmap, be64 end mark
  *	REQ_PAGES	be64 start, be32 length, be32 block
@@ -76,6 +77,7 @@ typedef enum PrMsgType {
 	PR_MSG_HEARTBEAT = 0x0005,
 	/* both ways, for the engine */
 	PR_MSG_PAUSE = 0x0010, /* reason: the sender has left this epoch */
+	PR_MSG_HOLD = 0x0012,  /* as PAUSE, asked for by a human: no automatic recovery */
 	PR_MSG_ERROR = 0x0011, /* reason: the sender gives this migration up (before RUN only) */
 	/* source to destination: QEMU's MIG_CMD_* */
 	PR_CMD_PING = 0x0102,
@@ -119,6 +121,12 @@ gboolean pr_header_decode(const uint8_t in[PR_WIRE_HEADER_BYTES], PrMsgHeader *r
 
 typedef enum PrHelloRole { PR_HELLO_SOURCE = 1, PR_HELLO_DESTINATION = 2 } PrHelloRole;
 
+typedef enum PrResume {
+	PR_RESUME_NO = 0,	 /* a new migration */
+	PR_RESUME_ASKED = 1,	 /* a human resumes a migration in postcopy */
+	PR_RESUME_AUTOMATIC = 2, /* the source resumes by itself */
+} PrResume;
+
 typedef struct PrWireBlock {
 	char idstr[PR_IDSTR_MAX + 1];
 	uint64_t size;
@@ -130,7 +138,7 @@ typedef struct PrHello {
 	uint8_t role; /* PrHelloRole */
 	uint8_t uuid[PR_UUID_BYTES];
 	uint64_t epoch;			 /* 1 for the first connection, higher for each later one */
-	gboolean resume;		 /* of a migration in postcopy; else a new one */
+	uint8_t resume;			 /* PrResume */
 	uint8_t secret[PR_SECRET_BYTES]; /* of the migration, made by the source */
 	uint64_t capabilities;		 /* none defined yet; unknown bits are ignored */
 	char scheme[16];		 /* of the data path that the source is going to connect */
@@ -144,6 +152,7 @@ typedef enum PrHelloStatus {
 	PR_HELLO_OK = 0,
 	PR_HELLO_COMPLETED = 1, /* this migration has everything: the source may complete too */
 	PR_HELLO_REFUSED = 2,	/* with a reason */
+	PR_HELLO_HELD = 3,	/* likewise: a human has paused this side; automatic recovery is to wait */
 } PrHelloStatus;
 
 typedef struct PrProgress {

@@ -32,7 +32,8 @@ typedef struct PairConfig {
 	guint n_threads;	   /* 0: 3 */
 	guint pace_us;
 	uint64_t bandwidth; /* of the bulk pull, bytes a second; 0: unlimited */
-	gboolean paused;    /* the guest does not run; compared byte for byte at the end */
+	gboolean two_listeners;
+	gboolean paused; /* the guest does not run; compared byte for byte at the end */
 } PairConfig;
 
 typedef struct Pair {

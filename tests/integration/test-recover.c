@@ -248,6 +248,139 @@ static void failed_recoveries_go_back_to_paused(void **state)
 	assert_int_equal(info.recoveries, 1);
 }
 
+/* ---- without being asked ---- */
+
+/* Two paths, each with faults of its own. */
+typedef struct TwoPaths {
+	Pair *pair;
+	PrFaults *faults[2];
+	char *uris; /* for migrate */
+} TwoPaths;
+
+static void two_paths_init(TwoPaths *two, const PairConfig *config)
+{
+	static const char *const ids[] = {"first-of-two", "second-of-two"};
+	g_autoptr(GString) uris = g_string_new(NULL);
+	g_auto(PrMigrationInfo) info = {0};
+
+	two->pair = pair_new(config);
+	pr_migration_query(two->pair->destination.engine, &info);
+	assert_int_equal(info.paths->len, 2);
+	for (guint i = 0; i < 2; i++) {
+		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
+		two->faults[i] = pr_faults_new(ids[i]);
+		g_string_append_printf(uris, "%sfaulty+%s?fault-id=%s", i ? "," : "", path->uri,
+				       ids[i]);
+	}
+	two->uris = g_string_free(g_steal_pointer(&uris), FALSE);
+}
+
+static void two_paths_clear(TwoPaths *two)
+{
+	pair_free(two->pair);
+	pr_faults_free(two->faults[0]);
+	pr_faults_free(two->faults[1]);
+	g_free(two->uris);
+}
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(TwoPaths, two_paths_clear)
+
+/* Waits until both have left postcopy-paused for the n-th time. */
+static void wait_recovered(Pair *pair, guint64 n)
+{
+	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
+	Side *sides[] = {&pair->source, &pair->destination};
+
+	for (guint i = 0; i < 2; i++)
+		for (;;) {
+			g_auto(PrMigrationInfo) info = {0};
+			pr_migration_query(sides[i]->engine, &info);
+			if (info.recoveries >= n && info.state == PR_STATE_POSTCOPY_ACTIVE)
+				break;
+			assert_true(g_get_monotonic_time() < deadline);
+			g_usleep(500); /* between two looks at the condition */
+		}
+}
+
+static void fails_over_to_the_other_path_and_back(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state),
+			     .size = 16 * MIB,
+			     .bandwidth = 2 * MIB,
+			     .pace_us = 100000,
+			     .two_listeners = TRUE};
+	g_auto(TwoPaths) two = {0};
+
+	two_paths_init(&two, &config);
+	assert_true(pr_migration_start(two.pair->source.engine, two.uris, FALSE, NULL));
+	pair_wait(two.pair, PR_STATE_POSTCOPY_ACTIVE);
+	for (guint i = 0; i < 6; i++) {
+		guint64 paths = pr_faults_counts(two.faults[(i + 1) % 2]).paths;
+		if (i < 3)
+			pr_faults_cut_paths(two.faults[i % 2]);
+		else
+			pr_faults_cut_next_message(two.faults[i % 2]);
+		wait_recovered(two.pair, i + 1);
+		assert_int_equal(pr_faults_counts(two.faults[(i + 1) % 2]).paths, paths + 1);
+	}
+	pr_params_set(&two.pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(two.pair, PR_STATE_COMPLETED);
+	pair_check_completed(two.pair);
+}
+
+/* It is the source that would come by itself. */
+static void wait_held(Pair *pair)
+{
+	PrMigration *m = pair->source.engine;
+	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
+
+	g_mutex_lock(&m->lock);
+	while (!m->held || m->sm.state != PR_STATE_POSTCOPY_PAUSED)
+		assert_true(g_cond_wait_until(&m->changed, &m->lock, deadline));
+	g_mutex_unlock(&m->lock);
+}
+
+/* A pause that a human asked for is ended by a human, from whichever side it came. */
+static void stays_paused_when_a_human_paused(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state),
+			     .size = 16 * MIB,
+			     .bandwidth = 2 * MIB,
+			     .pace_us = 100000,
+			     .two_listeners = TRUE};
+	g_auto(TwoPaths) two = {0};
+	g_autoptr(GError) error = NULL;
+
+	two_paths_init(&two, &config);
+	assert_true(pr_migration_start(two.pair->source.engine, two.uris, FALSE, NULL));
+	pair_wait(two.pair, PR_STATE_POSTCOPY_ACTIVE);
+	for (guint i = 0; i < 2; i++) {
+		Side *asked = i ? &two.pair->source : &two.pair->destination;
+		assert_true(pr_migration_pause(asked->engine, NULL));
+		/* A source that did not hear why tries once, and is told. */
+		wait_held(two.pair);
+		pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
+		uint64_t epoch = two.pair->source.engine->binding.epoch;
+		g_usleep(
+			400 *
+			1000); /* no attempt may come for as long: there is no condition to wait for */
+		wait_held(two.pair);
+		assert_int_equal(two.pair->source.engine->binding.epoch, epoch);
+		pr_migration_start(two.pair->source.engine, two.uris, /* resume= */ TRUE, &error);
+		g_assert_no_error(error);
+		wait_recovered(two.pair, i + 1);
+	}
+	/* Switched off, a lost path waits for a human, too; switched on again, it is recovered. */
+	assert_true(
+		pr_params_set_capability(&two.pair->source.params, "auto-recover", FALSE, NULL));
+	pr_faults_cut_paths(two.faults[0]);
+	pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
+	assert_true(pr_params_set_capability(&two.pair->source.params, "auto-recover", TRUE, NULL));
+	wait_recovered(two.pair, 3);
+	pr_params_set(&two.pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(two.pair, PR_STATE_COMPLETED);
+	pair_check_completed(two.pair);
+}
+
 /* ---- who else comes ---- */
 
 static PrControl *knock(Pair *pair, const PrHello *hello, PrHelloAck *ack, GError **error)
@@ -264,7 +397,8 @@ static PrControl *knock(Pair *pair, const PrHello *hello, PrHelloAck *ack, GErro
 static PrHello resume_hello(Pair *pair, const char *scheme)
 {
 	PrMigration *m = pair->source.engine;
-	PrHello hello = {.version = PR_WIRE_VERSION, .role = PR_HELLO_SOURCE, .resume = TRUE};
+	PrHello hello = {
+		.version = PR_WIRE_VERSION, .role = PR_HELLO_SOURCE, .resume = PR_RESUME_ASKED};
 
 	g_mutex_lock(&m->lock);
 	memcpy(hello.uuid, m->binding.uuid, PR_UUID_BYTES);
@@ -309,7 +443,7 @@ static void turns_strangers_away(void **state)
 	liar.secret[3] ^= 1;
 	assert_refused(pair, &liar, "no such migration");
 	g_auto(PrHello) fresh = resume_hello(pair, scheme_of(state));
-	fresh.resume = FALSE;
+	fresh.resume = PR_RESUME_NO;
 	fresh.uuid[3] ^= 1;
 	assert_refused(pair, &fresh, "another migration");
 
@@ -363,6 +497,8 @@ int main(void)
 		BOTH(recovers_when_reads_are_never_answered),
 		BOTH(recovers_over_a_new_listener),
 		BOTH(failed_recoveries_go_back_to_paused),
+		BOTH(fails_over_to_the_other_path_and_back),
+		BOTH(stays_paused_when_a_human_paused),
 		BOTH(turns_strangers_away),
 		BOTH(newer_epoch_takes_over),
 	};

@@ -176,9 +176,8 @@ static void an_unknown_scheme_lists_those_of_this_build(void **state)
 	PrHelloAck ack;
 
 	assert_null(connect_to(uri, LONG_MS, &ack, &error));
-	assert_string_equal(error->message,
-			    "scheme \"pigeon\" is not known here; use one of ofi, tcp, "
-			    "faulty+SCHEME");
+	assert_non_null(strstr(error->message, "scheme \"pigeon\" is not known here; use one of"));
+	assert_non_null(strstr(error->message, "ofi, tcp, faulty+SCHEME"));
 }
 
 static void the_local_address_can_be_chosen(void **state)

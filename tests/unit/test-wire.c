@@ -21,7 +21,7 @@ static void sample_hello(GByteArray *out)
 		.role = PR_HELLO_SOURCE,
 		.uuid = "0123456789abcde",
 		.epoch = 7,
-		.resume = TRUE,
+		.resume = PR_RESUME_AUTOMATIC,
 		.secret = "fedcba987654321",
 		.capabilities = 0x8000000000000001ull,
 		.scheme = "faulty+ofi",
@@ -236,6 +236,7 @@ static const struct Kind {
 	{PR_RP_SHUT, sample_u32, decode_u32},
 	{PR_RP_RESUME_ACK, sample_u32, decode_u32},
 	{PR_MSG_PAUSE, sample_reason, decode_reason},
+	{PR_MSG_HOLD, sample_reason, decode_reason},
 	{PR_MSG_ERROR, sample_reason, decode_reason},
 	{PR_CMD_POSTCOPY_ADVISE, sample_advise, decode_advise},
 	{PR_CMD_RAM_ZERO, sample_ranges, decode_ranges},
@@ -332,7 +333,7 @@ static void hello_round_trip(void **state)
 	assert_int_equal(hello.role, PR_HELLO_SOURCE);
 	assert_memory_equal(hello.uuid, "0123456789abcde", PR_UUID_BYTES);
 	assert_int_equal(hello.epoch, 7);
-	assert_true(hello.resume);
+	assert_int_equal(hello.resume, PR_RESUME_AUTOMATIC);
 	assert_memory_equal(hello.secret, "fedcba987654321", PR_SECRET_BYTES);
 	assert_true(hello.capabilities == 0x8000000000000001ull);
 	assert_string_equal(hello.scheme, "faulty+ofi");
@@ -390,6 +391,7 @@ static void a_hello_that_makes_no_sense_is_refused(void **state)
 	} table[] = {
 		{"version 9", {9, 1, {0}, 1, 0, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
 		{"role 3", {1, 3, {0}, 1, 0, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
+		{"for resume", {1, 1, {0}, 1, 3, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
 		{"epoch 0", {1, 1, {0}, 0, 0, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
 		{"scheme", {1, 1, {0}, 1, 0, {0}, 0, "Tcp", 1, NULL}, {"a", 4096, 4096}},
 		{"no RAM block", {1, 1, {0}, 1, 0, {0}, 0, "tcp", 0, NULL}, {"a", 4096, 4096}},
