@@ -36,12 +36,18 @@ class Qmp:
             if left <= 0:
                 raise TimeoutError
             self.socket.settimeout(left)
-            data = self.socket.recv(65536)
-            if not data:
-                raise ConnectionError(f"monitor {self.path}: closed")
-            self.buffer += data
+            self.buffer += self._read()
         line, self.buffer = self.buffer.split(b"\n", 1)
         return json.loads(line)
+
+    def _read(self):
+        try:
+            data = self.socket.recv(65536)
+        except ConnectionError as error:
+            raise Failure(f"monitor {self.path}: {error}; its process has ended") from None
+        if not data:
+            raise Failure(f"monitor {self.path}: closed; its process has ended")
+        return data
 
     def _receive(self, seconds, wanted):
         deadline = time.monotonic() + seconds
