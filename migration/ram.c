@@ -123,8 +123,8 @@ PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError 
 		ram->n_blocks = i + 1;
 		if (!map_block(block, &blocks[i], role, error))
 			return NULL;
-		ram->regions[i] = (PrRegion){
-			block->host, block->size, block->memfd, block->memfd_offset};
+		ram->regions[i] =
+			(PrRegion){block->host, block->size, block->memfd, block->memfd_offset};
 		ram->total_bytes += block->size;
 		ram->page_size_summary |= block->page_size;
 		if (role == PR_GUEST_SOURCE) {

@@ -7,6 +7,8 @@
 
 #include "transport/transport.h"
 
+/* NULL in a build without libibverbs and librdmacm. */
+extern const PrTransportOps *const pr_transport_rdma;
 extern const PrTransportOps pr_transport_tcp;
 extern const PrTransportOps pr_transport_ofi;
 /* Stands for every scheme "faulty+X"; it finds X itself. */

@@ -7,17 +7,25 @@
 
 G_DEFINE_QUARK(pr_path_error, pr_path_error)
 
-/* In the order in which an error lists them. */
-static const PrTransportOps *const backends[] = {
-	&pr_transport_ofi,
-	&pr_transport_tcp,
-};
+#define N_BACKENDS 3
+
+/* In the order in which an error lists them; NULL for one that this build does not have. */
+static const PrTransportOps *backend(gsize i)
+{
+	const PrTransportOps *const backends[N_BACKENDS] = {
+		pr_transport_rdma,
+		&pr_transport_ofi,
+		&pr_transport_tcp,
+	};
+
+	return backends[i];
+}
 
 static const PrTransportOps *find_backend(const char *scheme)
 {
-	for (gsize i = 0; i < G_N_ELEMENTS(backends); i++)
-		if (!strcmp(backends[i]->scheme, scheme))
-			return backends[i];
+	for (gsize i = 0; i < N_BACKENDS; i++)
+		if (backend(i) && !strcmp(backend(i)->scheme, scheme))
+			return backend(i);
 	return NULL;
 }
 
@@ -25,8 +33,9 @@ static char *list_schemes(void)
 {
 	GString *list = g_string_new(NULL);
 
-	for (gsize i = 0; i < G_N_ELEMENTS(backends); i++)
-		g_string_append_printf(list, "%s, ", backends[i]->scheme);
+	for (gsize i = 0; i < N_BACKENDS; i++)
+		if (backend(i))
+			g_string_append_printf(list, "%s, ", backend(i)->scheme);
 	g_string_append(list, PR_FAULTY_PREFIX "SCHEME");
 	return g_string_free(list, FALSE);
 }
@@ -44,7 +53,8 @@ const PrTransportOps *pr_transport_find(const char *scheme, GError **error)
 		return ops;
 	schemes = list_schemes();
 	g_set_error(error, PR_URI_ERROR, PR_URI_ERROR_MALFORMED,
-		    "scheme \"%s\" is not known here; use one of %s", scheme, schemes);
+		    "scheme \"%s\" is not known here; use one of %s%s", scheme, schemes,
+		    pr_transport_rdma ? "" : " (this build has no rdma: libibverbs was missing)");
 	return NULL;
 }
 

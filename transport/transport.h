@@ -2,7 +2,8 @@
 /*
  * Data paths: how pages get from the source's RAM to the destination's. The destination pulls: it
  * posts READs of ranges of a RAM block straight into its own mapping of that block. Backends are
- * ops tables: rdma (libibverbs), ofi (libfabric), tcp (plain sockets), faulty (fault injection around another one).
+ * ops tables: rdma (libibverbs), ofi (libfabric), tcp (plain sockets), faulty (fault injection around
+ * another one).
  *
  * A data path has PR_N_LANES lanes. A lane is used by one thread at a time: the destination's fault
  * thread owns the urgent one, its pull thread the bulk one. shutdown() may be called by anyone.

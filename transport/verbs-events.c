@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The thread that watches a path: what rdma_cm says about its connections and the device about its port.
+ * A queue pair that only answers, as the source's do, or that is idle never notices by itself that its path
+ * has died; this thread hears of what this host can know, the control channel's heartbeats of the
+ * rest.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "transport/verbs.h"
+
+static void judge_connection(PrVerbsPath *path, const PrVerbsEvent *event)
+{
+	const char *rail = pr_verbs_rail_name(&path->rail);
+
+	switch (event->type) {
+	case RDMA_CM_EVENT_ESTABLISHED:
+		break;
+	case RDMA_CM_EVENT_DISCONNECTED:
+	case RDMA_CM_EVENT_TIMEWAIT_EXIT:
+		pr_verbs_fail(path, "the peer closed the connection, or has died");
+		break;
+	case RDMA_CM_EVENT_DEVICE_REMOVAL:
+		pr_verbs_fail(path, "rail %s: the device was removed", rail);
+		break;
+	case RDMA_CM_EVENT_ADDR_CHANGE:
+		pr_verbs_fail(path, "rail %s: its network address has moved to another port", rail);
+		break;
+	default:
+		pr_verbs_fail(path, "rail %s: %s (%d)", rail, rdma_event_str(event->type),
+			      event->status);
+	}
+}
+
+static gboolean has_address(const PrVerbsPath *path, const PrVerbsLane *lane)
+{
+	union ibv_gid now;
+
+	return !ibv_query_gid(path->rail.context, path->rail.port, lane->gid_index, &now) &&
+	       !memcmp(&now, &lane->gid, sizeof(now));
+}
+
+/* Some address of the port has changed: ours? */
+static void check_addresses(PrVerbsPath *path)
+{
+	for (guint i = 0; i < PR_N_LANES; i++)
+		if (!has_address(path, &path->lanes[i]))
+			pr_verbs_fail(path, "rail %s: its address has gone (GID %u)",
+				      pr_verbs_rail_name(&path->rail), path->lanes[i].gid_index);
+}
+
+static void judge_port(PrVerbsPath *path, const struct ibv_async_event *event)
+{
+	if (event->element.port_num != path->rail.port)
+		return;
+	if (event->event_type == IBV_EVENT_GID_CHANGE)
+		check_addresses(path);
+	else if (event->event_type == IBV_EVENT_PORT_ERR)
+		pr_verbs_fail(path,
+			      "rail %s: port %u is DOWN; bring its link up or use another path",
+			      pr_verbs_rail_name(&path->rail), path->rail.port);
+}
+
+static void judge_device(PrVerbsPath *path, const struct ibv_async_event *event)
+{
+	switch (event->event_type) {
+	case IBV_EVENT_PORT_ERR:
+	case IBV_EVENT_GID_CHANGE:
+		judge_port(path, event);
+		break;
+	case IBV_EVENT_DEVICE_FATAL:
+	case IBV_EVENT_CQ_ERR:
+	case IBV_EVENT_QP_FATAL:
+	case IBV_EVENT_QP_REQ_ERR:
+	case IBV_EVENT_QP_ACCESS_ERR:
+		pr_verbs_fail(path, "rail %s: %s", pr_verbs_rail_name(&path->rail),
+			      ibv_event_type_str(event->event_type));
+		break;
+	default:
+		g_debug("%s: rail %s: %s", path->fate.name, pr_verbs_rail_name(&path->rail),
+			ibv_event_type_str(event->event_type));
+	}
+}
+
+/* Acknowledged first: whoever destroys a queue pair waits for that. */
+static gboolean next_device_event(PrVerbsPath *path, struct ibv_async_event *ret)
+{
+	if (ibv_get_async_event(path->rail.context, ret))
+		return FALSE;
+	ibv_ack_async_event(ret);
+	return TRUE;
+}
+
+static gpointer event_thread(gpointer opaque)
+{
+	PrVerbsPath *path = opaque;
+	struct pollfd fd = {.fd = path->events_waker.epoll_fd, .events = POLLIN};
+	struct ibv_async_event device_event;
+	PrVerbsEvent event;
+
+	while (pr_fate_is_up(&path->fate)) {
+		while (pr_verbs_next_event(path->channel, &event))
+			judge_connection(path, &event);
+		while (next_device_event(path, &device_event))
+			judge_device(path, &device_event);
+		if (pr_fate_is_up(&path->fate))
+			poll(&fd, 1, -1);
+	}
+	return NULL;
+}
+
+gboolean pr_verbs_events_start(PrVerbsPath *path, GError **error)
+{
+	if (!pr_waker_watch(&path->events_waker, path->channel->fd, error) ||
+	    !pr_waker_watch(&path->events_waker, path->rail.context->async_fd, error))
+		return FALSE;
+	path->events = g_thread_new("pr-rdma-events", event_thread, path);
+	return TRUE;
+}
+
+void pr_verbs_events_join(PrVerbsPath *path)
+{
+	g_clear_pointer(&path->events, g_thread_join);
+}

@@ -1,0 +1,334 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Theory of operation: the source's memory
+ *
+ * What the destination may read is registered for remote READ and nothing else, in this path's own
+ * protection domain, and ends with it. Registering pins, and pinning a hole would fill it: so only
+ * extents that hold data (SEEK_DATA) are registered, in pieces of up to CHUNK bytes, by several threads.
+ *
+ * The guest may still run while connect() registers. What it has touched since is found and
+ * registered by grants(), which is to be called once more when the guest has stopped; by then little
+ * is left to do. Two things can have happened:
+ *  - a hole has become data: a new extent.
+ *  - the guest gave memory back (a balloon, free page reporting: the memfd got a hole) and perhaps took it
+ *    again. Our pin then keeps the old page, which is no longer the guest's; the destination would read
+ *    what is long gone. Punching a hole also takes the page out of every mapping of the memfd, ours
+ *    included, and we do not touch ours in between. So a page of a registered piece that is not present
+ *    in our mapping (/proc/self/pagemap) is one that may have been exchanged, and its piece is registered
+ *    anew.
+ *
+ * A device has only so many memory regions, and each costs a system call. When there are more than
+ * EXTENTS_MAX extents, those with small holes between them are taken together, and these holes filled.
+ *
+ * Kernels before 6.2 pin for writing whatever the access, which a read-only shared mapping does not
+ * permit (EFAULT). Then we make a writable mapping of the same memfd, for the pinning alone: the peer still
+ * gets REMOTE_READ only.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "transport/verbs.h"
+
+#define CHUNK	      (1024ull * 1024 * 1024)
+#define EXTENTS_MAX   8192
+#define SMALLEST_HOLE (64ull * 1024)
+#define MAX_THREADS   4
+#define PAGES_AT_ONCE 8192
+
+typedef struct Extent {
+	uint64_t start, end; /* bytes within the region; page aligned */
+} Extent;
+
+static uint64_t page_size(void)
+{
+	return (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* The next data at or after `from`. A region without a memfd is all data. */
+static gboolean next_data(const PrRegion *region, uint64_t from, Extent *ret)
+{
+	off_t base = (off_t)region->memfd_offset;
+	uint64_t mask = page_size() - 1;
+	off_t data, hole;
+
+	if (from >= region->size)
+		return FALSE;
+	*ret = (Extent){from, region->size};
+	if (region->memfd < 0)
+		return TRUE;
+	data = lseek(region->memfd, base + (off_t)from, SEEK_DATA);
+	if (data < 0)
+		return errno != ENXIO;
+	ret->start = (uint64_t)(data - base) & ~mask;
+	if (ret->start >= region->size)
+		return FALSE;
+	hole = lseek(region->memfd, data, SEEK_HOLE);
+	if (hole >= 0)
+		ret->end = MIN(region->size, ((uint64_t)(hole - base) + mask) & ~mask);
+	return TRUE;
+}
+
+uint64_t pr_verbs_export_bytes(const PrRegion *regions, guint n)
+{
+	uint64_t bytes = 0;
+
+	for (guint i = 0; i < n; i++) {
+		Extent extent = {0};
+
+		while (next_data(&regions[i], extent.end, &extent))
+			bytes += extent.end - extent.start;
+	}
+	return bytes;
+}
+
+static int compare(gconstpointer a, gconstpointer b)
+{
+	const PrVerbsExport *x = a, *y = b;
+
+	if (x->block != y->block)
+		return x->block < y->block ? -1 : 1;
+	return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+static void add_chunks(GArray *todo, uint32_t block, uint64_t start, uint64_t end)
+{
+	for (uint64_t at = start; at < end; at += CHUNK) {
+		PrVerbsExport chunk = {
+			.block = block, .offset = at, .length = MIN(CHUNK, end - at)};
+
+		g_array_append_val(todo, chunk);
+	}
+}
+
+/* Adds what of an extent is not among the block's exports, which are sorted; *next is the first one
+ * that may matter. */
+static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const Extent *extent,
+			guint *next)
+{
+	uint64_t at = extent->start;
+
+	for (; *next < path->exports->len && at < extent->end; (*next)++) {
+		const PrVerbsExport *have = &g_array_index(path->exports, PrVerbsExport, *next);
+
+		if (have->block > block || have->offset >= extent->end)
+			break;
+		if (have->block < block || have->offset + have->length <= at)
+			continue;
+		if (have->offset > at)
+			add_chunks(todo, block, at, have->offset);
+		at = have->offset + have->length;
+		if (at > extent->end)
+			break;
+	}
+	if (at < extent->end)
+		add_chunks(todo, block, at, extent->end);
+}
+
+static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t smallest_hole)
+{
+	const PrRegion *region = &path->regions[block];
+	Extent extent = {0}, next;
+	guint have = 0;
+
+	if (!next_data(region, 0, &extent))
+		return;
+	while (next_data(region, extent.end, &next)) {
+		if (next.start - extent.end < smallest_hole) {
+			extent.end = next.end;
+			continue;
+		}
+		add_missing(path, todo, block, &extent, &have);
+		extent = next;
+	}
+	add_missing(path, todo, block, &extent, &have);
+}
+
+static GArray *scan(PrVerbsPath *path)
+{
+	GArray *todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+
+	for (uint64_t hole = 0;; hole = MAX(hole * 4, SMALLEST_HOLE)) {
+		g_array_set_size(todo, 0);
+		for (guint i = 0; i < path->n_regions; i++)
+			scan_region(path, todo, i, hole);
+		if (todo->len <= EXTENTS_MAX || hole >= CHUNK)
+			return todo;
+	}
+}
+
+static uint8_t *host(const PrVerbsPath *path, uint32_t block)
+{
+	void *writable = path->writable[block];
+
+	return writable ? writable : path->regions[block].addr;
+}
+
+/* ---- registering ---- */
+
+typedef struct Job {
+	PrVerbsPath *path;
+	GArray *todo;
+	GCancellable *cancel;
+	gint next;  /* index in todo; atomic */
+	gint error; /* the first; atomic */
+} Job;
+
+static struct ibv_mr *register_range(PrVerbsPath *path, uint32_t block, uint64_t offset,
+				     uint64_t length)
+{
+	return ibv_reg_mr(path->rail.pd, host(path, block) + offset, length,
+			  IBV_ACCESS_REMOTE_READ);
+}
+
+static gpointer register_thread(gpointer opaque)
+{
+	Job *job = opaque;
+
+	while (!g_atomic_int_get(&job->error) && !g_cancellable_is_cancelled(job->cancel)) {
+		guint i = (guint)g_atomic_int_add(&job->next, 1);
+		PrVerbsExport *export;
+
+		if (i >= job->todo->len)
+			break;
+		export = &g_array_index(job->todo, PrVerbsExport, i);
+		export->mr =
+			register_range(job->path, export->block, export->offset, export->length);
+		if (!export->mr)
+			g_atomic_int_set(&job->error, errno ? errno : EIO);
+	}
+	return NULL;
+}
+
+static void run_job(Job *job)
+{
+	GThread *threads[MAX_THREADS];
+	guint n = MIN(MAX_THREADS, job->todo->len);
+
+	for (guint i = 1; i < n; i++)
+		threads[i] = g_thread_new("pr-rdma-register", register_thread, job);
+	register_thread(job);
+	for (guint i = 1; i < n; i++)
+		g_thread_join(threads[i]);
+}
+
+/* Whether the kernel refuses to pin a read-only mapping: found out on one page. */
+static gboolean needs_writable(PrVerbsPath *path, const PrVerbsExport *sample)
+{
+	struct ibv_mr *mr;
+
+	if (path->regions[sample->block].memfd < 0 || path->writable[sample->block])
+		return FALSE;
+	mr = register_range(path, sample->block, sample->offset, page_size());
+	if (!mr)
+		return errno == EFAULT;
+	ibv_dereg_mr(mr);
+	return FALSE;
+}
+
+static gboolean map_writable(PrVerbsPath *path, GError **error)
+{
+	for (guint i = 0; i < path->n_regions; i++) {
+		const PrRegion *region = &path->regions[i];
+		void *map;
+
+		if (path->writable[i] || region->memfd < 0 || !region->size)
+			continue;
+		map = mmap(NULL, region->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+			   region->memfd, (off_t)region->memfd_offset);
+		if (map == MAP_FAILED)
+			return pr_verbs_error(path->uri,
+					      "this kernel pins memory only for writing, and the "
+					      "guest's cannot be mapped for that",
+					      errno, error);
+		path->writable[i] = map;
+	}
+	return TRUE;
+}
+
+static gboolean register_all(PrVerbsPath *path, GArray *todo, GCancellable *cancel, GError **error)
+{
+	Job job = {.path = path, .todo = todo, .cancel = cancel};
+
+	if (!todo->len)
+		return TRUE;
+	if (needs_writable(path, &g_array_index(todo, PrVerbsExport, 0)) &&
+	    !map_writable(path, error))
+		return FALSE;
+	run_job(&job);
+	/* What is registered is ours to free, whatever became of the rest. */
+	for (guint i = 0; i < todo->len; i++)
+		if (g_array_index(todo, PrVerbsExport, i).mr)
+			g_array_append_val(path->exports, g_array_index(todo, PrVerbsExport, i));
+	g_array_sort(path->exports, compare);
+	if (g_cancellable_set_error_if_cancelled(cancel, error))
+		return FALSE;
+	if (job.error)
+		return pr_verbs_error(path->uri, "cannot register guest memory", job.error, error);
+	return TRUE;
+}
+
+/* ---- pages that were exchanged ---- */
+
+/* FALSE also where that cannot be told. */
+static gboolean all_present(int pagemap, const uint8_t *at, uint64_t length)
+{
+	const uint64_t present = 1ull << 63;
+	g_autofree uint64_t *entries = g_new(uint64_t, PAGES_AT_ONCE);
+	uint64_t page = (uintptr_t)at / page_size(), left = length / page_size();
+
+	while (left) {
+		uint64_t n = MIN(left, PAGES_AT_ONCE);
+		ssize_t size = (ssize_t)(n * sizeof(*entries));
+
+		if (pread(pagemap, entries, (size_t)size, (off_t)(page * sizeof(*entries))) != size)
+			return FALSE;
+		for (uint64_t i = 0; i < n; i++)
+			if (!(entries[i] & present))
+				return FALSE;
+		page += n;
+		left -= n;
+	}
+	return TRUE;
+}
+
+/* Drops the exports that may hold pages which are no longer the guest's. */
+static void drop_exchanged(PrVerbsPath *path)
+{
+	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+
+	for (guint i = path->exports->len; i-- > 0;) {
+		PrVerbsExport *export = &g_array_index(path->exports, PrVerbsExport, i);
+
+		if (path->regions[export->block].memfd < 0 ||
+		    all_present(pagemap, host(path, export->block) + export->offset,
+				export->length))
+			continue;
+		ibv_dereg_mr(export->mr);
+		g_array_remove_index(path->exports, i);
+	}
+	if (pagemap >= 0)
+		close(pagemap);
+}
+
+gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error)
+{
+	g_autoptr(GArray) todo = NULL;
+
+	drop_exchanged(path);
+	todo = scan(path);
+	return register_all(path, todo, cancel, error);
+}
+
+void pr_verbs_export_free(PrVerbsPath *path)
+{
+	for (guint i = 0; path->exports && i < path->exports->len; i++)
+		ibv_dereg_mr(g_array_index(path->exports, PrVerbsExport, i).mr);
+	g_clear_pointer(&path->exports, g_array_unref);
+	for (guint i = 0; path->writable && i < path->n_regions; i++)
+		if (path->writable[i])
+			munmap(path->writable[i], path->regions[i].size);
+	g_clear_pointer(&path->writable, g_free);
+}

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The options of rdma: URIs, and why their defaults are what they are.
+ *
+ * A request that is not acknowledged is repeated `retry` times, 4.096 us * 2^ack-timeout apart (14: 67 ms), so
+ * a dead path shows after (retry + 1) times that: 268 ms on the urgent lane, 403 ms on the bulk lane,
+ * where loss is likelier and nobody waits. rdma_cm's own choice takes seconds to minutes. Never 7 retries:
+ * some devices count them, soft-RoCE takes them for "for ever".
+ *
+ * A receiver that is not ready (there is none here, READs need no receive) would be asked again after
+ * rnr-timer, code 12: 0.64 ms; rdma_cm's code 0 is 655 ms.
+ *
+ * Traffic classes: a fabric that is made ready for RoCE mostly treats DSCP 26 (tos 104) as lossless, which
+ * is right for bulk; expedited forwarding (tos 184) lets the few urgent READs overtake.
+ */
+#include "transport/verbs.h"
+
+typedef struct Number {
+	const char *name;
+	guint64 min, max, fallback;
+} Number;
+
+enum { ACK_TIMEOUT, RETRY, BULK_RETRY, RNR_RETRY, RNR_TIMER, DEPTH, TOS, BULK_TOS, N_NUMBERS };
+
+static const Number numbers[N_NUMBERS] = {
+	[ACK_TIMEOUT] = {"ack-timeout", 8, 22, 14},
+	[RETRY] = {"retry", 1, 6, 3},
+	[BULK_RETRY] = {"bulk-retry", 1, 6, 5},
+	[RNR_RETRY] = {"rnr-retry", 0, 6, 6},
+	[RNR_TIMER] = {"rnr-timer", 1, 31, 12},
+	[DEPTH] = {"depth", 1, PR_VERBS_DEPTH_MAX, 16},
+	[TOS] = {"tos", 0, 255, 184},
+	[BULK_TOS] = {"bulk-tos", 0, 255, 104},
+};
+
+gboolean pr_verbs_parse_options(const PrUri *uri, PrVerbsOptions *ret, GError **error)
+{
+	const char *known[N_NUMBERS + 2] = {"dev"};
+	guint64 values[N_NUMBERS];
+
+	for (guint i = 0; i < N_NUMBERS; i++)
+		known[i + 1] = numbers[i].name;
+	if (!pr_backend_check_options(uri, known, error))
+		return FALSE;
+	for (guint i = 0; i < N_NUMBERS; i++)
+		if (!pr_backend_number(uri, numbers[i].name, numbers[i].min, numbers[i].max,
+				       numbers[i].fallback, &values[i], error))
+			return FALSE;
+	*ret = (PrVerbsOptions){
+		.device = g_hash_table_lookup(uri->options, "dev"),
+		.ack_timeout = values[ACK_TIMEOUT],
+		.retry = {[PR_LANE_URGENT] = values[RETRY], [PR_LANE_BULK] = values[BULK_RETRY]},
+		.rnr_retry = values[RNR_RETRY],
+		.rnr_timer = values[RNR_TIMER],
+		.depth = values[DEPTH],
+		.tos = {[PR_LANE_URGENT] = values[TOS], [PR_LANE_BULK] = values[BULK_TOS]},
+	};
+	return TRUE;
+}
