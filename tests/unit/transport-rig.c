@@ -29,7 +29,7 @@ static void map_regions(RigSide *side, gboolean filled)
 				   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
 		g_assert(at != MAP_FAILED);
-		side->regions[i] = (PrRegion){at, RIG_REGION_BYTES};
+		side->regions[i] = (PrRegion){at, RIG_REGION_BYTES, .memfd = -1};
 		for (uint64_t j = 0; filled && j < RIG_REGION_BYTES; j++)
 			at[j] = rig_byte(i, j);
 	}
@@ -81,6 +81,16 @@ static gpointer control_thread(gpointer opaque)
 	return NULL;
 }
 
+gboolean rig_is_rdma(const char *scheme)
+{
+	return !strcmp(pr_scheme_transport(scheme), "rdma");
+}
+
+const char *rig_host(const char *scheme)
+{
+	return rig_is_rdma(scheme) ? g_getenv(RIG_RDMA_VARIABLE) : "127.0.0.1";
+}
+
 Rig *rig_new(const char *scheme, const char *options)
 {
 	g_autoptr(GError) error = NULL;
@@ -91,7 +101,7 @@ Rig *rig_new(const char *scheme, const char *options)
 	rig->control = g_socket_listener_new();
 	port = g_socket_listener_add_any_inet_port(rig->control, NULL, &error);
 	g_assert_no_error(error);
-	text = g_strdup_printf("%s:127.0.0.1:%u%s", scheme, port, options);
+	text = g_strdup_printf("%s:%s:%u%s", scheme, rig_host(scheme), port, options);
 	rig->uri = pr_uri_parse(text, FALSE, &error);
 	g_assert_no_error(error);
 	rig->ops = pr_transport_find(rig->uri->scheme, &error);
@@ -208,18 +218,27 @@ void rig_connect(Rig *rig)
 	rig->ops->set_grants(rig->destination.path, (PrGrant *)grants->data, grants->len);
 }
 
-/* The grants of another process, which are those of a provider that lets us choose: offsets from 0 and
- * a key per region. So the child checks that its own look like that. */
-static GArray *predicted_grants(void)
+#define CHILD_GRANTS 16
+
+/* The child says how many it has, and then they follow. */
+static void take_grants(Rig *rig, int fd)
 {
-	GArray *grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+	PrGrant grants[CHILD_GRANTS];
+	guint n = 0;
 
-	for (guint i = 0; i < RIG_REGIONS; i++) {
-		PrGrant grant = {.block = i, .length = RIG_REGION_BYTES, .key = i + 1};
+	g_assert(read(fd, &n, sizeof(n)) == sizeof(n) && n <= CHILD_GRANTS);
+	g_assert(!n || read(fd, grants, n * sizeof(*grants)) == (gssize)(n * sizeof(*grants)));
+	close(fd);
+	rig->ops->set_grants(rig->destination.path, grants, n);
+}
 
-		g_array_append_val(grants, grant);
-	}
-	return grants;
+static void give_grants(Rig *rig, int fd)
+{
+	g_autoptr(GArray) grants = rig->ops->grants(rig->source.path);
+	gssize size = (gssize)(grants->len * sizeof(PrGrant));
+
+	g_assert(write(fd, &grants->len, sizeof(grants->len)) == sizeof(grants->len));
+	g_assert(!size || write(fd, grants->data, (gsize)size) == size);
 }
 
 void rig_connect_child(Rig *rig)
@@ -227,23 +246,14 @@ void rig_connect_child(Rig *rig)
 	g_autofree char *port = g_strdup_printf("%u", rig->ops->listener_port(rig->listener));
 	char *argv[] = {(char *)"/proc/self/exe", (char *)CHILD_ARGUMENT, rig->uri->text, port,
 			NULL};
-	g_autoptr(GArray) grants = predicted_grants();
 	g_autoptr(GError) error = NULL;
+	int fd;
 
-	g_spawn_async(NULL, argv, NULL, G_SPAWN_DO_NOT_REAP_CHILD, NULL, NULL, &rig->child, &error);
+	g_spawn_async_with_pipes(NULL, argv, NULL, G_SPAWN_DO_NOT_REAP_CHILD, NULL, NULL,
+				 &rig->child, NULL, &fd, NULL, &error);
 	g_assert_no_error(error);
 	accept_path(rig);
-	rig->ops->set_grants(rig->destination.path, (PrGrant *)grants->data, grants->len);
-}
-
-static void check_grants(Rig *rig)
-{
-	g_autoptr(GArray) grants = rig->ops->grants(rig->source.path);
-	g_autoptr(GArray) predicted = predicted_grants();
-
-	g_assert(!grants->len ||
-		 (grants->len == predicted->len &&
-		  !memcmp(grants->data, predicted->data, grants->len * sizeof(PrGrant))));
+	take_grants(rig, fd);
 }
 
 void rig_main_source(int argc, char **argv)
@@ -275,7 +285,7 @@ void rig_main_source(int argc, char **argv)
 	memset(setup.binding.secret, 0x5e, sizeof(setup.binding.secret));
 	rig.source.path = rig.ops->connect(&setup, &error);
 	g_assert_no_error(error);
-	check_grants(&rig);
+	give_grants(&rig, STDOUT_FILENO);
 	for (;;)
 		pause();
 }

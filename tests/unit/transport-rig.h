@@ -2,6 +2,8 @@
 /*
  * Both sides of one data path in one process, or the source in a process of its own, over loopback.
  * The rig stands in for the engine: it has the control port's listener and both sides' memory.
+ *
+ * Nothing but RDMA devices carry rdma:, so its address must be given: that of such a device of this host.
  */
 #pragma once
 
@@ -33,6 +35,11 @@ typedef struct Rig {
 	GThread *control_thread;
 	gint n_offered; /* lanes that came in on the control port; atomic */
 } Rig;
+
+#define RIG_RDMA_VARIABLE "POSTROAD_TEST_RDMA"
+/* The address to test a scheme at; NULL: it cannot be tested here. */
+const char *rig_host(const char *scheme);
+gboolean rig_is_rdma(const char *scheme);
 
 /* `options` follow the address in the URI: "" or "?KEY=VALUE". */
 Rig *rig_new(const char *scheme, const char *options);
