@@ -436,7 +436,7 @@ static const struct Command {
 	guint states;
 	gboolean (*take)(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
 } commands[] = {
-	{PR_CMD_GRANT, IN(SETUP) | IN(POSTCOPY_RECOVER) | IN(POSTCOPY_PAUSED), take_grant},
+	{PR_CMD_GRANT, IN(ACTIVE) | IN(POSTCOPY_RECOVER) | IN(POSTCOPY_PAUSED), take_grant},
 	{PR_CMD_POSTCOPY_ADVISE, IN(SETUP), take_advise},
 	{PR_CMD_PING, IN_ANY, take_ping},
 	{PR_CMD_RAM_ZERO, IN(ACTIVE) | IN(DEVICE) | IN_POSTCOPY, take_zero},

@@ -142,6 +142,7 @@ static gpointer return_path_thread(gpointer opaque)
 
 /* ---- connecting ---- */
 
+/* Only once the guest has stopped: until then it may touch what was a hole. */
 static gboolean send_grants(PrConn *conn, GError **error)
 {
 	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
@@ -197,7 +198,7 @@ static gboolean open_lanes(PrConn *conn, uint16_t data_port, GError **error)
 	if (!path || !pr_conn_set_path(conn, path, error))
 		return FALSE;
 	conn->return_path = g_thread_new("return-path", return_path_thread, conn);
-	return send_grants(conn, error);
+	return TRUE;
 }
 
 /* Connects one path. On failure returns NULL, with everything closed again. *ret_completed: the
@@ -473,8 +474,8 @@ static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
 		return FALSE;
 	*ret_conn = conn;
 	return advise(m, conn, error) && stop_guest(m, &was_running, error) &&
-	       send_holes(m, conn, error) && send_device_state(m, conn, was_running, error) &&
-	       hand_over(m, conn, error);
+	       send_grants(conn, error) && send_holes(m, conn, error) &&
+	       send_device_state(m, conn, was_running, error) && hand_over(m, conn, error);
 }
 
 /* Before RUN: the guest runs on here. */
@@ -591,7 +592,7 @@ static PrConn *recover(PrMigration *m)
 		pr_migration_step(m, PR_EVENT_SHUT, "the destination had every page already", NULL);
 		return NULL;
 	}
-	if (conn && pr_source_recover(m, conn, &error))
+	if (conn && send_grants(conn, &error) && pr_source_recover(m, conn, &error))
 		return conn;
 	pr_attempt_failed(m, error);
 	pr_conn_close(m, conn);

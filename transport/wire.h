@@ -27,10 +27,10 @@
  *	  HELLO (uuid, epoch, secret, role, blocks) ──▶
  *	                                            ◀── HELLO_ACK (status, data port)
  *	  … data lanes are connected, bound by uuid, epoch, secret …
- *	  GRANT (what READ may touch)               ──▶
  *	  CMD_POSTCOPY_ADVISE, CMD_PING 1           ──▶
  *	                                            ◀── RP_PONG 1 (RAM is ready)
  *	  … the source's guest is stopped …
+ *	  GRANT (what READ may touch)               ──▶
  *	  CMD_RAM_ZERO … (holes)                    ──▶
  *	  CMD_POSTCOPY_LISTEN                       ──▶
  *	  CMD_PACKAGED … (device state)             ──▶
