@@ -440,7 +440,7 @@ class Lab:
         argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot"]
         argv += ["-name", f"postroad-lab-{host.name}", "-M", "pc", "-accel", self.accel, "-cpu", "max"]
         argv += ["-smp", str(cpus), "-m", str(self.spec.memory_mb)]
-        argv += ["-kernel", f"{self.image}/vmlinuz", "-initrd", f"{self.image}/initrd.gz"]
+        argv += ["-kernel", f"{self.image}/kernel", "-initrd", f"{self.image}/initrd.gz"]
         argv += ["-append", f"{KERNEL} lab_host={host.name}"]
         argv += ["-serial", f"file:{self._file(host.name)}.console"]
         argv += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
