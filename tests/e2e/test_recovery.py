@@ -18,7 +18,8 @@ PAUSED_AND_BACK = (
 
 
 def start_and_stop_midway(lab, scheme, slow=SLOW, **kind):
-    move = Move(lab, scheme=scheme, **kind)
+    """The recovery is the test's to ask for."""
+    move = Move(lab, scheme=scheme, settings=("auto-recover=off",), **kind)
     move.slow_down(slow)
     move.start()
     move.wait_midway()
@@ -46,10 +47,7 @@ def recover_tcp(lab):
 @case("recover-with-another-transport")
 def recover_other_transport(lab):
     """The path that is left need not be of the kind that was lost."""
-    move = Move(lab, incoming="ofi:0.0.0.0:4444,tcp:0.0.0.0:4445")
-    move.slow_down()
-    move.start()
-    move.wait_midway()
+    move = start_and_stop_midway(lab, "ofi", incoming="ofi:0.0.0.0:4444,tcp:0.0.0.0:4445")
     move.network.link_down(1)
     move.wait_paused()
     move.source.hmp(f"migrate -d -r tcp:{move.network.destination.address(2)}:4445")
@@ -158,7 +156,7 @@ def bitmaps_tcp(lab):
 def socat_bridge(lab):
     """The test that came with the first postcopy recovery: the path is a socat bridge, it is killed, the
     recovery takes the direct way."""
-    move = Move(lab, scheme="tcp")
+    move = Move(lab, scheme="tcp", settings=("auto-recover=off",))
     host = lab.network.source
     direct = lab.network.destination.address(1)
     bridge = lab.start(
@@ -232,6 +230,38 @@ def recover_adds_listener(lab):
     move.full_speed()
     move.wait_completed()
     move.expect_guest_sound()
+
+
+def recover_by_itself(lab, scheme):
+    """Both paths are listed; each is lost in its turn, nobody asks for anything."""
+    move = Move(lab, scheme=scheme)
+    move.slow_down("8M")
+    move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
+    move.wait_midway(fraction=0.8)
+    for lost, left in ((1, 2), (2, 1)):
+        recoveries = move.source.query()["postroad"]["recoveries"]
+        move.network.black_hole(lost)
+        wait_for(
+            f"the source recovers over link{left} by itself",
+            30,
+            lambda before=recoveries: move.source.query()["postroad"]["recoveries"] > before,
+        )
+        move.expect_midway()
+        move.network.end_black_hole(lost)
+    move.full_speed()
+    move.wait_completed()
+    move.expect_path_taken(*PAUSED_AND_BACK[:-1], *PAUSED_AND_BACK[1:])
+    move.expect_guest_sound()
+
+
+@case("recover-by-itself-over-the-other-listed-ofi-path")
+def by_itself_ofi(lab):
+    recover_by_itself(lab, "ofi")
+
+
+@case("recover-by-itself-over-the-other-listed-tcp-path")
+def by_itself_tcp(lab):
+    recover_by_itself(lab, "tcp")
 
 
 @case("statistics-stay-right-across-recoveries")

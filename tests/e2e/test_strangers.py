@@ -71,7 +71,7 @@ def strangers_while_running(lab):
 
 @case("strangers-do-not-disturb-a-paused-migration")
 def strangers_while_paused(lab):
-    move = Move(lab)
+    move = Move(lab, settings=("auto-recover=off",))
     move.slow_down()
     move.start()
     move.wait_midway()
