@@ -424,7 +424,7 @@ void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opa
 		client->died_opaque = opaque;
 	}
 	g_mutex_unlock(&client->lock);
-	if (reason)
+	if (reason && died)
 		died(reason, opaque);
 }
 

@@ -92,7 +92,7 @@ struct PrGuestOps {
 	gboolean (*keep_state)(PrGuest *guest, int memfd, GError **error);
 	int (*fetch_state)(PrGuest *guest, GError **error);
 
-	/* Watches for the death of the guest's process. */
+	/* Watches for the death of the guest's process; NULL: no more. */
 	void (*on_death)(PrGuest *guest, PrGuestDied died, void *opaque);
 };
 

@@ -273,7 +273,7 @@ static void qemu_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 		self->died_opaque = opaque;
 	}
 	g_mutex_unlock(&self->lock);
-	if (reason)
+	if (reason && died)
 		died(reason, opaque);
 }
 
