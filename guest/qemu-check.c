@@ -297,21 +297,36 @@ static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backe
 	}
 }
 
-GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
+/* What RAM there is; refused if it is not shared. */
+static gboolean list_ram(PrQmp *qmp, GArray **ret_ramblocks, GArray **ret_backends, GError **error)
 {
 	g_autofree char *text = pr_qmp_human(qmp, "info ramblock", error);
+	g_autoptr(GArray) ramblocks = text ? pr_qemu_ramblocks_parse(text, error) : NULL;
+	g_autoptr(GArray) backends = ramblocks ? list_backends(qmp, error) : NULL;
+	guint n_shared;
+
+	if (!backends || !check_blocks(ramblocks, backends, &n_shared, error))
+		return FALSE;
+	*ret_ramblocks = g_steal_pointer(&ramblocks);
+	*ret_backends = g_steal_pointer(&backends);
+	return TRUE;
+}
+
+gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error)
+{
+	g_autoptr(GArray) ramblocks = NULL;
+	g_autoptr(GArray) backends = NULL;
+
+	return list_ram(qmp, &ramblocks, &backends, error);
+}
+
+GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
+{
 	g_autoptr(GArray) ramblocks = NULL;
 	g_autoptr(GArray) backends = NULL;
 	g_autoptr(GArray) regions = NULL;
-	guint n_shared;
 
-	if (!text)
-		return NULL;
-	ramblocks = pr_qemu_ramblocks_parse(text, error);
-	if (!ramblocks)
-		return NULL;
-	backends = list_backends(qmp, error);
-	if (!backends || !check_blocks(ramblocks, backends, &n_shared, error))
+	if (!list_ram(qmp, &ramblocks, &backends, error))
 		return NULL;
 	ask_for_addresses(qmp, ramblocks, backends);
 	regions = pr_agent_client_regions(agent, error);

@@ -113,6 +113,28 @@ static void qemu_close(PrGuest *guest)
 	g_free(self);
 }
 
+/* The agent begins to listen with the first shared RAM, so that its absence may have that cause: then the
+ * cause is told. */
+static PrAgentClient *open_agent(const QemuSpec *spec, guint timeout_ms, GError **error)
+{
+	g_autoptr(GError) missing = NULL;
+	g_autoptr(GError) cause = NULL;
+	PrAgentClient *agent = pr_agent_client_open(spec->agent, timeout_ms, &missing);
+
+	if (agent)
+		return agent;
+	if (g_error_matches(missing, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE)) {
+		PrQmp *qmp = pr_qmp_open(spec->qmp, timeout_ms, NULL, NULL, NULL);
+		if (qmp && !pr_qemu_check_ram(qmp, &cause) &&
+		    g_error_matches(cause, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED))
+			g_set_error_literal(error, cause->domain, cause->code, cause->message);
+		g_clear_pointer(&qmp, pr_qmp_free);
+	}
+	if (error && !*error)
+		g_propagate_error(error, g_steal_pointer(&missing));
+	return NULL;
+}
+
 static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 {
 	g_auto(QemuSpec) parsed = {0};
@@ -125,7 +147,7 @@ static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 	guest = &self->parent;
 	guest->ops = &pr_guest_qemu;
 	g_mutex_init(&self->lock);
-	self->agent = pr_agent_client_open(parsed.agent, timeout_ms, error);
+	self->agent = open_agent(&parsed, timeout_ms, error);
 	if (!self->agent)
 		return NULL;
 	self->qmp = pr_qmp_open(parsed.qmp, timeout_ms, on_event, self, error);

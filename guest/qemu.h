@@ -10,6 +10,8 @@
 /* qemu-check.c. Refuses a QEMU that cannot be migrated; touches nothing. fresh: no engine was at work
  * here before, so the run state has to be that of a beginning. */
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error);
+/* Refuses a QEMU whose RAM is not shared, also one without an agent. */
+gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error);
 /* The RAM blocks as PrGuestBlock. */
 GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error);
 

@@ -164,7 +164,8 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 	PrEvent event = event_of(error);
 	PrAction action = pr_migration_step_locked(m, event, m->sm.role, error->message);
 
-	if (action != PR_ACTION_REFUSE && g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD)) {
+	if (action != PR_ACTION_REFUSE &&
+	    g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD)) {
 		m->held = TRUE;
 		g_cond_broadcast(&m->changed);
 	}

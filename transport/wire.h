@@ -152,7 +152,8 @@ typedef enum PrHelloStatus {
 	PR_HELLO_OK = 0,
 	PR_HELLO_COMPLETED = 1, /* this migration has everything: the source may complete too */
 	PR_HELLO_REFUSED = 2,	/* with a reason */
-	PR_HELLO_HELD = 3,	/* likewise: a human has paused this side; automatic recovery is to wait */
+	PR_HELLO_HELD =
+		3, /* likewise: a human has paused this side; automatic recovery is to wait */
 } PrHelloStatus;
 
 typedef struct PrProgress {

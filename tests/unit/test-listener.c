@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "control-rig.h"
+#include "tests/unit/control-rig.h"
 
 #include <netinet/in.h>
 #include <string.h>
