@@ -95,6 +95,29 @@ def statistics_agree(lab):
     expect(0 < source["downtime"] <= source["total-time"], f"downtime {source['downtime']} ms")
 
 
+def private_bytes(pid):
+    """Memory of a process that no other shares: the guest's RAM is not in it."""
+    with open(f"/proc/{pid}/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+@case("engines-need-little-memory-beside-the-guests")
+def engines_stay_small(lab):
+    """64 MiB and 1/8192 of guest RAM are the limit, in the middle of postcopy and at its end."""
+    move = Move(lab)
+    limit = (64 << 20) + (move.source_vm.spec.ram_mb << 20) // 8192
+    move.slow_down()
+    move.start()
+    move.wait_midway()
+    used = [private_bytes(engine.process.pid) for engine in move.engines]
+    move.full_speed()
+    move.wait_completed()
+    used += [private_bytes(engine.process.pid) for engine in move.engines]
+    print(f"     private memory, source and destination, mid-way and at the end: {used}")
+    expect(0 < max(used) <= limit, f"private memory of the engines is {used} bytes, the limit {limit}")
+
+
 @case("guest-runs-at-the-destination-before-its-pages-are-there")
 def guest_runs_early(lab):
     """It does not wait for its memory: it prints while pages are still on the way."""
