@@ -37,6 +37,7 @@ struct PrAgentClient {
 	GHashTable *calls; /* lock; id -> Call */
 	guint32 last_id;   /* lock */
 	GError *failure;   /* lock; set once: the connection is gone */
+	GMutex telling;	   /* held while `died` is called; taken before lock */
 	PrGuestDied died;  /* lock; taken when called */
 	void *died_opaque; /* lock */
 	gboolean closing;  /* lock; the end is ours: nobody died */
@@ -168,6 +169,7 @@ static void fail(PrAgentClient *client, GError *failure)
 	PrGuestDied died;
 	void *opaque;
 
+	g_mutex_lock(&client->telling);
 	g_mutex_lock(&client->lock);
 	client->failure = failure;
 	died = client->closing ? NULL : g_steal_pointer(&client->died);
@@ -176,6 +178,7 @@ static void fail(PrAgentClient *client, GError *failure)
 	g_mutex_unlock(&client->lock);
 	if (died)
 		died(failure->message, opaque);
+	g_mutex_unlock(&client->telling);
 }
 
 static gpointer reader_thread(gpointer data)
@@ -369,6 +372,7 @@ PrAgentClient *pr_agent_client_open(const char *path, guint timeout_ms, GError *
 	client->fd = fd;
 	client->calls = g_hash_table_new(NULL, NULL);
 	g_mutex_init(&client->lock);
+	g_mutex_init(&client->telling);
 	g_cond_init(&client->cond);
 	client->reader = g_thread_new("agent-client", reader_thread, client);
 	if (!say_hello(client, error))
@@ -387,6 +391,7 @@ void pr_agent_client_free(PrAgentClient *client)
 	g_hash_table_unref(client->calls);
 	g_clear_error(&client->failure);
 	g_mutex_clear(&client->lock);
+	g_mutex_clear(&client->telling);
 	g_cond_clear(&client->cond);
 	g_free(client->path);
 	g_free(client);
@@ -416,6 +421,7 @@ void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opa
 {
 	g_autofree char *reason = NULL;
 
+	g_mutex_lock(&client->telling);
 	g_mutex_lock(&client->lock);
 	if (client->failure) {
 		reason = g_strdup(client->failure->message);
@@ -426,6 +432,7 @@ void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opa
 	g_mutex_unlock(&client->lock);
 	if (reason && died)
 		died(reason, opaque);
+	g_mutex_unlock(&client->telling);
 }
 
 /* Memory and faults */

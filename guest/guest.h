@@ -92,7 +92,8 @@ struct PrGuestOps {
 	gboolean (*keep_state)(PrGuest *guest, int memfd, GError **error);
 	int (*fetch_state)(PrGuest *guest, GError **error);
 
-	/* Watches for the death of the guest's process; NULL: no more. */
+	/* Watches for the death of the guest's process; NULL: no more,
+	 * and no call is in progress when this returns. Not from within such a call. */
 	void (*on_death)(PrGuest *guest, PrGuestDied died, void *opaque);
 };
 

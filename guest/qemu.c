@@ -22,6 +22,7 @@ typedef struct QemuGuest {
 	gboolean was_running; /* lock; goes with stopped */
 	gboolean dead;	      /* lock */
 	char *death;	      /* lock; why, once dead */
+	GMutex telling;	      /* held while `died` is called; taken before lock */
 	PrGuestDied died;     /* lock; taken when called */
 	void *died_opaque;    /* lock */
 } QemuGuest;
@@ -88,6 +89,7 @@ static void on_end(const char *reason, void *opaque)
 	void *died_opaque;
 
 	pr_qemu_stream_died(self->stream, reason);
+	g_mutex_lock(&self->telling);
 	g_mutex_lock(&self->lock);
 	if (!self->dead) {
 		self->dead = TRUE;
@@ -98,6 +100,7 @@ static void on_end(const char *reason, void *opaque)
 	g_mutex_unlock(&self->lock);
 	if (died)
 		died(reason, died_opaque);
+	g_mutex_unlock(&self->telling);
 }
 
 static void qemu_close(PrGuest *guest)
@@ -110,6 +113,7 @@ static void qemu_close(PrGuest *guest)
 	g_clear_pointer(&self->blocks, g_array_unref);
 	g_free(self->death);
 	g_mutex_clear(&self->lock);
+	g_mutex_clear(&self->telling);
 	g_free(self);
 }
 
@@ -147,6 +151,7 @@ static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 	guest = &self->parent;
 	guest->ops = &pr_guest_qemu;
 	g_mutex_init(&self->lock);
+	g_mutex_init(&self->telling);
 	self->agent = open_agent(&parsed, timeout_ms, error);
 	if (!self->agent)
 		return NULL;
@@ -287,6 +292,7 @@ static void qemu_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 	QemuGuest *self = (QemuGuest *)guest;
 	g_autofree char *reason = NULL;
 
+	g_mutex_lock(&self->telling);
 	g_mutex_lock(&self->lock);
 	if (self->dead) {
 		reason = g_strdup(self->death);
@@ -297,6 +303,7 @@ static void qemu_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 	g_mutex_unlock(&self->lock);
 	if (reason && died)
 		died(reason, opaque);
+	g_mutex_unlock(&self->telling);
 }
 
 const PrGuestOps pr_guest_qemu = {
