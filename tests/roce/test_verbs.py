@@ -1,0 +1,368 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The data path of rdma: between two RoCE hosts: a is the source, b the destination, no engine and no guest.
+
+Each test moves two rdma-pairs step by step and breaks rail 1 under them."""
+
+import argparse
+import os
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.join(os.path.dirname(HERE), "..", "soft-roce"))
+
+from roce_lab import Lab, LabError, wait_until  # noqa: E402
+
+KIB, MIB = 1024, 1024 * 1024
+PORT = 4444
+CONNECT_MS = 5000
+NOTICED_SECONDS = 3.0  # the rdma: lanes' own timers need 0.4 s; the rest is the emulated hosts'
+CASES = []
+
+
+def case(name):
+    """Registers a test under the behaviour that it proves."""
+
+    def register(function):
+        CASES.append((name, function))
+        return function
+
+    return register
+
+
+def expect(condition, message):
+    if not condition:
+        raise LabError(message)
+
+
+class Side:
+    """An rdma-pair on a host."""
+
+    def __init__(self, pair, host, role, uri):
+        self.process = host.popen(pair.program, role, uri, env=pair.env)
+        self.name = role
+        self.lines = 0
+        pair.sides.append(self)
+        self.answer()
+
+    def ask(self, *words):
+        self.process.write((" ".join(map(str, words)) + "\n").encode())
+
+    def answer(self, seconds=90):
+        """What follows "ok"; LabError with what follows "error"."""
+
+        def next_line():
+            lines = self.process.output("out").split("\n")
+            if len(lines) <= self.lines + 1:
+                expect(self.process.alive(), f"{self.name} has ended: {self.process.output()}")
+                return None
+            return lines[self.lines]
+
+        line = wait_until(f"{self.name} answers", seconds, next_line)
+        self.lines += 1
+        kind, _, rest = line.partition(" ")
+        expect(kind == "ok", rest)
+        return rest.strip()
+
+    def do(self, *words, seconds=90):
+        self.ask(*words)
+        return self.answer(seconds)
+
+    def refuses(self, *words):
+        """The reason for which a command is not done."""
+        try:
+            self.do(*words)
+        except LabError as error:
+            return str(error)
+        raise LabError(f"{self.name} did {words[0]}, and should not have")
+
+    def census(self):
+        fds, threads, pinned, *blocks = map(int, self.do("census").split())
+        return {"fds": fds, "threads": threads, "pinned": pinned * KIB, "blocks": [n * KIB for n in blocks]}
+
+    def end(self):
+        self.process.write(b"")
+        code = self.process.wait(30)
+        errors = self.process.output("err")
+        expect(code == 0 and not errors, f"{self.name} ended with {code}: {errors}")
+
+
+class Pair:
+    """Both sides over rail 1."""
+
+    def __init__(self, lab, program, env):
+        self.lab, self.program, self.env = lab, program, env
+        self.sides = []
+        self.epoch = 0
+
+    def __enter__(self):
+        uri = f"rdma:{self.lab.b.address(1)}:{PORT}"
+        self.destination = Side(self, self.lab.b, "destination", uri)
+        self.source = Side(self, self.lab.a, "source", uri)
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                for side in self.sides:
+                    side.end()
+        finally:
+            for side in self.sides:
+                side.process.close()
+            self.lab.restore(1)
+
+    def open(self):
+        """Connects with a new epoch; nothing is granted yet."""
+        self.epoch += 1
+        self.destination.ask("open", self.epoch, CONNECT_MS)
+        self.source.do("open", self.epoch, CONNECT_MS)
+        self.destination.answer()
+
+    def grant(self):
+        grants = self.source.do("grants")
+        self.destination.do("set-grants", grants)
+        return [tuple(map(int, word.split(":")[:3])) for word in grants.split()]
+
+    def connect(self):
+        self.open()
+        return self.grant()
+
+    def close(self):
+        return [int(side.do("close")) for side in (self.destination, self.source)]
+
+    def fill(self, block, offset, length, seed=1):
+        self.source.do("fill", block, offset, length, seed)
+
+    def check(self, block, offset, length, size=64 * KIB, lane=1, seed=1):
+        self.destination.do("check", lane, block, offset, length, size, seed)
+
+
+@case("reads-of-every-size-bring-the-right-bytes")
+def right_bytes(pair):
+    pair.fill(0, 0, 16 * MIB)
+    pair.connect()
+    for lane in (0, 1):
+        for size in (4 * KIB, 8 * KIB, 64 * KIB, 256 * KIB, MIB):
+            # 5 MiB - 4 KiB: READs begin and end beside the borders of registered chunks.
+            offset = (3 + 5 * lane) * MIB - 4 * KIB
+            pair.check(0, offset, max(size, 4 * MIB if size == MIB else 512 * KIB), size, lane)
+    pair.close()
+
+
+@case("holes-stay-holes-on-both-sides")
+def holes(pair):
+    pair.fill(0, 0, 4 * MIB)
+    pair.fill(1, 8 * MIB, 64 * KIB)
+    pair.fill(1, 40 * MIB, 4 * KIB)
+    before = pair.source.census()["blocks"]
+    grants = pair.connect()
+    expect(grants == [(0, 0, 4 * MIB), (1, 8 * MIB, 64 * KIB), (1, 40 * MIB, 4 * KIB)], f"granted: {grants}")
+    expect(pair.source.census()["blocks"] == before, "registering has filled holes of the source")
+    expect(pair.destination.census()["blocks"] == [0, 0], "the destination has memory before the first READ")
+    pair.check(1, 40 * MIB, 4 * KIB, lane=0, size=4 * KIB)
+    pair.check(1, 8 * MIB, 64 * KIB)
+    pair.check(0, 2 * MIB, 64 * KIB)
+    blocks = pair.destination.census()["blocks"]
+    expect(blocks == [2 * MIB, 68 * KIB], f"the destination's blocks hold {blocks} bytes")
+    pair.close()
+    for side in pair.sides:
+        expect(side.census()["pinned"] == 0, f"{side.name}: memory is pinned after the end of the path")
+
+
+@case("urgent-read-takes-no-more-memory-than-its-page")
+def urgent_page(pair):
+    pair.fill(0, 0, 8 * MIB)
+    pair.connect()
+    pair.check(0, 5 * MIB, 4 * KIB, lane=0, size=4 * KIB)
+    blocks = pair.destination.census()["blocks"]
+    expect(blocks == [4 * KIB, 0], f"the destination's blocks hold {blocks} bytes")
+    pair.close()
+
+
+@case("ungranted-range-fails-the-path-in-words")
+def ungranted(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    expect("not posted" in pair.destination.refuses("check", 1, 0, 2 * MIB, 4096, 4096, 1), "a hole was read")
+    expect("does not let us" in pair.destination.do("await-failure", 1000), "the failure has another reason")
+    pair.close()
+
+
+@case("pages-touched-after-connect-are-granted-when-asked-again")
+def touched_later(pair):
+    pair.fill(0, 0, MIB)
+    pair.open()
+    pair.fill(0, MIB, MIB)
+    pair.fill(0, 10 * MIB, 4 * KIB)
+    pair.fill(1, 0, 256 * KIB)
+    pair.grant()
+    # One READ over ranges that were registered at different times.
+    pair.check(0, 0, 2 * MIB, size=MIB)
+    pair.check(0, 10 * MIB, 4 * KIB)
+    pair.check(1, 0, 256 * KIB)
+    pair.close()
+
+
+@case("pages-that-were-given-back-and-taken-again-are-read-as-they-are-now")
+def exchanged(pair):
+    pair.fill(0, 0, 8 * MIB)
+    pair.open()
+    pair.source.do("punch", 0, 2 * MIB, 64 * KIB)
+    pair.fill(0, 2 * MIB, 64 * KIB, seed=2)
+    pair.source.do("punch", 0, 4 * MIB, MIB)
+    granted = pair.grant()
+    expect(not any(at < 5 * MIB and at + n > 4 * MIB for block, at, n in granted if block == 0), f"granted: {granted}")
+    pair.check(0, 2 * MIB, 64 * KIB, seed=2)
+    pair.check(0, 0, 2 * MIB)
+    pair.check(0, 5 * MIB, 3 * MIB)
+    pair.close()
+
+
+@case("strangers-are-refused-and-the-right-one-gets-in")
+def strangers(pair):
+    pair.fill(0, 0, MIB)
+    pair.destination.ask("open", 7, 20000)
+    for epoch, secret in ((6, 0x5E), (8, 0x5E), (7, 0x5F)):
+        reason = pair.source.refuses("open", epoch, CONNECT_MS, secret)
+        expect("refused the data lane" in reason, f"refused with: {reason}")
+    pair.source.do("open", 7, CONNECT_MS)
+    pair.destination.answer()
+    pair.grant()
+    pair.check(0, 0, MIB)
+    pair.close()
+
+
+@case("fifty-paths-leave-nothing-behind")
+def fifty(pair):
+    pair.fill(0, 0, MIB)
+    census = []
+    for _ in range(50):
+        pair.connect()
+        pair.check(0, 0, 256 * KIB)
+        pair.close()
+        census.append([{**side.census(), "blocks": 0} for side in pair.sides])
+    for first, last, side in zip(census[0], census[-1], pair.sides):
+        expect(first == last, f"{side.name} had {first}, has {last}")
+
+
+@case("host-without-a-listener-is-an-error-in-words")
+def nobody_listens(pair):
+    uri = f"rdma:{pair.lab.b.address(1)}:{PORT + 1}"
+    stranger = Side(pair, pair.lab.a, "source", uri)
+    reason = stranger.refuses("open", 1, CONNECT_MS)
+    expect("nobody listens there" in reason and uri in reason, f"the error is: {reason}")
+
+
+@case("host-that-is-away-is-given-up-in-time")
+def host_away(pair):
+    pair.lab.inject("blackhole", 1, "b")
+    began = time.monotonic()
+    reason = pair.source.refuses("open", 1, 1000)
+    seconds = time.monotonic() - began
+    expect(seconds < 2.5, f"it took {seconds:.1f} s")
+    expect(f"rdma:{pair.lab.b.address(1)}" in reason, f"the error is: {reason}")
+
+
+@case("wrong-addresses-and-options-are-errors-that-help")
+def wrong_uris(pair):
+    for uri, words in (
+        ("rdma:10.99.0.1:4460", "check the addresses"),
+        (f"rdma:{pair.lab.b.address(2)}:4460?dev=rxe1", "that address is on rxe2"),
+        (f"rdma:{pair.lab.b.address(1)}:4460?retry=7", "from 1 to 6"),
+    ):
+        process = pair.lab.b.popen(pair.program, "destination", uri)
+        process.write(b"")
+        code = process.wait(30)
+        output = process.output().strip()
+        process.close()
+        print(f"     {output}")
+        expect(code == 1 and uri in output and words in output, f"{uri}: {output}")
+
+
+def fault_case(name, inject, reason, own=None):
+    """Breaks rail 1 under READs and mends it again, twice. `own`: the side on whose host the fault is, which
+    therefore notices by itself; the destination always does."""
+
+    @case(name)
+    def test(pair):
+        pair.fill(0, 0, 16 * MIB)
+        for _ in range(2):
+            pair.connect()
+            pair.destination.do("pull")
+            time.sleep(0.3)  # READs are under way; the test holds if not
+            began = time.time()
+            inject(pair.lab)
+            for side in {pair.destination, getattr(pair, own or "destination")}:
+                at, times, *words = side.do("await-failure", 20000).split(" ")
+                seconds = int(at) / 1e6 - began
+                text = " ".join(words)
+                print(f"     {side.name}: {seconds * 1000:.0f} ms: {text}")
+                expect(times == "1", f"{side.name} has told the failure {times} times")
+                expect(seconds < NOTICED_SECONDS, f"{side.name} noticed after {seconds:.2f} s")
+                if side is pair.destination:
+                    expect(any(r in text for r in reason), f"the reason is: {text}")
+            counts = list(map(int, pair.destination.do("join-pull").split()))
+            for posted, ok, failed in (counts[:3], counts[3:]):
+                expect(posted == ok + failed and ok, f"READs posted, in place, failed: {counts}")
+            drained = pair.close()
+            expect(max(drained) < 1500 * 1000, f"closing took {drained} us")
+            pair.lab.restore(1)
+        pair.connect()
+        pair.check(0, 0, 16 * MIB, size=MIB)
+        pair.close()
+
+
+TIMED_OUT = ("retry count exceeded",)
+LOCAL = ("is DOWN", "cannot send", "address has gone")
+REMOVED = ("removed", "is DOWN", "cannot send", "address has gone")
+
+fault_case("cable-cut", lambda lab: lab.cut(1), (*LOCAL, *TIMED_OUT), own="source")
+fault_case("link-down-at-the-destination", lambda lab: lab.inject("link-down", 1, "b"), LOCAL)
+fault_case("link-down-at-the-source", lambda lab: lab.inject("link-down", 1, "a"), TIMED_OUT, own="source")
+fault_case("address-removed-at-the-destination", lambda lab: lab.inject("address-del", 1, "b"), LOCAL)
+fault_case("black-hole-at-the-destination", lambda lab: lab.inject("blackhole", 1, "b"), TIMED_OUT)
+fault_case("black-hole-at-the-source", lambda lab: lab.inject("blackhole", 1, "a"), TIMED_OUT)
+fault_case("device-removed-at-the-destination", lambda lab: lab.inject("rdma-del", 1, "b"), REMOVED)
+fault_case("device-removed-at-the-source", lambda lab: lab.inject("rdma-del", 1, "a"), (*TIMED_OUT, "the peer closed"), own="source")
+
+
+def run(lab, program, pattern, env):
+    """Returns how many tests failed."""
+    failures = 0
+    for name, function in CASES:
+        if pattern and pattern not in name:
+            continue
+        began = time.monotonic()
+        try:
+            with Pair(lab, program, env) as pair:
+                function(pair)
+            result, message = "ok  ", ""
+        except LabError as error:
+            result, message = "FAIL", f": {error}"
+            failures += 1
+        print(f"{result} {name} ({time.monotonic() - began:.1f} s){message}", flush=True)
+    return failures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pattern", nargs="?", help="run only tests with this in their name")
+    parser.add_argument("--build", default="build", help="build directory (default: build)")
+    parser.add_argument("--lab", metavar="DIRECTORY", help="use the lab that runs there")
+    parser.add_argument("--list", action="store_true", help="only list the tests")
+    options = parser.parse_args()
+    program = os.path.abspath(os.path.join(options.build, "tests/roce/rdma-pair"))
+    env = {name: value for name, value in os.environ.items() if name.endswith("SAN_OPTIONS")}
+    if options.list:
+        print("\n".join(name for name, _ in CASES))
+        return 0
+    if options.lab:
+        return 1 if run(Lab.attach(options.lab), program, options.pattern, env) else 0
+    with Lab(build=options.build) as lab:
+        return 1 if run(lab, program, options.pattern, env) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
