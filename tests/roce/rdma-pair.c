@@ -500,6 +500,7 @@ int main(int argc, char **argv)
 		fprintf(stderr, "usage: rdma-pair source|destination URI\n");
 		return 2;
 	}
+	g_log_writer_default_set_use_stderr(TRUE);
 	if (open_side(&side, argv[1], argv[2], &error)) {
 		printf("ok\n");
 		fflush(stdout);

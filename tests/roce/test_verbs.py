@@ -7,6 +7,7 @@ Each test moves two rdma-pairs step by step and breaks rail 1 under them."""
 import argparse
 import os
 import sys
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -17,7 +18,7 @@ from roce_lab import Lab, LabError, wait_until  # noqa: E402
 
 KIB, MIB = 1024, 1024 * 1024
 PORT = 4444
-CONNECT_MS = 5000
+CONNECT_MS = 10000
 NOTICED_SECONDS = 3.0  # the rdma: lanes' own timers need 0.4 s; the rest is the emulated hosts'
 CASES = []
 
@@ -117,8 +118,18 @@ class Pair:
         """Connects with a new epoch; nothing is granted yet."""
         self.epoch += 1
         self.destination.ask("open", self.epoch, CONNECT_MS)
-        self.source.do("open", self.epoch, CONNECT_MS)
+        wait_until("the source is connected", CONNECT_MS / 1000, self._try_open, 0.1)
         self.destination.answer()
+
+    def _try_open(self):
+        """A destination whose device has just come back may not listen yet."""
+        try:
+            self.source.do("open", self.epoch, CONNECT_MS)
+            return True
+        except LabError as error:
+            if "nobody listens" not in str(error):
+                raise
+            return False
 
     def grant(self):
         grants = self.source.do("grants")
@@ -293,7 +304,9 @@ def fault_case(name, inject, reason, own=None):
             pair.destination.do("pull")
             time.sleep(0.3)  # READs are under way; the test holds if not
             began = time.time()
-            inject(pair.lab)
+            # A device does not go before its users have let go of it.
+            fault = threading.Thread(target=inject, args=(pair.lab,))
+            fault.start()
             for side in {pair.destination, getattr(pair, own or "destination")}:
                 at, times, *words = side.do("await-failure", 20000).split(" ")
                 seconds = int(at) / 1e6 - began
@@ -308,6 +321,7 @@ def fault_case(name, inject, reason, own=None):
                 expect(posted == ok + failed and ok, f"READs posted, in place, failed: {counts}")
             drained = pair.close()
             expect(max(drained) < 1500 * 1000, f"closing took {drained} us")
+            fault.join()
             pair.lab.restore(1)
         pair.connect()
         pair.check(0, 0, 16 * MIB, size=MIB)
