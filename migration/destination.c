@@ -293,6 +293,7 @@ static gboolean start_workers(PrMigration *m, GError **error)
 static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
 {
 	uint64_t summary, target;
+	PrBinding binding;
 
 	if (!pr_advise_decode(msg->body, msg->length, &summary, &target, error))
 		return FALSE;
@@ -304,7 +305,8 @@ static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 			    summary, target, m->ram->page_size_summary, PR_TARGET_PAGE);
 		return FALSE;
 	}
-	pr_ram_set_identity(m->ram, &m->binding);
+	pr_conn_binding(conn, &binding);
+	pr_ram_set_identity(m->ram, &binding);
 	return start_workers(m, error) &&
 	       m->guest->ops->keep_state(m->guest, m->ram->state_fd, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "ready for RAM and device state", error);
@@ -514,9 +516,11 @@ static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error
 	return TRUE;
 }
 
-static gboolean admit(PrMigration *m, const PrHello *hello, const PrUri *uri, GError **error)
+static gboolean admit(PrMigration *m, PrConn *conn, const PrHello *hello, GError **error)
 {
+	const PrUri *uri = conn->uri;
 	g_autofree char *reason = g_strdup_printf("connected again over %s", uri->text);
+	PrBinding binding;
 
 	if (strcmp(pr_scheme_transport(hello->scheme), pr_scheme_transport(uri->scheme)) != 0) {
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
@@ -528,7 +532,8 @@ static gboolean admit(PrMigration *m, const PrHello *hello, const PrUri *uri, GE
 		return admit_guest(m, hello, error);
 	if (!pr_ram_check_blocks(m->ram, hello->blocks, hello->n_blocks, error))
 		return FALSE;
-	pr_ram_set_identity(m->ram, &m->binding);
+	pr_conn_binding(conn, &binding);
+	pr_ram_set_identity(m->ram, &binding);
 	return pr_migration_step(m, PR_EVENT_CONNECTED, reason, error);
 }
 
@@ -586,7 +591,7 @@ static void serve(PrMigration *m, PrNewcomer *newcomer)
 	conn->control = g_steal_pointer(&newcomer->control);
 	g_array_set_size(m->grants, 0);
 
-	if (!begin(m, &newcomer->hello, &error) || !admit(m, &newcomer->hello, conn->uri, &error)) {
+	if (!begin(m, &newcomer->hello, &error) || !admit(m, conn, &newcomer->hello, &error)) {
 		PrHelloAck ack = {.status = PR_HELLO_OK};
 		refuse(&ack, "%s", error->message);
 		pr_control_answer(conn->control, &ack, NULL);

@@ -124,6 +124,8 @@ void pr_migration_copy_failure(PrMigration *m, GError **error);
 
 /* The owner: begins an attempt: forgets the last failure, renews `cancel`. With the lock held. */
 void pr_migration_begin_attempt(PrMigration *m);
+/* What binds this connection to its migration. */
+void pr_conn_binding(PrConn *conn, PrBinding *ret);
 /* Fills in what connect() and accept() need. */
 PrPathSetup pr_conn_setup(PrConn *conn, uint16_t data_port);
 /* The owner publishes a connection; FALSE if the attempt has failed already. */

@@ -247,13 +247,21 @@ void pr_migration_begin_attempt(PrMigration *m)
 	m->bitmaps_due = 0;
 }
 
+void pr_conn_binding(PrConn *conn, PrBinding *ret)
+{
+	g_mutex_lock(&conn->m->lock);
+	*ret = conn->m->binding;
+	g_mutex_unlock(&conn->m->lock);
+	/* The migration's own may be that of a newcomer already. */
+	ret->epoch = conn->epoch;
+}
+
 PrPathSetup pr_conn_setup(PrConn *conn, uint16_t data_port)
 {
 	PrMigration *m = conn->m;
 	PrPathSetup setup = {
 		.uri = conn->uri,
 		.data_port = data_port,
-		.binding = m->binding,
 		.regions = m->ram->regions,
 		.n_regions = m->ram->n_blocks,
 		.timeout_ms = (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
@@ -262,7 +270,7 @@ PrPathSetup pr_conn_setup(PrConn *conn, uint16_t data_port)
 		.opaque = conn,
 	};
 
-	setup.binding.epoch = conn->epoch;
+	pr_conn_binding(conn, &setup.binding);
 	return setup;
 }
 
