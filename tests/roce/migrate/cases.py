@@ -5,7 +5,7 @@ After each of them the guest has to verify all of its memory at the destination.
 
 import time
 
-from cast import RAILS, Move, expect
+from cast import RAILS, Move, expect, renew_rails, restore_rails
 
 CASES = []
 DEAD_SECONDS = 20
@@ -40,10 +40,10 @@ class Stage:
         return "\n".join(move.logs() for move in self.moves)
 
     def close(self):
+        restore_rails(self.lab)
         for move in self.moves:
             move.close()
-        for rail in RAILS:
-            self.lab.restore(rail)
+        renew_rails(self.lab)
 
 
 def both_rails(move):

@@ -30,6 +30,19 @@ IN_PAUSE = {"postcopy-paused", "postcopy-recover-setup", "postcopy-recover"}
 NUMBERS = itertools.count(1)
 
 
+def restore_rails(lab):
+    for rail in RAILS:
+        lab.restore(rail)
+
+
+def renew_rails(lab):
+    """Also makes the RoCE devices anew: soft-RoCE's management queue pair does not outlive a message that
+    could not be sent, such as the last one of a process that ends while its rail is down."""
+    for rail in RAILS:
+        lab.inject("rdma-del", rail)
+    restore_rails(lab)
+
+
 class HostQmp(Qmp):
     """A monitor on a host."""
 
@@ -156,12 +169,13 @@ class Move:
         for host in self.lab.hosts:
             host.run("rm", "-rf", self.directory)
 
-    def logs(self, lines=40):
+    def logs(self):
         """The ends of all output, for a failure's report."""
         out = []
         for member, process in self.started:
-            out.append(f"--- {getattr(member, 'name', 'guest')} on host {member.host.name}")
-            out += process.output().splitlines()[-lines:]
+            name = getattr(member, "name", "guest")
+            out.append(f"--- {name} on host {member.host.name}")
+            out += process.output().splitlines()[-3 if name == "guest" else -60 :]
         return "\n".join(out)
 
     def uri(self, rail, scheme="rdma"):
@@ -212,6 +226,7 @@ class Move:
         expect(self.source.remaining() == self.destination.remaining() == 0, "completed with pages remaining")
         self.destination_guest.wait_verifies()
         expect(self.source_guest.last()[0] == "paused", "the guest runs on the source, too")
+        restore_rails(self.lab)
         for member in (self.destination_guest, self.source, self.destination):
             member.end()
 
@@ -291,4 +306,4 @@ class Cut:
         return both_paused, both_active
 
 
-__all__ = ["BOTH", "Cut", "FAULTS", "Failure", "Lab", "LabError", "MB", "Move", "RAILS", "expect", "wait_for"]
+__all__ = ["BOTH", "Cut", "FAULTS", "Failure", "Lab", "LabError", "MB", "Move", "RAILS", "expect", "renew_rails", "restore_rails", "wait_for"]
