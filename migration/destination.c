@@ -412,18 +412,7 @@ static gboolean take_resume(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 
 static gboolean take_reason(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
 {
-	char reason[PR_REASON_MAX + 1];
-
-	if (!pr_reason_decode(msg->body, msg->length, reason, error))
-		return FALSE;
-	if (msg->type != PR_MSG_ERROR)
-		g_set_error(error, PR_PATH_ERROR,
-			    msg->type == PR_MSG_HOLD ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_PEER,
-			    "the source has paused: %s", reason);
-	else
-		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER,
-			    "the source has given up: %s", reason);
-	return FALSE;
+	return pr_take_reason(msg, "source", error);
 }
 
 #define IN(state_) (1u << PR_STATE_##state_)

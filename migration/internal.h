@@ -141,6 +141,8 @@ void pr_newcomer_free(PrNewcomer *newcomer);
 uint64_t pr_migration_transferred(PrMigration *m);
 void pr_migration_sample_rate(PrMigration *m, uint64_t bytes, gint64 now);
 
+/* The peer's PAUSE, HOLD or ERROR as an error; always FALSE. `peer`: "source" or "destination". */
+gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error);
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
 
 gpointer pr_source_thread(gpointer migration);

@@ -345,6 +345,22 @@ gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error)
 	return pr_control_send_bytes(conn->control, type, body, error);
 }
 
+gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error)
+{
+	char reason[PR_REASON_MAX + 1];
+
+	if (!pr_reason_decode(msg->body, msg->length, reason, error))
+		return FALSE;
+	if (msg->type == PR_MSG_ERROR)
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER,
+			    "the %s has given up: %s", peer, reason);
+	else
+		g_set_error(error, PR_PATH_ERROR,
+			    msg->type == PR_MSG_HOLD ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_PEER,
+			    "the %s has paused: %s", peer, reason);
+	return FALSE;
+}
+
 void pr_newcomer_free(PrNewcomer *newcomer)
 {
 	if (!newcomer)

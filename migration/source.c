@@ -85,22 +85,6 @@ static gboolean take_shut(PrMigration *m, const PrMsg *msg, GError **error)
 	return pr_migration_step(m, PR_EVENT_SHUT, "the destination has every page", error);
 }
 
-static gboolean take_reason(const PrMsg *msg, GError **error)
-{
-	char reason[PR_REASON_MAX + 1];
-
-	if (!pr_reason_decode(msg->body, msg->length, reason, error))
-		return FALSE;
-	if (msg->type != PR_MSG_ERROR)
-		g_set_error(error, PR_PATH_ERROR,
-			    msg->type == PR_MSG_HOLD ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_PEER,
-			    "the destination has paused: %s", reason);
-	else
-		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER,
-			    "the destination has given up: %s", reason);
-	return FALSE;
-}
-
 static gboolean take_message(PrMigration *m, const PrMsg *msg, GError **error)
 {
 	switch (msg->type) {
@@ -117,7 +101,7 @@ static gboolean take_message(PrMigration *m, const PrMsg *msg, GError **error)
 	case PR_MSG_PAUSE:
 	case PR_MSG_HOLD:
 	case PR_MSG_ERROR:
-		return take_reason(msg, error);
+		return pr_take_reason(msg, "destination", error);
 	default:
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
 			    "the destination sent %s, which is not for a source",
