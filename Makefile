@@ -21,6 +21,14 @@ check: deps
 demo: all linux-guest
 	@tests/demo.py --build build
 
+# The same between two emulated hosts with RoCE rails: real verbs, and nobody asks for the recovery.
+demo-roce: all
+	@tests/demo-roce.py --build build
+
+# Whole migrations over rdma: between these hosts; takes some minutes.
+check-roce: all
+	@tests/roce/migrate/run --build build
+
 bench: all
 	meson test -C build --benchmark --verbose
 
@@ -37,4 +45,4 @@ format: deps
 clean:
 	rm -rf build build-asan build-tsan
 
-.PHONY: all deps check demo bench linux-guest install format clean
+.PHONY: all deps check check-roce demo demo-roce bench linux-guest install format clean
