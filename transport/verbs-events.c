@@ -22,6 +22,7 @@ static void judge_connection(PrVerbsPath *path, const PrVerbsEvent *event)
 		pr_verbs_fail(path, "the peer closed the connection, or has died");
 		break;
 	case RDMA_CM_EVENT_DEVICE_REMOVAL:
+		g_atomic_int_set(&path->removed, TRUE);
 		pr_verbs_fail(path, "rail %s: the device was removed", rail);
 		break;
 	case RDMA_CM_EVENT_ADDR_CHANGE:
@@ -33,7 +34,7 @@ static void judge_connection(PrVerbsPath *path, const PrVerbsEvent *event)
 	}
 }
 
-static gboolean has_address(const PrVerbsPath *path, const PrVerbsLane *lane)
+gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane)
 {
 	union ibv_gid now;
 
@@ -45,7 +46,7 @@ static gboolean has_address(const PrVerbsPath *path, const PrVerbsLane *lane)
 static void check_addresses(PrVerbsPath *path)
 {
 	for (guint i = 0; i < PR_N_LANES; i++)
-		if (!has_address(path, &path->lanes[i]))
+		if (!pr_verbs_has_address(path, &path->lanes[i]))
 			pr_verbs_fail(path, "rail %s: its address has gone (GID %u)",
 				      pr_verbs_rail_name(&path->rail), path->lanes[i].gid_index);
 }

@@ -161,7 +161,7 @@ static GArray *scan(PrVerbsPath *path)
 
 static uint8_t *host(const PrVerbsPath *path, uint32_t block)
 {
-	void *writable = path->writable[block];
+	void *writable = path->writable[block].addr;
 
 	return writable ? writable : path->regions[block].addr;
 }
@@ -219,7 +219,7 @@ static gboolean needs_writable(PrVerbsPath *path, const PrVerbsExport *sample)
 {
 	struct ibv_mr *mr;
 
-	if (path->regions[sample->block].memfd < 0 || path->writable[sample->block])
+	if (path->regions[sample->block].memfd < 0 || path->writable[sample->block].addr)
 		return FALSE;
 	mr = register_range(path, sample->block, sample->offset, page_size());
 	if (!mr)
@@ -234,7 +234,7 @@ static gboolean map_writable(PrVerbsPath *path, GError **error)
 		const PrRegion *region = &path->regions[i];
 		void *map;
 
-		if (path->writable[i] || region->memfd < 0 || !region->size)
+		if (path->writable[i].addr || region->memfd < 0 || !region->size)
 			continue;
 		map = mmap(NULL, region->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
 			   region->memfd, (off_t)region->memfd_offset);
@@ -243,7 +243,7 @@ static gboolean map_writable(PrVerbsPath *path, GError **error)
 					      "this kernel pins memory only for writing, and the "
 					      "guest's cannot be mapped for that",
 					      errno, error);
-		path->writable[i] = map;
+		path->writable[i] = (PrVerbsMapping){map, region->size};
 	}
 	return TRUE;
 }
@@ -328,7 +328,7 @@ void pr_verbs_export_free(PrVerbsPath *path)
 		ibv_dereg_mr(g_array_index(path->exports, PrVerbsExport, i).mr);
 	g_clear_pointer(&path->exports, g_array_unref);
 	for (guint i = 0; path->writable && i < path->n_regions; i++)
-		if (path->writable[i])
-			munmap(path->writable[i], path->regions[i].size);
+		if (path->writable[i].addr)
+			munmap(path->writable[i].addr, path->writable[i].size);
 	g_clear_pointer(&path->writable, g_free);
 }

@@ -4,7 +4,9 @@
  *  - connect requests that nobody waits for (yet) are kept, at most PENDING_MAX of them; a stranger's
  *    pushes the oldest out.
  *  - when the device goes away, the kernel waits for us to let go of it. The thread does, and listens again
- *    as soon as the address is on some RDMA device again.
+ *    as soon as the address is on some RDMA device again. (librdmacm keeps the device open all the same. Most
+ *    drivers go nevertheless; soft-RoCE waits for the end of our process. Making librdmacm look again,
+ *    by rdma_get_devices(), may lock it up for good: its version 44 then takes a lock twice.)
  */
 #include <arpa/inet.h>
 #include <errno.h>

@@ -25,6 +25,7 @@
  * Fence (drain): nobody posts any more → queue pairs in the error state → a marker is posted, and everything
  * up to it has completed, within the time → queue pairs destroyed, then the ids. Only our own queue pair
  * writes to our memory, so that is a complete fence whatever the peer does. A queue pair is never used again.
+ * On a rail that is down the last step comes later (verbs-linger.c); the fence is complete without it.
  *
  * Not handled: iWARP, whose path failures only show after TCP's timeouts; shared receive queues and on-demand
  * paging, which nothing here needs.
@@ -162,7 +163,7 @@ static PrDataPath *verbs_connect(const PrPathSetup *setup, GError **error)
 	g_autoptr(PrVerbsPath) path = path_new(setup);
 
 	path->exports = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
-	path->writable = g_new0(void *, setup->n_regions);
+	path->writable = g_new0(PrVerbsMapping, setup->n_regions);
 	if (!prepare(path, error) ||
 	    !check_memlock(path, pr_verbs_export_bytes(setup->regions, setup->n_regions), error))
 		return NULL;
@@ -263,12 +264,14 @@ static gboolean verbs_drain(PrDataPath *base, guint timeout_ms)
 
 	verbs_shutdown(base);
 	pr_verbs_events_join(path);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < PR_N_LANES; i++)
 		drained &= pr_verbs_lane_drain(path, &path->lanes[i], deadline);
-		g_mutex_lock(&path->qp_lock);
+	if (drained && pr_verbs_must_linger(path))
+		return TRUE;
+	g_mutex_lock(&path->qp_lock);
+	for (guint i = 0; i < PR_N_LANES; i++)
 		pr_verbs_lane_disconnect(&path->lanes[i]);
-		g_mutex_unlock(&path->qp_lock);
-	}
+	g_mutex_unlock(&path->qp_lock);
 	return drained;
 }
 
@@ -278,7 +281,10 @@ static void verbs_destroy(PrDataPath *base)
 
 	verbs_shutdown(base);
 	pr_verbs_events_join(path);
-	path_free(path);
+	if (pr_verbs_must_linger(path))
+		pr_verbs_linger(path, path_free);
+	else
+		path_free(path);
 }
 
 static gboolean verbs_admit_message(const PrUri *uri, gboolean outgoing, uint16_t type)

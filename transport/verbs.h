@@ -114,6 +114,12 @@ typedef struct PrVerbsExport {
 	struct ibv_mr *mr;
 } PrVerbsExport;
 
+/* A mapping of ours; addr NULL: none. */
+typedef struct PrVerbsMapping {
+	void *addr;
+	uint64_t size; /* bytes */
+} PrVerbsMapping;
+
 typedef struct PrVerbsPath {
 	PrDataPath base;
 	PrFate fate; /* thread-safe */
@@ -129,6 +135,7 @@ typedef struct PrVerbsPath {
 	GMutex qp_lock; /* whoever moves a queue pair to the error state finds it alive */
 	GThread *events;
 	PrWaker events_waker; /* wake: anyone */
+	gint removed;	      /* the device is about to go and waits for us; atomic */
 
 	/* destination */
 	PrVerbsImport *imports; /* sorted; set before the first READ */
@@ -136,8 +143,8 @@ typedef struct PrVerbsPath {
 	GMutex import_lock; /* PrVerbsImport.mr is set under it */
 
 	/* source; the thread that calls connect() and grants() */
-	GArray *exports; /* PrVerbsExport, sorted */
-	void **writable; /* per region: our writable mapping of it, or NULL; see verbs-export.c */
+	GArray *exports;	  /* PrVerbsExport, sorted */
+	PrVerbsMapping *writable; /* per region; see verbs-export.c */
 } PrVerbsPath;
 
 /* verbs.c: anybody, any number of times. The reason is a printf format. */
@@ -192,6 +199,14 @@ void pr_verbs_import_free(PrVerbsPath *path);
 gboolean pr_verbs_events_start(PrVerbsPath *path, GError **error);
 /* After the path has ended. */
 void pr_verbs_events_join(PrVerbsPath *path);
+/* Whether a lane still has the address that it was connected from. */
+gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane);
+
+/* verbs-linger.c */
+/* Whether an ended path is not to tell its peer that it has ended, because it cannot now. */
+gboolean pr_verbs_must_linger(PrVerbsPath *path);
+/* Frees the path when it can; `free_path` is called by a thread. */
+void pr_verbs_linger(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path));
 
 /* verbs-listener.c */
 PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error);
