@@ -121,6 +121,7 @@ static void judge_new(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 	memset(&m->fault_stats, 0, sizeof(m->fault_stats));
 	m->pages_at_pause = 0;
 	m->held = FALSE;
+	m->guest_started = FALSE;
 }
 
 static PrNewcomer *newcomer_new(PrControl *control, const PrHello *hello, PrListener *listener)
@@ -210,8 +211,8 @@ void pr_destination_check_complete(PrMigration *m)
 		return;
 	g_mutex_lock(&m->lock);
 	PrConn *conn = m->conn;
-	/* Before RUN there is nothing to complete; RUN looks again. */
-	gboolean done = m->sm.run && m->sm.state == PR_STATE_POSTCOPY_ACTIVE &&
+	/* Before the guest has been started there is nothing to complete; RUN looks again. */
+	gboolean done = m->guest_started && m->sm.state == PR_STATE_POSTCOPY_ACTIVE &&
 			pr_migration_step_locked(m, PR_EVENT_SHUT, PR_ROLE_DESTINATION,
 						 "every page is in place") == PR_ACTION_RELEASE;
 	g_mutex_unlock(&m->lock);
@@ -383,6 +384,9 @@ void pr_destination_run(PrMigration *m)
 	if (m->guest_was_running && !m->guest->ops->run(m->guest, &error))
 		g_critical("the guest has arrived but could not be started, start it by hand: %s",
 			   error->message);
+	g_mutex_lock(&m->lock);
+	m->guest_started = TRUE;
+	g_mutex_unlock(&m->lock);
 }
 
 static gboolean take_run(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)

@@ -92,6 +92,7 @@ struct PrMigration {
 	GPtrArray *listeners; /* PrListener*; only added to until free */
 	PrNewcomer *newcomer;
 	gboolean guest_was_running; /* on the source, when it was stopped */
+	gboolean guest_started;	    /* RUN has been carried out: what remains is its memory */
 
 	uint64_t pages_at_pause;
 	gboolean held; /* either side: a human has paused; automatic recovery waits for a human */
