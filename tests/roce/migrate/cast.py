@@ -30,17 +30,13 @@ IN_PAUSE = {"postcopy-paused", "postcopy-recover-setup", "postcopy-recover"}
 NUMBERS = itertools.count(1)
 
 
-def restore_rails(lab):
-    for rail in RAILS:
-        lab.restore(rail)
-
-
 def renew_rails(lab):
-    """Also makes the RoCE devices anew: soft-RoCE's management queue pair does not outlive a message that
+    """Makes both rails whole and their RoCE devices anew, once no engine holds them: soft-RoCE's management queue pair does not outlive a message that
     could not be sent, such as the last one of a process that ends while its rail is down."""
     for rail in RAILS:
+        lab.mend(rail)
         lab.inject("rdma-del", rail)
-    restore_rails(lab)
+        lab.restore(rail)
 
 
 class HostQmp(Qmp):
@@ -226,7 +222,6 @@ class Move:
         expect(self.source.remaining() == self.destination.remaining() == 0, "completed with pages remaining")
         self.destination_guest.wait_verifies()
         expect(self.source_guest.last()[0] == "paused", "the guest runs on the source, too")
-        restore_rails(self.lab)
         for member in (self.destination_guest, self.source, self.destination):
             member.end()
 
@@ -306,4 +301,4 @@ class Cut:
         return both_paused, both_active
 
 
-__all__ = ["BOTH", "Cut", "FAULTS", "Failure", "Lab", "LabError", "MB", "Move", "RAILS", "expect", "renew_rails", "restore_rails", "wait_for"]
+__all__ = ["BOTH", "Cut", "FAULTS", "Failure", "Lab", "LabError", "MB", "Move", "RAILS", "expect", "renew_rails", "wait_for"]
