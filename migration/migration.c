@@ -280,10 +280,12 @@ gboolean pr_conn_publish(PrConn *conn, GError **error)
 
 	g_mutex_lock(&m->lock);
 	gboolean go_on = !m->failure;
-	if (go_on)
+	if (go_on) {
 		m->conn = conn;
-	else
+		pr_migration_record(m, conn->uri);
+	} else {
 		pr_migration_copy_failure(m, error);
+	}
 	g_mutex_unlock(&m->lock);
 	if (!go_on)
 		return FALSE;

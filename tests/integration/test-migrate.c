@@ -32,6 +32,13 @@ static void moves_a_working_guest(void **state)
 		in_buckets += info.latency_dist[i];
 	assert_int_equal(in_buckets, info.faults);
 	assert_int_equal(info.pauses, 0);
+
+	g_auto(PrMigrationInfo) source = {0};
+	pr_migration_query(pair->source.engine, &source);
+	assert_int_equal(source.paths->len, 1);
+	const PrPathInfo *path = g_ptr_array_index(source.paths, 0);
+	assert_string_equal(path->uri, pair->uri);
+	assert_int_equal(path->bytes, source.transferred);
 }
 
 static void moves_a_paused_guest_byte_for_byte(void **state)
