@@ -19,14 +19,16 @@ static gboolean have_devices(void)
 	return dir && g_dir_read_name(dir);
 }
 
+#define NO_PERMISSION                                                                              \
+	"; no permission on /dev/infiniband/*: run as root, or join the group that owns these"
+
 /* What to do about a system error, or "". */
 static const char *remedy(int number)
 {
 	switch (number) {
 	case EACCES:
 	case EPERM:
-		return "; no permission on /dev/infiniband/*: run as root, or join the group that "
-		       "owns these";
+		return NO_PERMISSION;
 	case ENODEV:
 	case ENOENT:
 	case EADDRNOTAVAIL:
@@ -37,6 +39,9 @@ static const char *remedy(int number)
 			       "soft-roce/rxe-up, or rdma link add rxe0 type rxe netdev ETH";
 		if (access(CM_DEVICE, F_OK) < 0)
 			return "; " CM_DEVICE " is missing: modprobe rdma_ucm";
+		/* librdmacm says ENOENT then. */
+		if (access(CM_DEVICE, R_OK | W_OK) < 0)
+			return NO_PERMISSION;
 		return "; no RDMA device of this host (rdma link) has that address or a way to it: "
 		       "check the addresses and links, for soft-RoCE: rdma link add rxe0 type rxe "
 		       "netdev ETH";
