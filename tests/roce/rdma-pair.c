@@ -22,6 +22,7 @@
 
 #define BLOCKS	    2
 #define BLOCK_BYTES (64ull * 1024 * 1024)
+#define MARK	    0xee
 #define READ_MS	    10000 /* for a READ, whatever becomes of it */
 
 typedef struct Puller {
@@ -301,6 +302,36 @@ static gboolean close_path(Side *side, char **words, GString *ret, GError **erro
 	return drained ? TRUE : complain(error, "not drained in time");
 }
 
+/* LANE COUNT SIZE: posts READs from the beginning of block 0 and ends the path under them, then marks where
+ * they would have landed. How long the end took, in microseconds. */
+static gboolean abandon(Side *side, char **words, GString *ret, GError **error)
+{
+	guint lane = number(words[1]), n = number(words[2]), size = number(words[3]);
+	gint64 begin;
+
+	for (guint i = 0; i < n; i++)
+		if (!side->ops->post_read(side->path, lane, 0, (uint64_t)i * size, size, i))
+			return complain(error, "the READ was not posted");
+	begin = g_get_monotonic_time();
+	if (!side->ops->drain(side->path, 1000))
+		return complain(error, "not drained in time");
+	g_string_printf(ret, "%" PRId64, g_get_monotonic_time() - begin);
+	memset(at(side, 0, 0), MARK, (gsize)n * size);
+	g_clear_pointer(&side->path, pr_data_path_destroy);
+	return TRUE;
+}
+
+/* LENGTH: whether the mark is still there. */
+static gboolean marked(Side *side, char **words, GString *ret, GError **error)
+{
+	const uint8_t *from = side->regions[0].addr;
+
+	for (uint64_t i = 0; i < number(words[1]); i++)
+		if (from[i] != MARK)
+			return complain(error, "something has landed after the end of the path");
+	return TRUE;
+}
+
 static guint count_entries(const char *path)
 {
 	g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
@@ -418,6 +449,8 @@ static const Command commands[] = {
 	{"join-pull", 0, TRUE, join_pull},
 	{"await-failure", 1, TRUE, await_failure},
 	{"close", 0, TRUE, close_path},
+	{"abandon", 3, TRUE, abandon},
+	{"marked", 1, FALSE, marked},
 	{"census", 0, FALSE, census},
 	{"latency", 3, TRUE, latency},
 	{"bandwidth", 2, TRUE, bandwidth},

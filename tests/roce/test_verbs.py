@@ -261,6 +261,24 @@ def fifty(pair):
         expect(first == last, f"{side.name} had {first}, has {last}")
 
 
+@case("nothing-lands-after-the-end-of-a-path-that-hangs")
+def fenced(pair):
+    pair.fill(0, 0, 16 * MIB)
+    for lane, size in ((1, MIB), (0, 4 * KIB)):
+        pair.connect()
+        pair.check(0, 0, 8 * size, size)
+        pair.lab.inject("blackhole", 1, "b")
+        took = int(pair.destination.do("abandon", lane, 8, size))
+        print(f"     the end took {took / 1000:.1f} ms")
+        expect(took < 1000 * 1000, f"it took {took} us")
+        pair.lab.restore(1)
+        pair.source.do("close")
+        pair.connect()
+        pair.check(0, 8 * MIB, MIB)
+        pair.destination.do("marked", 8 * size)
+        pair.close()
+
+
 @case("host-without-a-listener-is-an-error-in-words")
 def nobody_listens(pair):
     uri = f"rdma:{pair.lab.b.address(1)}:{PORT + 1}"

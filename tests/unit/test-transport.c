@@ -57,7 +57,7 @@ static void reads_of_every_size_bring_the_right_bytes(void **state)
 			}
 		}
 	}
-	assert_int_equal(rig->destination.n_failures, 0);
+	assert_int_equal(g_atomic_int_get(&rig->destination.n_failures), 0);
 }
 
 static void a_read_touches_nothing_beside_its_range(void **state)
@@ -272,7 +272,7 @@ static void an_idle_lane_notices_that_the_source_is_gone(void **state)
 		assert_true(rig_read(rig, lane, 0, 0, 4096));
 		g_clear_pointer(&rig->source.path, pr_data_path_destroy);
 		await_failure_on(rig, lane);
-		assert_int_equal(rig->destination.n_failures, 1);
+		assert_int_equal(g_atomic_int_get(&rig->destination.n_failures), 1);
 		assert_non_null(strstr(rig->destination.reason, rig->uri->host));
 		assert_false(rig->ops->post_read(rig->destination.path, lane, 0, 0, 4096, 1));
 	}
@@ -300,7 +300,7 @@ static void reads_complete_once_when_the_source_goes_away_under_them(void **stat
 	rig_assert_read(rig, 0, 0, n_ok * PR_READ_MAX);
 	rig_await_all(rig, PR_LANE_URGENT, 16);
 	await_failure_on(rig, PR_LANE_URGENT);
-	assert_int_equal(rig->destination.n_failures, 1);
+	assert_int_equal(g_atomic_int_get(&rig->destination.n_failures), 1);
 }
 
 /* Freezes the source's process, so that READs stay outstanding. */
@@ -328,7 +328,7 @@ static void reads_fail_when_the_sources_process_dies(void **state)
 	rig_kill_child(rig);
 	assert_int_equal(rig_await_all(rig, PR_LANE_BULK, 7), 0);
 	assert_int_equal(rig_await_all(rig, PR_LANE_URGENT, 5), 0);
-	assert_int_equal(rig->destination.n_failures, 1);
+	assert_int_equal(g_atomic_int_get(&rig->destination.n_failures), 1);
 	assert_false(rig->ops->post_read(rig->destination.path, PR_LANE_URGENT, 0, 0, 4096, 1));
 }
 
@@ -364,7 +364,7 @@ static void a_silent_source_delays_shutdown_and_drain_by_less_than_a_second(void
 	rig->ops->shutdown(rig->destination.path);
 	assert_true(rig->ops->drain(rig->destination.path, 900));
 	assert_true(g_get_monotonic_time() - begin < G_USEC_PER_SEC);
-	assert_int_equal(rig->destination.n_failures, 0);
+	assert_int_equal(g_atomic_int_get(&rig->destination.n_failures), 0);
 }
 
 static void nothing_lands_after_drain(void **state)
@@ -414,7 +414,7 @@ static void shutdown_wakes_a_thread_that_sleeps_on_a_lane(void **state)
 	/* Where a device answers, it may have ended between two READs. */
 	assert_true(n_failed == 1 || (n_failed == 0 && rig_is_rdma(rig->uri->scheme)));
 	rig->ops->shutdown(rig->destination.path);
-	assert_int_equal(rig->destination.n_failures, 0);
+	assert_int_equal(g_atomic_int_get(&rig->destination.n_failures), 0);
 	assert_false(rig->ops->post_read(rig->destination.path, PR_LANE_BULK, 0, 0, 4096, 1));
 }
 
