@@ -108,10 +108,3 @@ void g_main_context_invoke(GMainContext *context, GSourceFunc function, gpointer
 	__tsan_release(context);
 	real_g_main_context_invoke()(context, function, data);
 }
-
-/* A race by design: two threads may write the same number. */
-const char *__tsan_default_suppressions(void);
-const char *__tsan_default_suppressions(void)
-{
-	return "race:_quark\n";
-}
