@@ -90,6 +90,20 @@ static void faulty_offer(PrDataListener *base, GSocketConnection *connection,
 	inner->ops->offer(inner, connection, hello);
 }
 
+static void faulty_expect(PrDataListener *base, const PrBinding *binding)
+{
+	PrDataListener *inner = ((FaultyListener *)base)->inner;
+
+	inner->ops->expect(inner, binding);
+}
+
+static void faulty_forget(PrDataListener *base, const PrBinding *binding)
+{
+	PrDataListener *inner = ((FaultyListener *)base)->inner;
+
+	inner->ops->forget(inner, binding);
+}
+
 static void faulty_listener_close(PrDataListener *base)
 {
 	pr_data_listener_close(((FaultyListener *)base)->inner);
@@ -277,6 +291,19 @@ static gboolean faulty_post_read(PrDataPath *base, PrLaneId id, uint32_t block, 
 	return TRUE;
 }
 
+/* Not counted: how many there are depends on the time of day. */
+static gboolean faulty_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
+{
+	FaultyPath *path = (FaultyPath *)base;
+
+	if (!pr_fate_is_up(&path->fate))
+		return FALSE;
+	if (!g_atomic_int_get(&path->stalled))
+		return path->inner->ops->post_probe(path->inner, id, token);
+	g_array_append_val(path->lanes[id].stalled, token);
+	return TRUE;
+}
+
 /* Takes over what the inner path completed. */
 static void hold(FaultyPath *path, FaultyLane *lane, const PrCompletion *completion)
 {
@@ -370,6 +397,13 @@ static gboolean faulty_arm(PrDataPath *base, PrLaneId id)
 	       path->inner->ops->arm(path->inner, id);
 }
 
+static const char *faulty_device(PrDataPath *base)
+{
+	PrDataPath *inner = ((FaultyPath *)base)->inner;
+
+	return inner->ops->device(inner);
+}
+
 static void faulty_shutdown(PrDataPath *base)
 {
 	FaultyPath *path = (FaultyPath *)base;
@@ -415,15 +449,19 @@ const PrTransportOps pr_transport_faulty = {
 	.listener_port = faulty_listener_port,
 	.offer = faulty_offer,
 	.listener_close = faulty_listener_close,
+	.expect = faulty_expect,
+	.forget = faulty_forget,
 	.accept = faulty_accept,
 	.connect = faulty_connect,
 	.grants = faulty_grants,
 	.set_grants = faulty_set_grants,
 	.max_reads = faulty_max_reads,
 	.post_read = faulty_post_read,
+	.post_probe = faulty_post_probe,
 	.poll = faulty_poll,
 	.wait_fd = faulty_wait_fd,
 	.arm = faulty_arm,
+	.device = faulty_device,
 	.shutdown = faulty_shutdown,
 	.drain = faulty_drain,
 	.destroy = faulty_destroy,

@@ -218,6 +218,9 @@ static int register_regions(PrOfiLane *lane, const PrPathSetup *setup, uint64_t 
 			err = fi_mr_reg(lane->domain, region->addr, region->size, access, 0, i + 1,
 					0, &lane->mrs[i], NULL);
 	}
+	if (!err && access == FI_READ)
+		err = fi_mr_reg(lane->domain, &lane->scratch, sizeof(lane->scratch), access, 0,
+				setup->n_regions + 1, 0, &lane->scratch_mr, NULL);
 	return err;
 }
 
@@ -325,6 +328,8 @@ void pr_ofi_lane_close(PrOfiLane *lane)
 		if (lane->mrs[i])
 			fi_close(&lane->mrs[i]->fid);
 	g_clear_pointer(&lane->mrs, g_free);
+	if (lane->scratch_mr)
+		fi_close(&lane->scratch_mr->fid);
 	if (lane->cq)
 		fi_close(&lane->cq->fid);
 	if (lane->domain)

@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The destination's passive endpoint. Connect requests carry an encoded PrLaneHello; they are looked at
- * only while accept() waits for one, and stay in the kernel's backlog until then: a stranger costs
- * nothing between two accept()s.
+ * The destination's passive endpoint. Connect requests carry an encoded PrLaneHello. A thread of its own
+ * takes them in; at the desk they meet the accept()s that wait for them.
  *
  * libfabric 1.17 (providers net and tcp) reads a request from the new socket with a blocking recv(2). A
- * stranger that sends half a request would hold accept() for as long as it likes. New sockets inherit
+ * stranger that sends half a request would hold the thread for as long as it likes. New sockets inherit
  * SO_RCVTIMEO from the listening one, so that is set, on the one socket of this process that listens
  * at the endpoint's address; endpoints later make their socket non-blocking, where it has no effect.
  * What remains: the provider forgets to close the socket of such a half request.
@@ -17,20 +16,30 @@
 #include <sys/socket.h>
 
 #include "transport/backends.h"
+#include "transport/lane-desk.h"
 
 #define REQUEST_TIMEOUT_MS 100
 
 typedef struct OfiListener {
 	PrDataListener base;
 	struct fi_info *info;
-	PrOfiEvents events; /* accept()'s thread */
-	struct fid_pep *pep;
-	PrWaker waker;
-	uint16_t port; /* constant */
+	PrOfiEvents events;  /* the thread's */
+	struct fid_pep *pep; /* constant, as is port */
+	uint16_t port;
+	PrWaker waker; /* of the thread; wake: anyone */
+	GThread *thread;
+	gint closing;	  /* atomic */
+	PrLaneDesk *desk; /* of struct fi_info*, connect requests */
 } OfiListener;
 
 static void listener_free(OfiListener *listener)
 {
+	if (listener->thread) {
+		g_atomic_int_set(&listener->closing, TRUE);
+		pr_waker_wake(&listener->waker);
+		g_thread_join(listener->thread);
+	}
+	pr_lane_desk_free(listener->desk);
 	if (listener->pep)
 		fi_close(&listener->pep->fid);
 	pr_waker_clear(&listener->waker);
@@ -96,6 +105,59 @@ static int open_pep(OfiListener *listener)
 	return 0;
 }
 
+void pr_ofi_listener_reject(PrDataListener *listener, struct fi_info *info)
+{
+	static const uint8_t reason = 1; /* any data: tells us from a host that refuses */
+
+	fi_reject(((OfiListener *)listener)->pep, info->handle, &reason, sizeof(reason));
+	fi_freeinfo(info);
+}
+
+/* PrDeskRefuse */
+static void refuse(gpointer request, const char *reason, gpointer opaque)
+{
+	pr_ofi_listener_reject(opaque, request);
+}
+
+static void take_event(OfiListener *listener, const PrOfiEvent *event)
+{
+	/* Some providers pad private data. */
+	gsize size = MIN(event->n_data, PR_LANE_HELLO_BYTES);
+	PrLaneHello hello;
+
+	if (event->error || event->type != FI_CONNREQ)
+		return;
+	if (pr_lane_hello_decode(event->data, size, &hello, NULL))
+		pr_lane_desk_offer(listener->desk, event->info, &hello);
+	else
+		pr_ofi_listener_reject(&listener->base, event->info);
+}
+
+static gboolean may_sleep(PrOfiEvents *events)
+{
+	struct fid *eq = &events->eq->fid;
+
+	if (events->wait)
+		return fi_wait(events->wait, 0) == -FI_ETIMEDOUT;
+	return fi_trywait(events->fabric, &eq, 1) == 0;
+}
+
+static gpointer listener_thread(gpointer opaque)
+{
+	OfiListener *listener = opaque;
+	struct pollfd fd = {.fd = listener->waker.epoll_fd, .events = POLLIN};
+
+	while (!g_atomic_int_get(&listener->closing)) {
+		PrOfiEvent event = {0};
+
+		if (pr_ofi_events_read(&listener->events, &event))
+			take_event(listener, &event);
+		else if (may_sleep(&listener->events))
+			poll(&fd, 1, -1);
+	}
+	return NULL;
+}
+
 PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 {
 	g_autoptr(OfiListener) listener = NULL;
@@ -122,6 +184,8 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 	if (!pr_waker_init(&listener->waker, error) ||
 	    !pr_waker_watch(&listener->waker, pr_ofi_events_fd(&listener->events), error))
 		return NULL;
+	listener->desk = pr_lane_desk_new(refuse, listener);
+	listener->thread = g_thread_new("pr-ofi-listen", listener_thread, listener);
 	return &g_steal_pointer(&listener)->base;
 }
 
@@ -141,62 +205,7 @@ void pr_ofi_listener_close(PrDataListener *listener)
 	listener_free((OfiListener *)listener);
 }
 
-void pr_ofi_listener_reject(PrDataListener *listener, struct fi_info *info)
+PrLaneDesk *pr_ofi_listener_desk(PrDataListener *listener)
 {
-	static const uint8_t reason = 1; /* any data: tells us from a host that refuses */
-
-	fi_reject(((OfiListener *)listener)->pep, info->handle, &reason, sizeof(reason));
-	fi_freeinfo(info);
-}
-
-/* Takes a request. Returns its info if the lane is one that is waited for. */
-static struct fi_info *judge_request(OfiListener *listener, PrOfiEvent *event,
-				     const PrBinding *binding, PrLaneId *ret_lane)
-{
-	/* Some providers pad private data. */
-	gsize size = MIN(event->n_data, PR_LANE_HELLO_BYTES);
-	PrLaneHello hello;
-
-	if (event->error || event->type != FI_CONNREQ)
-		return NULL;
-	if (pr_lane_hello_decode(event->data, size, &hello, NULL) &&
-	    pr_backend_binding_matches(binding, &hello)) {
-		*ret_lane = hello.lane;
-		return event->info;
-	}
-	pr_ofi_listener_reject(&listener->base, event->info);
-	return NULL;
-}
-
-static gboolean may_sleep(PrOfiEvents *events)
-{
-	struct fid *eq = &events->eq->fid;
-
-	if (events->wait)
-		return fi_wait(events->wait, 0) == -FI_ETIMEDOUT;
-	return fi_trywait(events->fabric, &eq, 1) == 0;
-}
-
-struct fi_info *pr_ofi_listener_next(PrDataListener *base, const PrPathSetup *setup,
-				     gint64 deadline, PrLaneId *ret_lane, GError **error)
-{
-	OfiListener *listener = (OfiListener *)base;
-	struct fi_info *info = NULL;
-
-	while (!info) {
-		PrOfiEvent event = {0};
-
-		if (pr_ofi_events_read(&listener->events, &event)) {
-			info = judge_request(listener, &event, &setup->binding, ret_lane);
-			continue;
-		}
-		if (may_sleep(&listener->events) &&
-		    !pr_backend_wait(listener->waker.epoll_fd, POLLIN, deadline, setup->cancel,
-				     error)) {
-			g_prefix_error(error, "path %s: waiting for the source's data lanes: ",
-				       setup->uri->text);
-			return NULL;
-		}
-	}
-	return info;
+	return ((OfiListener *)listener)->desk;
 }

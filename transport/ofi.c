@@ -130,7 +130,8 @@ static gboolean accept_one(OfiPath *path, PrDataListener *listener, const PrPath
 			   gint64 deadline, GError **error)
 {
 	PrLaneId id;
-	struct fi_info *info = pr_ofi_listener_next(listener, setup, deadline, &id, error);
+	struct fi_info *info =
+		pr_lane_desk_claim(pr_ofi_listener_desk(listener), setup, deadline, &id, error);
 	PrOfiLane *lane;
 
 	if (!info)
@@ -144,15 +145,28 @@ static gboolean accept_one(OfiPath *path, PrDataListener *listener, const PrPath
 	       pr_ofi_lane_accept(lane, setup, deadline, error);
 }
 
+static void ofi_expect(PrDataListener *listener, const PrBinding *binding)
+{
+	pr_lane_desk_expect(pr_ofi_listener_desk(listener), binding);
+}
+
+static void ofi_forget(PrDataListener *listener, const PrBinding *binding)
+{
+	pr_lane_desk_forget(pr_ofi_listener_desk(listener), binding);
+}
+
 static PrDataPath *ofi_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
 {
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
+	PrLaneDesk *desk = pr_ofi_listener_desk(listener);
 	g_autoptr(OfiPath) path = path_new(setup);
+	gboolean ok = TRUE;
 
-	while (!path->lanes[PR_LANE_URGENT].ofi.info || !path->lanes[PR_LANE_BULK].ofi.info)
-		if (!accept_one(path, listener, setup, deadline, error))
-			return NULL;
-	return &g_steal_pointer(&path)->base;
+	pr_lane_desk_expect(desk, &setup->binding);
+	while (ok && (!path->lanes[PR_LANE_URGENT].ofi.info || !path->lanes[PR_LANE_BULK].ofi.info))
+		ok = accept_one(path, listener, setup, deadline, error);
+	pr_lane_desk_forget(desk, &setup->binding);
+	return ok ? &g_steal_pointer(&path)->base : NULL;
 }
 
 /* Faults often come one after the other, and waking up takes longer than a READ does. */
@@ -335,37 +349,37 @@ static gboolean wait_for_room(OfiPath *path, OfiLane *lane, gint64 deadline)
 	return pr_fate_is_up(&path->fate);
 }
 
-static gboolean post(OfiPath *path, OfiLane *lane, const PrGrant *grant, uint64_t offset,
-		     uint32_t length, PrOfiSlot *slot)
+/* Where a READ's bytes go. */
+typedef struct Target {
+	void *at;
+	struct fid_mr *mr; /* NULL where the provider needs none */
+} Target;
+
+static gboolean read_into(OfiPath *path, OfiLane *lane, const PrGrant *grant, uint64_t offset,
+			  uint32_t length, Target target, PrOfiSlot *slot)
 {
 	gint64 deadline = pr_backend_deadline(POST_TIMEOUT_MS);
-	struct fid_mr *mr = lane->ofi.mrs ? lane->ofi.mrs[grant->block] : NULL;
-	uint8_t *at = (uint8_t *)path->regions[grant->block].addr + offset;
+	void *desc = target.mr ? fi_mr_desc(target.mr) : NULL;
 	uint64_t remote = grant->addr + (offset - grant->offset);
 	ssize_t err;
 
 	do {
-		err = fi_read(lane->ofi.ep, at, length, mr ? fi_mr_desc(mr) : NULL, 0, remote,
-			      grant->key, &slot->context);
+		err = fi_read(lane->ofi.ep, target.at, length, desc, 0, remote, grant->key,
+			      &slot->context);
 	} while (err == -FI_EAGAIN && wait_for_room(path, lane, deadline));
 	if (err && err != -FI_EAGAIN)
 		fail(path, fi_strerror((int)-err));
 	return !err;
 }
 
-static gboolean ofi_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uint64_t offset,
-			      uint32_t length, uint64_t token)
+static gboolean post(OfiPath *path, OfiLane *lane, const PrGrant *grant, uint64_t offset,
+		     uint32_t length, Target target, uint64_t token)
 {
-	OfiPath *path = (OfiPath *)base;
-	OfiLane *lane = &path->lanes[id];
-	const PrGrant *grant;
 	PrOfiSlot *slot;
 
-	g_assert(lane->ofi.n_free && length <= PR_READ_MAX && block < path->n_regions &&
-		 offset + length <= path->regions[block].size);
+	g_assert(lane->ofi.n_free);
 	if (!pr_fate_is_up(&path->fate))
 		return FALSE;
-	grant = find_grant(path, id, block, offset, length);
 	if (!grant) {
 		fail(path, "the source does not let us read all of its RAM");
 		return FALSE;
@@ -373,11 +387,40 @@ static gboolean ofi_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uin
 	slot = &lane->ofi.slots[lane->ofi.free_slots[--lane->ofi.n_free]];
 	slot->token = token;
 	slot->busy = TRUE;
-	if (post(path, lane, grant, offset, length, slot))
+	if (read_into(path, lane, grant, offset, length, target, slot))
 		return TRUE;
 	slot->busy = FALSE;
 	lane->ofi.free_slots[lane->ofi.n_free++] = slot - lane->ofi.slots;
 	return FALSE;
+}
+
+static gboolean ofi_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uint64_t offset,
+			      uint32_t length, uint64_t token)
+{
+	OfiPath *path = (OfiPath *)base;
+	OfiLane *lane = &path->lanes[id];
+	Target target = {
+		.at = (uint8_t *)path->regions[block].addr + offset,
+		.mr = lane->ofi.mrs ? lane->ofi.mrs[block] : NULL,
+	};
+
+	g_assert(length <= PR_READ_MAX && block < path->n_regions &&
+		 offset + length <= path->regions[block].size);
+	return post(path, lane, find_grant(path, id, block, offset, length), offset, length, target,
+		    token);
+}
+
+/* Providers differ in what they make of a READ of no bytes: one byte, then, of whatever is granted. */
+static gboolean ofi_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
+{
+	OfiPath *path = (OfiPath *)base;
+	OfiLane *lane = &path->lanes[id];
+	Target target = {&lane->ofi.scratch, lane->ofi.scratch_mr};
+	const PrGrant *first = path->n_grants ? path->grants : NULL;
+
+	if (first)
+		first = find_grant(path, id, first->block, first->offset, 1);
+	return post(path, lane, first, first ? first->offset : 0, 1, target, token);
 }
 
 static guint ofi_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint max)
@@ -410,6 +453,11 @@ static gboolean ofi_arm(PrDataPath *base, PrLaneId id)
 		return TRUE;
 	check_events(path, &lane->ofi);
 	return FALSE;
+}
+
+static const char *ofi_device(PrDataPath *base)
+{
+	return ((OfiPath *)base)->lanes[0].ofi.info->fabric_attr->prov_name;
 }
 
 static void ofi_shutdown(PrDataPath *base)
@@ -478,15 +526,19 @@ const PrTransportOps pr_transport_ofi = {
 	.listener_port = pr_ofi_listener_port,
 	.offer = pr_ofi_offer,
 	.listener_close = pr_ofi_listener_close,
+	.expect = ofi_expect,
+	.forget = ofi_forget,
 	.accept = ofi_accept,
 	.connect = ofi_connect,
 	.grants = ofi_grants,
 	.set_grants = ofi_set_grants,
 	.max_reads = ofi_max_reads,
 	.post_read = ofi_post_read,
+	.post_probe = ofi_post_probe,
 	.poll = ofi_poll,
 	.wait_fd = ofi_wait_fd,
 	.arm = ofi_arm,
+	.device = ofi_device,
 	.shutdown = ofi_shutdown,
 	.drain = ofi_drain,
 	.destroy = ofi_destroy,

@@ -10,6 +10,7 @@
 #include <rdma/fi_rma.h>
 
 #include "transport/backend.h"
+#include "transport/lane-desk.h"
 
 #define PR_OFI_READS_MAX 64 /* outstanding on a lane */
 
@@ -54,6 +55,8 @@ typedef struct PrOfiLane {
 	struct fid_ep *ep;
 	struct fid_mr **mrs; /* per region; NULL where it has none */
 	guint n_mrs;
+	uint8_t scratch; /* where a probe's byte lands */
+	struct fid_mr *scratch_mr;
 	PrWaker waker;
 	int completion_fd; /* the provider's own, without the waker's eventfd */
 	PrOfiSlot slots[PR_OFI_READS_MAX];
@@ -80,10 +83,8 @@ uint16_t pr_ofi_listener_port(PrDataListener *listener);
 void pr_ofi_offer(PrDataListener *listener, GSocketConnection *connection,
 		  const PrLaneHello *hello);
 void pr_ofi_listener_close(PrDataListener *listener);
-/* Waits for a connect request with the setup's binding; all others are rejected. Returns what to open
- * the lane with; NULL when time is up or on cancel. */
-struct fi_info *pr_ofi_listener_next(PrDataListener *listener, const PrPathSetup *setup,
-				     gint64 deadline, PrLaneId *ret_lane, GError **error);
+/* Where accept() claims connect requests, struct fi_info* to open the lanes with. */
+PrLaneDesk *pr_ofi_listener_desk(PrDataListener *listener);
 void pr_ofi_listener_reject(PrDataListener *listener, struct fi_info *info);
 gboolean pr_ofi_check_options(const PrUri *uri, guint64 *ret_data_port, GError **error);
 /* Sets a PR_PATH_ERROR_CONNECT; returns FALSE. */

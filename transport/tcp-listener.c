@@ -1,40 +1,17 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/*
- * Data connections of tcp: come in on the control port, often before the engine has begun to wait for
- * them. An offer that nobody waits for is therefore held, for OFFER_HOLD_MS and up to OFFERS_MAX of
- * them; one that is not for the accept() in progress is refused at once.
- */
+/* Data connections of tcp: come in on the control port; here they meet accept(). */
 #include "transport/tcp.h"
 
 #include <string.h>
 #include <sys/socket.h>
 
 #include "transport/backends.h"
-
-#define OFFER_HOLD_MS 5000
-#define OFFERS_MAX    8
-
-typedef struct Offer {
-	GSocketConnection *connection; /* owned */
-	PrLaneHello hello;
-	gint64 expires; /* monotonic, microseconds */
-} Offer;
+#include "transport/lane-desk.h"
 
 typedef struct TcpListener {
 	PrDataListener base;
-	GMutex lock;
-	GCond changed;		    /* any of those below */
-	GQueue offers;		    /* of Offer, oldest first; lock */
-	const PrPathSetup *waiting; /* of the accept() in progress; lock */
-	gboolean closing;	    /* lock */
-	GThread *janitor;	    /* lets offers expire; listen() and close() */
+	PrLaneDesk *desk; /* of GSocketConnection*, owned */
 } TcpListener;
-
-static void offer_free(Offer *offer)
-{
-	g_object_unref(offer->connection);
-	g_free(offer);
-}
 
 /* Twelve bytes into an empty socket buffer: never blocks. */
 static void answer(GSocketConnection *connection, uint32_t status)
@@ -50,40 +27,11 @@ static void answer(GSocketConnection *connection, uint32_t status)
 		   sizeof(frame), MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
-static void refuse(Offer *offer)
+/* PrDeskRefuse */
+static void refuse(gpointer connection, const char *reason, gpointer opaque)
 {
-	answer(offer->connection, 1);
-	offer_free(offer);
-}
-
-/* Refuses what has been held for too long; returns when to look again, 0 for never. Under the lock. */
-static gint64 expire_offers(TcpListener *listener)
-{
-	Offer *oldest;
-
-	while ((oldest = g_queue_peek_head(&listener->offers))) {
-		if (oldest->expires > g_get_monotonic_time())
-			return oldest->expires;
-		refuse(g_queue_pop_head(&listener->offers));
-	}
-	return 0;
-}
-
-static gpointer janitor_thread(gpointer opaque)
-{
-	TcpListener *listener = opaque;
-
-	g_mutex_lock(&listener->lock);
-	while (!listener->closing) {
-		gint64 next = expire_offers(listener);
-
-		if (next)
-			g_cond_wait_until(&listener->changed, &listener->lock, next);
-		else
-			g_cond_wait(&listener->changed, &listener->lock);
-	}
-	g_mutex_unlock(&listener->lock);
-	return NULL;
+	answer(connection, 1);
+	g_object_unref(connection);
 }
 
 PrDataListener *pr_tcp_listen(const PrUri *uri, GError **error)
@@ -94,106 +42,48 @@ PrDataListener *pr_tcp_listen(const PrUri *uri, GError **error)
 		return NULL;
 	listener = g_new0(TcpListener, 1);
 	listener->base.ops = &pr_transport_tcp;
-	g_mutex_init(&listener->lock);
-	g_cond_init(&listener->changed);
-	g_queue_init(&listener->offers);
-	listener->janitor = g_thread_new("pr-tcp-offers", janitor_thread, listener);
+	listener->desk = pr_lane_desk_new(refuse, NULL);
 	return &listener->base;
 }
 
-void pr_tcp_offer(PrDataListener *base, GSocketConnection *connection, const PrLaneHello *hello)
+void pr_tcp_offer(PrDataListener *listener, GSocketConnection *connection, const PrLaneHello *hello)
 {
-	TcpListener *listener = (TcpListener *)base;
-	Offer *offer = g_new0(Offer, 1);
-
-	offer->connection = connection;
-	offer->hello = *hello;
-	offer->expires = pr_backend_deadline(OFFER_HOLD_MS);
-	g_mutex_lock(&listener->lock);
-	if (g_queue_get_length(&listener->offers) < OFFERS_MAX)
-		g_queue_push_tail(&listener->offers, g_steal_pointer(&offer));
-	g_cond_broadcast(&listener->changed);
-	g_mutex_unlock(&listener->lock);
-	if (offer)
-		refuse(offer);
+	pr_lane_desk_offer(((TcpListener *)listener)->desk, connection, hello);
 }
 
-/* Gives every held offer to the accept() in progress, or refuses it. Under the lock. */
-static guint sort_offers(TcpListener *listener, GSocketConnection *lanes[PR_N_LANES])
+static gboolean claim_lanes(PrLaneDesk *desk, const PrPathSetup *setup,
+			    GSocketConnection *lanes[PR_N_LANES], GError **error)
 {
-	Offer *offer;
-	guint n = 0;
+	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
 
-	while ((offer = g_queue_pop_head(&listener->offers))) {
-		uint8_t lane = offer->hello.lane;
+	for (guint n = 0; n < PR_N_LANES;) {
+		PrLaneId lane;
+		GSocketConnection *connection =
+			pr_lane_desk_claim(desk, setup, deadline, &lane, error);
 
-		if (!pr_backend_binding_matches(&listener->waiting->binding, &offer->hello) ||
-		    lanes[lane]) {
-			refuse(offer);
+		if (!connection)
+			return FALSE;
+		if (lanes[lane]) {
+			refuse(connection, NULL, NULL);
 			continue;
 		}
-		answer(offer->connection, 0);
-		lanes[lane] = g_object_ref(offer->connection);
-		offer_free(offer);
-	}
-	for (guint i = 0; i < PR_N_LANES; i++)
-		n += lanes[i] != NULL;
-	return n;
-}
-
-static void on_cancelled(GCancellable *cancel, gpointer opaque)
-{
-	TcpListener *listener = opaque;
-
-	g_mutex_lock(&listener->lock);
-	g_cond_broadcast(&listener->changed);
-	g_mutex_unlock(&listener->lock);
-}
-
-/* Under the lock. */
-static gboolean wait_for_lanes(TcpListener *listener, gint64 deadline,
-			       GSocketConnection *lanes[PR_N_LANES], GError **error)
-{
-	const PrPathSetup *setup = listener->waiting;
-	gboolean in_time = TRUE;
-	guint n;
-
-	while ((n = sort_offers(listener, lanes)) < PR_N_LANES) {
-		if (g_cancellable_is_cancelled(setup->cancel)) {
-			g_cancellable_set_error_if_cancelled(setup->cancel, error);
-			g_prefix_error(error, "path %s: waiting for the source's data lanes: ",
-				       setup->uri->text);
-			return FALSE;
-		}
-		if (!in_time) {
-			g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
-				    "path %s: only %u of %d data lanes were connected within %u ms",
-				    setup->uri->text, n, PR_N_LANES, setup->timeout_ms);
-			return FALSE;
-		}
-		in_time = g_cond_wait_until(&listener->changed, &listener->lock, deadline);
+		answer(connection, 0);
+		lanes[lane] = connection;
+		n++;
 	}
 	return TRUE;
 }
 
-gboolean pr_tcp_listener_claim(PrDataListener *base, const PrPathSetup *setup,
+gboolean pr_tcp_listener_claim(PrDataListener *listener, const PrPathSetup *setup,
 			       GSocketConnection *ret[PR_N_LANES], GError **error)
 {
-	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
-	TcpListener *listener = (TcpListener *)base;
+	PrLaneDesk *desk = ((TcpListener *)listener)->desk;
 	GSocketConnection *lanes[PR_N_LANES] = {NULL};
-	gulong on_cancel = 0;
 	gboolean ok;
 
-	if (setup->cancel)
-		on_cancel = g_cancellable_connect(setup->cancel, G_CALLBACK(on_cancelled), listener,
-						  NULL);
-	g_mutex_lock(&listener->lock);
-	listener->waiting = setup;
-	ok = wait_for_lanes(listener, deadline, lanes, error);
-	listener->waiting = NULL;
-	g_mutex_unlock(&listener->lock);
-	g_cancellable_disconnect(setup->cancel, on_cancel);
+	pr_lane_desk_expect(desk, &setup->binding);
+	ok = claim_lanes(desk, setup, lanes, error);
+	pr_lane_desk_forget(desk, &setup->binding);
 	for (guint i = 0; i < PR_N_LANES; i++) {
 		if (ok)
 			ret[i] = lanes[i];
@@ -203,19 +93,18 @@ gboolean pr_tcp_listener_claim(PrDataListener *base, const PrPathSetup *setup,
 	return ok;
 }
 
-void pr_tcp_listener_close(PrDataListener *base)
+void pr_tcp_expect(PrDataListener *listener, const PrBinding *binding)
 {
-	TcpListener *listener = (TcpListener *)base;
-	Offer *offer;
+	pr_lane_desk_expect(((TcpListener *)listener)->desk, binding);
+}
 
-	g_mutex_lock(&listener->lock);
-	listener->closing = TRUE;
-	g_cond_broadcast(&listener->changed);
-	g_mutex_unlock(&listener->lock);
-	g_thread_join(listener->janitor);
-	while ((offer = g_queue_pop_head(&listener->offers)))
-		refuse(offer);
-	g_cond_clear(&listener->changed);
-	g_mutex_clear(&listener->lock);
+void pr_tcp_forget(PrDataListener *listener, const PrBinding *binding)
+{
+	pr_lane_desk_forget(((TcpListener *)listener)->desk, binding);
+}
+
+void pr_tcp_listener_close(PrDataListener *listener)
+{
+	pr_lane_desk_free(((TcpListener *)listener)->desk);
 	g_free(listener);
 }

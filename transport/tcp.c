@@ -198,15 +198,13 @@ static gboolean send_request(TcpPath *path, TcpLane *lane, const PrReqPages *req
 	return TRUE;
 }
 
-static gboolean tcp_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uint64_t offset,
-			      uint32_t length, uint64_t token)
+static gboolean post(TcpPath *path, PrLaneId id, uint32_t block, uint64_t offset, uint32_t length,
+		     uint64_t token)
 {
-	TcpPath *path = (TcpPath *)base;
 	TcpLane *lane = &path->lanes[id];
 	PrReqPages req = {.block = block, .start = offset, .length = length};
 
-	g_assert(lane->n < READS_MAX && length <= PR_READ_MAX && block < path->n_regions &&
-		 offset + length <= path->regions[block].size);
+	g_assert(lane->n < READS_MAX);
 	if (!pr_fate_is_up(&path->fate) || !send_request(path, lane, &req))
 		return FALSE;
 	lane->reads[(lane->head + lane->n) % READS_MAX] = (TcpRead){
@@ -216,6 +214,22 @@ static gboolean tcp_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uin
 	};
 	lane->n++;
 	return TRUE;
+}
+
+static gboolean tcp_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uint64_t offset,
+			      uint32_t length, uint64_t token)
+{
+	TcpPath *path = (TcpPath *)base;
+
+	g_assert(length <= PR_READ_MAX && block < path->n_regions &&
+		 offset + length <= path->regions[block].size);
+	return post(path, id, block, offset, length, token);
+}
+
+/* A request of no bytes is answered by a header alone. */
+static gboolean tcp_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
+{
+	return post((TcpPath *)base, id, 0, 0, 0, token);
 }
 
 /* Where the next bytes go: headers and data of up to `max` outstanding READs. */
@@ -358,6 +372,11 @@ static gboolean tcp_arm(PrDataPath *base, PrLaneId id)
 	return pr_fate_is_up(&((TcpPath *)base)->fate);
 }
 
+static const char *tcp_device(PrDataPath *path)
+{
+	return NULL;
+}
+
 static void tcp_shutdown(PrDataPath *base)
 {
 	TcpPath *path = (TcpPath *)base;
@@ -398,15 +417,19 @@ const PrTransportOps pr_transport_tcp = {
 	.listener_port = tcp_listener_port,
 	.offer = pr_tcp_offer,
 	.listener_close = pr_tcp_listener_close,
+	.expect = pr_tcp_expect,
+	.forget = pr_tcp_forget,
 	.accept = tcp_accept,
 	.connect = tcp_connect,
 	.grants = tcp_grants,
 	.set_grants = tcp_set_grants,
 	.max_reads = tcp_max_reads,
 	.post_read = tcp_post_read,
+	.post_probe = tcp_post_probe,
 	.poll = tcp_poll,
 	.wait_fd = tcp_wait_fd,
 	.arm = tcp_arm,
+	.device = tcp_device,
 	.shutdown = tcp_shutdown,
 	.drain = tcp_drain,
 	.destroy = tcp_destroy,

@@ -10,6 +10,8 @@
 PrDataListener *pr_tcp_listen(const PrUri *uri, GError **error);
 void pr_tcp_offer(PrDataListener *listener, GSocketConnection *connection,
 		  const PrLaneHello *hello);
+void pr_tcp_expect(PrDataListener *listener, const PrBinding *binding);
+void pr_tcp_forget(PrDataListener *listener, const PrBinding *binding);
 void pr_tcp_listener_close(PrDataListener *listener);
 /* Waits for one connection per lane with the setup's binding and acknowledges each. */
 gboolean pr_tcp_listener_claim(PrDataListener *listener, const PrPathSetup *setup,

@@ -100,7 +100,13 @@ struct PrTransportOps {
 		      const PrLaneHello *hello);
 	void (*listener_close)(PrDataListener *listener);
 
-	/* Destination: waits until all lanes with this binding are there. Others are refused. */
+	/* Destination: lanes with this binding are about to be connected. Said before the source is told
+	 * to connect them, because while one accept() waits, what no accept() expects is refused. Ends
+	 * with accept(), or else with forget(). */
+	void (*expect)(PrDataListener *listener, const PrBinding *binding);
+	void (*forget)(PrDataListener *listener, const PrBinding *binding);
+	/* Destination: waits until all lanes with this binding are there. Others are refused. Several
+	 * threads may wait at the same time, for different bindings. */
 	PrDataPath *(*accept)(PrDataListener *listener, const PrPathSetup *setup, GError **error);
 	/* Source: connects all lanes and serves READs until shutdown. */
 	PrDataPath *(*connect)(const PrPathSetup *setup, GError **error);
@@ -119,11 +125,18 @@ struct PrTransportOps {
 	guint (*max_reads)(PrDataPath *path, PrLaneId lane);
 	gboolean (*post_read)(PrDataPath *path, PrLaneId lane, uint32_t block, uint64_t offset,
 			      uint32_t length, uint64_t token);
+	/* Destination, after set_grants(): a READ of nothing. It completes as any READ does, when the
+	 * source's end of the path has answered; nothing lands in our regions. */
+	gboolean (*post_probe)(PrDataPath *path, PrLaneId lane, uint64_t token);
 	/* Returns how many completions were stored, 0 if there are none yet. */
 	guint (*poll)(PrDataPath *path, PrLaneId lane, PrCompletion *ret, guint max);
 	/* To sleep: arm(), and if it returns TRUE poll(2) for POLLIN on wait_fd(); if FALSE, poll again. */
 	int (*wait_fd)(PrDataPath *path, PrLaneId lane);
 	gboolean (*arm)(PrDataPath *path, PrLaneId lane);
+
+	/* What carries the path, in the operator's words ("mlx5_0"); NULL: nothing worth a name. Lives as
+	 * long as the path. */
+	const char *(*device)(PrDataPath *path);
 
 	/* Ends the path: nothing lands in our regions after drain() has returned TRUE. shutdown() is
 	 * idempotent and callable from any thread; it makes wait_fd readable and does not call

@@ -450,6 +450,25 @@ gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block
 	return TRUE;
 }
 
+gboolean pr_verbs_lane_probe(PrVerbsPath *path, PrVerbsLane *lane, uint64_t token)
+{
+	PrVerbsSlot *slot = &lane->slots[lane->free_slots[--lane->n_free]];
+	struct ibv_send_wr wr = {
+		.wr_id = wr_id(lane, WR_LAST, slot - lane->slots),
+		.opcode = IBV_WR_RDMA_READ,
+		.send_flags = IBV_SEND_SIGNALED,
+	};
+
+	*slot = (PrVerbsSlot){.token = token, .posted_us = g_get_monotonic_time(), .busy = TRUE};
+	if (!wait_for_room(path, lane) || !post_wr(path, lane, &wr)) {
+		release_slot(lane, slot);
+		return FALSE;
+	}
+	lane->room--;
+	slot->n_wrs = 1;
+	return TRUE;
+}
+
 /* ---- the end ---- */
 
 void pr_verbs_lane_stop(PrVerbsLane *lane)

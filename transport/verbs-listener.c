@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The destination's listening id. A thread of its own reads rdma_cm's events, for two reasons:
- *  - connect requests that nobody waits for (yet) are kept, at most PENDING_MAX of them; a stranger's
- *    pushes the oldest out.
+ *  - connect requests that nobody waits for (yet) are kept, at the desk where they meet accept().
  *  - when the device goes away, the kernel waits for us to let go of it. The thread does, and listens again
  *    as soon as the address is on some RDMA device again. (librdmacm keeps the device open all the same. Most
  *    drivers go nevertheless; soft-RoCE waits for the end of our process. Making librdmacm look again,
@@ -10,22 +9,18 @@
  */
 #include <arpa/inet.h>
 #include <errno.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include "transport/backends.h"
 #include "transport/dial.h"
+#include "transport/lane-desk.h"
 #include "transport/verbs.h"
 
-#define PENDING_MAX    16
-#define BACKLOG	       16
-#define RELISTEN_MS    250
-#define RESOLVE_MS     5000
-#define NO_SUCH_REASON "it waits for no such migration"
+#define BACKLOG	    16
+#define RELISTEN_MS 250
+#define RESOLVE_MS  5000
 
 typedef struct Request {
 	struct rdma_cm_id *id;
-	PrLaneHello hello;
 	guint depth;
 } Request;
 
@@ -35,7 +30,7 @@ typedef struct VerbsListener {
 	PrUri *uri;
 	PrVerbsOptions options;
 	struct sockaddr_storage address; /* with the port that we got */
-	int arrived_fd;			 /* counts requests; read by accept() */
+	PrLaneDesk *desk;		 /* of Request* */
 	PrWaker waker;			 /* of the thread; wake: anyone */
 	GThread *thread;
 
@@ -43,35 +38,30 @@ typedef struct VerbsListener {
 	struct rdma_event_channel
 		*channel;      /* the thread's, as is id; before it starts, listen()'s */
 	struct rdma_cm_id *id; /* NULL while the device is gone */
-	GMutex lock;
-	GQueue requests; /* Request*; under lock */
 } VerbsListener;
 
-static void request_reject(Request *request, const char *reason)
+/* PrDeskRefuse */
+static void request_reject(gpointer data, const char *reason, gpointer opaque)
 {
+	Request *request = data;
+
 	pr_verbs_reject(request->id, reason);
 	g_free(request);
 }
 
 static void listener_free(VerbsListener *listener)
 {
-	Request *request;
-
 	if (listener->thread) {
 		g_atomic_int_set(&listener->closing, TRUE);
 		pr_waker_wake(&listener->waker);
 		g_thread_join(listener->thread);
 	}
-	while ((request = g_queue_pop_head(&listener->requests)))
-		request_reject(request, "the destination has stopped listening");
+	pr_lane_desk_free(listener->desk);
 	if (listener->id)
 		rdma_destroy_id(listener->id);
 	if (listener->channel)
 		rdma_destroy_event_channel(listener->channel);
 	pr_waker_clear(&listener->waker);
-	if (listener->arrived_fd >= 0)
-		close(listener->arrived_fd);
-	g_mutex_clear(&listener->lock);
 	pr_uri_free(listener->uri);
 	g_free(listener);
 }
@@ -126,38 +116,31 @@ static void keep_request(VerbsListener *listener, const PrVerbsEvent *event)
 {
 	/* rdma_cm pads private data. */
 	gsize size = MIN(event->n_data, PR_LANE_HELLO_BYTES);
-	Request *request = g_new0(Request, 1), *oldest = NULL;
+	PrLaneHello hello;
+	Request *request;
 
-	request->id = event->id;
-	request->depth = event->depth;
-	if (!pr_lane_hello_decode(event->data, size, &request->hello, NULL)) {
-		request_reject(request, "that is no Postroad");
+	if (!pr_lane_hello_decode(event->data, size, &hello, NULL)) {
+		pr_verbs_reject(event->id, "that is no Postroad");
 		return;
 	}
-	g_mutex_lock(&listener->lock);
-	g_queue_push_tail(&listener->requests, request);
-	if (listener->requests.length > PENDING_MAX)
-		oldest = g_queue_pop_head(&listener->requests);
-	g_mutex_unlock(&listener->lock);
-	if (oldest)
-		request_reject(oldest, NO_SUCH_REASON);
-	(void)eventfd_write(listener->arrived_fd, 1);
+	request = g_new0(Request, 1);
+	request->id = event->id;
+	request->depth = event->depth;
+	pr_lane_desk_offer(listener->desk, request, &hello);
+}
+
+static gboolean has_id(gconstpointer request, gconstpointer id)
+{
+	return ((const Request *)request)->id == id;
 }
 
 /* A request that has come to nothing before anybody took it. */
 static void forget_request(VerbsListener *listener, const struct rdma_cm_id *id)
 {
-	Request *found = NULL;
+	Request *found = pr_lane_desk_withdraw(listener->desk, has_id, id);
 
-	g_mutex_lock(&listener->lock);
-	for (GList *l = listener->requests.head; l && !found; l = l->next)
-		if (((Request *)l->data)->id == id) {
-			found = l->data;
-			g_queue_delete_link(&listener->requests, l);
-		}
-	g_mutex_unlock(&listener->lock);
 	if (found)
-		request_reject(found, NO_SUCH_REASON);
+		request_reject(found, "it has come to nothing", NULL);
 }
 
 static void take_event(VerbsListener *listener, const PrVerbsEvent *event)
@@ -219,11 +202,8 @@ static gboolean find_address(VerbsListener *listener, GError **error)
 					  sizeof(listener->address), error);
 }
 
-static gboolean open_fds(VerbsListener *listener, GError **error)
+static gboolean open_waker(VerbsListener *listener, GError **error)
 {
-	listener->arrived_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (listener->arrived_fd < 0)
-		return pr_verbs_error(listener->uri, "eventfd", errno, error);
 	return pr_waker_init(&listener->waker, error) &&
 	       pr_waker_watch(&listener->waker, listener->channel->fd, error);
 }
@@ -235,15 +215,13 @@ PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
 	listener->base.ops = pr_transport_rdma;
 	listener->uri = pr_uri_copy(uri);
 	listener->waker = PR_WAKER_INIT;
-	listener->arrived_fd = -1;
-	g_mutex_init(&listener->lock);
-	g_queue_init(&listener->requests);
 	if (!pr_verbs_parse_options(listener->uri, &listener->options, error) ||
 	    !find_address(listener, error))
 		return NULL;
 	listener->channel = pr_verbs_open_channel(uri, error);
-	if (!listener->channel || !open_fds(listener, error) || !open_id(listener, error))
+	if (!listener->channel || !open_waker(listener, error) || !open_id(listener, error))
 		return NULL;
+	listener->desk = pr_lane_desk_new(request_reject, NULL);
 	listener->thread = g_thread_new("pr-rdma-listen", listener_thread, listener);
 	return &g_steal_pointer(&listener)->base;
 }
@@ -258,54 +236,25 @@ void pr_verbs_listener_close(PrDataListener *listener)
 	listener_free((VerbsListener *)listener);
 }
 
-static Request *pop_request(VerbsListener *listener)
+void pr_verbs_expect(PrDataListener *listener, const PrBinding *binding)
 {
-	eventfd_t count;
-	Request *request;
-
-	(void)eventfd_read(listener->arrived_fd, &count);
-	g_mutex_lock(&listener->lock);
-	request = g_queue_pop_head(&listener->requests);
-	g_mutex_unlock(&listener->lock);
-	return request;
+	pr_lane_desk_expect(((VerbsListener *)listener)->desk, binding);
 }
 
-/* Takes the request. Returns its id if the lane is one that is waited for. */
-static struct rdma_cm_id *judge(Request *request, const PrBinding *binding, PrLaneId *ret_lane,
-				guint *ret_depth)
+void pr_verbs_forget(PrDataListener *listener, const PrBinding *binding)
 {
-	struct rdma_cm_id *id = request->id;
-
-	if (!pr_backend_binding_matches(binding, &request->hello)) {
-		request_reject(request, NO_SUCH_REASON);
-		return NULL;
-	}
-	*ret_lane = request->hello.lane;
-	*ret_depth = request->depth;
-	g_free(request);
-	return id;
+	pr_lane_desk_forget(((VerbsListener *)listener)->desk, binding);
 }
 
 struct rdma_cm_id *pr_verbs_listener_next(PrDataListener *base, const PrPathSetup *setup,
 					  gint64 deadline, PrLaneId *ret_lane, guint *ret_depth,
 					  GError **error)
 {
-	VerbsListener *listener = (VerbsListener *)base;
-	struct rdma_cm_id *id = NULL;
+	g_autofree Request *request =
+		pr_lane_desk_claim(((VerbsListener *)base)->desk, setup, deadline, ret_lane, error);
 
-	while (!id) {
-		Request *request = pop_request(listener);
-
-		if (request) {
-			id = judge(request, &setup->binding, ret_lane, ret_depth);
-			continue;
-		}
-		if (!pr_backend_wait(listener->arrived_fd, POLLIN, deadline, setup->cancel,
-				     error)) {
-			g_prefix_error(error, "path %s: waiting for the source's data lanes: ",
-				       setup->uri->text);
-			return NULL;
-		}
-	}
-	return id;
+	if (!request)
+		return NULL;
+	*ret_depth = request->depth;
+	return request->id;
 }

@@ -140,17 +140,25 @@ static gboolean accept_one(PrVerbsPath *path, PrDataListener *listener, const Pr
 	return pr_verbs_accept_lane(path, &path->lanes[lane], setup, id, depth, deadline, error);
 }
 
-static PrDataPath *verbs_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
+static gboolean accept_lanes(PrVerbsPath *path, PrDataListener *listener, const PrPathSetup *setup,
+			     GError **error)
 {
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
+	gboolean ok = TRUE;
+
+	pr_verbs_expect(listener, &setup->binding);
+	while (ok && (!path->lanes[PR_LANE_URGENT].cm || !path->lanes[PR_LANE_BULK].cm))
+		ok = accept_one(path, listener, setup, deadline, error);
+	pr_verbs_forget(listener, &setup->binding);
+	return ok;
+}
+
+static PrDataPath *verbs_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
+{
 	g_autoptr(PrVerbsPath) path = path_new(setup);
 
-	if (!prepare(path, error) || !check_memlock(path, region_bytes(setup), error))
-		return NULL;
-	while (!path->lanes[PR_LANE_URGENT].cm || !path->lanes[PR_LANE_BULK].cm)
-		if (!accept_one(path, listener, setup, deadline, error))
-			return NULL;
-	if (!pr_verbs_events_start(path, error))
+	if (!prepare(path, error) || !check_memlock(path, region_bytes(setup), error) ||
+	    !accept_lanes(path, listener, setup, error) || !pr_verbs_events_start(path, error))
 		return NULL;
 	return &g_steal_pointer(&path)->base;
 }
@@ -229,6 +237,13 @@ static gboolean verbs_post_read(PrDataPath *base, PrLaneId id, uint32_t block, u
 	       pr_verbs_lane_post(path, lane, block, offset, length, token);
 }
 
+static gboolean verbs_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
+{
+	PrVerbsPath *path = (PrVerbsPath *)base;
+
+	return pr_fate_is_up(&path->fate) && pr_verbs_lane_probe(path, &path->lanes[id], token);
+}
+
 static guint verbs_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint max)
 {
 	PrVerbsPath *path = (PrVerbsPath *)base;
@@ -246,6 +261,11 @@ static gboolean verbs_arm(PrDataPath *base, PrLaneId id)
 	PrVerbsPath *path = (PrVerbsPath *)base;
 
 	return pr_verbs_lane_arm(path, &path->lanes[id]);
+}
+
+static const char *verbs_device(PrDataPath *base)
+{
+	return pr_verbs_rail_name(&((PrVerbsPath *)base)->rail);
 }
 
 static void verbs_shutdown(PrDataPath *base)
@@ -298,15 +318,19 @@ static const PrTransportOps verbs_ops = {
 	.listener_port = pr_verbs_listener_port,
 	.offer = verbs_offer,
 	.listener_close = pr_verbs_listener_close,
+	.expect = pr_verbs_expect,
+	.forget = pr_verbs_forget,
 	.accept = verbs_accept,
 	.connect = verbs_connect,
 	.grants = verbs_grants,
 	.set_grants = verbs_set_grants,
 	.max_reads = verbs_max_reads,
 	.post_read = verbs_post_read,
+	.post_probe = verbs_post_probe,
 	.poll = verbs_poll,
 	.wait_fd = verbs_wait_fd,
 	.arm = verbs_arm,
+	.device = verbs_device,
 	.shutdown = verbs_shutdown,
 	.drain = verbs_drain,
 	.destroy = verbs_destroy,

@@ -156,6 +156,8 @@ gboolean pr_verbs_lane_open(PrVerbsPath *path, PrVerbsLane *lane, GError **error
 gboolean pr_verbs_lane_ready(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GError **error);
 gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block, uint64_t offset,
 			    uint32_t length, uint64_t token);
+/* A READ of nothing: completes when the source's end has answered. */
+gboolean pr_verbs_lane_probe(PrVerbsPath *path, PrVerbsLane *lane, uint64_t token);
 guint pr_verbs_lane_poll(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret, guint max);
 gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane);
 /* Any thread, with qp_lock held: everything outstanding completes with an error. */
@@ -212,8 +214,10 @@ void pr_verbs_linger(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path));
 PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error);
 uint16_t pr_verbs_listener_port(PrDataListener *listener);
 void pr_verbs_listener_close(PrDataListener *listener);
-/* Waits for a connect request with the setup's binding; all others are rejected. The id is the
- * caller's; NULL when time is up or on cancel. */
+void pr_verbs_expect(PrDataListener *listener, const PrBinding *binding);
+void pr_verbs_forget(PrDataListener *listener, const PrBinding *binding);
+/* Waits for a connect request with the setup's binding. The id is the caller's; NULL when time is up or
+ * on cancel. */
 struct rdma_cm_id *pr_verbs_listener_next(PrDataListener *listener, const PrPathSetup *setup,
 					  gint64 deadline, PrLaneId *ret_lane, guint *ret_depth,
 					  GError **error);

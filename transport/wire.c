@@ -628,7 +628,7 @@ gboolean pr_req_pages_decode(const uint8_t *body, gsize len, PrReqPages *ret, GE
 	if (!finished(&cursor, PR_RP_REQ_PAGES, len, error))
 		return FALSE;
 	if (req.block >= PR_BLOCKS_MAX || req.length > REQ_PAGES_MAX ||
-	    !is_range(req.start, req.length))
+	    req.start > UINT64_MAX - req.length)
 		return bad_range(PR_RP_REQ_PAGES, req.start, req.length, error);
 	*ret = req;
 	return TRUE;

@@ -18,7 +18,7 @@
  *			reason: be16 length + UTF-8 text without control characters
  *	PACKAGED	u8 flags (1: last, 2: guest was running), be32 length, that many bytes
  *	RECV_BITMAP	(return path) u8 length + idstr, be64 size, bitmap, be64 end mark
- *	REQ_PAGES	be64 start, be32 length, be32 block
+ *	REQ_PAGES	be64 start, be32 length (0: a probe), be32 block
  *	RAM_ZERO	be32 block, be32 n, n times (be64 offset, be64 length)
  *	GRANT		be32 block, be32 n, n times (be64 offset, be64 length, be64 addr, be64 key)
  *	PROGRESS	the five be64 of PrProgress in their order

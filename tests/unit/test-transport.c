@@ -74,6 +74,29 @@ static void a_read_touches_nothing_beside_its_range(void **state)
 			assert_int_equal(at[i], 0xee);
 }
 
+static void a_probe_is_answered_and_touches_nothing(void **state)
+{
+	g_autoptr(Rig) rig = new_rig(state);
+
+	rig_connect(rig);
+	for (guint i = 0; i < RIG_REGIONS; i++)
+		memset(rig->destination.regions[i].addr, 0xee, RIG_REGION_BYTES);
+	for (guint lane = 0; lane < PR_N_LANES; lane++) {
+		PrCompletion done;
+
+		assert_true(rig->ops->post_probe(rig->destination.path, lane, 4711 + lane));
+		assert_int_equal(rig_await(rig, lane, &done, 1), 1);
+		assert_int_equal(done.token, 4711 + lane);
+		assert_true(done.ok);
+	}
+	for (guint i = 0; i < RIG_REGIONS; i++)
+		for (guint at = 0; at < RIG_REGION_BYTES; at++)
+			assert_int_equal(((uint8_t *)rig->destination.regions[i].addr)[at], 0xee);
+	/* and reading goes on as if nothing had been */
+	assert_true(rig_read(rig, PR_LANE_BULK, 1, 4096, 65536));
+	rig_assert_read(rig, 1, 4096, 65536);
+}
+
 #define PIPELINED_READS 2000
 
 typedef struct Puller {
@@ -231,6 +254,71 @@ static void a_stranger_that_says_half_a_request_holds_nobody_up(void **state)
 	rig_connect(rig);
 	assert_true(rig_read(rig, PR_LANE_URGENT, 0, 0, 4096));
 	rig_assert_read(rig, 0, 0, 4096);
+}
+
+/* One incarnation among several that connect at the same time. */
+typedef struct Incarnation {
+	Rig *rig;
+	PrPathSetup source, destination;
+	PrDataPath *connected, *accepted;
+	GThread *accepting, *connecting;
+} Incarnation;
+
+static gpointer accept_incarnation(gpointer opaque)
+{
+	Incarnation *self = opaque;
+
+	self->accepted = self->rig->ops->accept(self->rig->listener, &self->destination, NULL);
+	return NULL;
+}
+
+static gpointer connect_incarnation(gpointer opaque)
+{
+	Incarnation *self = opaque;
+
+	self->connected = self->rig->ops->connect(&self->source, NULL);
+	return NULL;
+}
+
+#define INCARNATIONS 4
+
+/* All are expected before the first lane comes, the newest of which comes first. */
+static void incarnations_that_connect_at_once_get_their_own_lanes(void **state)
+{
+	g_autoptr(Rig) rig = new_rig(state);
+	Incarnation all[INCARNATIONS] = {0};
+
+	rig_fill_source(rig);
+	for (guint i = 0; i < INCARNATIONS; i++) {
+		all[i].rig = rig;
+		all[i].source = rig_setup(rig, &rig->source);
+		all[i].destination = rig_setup(rig, &rig->destination);
+		all[i].source.binding.epoch += i;
+		all[i].destination.binding.epoch += i;
+		rig->ops->expect(rig->listener, &all[i].destination.binding);
+		all[i].accepting = g_thread_new("accept", accept_incarnation, &all[i]);
+	}
+	for (guint i = INCARNATIONS; i-- > 0;)
+		all[i].connecting = g_thread_new("connect", connect_incarnation, &all[i]);
+	for (guint i = 0; i < INCARNATIONS; i++) {
+		g_thread_join(all[i].accepting);
+		g_thread_join(all[i].connecting);
+		assert_non_null(all[i].accepted);
+		assert_non_null(all[i].connected);
+	}
+	for (guint i = 0; i < INCARNATIONS; i++) {
+		g_autoptr(GArray) grants = rig->ops->grants(all[i].connected);
+
+		rig->ops->set_grants(all[i].accepted, (PrGrant *)grants->data, grants->len);
+		rig->destination.path = all[i].accepted;
+		assert_true(rig_read(rig, PR_LANE_BULK, 0, i * 8192, 8192));
+		rig_assert_read(rig, 0, i * 8192, 8192);
+	}
+	rig->destination.path = NULL;
+	for (guint i = 0; i < INCARNATIONS; i++) {
+		pr_data_path_destroy(all[i].accepted);
+		pr_data_path_destroy(all[i].connected);
+	}
 }
 
 static void a_lane_that_comes_before_accept_is_kept(void **state)
@@ -654,9 +742,11 @@ static const struct CMUnitTest wire_tests[] = {
 static const struct CMUnitTest tests[] = {
 	FOR_BACKEND(reads_of_every_size_bring_the_right_bytes),
 	FOR_BACKEND(a_read_touches_nothing_beside_its_range),
+	FOR_BACKEND(a_probe_is_answered_and_touches_nothing),
 	FOR_BACKEND(two_threads_keep_both_lanes_full),
 	FOR_BACKEND(strangers_are_refused_while_the_right_one_gets_in),
 	FOR_BACKEND(a_stranger_that_says_half_a_request_holds_nobody_up),
+	FOR_BACKEND(incarnations_that_connect_at_once_get_their_own_lanes),
 	FOR_BACKEND(a_lane_that_comes_before_accept_is_kept),
 	FOR_BACKEND(an_idle_lane_notices_that_the_source_is_gone),
 	FOR_BACKEND(a_source_learns_that_the_destination_is_gone),

@@ -653,8 +653,7 @@ static void req_pages_begins_as_in_qemu(void **state)
 
 static void req_pages_is_bounded(void **state)
 {
-	static const PrReqPages bad[] = {{0, 0, 0},
-					 {0, 0, (1 << 20) + 1},
+	static const PrReqPages bad[] = {{0, 0, (1 << 20) + 1},
 					 {PR_BLOCKS_MAX, 0, 4096},
 					 {0, G_MAXUINT64 - 4094, 4096}};
 
