@@ -46,6 +46,7 @@ static const MsgInfo messages[] = {
 	{PR_MSG_PAUSE, "PAUSE", REASON_BYTES_MAX},
 	{PR_MSG_HOLD, "HOLD", REASON_BYTES_MAX},
 	{PR_MSG_ERROR, "ERROR", REASON_BYTES_MAX},
+	{PR_MSG_LOST, "LOST", 8 + 1 + REASON_BYTES_MAX},
 	{PR_CMD_PING, "CMD_PING", 4},
 	{PR_CMD_POSTCOPY_ADVISE, "CMD_POSTCOPY_ADVISE", 16},
 	{PR_CMD_POSTCOPY_LISTEN, "CMD_POSTCOPY_LISTEN", 0},
@@ -55,6 +56,7 @@ static const MsgInfo messages[] = {
 	{PR_CMD_RECV_BITMAP, "CMD_RECV_BITMAP", 1 + PR_IDSTR_MAX},
 	{PR_CMD_GRANT, "CMD_GRANT", GRANTS_BYTES_MAX},
 	{PR_CMD_RAM_ZERO, "CMD_RAM_ZERO", RANGES_BYTES_MAX},
+	{PR_CMD_ACTIVATE, "CMD_ACTIVATE", 8 + 1},
 	{PR_RP_SHUT, "RP_SHUT", 4},
 	{PR_RP_PONG, "RP_PONG", 4},
 	{PR_RP_REQ_PAGES, "RP_REQ_PAGES", PR_REQ_PAGES_BYTES},
@@ -62,6 +64,8 @@ static const MsgInfo messages[] = {
 	{PR_RP_RESUME_ACK, "RP_RESUME_ACK", 4},
 	{PR_RP_PROGRESS, "RP_PROGRESS", PR_PROGRESS_BYTES},
 	{PR_RP_PAGES, "RP_PAGES", PR_REQ_PAGES_BYTES + REQ_PAGES_MAX},
+	{PR_RP_ACTIVATED, "RP_ACTIVATED", ACK_BYTES_MAX},
+	{PR_RP_PROBED, "RP_PROBED", 16},
 };
 
 static const MsgInfo *msg_info(uint16_t type)
@@ -288,8 +292,8 @@ static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 		return malformed(error, "HELLO is too short");
 	if (hello->role != PR_HELLO_SOURCE && hello->role != PR_HELLO_DESTINATION)
 		return malformed(error, "HELLO names the unknown role %u", hello->role);
-	if (hello->resume > PR_RESUME_AUTOMATIC)
-		return malformed(error, "HELLO has %u for resume, more than 2", hello->resume);
+	if (hello->resume > PR_RESUME_STANDBY)
+		return malformed(error, "HELLO has %u for resume, more than 3", hello->resume);
 	if (!hello->epoch)
 		return malformed(error, "HELLO names the epoch 0, epochs begin with 1");
 	if (!is_scheme(hello->scheme))
@@ -789,5 +793,66 @@ gboolean pr_recv_bitmap_name(const uint8_t *body, gsize len, char ret_idstr[PR_I
 	if (!get_block_name(&cursor, PR_RP_RECV_BITMAP, idstr, error))
 		return FALSE;
 	memcpy(ret_idstr, idstr, strlen(idstr) + 1);
+	return TRUE;
+}
+
+void pr_lost_encode(GByteArray *out, const PrLost *lost)
+{
+	put_u64(out, lost->epoch);
+	put_u8(out, lost->held != FALSE);
+	pr_reason_encode(out, lost->reason);
+}
+
+gboolean pr_lost_decode(const uint8_t *body, gsize len, PrLost *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	PrLost lost;
+
+	lost.epoch = get_u64(&cursor);
+	lost.held = get_u8(&cursor) != 0;
+	if (!get_reason(&cursor, PR_MSG_LOST, lost.reason, error) ||
+	    !finished(&cursor, PR_MSG_LOST, len, error))
+		return FALSE;
+	*ret = lost;
+	return TRUE;
+}
+
+void pr_activate_encode(GByteArray *out, const PrActivate *activate)
+{
+	put_u64(out, activate->epoch);
+	put_u8(out, activate->resume);
+}
+
+gboolean pr_activate_decode(const uint8_t *body, gsize len, PrActivate *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	PrActivate activate;
+
+	activate.epoch = get_u64(&cursor);
+	activate.resume = get_u8(&cursor);
+	if (!finished(&cursor, PR_CMD_ACTIVATE, len, error))
+		return FALSE;
+	if (activate.resume != PR_RESUME_ASKED && activate.resume != PR_RESUME_AUTOMATIC)
+		return malformed(error, "ACTIVATE has %u for resume", activate.resume);
+	*ret = activate;
+	return TRUE;
+}
+
+void pr_probed_encode(GByteArray *out, const PrProbed *probed)
+{
+	put_u64(out, probed->count);
+	put_u64(out, probed->rtt_us);
+}
+
+gboolean pr_probed_decode(const uint8_t *body, gsize len, PrProbed *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	PrProbed probed;
+
+	probed.count = get_u64(&cursor);
+	probed.rtt_us = get_u64(&cursor);
+	if (!finished(&cursor, PR_RP_PROBED, len, error))
+		return FALSE;
+	*ret = probed;
 	return TRUE;
 }

@@ -22,6 +22,10 @@
  *	RAM_ZERO	be32 block, be32 n, n times (be64 offset, be64 length)
  *	GRANT		be32 block, be32 n, n times (be64 offset, be64 length, be64 addr, be64 key)
  *	PROGRESS	the five be64 of PrProgress in their order
+ *	LOST		be64 epoch, u8 held, reason
+ *	ACTIVATE	be64 epoch, u8 resume
+ *	ACTIVATED	as HELLO_ACK
+ *	PROBED		be64 count, be64 round trip in microseconds
  *
  *	source                                         destination
  *	  HELLO (uuid, epoch, secret, role, blocks) ──▶
@@ -47,6 +51,15 @@
  *	                                            ◀── RP_RECV_BITMAP per block
  *	  CMD_POSTCOPY_RESUME                       ──▶
  *	                                            ◀── RP_RESUME_ACK
+ *
+ * A standby path is connected while another one is in use, and probed by the destination:
+ *	  HELLO (resume: standby), HELLO_ACK, lanes, GRANT as above
+ *	  CMD_PING 1                                ──▶ (that was all; READs may begin)
+ *	                                            ◀── RP_PROBED, again and again
+ * When it is needed, ACTIVATE stands for the HELLO of a recovery, which then goes on with RECV_BITMAP:
+ *	  CMD_ACTIVATE (epoch)                      ──▶
+ *	                                            ◀── RP_ACTIVATED
+ * Whoever loses the path in use says so over all standby paths: MSG_LOST.
  */
 #pragma once
 
@@ -79,6 +92,8 @@ typedef enum PrMsgType {
 	PR_MSG_PAUSE = 0x0010, /* reason: the sender has left this epoch */
 	PR_MSG_HOLD = 0x0012,  /* as PAUSE, asked for by a human: no automatic recovery */
 	PR_MSG_ERROR = 0x0011, /* reason: the sender gives this migration up (before RUN only) */
+	PR_MSG_LOST =
+		0x0013, /* the sender has left the connection with this epoch, which is another one */
 	/* source to destination: QEMU's MIG_CMD_* */
 	PR_CMD_PING = 0x0102,
 	PR_CMD_POSTCOPY_ADVISE = 0x0103,
@@ -89,6 +104,7 @@ typedef enum PrMsgType {
 	PR_CMD_RECV_BITMAP = 0x010a,
 	PR_CMD_GRANT = 0x0180,
 	PR_CMD_RAM_ZERO = 0x0181,
+	PR_CMD_ACTIVATE = 0x0182, /* this standby path is the one in use from now on */
 	/* destination to source: QEMU's MIG_RP_MSG_* */
 	PR_RP_SHUT = 0x0201,
 	PR_RP_PONG = 0x0202,
@@ -97,6 +113,8 @@ typedef enum PrMsgType {
 	PR_RP_RESUME_ACK = 0x0206,
 	PR_RP_PROGRESS = 0x0280,
 	PR_RP_PAGES = 0x0281, /* source to destination, on data connections of tcp: the answer */
+	PR_RP_ACTIVATED = 0x0282,
+	PR_RP_PROBED = 0x0283, /* a standby path's lanes have answered */
 } PrMsgType;
 
 typedef enum PrWireError {
@@ -125,6 +143,7 @@ typedef enum PrResume {
 	PR_RESUME_NO = 0,	 /* a new migration */
 	PR_RESUME_ASKED = 1,	 /* a human resumes a migration in postcopy */
 	PR_RESUME_AUTOMATIC = 2, /* the source resumes by itself */
+	PR_RESUME_STANDBY = 3,	 /* nothing yet: a path to be kept for later */
 } PrResume;
 
 typedef struct PrWireBlock {
@@ -164,6 +183,22 @@ typedef struct PrProgress {
 	uint64_t zero_pages;	    /* pages that did not travel */
 } PrProgress;
 #define PR_PROGRESS_BYTES 40
+
+typedef struct PrLost {
+	uint64_t epoch; /* of the connection that was lost */
+	gboolean held;	/* a human has asked for it */
+	char reason[PR_REASON_MAX + 1];
+} PrLost;
+
+typedef struct PrActivate {
+	uint64_t epoch; /* from now on */
+	uint8_t resume; /* PR_RESUME_ASKED or PR_RESUME_AUTOMATIC */
+} PrActivate;
+
+typedef struct PrProbed {
+	uint64_t count;	 /* probes that were answered so far */
+	uint64_t rtt_us; /* of the last one */
+} PrProbed;
 
 typedef struct PrHelloAck {
 	uint32_t status; /* PrHelloStatus */
@@ -230,6 +265,9 @@ void pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigned lo
 			   uint64_t n_bits);
 void pr_req_pages_encode(uint8_t out[PR_REQ_PAGES_BYTES], const PrReqPages *req);
 void pr_progress_encode(GByteArray *out, const PrProgress *progress);
+void pr_lost_encode(GByteArray *out, const PrLost *lost);
+void pr_activate_encode(GByteArray *out, const PrActivate *activate);
+void pr_probed_encode(GByteArray *out, const PrProbed *probed);
 
 /* Decoders read a whole body; a body that is too short, too long or out of bounds is MALFORMED and
  * leaves the outputs alone. */
@@ -258,3 +296,6 @@ gboolean pr_recv_bitmap_name(const uint8_t *body, gsize len, char ret_idstr[PR_I
 			     GError **error);
 gboolean pr_req_pages_decode(const uint8_t *body, gsize len, PrReqPages *ret, GError **error);
 gboolean pr_progress_decode(const uint8_t *body, gsize len, PrProgress *ret, GError **error);
+gboolean pr_lost_decode(const uint8_t *body, gsize len, PrLost *ret, GError **error);
+gboolean pr_activate_decode(const uint8_t *body, gsize len, PrActivate *ret, GError **error);
+gboolean pr_probed_decode(const uint8_t *body, gsize len, PrProbed *ret, GError **error);

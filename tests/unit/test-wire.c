@@ -222,6 +222,48 @@ static gboolean decode_progress(const uint8_t *body, gsize len, GError **error)
 	return pr_progress_decode(body, len, &progress, error);
 }
 
+static void sample_lost(GByteArray *out)
+{
+	PrLost lost = {.epoch = 7, .held = TRUE, .reason = "rail rxe0 is DOWN"};
+
+	pr_lost_encode(out, &lost);
+}
+
+static gboolean decode_lost(const uint8_t *body, gsize len, GError **error)
+{
+	PrLost lost;
+
+	return pr_lost_decode(body, len, &lost, error);
+}
+
+static void sample_activate(GByteArray *out)
+{
+	PrActivate activate = {.epoch = 7, .resume = PR_RESUME_AUTOMATIC};
+
+	pr_activate_encode(out, &activate);
+}
+
+static gboolean decode_activate(const uint8_t *body, gsize len, GError **error)
+{
+	PrActivate activate;
+
+	return pr_activate_decode(body, len, &activate, error);
+}
+
+static void sample_probed(GByteArray *out)
+{
+	PrProbed probed = {3, 250};
+
+	pr_probed_encode(out, &probed);
+}
+
+static gboolean decode_probed(const uint8_t *body, gsize len, GError **error)
+{
+	PrProbed probed;
+
+	return pr_probed_decode(body, len, &probed, error);
+}
+
 static const struct Kind {
 	uint16_t type;
 	void (*sample)(GByteArray *out);
@@ -246,6 +288,10 @@ static const struct Kind {
 	{PR_RP_RECV_BITMAP, sample_recv_bitmap, decode_recv_bitmap},
 	{PR_RP_REQ_PAGES, sample_req_pages, decode_req_pages},
 	{PR_RP_PROGRESS, sample_progress, decode_progress},
+	{PR_MSG_LOST, sample_lost, decode_lost},
+	{PR_CMD_ACTIVATE, sample_activate, decode_activate},
+	{PR_RP_ACTIVATED, sample_hello_ack, decode_hello_ack},
+	{PR_RP_PROBED, sample_probed, decode_probed},
 };
 
 static GByteArray *sample_of(const struct Kind *kind)
@@ -391,7 +437,7 @@ static void a_hello_that_makes_no_sense_is_refused(void **state)
 	} table[] = {
 		{"version 9", {9, 1, {0}, 1, 0, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
 		{"role 3", {1, 3, {0}, 1, 0, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
-		{"for resume", {1, 1, {0}, 1, 3, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
+		{"for resume", {1, 1, {0}, 1, 4, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
 		{"epoch 0", {1, 1, {0}, 0, 0, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
 		{"scheme", {1, 1, {0}, 1, 0, {0}, 0, "Tcp", 1, NULL}, {"a", 4096, 4096}},
 		{"no RAM block", {1, 1, {0}, 1, 0, {0}, 0, "tcp", 0, NULL}, {"a", 4096, 4096}},
