@@ -135,3 +135,26 @@ static inline uint64_t get_u64(Cursor *cursor)
 	get_bytes(cursor, &value, sizeof value);
 	return GUINT64_FROM_BE(value);
 }
+
+/* The bitmap of a block of 16 TiB in pages of 4 KiB. */
+#define BITMAP_BYTES_MAX (512 * 1024 * 1024)
+/* Flags of PACKAGED. */
+#define PACKAGED_LAST	 0x01
+#define PACKAGED_RUNNING 0x02
+
+static inline uint64_t groups_of(uint64_t n_bits)
+{
+	return n_bits / 64 + !!(n_bits % 64);
+}
+
+/* The bits of the 64-bit group `group`, bit 0 first; those beyond n_bits are zero. */
+static inline uint64_t load_group(const unsigned long *bits, uint64_t n_bits, uint64_t group)
+{
+	const gsize words = sizeof(uint64_t) / sizeof *bits;
+	uint64_t rest = n_bits - group * 64;
+	uint64_t value = 0;
+
+	for (gsize i = 0; i < words; i++)
+		value |= (uint64_t)bits[group * words + i] << (i * 8 * sizeof *bits);
+	return rest < 64 ? value & ((1ull << rest) - 1) : value;
+}

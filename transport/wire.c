@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Encoding and decoding of everything that a peer sends: pure functions, fuzzed. No length that a peer
- * names is used, for memory or for a loop, before it was compared with the bytes that are really there.
+ * Decoding of everything that a peer sends: pure functions, fuzzed. No length that a peer names is used, for
+ * memory or for a loop, before it was compared with the bytes that are really there. (wire-encode.c is the
+ * other direction.)
  */
 #include "transport/wire.h"
 
@@ -11,24 +12,20 @@
 
 G_DEFINE_QUARK(pr_wire_error, pr_wire_error)
 
-#define PACKAGED_LAST	 0x01
-#define PACKAGED_RUNNING 0x02
-#define PACKAGED_HEAD	 5 /* flags, length */
-#define RANGES_HEAD	 8 /* block, n */
-#define RANGE_BYTES	 16
-#define GRANT_BYTES	 32
-#define BLOCK_BYTES_MAX	 (1 + PR_IDSTR_MAX + 8 + 4)
-#define BLOCK_BYTES_MIN	 (1 + 1 + 8 + 4)
-#define REASON_BYTES_MAX (2 + PR_REASON_MAX)
-#define ACK_BYTES_MAX	 (4 + 2 + 4 + 8 + 2 + PR_PROGRESS_BYTES + REASON_BYTES_MAX)
-#define RANGES_BYTES_MAX (RANGES_HEAD + PR_RANGES_MAX * RANGE_BYTES)
-#define GRANTS_BYTES_MAX (RANGES_HEAD + PR_RANGES_MAX * GRANT_BYTES)
-#define HELLO_HEAD_MAX	 (4 + 2 + 1 + PR_UUID_BYTES + 8 + 1 + PR_SECRET_BYTES + 8 + 16 + 4)
-#define HELLO_BYTES_MAX	 (HELLO_HEAD_MAX + PR_BLOCKS_MAX * BLOCK_BYTES_MAX)
-#define PAGE_SIZE_MIN	 4096
-#define REQ_PAGES_MAX	 (1024 * 1024)
-/* The bitmap of a block of 16 TiB in pages of 4 KiB. */
-#define BITMAP_BYTES_MAX   (512 * 1024 * 1024)
+#define PACKAGED_HEAD	   5 /* flags, length */
+#define RANGES_HEAD	   8 /* block, n */
+#define RANGE_BYTES	   16
+#define GRANT_BYTES	   32
+#define BLOCK_BYTES_MAX	   (1 + PR_IDSTR_MAX + 8 + 4)
+#define BLOCK_BYTES_MIN	   (1 + 1 + 8 + 4)
+#define REASON_BYTES_MAX   (2 + PR_REASON_MAX)
+#define ACK_BYTES_MAX	   (4 + 2 + 4 + 8 + 2 + PR_PROGRESS_BYTES + REASON_BYTES_MAX)
+#define RANGES_BYTES_MAX   (RANGES_HEAD + PR_RANGES_MAX * RANGE_BYTES)
+#define GRANTS_BYTES_MAX   (RANGES_HEAD + PR_RANGES_MAX * GRANT_BYTES)
+#define HELLO_HEAD_MAX	   (4 + 2 + 1 + PR_UUID_BYTES + 8 + 1 + PR_SECRET_BYTES + 8 + 16 + 4)
+#define HELLO_BYTES_MAX	   (HELLO_HEAD_MAX + PR_BLOCKS_MAX * BLOCK_BYTES_MAX)
+#define PAGE_SIZE_MIN	   4096
+#define REQ_PAGES_MAX	   (1024 * 1024)
 #define UNKNOWN_LENGTH_MAX (64 * 1024)
 
 typedef struct MsgInfo {
@@ -173,13 +170,6 @@ static gboolean get_magic(Cursor *cursor, uint16_t type, GError **error)
 			 pr_msg_name(type), magic);
 }
 
-void pr_header_encode(uint8_t out[PR_WIRE_HEADER_BYTES], uint16_t type, uint32_t length)
-{
-	store_u16(out, type);
-	store_u16(out + 2, 0);
-	store_u32(out + 4, length);
-}
-
 gboolean pr_header_decode(const uint8_t in[PR_WIRE_HEADER_BYTES], PrMsgHeader *ret, GError **error)
 {
 	Cursor cursor = {.at = in, .left = PR_WIRE_HEADER_BYTES};
@@ -202,24 +192,10 @@ void pr_hello_clear(PrHello *hello)
 	hello->n_blocks = 0;
 }
 
-void pr_hello_encode(GByteArray *out, const PrHello *hello)
+void pr_hello_copy(PrHello *ret, const PrHello *hello)
 {
-	g_assert(hello->n_blocks <= PR_BLOCKS_MAX);
-	put_u32(out, PR_WIRE_MAGIC);
-	put_u16(out, hello->version);
-	put_u8(out, hello->role);
-	put_bytes(out, hello->uuid, sizeof hello->uuid);
-	put_u64(out, hello->epoch);
-	put_u8(out, hello->resume);
-	put_bytes(out, hello->secret, sizeof hello->secret);
-	put_u64(out, hello->capabilities);
-	put_name(out, hello->scheme);
-	put_u32(out, hello->n_blocks);
-	for (uint32_t i = 0; i < hello->n_blocks; i++) {
-		put_name(out, hello->blocks[i].idstr);
-		put_u64(out, hello->blocks[i].size);
-		put_u32(out, hello->blocks[i].page_size);
-	}
+	*ret = *hello;
+	ret->blocks = g_memdup2(hello->blocks, hello->n_blocks * sizeof(PrWireBlock));
 }
 
 static gboolean check_block(const PrHello *hello, const PrWireBlock *block, GError **error)
@@ -314,15 +290,6 @@ gboolean pr_hello_decode(const uint8_t *body, gsize len, PrHello *ret, GError **
 	return TRUE;
 }
 
-void pr_progress_encode(GByteArray *out, const PrProgress *progress)
-{
-	put_u64(out, progress->received_pages);
-	put_u64(out, progress->postcopy_requests);
-	put_u64(out, progress->postcopy_bytes);
-	put_u64(out, progress->remaining);
-	put_u64(out, progress->zero_pages);
-}
-
 static void get_progress(Cursor *cursor, PrProgress *progress)
 {
 	progress->received_pages = get_u64(cursor);
@@ -330,17 +297,6 @@ static void get_progress(Cursor *cursor, PrProgress *progress)
 	progress->postcopy_bytes = get_u64(cursor);
 	progress->remaining = get_u64(cursor);
 	progress->zero_pages = get_u64(cursor);
-}
-
-void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack)
-{
-	put_u32(out, PR_WIRE_MAGIC);
-	put_u16(out, PR_WIRE_VERSION);
-	put_u32(out, ack->status);
-	put_u64(out, ack->capabilities);
-	put_u16(out, ack->data_port);
-	pr_progress_encode(out, &ack->progress);
-	pr_reason_encode(out, ack->reason);
 }
 
 static gboolean get_reason(Cursor *cursor, uint16_t type, char out[PR_REASON_MAX + 1],
@@ -379,15 +335,6 @@ gboolean pr_hello_ack_decode(const uint8_t *body, gsize len, PrHelloAck *ret, GE
 	return TRUE;
 }
 
-void pr_lane_hello_encode(GByteArray *out, const PrLaneHello *lane)
-{
-	put_u32(out, PR_WIRE_MAGIC);
-	put_bytes(out, lane->uuid, sizeof lane->uuid);
-	put_u64(out, lane->epoch);
-	put_bytes(out, lane->secret, sizeof lane->secret);
-	put_u8(out, lane->lane);
-}
-
 gboolean pr_lane_hello_decode(const uint8_t *body, gsize len, PrLaneHello *ret, GError **error)
 {
 	Cursor cursor = {.at = body, .left = len};
@@ -405,13 +352,6 @@ gboolean pr_lane_hello_decode(const uint8_t *body, gsize len, PrLaneHello *ret, 
 	return TRUE;
 }
 
-void pr_heartbeat_encode(uint8_t out[PR_HEARTBEAT_BYTES], const PrHeartbeatBody *heartbeat)
-{
-	store_u64(out, heartbeat->stamp);
-	store_u64(out + 8, heartbeat->echo);
-	store_u64(out + 16, heartbeat->held);
-}
-
 gboolean pr_heartbeat_decode(const uint8_t *body, gsize len, PrHeartbeatBody *ret, GError **error)
 {
 	Cursor cursor = {.at = body, .left = len};
@@ -425,11 +365,6 @@ gboolean pr_heartbeat_decode(const uint8_t *body, gsize len, PrHeartbeatBody *re
 	return TRUE;
 }
 
-void pr_u32_encode(GByteArray *out, uint32_t value)
-{
-	put_u32(out, value);
-}
-
 gboolean pr_u32_decode(const uint8_t *body, gsize len, uint32_t *ret, GError **error)
 {
 	Cursor cursor = {.at = body, .left = len};
@@ -439,27 +374,6 @@ gboolean pr_u32_decode(const uint8_t *body, gsize len, uint32_t *ret, GError **e
 		return malformed(error, "a number of 4 bytes has %" G_GSIZE_FORMAT, len);
 	*ret = value;
 	return TRUE;
-}
-
-/* Makes any text fit for a reason: clean UTF-8 of at most PR_REASON_MAX bytes. */
-static char *clean_reason(const char *reason)
-{
-	char *text = g_utf8_make_valid(reason, -1);
-
-	for (char *c = text; *c; c++)
-		if ((uint8_t)*c < 0x20 || *c == 0x7f)
-			*c = ' ';
-	if (strlen(text) > PR_REASON_MAX)
-		*g_utf8_find_prev_char(text, text + PR_REASON_MAX + 1) = '\0';
-	return text;
-}
-
-void pr_reason_encode(GByteArray *out, const char *reason)
-{
-	g_autofree char *text = clean_reason(reason);
-
-	put_u16(out, strlen(text));
-	put_bytes(out, text, strlen(text));
 }
 
 gboolean pr_reason_decode(const uint8_t *body, gsize len, char ret[PR_REASON_MAX + 1],
@@ -473,12 +387,6 @@ gboolean pr_reason_decode(const uint8_t *body, gsize len, char ret[PR_REASON_MAX
 		return FALSE;
 	memcpy(ret, reason, strlen(reason) + 1);
 	return TRUE;
-}
-
-void pr_advise_encode(GByteArray *out, uint64_t page_size_summary, uint64_t target_page_size)
-{
-	put_u64(out, page_size_summary);
-	put_u64(out, target_page_size);
 }
 
 gboolean pr_advise_decode(const uint8_t *body, gsize len, uint64_t *ret_summary,
@@ -540,17 +448,6 @@ static gboolean bad_range(uint16_t type, uint64_t offset, uint64_t length, GErro
 			 pr_msg_name(type), length, offset);
 }
 
-void pr_ranges_encode(GByteArray *out, uint32_t block, const PrWireRange *ranges, guint n)
-{
-	g_assert(n <= PR_RANGES_MAX);
-	put_u32(out, block);
-	put_u32(out, n);
-	for (guint i = 0; i < n; i++) {
-		put_u64(out, ranges[i].offset);
-		put_u64(out, ranges[i].length);
-	}
-}
-
 gboolean pr_ranges_decode(const uint8_t *body, gsize len, uint32_t *ret_block,
 			  PrWireRange **ret_ranges, guint *ret_n, GError **error)
 {
@@ -572,19 +469,6 @@ gboolean pr_ranges_decode(const uint8_t *body, gsize len, uint32_t *ret_block,
 	*ret_ranges = g_steal_pointer(&ranges);
 	*ret_n = n;
 	return TRUE;
-}
-
-void pr_grants_encode(GByteArray *out, uint32_t block, const PrWireGrant *grants, guint n)
-{
-	g_assert(n <= PR_RANGES_MAX);
-	put_u32(out, block);
-	put_u32(out, n);
-	for (guint i = 0; i < n; i++) {
-		put_u64(out, grants[i].offset);
-		put_u64(out, grants[i].length);
-		put_u64(out, grants[i].addr);
-		put_u64(out, grants[i].key);
-	}
 }
 
 gboolean pr_grants_decode(const uint8_t *body, gsize len, uint32_t *ret_block,
@@ -614,13 +498,6 @@ gboolean pr_grants_decode(const uint8_t *body, gsize len, uint32_t *ret_block,
 	return TRUE;
 }
 
-void pr_req_pages_encode(uint8_t out[PR_REQ_PAGES_BYTES], const PrReqPages *req)
-{
-	store_u64(out, req->start);
-	store_u32(out + 8, req->length);
-	store_u32(out + 12, req->block);
-}
-
 gboolean pr_req_pages_decode(const uint8_t *body, gsize len, PrReqPages *ret, GError **error)
 {
 	Cursor cursor = {.at = body, .left = len};
@@ -636,15 +513,6 @@ gboolean pr_req_pages_decode(const uint8_t *body, gsize len, PrReqPages *ret, GE
 		return bad_range(PR_RP_REQ_PAGES, req.start, req.length, error);
 	*ret = req;
 	return TRUE;
-}
-
-void pr_packaged_encode(GByteArray *out, gboolean last, gboolean guest_running, const void *data,
-			gsize length)
-{
-	g_assert(length <= PR_PACKAGED_CHUNK);
-	put_u8(out, (last ? PACKAGED_LAST : 0) | (guest_running ? PACKAGED_RUNNING : 0));
-	put_u32(out, length);
-	put_bytes(out, data, length);
 }
 
 gboolean pr_packaged_decode(const uint8_t *body, gsize len, PrPackaged *ret, GError **error)
@@ -668,11 +536,6 @@ gboolean pr_packaged_decode(const uint8_t *body, gsize len, PrPackaged *ret, GEr
 	return TRUE;
 }
 
-void pr_block_name_encode(GByteArray *out, const char *idstr)
-{
-	put_name(out, idstr);
-}
-
 static gboolean get_block_name(Cursor *cursor, uint16_t type, char out[PR_IDSTR_MAX + 1],
 			       GError **error)
 {
@@ -694,48 +557,12 @@ gboolean pr_block_name_decode(const uint8_t *body, gsize len, char ret[PR_IDSTR_
 	return TRUE;
 }
 
-/* The bits of the 64-bit group `group`, bit 0 first; those beyond n_bits are zero. */
-static uint64_t load_group(const unsigned long *bits, uint64_t n_bits, uint64_t group)
-{
-	const gsize words = sizeof(uint64_t) / sizeof *bits;
-	uint64_t rest = n_bits - group * 64;
-	uint64_t value = 0;
-
-	for (gsize i = 0; i < words; i++)
-		value |= (uint64_t)bits[group * words + i] << (i * 8 * sizeof *bits);
-	return rest < 64 ? value & ((1ull << rest) - 1) : value;
-}
-
 static void store_group(unsigned long *bits, uint64_t group, uint64_t value)
 {
 	const gsize words = sizeof(uint64_t) / sizeof *bits;
 
 	for (gsize i = 0; i < words; i++)
 		bits[group * words + i] = value >> (i * 8 * sizeof *bits);
-}
-
-static uint64_t groups_of(uint64_t n_bits)
-{
-	return n_bits / 64 + !!(n_bits % 64);
-}
-
-void pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigned long *bits,
-			   uint64_t n_bits)
-{
-	uint64_t n = groups_of(n_bits);
-	guint at;
-
-	g_assert(n <= BITMAP_BYTES_MAX / 8);
-	put_name(out, idstr);
-	put_u64(out, n * 8);
-	at = out->len;
-	g_byte_array_set_size(out, at + n * 8);
-	for (uint64_t i = 0; i < n; i++) {
-		uint64_t group = GUINT64_TO_LE(load_group(bits, n_bits, i));
-
-		memcpy(out->data + at + i * 8, &group, sizeof group);
-	}
-	put_u64(out, PR_BITMAP_END_MARK);
 }
 
 static gboolean get_bitmap(const uint8_t *raw, uint64_t n_bits, unsigned long *bits)
@@ -796,13 +623,6 @@ gboolean pr_recv_bitmap_name(const uint8_t *body, gsize len, char ret_idstr[PR_I
 	return TRUE;
 }
 
-void pr_lost_encode(GByteArray *out, const PrLost *lost)
-{
-	put_u64(out, lost->epoch);
-	put_u8(out, lost->held != FALSE);
-	pr_reason_encode(out, lost->reason);
-}
-
 gboolean pr_lost_decode(const uint8_t *body, gsize len, PrLost *ret, GError **error)
 {
 	Cursor cursor = {.at = body, .left = len};
@@ -815,12 +635,6 @@ gboolean pr_lost_decode(const uint8_t *body, gsize len, PrLost *ret, GError **er
 		return FALSE;
 	*ret = lost;
 	return TRUE;
-}
-
-void pr_activate_encode(GByteArray *out, const PrActivate *activate)
-{
-	put_u64(out, activate->epoch);
-	put_u8(out, activate->resume);
 }
 
 gboolean pr_activate_decode(const uint8_t *body, gsize len, PrActivate *ret, GError **error)
@@ -836,12 +650,6 @@ gboolean pr_activate_decode(const uint8_t *body, gsize len, PrActivate *ret, GEr
 		return malformed(error, "ACTIVATE has %u for resume", activate.resume);
 	*ret = activate;
 	return TRUE;
-}
-
-void pr_probed_encode(GByteArray *out, const PrProbed *probed)
-{
-	put_u64(out, probed->count);
-	put_u64(out, probed->rtt_us);
 }
 
 gboolean pr_probed_decode(const uint8_t *body, gsize len, PrProbed *ret, GError **error)

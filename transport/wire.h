@@ -165,6 +165,7 @@ typedef struct PrHello {
 	PrWireBlock *blocks;
 } PrHello;
 void pr_hello_clear(PrHello *hello);
+void pr_hello_copy(PrHello *ret, const PrHello *hello);
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PrHello, pr_hello_clear)
 
 typedef enum PrHelloStatus {
