@@ -21,14 +21,13 @@
 
 /* ---- who may come in: the listeners' thread ---- */
 
-static gboolean same_migration(PrMigration *m, const PrHello *hello)
+gboolean pr_destination_same_migration(PrMigration *m, const PrHello *hello)
 {
 	return memcmp(m->binding.uuid, hello->uuid, PR_UUID_BYTES) == 0 &&
 	       memcmp(m->binding.secret, hello->secret, PR_SECRET_BYTES) == 0;
 }
 
-static void refuse(PrHelloAck *ack, const char *format, ...) G_GNUC_PRINTF(2, 3);
-static void refuse(PrHelloAck *ack, const char *format, ...)
+void pr_refuse(PrHelloAck *ack, const char *format, ...)
 {
 	va_list args;
 
@@ -41,7 +40,7 @@ static void refuse(PrHelloAck *ack, const char *format, ...)
 /* A human has paused this side: a source that comes by itself is to wait for a human, too. */
 static void hold(PrHelloAck *ack)
 {
-	refuse(ack, "this side was paused by hand; resume it by hand (migrate -r)");
+	pr_refuse(ack, "this side was paused by hand; resume it by hand (migrate -r)");
 	ack->status = PR_HELLO_HELD;
 }
 
@@ -73,16 +72,17 @@ static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 	PrState state = m->sm.state;
 	g_autoptr(GError) superseded = NULL;
 
-	if (m->sm.role != PR_ROLE_DESTINATION || !same_migration(m, hello))
-		refuse(ack, "there is no such migration here to resume");
+	if (m->sm.role != PR_ROLE_DESTINATION || !pr_destination_same_migration(m, hello))
+		pr_refuse(ack, "there is no such migration here to resume");
 	else if (state == PR_STATE_COMPLETED)
 		tell_completed(m, ack);
 	else if (!pr_state_is_postcopy(state))
-		refuse(ack, "this migration is %s and can't be resumed", pr_state_name(state));
+		pr_refuse(ack, "this migration is %s and can't be resumed", pr_state_name(state));
 	else if (hello->epoch <= m->binding.epoch)
-		refuse(ack,
-		       "epoch %" G_GUINT64_FORMAT " is over; the current one is %" G_GUINT64_FORMAT,
-		       hello->epoch, m->binding.epoch);
+		pr_refuse(ack,
+			  "epoch %" G_GUINT64_FORMAT
+			  " is over; the current one is %" G_GUINT64_FORMAT,
+			  hello->epoch, m->binding.epoch);
 	else if (m->held && hello->resume == PR_RESUME_AUTOMATIC)
 		hold(ack);
 	if (ack->status == PR_HELLO_OK)
@@ -104,15 +104,15 @@ static void judge_new(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 		if (!g_cond_wait_until(&m->changed, &m->lock, deadline))
 			break;
 	if (m->quit)
-		refuse(ack, "the engine is quitting");
+		pr_refuse(ack, "the engine is quitting");
 	else if (m->sm.role == PR_ROLE_SOURCE && !pr_state_is_over(m->sm.state))
-		refuse(ack, "this engine is the source of a migration");
+		pr_refuse(ack, "this engine is the source of a migration");
 	else if (m->sm.role == PR_ROLE_DESTINATION && m->sm.state == PR_STATE_COMPLETED)
-		refuse(ack, "a guest has arrived here already");
+		pr_refuse(ack, "a guest has arrived here already");
 	else if (!m->owner || m->newcomer || m->sm.role == PR_ROLE_SOURCE ||
 		 pr_migration_step_locked(m, PR_EVENT_START, PR_ROLE_DESTINATION,
 					  "a source has connected") == PR_ACTION_REFUSE)
-		refuse(ack, "another migration is %s here", pr_state_name(m->sm.state));
+		pr_refuse(ack, "another migration is %s here", pr_state_name(m->sm.state));
 	if (ack->status != PR_HELLO_OK)
 		return;
 	memcpy(m->binding.uuid, hello->uuid, PR_UUID_BYTES);
@@ -124,15 +124,25 @@ static void judge_new(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 	m->guest_started = FALSE;
 }
 
-static PrNewcomer *newcomer_new(PrControl *control, const PrHello *hello, PrListener *listener)
+static PrNewcomer *newcomer_new(const PrHello *hello, PrListener *listener)
 {
 	PrNewcomer *newcomer = g_new0(PrNewcomer, 1);
 
-	newcomer->control = control;
 	newcomer->listener = listener;
-	newcomer->hello = *hello;
-	newcomer->hello.blocks = g_memdup2(hello->blocks, hello->n_blocks * sizeof(PrWireBlock));
+	pr_hello_copy(&newcomer->hello, hello);
 	return newcomer;
+}
+
+/* The load thread has it from now on. Returns whom it pushes out. With the lock held. */
+static PrNewcomer *enqueue(PrMigration *m, PrNewcomer *newcomer)
+{
+	PrNewcomer *old = m->newcomer;
+
+	/* The epoch is taken now, so that whoever comes next has to be newer still. */
+	m->binding.epoch = newcomer->hello.epoch;
+	m->newcomer = newcomer;
+	g_cond_broadcast(&m->changed);
+	return old;
 }
 
 void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *listener,
@@ -142,19 +152,22 @@ void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *
 	PrNewcomer *old = NULL;
 	PrHelloAck ack = {.status = PR_HELLO_OK};
 
+	if (hello->role == PR_HELLO_SOURCE && hello->resume == PR_RESUME_STANDBY) {
+		pr_standby_admit(m, control, hello, listener);
+		return;
+	}
 	g_mutex_lock(&m->lock);
 	if (hello->role != PR_HELLO_SOURCE)
-		refuse(&ack, "this is a destination; it takes only sources");
+		pr_refuse(&ack, "this is a destination; it takes only sources");
 	else if (hello->resume)
 		judge_resume(m, hello, &ack);
 	else
 		judge_new(m, hello, &ack);
 	if (ack.status == PR_HELLO_OK) {
-		/* The epoch is taken now, so that whoever comes next has to be newer still. */
-		m->binding.epoch = hello->epoch;
-		old = m->newcomer;
-		m->newcomer = newcomer_new(control, hello, listener);
-		g_cond_broadcast(&m->changed);
+		PrNewcomer *newcomer = newcomer_new(hello, listener);
+
+		newcomer->control = control;
+		old = enqueue(m, newcomer);
 	}
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
@@ -165,6 +178,49 @@ void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *
 		g_message("refused a connection from %s: %s", pr_control_peer(control), ack.reason);
 	pr_control_answer(control, &ack, NULL);
 	pr_control_free(control);
+}
+
+gboolean pr_destination_activate(PrConn *conn, const PrHello *hello, PrListener *listener,
+				 PrHelloAck *ret)
+{
+	PrMigration *m = conn->m;
+	PrNewcomer *old = NULL;
+
+	g_mutex_lock(&m->lock);
+	if (conn->failure || !conn->granted)
+		pr_refuse(ret, "this standby path is not up");
+	else
+		judge_resume(m, hello, ret);
+	if (ret->status == PR_HELLO_OK) {
+		PrNewcomer *newcomer = newcomer_new(hello, listener);
+
+		pr_conn_unlist(conn);
+		conn->epoch = hello->epoch;
+		newcomer->standby = conn;
+		old = enqueue(m, newcomer);
+	}
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+	pr_newcomer_free(old);
+	return ret->status == PR_HELLO_OK;
+}
+
+gboolean pr_destination_send_activated(PrConn *conn, const PrHelloAck *ack, GError **error)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+
+	pr_hello_ack_encode(body, ack);
+	return pr_send(conn, PR_RP_ACTIVATED, body, error);
+}
+
+char *pr_destination_path_name(PrControl *control, PrListener *listener)
+{
+	const PrUri *uri = pr_listener_uri(listener);
+	g_autofree char *host = pr_control_local_host(control);
+	PrUri local = *uri;
+
+	local.host = host;
+	return pr_uri_address(&local);
 }
 
 /* ---- workers' news ---- */
@@ -248,7 +304,7 @@ static PrRamBlock *find_block(PrMigration *m, uint32_t index, const char *what, 
 	return NULL;
 }
 
-static gboolean take_grant(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+gboolean pr_destination_take_grant(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
 {
 	uint32_t index;
 	g_autofree PrWireGrant *wire = NULL;
@@ -266,9 +322,16 @@ static gboolean take_grant(PrMigration *m, PrConn *conn, const PrMsg *msg, GErro
 				    "GRANT of a range outside of RAM block %s", block->idstr);
 			return FALSE;
 		}
-		g_array_append_val(m->grants, grant);
+		g_array_append_val(conn->grants, grant);
 	}
 	return TRUE;
+}
+
+void pr_destination_use_grants(PrConn *conn)
+{
+	conn->path->ops->set_grants(conn->path, (const PrGrant *)conn->grants->data,
+				    conn->grants->len);
+	conn->granted = TRUE;
 }
 
 static gboolean start_workers(PrMigration *m, GError **error)
@@ -346,7 +409,7 @@ static gboolean take_listen(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 {
 	if (!pr_migration_step(m, PR_EVENT_STOP, "the source's guest is stopped", error))
 		return FALSE;
-	conn->path->ops->set_grants(conn->path, (const PrGrant *)m->grants->data, m->grants->len);
+	pr_destination_use_grants(conn);
 	pr_fault_attach(m->faults, conn->path);
 	pr_pull_attach(m->pull, conn->path);
 	return m->guest->ops->load_begin(m->guest, error);
@@ -410,13 +473,20 @@ static gboolean take_recv_bitmap(PrMigration *m, PrConn *conn, const PrMsg *msg,
 
 static gboolean take_resume(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
 {
-	conn->path->ops->set_grants(conn->path, (const PrGrant *)m->grants->data, m->grants->len);
+	if (!conn->granted)
+		pr_destination_use_grants(conn);
 	return pr_destination_resume(m, conn, error);
 }
 
 static gboolean take_reason(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
 {
 	return pr_take_reason(msg, "source", error);
+}
+
+/* Over a connection that was a standby until just now. */
+static gboolean take_lost(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	return pr_standby_take_lost(m, msg, "source", error);
 }
 
 #define IN(state_) (1u << PR_STATE_##state_)
@@ -431,7 +501,8 @@ static const struct Command {
 	guint states;
 	gboolean (*take)(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
 } commands[] = {
-	{PR_CMD_GRANT, IN(ACTIVE) | IN(POSTCOPY_RECOVER) | IN(POSTCOPY_PAUSED), take_grant},
+	{PR_CMD_GRANT, IN(ACTIVE) | IN(POSTCOPY_RECOVER) | IN(POSTCOPY_PAUSED),
+	 pr_destination_take_grant},
 	{PR_CMD_POSTCOPY_ADVISE, IN(SETUP), take_advise},
 	{PR_CMD_PING, IN_ANY, take_ping},
 	{PR_CMD_RAM_ZERO, IN(ACTIVE) | IN(DEVICE) | IN_POSTCOPY, take_zero},
@@ -440,6 +511,7 @@ static const struct Command {
 	{PR_CMD_POSTCOPY_RUN, IN_POSTCOPY, take_run},
 	{PR_CMD_RECV_BITMAP, IN(POSTCOPY_RECOVER), take_recv_bitmap},
 	{PR_CMD_POSTCOPY_RESUME, IN(POSTCOPY_RECOVER), take_resume},
+	{PR_MSG_LOST, IN_ANY, take_lost},
 	{PR_MSG_PAUSE, IN_ANY, take_reason},
 	{PR_MSG_HOLD, IN_ANY, take_reason},
 	{PR_MSG_ERROR, IN_ANY, take_reason},
@@ -486,7 +558,7 @@ static void carry_out_commands(PrMigration *m, PrConn *conn)
 		if (!msg && g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
 			continue;
 		if (!msg || !take_message(m, conn, msg, &error)) {
-			pr_migration_failed(m, conn, error);
+			pr_conn_failed(error, conn);
 			return;
 		}
 	}
@@ -501,6 +573,8 @@ static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error
 
 	if (!ram || !pr_ram_check_blocks(ram, hello->blocks, hello->n_blocks, error))
 		return FALSE;
+	/* What is left of the last attempt's connections may use its RAM. */
+	pr_migration_await_threads(m);
 	g_mutex_lock(&m->lock);
 	PrRam *old = m->ram;
 	m->ram = g_steal_pointer(&ram);
@@ -512,7 +586,7 @@ static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error
 static gboolean admit(PrMigration *m, PrConn *conn, const PrHello *hello, GError **error)
 {
 	const PrUri *uri = conn->uri;
-	g_autofree char *reason = g_strdup_printf("connected again over %s", uri->text);
+	g_autofree char *reason = g_strdup_printf("connected again over %s", conn->name);
 	PrBinding binding;
 
 	if (strcmp(pr_scheme_transport(hello->scheme), pr_scheme_transport(uri->scheme)) != 0) {
@@ -526,24 +600,39 @@ static gboolean admit(PrMigration *m, PrConn *conn, const PrHello *hello, GError
 	if (!pr_ram_check_blocks(m->ram, hello->blocks, hello->n_blocks, error))
 		return FALSE;
 	pr_conn_binding(conn, &binding);
+	binding.epoch = hello->epoch;
 	pr_ram_set_identity(m->ram, &binding);
 	return pr_migration_step(m, PR_EVENT_CONNECTED, reason, error);
 }
 
-/* Answers the HELLO and waits for the lanes. */
-static gboolean open_conn(PrMigration *m, PrConn *conn, const PrNewcomer *newcomer, GError **error)
+gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean standby, GError **error)
 {
-	PrDataListener *listener = pr_listener_data(newcomer->listener);
+	PrDataListener *data = pr_listener_data(listener);
 	PrHelloAck ack = {
 		.status = PR_HELLO_OK,
-		.data_port = listener->ops->listener_port(listener),
+		.data_port = data->ops->listener_port(data),
 	};
+	PrBinding binding;
+	PrDataPath *path;
 
-	if (!pr_control_answer(conn->control, &ack, error) || !pr_conn_publish(conn, error))
+	pr_conn_binding(conn, &binding);
+	data->ops->expect(data, &binding);
+	if (!pr_control_answer(conn->control, &ack, error) ||
+	    !(standby ? pr_conn_stand_by(conn, error) : pr_conn_publish(conn, error))) {
+		data->ops->forget(data, &binding);
 		return FALSE;
-	PrPathSetup setup = pr_conn_setup(conn, ack.data_port);
-	PrDataPath *path = listener->ops->accept(listener, &setup, error);
+	}
+	PrPathSetup setup = pr_conn_setup(conn, &binding, ack.data_port);
+	path = data->ops->accept(data, &setup, error);
 	return path && pr_conn_set_path(conn, path, error);
+}
+
+/* Answers the ACTIVATE. */
+static gboolean take_over(PrConn *conn, GError **error)
+{
+	PrHelloAck ack = {.status = PR_HELLO_OK};
+
+	return pr_conn_adopt(conn, error) && pr_destination_send_activated(conn, &ack, error);
 }
 
 /* Nothing of this connection touches guest RAM after this. */
@@ -554,7 +643,7 @@ static void fence(PrMigration *m, PrConn *conn)
 		pr_fault_detach(m->faults);
 		pr_pull_detach(m->pull);
 	}
-	pr_conn_close(m, conn);
+	pr_conn_close(conn);
 	if (m->ram)
 		pr_ram_forget_inflight(m->ram);
 }
@@ -573,23 +662,48 @@ static gboolean begin(PrMigration *m, const PrHello *hello, GError **error)
 	return wanted;
 }
 
+static PrConn *conn_of(PrMigration *m, PrNewcomer *newcomer)
+{
+	g_autofree char *name = NULL;
+	PrConn *conn;
+
+	if (newcomer->standby)
+		return g_steal_pointer(&newcomer->standby);
+	name = pr_destination_path_name(newcomer->control, newcomer->listener);
+	conn = pr_conn_new(m, pr_listener_uri(newcomer->listener), name, newcomer->hello.epoch);
+	conn->control = g_steal_pointer(&newcomer->control);
+	return conn;
+}
+
+static void turn_away(PrConn *conn, gboolean standby, const GError *why)
+{
+	PrHelloAck ack = {.status = PR_HELLO_OK};
+
+	pr_refuse(&ack, "%s", why->message);
+	if (standby)
+		pr_destination_send_activated(conn, &ack, NULL);
+	else
+		pr_control_answer(conn->control, &ack, NULL);
+}
+
 static void serve(PrMigration *m, PrNewcomer *newcomer)
 {
 	g_autoptr(GError) error = NULL;
-	PrConn *conn = g_new0(PrConn, 1);
+	gboolean standby = newcomer->standby != NULL;
+	PrConn *conn = conn_of(m, newcomer);
 
-	conn->m = m;
-	conn->uri = pr_uri_copy(pr_listener_uri(newcomer->listener));
-	conn->epoch = newcomer->hello.epoch;
-	conn->control = g_steal_pointer(&newcomer->control);
-	g_array_set_size(m->grants, 0);
-
-	if (!begin(m, &newcomer->hello, &error) || !admit(m, conn, &newcomer->hello, &error)) {
-		PrHelloAck ack = {.status = PR_HELLO_OK};
-		refuse(&ack, "%s", error->message);
-		pr_control_answer(conn->control, &ack, NULL);
+	if (!begin(m, &newcomer->hello, &error)) {
+		turn_away(conn, standby, error);
 		pr_attempt_failed(m, error);
-	} else if (!open_conn(m, conn, newcomer, &error)) {
+		fence(m, conn);
+		return;
+	}
+	g_set_object(&conn->cancel, m->cancel);
+	if (!admit(m, conn, &newcomer->hello, &error)) {
+		turn_away(conn, standby, error);
+		pr_attempt_failed(m, error);
+	} else if (!(standby ? take_over(conn, &error)
+			     : pr_destination_accept(conn, newcomer->listener, FALSE, &error))) {
 		pr_attempt_failed(m, error);
 	} else {
 		carry_out_commands(m, conn);

@@ -18,31 +18,57 @@
 #include "migration/ram.h"
 #include "migration/state.h"
 #include "transport/control.h"
+#include "transport/health.h"
 #include "transport/transport.h"
 
-/* One incarnation of the connection. Made, published in PrMigration.conn, and freed by the owner. */
+/*
+ * One incarnation of the connection. Either the one in use: made, published in PrMigration.conn, and freed
+ * by the owner. Or a standby, listed in PrMigration.standbys: made by a thread of its own (standby.c), until
+ * the owner takes it or that thread frees it.
+ */
 typedef struct PrConn {
 	PrMigration *m;
 	PrUri *uri;
-	uint64_t epoch;
+	char *name; /* of the path, for the operator: at the destination with the address that was called */
+	GCancellable *cancel; /* of the waits before it is up */
+	uint64_t lanes_epoch; /* what the lanes are bound to */
 	PrControl *control;   /* set before publication */
 	PrDataPath *path;     /* set under the lock when the lanes are up */
-	GThread *return_path; /* source; the owner's */
-} PrConn;
+	GThread *return_path; /* source; of whoever made the connection, then the owner's */
+	/* of the thread that has the connection: */
+	GArray *grants;	  /* destination: PrGrant, as they come */
+	gboolean granted; /* all of them were sent, or given to the path */
 
-/* Destination: a control connection whose HELLO was accepted; the load thread answers it. */
+	/* PrMigration.lock */
+	uint64_t epoch;	  /* the one of HELLO or ACTIVATE */
+	gboolean standby; /* listed in PrMigration.standbys */
+	GError *failure;  /* of a standby */
+	PrHelloAck *ack;  /* source: what the destination answered to ACTIVATE */
+	uint64_t rtt_us;  /* of the last probe of the lanes, 0: none yet */
+} PrConn;
+/* Frees one that was never up. */
+void pr_conn_free(PrConn *conn);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrConn, pr_conn_free)
+
+/* Destination: a source whose HELLO, or ACTIVATE, was accepted; the load thread answers it. */
 typedef struct PrNewcomer {
-	PrControl *control;
+	PrControl *control; /* of a HELLO */
+	PrConn *standby;    /* of an ACTIVATE */
 	PrListener *listener;
 	PrHello hello; /* owned */
 } PrNewcomer;
 
+/* What is remembered of a path. */
 typedef struct PrPathRecord {
-	char *uri;
+	char *name;
+	char *device; /* or NULL */
 	char *last_error;
 	uint64_t bytes;
-	gboolean listening;
+	PrHealth health;
 } PrPathRecord;
+
+/* Source: keeps a standby for one of the listed paths (standby.c). */
+typedef struct PrKeeper PrKeeper;
 
 #define PR_RATE_SAMPLES 16
 
@@ -50,8 +76,7 @@ struct PrMigration {
 	/* set once, before any thread */
 	PrGuest *guest;
 	PrParams *params;
-	PrOnState on_state;
-	void *opaque;
+	PrMigrationHooks hooks;
 
 	GMutex lock;   /* protects all that follows, unless it says otherwise */
 	GCond changed; /* broadcast when anything below changes that somebody waits for */
@@ -59,12 +84,14 @@ struct PrMigration {
 	char *reason;
 	char *error_desc;
 	GError *failure;    /* of the current attempt: what its steps return */
-	GQueue notices;	    /* of PrNotice*: changes of state not yet told */
+	GQueue notices;	    /* of PrNotice*: changes of state and of paths not yet told */
 	gboolean notifying; /* a thread is telling them */
 	gboolean quit;
 
 	PrBinding binding;
 	PrConn *conn;
+	GPtrArray *standbys;  /* PrConn*, not owned */
+	guint n_threads;      /* that are not joined: they end by themselves and count down */
 	GCancellable *cancel; /* of the current attempt */
 	GPtrArray *records;   /* PrPathRecord*, in order of first use */
 	GThread *owner;	      /* joined by start and free */
@@ -83,6 +110,7 @@ struct PrMigration {
 			      * changed */
 	guint n_asked;	     /* so many of them were named by the last command */
 	char *last_path;     /* text of the URI that connected last */
+	GPtrArray *keepers;  /* PrKeeper*; the owner's, no lock */
 	PrResume resume;     /* what kind of recovery RECOVER_SETUP is */
 	uint32_t pong;	     /* the last one received */
 	guint bitmaps_due;   /* RECV_BITMAP answers still missing */
@@ -99,7 +127,6 @@ struct PrMigration {
 
 	/* destination, the load thread's own: no lock */
 	int uffd;
-	GArray *grants; /* PrGrant */
 };
 
 /* Steps the machine with the lock held; records the reason, queues the notice. */
@@ -107,7 +134,9 @@ PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, co
 /* As above without the lock; TRUE unless the step was refused, then `error` tells why: the failure
  * that came in between. */
 gboolean pr_migration_step(PrMigration *m, PrEvent event, const char *reason, GError **error);
-/* Tells queued changes of state. With no lock held. */
+/* Queues news of a path. With the lock held. */
+void pr_migration_note_path(PrMigration *m, const PrPathRecord *record, const char *reason);
+/* Tells what is queued. With no lock held. */
 void pr_migration_tell(PrMigration *m);
 
 /* Something failed: steps the machine by the kind of error, shuts the connection down. `from` is the
@@ -118,26 +147,73 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error);
 /* The owner's own report: a step of the current attempt has failed, unless somebody reported that already
  * (then the machine may have moved on to the next attempt). */
 void pr_attempt_failed(PrMigration *m, const GError *error);
-/* PrPathFailed for control channel and data path; opaque is the PrConn. */
-void pr_conn_failed(const GError *error, void *opaque);
 /* Why the current attempt can't go on; never leaves *error unset. With the lock held. */
 void pr_migration_copy_failure(PrMigration *m, GError **error);
 
 /* The owner: begins an attempt: forgets the last failure, renews `cancel`. With the lock held. */
 void pr_migration_begin_attempt(PrMigration *m);
-/* What binds this connection to its migration. */
+
+/* conn.c */
+/* name: NULL: the URI's text. */
+PrConn *pr_conn_new(PrMigration *m, const PrUri *uri, const char *name, uint64_t epoch);
+/* What binds its lanes to the migration. */
 void pr_conn_binding(PrConn *conn, PrBinding *ret);
 /* Fills in what connect() and accept() need. */
-PrPathSetup pr_conn_setup(PrConn *conn, uint16_t data_port);
+PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_port);
 /* The owner publishes a connection; FALSE if the attempt has failed already. */
 gboolean pr_conn_publish(PrConn *conn, GError **error);
+/* The same for one that was a standby until now, and that is up. */
+gboolean pr_conn_adopt(PrConn *conn, GError **error);
+/* Lists it as a standby. FALSE: the migration is over. */
+gboolean pr_conn_stand_by(PrConn *conn, GError **error);
+/* With the lock held: it is a standby no more. */
+void pr_conn_unlist(PrConn *conn);
 gboolean pr_conn_set_path(PrConn *conn, PrDataPath *path, GError **error);
+/* PrPathFailed for control channel and data path; opaque is the PrConn. */
+void pr_conn_failed(const GError *error, void *opaque);
 /* Ends all waits on the connection; it stays valid. */
 void pr_conn_shutdown(PrConn *conn);
-/* The owner ends the connection: withdraws it, fences the path, joins and frees. */
-void pr_conn_close(PrMigration *m, PrConn *conn);
-PrPathRecord *pr_migration_record(PrMigration *m, const PrUri *uri);
+/* Whoever has the connection ends it: withdraws it and fences the path. What else has to be freed is no
+ * concern of anybody's and is freed in a thread. Not from its own return-path thread. */
+void pr_conn_close(PrConn *conn);
+/* A thread that nobody joins; pr_migration_await_threads() waits for all of them. */
+void pr_migration_spawn(PrMigration *m, const char *name, GThreadFunc func, gpointer opaque);
+/* To be called by such a thread when it is done. */
+void pr_migration_thread_ends(PrMigration *m);
+/* Ends all standbys and waits until nothing of any connection is left but the current one. */
+void pr_migration_await_threads(PrMigration *m);
+
+/* paths.c; all with the lock held, and pr_migration_tell() afterwards. */
+PrPathRecord *pr_path_record(PrMigration *m, const char *name);
+void pr_path_step(PrMigration *m, const char *name, PrHealthEvent event, const char *reason);
+/* The end of a path: whether it was the path's fault is in the error. */
+void pr_path_ended(PrMigration *m, const char *name, const GError *error);
+void pr_path_set_device(PrMigration *m, const char *name, PrDataPath *path);
+void pr_path_record_free(gpointer record);
+
+/* standby.c */
+/* Source, the owner: sees to it that every listed path has a keeper. */
+void pr_standby_keep(PrMigration *m);
+void pr_standby_stop(PrMigration *m);
+/* Source, the owner: makes a path's standby the connection in use. NULL without an error: it has none, or
+ * *ret_completed. */
+PrConn *pr_standby_activate(PrMigration *m, const PrUri *uri, PrResume resume,
+			    gboolean *ret_completed, GError **error);
+/* The owner, with the lock held: how good a path's standby is: 2: fit, 1: on probation, 0: there is none. */
+guint pr_standby_rank(PrMigration *m, const PrUri *uri);
+/* Destination: a source wants to connect a standby; takes the control. From the listener's thread. */
+void pr_standby_admit(PrMigration *m, PrControl *control, const PrHello *hello,
+		      PrListener *listener);
+/* Either side: messages that come over a standby. */
+gboolean pr_standby_take_lost(PrMigration *m, const PrMsg *msg, const char *peer, GError **error);
+gboolean pr_standby_take_probed(PrConn *conn, const PrMsg *msg, GError **error);
+gboolean pr_standby_take_activated(PrConn *conn, const PrMsg *msg, GError **error);
+/* Tells the peer over all standbys that a connection is lost. With the lock held; does not wait. */
+void pr_standby_tell_lost(PrMigration *m, uint64_t epoch, const GError *error);
+
 void pr_newcomer_free(PrNewcomer *newcomer);
+/* The connection is no longer the current one. With the lock held. */
+void pr_migration_withdraw(PrMigration *m);
 /* stats.c; with the lock held. */
 uint64_t pr_migration_transferred(PrMigration *m);
 void pr_migration_sample_rate(PrMigration *m, uint64_t bytes, gint64 now);
@@ -145,6 +221,12 @@ void pr_migration_sample_rate(PrMigration *m, uint64_t bytes, gint64 now);
 /* The peer's PAUSE, HOLD or ERROR as an error; always FALSE. `peer`: "source" or "destination". */
 gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error);
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
+
+/* source.c: for the keepers, too */
+PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCancellable *cancel,
+			  gboolean *ret_completed, GError **error);
+gboolean pr_source_send_grants(PrConn *conn, GError **error);
+gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error);
 
 gpointer pr_source_thread(gpointer migration);
 gpointer pr_load_thread(gpointer migration);
@@ -158,5 +240,19 @@ gboolean pr_source_take_bitmap(PrMigration *m, const PrMsg *msg, GError **error)
 gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
 gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error);
 /* destination.c */
+gboolean pr_destination_take_grant(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
+/* What the operator calls the path over which a source came; g_free() it. */
+char *pr_destination_path_name(PrControl *control, PrListener *listener);
+/* Answers a HELLO with PR_HELLO_OK, publishes or lists the connection and waits for its lanes. */
+gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean standby,
+			       GError **error);
+void pr_destination_use_grants(PrConn *conn);
+gboolean pr_destination_send_activated(PrConn *conn, const PrHelloAck *ack, GError **error);
+/* A source asks to go on with a higher epoch over a standby. TRUE: the load thread has it now. Else *ret
+ * says why not. */
+gboolean pr_destination_activate(PrConn *conn, const PrHello *hello, PrListener *listener,
+				 PrHelloAck *ret);
+gboolean pr_destination_same_migration(PrMigration *m, const PrHello *hello);
+void pr_refuse(PrHelloAck *ack, const char *format, ...) G_GNUC_PRINTF(2, 3);
 void pr_destination_run(PrMigration *m);
 void pr_destination_check_complete(PrMigration *m);

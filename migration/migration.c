@@ -8,17 +8,21 @@
 
 #include "migration/internal.h"
 
-#define DRAIN_MS 1000
-
 G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 
+/* Of a change of state, or of a path. */
 typedef struct PrNotice {
 	PrState state;
+	char *path; /* NULL: a change of state */
+	PrPathState path_state;
+	char *device;
 	char *reason;
 } PrNotice;
 
 static void notice_free(PrNotice *notice)
 {
+	g_free(notice->path);
+	g_free(notice->device);
 	g_free(notice->reason);
 	g_free(notice);
 }
@@ -48,10 +52,34 @@ PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, co
 	g_free(m->reason);
 	m->reason = g_strdup(reason);
 	PrNotice *notice = g_new(PrNotice, 1);
-	*notice = (PrNotice){m->sm.state, g_strdup(reason)};
+	*notice = (PrNotice){.state = m->sm.state, .reason = g_strdup(reason)};
 	g_queue_push_tail(&m->notices, notice);
 	g_cond_broadcast(&m->changed);
 	return action;
+}
+
+void pr_migration_note_path(PrMigration *m, const PrPathRecord *record, const char *reason)
+{
+	PrNotice *notice = g_new(PrNotice, 1);
+
+	*notice = (PrNotice){
+		.path = g_strdup(record->name),
+		.path_state = record->health.state,
+		.device = g_strdup(record->device),
+		.reason = g_strdup(reason),
+	};
+	g_queue_push_tail(&m->notices, notice);
+}
+
+static void tell(PrMigration *m, const PrNotice *notice)
+{
+	const PrMigrationHooks *hooks = &m->hooks;
+
+	if (!notice->path)
+		hooks->on_state(notice->state, notice->reason, hooks->opaque);
+	else if (hooks->on_path)
+		hooks->on_path(notice->path, notice->path_state, notice->device, notice->reason,
+			       hooks->opaque);
 }
 
 void pr_migration_tell(PrMigration *m)
@@ -61,8 +89,7 @@ void pr_migration_tell(PrMigration *m)
 		PrNotice *notice = g_queue_pop_head(&m->notices);
 		m->notifying = TRUE;
 		g_mutex_unlock(&m->lock);
-		if (m->on_state)
-			m->on_state(notice->state, notice->reason, m->opaque);
+		tell(m, notice);
 		notice_free(notice);
 		g_mutex_lock(&m->lock);
 		m->notifying = FALSE;
@@ -94,32 +121,18 @@ gboolean pr_migration_step(PrMigration *m, PrEvent event, const char *reason, GE
 
 /* ---- failures ---- */
 
-PrPathRecord *pr_migration_record(PrMigration *m, const PrUri *uri)
-{
-	for (guint i = 0; i < m->records->len; i++) {
-		PrPathRecord *record = g_ptr_array_index(m->records, i);
-		if (strcmp(record->uri, uri->text) == 0)
-			return record;
-	}
-	PrPathRecord *record = g_new0(PrPathRecord, 1);
-	record->uri = g_strdup(uri->text);
-	g_ptr_array_add(m->records, record);
-	return record;
-}
-
 /* Adds what travelled since the last path was closed to this path's record. With the lock held. */
 static void account_bytes(PrMigration *m, PrConn *conn)
 {
 	uint64_t others = 0;
-	PrPathRecord *own = pr_migration_record(m, conn->uri);
+	PrPathRecord *own = pr_path_record(m, conn->name);
 
 	for (guint i = 0; i < m->records->len; i++)
 		others += ((PrPathRecord *)g_ptr_array_index(m->records, i))->bytes;
 	own->bytes += pr_migration_transferred(m) - MIN(pr_migration_transferred(m), others);
 }
 
-/* The connection is no longer the current one. With the lock held. */
-static void withdraw(PrMigration *m)
+void pr_migration_withdraw(PrMigration *m)
 {
 	if (m->conn)
 		account_bytes(m, m->conn);
@@ -137,6 +150,14 @@ static PrEvent event_of(const GError *error)
 	return PR_EVENT_ERROR;
 }
 
+static void say_farewell(PrControl *control, uint16_t type, const char *reason)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+
+	pr_reason_encode(body, reason);
+	pr_control_farewell(control, type, body);
+}
+
 /* Tells the peer, if that can be done without waiting, and shuts everything down. */
 static void cut(PrMigration *m, PrAction action, const GError *error)
 {
@@ -148,12 +169,15 @@ static void cut(PrMigration *m, PrAction action, const GError *error)
 	/* What the peer told us it need not hear back. */
 	if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER) &&
 	    !g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD) &&
-	    !g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER))
-		pr_control_farewell(m->conn->control,
-				    action == PR_ACTION_UNDO ? PR_MSG_ERROR
-				    : m->held		     ? PR_MSG_HOLD
-							     : PR_MSG_PAUSE,
-				    error->message);
+	    !g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER)) {
+		say_farewell(m->conn->control,
+			     action == PR_ACTION_UNDO ? PR_MSG_ERROR
+			     : m->held		      ? PR_MSG_HOLD
+						      : PR_MSG_PAUSE,
+			     error->message);
+		/* The path itself may be what is broken. */
+		pr_standby_tell_lost(m, m->conn->epoch, error);
+	}
 	pr_control_shutdown(m->conn->control, error);
 	if (m->conn->path)
 		m->conn->path->ops->shutdown(m->conn->path);
@@ -175,14 +199,11 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 		m->failure = g_error_copy(error);
 	if (m->sm.state == PR_STATE_FAILING && !m->error_desc)
 		m->error_desc = g_strdup(error->message);
-	if (m->conn) {
-		PrPathRecord *record = pr_migration_record(m, m->conn->uri);
-		g_free(record->last_error);
-		record->last_error = g_strdup(error->message);
-	}
+	if (m->conn)
+		pr_path_ended(m, m->conn->name, error);
 	cut(m, action, error);
 	/* What else is heard of this connection is old news. Its owner still has it, and closes it. */
-	withdraw(m);
+	pr_migration_withdraw(m);
 	return action;
 }
 
@@ -204,13 +225,6 @@ void pr_attempt_failed(PrMigration *m, const GError *error)
 	pr_migration_tell(m);
 }
 
-void pr_conn_failed(const GError *error, void *opaque)
-{
-	PrConn *conn = opaque;
-
-	pr_migration_failed(conn->m, conn, error);
-}
-
 static void guest_died(const char *reason, void *opaque)
 {
 	PrMigration *m = opaque;
@@ -229,15 +243,6 @@ static void guest_died(const char *reason, void *opaque)
 
 /* ---- connections ---- */
 
-static void record_free(gpointer data)
-{
-	PrPathRecord *record = data;
-
-	g_free(record->uri);
-	g_free(record->last_error);
-	g_free(record);
-}
-
 void pr_migration_begin_attempt(PrMigration *m)
 {
 	g_clear_error(&m->failure);
@@ -245,101 +250,6 @@ void pr_migration_begin_attempt(PrMigration *m)
 	m->cancel = g_cancellable_new();
 	m->pong = 0;
 	m->bitmaps_due = 0;
-}
-
-void pr_conn_binding(PrConn *conn, PrBinding *ret)
-{
-	g_mutex_lock(&conn->m->lock);
-	*ret = conn->m->binding;
-	g_mutex_unlock(&conn->m->lock);
-	/* The migration's own may be that of a newcomer already. */
-	ret->epoch = conn->epoch;
-}
-
-PrPathSetup pr_conn_setup(PrConn *conn, uint16_t data_port)
-{
-	PrMigration *m = conn->m;
-	PrPathSetup setup = {
-		.uri = conn->uri,
-		.data_port = data_port,
-		.regions = m->ram->regions,
-		.n_regions = m->ram->n_blocks,
-		.timeout_ms = (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
-		.cancel = m->cancel,
-		.on_failed = pr_conn_failed,
-		.opaque = conn,
-	};
-
-	pr_conn_binding(conn, &setup.binding);
-	return setup;
-}
-
-gboolean pr_conn_publish(PrConn *conn, GError **error)
-{
-	PrMigration *m = conn->m;
-
-	g_mutex_lock(&m->lock);
-	gboolean go_on = !m->failure;
-	if (go_on) {
-		m->conn = conn;
-		pr_migration_record(m, conn->uri);
-	} else {
-		pr_migration_copy_failure(m, error);
-	}
-	g_mutex_unlock(&m->lock);
-	if (!go_on)
-		return FALSE;
-	pr_control_start(conn->control, (guint)pr_param(m->params, PR_PARAM_HEARTBEAT_INTERVAL),
-			 (guint)pr_param(m->params, PR_PARAM_HEARTBEAT_TIMEOUT), pr_conn_failed,
-			 conn);
-	return TRUE;
-}
-
-gboolean pr_conn_set_path(PrConn *conn, PrDataPath *path, GError **error)
-{
-	PrMigration *m = conn->m;
-
-	g_mutex_lock(&m->lock);
-	conn->path = path;
-	gboolean go_on = !m->failure;
-	if (!go_on)
-		pr_migration_copy_failure(m, error);
-	g_mutex_unlock(&m->lock);
-	return go_on;
-}
-
-void pr_conn_shutdown(PrConn *conn)
-{
-	g_autoptr(GError) closing = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOST,
-							"the connection is being closed");
-
-	pr_control_shutdown(conn->control, closing);
-	if (conn->path)
-		conn->path->ops->shutdown(conn->path);
-}
-
-void pr_conn_close(PrMigration *m, PrConn *conn)
-{
-	if (!conn)
-		return;
-	pr_conn_shutdown(conn);
-	if (conn->return_path)
-		g_thread_join(conn->return_path);
-
-	g_mutex_lock(&m->lock);
-	if (m->conn == conn)
-		withdraw(m);
-	g_mutex_unlock(&m->lock);
-
-	if (conn->path) {
-		if (!conn->path->ops->drain(conn->path, DRAIN_MS))
-			g_warning("path %s: not every READ came back within %d ms; destroying it",
-				  conn->uri->text, DRAIN_MS);
-		pr_data_path_destroy(conn->path);
-	}
-	pr_control_free(conn->control);
-	pr_uri_free(conn->uri);
-	g_free(conn);
 }
 
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error)
@@ -368,26 +278,28 @@ void pr_newcomer_free(PrNewcomer *newcomer)
 	if (!newcomer)
 		return;
 	pr_control_free(newcomer->control);
+	if (newcomer->standby)
+		pr_conn_close(newcomer->standby);
 	pr_hello_clear(&newcomer->hello);
 	g_free(newcomer);
 }
 
 /* ---- life ---- */
 
-PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, PrOnState on_state, void *opaque)
+PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigrationHooks *hooks)
 {
 	PrMigration *m = g_new0(PrMigration, 1);
 
 	m->guest = guest;
 	m->params = params;
-	m->on_state = on_state;
-	m->opaque = opaque;
+	m->hooks = *hooks;
 	g_mutex_init(&m->lock);
 	g_cond_init(&m->changed);
 	g_queue_init(&m->notices);
-	m->records = g_ptr_array_new_with_free_func(record_free);
+	m->records = g_ptr_array_new_with_free_func(pr_path_record_free);
 	m->listeners = g_ptr_array_new();
-	m->grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+	m->standbys = g_ptr_array_new();
+	m->keepers = g_ptr_array_new();
 	m->cancel = g_cancellable_new();
 	m->uffd = -1;
 	guest->ops->on_death(guest, guest_died, m);
@@ -422,11 +334,13 @@ void pr_migration_free(PrMigration *m)
 		g_thread_join(m->owner);
 	m->guest->ops->on_death(m->guest, NULL, NULL);
 	pr_newcomer_free(m->newcomer);
+	pr_migration_await_threads(m);
 	pr_ram_free(m->ram);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);
 	g_ptr_array_unref(m->listeners);
 	g_ptr_array_unref(m->records);
-	g_array_unref(m->grants);
+	g_ptr_array_unref(m->standbys);
+	g_ptr_array_unref(m->keepers);
 	g_clear_error(&m->failure);
 	g_object_unref(m->cancel);
 	g_queue_clear_full(&m->notices, (GDestroyNotify)notice_free);
@@ -595,8 +509,9 @@ static gboolean add_listener(PrMigration *m, const PrUri *uri, GError **error)
 	}
 	g_mutex_lock(&m->lock);
 	g_ptr_array_add(m->listeners, listener);
-	pr_migration_record(m, pr_listener_uri(listener))->listening = TRUE;
+	pr_path_step(m, pr_listener_uri(listener)->text, PR_HEALTH_LISTENS, "listening");
 	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
 	g_message("listening on %s", pr_listener_uri(listener)->text);
 	return TRUE;
 }

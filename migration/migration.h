@@ -12,6 +12,7 @@
 #include "guest/guest.h"
 #include "migration/params.h"
 #include "migration/state.h"
+#include "transport/health.h"
 
 typedef enum PrMigrationError {
 	PR_MIGRATION_ERROR_BUSY,     /* a migration is in progress */
@@ -33,11 +34,14 @@ typedef struct PrMigration PrMigration;
 
 /* A path as the operator sees it. */
 typedef struct PrPathInfo {
-	char *uri;
-	char *state;	  /* "listening", "active", "failed", "idle" */
-	char *last_error; /* or NULL */
-	uint64_t rtt_us;  /* of the control channel; 0: not known */
-	uint64_t bytes;	  /* of guest RAM carried */
+	char *uri;	      /* at the destination with the address that the source has called */
+	PrPathState state;    /* transport/health.h */
+	char *device;	      /* what carries it, or NULL */
+	char *last_error;     /* or NULL */
+	uint64_t since_ms;    /* since the last change of state */
+	uint64_t rtt_us;      /* of the control channel; 0: not known */
+	uint64_t data_rtt_us; /* of the lanes, as last probed; 0: not known */
+	uint64_t bytes;	      /* of guest RAM carried */
 } PrPathInfo;
 
 /* A snapshot. Times in ms unless the name says otherwise; bytes and pages are of guest RAM. */
@@ -81,11 +85,17 @@ typedef struct PrMigrationInfo {
 void pr_migration_info_clear(PrMigrationInfo *info);
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PrMigrationInfo, pr_migration_info_clear)
 
-/* Called from any thread, with no lock held, in the order of the changes. */
-typedef void (*PrOnState)(PrState state, const char *reason, void *opaque);
+/* News, told from any thread, with no lock held, in the order of the changes. */
+typedef struct PrMigrationHooks {
+	void (*on_state)(PrState state, const char *reason, void *opaque);
+	/* device: NULL: none that has a name. NULL for who does not want to know. */
+	void (*on_path)(const char *uri, PrPathState state, const char *device, const char *reason,
+			void *opaque);
+	void *opaque;
+} PrMigrationHooks;
 
 /* Neither guest nor params are owned; both outlive the migration. */
-PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, PrOnState on_state, void *opaque);
+PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigrationHooks *hooks);
 /* Cancels what may be cancelled, leaves a paused or running postcopy as a path failure for the other
  * side, joins all threads. */
 void pr_migration_free(PrMigration *migration);

@@ -28,6 +28,8 @@ static const PrParamInfo param_table[PR_N_PARAMS] = {
 	[PR_PARAM_BULK_WINDOW] = {"bulk-window", 8, 1, 64, "READs", "bulk READs in flight"},
 	[PR_PARAM_FAULT_SPIN] = {"fault-spin", 50, 0, 1000, "us",
 				 "time the fault thread polls before it sleeps"},
+	[PR_PARAM_PROBE_INTERVAL] = {"probe-interval", 1000, 10, 60000, "ms",
+				     "time between two probes of a standby path"},
 };
 
 static const PrCapabilityInfo capability_table[PR_N_CAPABILITIES] = {
@@ -40,6 +42,10 @@ static const PrCapabilityInfo capability_table[PR_N_CAPABILITIES] = {
 	[PR_CAP_AUTO_RECOVER] = {"auto-recover", TRUE, FALSE,
 				 "when a path is lost and more than one is listed, recover over "
 				 "another one without being asked"},
+	[PR_CAP_STANDBY_PATHS] =
+		{"standby-paths", TRUE, FALSE,
+		 "keep the listed paths that are not in use connected and probed; over "
+		 "rdma: each pins the guest's memory once more"},
 };
 
 const PrParamInfo *pr_param_info(PrParam param)

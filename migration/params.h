@@ -18,6 +18,7 @@ typedef enum PrParam {
 	PR_PARAM_BULK_READ_SIZE,
 	PR_PARAM_BULK_WINDOW,
 	PR_PARAM_FAULT_SPIN,
+	PR_PARAM_PROBE_INTERVAL,
 	PR_N_PARAMS
 } PrParam;
 
@@ -34,6 +35,7 @@ typedef enum PrCapability {
 	PR_CAP_EVENTS,	     /* send MIGRATION events to monitors */
 	PR_CAP_ZERO_PAGES,   /* look for zero pages on the source and send only their numbers */
 	PR_CAP_AUTO_RECOVER, /* recover over another path by itself, when more than one is listed */
+	PR_CAP_STANDBY_PATHS, /* keep the paths that are not in use connected */
 	PR_N_CAPABILITIES
 } PrCapability;
 

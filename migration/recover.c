@@ -105,7 +105,7 @@ static gboolean final_handshake(PrMigration *m, PrConn *conn, GError **error)
 
 gboolean pr_source_recover(PrMigration *m, PrConn *conn, GError **error)
 {
-	g_autofree char *reason = g_strdup_printf("connected again over %s", conn->uri->text);
+	g_autofree char *reason = g_strdup_printf("connected again over %s", conn->name);
 
 	if (!pr_migration_step(m, PR_EVENT_CONNECTED, reason, error))
 		return FALSE;

@@ -85,8 +85,10 @@ static gboolean take_shut(PrMigration *m, const PrMsg *msg, GError **error)
 	return pr_migration_step(m, PR_EVENT_SHUT, "the destination has every page", error);
 }
 
-static gboolean take_message(PrMigration *m, const PrMsg *msg, GError **error)
+static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 {
+	PrMigration *m = conn->m;
+
 	switch (msg->type) {
 	case PR_RP_PONG:
 		return take_pong(m, msg, error);
@@ -98,6 +100,12 @@ static gboolean take_message(PrMigration *m, const PrMsg *msg, GError **error)
 		return take_progress(m, msg, error);
 	case PR_RP_SHUT:
 		return take_shut(m, msg, error);
+	case PR_RP_PROBED:
+		return pr_standby_take_probed(conn, msg, error);
+	case PR_RP_ACTIVATED:
+		return pr_standby_take_activated(conn, msg, error);
+	case PR_MSG_LOST:
+		return pr_standby_take_lost(m, msg, "destination", error);
 	case PR_MSG_PAUSE:
 	case PR_MSG_HOLD:
 	case PR_MSG_ERROR:
@@ -117,8 +125,8 @@ static gpointer return_path_thread(gpointer opaque)
 	for (;;) {
 		g_autoptr(GError) error = NULL;
 		g_autoptr(PrMsg) msg = pr_control_recv(conn->control, G_MAXUINT, &error);
-		if (!msg || !take_message(conn->m, msg, &error)) {
-			pr_migration_failed(conn->m, conn, error);
+		if (!msg || !take_message(conn, msg, &error)) {
+			pr_conn_failed(error, conn);
 			return NULL;
 		}
 	}
@@ -127,7 +135,7 @@ static gpointer return_path_thread(gpointer opaque)
 /* ---- connecting ---- */
 
 /* Only once the guest has stopped: until then it may touch what was a hole. */
-static gboolean send_grants(PrConn *conn, GError **error)
+gboolean pr_source_send_grants(PrConn *conn, GError **error)
 {
 	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
 
@@ -147,6 +155,7 @@ static gboolean send_grants(PrConn *conn, GError **error)
 		if (!pr_send(conn, PR_CMD_GRANT, body, error))
 			return FALSE;
 	}
+	conn->granted = TRUE;
 	return TRUE;
 }
 
@@ -168,15 +177,18 @@ static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHel
 	g_strlcpy(hello.scheme, conn->uri->scheme, sizeof(hello.scheme));
 	return pr_control_connect(conn->uri, &hello,
 				  (guint)pr_param(m->params, PR_PARAM_CONNECT_TIMEOUT),
-				  (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT), m->cancel,
-				  ret_ack, error);
+				  (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
+				  conn->cancel, ret_ack, error);
 }
 
 /* Brings up a published connection's lanes and return path. */
 static gboolean open_lanes(PrConn *conn, uint16_t data_port, GError **error)
 {
 	const PrTransportOps *ops = pr_transport_find(conn->uri->scheme, error);
-	PrPathSetup setup = pr_conn_setup(conn, data_port);
+	PrBinding binding;
+
+	pr_conn_binding(conn, &binding);
+	PrPathSetup setup = pr_conn_setup(conn, &binding, data_port);
 	PrDataPath *path = ops ? ops->connect(&setup, error) : NULL;
 
 	if (!path || !pr_conn_set_path(conn, path, error))
@@ -185,45 +197,48 @@ static gboolean open_lanes(PrConn *conn, uint16_t data_port, GError **error)
 	return TRUE;
 }
 
+static gboolean admit(PrConn *conn, PrResume resume, GError **error)
+{
+	return resume == PR_RESUME_STANDBY ? pr_conn_stand_by(conn, error)
+					   : pr_conn_publish(conn, error);
+}
+
 /* Connects one path. On failure returns NULL, with everything closed again. *ret_completed: the
  * destination says that it needs us no more; then NULL too, without an error. */
-static PrConn *connect_path(PrMigration *m, const PrUri *uri, PrResume resume,
-			    gboolean *ret_completed, GError **error)
+PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCancellable *cancel,
+			  gboolean *ret_completed, GError **error)
 {
-	PrConn *conn = g_new0(PrConn, 1);
 	PrHelloAck ack = {0};
 
-	conn->m = m;
-	conn->uri = pr_uri_copy(uri);
+	*ret_completed = FALSE;
 	g_mutex_lock(&m->lock);
-	conn->epoch = ++m->binding.epoch;
+	g_autoptr(PrConn) conn = pr_conn_new(m, uri, /* name= */ NULL, ++m->binding.epoch);
 	g_mutex_unlock(&m->lock);
+	conn->cancel = g_object_ref(cancel);
 	conn->control = say_hello(m, conn, resume, &ack, error);
-	if (conn->control && ack.status == PR_HELLO_COMPLETED) {
+	if (!conn->control)
+		return NULL;
+	if (ack.status == PR_HELLO_COMPLETED) {
 		*ret_completed = TRUE;
 		g_mutex_lock(&m->lock);
 		m->progress = ack.progress;
 		g_mutex_unlock(&m->lock);
-	} else if (conn->control && pr_conn_publish(conn, error)) {
-		if (open_lanes(conn, ack.data_port, error))
-			return conn;
+		return NULL;
 	}
-	if (conn->control) {
-		pr_conn_close(m, conn);
-	} else {
-		pr_uri_free(conn->uri);
-		g_free(conn);
-	}
+	if (!admit(conn, resume, error))
+		return NULL;
+	if (open_lanes(conn, ack.data_port, error))
+		return g_steal_pointer(&conn);
+	pr_conn_close(g_steal_pointer(&conn));
 	return NULL;
 }
 
 static void record_failure(PrMigration *m, const PrUri *uri, const GError *error)
 {
 	g_mutex_lock(&m->lock);
-	PrPathRecord *record = pr_migration_record(m, uri);
-	g_free(record->last_error);
-	record->last_error = g_strdup(error->message);
+	pr_path_step(m, uri->text, PR_HEALTH_FAILED, error->message);
 	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
 }
 
 static gboolean attempt_failed(PrMigration *m)
@@ -234,8 +249,9 @@ static gboolean attempt_failed(PrMigration *m)
 	return failed;
 }
 
-/* The paths of this attempt, in the order in which to try them: those that a human has named; by itself,
- * all that are known, beginning behind the one that was lost. With the lock held. */
+/* The paths of this attempt, in the order in which to try them. Those that a human has named, as they were
+ * named. By itself: those whose standby is fit, in the operator's order; then those whose standby is on
+ * probation; then all that are left, beginning behind the one that was lost. With the lock held. */
 static GPtrArray *paths_to_try(PrMigration *m)
 {
 	GPtrArray *paths = g_ptr_array_new_with_free_func((GDestroyNotify)pr_uri_free);
@@ -243,11 +259,19 @@ static GPtrArray *paths_to_try(PrMigration *m)
 	guint n = automatic ? m->uris->len : m->n_asked;
 	guint first = 0;
 
+	for (guint rank = 2; automatic && rank > 0; rank--)
+		for (guint i = 0; i < n; i++)
+			if (pr_standby_rank(m, m->uris->pdata[i]) == rank)
+				g_ptr_array_add(paths, pr_uri_copy(m->uris->pdata[i]));
 	for (guint i = 0; automatic && i < n; i++)
-		if (g_strcmp0(((PrUri *)g_ptr_array_index(m->uris, i))->text, m->last_path) == 0)
+		if (g_strcmp0(((PrUri *)m->uris->pdata[i])->text, m->last_path) == 0)
 			first = i + 1;
-	for (guint i = 0; i < n; i++)
-		g_ptr_array_add(paths, pr_uri_copy(g_ptr_array_index(m->uris, (first + i) % n)));
+	for (guint i = 0; i < n; i++) {
+		const PrUri *uri = m->uris->pdata[(first + i) % n];
+
+		if (!automatic || pr_standby_rank(m, uri) == 0)
+			g_ptr_array_add(paths, pr_uri_copy(uri));
+	}
 	return paths;
 }
 
@@ -257,6 +281,31 @@ static void note_last_path(PrMigration *m, const PrUri *uri)
 	g_free(m->last_path);
 	m->last_path = g_strdup(uri->text);
 	g_mutex_unlock(&m->lock);
+}
+
+/* Whether the destination has turned us away, and would again over any path. */
+static gboolean is_turned_away(const GError *error)
+{
+	return g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED) ||
+	       g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD);
+}
+
+/* One path: over its standby if it has one, else, or if that turns out to be dead, anew. */
+static PrConn *try_path(PrMigration *m, const PrUri *uri, PrResume resume, gboolean *ret_completed,
+			GError **error)
+{
+	g_autoptr(GError) why = NULL;
+	PrConn *conn = pr_standby_activate(m, uri, resume, ret_completed, &why);
+
+	if (conn || *ret_completed)
+		return conn;
+	if (why && (attempt_failed(m) || is_turned_away(why))) {
+		g_propagate_error(error, g_steal_pointer(&why));
+		return NULL;
+	}
+	if (why)
+		g_warning("%s; connecting anew", why->message);
+	return pr_source_connect(m, uri, resume, m->cancel, ret_completed, error);
 }
 
 /* Tries the paths in order; the first that connects is taken. A peer that refuses us ends it. */
@@ -271,15 +320,14 @@ static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **err
 	for (guint i = 0; i < uris->len; i++) {
 		const PrUri *uri = g_ptr_array_index(uris, i);
 		g_autoptr(GError) why = NULL;
-		PrConn *conn = connect_path(m, uri, resume, ret_completed, &why);
+		PrConn *conn = try_path(m, uri, resume, ret_completed, &why);
 		if (conn)
 			note_last_path(m, uri);
 		if (conn || *ret_completed)
 			return conn;
-		record_failure(m, uri, why);
-		if (i + 1 == uris->len || attempt_failed(m) ||
-		    g_error_matches(why, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED) ||
-		    g_error_matches(why, PR_PATH_ERROR, PR_PATH_ERROR_HELD)) {
+		if (!attempt_failed(m))
+			record_failure(m, uri, why);
+		if (i + 1 == uris->len || attempt_failed(m) || is_turned_away(why)) {
 			g_propagate_error(error, g_steal_pointer(&why));
 			return NULL;
 		}
@@ -298,6 +346,8 @@ static gboolean prepare_guest(PrMigration *m, GError **error)
 
 	if (!ram)
 		return FALSE;
+	/* What is left of the last migration's connections may use its RAM. */
+	pr_migration_await_threads(m);
 	g_mutex_lock(&m->lock);
 	PrRam *old = m->ram;
 	m->ram = ram;
@@ -306,7 +356,7 @@ static gboolean prepare_guest(PrMigration *m, GError **error)
 	return TRUE;
 }
 
-static gboolean ping(PrConn *conn, uint32_t value, GError **error)
+gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
@@ -321,7 +371,8 @@ static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 
 	pr_advise_encode(body, m->ram->page_size_summary, PR_TARGET_PAGE);
 	return pr_send(conn, PR_CMD_POSTCOPY_ADVISE, body, error) &&
-	       ping(conn, PR_PING_READY, error) && wait_value(m, &m->pong, PR_PING_READY, error) &&
+	       pr_source_ping(conn, PR_PING_READY, error) &&
+	       wait_value(m, &m->pong, PR_PING_READY, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "the destination is ready", error);
 }
 
@@ -429,7 +480,8 @@ static gboolean send_device_state(PrMigration *m, PrConn *conn, gboolean was_run
 	return pr_send(conn, PR_CMD_POSTCOPY_LISTEN, NULL, error) &&
 	       m->guest->ops->save(m->guest, m->cancel, send_state, &package, error) &&
 	       send_chunk(&package, /* last= */ TRUE, NULL, 0, error) &&
-	       ping(conn, PR_PING_LOADED, error) && wait_value(m, &m->pong, PR_PING_LOADED, error);
+	       pr_source_ping(conn, PR_PING_LOADED, error) &&
+	       wait_value(m, &m->pong, PR_PING_LOADED, error);
 }
 
 /* The guest is the destination's from here on, whatever becomes of RUN. */
@@ -458,7 +510,7 @@ static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
 		return FALSE;
 	*ret_conn = conn;
 	return advise(m, conn, error) && stop_guest(m, &was_running, error) &&
-	       send_grants(conn, error) && send_holes(m, conn, error) &&
+	       pr_source_send_grants(conn, error) && send_holes(m, conn, error) &&
 	       send_device_state(m, conn, was_running, error) && hand_over(m, conn, error);
 }
 
@@ -468,7 +520,8 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 	g_autoptr(GError) error = NULL;
 
 	pr_attempt_failed(m, why);
-	pr_conn_close(m, conn);
+	if (conn)
+		pr_conn_close(conn);
 	if (!m->guest->ops->resume(m->guest, &error))
 		g_critical("the guest could not be resumed: %s", error->message);
 	pr_migration_step(m, PR_EVENT_CLEANED_UP,
@@ -576,10 +629,12 @@ static PrConn *recover(PrMigration *m)
 		pr_migration_step(m, PR_EVENT_SHUT, "the destination had every page already", NULL);
 		return NULL;
 	}
-	if (conn && send_grants(conn, &error) && pr_source_recover(m, conn, &error))
+	if (conn && (conn->granted || pr_source_send_grants(conn, &error)) &&
+	    pr_source_recover(m, conn, &error))
 		return conn;
 	pr_attempt_failed(m, error);
-	pr_conn_close(m, conn);
+	if (conn)
+		pr_conn_close(conn);
 	return NULL;
 }
 
@@ -596,14 +651,17 @@ gpointer pr_source_thread(gpointer migration)
 	for (guint attempts = 0;; attempts++) {
 		if (conn) {
 			attempts = 0;
+			pr_standby_keep(m);
 			if (pr_capability(m->params, PR_CAP_ZERO_PAGES))
 				send_zero_pages(m, conn);
 			wait_while_active(m);
-			pr_conn_close(m, conn);
+			pr_conn_close(conn);
 		}
 		wait_for_recovery(m, attempts);
-		if (is_over(m))
+		if (is_over(m)) {
+			pr_standby_stop(m);
 			return NULL;
+		}
 		conn = recover(m);
 	}
 }

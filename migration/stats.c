@@ -107,33 +107,52 @@ static void path_info_free(gpointer data)
 	PrPathInfo *info = data;
 
 	g_free(info->uri);
-	g_free(info->state);
+	g_free(info->device);
 	g_free(info->last_error);
 	g_free(info);
 }
 
-static void query_paths(PrMigration *m, PrMigrationInfo *ret)
+static PrConn *conn_over(PrMigration *m, const char *name)
 {
-	uint64_t closed = 0;
+	if (m->conn && strcmp(m->conn->name, name) == 0)
+		return m->conn;
+	for (guint i = 0; i < m->standbys->len; i++) {
+		PrConn *conn = g_ptr_array_index(m->standbys, i);
 
-	ret->paths = g_ptr_array_new_with_free_func(path_info_free);
+		if (strcmp(conn->name, name) == 0)
+			return conn;
+	}
+	return NULL;
+}
+
+/* Bytes that have travelled on the connection in use. */
+static uint64_t bytes_since_connected(PrMigration *m)
+{
+	uint64_t closed = 0, all = pr_migration_transferred(m);
+
 	for (guint i = 0; i < m->records->len; i++)
 		closed += ((PrPathRecord *)g_ptr_array_index(m->records, i))->bytes;
+	return all - MIN(all, closed);
+}
+
+static void query_paths(PrMigration *m, PrMigrationInfo *ret, gint64 now)
+{
+	ret->paths = g_ptr_array_new_with_free_func(path_info_free);
 	for (guint i = 0; i < m->records->len; i++) {
-		PrPathRecord *record = g_ptr_array_index(m->records, i);
-		gboolean active = m->conn && strcmp(m->conn->uri->text, record->uri) == 0;
+		const PrPathRecord *record = g_ptr_array_index(m->records, i);
+		PrConn *conn = conn_over(m, record->name);
 		PrPathInfo *info = g_new0(PrPathInfo, 1);
-		info->uri = g_strdup(record->uri);
-		info->state = g_strdup(active		    ? "active"
-				       : record->listening  ? "listening"
-				       : record->last_error ? "failed"
-							    : "idle");
+
+		info->uri = g_strdup(record->name);
+		info->state = record->health.state;
+		info->device = g_strdup(record->device);
 		info->last_error = g_strdup(record->last_error);
-		info->rtt_us = active ? pr_control_rtt_us(m->conn->control) : 0;
-		info->bytes =
-			record->bytes + (active ? pr_migration_transferred(m) -
-							  MIN(pr_migration_transferred(m), closed)
-						: 0);
+		info->since_ms = ms_between(record->health.since, now);
+		info->rtt_us = conn ? pr_control_rtt_us(conn->control) : 0;
+		info->data_rtt_us = conn ? conn->rtt_us : 0;
+		info->bytes = record->bytes;
+		if (conn && conn == m->conn)
+			info->bytes += bytes_since_connected(m);
 		g_ptr_array_add(ret->paths, info);
 	}
 }
@@ -159,7 +178,7 @@ void pr_migration_query(PrMigration *m, PrMigrationInfo *ret)
 	if (m->sm.role != PR_ROLE_NONE)
 		query_times(m, ret, now);
 	query_ram(m, ret, now);
-	query_paths(m, ret);
+	query_paths(m, ret, now);
 	g_mutex_unlock(&m->lock);
 }
 

@@ -5,9 +5,12 @@
 
 G_DEFINE_QUARK(pr_monitor_error, pr_monitor_error)
 
-/* A change of state on its way from an engine thread to the main loop. */
+/* A change of state, or of a path, on its way from an engine thread to the main loop. */
 typedef struct PrStateEvent {
 	PrState state;
+	char *path; /* NULL: a change of state */
+	PrPathState path_state;
+	char *device;
 	char *reason;
 	gint64 time; /* us since the epoch, when it happened */
 	guint64 number;
@@ -15,6 +18,8 @@ typedef struct PrStateEvent {
 
 static void state_event_free(PrStateEvent *event)
 {
+	g_free(event->path);
+	g_free(event->device);
 	g_free(event->reason);
 	g_free(event);
 }
@@ -156,11 +161,19 @@ static void send_event(PrMonitor *monitor, const PrStateEvent *event)
 	data = json_object_new();
 	json_object_set_int_member(timestamp, "seconds", event->time / G_USEC_PER_SEC);
 	json_object_set_int_member(timestamp, "microseconds", event->time % G_USEC_PER_SEC);
-	json_object_set_string_member(data, "status", pr_state_name(event->state));
+	if (event->path) {
+		json_object_set_string_member(data, "uri", event->path);
+		json_object_set_string_member(data, "state", pr_path_state_name(event->path_state));
+		if (event->device)
+			json_object_set_string_member(data, "device", event->device);
+	} else {
+		json_object_set_string_member(data, "status", pr_state_name(event->state));
+	}
 	if (event->reason)
 		json_object_set_string_member(data, "reason", event->reason);
 	json_object_set_object_member(object, "timestamp", timestamp);
-	json_object_set_string_member(object, "event", "MIGRATION");
+	json_object_set_string_member(object, "event",
+				      event->path ? "MIGRATION_PATH" : "MIGRATION");
 	json_object_set_object_member(object, "data", data);
 	pr_qmp_server_event(monitor->qmp, object);
 }
@@ -185,21 +198,20 @@ static gboolean on_dispatch(gpointer opaque)
 		if (!event)
 			return G_SOURCE_REMOVE;
 		send_event(monitor, event);
-		serve_waits(monitor, event);
+		if (!event->path)
+			serve_waits(monitor, event);
 	}
 }
 
-void pr_monitor_on_state(PrState state, const char *reason, void *opaque)
+/* Takes the event. */
+static void queue_event(PrMonitor *monitor, PrStateEvent *event)
 {
-	PrMonitor *monitor = opaque;
 	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
-	PrStateEvent *event;
 
-	if (monitor->closed)
+	if (monitor->closed) {
+		state_event_free(event);
 		return;
-	event = g_new0(PrStateEvent, 1);
-	event->state = state;
-	event->reason = g_strdup(reason);
+	}
 	event->time = g_get_real_time();
 	event->number = monitor->n_events++;
 	g_queue_push_tail(&monitor->events, event);
@@ -209,6 +221,32 @@ void pr_monitor_on_state(PrState state, const char *reason, void *opaque)
 	g_source_set_priority(monitor->dispatch, G_PRIORITY_DEFAULT);
 	g_source_set_callback(monitor->dispatch, on_dispatch, monitor, NULL);
 	g_source_attach(monitor->dispatch, monitor->context);
+}
+
+void pr_monitor_on_state(PrState state, const char *reason, void *opaque)
+{
+	PrStateEvent *event = g_new0(PrStateEvent, 1);
+
+	event->state = state;
+	event->reason = g_strdup(reason);
+	queue_event(opaque, event);
+}
+
+void pr_monitor_on_path(const char *uri, PrPathState state, const char *device, const char *reason,
+			void *opaque)
+{
+	PrStateEvent *event = g_new0(PrStateEvent, 1);
+
+	event->path = g_strdup(uri);
+	event->path_state = state;
+	event->device = g_strdup(device);
+	event->reason = g_strdup(reason);
+	queue_event(opaque, event);
+}
+
+PrMigrationHooks pr_monitor_hooks(PrMonitor *monitor)
+{
+	return (PrMigrationHooks){pr_monitor_on_state, pr_monitor_on_path, monitor};
 }
 
 void pr_monitor_close(PrMonitor *monitor)

@@ -26,11 +26,13 @@ typedef void (*PrMonitorQuit)(void *opaque);
 /* params is not owned and outlives the monitor. */
 PrMonitor *pr_monitor_new(PrParams *params, GMainContext *context, PrMonitorQuit on_quit,
 			  void *opaque);
-/* Before the first client. The migration is not owned; it was made with pr_monitor_on_state() as its
- * callback, directly or through the program's own. */
+/* Before the first client. The migration is not owned; it was made with pr_monitor_hooks(). */
 void pr_monitor_attach(PrMonitor *monitor, PrMigration *migration);
-/* A PrOnState, from any thread: the change is queued, and reaches the clients in order. */
+/* PrMigrationHooks, from any thread: the news is queued, and reaches the clients in order. */
 void pr_monitor_on_state(PrState state, const char *reason, void *monitor);
+void pr_monitor_on_path(const char *uri, PrPathState state, const char *device, const char *reason,
+			void *monitor);
+PrMigrationHooks pr_monitor_hooks(PrMonitor *monitor);
 
 /* Serves QMP on a unix socket, mode 0600. A stale socket file is replaced; a live one, or a file that
  * is no socket, is refused. */

@@ -287,6 +287,7 @@ static gboolean run(const Options *options, Engine *engine, GError **error)
 	g_autoptr(PrMonitor) monitor = NULL;
 	g_autoptr(PrGuest) guest = NULL;
 	g_autoptr(GMainLoop) loop = NULL;
+	PrMigrationHooks hooks;
 	PrMigration *migration;
 	gboolean ok;
 
@@ -300,7 +301,8 @@ static gboolean run(const Options *options, Engine *engine, GError **error)
 	engine->loop = loop;
 	monitor = pr_monitor_new(&engine->params, g_main_context_default(), on_quit, engine);
 	engine->monitor = monitor;
-	migration = pr_migration_new(guest, &engine->params, pr_monitor_on_state, monitor);
+	hooks = pr_monitor_hooks(monitor);
+	migration = pr_migration_new(guest, &engine->params, &hooks);
 	ok = serve(options, engine, migration, error);
 	pr_monitor_close(monitor);
 	pr_migration_free(migration);

@@ -101,10 +101,14 @@ JsonNode *pr_paths_to_json(const PrMigrationInfo *info)
 		JsonObject *object = json_object_new();
 
 		json_object_set_string_member(object, "uri", path->uri);
-		json_object_set_string_member(object, "state", path->state);
+		json_object_set_string_member(object, "state", pr_path_state_name(path->state));
+		json_object_set_int_member(object, "since-ms", path->since_ms);
+		if (path->device)
+			json_object_set_string_member(object, "device", path->device);
 		if (path->last_error)
 			json_object_set_string_member(object, "last-error", path->last_error);
 		json_object_set_int_member(object, "rtt-us", path->rtt_us);
+		json_object_set_int_member(object, "data-rtt-us", path->data_rtt_us);
 		json_object_set_int_member(object, "bytes", path->bytes);
 		json_array_add_object_element(array, object);
 	}
@@ -218,13 +222,19 @@ void pr_show_paths(JsonNode *result, GString *text)
 		JsonObject *path = json_array_get_object_element(array, i);
 		const char *last_error =
 			json_object_get_string_member_with_default(path, "last-error", NULL);
+		const char *device =
+			json_object_get_string_member_with_default(path, "device", NULL);
 
 		g_string_append_printf(text,
-				       "%s: %s, rtt %" G_GINT64_FORMAT " us, %" G_GINT64_FORMAT
+				       "%s: %s for %.1f s%s%s, rtt %" G_GINT64_FORMAT
+				       " us (data %" G_GINT64_FORMAT " us), %" G_GINT64_FORMAT
 				       " kbytes",
 				       json_object_get_string_member(path, "uri"),
 				       json_object_get_string_member(path, "state"),
+				       json_object_get_int_member(path, "since-ms") / 1000.0,
+				       device ? ", " : "", device ? device : "",
 				       json_object_get_int_member(path, "rtt-us"),
+				       json_object_get_int_member(path, "data-rtt-us"),
 				       json_object_get_int_member(path, "bytes") / 1024);
 		if (last_error)
 			g_string_append_printf(text, ", last error: %s", last_error);

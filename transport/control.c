@@ -67,6 +67,17 @@ const char *pr_control_peer(PrControl *control)
 	return control->peer;
 }
 
+char *pr_control_local_host(PrControl *control)
+{
+	g_autoptr(GSocketAddress) address =
+		g_socket_connection_get_local_address(control->connection, NULL);
+
+	if (!address || !G_IS_INET_SOCKET_ADDRESS(address))
+		return g_strdup(control->uri->host);
+	return g_inet_address_to_string(
+		g_inet_socket_address_get_address(G_INET_SOCKET_ADDRESS(address)));
+}
+
 guint64 pr_control_rtt_us(PrControl *control)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
@@ -262,14 +273,11 @@ static void write_without_waiting(PrControl *control, uint16_t type, const GByte
 		g_byte_array_remove_range(control->tail, 0, control->tail->len - frame.left);
 }
 
-void pr_control_farewell(PrControl *control, uint16_t type, const char *reason)
+void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *body)
 {
-	g_autoptr(GByteArray) body = g_byte_array_new();
-
 	/* Somebody is in the middle of a frame: the peer will see the end without a reason. */
 	if (!g_mutex_trylock(&control->send_lock))
 		return;
-	pr_reason_encode(body, reason);
 	if (!pr_control_has_ended(control) && pr_control_admit(control, TRUE, type))
 		write_without_waiting(control, type, body);
 	g_mutex_unlock(&control->send_lock);

@@ -36,6 +36,9 @@ PrControl *pr_control_connect(const PrUri *uri, const PrHello *hello, guint time
  * other than PR_HELLO_OK the connection is closed afterwards. */
 gboolean pr_control_answer(PrControl *control, const PrHelloAck *ack, GError **error);
 
+/* FALSE with PR_PATH_ERROR_REFUSED or _HELD and the peer's reason, if that is what it says. */
+gboolean pr_control_check_ack(PrControl *control, const PrHelloAck *ack, GError **error);
+
 /* Starts the reader thread and the heartbeat. on_failed is called once, from the reader thread or from
  * whichever thread's send failed, before any pr_control_recv() returns the failure. */
 void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint heartbeat_timeout_ms,
@@ -47,9 +50,9 @@ gboolean pr_control_send(PrControl *control, uint16_t type, const void *body, gs
 /* As above, with the body of a GByteArray (NULL: empty). */
 gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *body, GError **error);
 
-/* Sends a message with a reason if that can be done without waiting: the last word before a
- * pr_control_shutdown(). Any thread. */
-void pr_control_farewell(PrControl *control, uint16_t type, const char *reason);
+/* Sends a message if that can be done without waiting: the last word before a pr_control_shutdown(), or a
+ * word in passing. Any thread. */
+void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *body);
 
 /* Takes the next message for the engine. Waits for at most timeout_ms (G_MAXUINT: until one
  * comes or the channel fails). Unknown types were skipped already. Messages that arrived before
@@ -62,6 +65,8 @@ PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error);
 void pr_control_shutdown(PrControl *control, const GError *reason);
 /* The peer's address, for messages. */
 const char *pr_control_peer(PrControl *control);
+/* The address that it was called at, as text; g_free() it. */
+char *pr_control_local_host(PrControl *control);
 /* Round trip of the last heartbeat, microseconds; 0: none yet. */
 guint64 pr_control_rtt_us(PrControl *control);
 /* Joins the reader thread and frees. Never from on_failed. */

@@ -46,19 +46,23 @@ static void explain(const PrUri *uri, const PrControl *control, const GError *ca
 			    cause->message);
 }
 
+gboolean pr_control_check_ack(PrControl *control, const PrHelloAck *ack, GError **error)
+{
+	if (ack->status != PR_HELLO_REFUSED && ack->status != PR_HELLO_HELD)
+		return TRUE;
+	g_set_error(error, PR_PATH_ERROR,
+		    ack->status == PR_HELLO_HELD ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_REFUSED,
+		    "%s refused the connection: %s", control->peer, ack->reason);
+	return FALSE;
+}
+
 static gboolean exchange(PrControl *control, const PrHello *hello, PrHelloAck *ret, GError **error)
 {
 	PrHelloAck ack;
 
-	if (!send_hello(control, hello, error) || !read_ack(control, &ack, error))
+	if (!send_hello(control, hello, error) || !read_ack(control, &ack, error) ||
+	    !pr_control_check_ack(control, &ack, error))
 		return FALSE;
-	if (ack.status == PR_HELLO_REFUSED || ack.status == PR_HELLO_HELD) {
-		g_set_error(error, PR_PATH_ERROR,
-			    ack.status == PR_HELLO_HELD ? PR_PATH_ERROR_HELD
-							: PR_PATH_ERROR_REFUSED,
-			    "%s refused the connection: %s", control->peer, ack.reason);
-		return FALSE;
-	}
 	*ret = ack;
 	return TRUE;
 }

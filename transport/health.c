@@ -66,9 +66,11 @@ static PrPathState next_state(PrHealth *health, PrHealthEvent event, gint64 now)
 {
 	switch (event) {
 	case PR_HEALTH_LISTENS:
+		health->listens = TRUE;
 		return PR_PATH_LISTENING;
 	case PR_HEALTH_CONNECTS:
-		return is_up(health->state) ? health->state : PR_PATH_CONNECTING;
+		/* One that failed is failed until an attempt succeeds. */
+		return health->state == PR_PATH_IDLE ? PR_PATH_CONNECTING : health->state;
 	case PR_HEALTH_CONNECTED:
 		health->probes = 0;
 		return health->state == PR_PATH_ACTIVE ? PR_PATH_ACTIVE : PR_PATH_PROBATION;
@@ -80,7 +82,9 @@ static PrPathState next_state(PrHealth *health, PrHealthEvent event, gint64 now)
 		note_failure(health, now);
 		return PR_PATH_FAILED;
 	case PR_HEALTH_CLOSED:
-		return health->state == PR_PATH_FAILED ? PR_PATH_FAILED : PR_PATH_IDLE;
+		if (health->state == PR_PATH_FAILED)
+			return PR_PATH_FAILED;
+		return health->listens ? PR_PATH_LISTENING : PR_PATH_IDLE;
 	case PR_HEALTH_N_EVENTS:
 		break;
 	}

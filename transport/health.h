@@ -53,6 +53,7 @@ typedef struct PrHealth {
 	gint64 hold;	   /* the current or last hold-down's length */
 	guint failures;	   /* in a row, since it was fit last */
 	guint probes;	   /* answered in a row */
+	gboolean listens;  /* where nothing is connected: listening, not idle */
 } PrHealth;
 
 /* TRUE: the state has changed. */

@@ -24,6 +24,24 @@ static void on_state(PrState state, const char *reason, void *opaque)
 	g_mutex_unlock(&side->lock);
 }
 
+static void on_path(const char *uri, PrPathState state, const char *device, const char *reason,
+		    void *opaque)
+{
+	Side *side = opaque;
+	PathNews news = {g_strdup(uri), state};
+
+	g_mutex_lock(&side->lock);
+	g_debug("%s: path %s is %s (%s)", side->name, uri, pr_path_state_name(state), reason);
+	g_array_append_val(side->path_news, news);
+	g_cond_broadcast(&side->changed);
+	g_mutex_unlock(&side->lock);
+}
+
+static void clear_news(gpointer news)
+{
+	g_free(((PathNews *)news)->uri);
+}
+
 static void side_init(Side *side, const char *name, const PairConfig *config, uint64_t size)
 {
 	g_autoptr(GError) error = NULL;
@@ -41,6 +59,8 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	g_cond_init(&side->changed);
 	side->states = g_array_new(FALSE, FALSE, sizeof(PrState));
 	side->times = g_array_new(FALSE, FALSE, sizeof(gint64));
+	side->path_news = g_array_new(FALSE, FALSE, sizeof(PathNews));
+	g_array_set_clear_func(side->path_news, clear_news);
 	side->guest = testguest_new(&guest, &error);
 	g_assert_no_error(error);
 	side->adapter = pr_guest_open(testguest_spec(side->guest), 20000, &error);
@@ -50,7 +70,8 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	g_assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
 	g_assert_true(
 		pr_params_set(&side->params, "max-postcopy-bandwidth", config->bandwidth, NULL));
-	side->engine = pr_migration_new(side->adapter, &side->params, on_state, side);
+	PrMigrationHooks hooks = {on_state, on_path, side};
+	side->engine = pr_migration_new(side->adapter, &side->params, &hooks);
 }
 
 static void side_clear(Side *side)
@@ -63,6 +84,7 @@ static void side_clear(Side *side)
 	testguest_free(side->guest);
 	g_array_unref(side->states);
 	g_array_unref(side->times);
+	g_array_unref(side->path_news);
 	g_mutex_clear(&side->lock);
 	g_cond_clear(&side->changed);
 }

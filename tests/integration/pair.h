@@ -9,6 +9,12 @@
 #include "tests/guest/testguest.h"
 #include "transport/faulty.h"
 
+/* What was told of a path. */
+typedef struct PathNews {
+	char *uri;
+	PrPathState state;
+} PathNews;
+
 /* One side. */
 typedef struct Side {
 	const char *name;
@@ -22,6 +28,7 @@ typedef struct Side {
 	PrState state;	/* the last one told */
 	GArray *states; /* PrState: all that were told, in order */
 	GArray *times;	/* gint64: when, monotonic microseconds */
+	GArray *path_news;
 } Side;
 
 typedef struct PairConfig {

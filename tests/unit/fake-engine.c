@@ -21,21 +21,19 @@ G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 
 struct PrMigration {
 	GMutex lock;
-	PrOnState on_state;
-	void *opaque;
+	PrMigrationHooks hooks;
 	PrState state;	 /* lock */
 	char *reason;	 /* lock */
 	char *last_call; /* lock */
 	char *fail;	 /* lock */
 };
 
-PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, PrOnState on_state, void *opaque)
+PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigrationHooks *hooks)
 {
 	PrMigration *migration = g_new0(PrMigration, 1);
 
 	g_mutex_init(&migration->lock);
-	migration->on_state = on_state;
-	migration->opaque = opaque;
+	migration->hooks = *hooks;
 	migration->last_call = g_strdup("");
 	return migration;
 }
@@ -56,7 +54,13 @@ void fake_set_state(PrMigration *migration, PrState state, const char *reason)
 	g_free(migration->reason);
 	migration->reason = g_strdup(reason);
 	g_mutex_unlock(&migration->lock);
-	migration->on_state(state, reason, migration->opaque);
+	migration->hooks.on_state(state, reason, migration->hooks.opaque);
+}
+
+void fake_tell_path(PrMigration *migration, PrPathState state, const char *reason)
+{
+	migration->hooks.on_path("rdma:10.0.1.2:4444", state, "mlx5_0", reason,
+				 migration->hooks.opaque);
 }
 
 void fake_fail_next(PrMigration *migration, const char *message)
@@ -123,7 +127,7 @@ static void path_free(gpointer opaque)
 	PrPathInfo *path = opaque;
 
 	g_free(path->uri);
-	g_free(path->state);
+	g_free(path->device);
 	g_free(path->last_error);
 	g_free(path);
 }
@@ -159,7 +163,10 @@ void pr_migration_query(PrMigration *migration, PrMigrationInfo *ret)
 		.paths = g_ptr_array_new_with_free_func(path_free),
 	};
 	path->uri = g_strdup("tcp:10.0.1.2:4444");
-	path->state = g_strdup("failed");
+	path->state = PR_PATH_FAILED;
+	path->device = g_strdup("mlx5_0");
+	path->since_ms = 1500;
+	path->data_rtt_us = 9;
 	path->last_error = g_strdup("nothing heard");
 	path->rtt_us = 120;
 	path->bytes = 40 << 20;
@@ -191,10 +198,11 @@ static gpointer serve(gpointer opaque)
 	Start start = *(Start *)opaque;
 	Bench *bench = start.bench;
 	g_autoptr(GError) error = NULL;
+	PrMigrationHooks hooks;
 
 	bench->monitor = pr_monitor_new(&bench->params, bench->context, on_quit, bench);
-	bench->migration =
-		pr_migration_new(NULL, &bench->params, pr_monitor_on_state, bench->monitor);
+	hooks = pr_monitor_hooks(bench->monitor);
+	bench->migration = pr_migration_new(NULL, &bench->params, &hooks);
 	pr_monitor_attach(bench->monitor, bench->migration);
 	if (!pr_monitor_listen(bench->monitor, bench->path, &error))
 		g_error("%s", error->message);
@@ -355,12 +363,16 @@ char *client_event(Client *client)
 	if (!node)
 		node = client_receive(client);
 	object = json_node_get_object(node);
-	assert_string_equal(json_object_get_string_member(object, "event"), "MIGRATION");
 	time = json_object_get_object_member(object, "timestamp");
 	assert_true(json_object_get_int_member(time, "seconds") > 1600000000);
 	assert_in_range(json_object_get_int_member(time, "microseconds"), 0, 999999);
 	data = json_object_get_object_member(object, "data");
 	reason = json_object_get_string_member_with_default(data, "reason", NULL);
+	if (!g_strcmp0(json_object_get_string_member(object, "event"), "MIGRATION_PATH"))
+		return g_strjoin(" ", json_object_get_string_member(data, "uri"),
+				 json_object_get_string_member(data, "state"),
+				 json_object_get_string_member(data, "device"), reason, NULL);
+	assert_string_equal(json_object_get_string_member(object, "event"), "MIGRATION");
 	return g_strjoin("/", json_object_get_string_member(data, "status"), reason, NULL);
 }
 

@@ -13,6 +13,8 @@
 /* What the monitor asked the engine for last, "" for nothing: "start tcp:a:1 resume", "pause", ….
  * The caller's to g_free(). */
 char *fake_last_call(PrMigration *migration);
+/* News of a path. */
+void fake_tell_path(PrMigration *migration, PrPathState state, const char *reason);
 /* The next command fails with this message. */
 void fake_fail_next(PrMigration *migration, const char *message);
 /* Changes the state, from the caller's thread, and reports it as the engine does. */

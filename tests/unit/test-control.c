@@ -620,12 +620,14 @@ static void what_was_sent_before_a_shutdown_arrives(void **state)
 		g_autoptr(Pair) pair = pair_new();
 		g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "done");
 		g_autofree uint8_t *body = g_malloc0(MIB);
+		g_autoptr(GByteArray) last = g_byte_array_new();
 		Sender noise = {.control = pair->source, .n = 3, .length = MIB};
 		GThread *thread = g_thread_new("noise", sender_main, &noise);
 
+		pr_reason_encode(last, "done");
 		/* The other side talks meanwhile, and nobody listens to it. */
 		assert_true(pr_control_send(pair->sink, PR_CMD_PACKAGED, body, MIB, NULL));
-		pr_control_farewell(pair->sink, PR_MSG_PAUSE, "done");
+		pr_control_farewell(pair->sink, PR_MSG_PAUSE, last);
 		pr_control_shutdown(pair->sink, reason);
 		g_clear_pointer(&pair->sink, pr_control_free);
 		assert_receives(pair->source, PR_CMD_PACKAGED, body, MIB);

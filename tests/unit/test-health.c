@@ -103,7 +103,7 @@ static void one_that_cannot_be_reached_is_tried_less_and_less_often(void **state
 	gint64 now = START, expected = PR_HEALTH_RETRY_MIN;
 
 	for (guint i = 0; i < 20; i++) {
-		step(&health, PR_HEALTH_CONNECTS, now, PR_PATH_CONNECTING);
+		step(&health, PR_HEALTH_CONNECTS, now, i ? PR_PATH_FAILED : PR_PATH_CONNECTING);
 		step(&health, PR_HEALTH_FAILED, now, PR_PATH_FAILED);
 		assert_int_equal(health.retry_at, now + expected);
 		/* it was never up: there is nothing to hold down */
@@ -128,6 +128,15 @@ static void closing_is_no_failure(void **state)
 	step(&health, PR_HEALTH_CLOSED, START + 11 * SECOND, PR_PATH_FAILED);
 }
 
+static void a_listener_goes_on_listening(void **state)
+{
+	PrHealth health = {0};
+
+	step(&health, PR_HEALTH_LISTENS, START, PR_PATH_LISTENING);
+	step(&health, PR_HEALTH_ACTIVATED, START + 1, PR_PATH_ACTIVE);
+	step(&health, PR_HEALTH_CLOSED, START + 2, PR_PATH_LISTENING);
+}
+
 static void every_event_makes_sense_in_every_state(void **state)
 {
 	for (guint from = 0; from < PR_PATH_N_STATES; from++)
@@ -149,6 +158,7 @@ int main(void)
 		cmocka_unit_test(a_long_good_time_is_forgiving),
 		cmocka_unit_test(one_that_cannot_be_reached_is_tried_less_and_less_often),
 		cmocka_unit_test(closing_is_no_failure),
+		cmocka_unit_test(a_listener_goes_on_listening),
 		cmocka_unit_test(every_event_makes_sense_in_every_state),
 	};
 

@@ -109,7 +109,9 @@ static void every_command_succeeds_in_its_right_form(void **state)
 		 "\"heartbeat-interval\":2000,\"heartbeat-timeout\":9000}}",
 		 "{\"return\":{}}"},
 		{"{\"execute\":\"query-migrate-parameters\"}", "\"heartbeat-interval\":2000"},
-		{"{\"execute\":\"query-paths\"}", "\"last-error\":\"nothing heard\""},
+		{"{\"execute\":\"query-paths\"}",
+		 "\"state\":\"failed\",\"since-ms\":1500,\"device\":\"mlx5_0\","
+		 "\"last-error\":\"nothing heard\",\"rtt-us\":120,\"data-rtt-us\":9"},
 		{"{\"execute\":\"human-monitor-command\",\"arguments\":{\"command-line\":"
 		 "\"info status\",\"cpu-index\":0}}",
 		 "Engine status: role destination"},
@@ -305,6 +307,20 @@ static void changes_of_state_are_events_in_order(void **state)
 	assert_true(g_queue_is_empty(stranger->events));
 }
 
+static void changes_of_paths_are_events_and_end_no_wait(void **state)
+{
+	Bench *bench = *state;
+	g_autoptr(Client) client = client_ready(bench);
+	g_autofree char *lost = NULL, *next = NULL;
+
+	fake_tell_path(bench->migration, PR_PATH_FAILED, "port is DOWN");
+	fake_set_state(bench->migration, PR_STATE_POSTCOPY_PAUSED, "lost");
+	lost = client_event(client);
+	next = client_event(client);
+	assert_string_equal(lost, "rdma:10.0.1.2:4444 failed mlx5_0 port is DOWN");
+	assert_string_equal(next, "postcopy-paused/lost");
+}
+
 static void without_the_capability_there_are_no_events(void **state)
 {
 	Bench *bench = *state;
@@ -434,8 +450,8 @@ static void hmp_shows_and_sets(void **state)
 		{HMP("info migrate"), "total ram: 65536 kbytes\\n"},
 		{HMP("info migrate"), "[ 16 us - 32 us ): 70\\n"},
 		{HMP("info migrate"), "longest fault: 900 us\\n"},
-		{HMP("info paths"), "tcp:10.0.1.2:4444: failed, rtt 120 us, 40960 kbytes, "
-				    "last error: nothing heard\\n"},
+		{HMP("info paths"), "tcp:10.0.1.2:4444: failed for 1.5 s, mlx5_0, rtt 120 us "
+				    "(data 9 us), 40960 kbytes, last error: nothing heard\\n"},
 		{HMP("info migrate_capabilities"), "postcopy-ram: on\\n"},
 		{HMP("migrate_set_capability zero-pages off"), "{\"return\":\"\""},
 		{HMP("info migrate_capabilities"), "zero-pages: off\\n"},
@@ -727,6 +743,7 @@ int main(void)
 		ON_BENCH(messages_need_no_newline_and_may_come_in_pieces),
 		ON_BENCH(query_migrate_has_qemus_fields_and_ours),
 		ON_BENCH(changes_of_state_are_events_in_order),
+		ON_BENCH(changes_of_paths_are_events_and_end_no_wait),
 		ON_BENCH(without_the_capability_there_are_no_events),
 		ON_BENCH(migrate_without_d_is_answered_at_its_end),
 		ON_BENCH(the_end_of_an_earlier_migration_answers_nobody),
