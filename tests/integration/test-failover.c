@@ -1,0 +1,355 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Two listed paths: which one is taken when the one in use is lost, and what stands by. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <string.h>
+
+#include "migration/internal.h"
+#include "tests/integration/pair.h"
+
+#define MIB (1024ull * 1024)
+
+static const char *scheme_of(void **state)
+{
+	return *state;
+}
+
+/* Two paths, each with faults of its own. */
+typedef struct TwoPaths {
+	Pair *pair;
+	PrFaults *faults[2];
+	char *uri[2];
+	char *uris; /* for migrate */
+} TwoPaths;
+
+static void two_paths_init(TwoPaths *two, const PairConfig *config)
+{
+	static const char *const ids[] = {"first-of-two", "second-of-two"};
+	g_auto(PrMigrationInfo) info = {0};
+
+	two->pair = pair_new(config);
+	pr_migration_query(two->pair->destination.engine, &info);
+	assert_int_equal(info.paths->len, 2);
+	for (guint i = 0; i < 2; i++) {
+		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
+		two->faults[i] = pr_faults_new(ids[i]);
+		two->uri[i] = g_strdup_printf("faulty+%s?fault-id=%s", path->uri, ids[i]);
+	}
+	two->uris = g_strdup_printf("%s,%s", two->uri[0], two->uri[1]);
+}
+
+static void two_paths_clear(TwoPaths *two)
+{
+	pair_free(two->pair);
+	pr_faults_free(two->faults[0]);
+	pr_faults_free(two->faults[1]);
+	g_free(two->uri[0]);
+	g_free(two->uri[1]);
+	g_free(two->uris);
+}
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(TwoPaths, two_paths_clear)
+
+/* Waits until both have left postcopy-paused for the n-th time. */
+static void wait_recovered(Pair *pair, guint64 n)
+{
+	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
+	Side *sides[] = {&pair->source, &pair->destination};
+
+	for (guint i = 0; i < 2; i++)
+		for (;;) {
+			g_auto(PrMigrationInfo) info = {0};
+			pr_migration_query(sides[i]->engine, &info);
+			if (info.recoveries >= n && info.state == PR_STATE_POSTCOPY_ACTIVE)
+				break;
+			assert_true(g_get_monotonic_time() < deadline);
+			g_usleep(500); /* between two looks at the condition */
+		}
+}
+
+static PrPathState path_state(Side *side, const char *uri)
+{
+	g_auto(PrMigrationInfo) info = {0};
+
+	pr_migration_query(side->engine, &info);
+	for (guint i = 0; i < info.paths->len; i++) {
+		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
+		if (strcmp(path->uri, uri) == 0)
+			return path->state;
+	}
+	return PR_PATH_N_STATES;
+}
+
+static void wait_path(Side *side, const char *uri, PrPathState state)
+{
+	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
+
+	while (path_state(side, uri) != state) {
+		if (g_get_monotonic_time() > deadline)
+			g_error("%s: path %s is %s, not %s", side->name, uri,
+				pr_path_state_name(path_state(side, uri)),
+				pr_path_state_name(state));
+		g_usleep(500); /* between two looks at the condition */
+	}
+}
+
+/* Waits until it was told that the path was in this state, if only for a moment. */
+static void wait_path_news(Side *side, const char *uri, PrPathState state)
+{
+	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
+	gboolean told = FALSE;
+
+	g_mutex_lock(&side->lock);
+	while (!told) {
+		for (guint i = 0; i < side->path_news->len; i++) {
+			const PathNews *news = &g_array_index(side->path_news, PathNews, i);
+			told |= news->state == state && strcmp(news->uri, uri) == 0;
+		}
+		if (!told)
+			assert_true(g_cond_wait_until(&side->changed, &side->lock, deadline));
+	}
+	g_mutex_unlock(&side->lock);
+}
+
+static void start(TwoPaths *two, void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state),
+			     .size = 16 * MIB,
+			     .bandwidth = 2 * MIB,
+			     .pace_us = 100000,
+			     .two_listeners = TRUE};
+
+	two_paths_init(two, &config);
+	/* Probes follow each other fast here. */
+	assert_true(pr_params_set(&two->pair->destination.params, "probe-interval", 20, NULL));
+	assert_true(pr_migration_start(two->pair->source.engine, two->uris, FALSE, NULL));
+	pair_wait(two->pair, PR_STATE_POSTCOPY_ACTIVE);
+}
+
+static void finish(TwoPaths *two)
+{
+	pr_params_set(&two->pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(two->pair, PR_STATE_COMPLETED);
+	pair_check_completed(two->pair);
+}
+
+static void a_standby_takes_over_without_a_new_connection(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+	Side *source = NULL;
+
+	start(&two, state);
+	source = &two.pair->source;
+	wait_path(source, two.uri[1], PR_PATH_STANDBY);
+	guint64 paths = pr_faults_counts(two.faults[1]).paths;
+	pr_faults_cut_paths(two.faults[0]);
+	wait_recovered(two.pair, 1);
+	assert_int_equal(path_state(source, two.uri[1]), PR_PATH_ACTIVE);
+	assert_int_equal(pr_faults_counts(two.faults[1]).paths, paths);
+	wait_path_news(source, two.uri[0], PR_PATH_FAILED);
+	finish(&two);
+	wait_path(source, two.uri[1], PR_PATH_IDLE);
+}
+
+static void a_standby_that_dies_is_known_and_disturbs_nobody(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+	g_auto(PrMigrationInfo) info = {0};
+
+	start(&two, state);
+	wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
+	pr_faults_cut_paths(two.faults[1]);
+	wait_path_news(&two.pair->source, two.uri[1], PR_PATH_FAILED);
+	/* It is connected again, and not trusted yet. */
+	wait_path_news(&two.pair->source, two.uri[1], PR_PATH_PROBATION);
+	finish(&two);
+	pr_migration_query(two.pair->source.engine, &info);
+	assert_int_equal(info.pauses, 0);
+}
+
+static void a_path_on_probation_is_taken_where_there_is_no_better_one(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+
+	start(&two, state);
+	for (guint i = 0; i < 4; i++) {
+		guint lost = i % 2, left = 1 - lost;
+		wait_path(&two.pair->source, two.uri[left],
+			  i ? PR_PATH_PROBATION : PR_PATH_STANDBY);
+		pr_faults_cut_paths(two.faults[lost]);
+		wait_recovered(two.pair, i + 1);
+		assert_int_equal(path_state(&two.pair->source, two.uri[left]), PR_PATH_ACTIVE);
+	}
+	finish(&two);
+}
+
+static void no_standby_is_kept_when_that_is_switched_off(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+	PairConfig config = {.scheme = scheme_of(state),
+			     .size = 16 * MIB,
+			     .bandwidth = 2 * MIB,
+			     .pace_us = 100000,
+			     .two_listeners = TRUE};
+
+	two_paths_init(&two, &config);
+	assert_true(
+		pr_params_set_capability(&two.pair->source.params, "standby-paths", FALSE, NULL));
+	assert_true(pr_migration_start(two.pair->source.engine, two.uris, FALSE, NULL));
+	pair_wait(two.pair, PR_STATE_POSTCOPY_ACTIVE);
+	for (guint i = 0; i < 3; i++) {
+		guint64 paths = pr_faults_counts(two.faults[(i + 1) % 2]).paths;
+		pr_faults_cut_paths(two.faults[i % 2]);
+		wait_recovered(two.pair, i + 1);
+		assert_int_equal(pr_faults_counts(two.faults[(i + 1) % 2]).paths, paths + 1);
+	}
+	assert_int_equal(pr_faults_counts(two.faults[0]).paths, 2);
+	finish(&two);
+}
+
+/* The destination says over the standby that it has lost the path in use. */
+static void say_lost(Pair *pair, uint64_t epoch)
+{
+	PrMigration *m = pair->destination.engine;
+	g_autoptr(GError) why = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "a test");
+
+	g_mutex_lock(&m->lock);
+	assert_int_equal(m->standbys->len, 1);
+	pr_standby_tell_lost(m, epoch, why);
+	g_mutex_unlock(&m->lock);
+}
+
+static void news_over_a_standby_pauses_and_old_news_does_not(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+	g_auto(PrMigrationInfo) info = {0};
+
+	start(&two, state);
+	wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
+	uint64_t epoch = two.pair->source.engine->conn->epoch;
+	say_lost(two.pair, epoch + 1);
+	say_lost(two.pair, epoch);
+	wait_recovered(two.pair, 1);
+	wait_path(&two.pair->source, two.uri[1], PR_PATH_ACTIVE);
+	/* That was one pause, not two. */
+	finish(&two);
+	pr_migration_query(two.pair->source.engine, &info);
+	assert_int_equal(info.pauses, 1);
+}
+
+/* A human names the path that stands by: its standby is used, also when automatic recovery is off. */
+static void a_human_uses_the_standby_too(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+	g_autoptr(GError) error = NULL;
+
+	start(&two, state);
+	assert_true(
+		pr_params_set_capability(&two.pair->source.params, "auto-recover", FALSE, NULL));
+	wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
+	guint64 paths = pr_faults_counts(two.faults[1]).paths;
+	pr_faults_cut_paths(two.faults[0]);
+	pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
+	pr_migration_start(two.pair->source.engine, two.uri[1], /* resume= */ TRUE, &error);
+	g_assert_no_error(error);
+	wait_recovered(two.pair, 1);
+	assert_int_equal(pr_faults_counts(two.faults[1]).paths, paths);
+	finish(&two);
+}
+
+static void fails_over_twenty_times_in_one_migration(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+
+	start(&two, state);
+	for (guint i = 0; i < 20; i++) {
+		/* Whichever is in use. */
+		guint used = path_state(&two.pair->source, two.uri[0]) == PR_PATH_ACTIVE ? 0 : 1;
+		if (i % 3)
+			pr_faults_cut_paths(two.faults[used]);
+		else
+			pr_faults_cut_next_message(two.faults[used]);
+		wait_recovered(two.pair, i + 1);
+	}
+	finish(&two);
+}
+
+/* It is the source that would come by itself. */
+static void wait_held(Pair *pair)
+{
+	PrMigration *m = pair->source.engine;
+	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
+
+	g_mutex_lock(&m->lock);
+	while (!m->held || m->sm.state != PR_STATE_POSTCOPY_PAUSED)
+		assert_true(g_cond_wait_until(&m->changed, &m->lock, deadline));
+	g_mutex_unlock(&m->lock);
+}
+
+static guint count_told(Side *side, PrState state)
+{
+	guint n = 0;
+
+	g_mutex_lock(&side->lock);
+	for (guint i = 0; i < side->states->len; i++)
+		n += g_array_index(side->states, PrState, i) == state;
+	g_mutex_unlock(&side->lock);
+	return n;
+}
+
+/* A pause that a human asked for is ended by a human, from whichever side it came. */
+static void stays_paused_when_a_human_paused(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+	g_autoptr(GError) error = NULL;
+
+	start(&two, state);
+	for (guint i = 0; i < 2; i++) {
+		Side *asked = i ? &two.pair->source : &two.pair->destination;
+		assert_true(pr_migration_pause(asked->engine, NULL));
+		/* A source that did not hear why tries once, and is told. */
+		wait_held(two.pair);
+		pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
+		guint attempts = count_told(&two.pair->source, PR_STATE_POSTCOPY_RECOVER_SETUP);
+		/* No attempt may come for as long: there is no condition to wait for. */
+		g_usleep(400 * 1000);
+		wait_held(two.pair);
+		assert_int_equal(count_told(&two.pair->source, PR_STATE_POSTCOPY_RECOVER_SETUP),
+				 attempts);
+		pr_migration_start(two.pair->source.engine, two.uris, /* resume= */ TRUE, &error);
+		g_assert_no_error(error);
+		wait_recovered(two.pair, i + 1);
+	}
+	/* Switched off, a lost path waits for a human, too; switched on again, it is recovered. */
+	assert_true(
+		pr_params_set_capability(&two.pair->source.params, "auto-recover", FALSE, NULL));
+	pr_faults_cut_paths(two.faults[0]);
+	pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
+	assert_true(pr_params_set_capability(&two.pair->source.params, "auto-recover", TRUE, NULL));
+	wait_recovered(two.pair, 3);
+	finish(&two);
+}
+
+#define FOR(scheme_, test_)                                                                        \
+	{                                                                                          \
+#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
+	}
+#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		BOTH(a_standby_takes_over_without_a_new_connection),
+		BOTH(a_standby_that_dies_is_known_and_disturbs_nobody),
+		BOTH(a_path_on_probation_is_taken_where_there_is_no_better_one),
+		BOTH(no_standby_is_kept_when_that_is_switched_off),
+		BOTH(news_over_a_standby_pauses_and_old_news_does_not),
+		BOTH(a_human_uses_the_standby_too),
+		BOTH(fails_over_twenty_times_in_one_migration),
+		BOTH(stays_paused_when_a_human_paused),
+	};
+
+	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
+	return cmocka_run_group_tests_name("failover", tests, NULL, NULL);
+}
