@@ -110,6 +110,7 @@ struct PrMigration {
 			      * changed */
 	guint n_asked;	     /* so many of them were named by the last command */
 	char *last_path;     /* text of the URI that connected last */
+	char *claimed;	     /* text of the URI that the owner is connecting: no standby for it */
 	GPtrArray *keepers;  /* PrKeeper*; the owner's, no lock */
 	PrResume resume;     /* what kind of recovery RECOVER_SETUP is */
 	uint32_t pong;	     /* the last one received */
@@ -196,9 +197,10 @@ void pr_path_record_free(gpointer record);
 void pr_standby_keep(PrMigration *m);
 void pr_standby_stop(PrMigration *m);
 /* Source, the owner: makes a path's standby the connection in use. NULL without an error: it has none, or
- * *ret_completed. */
+ * *ret_completed. Either way the path's keeper stays away from it until pr_standby_unclaim(). */
 PrConn *pr_standby_activate(PrMigration *m, const PrUri *uri, PrResume resume,
 			    gboolean *ret_completed, GError **error);
+void pr_standby_unclaim(PrMigration *m);
 /* The owner, with the lock held: how good a path's standby is: 2: fit, 1: on probation, 0: there is none. */
 guint pr_standby_rank(PrMigration *m, const PrUri *uri);
 /* Destination: a source wants to connect a standby; takes the control. From the listener's thread. */
@@ -220,6 +222,8 @@ void pr_migration_sample_rate(PrMigration *m, uint64_t bytes, gint64 now);
 
 /* The peer's PAUSE, HOLD or ERROR as an error; always FALSE. `peer`: "source" or "destination". */
 gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error);
+/* The last word on a connection, if it can be said without waiting. */
+void pr_migration_farewell(PrConn *conn, uint16_t type, const char *reason);
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
 
 /* source.c: for the keepers, too */

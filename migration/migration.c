@@ -150,12 +150,12 @@ static PrEvent event_of(const GError *error)
 	return PR_EVENT_ERROR;
 }
 
-static void say_farewell(PrControl *control, uint16_t type, const char *reason)
+void pr_migration_farewell(PrConn *conn, uint16_t type, const char *reason)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
 	pr_reason_encode(body, reason);
-	pr_control_farewell(control, type, body);
+	pr_control_farewell(conn->control, type, body);
 }
 
 /* Tells the peer, if that can be done without waiting, and shuts everything down. */
@@ -170,11 +170,11 @@ static void cut(PrMigration *m, PrAction action, const GError *error)
 	if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER) &&
 	    !g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD) &&
 	    !g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER)) {
-		say_farewell(m->conn->control,
-			     action == PR_ACTION_UNDO ? PR_MSG_ERROR
-			     : m->held		      ? PR_MSG_HOLD
-						      : PR_MSG_PAUSE,
-			     error->message);
+		pr_migration_farewell(m->conn,
+				      action == PR_ACTION_UNDO ? PR_MSG_ERROR
+				      : m->held		       ? PR_MSG_HOLD
+							       : PR_MSG_PAUSE,
+				      error->message);
 		/* The path itself may be what is broken. */
 		pr_standby_tell_lost(m, m->conn->epoch, error);
 	}
@@ -347,6 +347,7 @@ void pr_migration_free(PrMigration *m)
 	g_free(m->reason);
 	g_free(m->error_desc);
 	g_free(m->last_path);
+	g_free(m->claimed);
 	g_mutex_clear(&m->lock);
 	g_cond_clear(&m->changed);
 	g_free(m);

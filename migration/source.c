@@ -321,6 +321,7 @@ static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **err
 		const PrUri *uri = g_ptr_array_index(uris, i);
 		g_autoptr(GError) why = NULL;
 		PrConn *conn = try_path(m, uri, resume, ret_completed, &why);
+		pr_standby_unclaim(m);
 		if (conn)
 			note_last_path(m, uri);
 		if (conn || *ret_completed)

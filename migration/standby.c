@@ -38,10 +38,13 @@ struct PrKeeper {
 
 /* ---- the source ---- */
 
-/* With the lock held. */
+/* Or is about to be. With the lock held. */
 static gboolean is_in_use(PrKeeper *keeper)
 {
-	return keeper->m->conn && strcmp(keeper->m->conn->name, keeper->uri->text) == 0;
+	const PrMigration *m = keeper->m;
+
+	return g_strcmp0(m->claimed, keeper->uri->text) == 0 ||
+	       (m->conn && strcmp(m->conn->name, keeper->uri->text) == 0);
 }
 
 static gboolean is_wanted(PrKeeper *keeper)
@@ -119,6 +122,7 @@ static void offer(PrKeeper *keeper, PrConn *conn)
 	g_mutex_unlock(&m->lock);
 	if (!ours)
 		return;
+	pr_migration_farewell(conn, PR_MSG_HOLD, closed->message);
 	note_end(conn, closed);
 	pr_conn_close(conn);
 }
@@ -220,7 +224,8 @@ guint pr_standby_rank(PrMigration *m, const PrUri *uri)
 	return health->state == PR_PATH_STANDBY ? 2 : 1;
 }
 
-/* The standby of a path, which is the caller's from then on; NULL: it has none. */
+/* The standby of a path, which is the caller's from then on; NULL: it has none. Claims the path: a standby
+ * that would be up a moment later gives way. */
 static PrConn *take(PrMigration *m, const PrUri *uri)
 {
 	PrKeeper *keeper = find_keeper(m, uri);
@@ -231,8 +236,18 @@ static PrConn *take(PrMigration *m, const PrUri *uri)
 		conn = g_steal_pointer(&keeper->conn);
 		pr_conn_unlist(conn);
 	}
+	m->claimed = g_strdup(uri->text);
+	g_cond_broadcast(&m->changed);
 	g_mutex_unlock(&m->lock);
 	return conn;
+}
+
+void pr_standby_unclaim(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	g_clear_pointer(&m->claimed, g_free);
+	g_cond_broadcast(&m->changed);
+	g_mutex_unlock(&m->lock);
 }
 
 static gboolean send_activate(PrConn *conn, PrResume resume, GError **error)

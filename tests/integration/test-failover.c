@@ -26,7 +26,7 @@ typedef struct TwoPaths {
 
 static void two_paths_init(TwoPaths *two, const PairConfig *config)
 {
-	static const char *const ids[] = {"first-of-two", "second-of-two"};
+	static int count; /* of the main thread; names the faults of each test */
 	g_auto(PrMigrationInfo) info = {0};
 
 	two->pair = pair_new(config);
@@ -34,8 +34,9 @@ static void two_paths_init(TwoPaths *two, const PairConfig *config)
 	assert_int_equal(info.paths->len, 2);
 	for (guint i = 0; i < 2; i++) {
 		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
-		two->faults[i] = pr_faults_new(ids[i]);
-		two->uri[i] = g_strdup_printf("faulty+%s?fault-id=%s", path->uri, ids[i]);
+		g_autofree char *id = g_strdup_printf("of-two-%d", count++);
+		two->faults[i] = pr_faults_new(id);
+		two->uri[i] = g_strdup_printf("faulty+%s?fault-id=%s", path->uri, id);
 	}
 	two->uris = g_strdup_printf("%s,%s", two->uri[0], two->uri[1]);
 }
