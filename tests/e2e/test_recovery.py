@@ -264,6 +264,51 @@ def by_itself_tcp(lab):
     recover_by_itself(lab, "tcp")
 
 
+@case("recover-by-itself-over-another-transport")
+def by_itself_other_transport(lab):
+    move = Move(lab, incoming="ofi:0.0.0.0:4444,tcp:0.0.0.0:5555")
+    move.slow_down("8M")
+    last_resort = f"tcp:{lab.network.destination.address(2)}:5555"
+    move.source.hmp(f"migrate -d {move.uri(link=1)},{last_resort}")
+    move.wait_midway(fraction=0.8)
+    move.network.link_down(1)
+    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    expect(path_of(move.source, last_resort)["state"] == "active", f"paths: {move.source.paths()}")
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+def path_of(engine, uri):
+    """What query-paths says of one."""
+    return next((path for path in engine.paths() if path["uri"] == uri), {"state": "none"})
+
+
+@case("whoever-notices-first-says-so-over-the-standby-path")
+def tells_over_standby(lab):
+    """The source would take half a minute to notice the silence; the destination needs half a second."""
+    move = Move(lab)
+    move.source.hmp("migrate_set_parameter heartbeat-timeout 30000")
+    move.slow_down("8M")
+    move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
+    move.wait_midway(fraction=0.8)
+    for engine, state in zip(move.engines, ("standby", "standby")):
+        wait_for(
+            f"link2 stands by at the {engine.name}",
+            15,
+            lambda e=engine, s=state: path_of(e, move.uri(link=2))["state"] == s,
+        )
+    began = time.monotonic()
+    move.network.black_hole(1)
+    wait_for("the source recovers", 20, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    expect(time.monotonic() - began < 15, "the source waited for its own timeout")
+    reasons = [event["data"].get("reason", "") for event in move.source.qmp.drain_events()]
+    expect(any("the destination has paused: nothing heard" in reason for reason in reasons), f"reasons: {reasons}")
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
 @case("statistics-stay-right-across-recoveries")
 def statistics(lab):
     move = start_and_stop_midway(lab, "ofi")

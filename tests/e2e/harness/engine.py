@@ -51,6 +51,9 @@ class Engine:
     def query(self):
         return self.qmp.command("query-migrate")
 
+    def paths(self):
+        return self.qmp.command("query-paths")
+
     def status(self):
         return self.query().get("status", "none")
 
