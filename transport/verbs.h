@@ -107,18 +107,20 @@ typedef struct PrVerbsImport {
 	struct ibv_mr *mr;	 /* our side of it, NULL: not yet; atomic, set under import_lock */
 } PrVerbsImport;
 
-/* A range of a block that the source has registered. */
-typedef struct PrVerbsExport {
-	uint32_t block;
-	uint64_t offset, length; /* bytes within the block */
-	struct ibv_mr *mr;
-} PrVerbsExport;
-
 /* A mapping of ours; addr NULL: none. */
 typedef struct PrVerbsMapping {
 	void *addr;
 	uint64_t size; /* bytes */
 } PrVerbsMapping;
+
+/* A range of a block that the source has registered. */
+typedef struct PrVerbsExport {
+	uint32_t block;
+	uint64_t offset, length; /* bytes within the block */
+	struct ibv_mr *mr;
+	PrVerbsMapping watch; /* around a mapping that shows whether pages were exchanged */
+	uint64_t watch_at;    /* where in it that begins */
+} PrVerbsExport;
 
 typedef struct PrVerbsPath {
 	PrDataPath base;

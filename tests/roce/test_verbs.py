@@ -226,11 +226,17 @@ def exchanged(pair):
     pair.source.do("punch", 0, 2 * MIB, 64 * KIB)
     pair.fill(0, 2 * MIB, 64 * KIB, seed=2)
     pair.source.do("punch", 0, 4 * MIB, MIB)
+    pair.source.do("punch", 0, 6 * MIB, 4 * KIB)
+    pair.fill(0, 6 * MIB, 4 * KIB, seed=3)
+    # That somebody else has looked at them since hides nothing.
+    pair.source.do("touch", 0, 0, 3 * MIB)
+    pair.source.do("touch", 0, 6 * MIB, 4 * KIB)
     granted = pair.grant()
     expect(not any(at < 5 * MIB and at + n > 4 * MIB for block, at, n in granted if block == 0), f"granted: {granted}")
     pair.check(0, 2 * MIB, 64 * KIB, seed=2)
-    pair.check(0, 0, 2 * MIB)
-    pair.check(0, 5 * MIB, 3 * MIB)
+    pair.check(0, 6 * MIB, 4 * KIB, seed=3)
+    for begin, end in ((0, 2 * MIB), (2 * MIB + 64 * KIB, 4 * MIB), (5 * MIB, 6 * MIB), (6 * MIB + 4 * KIB, 8 * MIB)):
+        pair.check(0, begin, end - begin)
     pair.close()
 
 
