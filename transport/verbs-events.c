@@ -38,8 +38,9 @@ gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane)
 {
 	union ibv_gid now;
 
-	return !ibv_query_gid(path->rail.context, path->rail.port, lane->gid_index, &now) &&
-	       !memcmp(&now, &lane->gid, sizeof(now));
+	return !lane->has_gid ||
+	       (!ibv_query_gid(path->rail.context, path->rail.port, lane->gid_index, &now) &&
+		!memcmp(&now, &lane->gid, sizeof(now)));
 }
 
 /* Some address of the port has changed: ours? */

@@ -109,6 +109,7 @@ static gboolean check_gid(PrVerbsPath *path, PrVerbsLane *lane, uint8_t index, G
 		return pr_verbs_error(path->uri, "the RDMA port's address has gone", err, error);
 	lane->gid = entry.gid;
 	lane->gid_index = index;
+	lane->has_gid = TRUE;
 	if (entry.gid_type != IBV_GID_TYPE_ROCE_V1)
 		return TRUE;
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,

@@ -12,6 +12,9 @@
  *
  * Traffic classes: a fabric that is made ready for RoCE mostly treats DSCP 26 (tos 104) as lossless, which
  * is right for bulk; expedited forwarding (tos 184) lets the few urgent READs overtake.
+ *
+ * A lane that is not connected after connect-timeout-ms is tried again, as long as the handshake lasts: a second,
+ * where rdma_cm itself repeats a lost message after 4 s.
  */
 #include "transport/verbs.h"
 
@@ -20,7 +23,18 @@ typedef struct Number {
 	guint64 min, max, fallback;
 } Number;
 
-enum { ACK_TIMEOUT, RETRY, BULK_RETRY, RNR_RETRY, RNR_TIMER, DEPTH, TOS, BULK_TOS, N_NUMBERS };
+enum {
+	ACK_TIMEOUT,
+	RETRY,
+	BULK_RETRY,
+	RNR_RETRY,
+	RNR_TIMER,
+	DEPTH,
+	TOS,
+	BULK_TOS,
+	CONNECT_TIMEOUT,
+	N_NUMBERS
+};
 
 static const Number numbers[N_NUMBERS] = {
 	[ACK_TIMEOUT] = {"ack-timeout", 8, 22, 14},
@@ -31,6 +45,7 @@ static const Number numbers[N_NUMBERS] = {
 	[DEPTH] = {"depth", 1, PR_VERBS_DEPTH_MAX, 16},
 	[TOS] = {"tos", 0, 255, 184},
 	[BULK_TOS] = {"bulk-tos", 0, 255, 104},
+	[CONNECT_TIMEOUT] = {"connect-timeout-ms", 50, 60000, 1000},
 };
 
 gboolean pr_verbs_parse_options(const PrUri *uri, PrVerbsOptions *ret, GError **error)
@@ -54,6 +69,7 @@ gboolean pr_verbs_parse_options(const PrUri *uri, PrVerbsOptions *ret, GError **
 		.rnr_timer = values[RNR_TIMER],
 		.depth = values[DEPTH],
 		.tos = {[PR_LANE_URGENT] = values[TOS], [PR_LANE_BULK] = values[BULK_TOS]},
+		.connect_timeout_ms = (guint)values[CONNECT_TIMEOUT],
 	};
 	return TRUE;
 }

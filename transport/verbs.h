@@ -24,6 +24,7 @@ typedef struct PrVerbsOptions {
 	uint8_t rnr_timer; /* a code, not a time: see ibv_modify_qp(3) */
 	uint8_t depth;	   /* READs outstanding on a lane; ORD and IRD */
 	uint8_t tos[PR_N_LANES];
+	guint connect_timeout_ms; /* of one attempt to connect a lane */
 } PrVerbsOptions;
 
 /* Also checks that there are no others. */
@@ -80,8 +81,9 @@ typedef struct PrVerbsLane {
 	struct ibv_comp_channel *channel;
 	struct ibv_cq *cq;
 	struct ibv_qp *qp; /* moved to the error state, and destroyed, under the path's qp_lock */
-	union ibv_gid gid; /* ours, constant once connected, as is gid_index */
+	union ibv_gid gid; /* ours, constant once connected, as are the next two */
 	uint8_t gid_index;
+	gboolean has_gid;    /* InfiniBand within a subnet has none */
 	uint16_t epoch_tag;  /* in every wr_id */
 	guint n_cq_events;   /* taken and not acknowledged */
 	guint depth;	     /* READs that may be outstanding */
@@ -166,13 +168,15 @@ void pr_verbs_lane_stop(PrVerbsLane *lane);
 gboolean pr_verbs_lane_drain(PrVerbsPath *path, PrVerbsLane *lane, gint64 deadline);
 /* With qp_lock held: ends the connection, so that nothing lands any more. */
 void pr_verbs_lane_disconnect(PrVerbsLane *lane);
+/* Frees all; the lane may be opened again. */
 void pr_verbs_lane_close(PrVerbsLane *lane);
 
 /* verbs-connect.c */
 /* Source. Opens the path's rail with the first lane. */
 gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
 			       gint64 deadline, GError **error);
-/* Destination. Takes `id`, whatever comes of it. `depth`: what the source offers. */
+/* Destination. Takes `id`, whatever comes of it. `depth`: what the source offers. TRUE with a lane that has
+ * no id: the source gave this attempt up. */
 gboolean pr_verbs_accept_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
 			      struct rdma_cm_id *id, guint depth, gint64 deadline, GError **error);
 /* Rejects and frees an id that asks to be connected; the source shows the reason. */
