@@ -223,7 +223,7 @@ static gboolean verbs_post_read(PrDataPath *base, PrLaneId id, uint32_t block, u
 	PrVerbsPath *path = (PrVerbsPath *)base;
 	PrVerbsLane *lane = &path->lanes[id];
 
-	g_assert(lane->n_free && length <= PR_READ_MAX && block < path->n_regions &&
+	g_assert(length <= PR_READ_MAX && block < path->n_regions &&
 		 offset + length <= path->regions[block].size);
 	return pr_fate_is_up(&path->fate) &&
 	       pr_verbs_lane_post(path, lane, block, offset, length, token);

@@ -13,7 +13,9 @@
 
 #include "transport/backend.h"
 
-#define PR_VERBS_DEPTH_MAX 128 /* READs outstanding on a lane */
+#define PR_VERBS_DEPTH_MAX  128 /* READs outstanding on a lane */
+#define PR_VERBS_PROBES_MAX 4	/* probes outstanding on a lane, beside READs */
+#define PR_VERBS_SLOTS	    (PR_VERBS_DEPTH_MAX + PR_VERBS_PROBES_MAX)
 
 /* Read from a URI; constant. */
 typedef struct PrVerbsOptions {
@@ -70,7 +72,7 @@ typedef struct PrVerbsSlot {
 	uint64_t token;
 	gint64 posted_us;
 	guint n_wrs;
-	gboolean busy, failed;
+	gboolean busy, failed, probe;
 	struct ibv_mr *mr; /* of this READ alone, or NULL */
 } PrVerbsSlot;
 
@@ -91,11 +93,12 @@ typedef struct PrVerbsLane {
 	guint spin_us;	     /* adaptive: see arm() */
 	gboolean marker_due; /* the last work request of all has not completed */
 	PrWaker waker;
-	PrVerbsSlot slots[PR_VERBS_DEPTH_MAX];
-	uint16_t free_slots[PR_VERBS_DEPTH_MAX]; /* a stack */
+	PrVerbsSlot slots[PR_VERBS_SLOTS];
+	uint16_t free_slots[PR_VERBS_SLOTS]; /* a stack */
 	guint n_free;
-	guint import_hint;			/* where the last READ was: see verbs-import.c */
-	PrCompletion early[PR_VERBS_DEPTH_MAX]; /* reaped while looking for something else */
+	guint n_reads, n_probes;	    /* outstanding */
+	guint import_hint;		    /* where the last READ was: see verbs-import.c */
+	PrCompletion early[PR_VERBS_SLOTS]; /* reaped while looking for something else */
 	guint n_early;
 	GPtrArray *retired; /* struct ibv_mr* of completed READs, to be freed when there is time */
 } PrVerbsLane;
@@ -145,6 +148,7 @@ typedef struct PrVerbsPath {
 	PrVerbsImport *imports; /* sorted; set before the first READ */
 	guint n_imports;
 	GMutex import_lock; /* PrVerbsImport.mr is set under it */
+	gint probe_key;	    /* the remote key of some grant, 0: none; atomic */
 
 	/* source; the thread that calls connect() and grants() */
 	GArray *exports;	  /* PrVerbsExport, sorted */
@@ -160,6 +164,9 @@ gboolean pr_verbs_lane_open(PrVerbsPath *path, PrVerbsLane *lane, GError **error
 gboolean pr_verbs_lane_ready(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GError **error);
 gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block, uint64_t offset,
 			    uint32_t length, uint64_t token);
+/* Posts a READ of nothing: poll() returns its token when the source's end of the queue pair has answered. Needs no
+ * grants. At most PR_VERBS_PROBES_MAX may be outstanding. FALSE: the path has failed. */
+gboolean pr_verbs_lane_probe(PrVerbsPath *path, PrVerbsLane *lane, uint64_t token);
 guint pr_verbs_lane_poll(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret, guint max);
 gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane);
 /* Any thread, with qp_lock held: everything outstanding completes with an error. */

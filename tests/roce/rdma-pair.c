@@ -18,11 +18,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "transport/transport.h"
+#include "transport/verbs.h"
 
 #define BLOCKS	    2
 #define BLOCK_BYTES (64ull * 1024 * 1024)
 #define MARK	    0xee
+#define PROBE_TOKEN 0x1234567890ull
 #define READ_MS	    10000 /* for a READ, whatever becomes of it */
 
 typedef struct Puller {
@@ -228,6 +229,30 @@ static gboolean check(Side *side, char **words, GString *ret, GError **error)
 				    "wrong bytes in block %u at %" PRIu64, block, i);
 			return FALSE;
 		}
+	return TRUE;
+}
+
+/* LANE COUNT: probes, so many at a time. Answers how long they took, in microseconds. */
+static gboolean probe(Side *side, char **words, GString *ret, GError **error)
+{
+	PrVerbsPath *path = (PrVerbsPath *)side->path;
+	guint lane = number(words[1]), n = number(words[2]), done = 0, got;
+	gint64 begin = g_get_monotonic_time();
+
+	for (guint i = 0; i < n; i++)
+		if (!pr_verbs_lane_probe(path, &path->lanes[lane], PROBE_TOKEN + i))
+			return complain(error, "the probe was not posted");
+	for (; done < n; done += got) {
+		PrCompletion completions[16];
+
+		got = await(side, lane, completions, G_N_ELEMENTS(completions));
+		if (!got)
+			return complain(error, "the probe did not complete");
+		for (guint i = 0; i < got; i++)
+			if (!completions[i].ok || completions[i].token != PROBE_TOKEN + done + i)
+				return complain(error, "the probe failed");
+	}
+	g_string_printf(ret, "%" PRId64, g_get_monotonic_time() - begin);
 	return TRUE;
 }
 
@@ -457,6 +482,7 @@ static const Command commands[] = {
 	{"grants", 0, TRUE, tell_grants},
 	{"set-grants", 0, TRUE, take_grants},
 	{"check", 6, TRUE, check},
+	{"probe", 2, TRUE, probe},
 	{"pull", 0, TRUE, start_pull},
 	{"join-pull", 0, TRUE, join_pull},
 	{"await-failure", 1, TRUE, await_failure},

@@ -241,6 +241,24 @@ def exchanged(pair):
     pair.close()
 
 
+@case("probe-is-answered-without-grants-and-beside-a-full-window-and-fails-with-its-path")
+def probes(pair):
+    pair.open()
+    for lane in (0, 1):
+        for count in (1, 4):
+            pair.destination.do("probe", lane, count)
+    expect(pair.destination.census()["blocks"] == [0, 0], "a probe has brought something")
+    pair.fill(0, 0, 16 * MIB)
+    pair.grant()
+    pair.destination.do("probe", 0, 4)
+    pair.lab.inject("blackhole", 1, "b")
+    reason = pair.destination.refuses("probe", 0, 1)
+    expect("the probe failed" in reason, f"it ended with: {reason}")
+    expect("retry count exceeded" in pair.destination.do("await-failure", 1000), "the failure has another reason")
+    expect("not posted" in pair.destination.refuses("probe", 1, 1), "a probe was posted on a dead path")
+    pair.close()
+
+
 @case("strangers-are-refused-and-the-right-one-gets-in")
 def strangers(pair):
     pair.fill(0, 0, MIB)
