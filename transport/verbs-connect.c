@@ -257,6 +257,15 @@ static gboolean try_connect(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSe
 	return TRUE;
 }
 
+static gboolean rail_is_down(PrVerbsPath *path, GError **error)
+{
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		    "path %s: rail %s is DOWN, or its address has gone; bring it up or use another "
+		    "path",
+		    path->uri->text, pr_verbs_rail_name(&path->rail));
+	return FALSE;
+}
+
 /* What is heard in between is about another lane, and the next attempt looks at it. */
 static gboolean pause_attempts(PrVerbsPath *path, const PrPathSetup *setup, GError **error)
 {
@@ -279,6 +288,8 @@ gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPat
 			g_propagate_error(error, g_steal_pointer(&local));
 			return FALSE;
 		}
+		if (pr_verbs_must_linger(path))
+			return rail_is_down(path, error);
 		g_info("%s; trying again", local->message);
 		pr_verbs_lane_close(lane);
 		if (!pause_attempts(path, setup, error))
@@ -376,6 +387,8 @@ gboolean pr_verbs_accept_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPath
 		g_propagate_error(error, g_steal_pointer(&local));
 		return FALSE;
 	}
+	if (pr_verbs_must_linger(path))
+		return rail_is_down(path, error);
 	g_info("%s; waiting for another attempt", local->message);
 	pr_verbs_lane_close(lane);
 	return TRUE;

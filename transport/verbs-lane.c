@@ -529,16 +529,16 @@ gboolean pr_verbs_lane_drain(PrVerbsPath *path, PrVerbsLane *lane, gint64 deadli
 	return TRUE;
 }
 
-void pr_verbs_lane_disconnect(PrVerbsLane *lane)
+void pr_verbs_lane_fence(PrVerbsLane *lane)
 {
 	g_clear_pointer(&lane->qp, ibv_destroy_qp);
-	/* Tells the peer, and waits for nobody. */
-	g_clear_pointer(&lane->cm, rdma_destroy_id);
 }
 
 void pr_verbs_lane_close(PrVerbsLane *lane)
 {
-	pr_verbs_lane_disconnect(lane);
+	pr_verbs_lane_fence(lane);
+	/* Tells the peer, and waits for nobody. */
+	g_clear_pointer(&lane->cm, rdma_destroy_id);
 	for (guint i = 0; i < PR_VERBS_SLOTS; i++)
 		if (lane->slots[i].mr)
 			ibv_dereg_mr(lane->slots[i].mr);

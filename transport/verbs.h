@@ -173,8 +173,8 @@ gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane);
 void pr_verbs_lane_stop(PrVerbsLane *lane);
 /* After stop. FALSE: not everything completed in time. */
 gboolean pr_verbs_lane_drain(PrVerbsPath *path, PrVerbsLane *lane, gint64 deadline);
-/* With qp_lock held: ends the connection, so that nothing lands any more. */
-void pr_verbs_lane_disconnect(PrVerbsLane *lane);
+/* With qp_lock held: destroys the queue pair, so that nothing lands any more, if it has to be waited for. */
+void pr_verbs_lane_fence(PrVerbsLane *lane);
 /* Frees all; the lane may be opened again. */
 void pr_verbs_lane_close(PrVerbsLane *lane);
 
@@ -216,10 +216,10 @@ void pr_verbs_events_join(PrVerbsPath *path);
 gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane);
 
 /* verbs-linger.c */
-/* Whether an ended path is not to tell its peer that it has ended, because it cannot now. */
+/* Whether a path is not to tell its peer that it has ended, because it cannot now. */
 gboolean pr_verbs_must_linger(PrVerbsPath *path);
-/* Frees the path when it can; `free_path` is called by a thread. */
-void pr_verbs_linger(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path));
+/* Has `free_path` free a path that is fenced, now or later; blocks for no more than a moment. */
+void pr_verbs_release(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path));
 
 /* verbs-listener.c */
 PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error);
