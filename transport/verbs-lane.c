@@ -168,6 +168,29 @@ gboolean pr_verbs_lane_ready(PrVerbsPath *path, PrVerbsLane *lane, guint depth, 
 
 /* ---- completions ---- */
 
+static gint64 posted_at(const PrVerbsLane *lane, const PrVerbsSlot *slot)
+{
+	return __atomic_load_n(&lane->posted_us[slot - lane->slots], __ATOMIC_RELAXED);
+}
+
+static void set_posted(PrVerbsLane *lane, const PrVerbsSlot *slot, gint64 when)
+{
+	__atomic_store_n(&lane->posted_us[slot - lane->slots], when, __ATOMIC_RELAXED);
+}
+
+gint64 pr_verbs_lane_oldest(const PrVerbsLane *lane)
+{
+	gint64 oldest = 0;
+
+	for (guint i = 0; i < PR_VERBS_SLOTS; i++) {
+		gint64 at = posted_at(lane, &lane->slots[i]);
+
+		if (at && (!oldest || at < oldest))
+			oldest = at;
+	}
+	return oldest;
+}
+
 /* A status that no path error explains. What has arrived so far is right all the same. */
 static gboolean is_bug(enum ibv_wc_status status)
 {
@@ -183,10 +206,11 @@ static gboolean is_bug(enum ibv_wc_status status)
 	}
 }
 
-static void note_failure(PrVerbsPath *path, const PrVerbsSlot *slot, const struct ibv_wc *wc)
+static void note_failure(PrVerbsPath *path, const PrVerbsLane *lane, const PrVerbsSlot *slot,
+			 const struct ibv_wc *wc)
 {
 	const char *rail = pr_verbs_rail_name(&path->rail);
-	gint64 ms = (g_get_monotonic_time() - slot->posted_us) / 1000;
+	gint64 ms = (g_get_monotonic_time() - posted_at(lane, slot)) / 1000;
 
 	if (!pr_fate_is_up(&path->fate))
 		return;
@@ -224,6 +248,7 @@ static void release_slot(PrVerbsLane *lane, PrVerbsSlot *slot)
 		g_ptr_array_add(lane->retired, slot->mr);
 	slot->mr = NULL;
 	slot->busy = FALSE;
+	set_posted(lane, slot, 0);
 	*(slot->probe ? &lane->n_probes : &lane->n_reads) -= 1;
 	lane->room += slot->n_wrs;
 	lane->free_slots[lane->n_free++] = slot - lane->slots;
@@ -248,7 +273,7 @@ static gboolean take(PrVerbsPath *path, PrVerbsLane *lane, const struct ibv_wc *
 		return FALSE;
 	if (wc->status != IBV_WC_SUCCESS) {
 		slot->failed = TRUE;
-		note_failure(path, slot, wc);
+		note_failure(path, lane, slot, wc);
 	}
 	if (kind != WR_LAST)
 		return FALSE;
@@ -298,6 +323,8 @@ guint pr_verbs_lane_poll(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret
 	guint n = MIN(lane->n_early, max);
 	gboolean any;
 
+	g_atomic_int_set(&lane->asleep, FALSE);
+	g_atomic_int_inc(&lane->n_polls);
 	if (n) {
 		memcpy(ret, lane->early, n * sizeof(*ret));
 		lane->n_early -= n;
@@ -369,7 +396,10 @@ gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane)
 	if (lane->n_early || !pr_fate_is_up(&path->fate) || spin(path, lane))
 		return FALSE;
 	free_retired(lane);
-	return request_event(path, lane) && pr_fate_is_up(&path->fate);
+	if (!request_event(path, lane) || !pr_fate_is_up(&path->fate))
+		return FALSE;
+	g_atomic_int_set(&lane->asleep, TRUE);
+	return TRUE;
 }
 
 /* ---- posting ---- */
@@ -438,10 +468,10 @@ static PrVerbsSlot *take_slot(PrVerbsLane *lane, uint64_t token, gboolean probe)
 
 	*slot = (PrVerbsSlot){
 		.token = token,
-		.posted_us = g_get_monotonic_time(),
 		.busy = TRUE,
 		.probe = probe,
 	};
+	set_posted(lane, slot, g_get_monotonic_time());
 	*(probe ? &lane->n_probes : &lane->n_reads) += 1;
 	return slot;
 }

@@ -27,6 +27,7 @@ typedef struct PrVerbsOptions {
 	uint8_t depth;	   /* READs outstanding on a lane; ORD and IRD */
 	uint8_t tos[PR_N_LANES];
 	guint connect_timeout_ms; /* of one attempt to connect a lane */
+	guint read_deadline_ms;	  /* for READs on the urgent lane, 0: none */
 } PrVerbsOptions;
 
 /* Also checks that there are no others. */
@@ -70,7 +71,6 @@ gboolean pr_verbs_next_event(struct rdma_event_channel *channel, PrVerbsEvent *r
 
 typedef struct PrVerbsSlot {
 	uint64_t token;
-	gint64 posted_us;
 	guint n_wrs;
 	gboolean busy, failed, probe;
 	struct ibv_mr *mr; /* of this READ alone, or NULL */
@@ -94,6 +94,10 @@ typedef struct PrVerbsLane {
 	gboolean marker_due; /* the last work request of all has not completed */
 	PrWaker waker;
 	PrVerbsSlot slots[PR_VERBS_SLOTS];
+	/* For the event thread: when the READ in each slot was posted (monotonic time), 0: none; and whether somebody
+	 * waits for completions, or how often one has looked for them. All atomic. */
+	gint64 posted_us[PR_VERBS_SLOTS];
+	gint asleep, n_polls;
 	uint16_t free_slots[PR_VERBS_SLOTS]; /* a stack */
 	guint n_free;
 	guint n_reads, n_probes;	    /* outstanding */
@@ -169,6 +173,8 @@ gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block
 gboolean pr_verbs_lane_probe(PrVerbsPath *path, PrVerbsLane *lane, uint64_t token);
 guint pr_verbs_lane_poll(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret, guint max);
 gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane);
+/* Any thread: when the READ or probe was posted that has been outstanding for longest, 0: none is. */
+gint64 pr_verbs_lane_oldest(const PrVerbsLane *lane);
 /* Any thread, with qp_lock held: everything outstanding completes with an error. */
 void pr_verbs_lane_stop(PrVerbsLane *lane);
 /* After stop. FALSE: not everything completed in time. */

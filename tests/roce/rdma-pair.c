@@ -135,13 +135,14 @@ static PrPathSetup path_setup(Side *side, char **words)
 		.opaque = side,
 	};
 
-	memset(setup.binding.uuid, 0x11, sizeof(setup.binding.uuid));
 	memset(setup.binding.secret, words[3] ? (int)number(words[3]) : 0x5e,
 	       sizeof(setup.binding.secret));
+	memset(setup.binding.uuid, words[3] && words[4] ? (int)number(words[4]) : 0x11,
+	       sizeof(setup.binding.uuid));
 	return setup;
 }
 
-/* EPOCH MS [SECRET] */
+/* EPOCH MS [SECRET [UUID]] */
 static gboolean open_path(Side *side, char **words, GString *ret, GError **error)
 {
 	PrPathSetup setup = path_setup(side, words);
@@ -253,6 +254,45 @@ static gboolean probe(Side *side, char **words, GString *ret, GError **error)
 				return complain(error, "the probe failed");
 	}
 	g_string_printf(ret, "%" PRId64, g_get_monotonic_time() - begin);
+	return TRUE;
+}
+
+/* LANE MS: posts a READ and looks for its completion no sooner than after that time. */
+static gboolean neglect(Side *side, char **words, GString *ret, GError **error)
+{
+	guint lane = number(words[1]);
+	PrCompletion done = {0};
+
+	if (!side->ops->post_read(side->path, lane, 0, 0, 4096, 1))
+		return complain(error, "the READ was not posted");
+	g_usleep(number(words[2]) * 1000);
+	if (!await(side, lane, &done, 1))
+		return complain(error, "the READ did not complete");
+	return done.ok ? TRUE : complain(error, "the READ failed");
+}
+
+/* Answers for each lane what its queue pair is set to: see test_verbs.py. */
+static gboolean attributes(Side *side, char **words, GString *ret, GError **error)
+{
+	PrVerbsPath *path = (PrVerbsPath *)side->path;
+
+	for (guint i = 0; i < PR_N_LANES; i++) {
+		struct ibv_qp_attr a = {0};
+		struct ibv_qp_init_attr init;
+		int err = ibv_query_qp(path->lanes[i].qp, &a,
+				       IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT |
+					       IBV_QP_RNR_RETRY | IBV_QP_MIN_RNR_TIMER |
+					       IBV_QP_MAX_QP_RD_ATOMIC | IBV_QP_MAX_DEST_RD_ATOMIC |
+					       IBV_QP_ACCESS_FLAGS | IBV_QP_AV,
+				       &init);
+
+		if (err)
+			return complain(error, g_strerror(err));
+		g_string_append_printf(ret, "%u:%u:%u:%u:%u:%u:%u:%u ", a.timeout, a.retry_cnt,
+				       a.rnr_retry, a.min_rnr_timer, a.max_rd_atomic,
+				       a.max_dest_rd_atomic, a.qp_access_flags,
+				       a.ah_attr.grh.traffic_class);
+	}
 	return TRUE;
 }
 
@@ -483,6 +523,8 @@ static const Command commands[] = {
 	{"set-grants", 0, TRUE, take_grants},
 	{"check", 6, TRUE, check},
 	{"probe", 2, TRUE, probe},
+	{"neglect", 2, TRUE, neglect},
+	{"attributes", 0, TRUE, attributes},
 	{"pull", 0, TRUE, start_pull},
 	{"join-pull", 0, TRUE, join_pull},
 	{"await-failure", 1, TRUE, await_failure},

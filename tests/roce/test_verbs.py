@@ -24,11 +24,11 @@ BAD_WORDS = ("CRITICAL", "WARNING", "ERROR", "Sanitizer", "runtime error")
 CASES = []
 
 
-def case(name):
-    """Registers a test under the behaviour that it proves."""
+def case(name, options=""):
+    """Registers a test under the behaviour that it proves. options: of the URI of both sides."""
 
     def register(function):
-        CASES.append((name, function))
+        CASES.append((name, function, options))
         return function
 
     return register
@@ -95,13 +95,13 @@ class Side:
 class Pair:
     """Both sides over rail 1."""
 
-    def __init__(self, lab, program, env):
-        self.lab, self.program, self.env = lab, program, env
+    def __init__(self, lab, program, env, options=""):
+        self.lab, self.program, self.env, self.options = lab, program, env, options
         self.sides = []
         self.epoch = 0
 
     def __enter__(self):
-        uri = f"rdma:{self.lab.b.address(1)}:{PORT}"
+        uri = f"rdma:{self.lab.b.address(1)}:{PORT}" + (f"?{self.options}" if self.options else "")
         self.destination = Side(self, self.lab.b, "destination", uri)
         self.source = Side(self, self.lab.a, "source", uri)
         return self
@@ -263,13 +263,86 @@ def probes(pair):
 def strangers(pair):
     pair.fill(0, 0, MIB)
     pair.destination.ask("open", 7, 20000)
-    for epoch, secret in ((6, 0x5E), (8, 0x5E), (7, 0x5F)):
-        reason = pair.source.refuses("open", epoch, CONNECT_MS, secret)
-        expect("refused the data lane" in reason, f"refused with: {reason}")
+    for binding in ((6, 0x5E), (8, 0x5E), (7, 0x5F), (7, 0x5E, 0x12)):
+        epoch, *rest = binding
+        reason = pair.source.refuses("open", epoch, CONNECT_MS, *rest)
+        expect("refused the data lane" in reason, f"{binding} was refused with: {reason}")
+    stranger = pair.lab.a.run("rping", "-c", "-a", pair.lab.b.address(1), "-p", PORT, "-C", 1)
+    expect("RDMA_CM_EVENT_REJECTED" in stranger.stderr + stranger.stdout, f"another program was not rejected: {stranger}")
     pair.source.do("open", 7, CONNECT_MS)
     pair.destination.answer()
     pair.grant()
     pair.check(0, 0, MIB)
+    pair.close()
+
+
+# As rdma-pair tells them: timers, retries, RNR retries and timer, READs out and in, access, traffic class.
+REMOTE_READ = 4
+
+
+def expect_attributes(pair, timers, *lanes):
+    pair.connect()
+    for side, access in ((pair.source, REMOTE_READ), (pair.destination, 0)):
+        found = [tuple(map(int, lane.split(":"))) for lane in side.do("attributes").split()]
+        wanted = [(timers[0], retry, *timers[1:3], *timers[3:4] * 2, access, tos) for retry, tos in lanes]
+        expect(found == wanted, f"the queue pairs of the {side.name} are set to {found}, not to {wanted}")
+    pair.close()
+
+
+@case("timers-and-limits-are-set-on-both-sides-by-default")
+def default_attributes(pair):
+    expect_attributes(pair, (14, 6, 12, 16), (3, 184), (5, 104))
+
+
+@case(
+    "timers-and-limits-are-set-on-both-sides-as-the-uri-says",
+    "ack-timeout=15&retry=2&bulk-retry=4&rnr-retry=5&rnr-timer=14&depth=8&tos=8&bulk-tos=16",
+)
+def chosen_attributes(pair):
+    expect_attributes(pair, (15, 5, 14, 8), (2, 8), (4, 16))
+
+
+# The device's own timers would take 30 s to notice anything.
+PATIENT_DEVICE = "ack-timeout=20&retry=6&bulk-retry=6&read-deadline-ms=600"
+
+
+@case("urgent-read-that-takes-too-long-fails-the-path-in-words", PATIENT_DEVICE)
+def late_read(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.check(0, 0, MIB)
+    pair.lab.inject("blackhole", 1, "b")
+    began = time.monotonic()
+    expect("the READ failed" in pair.destination.refuses("check", 0, 0, 0, 4096, 4096, 1), "it came back")
+    seconds = time.monotonic() - began
+    at, times, *words = pair.destination.do("await-failure", 1000).split(" ")
+    print(f"     {seconds * 1000:.0f} ms: {' '.join(words)}")
+    expect("an urgent READ has not come back for" in " ".join(words), f"the reason is: {words}")
+    expect(times == "1" and 0.6 <= seconds < 3, f"failed {times} times, after {seconds:.1f} s")
+    pair.close()
+
+
+@case("process-that-was-stopped-does-not-take-its-reads-for-late", PATIENT_DEVICE)
+def stopped(pair):
+    pair.fill(0, 0, 16 * MIB)
+    pair.connect()
+    pair.destination.do("pull")
+    pair.destination.process.signal(19)
+    time.sleep(2)  # more than the deadline; it is what is tested
+    pair.destination.process.signal(18)
+    expect("has not failed" in pair.destination.refuses("await-failure", 2000), "the path has failed")
+    pair.source.do("close")
+    pair.destination.do("await-failure", 10000)
+    pair.destination.do("join-pull")
+    pair.destination.do("close")
+
+
+@case("completion-that-nobody-takes-is-not-late", PATIENT_DEVICE)
+def neglected(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.destination.do("neglect", 0, 3000)
+    pair.check(0, 0, MIB, lane=0)
     pair.close()
 
 
@@ -424,12 +497,12 @@ fault_case("device-removed-at-the-source", lambda lab: lab.inject("rdma-del", 1,
 def run(lab, program, pattern, env):
     """Returns how many tests failed."""
     failures = 0
-    for name, function in CASES:
+    for name, function, uri_options in CASES:
         if pattern and pattern not in name:
             continue
         began = time.monotonic()
         try:
-            with Pair(lab, program, env) as pair:
+            with Pair(lab, program, env, uri_options) as pair:
                 function(pair)
             result, message = "ok  ", ""
         except LabError as error:
@@ -449,7 +522,7 @@ def main():
     program = os.path.abspath(os.path.join(options.build, "tests/roce/rdma-pair"))
     env = {name: value for name, value in os.environ.items() if name.endswith("SAN_OPTIONS") or name == "G_MESSAGES_DEBUG"}
     if options.list:
-        print("\n".join(name for name, _ in CASES))
+        print("\n".join(name for name, *_ in CASES))
         return 0
     if options.lab:
         return 1 if run(Lab.attach(options.lab), program, options.pattern, env) else 0
