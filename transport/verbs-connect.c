@@ -29,7 +29,7 @@
 #define REJECTED_NOBODY_LISTENS 8
 #define REJECTED_BY_THE_ENGINE	28
 
-#define REASON_MAX		120 /* bytes; private data of a rejection takes 148 */
+#define REASON_MAX		148 /* bytes; what private data of a rejection takes */
 #define PAUSE_MS		50  /* between attempts: one may come to nothing at once */
 
 void pr_verbs_reject(struct rdma_cm_id *id, const char *reason)

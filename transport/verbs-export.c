@@ -19,7 +19,8 @@
  *    lies around in the same mapping, and not the one that is registered, since pinning does the same.
  *
  * A device has only so many memory regions, and each costs a system call. When there are more than
- * EXTENTS_MAX extents, those with small holes between them are taken together, and these holes filled.
+ * EXTENTS_MAX extents, or half of what the device has, those with small holes between them are taken together,
+ * and these holes filled.
  *
  * Kernels before 6.2 pin for writing whatever the access, which a read-only shared mapping does not
  * permit (EFAULT). Then we make a writable mapping of the same memfd, for the pinning alone: the peer still
@@ -99,11 +100,14 @@ static int compare(gconstpointer a, gconstpointer b)
 	return x->offset < y->offset ? -1 : x->offset > y->offset;
 }
 
-static void add_chunks(GArray *todo, uint32_t block, uint64_t start, uint64_t end)
+static void add_chunks(const PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t start,
+		       uint64_t end)
 {
-	for (uint64_t at = start; at < end; at += CHUNK) {
+	uint64_t chunk_bytes = MIN(CHUNK, path->rail.caps.max_mr_size & ~(page_size() - 1));
+
+	for (uint64_t at = start; at < end; at += chunk_bytes) {
 		PrVerbsExport chunk = {
-			.block = block, .offset = at, .length = MIN(CHUNK, end - at)};
+			.block = block, .offset = at, .length = MIN(chunk_bytes, end - at)};
 
 		g_array_append_val(todo, chunk);
 	}
@@ -124,13 +128,13 @@ static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const E
 		if (have->block < block || have->offset + have->length <= at)
 			continue;
 		if (have->offset > at)
-			add_chunks(todo, block, at, have->offset);
+			add_chunks(path, todo, block, at, have->offset);
 		at = have->offset + have->length;
 		if (at > extent->end)
 			break;
 	}
 	if (at < extent->end)
-		add_chunks(todo, block, at, extent->end);
+		add_chunks(path, todo, block, at, extent->end);
 }
 
 static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t smallest_hole)
@@ -155,12 +159,14 @@ static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_
 static GArray *scan(PrVerbsPath *path)
 {
 	GArray *todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+	/* Of a device that has few memory regions we take no more than half. */
+	guint max = MIN(EXTENTS_MAX, (guint)path->rail.caps.max_mr / 2);
 
 	for (uint64_t hole = 0;; hole = MAX(hole * 4, SMALLEST_HOLE)) {
 		g_array_set_size(todo, 0);
 		for (guint i = 0; i < path->n_regions; i++)
 			scan_region(path, todo, i, hole);
-		if (todo->len <= EXTENTS_MAX || hole >= CHUNK)
+		if (todo->len <= max || hole >= CHUNK)
 			return todo;
 	}
 }

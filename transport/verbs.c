@@ -37,6 +37,8 @@
 
 #include "transport/backends.h"
 
+#define DRAIN_MS 1000 /* of a path that is destroyed without drain() */
+
 static void stop_lanes(PrVerbsPath *path)
 {
 	g_mutex_lock(&path->qp_lock);
@@ -275,6 +277,7 @@ static gboolean verbs_drain(PrDataPath *base, guint timeout_ms)
 	pr_verbs_events_join(path);
 	for (guint i = 0; i < PR_N_LANES; i++)
 		drained &= pr_verbs_lane_drain(path, &path->lanes[i], deadline);
+	path->fenced = TRUE;
 	/* Then that is the fence, and what is left takes the time that it takes. */
 	if (drained)
 		return TRUE;
@@ -282,15 +285,15 @@ static gboolean verbs_drain(PrDataPath *base, guint timeout_ms)
 	for (guint i = 0; i < PR_N_LANES; i++)
 		pr_verbs_lane_fence(&path->lanes[i]);
 	g_mutex_unlock(&path->qp_lock);
-	return drained;
+	return FALSE;
 }
 
 static void verbs_destroy(PrDataPath *base)
 {
 	PrVerbsPath *path = (PrVerbsPath *)base;
 
-	verbs_shutdown(base);
-	pr_verbs_events_join(path);
+	if (!path->fenced)
+		verbs_drain(base, DRAIN_MS);
 	path_release(path);
 }
 

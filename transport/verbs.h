@@ -143,7 +143,8 @@ typedef struct PrVerbsPath {
 	PrVerbsRail rail;
 
 	PrVerbsLane lanes[PR_N_LANES];
-	GMutex qp_lock; /* whoever moves a queue pair to the error state finds it alive */
+	GMutex qp_lock;	 /* whoever moves a queue pair to the error state finds it alive */
+	gboolean fenced; /* by drain() */
 	GThread *events;
 	PrWaker events_waker; /* wake: anyone */
 	gint removed;	      /* the device is about to go and waits for us; atomic */

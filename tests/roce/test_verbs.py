@@ -42,9 +42,9 @@ def expect(condition, message):
 class Side:
     """An rdma-pair on a host."""
 
-    def __init__(self, pair, host, role, uri):
-        self.process = host.popen(pair.program, role, uri, env=pair.env)
-        self.name = role
+    def __init__(self, pair, host, role, uri, wrapper=()):
+        self.process = host.popen(*wrapper, pair.program, role, uri, env=pair.env)
+        self.name, self.uri = role, uri
         self.lines = 0
         pair.sides.append(self)
         self.answer()
@@ -104,7 +104,13 @@ class Pair:
         uri = f"rdma:{self.lab.b.address(1)}:{PORT}" + (f"?{self.options}" if self.options else "")
         self.destination = Side(self, self.lab.b, "destination", uri)
         self.source = Side(self, self.lab.a, "source", uri)
+        self.uri = uri
         return self
+
+    def other(self, role, wrapper, port=PORT):
+        """One more side, run by another program."""
+        host = self.lab.a if role == "source" else self.lab.b
+        return Side(self, host, role, self.uri.replace(str(PORT), str(port)), wrapper)
 
     def __exit__(self, kind, *_):
         try:
@@ -395,6 +401,60 @@ def host_away(pair):
     expect(f"rdma:{pair.lab.b.address(1)}" in reason, f"the error is: {reason}")
 
 
+def expect_words(reason, *words):
+    print(f"     {reason}")
+    missing = [word for word in words if word not in reason]
+    expect(not missing, f"the error has no {missing}: {reason}")
+
+
+@case("limit-on-locked-memory-is-an-error-that-names-the-number")
+def memlock(pair):
+    limited = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", f"--memlock={MIB}")
+    side = pair.other("destination", limited, PORT + 1)
+    expect_words(side.refuses("open", 1, 1000), "128 MiB", "RLIMIT_MEMLOCK is 1 MiB", "ulimit -l 132096", side.uri)
+    side = pair.other("source", limited)
+    side.do("fill", 0, 0, 2 * MIB, 1)
+    expect_words(side.refuses("open", 1, 1000), "2 MiB", "RLIMIT_MEMLOCK is 1 MiB", "ulimit -l 3072", side.uri)
+
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+@case("missing-permission-is-an-error-that-says-so")
+def permission(pair):
+    for device in ("rdma_cm", "uverbs*"):
+        pair.lab.a.run("sh", "-c", f"chmod 600 /dev/infiniband/{device}", check=True)
+        try:
+            reason = pair.other("source", NOBODY).refuses("open", 1, 1000)
+        finally:
+            pair.lab.a.run("sh", "-c", f"chmod 666 /dev/infiniband/{device}", check=True)
+        expect_words(reason, "no permission on /dev/infiniband", pair.uri)
+
+
+@case("host-without-a-device-is-an-error-that-says-how-to-get-one")
+def no_device(pair):
+    try:
+        for rail in (1, 2):
+            pair.lab.inject("rdma-del", rail, "a")
+        expect_words(pair.source.refuses("open", 1, 1000), "has no RDMA device", "rdma link add", pair.uri)
+    finally:
+        pair.lab.restore(2)
+
+
+@case("unequal-mtu-is-an-error-that-names-both")
+def unequal_mtu(pair):
+    pair.lab.b.run("ip", "link", "set", "eth1", "mtu", 1500, check=True)
+    pair.destination.ask("open", 1, 3000)
+    words = ("packets of 4096 bytes", "takes 1024")
+    expect_words(pair.source.refuses("open", 1, CONNECT_MS), "refused the data lane", *words)
+    try:
+        pair.destination.answer()
+    except LabError as error:
+        expect_words(str(error), *words, "ip link set dev")
+    else:
+        raise LabError("the destination accepted it")
+
+
 def packets_dropped(host, rail):
     """What a black hole there has swallowed."""
     text = host.run("tc", "-s", "filter", "show", "dev", f"eth{rail}", "ingress", check=True).stdout
@@ -418,6 +478,41 @@ def lost_request(pair):
     print(f"     connected {seconds:.2f} s after the rail was whole again")
     expect(seconds < 3.5, f"it took {seconds:.1f} s; rdma_cm's own repetition comes after 4.3 s")
     pair.grant()
+    pair.check(0, 0, MIB)
+    pair.close()
+
+
+@case("attempt-that-is-given-up-on-a-dead-rail-leaves-the-device-as-it-was", "connect-timeout-ms=3000")
+def attempt_on_dead_rail(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.close()
+    for _ in range(2):
+        pair.lab.inject("blackhole", 1, "b")
+        pair.source.ask("open", 2, CONNECT_MS)
+        wait_until("the request is lost", 5, lambda: packets_dropped(pair.lab.b, 1))
+        pair.lab.inject("link-down", 1, "a")
+        began = time.monotonic()
+        try:
+            pair.source.answer()
+        except LabError as error:
+            expect_words(str(error), "rail rxe1 is DOWN", pair.uri)
+        else:
+            raise LabError("the source connected through a black hole")
+        expect(time.monotonic() - began < 6, "it has tried again on a rail that is down")
+        pair.lab.restore(1)
+    pair.connect()
+    pair.check(0, 0, MIB)
+    pair.close()
+
+
+@case("address-that-is-not-ours-may-go")
+def other_address(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    for action in ("add", "del") * 2:
+        pair.lab.b.run("ip", "address", action, "10.88.99.2/24", "dev", "eth1", check=True)
+    expect("has not failed" in pair.destination.refuses("await-failure", 1000), "the path has failed")
     pair.check(0, 0, MIB)
     pair.close()
 
