@@ -18,6 +18,7 @@ The lab belongs to the thread that started it: when that ends, in whatever way, 
 
 import ctypes
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -218,8 +219,8 @@ class Machine:
         self.popen = None  # if it is our child
 
     @classmethod
-    def launch(cls, argv, log, ours):
-        """ours: it ends with us; else it lives on until somebody ends it."""
+    def launch(cls, argv, log, ours, fds=()):
+        """ours: it ends with us; else it lives on until somebody ends it. fds: to be inherited."""
 
         def die_with_parent():
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -231,6 +232,7 @@ class Machine:
             stderr=log,
             preexec_fn=die_with_parent if ours else None,
             start_new_session=True,
+            pass_fds=fds,
         )
         machine = cls(popen.pid, start_time(popen.pid))
         machine.popen = popen
@@ -393,23 +395,20 @@ class Lab:
 
     def _boot(self, accel):
         self.accel = accel
-        with open(self._file("qemu.log"), "ab") as log:
-            for host in self.hosts:
-                self.machines.append(Machine.launch(self._argv(host), log, self.ours))
-                self._remember()
-                self._wait_rails_offered()
+        # QEMU connects to its end of a pair, and listens at no path: an end that it has listened for blocks the
+        # whole host once the other host no longer takes packets, its link being down.
+        cables = [socket.socketpair() for _ in RAILS]
+        try:
+            with open(self._file("qemu.log"), "ab") as log:
+                for host, *ends in zip(self.hosts, *cables):
+                    fds = [end.fileno() for end in ends]
+                    self.machines.append(Machine.launch(self._argv(host, fds), log, self.ours, fds))
+                    self._remember()
+        finally:
+            for end in itertools.chain(*cables):
+                end.close()
         for host in self.hosts:
             self._wait_booted(host)
-
-    def _wait_rails_offered(self):
-        """The second host connects to the first one's ends of the rails."""
-        ends = [self._file(f"rail{rail}") for rail in RAILS]
-
-        def offered():
-            self._expect_alive()
-            return all(map(os.path.exists, ends))
-
-        wait_until("QEMU of host a offers the rails", 20, offered)
 
     def _build_image(self):
         self.image = os.path.abspath(os.path.join(self.spec.build, "soft-roce"))
@@ -435,7 +434,7 @@ class Lab:
             with open(os.path.join(self.share, f"{host.name}.conf"), "w") as conf:
                 conf.writelines(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
 
-    def _argv(self, host):
+    def _argv(self, host, rail_fds):
         cpus = self.spec.cpus or (2 if self.accel == "kvm" else 1)
         argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot"]
         argv += ["-name", f"postroad-lab-{host.name}", "-M", "pc", "-accel", self.accel, "-cpu", "max"]
@@ -448,14 +447,12 @@ class Lab:
         argv += ["-fsdev", f"local,id=share,path={comma_safe(self.share)},security_model=none"]
         argv += ["-device", "virtio-9p-pci,fsdev=share,mount_tag=lab"]
         argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"]
-        return argv + self._rails(host) + self._ports(host)
+        return argv + self._rails(host, rail_fds) + self._ports(host)
 
-    def _rails(self, host):
+    def _rails(self, host, fds):
         argv = []
-        for rail in RAILS:
-            path = comma_safe(self._file(f"rail{rail}"))
-            server = "on" if host is self.a else "off"
-            argv += ["-netdev", f"stream,id=net{rail},server={server},addr.type=unix,addr.path={path}"]
+        for rail, fd in zip(RAILS, fds):
+            argv += ["-netdev", f"stream,id=net{rail},server=off,addr.type=fd,addr.str={fd}"]
             mac = f"52:54:00:88:0{rail}:0{host.number}"
             argv += ["-device", f"virtio-net-pci,id=rail{rail},netdev=net{rail},mac={mac},romfile="]
         return argv
@@ -520,7 +517,7 @@ class Lab:
 
     def _remove_files(self):
         """Only what a lab makes: the directory may be somebody's choice."""
-        names = ["lab.json", "lab.json.new", "qemu.log", *(f"rail{rail}" for rail in RAILS)]
+        names = ["lab.json", "lab.json.new", "qemu.log"]
         for host in HOSTS:
             names += [f"{host}.qmp", f"{host}.console"]
             for number in range(1, channel.PORTS + 1):

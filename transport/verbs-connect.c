@@ -11,6 +11,11 @@
  *	queue pair ready
  *	  established                        ──▶
  *
+ * A message that is lost is repeated by rdma_cm after 4 s, which is too late: a link that has just come up loses
+ * some. So the source gives an attempt `connect-timeout-ms` and begins anew while there is time. The destination
+ * takes another request for a lane that came to nothing; that the source has given up may not reach it
+ * either, so it waits for twice that time.
+ *
  * The queue pairs are not rdma_cm's but ours: it would make them in its own context, and it sets timers
  * that we would have to correct afterwards.
  */
@@ -24,7 +29,8 @@
 #define REJECTED_NOBODY_LISTENS 8
 #define REJECTED_BY_THE_ENGINE	28
 
-#define REASON_MAX		120 /* bytes; private data of a rejection takes 148 */
+#define REASON_MAX		148 /* bytes; what private data of a rejection takes */
+#define PAUSE_MS		50  /* between attempts: one may come to nothing at once */
 
 void pr_verbs_reject(struct rdma_cm_id *id, const char *reason)
 {
@@ -65,6 +71,12 @@ static gboolean rejected(const PrUri *uri, const PrVerbsEvent *event, GError **e
 
 static gboolean event_error(const PrUri *uri, const PrVerbsEvent *event, GError **error)
 {
+	if (event->status == -ETIMEDOUT) {
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
+			    "path %s: the host does not answer (%s)", uri->text,
+			    rdma_event_str(event->type));
+		return FALSE;
+	}
 	switch (event->type) {
 	case RDMA_CM_EVENT_REJECTED:
 		return rejected(uri, event, error);
@@ -80,10 +92,8 @@ static gboolean event_error(const PrUri *uri, const PrVerbsEvent *event, GError 
 	}
 }
 
-/* The next event, which is to be `type` and for this lane. */
-static gboolean await(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
-		      enum rdma_cm_event_type type, gint64 deadline, PrVerbsEvent *ret,
-		      GError **error)
+static gboolean next_event(PrVerbsPath *path, const PrPathSetup *setup, gint64 deadline,
+			   PrVerbsEvent *ret, GError **error)
 {
 	while (!pr_verbs_next_event(path->channel, ret)) {
 		if (!pr_backend_wait(path->channel->fd, POLLIN, deadline, setup->cancel, error)) {
@@ -91,6 +101,16 @@ static gboolean await(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *s
 			return FALSE;
 		}
 	}
+	return TRUE;
+}
+
+/* The next event, which is to be `type` and for this lane. */
+static gboolean await(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
+		      enum rdma_cm_event_type type, gint64 deadline, PrVerbsEvent *ret,
+		      GError **error)
+{
+	if (!next_event(path, setup, deadline, ret, error))
+		return FALSE;
 	if (ret->id == lane->cm && ret->type == type)
 		return TRUE;
 	return event_error(setup->uri, ret, error);
@@ -218,8 +238,8 @@ static gboolean request(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup 
 	return TRUE;
 }
 
-gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
-			       gint64 deadline, GError **error)
+static gboolean try_connect(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
+			    gint64 deadline, GError **error)
 {
 	PrVerbsEvent event;
 
@@ -237,6 +257,46 @@ gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPat
 	return TRUE;
 }
 
+static gboolean rail_is_down(PrVerbsPath *path, GError **error)
+{
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		    "path %s: rail %s is DOWN, or its address has gone; bring it up or use another "
+		    "path",
+		    path->uri->text, pr_verbs_rail_name(&path->rail));
+	return FALSE;
+}
+
+/* What is heard in between is about another lane, and the next attempt looks at it. */
+static gboolean pause_attempts(PrVerbsPath *path, const PrPathSetup *setup, GError **error)
+{
+	pr_backend_wait(path->channel->fd, POLLIN, pr_backend_deadline(PAUSE_MS), setup->cancel,
+			NULL);
+	return !g_cancellable_set_error_if_cancelled(setup->cancel, error);
+}
+
+gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
+			       gint64 deadline, GError **error)
+{
+	for (;;) {
+		gint64 attempt = pr_backend_deadline(path->options.connect_timeout_ms);
+		g_autoptr(GError) local = NULL;
+
+		if (try_connect(path, lane, setup, MIN(attempt, deadline), &local))
+			return TRUE;
+		if (attempt >= deadline ||
+		    !g_error_matches(local, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT)) {
+			g_propagate_error(error, g_steal_pointer(&local));
+			return FALSE;
+		}
+		if (pr_verbs_must_linger(path))
+			return rail_is_down(path, error);
+		g_info("%s; trying again", local->message);
+		pr_verbs_lane_close(lane);
+		if (!pause_attempts(path, setup, error))
+			return FALSE;
+	}
+}
+
 /* TRUE: what happens to the id is now heard on the path's channel. */
 static gboolean take_id(PrVerbsPath *path, struct rdma_cm_id *id, GError **error)
 {
@@ -245,14 +305,65 @@ static gboolean take_id(PrVerbsPath *path, struct rdma_cm_id *id, GError **error
 	return use_rail(path, id, error);
 }
 
-static gboolean accept_id(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GError **error)
+/* What is heard of an attempt that the source has given up. */
+static gboolean gave_up(const PrVerbsPath *path, const PrVerbsLane *lane, const PrVerbsEvent *event,
+			GError **error)
+{
+	switch (event->type) {
+	case RDMA_CM_EVENT_REJECTED:
+	case RDMA_CM_EVENT_UNREACHABLE:
+	case RDMA_CM_EVENT_CONNECT_ERROR:
+	case RDMA_CM_EVENT_DISCONNECTED:
+		break;
+	default:
+		return FALSE;
+	}
+	if (event->id != lane->cm)
+		return FALSE;
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
+		    "path %s: the source gave up connecting a lane (%s)", path->uri->text,
+		    rdma_event_str(event->type));
+	return TRUE;
+}
+
+static gboolean establish(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
+			  gint64 deadline, GError **error)
+{
+	gint64 attempt = pr_backend_deadline(2 * path->options.connect_timeout_ms);
+	PrVerbsEvent event;
+
+	if (!next_event(path, setup, MIN(attempt, deadline), &event, error))
+		return FALSE;
+	if (event.id == lane->cm && event.type == RDMA_CM_EVENT_ESTABLISHED)
+		return TRUE;
+	return !gave_up(path, lane, &event, error) && event_error(setup->uri, &event, error);
+}
+
+/* The kernel refuses to go on with a request that its source has given up; an event says so. */
+static void look_for_end(PrVerbsPath *path, PrVerbsLane *lane, GError **error)
+{
+	gint64 deadline = pr_backend_deadline(PAUSE_MS);
+	PrVerbsEvent event;
+
+	pr_backend_wait(path->channel->fd, POLLIN, deadline, NULL, NULL);
+	if (pr_verbs_next_event(path->channel, &event)) {
+		g_autoptr(GError) local = NULL;
+
+		if (gave_up(path, lane, &event, &local)) {
+			g_clear_error(error);
+			g_propagate_error(error, g_steal_pointer(&local));
+		}
+	}
+}
+
+static gboolean answer(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GError **error)
 {
 	struct rdma_conn_param param;
 
-	if (!pr_verbs_lane_open(path, lane, error) ||
-	    !pr_verbs_lane_ready(path, lane, depth, error))
+	if (!take_id(path, lane->cm, error) || !pr_verbs_lane_open(path, lane, error) ||
+	    !pr_verbs_lane_ready(path, lane, MIN(depth, own_depth(path)), error))
 		return FALSE;
-	param = conn_param(path, lane, depth);
+	param = conn_param(path, lane, lane->depth);
 	if (rdma_accept(lane->cm, &param))
 		return pr_verbs_error(path->uri, "cannot accept a data lane", errno, error);
 	return TRUE;
@@ -262,14 +373,23 @@ gboolean pr_verbs_accept_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPath
 			      struct rdma_cm_id *id, guint depth, gint64 deadline, GError **error)
 {
 	g_autoptr(GError) local = NULL;
-	PrVerbsEvent event;
 
 	lane->cm = id;
-	if (!take_id(path, id, &local) ||
-	    !accept_id(path, lane, MIN(depth, own_depth(path)), &local)) {
-		pr_verbs_lane_disconnect(lane);
+	if (answer(path, lane, depth, &local)) {
+		if (establish(path, lane, setup, deadline, &local))
+			return TRUE;
+	} else {
+		look_for_end(path, lane, &local);
+		pr_verbs_reject(g_steal_pointer(&lane->cm), local->message);
+	}
+	if (!g_error_matches(local, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT) ||
+	    g_get_monotonic_time() >= deadline) {
 		g_propagate_error(error, g_steal_pointer(&local));
 		return FALSE;
 	}
-	return await(path, lane, setup, RDMA_CM_EVENT_ESTABLISHED, deadline, &event, error);
+	if (pr_verbs_must_linger(path))
+		return rail_is_down(path, error);
+	g_info("%s; waiting for another attempt", local->message);
+	pr_verbs_lane_close(lane);
+	return TRUE;
 }

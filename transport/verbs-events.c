@@ -4,6 +4,10 @@
  * A queue pair that only answers, as the source's do, or that is idle never notices by itself that its path
  * has died; this thread hears of what this host can know, the control channel's heartbeats of the
  * rest.
+ *
+ * It also watches, at the destination, over the deadline of urgent READs. Not by the clock alone: a process that
+ * was stopped, or a host that was, finds all deadlines past when it goes on. A READ is late when it was seen
+ * outstanding LOOKS times in a row, a deadline's part apart, while somebody was there to take its completion.
  */
 #include <errno.h>
 #include <string.h>
@@ -38,8 +42,9 @@ gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane)
 {
 	union ibv_gid now;
 
-	return !ibv_query_gid(path->rail.context, path->rail.port, lane->gid_index, &now) &&
-	       !memcmp(&now, &lane->gid, sizeof(now));
+	return !lane->has_gid ||
+	       (!ibv_query_gid(path->rail.context, path->rail.port, lane->gid_index, &now) &&
+		!memcmp(&now, &lane->gid, sizeof(now)));
 }
 
 /* Some address of the port has changed: ours? */
@@ -93,20 +98,68 @@ static gboolean next_device_event(PrVerbsPath *path, struct ibv_async_event *ret
 	return TRUE;
 }
 
+#define LOOKS 5
+
+/* The urgent lane as it was seen last. */
+typedef struct Watch {
+	gint64 next_us; /* when to look again */
+	gint64 oldest;	/* the READ, by when it was posted */
+	gint n_polls;
+	guint n_seen;
+} Watch;
+
+static void look_at_reads(PrVerbsPath *path, Watch *watch)
+{
+	PrVerbsLane *lane = &path->lanes[PR_LANE_URGENT];
+	gint64 oldest = pr_verbs_lane_oldest(lane), age = g_get_monotonic_time() - oldest;
+	gint n_polls = g_atomic_int_get(&lane->n_polls);
+
+	if (oldest != watch->oldest)
+		watch->n_seen = 0;
+	else if (oldest && (g_atomic_int_get(&lane->asleep) || n_polls != watch->n_polls))
+		watch->n_seen++;
+	watch->oldest = oldest;
+	watch->n_polls = n_polls;
+	if (watch->n_seen >= LOOKS && age >= (gint64)path->options.read_deadline_ms * 1000)
+		pr_verbs_fail(path,
+			      "rail %s: an urgent READ has not come back for %" G_GINT64_FORMAT
+			      " ms (read-deadline-ms is %u)",
+			      pr_verbs_rail_name(&path->rail), age / 1000,
+			      path->options.read_deadline_ms);
+}
+
+/* Looks when it is time to. Returns for how many ms there is nothing to do, -1: for ever. */
+static int watch_reads(PrVerbsPath *path, Watch *watch)
+{
+	gint64 now = g_get_monotonic_time();
+
+	if (path->exports || !path->options.read_deadline_ms)
+		return -1;
+	if (now >= watch->next_us) {
+		look_at_reads(path, watch);
+		watch->next_us = now + (gint64)path->options.read_deadline_ms * 1000 / LOOKS;
+	}
+	return (int)((watch->next_us - now) / 1000 + 1);
+}
+
 static gpointer event_thread(gpointer opaque)
 {
 	PrVerbsPath *path = opaque;
 	struct pollfd fd = {.fd = path->events_waker.epoll_fd, .events = POLLIN};
 	struct ibv_async_event device_event;
 	PrVerbsEvent event;
+	Watch watch = {0};
 
 	while (pr_fate_is_up(&path->fate)) {
+		int quiet_ms;
+
 		while (pr_verbs_next_event(path->channel, &event))
 			judge_connection(path, &event);
 		while (next_device_event(path, &device_event))
 			judge_device(path, &device_event);
+		quiet_ms = watch_reads(path, &watch);
 		if (pr_fate_is_up(&path->fate))
-			poll(&fd, 1, -1);
+			poll(&fd, 1, quiet_ms);
 	}
 	return NULL;
 }

@@ -12,13 +12,15 @@
  *  - a hole has become data: a new extent.
  *  - the guest gave memory back (a balloon, free page reporting: the memfd got a hole) and perhaps took it
  *    again. Our pin then keeps the old page, which is no longer the guest's; the destination would read
- *    what is long gone. Punching a hole also takes the page out of every mapping of the memfd, ours
- *    included, and we do not touch ours in between. So a page of a registered piece that is not present
- *    in our mapping (/proc/self/pagemap) is one that may have been exchanged, and its piece is registered
- *    anew.
+ *    what is long gone. Punching a hole also takes the page out of every mapping of the memfd. So each piece
+ *    has one that is there for nothing else: it is filled before the piece is pinned and never touched
+ *    again. A page that is not present there (/proc/self/pagemap) may have been exchanged, and its piece is
+ *    registered anew. It has to be a mapping for each piece, since filling one also brings in whatever
+ *    lies around in the same mapping, and not the one that is registered, since pinning does the same.
  *
  * A device has only so many memory regions, and each costs a system call. When there are more than
- * EXTENTS_MAX extents, those with small holes between them are taken together, and these holes filled.
+ * EXTENTS_MAX extents, or half of what the device has, those with small holes between them are taken together,
+ * and these holes filled.
  *
  * Kernels before 6.2 pin for writing whatever the access, which a read-only shared mapping does not
  * permit (EFAULT). Then we make a writable mapping of the same memfd, for the pinning alone: the peer still
@@ -28,6 +30,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "transport/verbs.h"
@@ -37,6 +40,10 @@
 #define SMALLEST_HOLE (64ull * 1024)
 #define MAX_THREADS   4
 #define PAGES_AT_ONCE 8192
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#endif
 
 typedef struct Extent {
 	uint64_t start, end; /* bytes within the region; page aligned */
@@ -93,11 +100,14 @@ static int compare(gconstpointer a, gconstpointer b)
 	return x->offset < y->offset ? -1 : x->offset > y->offset;
 }
 
-static void add_chunks(GArray *todo, uint32_t block, uint64_t start, uint64_t end)
+static void add_chunks(const PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t start,
+		       uint64_t end)
 {
-	for (uint64_t at = start; at < end; at += CHUNK) {
+	uint64_t chunk_bytes = MIN(CHUNK, path->rail.caps.max_mr_size & ~(page_size() - 1));
+
+	for (uint64_t at = start; at < end; at += chunk_bytes) {
 		PrVerbsExport chunk = {
-			.block = block, .offset = at, .length = MIN(CHUNK, end - at)};
+			.block = block, .offset = at, .length = MIN(chunk_bytes, end - at)};
 
 		g_array_append_val(todo, chunk);
 	}
@@ -118,13 +128,13 @@ static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const E
 		if (have->block < block || have->offset + have->length <= at)
 			continue;
 		if (have->offset > at)
-			add_chunks(todo, block, at, have->offset);
+			add_chunks(path, todo, block, at, have->offset);
 		at = have->offset + have->length;
 		if (at > extent->end)
 			break;
 	}
 	if (at < extent->end)
-		add_chunks(todo, block, at, extent->end);
+		add_chunks(path, todo, block, at, extent->end);
 }
 
 static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t smallest_hole)
@@ -149,12 +159,14 @@ static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_
 static GArray *scan(PrVerbsPath *path)
 {
 	GArray *todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+	/* Of a device that has few memory regions we take no more than half. */
+	guint max = MIN(EXTENTS_MAX, (guint)path->rail.caps.max_mr / 2);
 
 	for (uint64_t hole = 0;; hole = MAX(hole * 4, SMALLEST_HOLE)) {
 		g_array_set_size(todo, 0);
 		for (guint i = 0; i < path->n_regions; i++)
 			scan_region(path, todo, i, hole);
-		if (todo->len <= EXTENTS_MAX || hole >= CHUNK)
+		if (todo->len <= max || hole >= CHUNK)
 			return todo;
 	}
 }
@@ -164,6 +176,90 @@ static uint8_t *host(const PrVerbsPath *path, uint32_t block)
 	void *writable = path->writable[block].addr;
 
 	return writable ? writable : path->regions[block].addr;
+}
+
+/* ---- pages that were exchanged ---- */
+
+static uint8_t *watched(const PrVerbsExport *export)
+{
+	return (uint8_t *)export->watch.addr + export->watch_at;
+}
+
+/* Maps a piece for `watch`, with all of its pages, as they are now. If that fails, the piece is registered once
+ * more than necessary, and that is all. */
+static void watch(const PrRegion *region, PrVerbsExport *export)
+{
+	off_t from = (off_t)(region->memfd_offset + export->offset);
+	struct stat st;
+	uint64_t size;
+	void *room;
+
+	if (region->memfd < 0 || fstat(region->memfd, &st) < 0)
+		return;
+	/* To be aligned as huge pages want it, and with something behind it that is not mapped, or the kernel
+	 * might join it with its neighbour. */
+	size = export->length + 2 * (uint64_t)st.st_blksize;
+	room = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (room == MAP_FAILED)
+		return;
+	export->watch = (PrVerbsMapping){room, size};
+	export->watch_at = -(uintptr_t)room & ((uintptr_t)st.st_blksize - 1);
+	if (mmap(watched(export), export->length, PROT_READ, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
+		 region->memfd, from) != MAP_FAILED)
+		(void)madvise(watched(export), export->length, MADV_POPULATE_READ);
+}
+
+static void unwatch(PrVerbsExport *export)
+{
+	if (export->watch.addr)
+		munmap(export->watch.addr, export->watch.size);
+	export->watch = (PrVerbsMapping){NULL, 0};
+}
+
+/* FALSE also where that cannot be told. */
+static gboolean all_present(int pagemap, const uint8_t *at, uint64_t length)
+{
+	const uint64_t present = 1ull << 63;
+	g_autofree uint64_t *entries = g_new(uint64_t, PAGES_AT_ONCE);
+	uint64_t page = (uintptr_t)at / page_size(), left = length / page_size();
+
+	while (left) {
+		uint64_t n = MIN(left, PAGES_AT_ONCE);
+		ssize_t size = (ssize_t)(n * sizeof(*entries));
+
+		if (pread(pagemap, entries, (size_t)size, (off_t)(page * sizeof(*entries))) != size)
+			return FALSE;
+		for (uint64_t i = 0; i < n; i++)
+			if (!(entries[i] & present))
+				return FALSE;
+		page += n;
+		left -= n;
+	}
+	return TRUE;
+}
+
+static void drop(PrVerbsExport *export)
+{
+	ibv_dereg_mr(export->mr);
+	unwatch(export);
+}
+
+/* Drops the exports that may hold pages which are no longer the guest's. */
+static void drop_exchanged(PrVerbsPath *path)
+{
+	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+
+	for (guint i = path->exports->len; i-- > 0;) {
+		PrVerbsExport *export = &g_array_index(path->exports, PrVerbsExport, i);
+
+		if (path->regions[export->block].memfd < 0 ||
+		    (export->watch.addr && all_present(pagemap, watched(export), export->length)))
+			continue;
+		drop(export);
+		g_array_remove_index(path->exports, i);
+	}
+	if (pagemap >= 0)
+		close(pagemap);
 }
 
 /* ---- registering ---- */
@@ -194,6 +290,7 @@ static gpointer register_thread(gpointer opaque)
 		if (i >= job->todo->len)
 			break;
 		export = &g_array_index(job->todo, PrVerbsExport, i);
+		watch(&job->path->regions[export->block], export);
 		export->mr =
 			register_range(job->path, export->block, export->offset, export->length);
 		if (!export->mr)
@@ -259,58 +356,20 @@ static gboolean register_all(PrVerbsPath *path, GArray *todo, GCancellable *canc
 		return FALSE;
 	run_job(&job);
 	/* What is registered is ours to free, whatever became of the rest. */
-	for (guint i = 0; i < todo->len; i++)
-		if (g_array_index(todo, PrVerbsExport, i).mr)
-			g_array_append_val(path->exports, g_array_index(todo, PrVerbsExport, i));
+	for (guint i = 0; i < todo->len; i++) {
+		PrVerbsExport *export = &g_array_index(todo, PrVerbsExport, i);
+
+		if (export->mr)
+			g_array_append_val(path->exports, *export);
+		else
+			unwatch(export);
+	}
 	g_array_sort(path->exports, compare);
 	if (g_cancellable_set_error_if_cancelled(cancel, error))
 		return FALSE;
 	if (job.error)
 		return pr_verbs_error(path->uri, "cannot register guest memory", job.error, error);
 	return TRUE;
-}
-
-/* ---- pages that were exchanged ---- */
-
-/* FALSE also where that cannot be told. */
-static gboolean all_present(int pagemap, const uint8_t *at, uint64_t length)
-{
-	const uint64_t present = 1ull << 63;
-	g_autofree uint64_t *entries = g_new(uint64_t, PAGES_AT_ONCE);
-	uint64_t page = (uintptr_t)at / page_size(), left = length / page_size();
-
-	while (left) {
-		uint64_t n = MIN(left, PAGES_AT_ONCE);
-		ssize_t size = (ssize_t)(n * sizeof(*entries));
-
-		if (pread(pagemap, entries, (size_t)size, (off_t)(page * sizeof(*entries))) != size)
-			return FALSE;
-		for (uint64_t i = 0; i < n; i++)
-			if (!(entries[i] & present))
-				return FALSE;
-		page += n;
-		left -= n;
-	}
-	return TRUE;
-}
-
-/* Drops the exports that may hold pages which are no longer the guest's. */
-static void drop_exchanged(PrVerbsPath *path)
-{
-	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-
-	for (guint i = path->exports->len; i-- > 0;) {
-		PrVerbsExport *export = &g_array_index(path->exports, PrVerbsExport, i);
-
-		if (path->regions[export->block].memfd < 0 ||
-		    all_present(pagemap, host(path, export->block) + export->offset,
-				export->length))
-			continue;
-		ibv_dereg_mr(export->mr);
-		g_array_remove_index(path->exports, i);
-	}
-	if (pagemap >= 0)
-		close(pagemap);
 }
 
 gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error)
@@ -325,7 +384,7 @@ gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error
 void pr_verbs_export_free(PrVerbsPath *path)
 {
 	for (guint i = 0; path->exports && i < path->exports->len; i++)
-		ibv_dereg_mr(g_array_index(path->exports, PrVerbsExport, i).mr);
+		drop(&g_array_index(path->exports, PrVerbsExport, i));
 	g_clear_pointer(&path->exports, g_array_unref);
 	for (guint i = 0; path->writable && i < path->n_regions; i++)
 		if (path->writable[i].addr)

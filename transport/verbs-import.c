@@ -70,6 +70,7 @@ void pr_verbs_import_set(PrVerbsPath *path, const PrGrant *grants, guint n)
 		add_grant(imports, grant, MAX(grant->offset, done));
 		done = MAX(done, grant->offset + grant->length);
 	}
+	g_atomic_int_set(&path->probe_key, imports->len ? (gint)sorted[0].key : 0);
 	path->n_imports = imports->len;
 	path->imports = (PrVerbsImport *)(gpointer)g_array_free(imports, FALSE);
 }

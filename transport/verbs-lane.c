@@ -27,10 +27,11 @@ static uint64_t wr_id(const PrVerbsLane *lane, WrKind kind, guint slot)
 static gboolean open_queues(PrVerbsPath *path, PrVerbsLane *lane, GError **error)
 {
 	struct ibv_context *context = path->rail.context;
-	guint room = MIN(QUEUE_DEPTH, path->rail.caps.max_qp_wr - 1);
+	guint others = PR_VERBS_PROBES_MAX + 1; /* and the marker */
+	guint room = MIN(QUEUE_DEPTH, path->rail.caps.max_qp_wr - others);
 	struct ibv_qp_init_attr attr = {
 		.qp_type = IBV_QPT_RC,
-		.cap = {.max_send_wr = room + 1,
+		.cap = {.max_send_wr = room + others,
 			.max_recv_wr = 1,
 			.max_send_sge = 1,
 			.max_recv_sge = 1},
@@ -39,8 +40,8 @@ static gboolean open_queues(PrVerbsPath *path, PrVerbsLane *lane, GError **error
 	lane->channel = ibv_create_comp_channel(context);
 	if (!lane->channel || !pr_verbs_set_nonblocking(lane->channel->fd))
 		return pr_verbs_error(path->uri, "no completion channel", errno, error);
-	/* All that may be posted, and the marker. */
-	lane->cq = ibv_create_cq(context, (int)room + 1, NULL, lane->channel, 0);
+	/* For all that may be posted, since all may fail. */
+	lane->cq = ibv_create_cq(context, (int)(room + others), NULL, lane->channel, 0);
 	if (!lane->cq)
 		return pr_verbs_error(path->uri, "no completion queue", errno, error);
 	attr.send_cq = attr.recv_cq = lane->cq;
@@ -74,9 +75,9 @@ static gboolean to_init(PrVerbsPath *path, PrVerbsLane *lane, GError **error)
 gboolean pr_verbs_lane_open(PrVerbsPath *path, PrVerbsLane *lane, GError **error)
 {
 	lane->retired = g_ptr_array_new();
-	for (guint i = 0; i < PR_VERBS_DEPTH_MAX; i++)
+	for (guint i = 0; i < PR_VERBS_SLOTS; i++)
 		lane->free_slots[i] = i;
-	lane->n_free = PR_VERBS_DEPTH_MAX;
+	lane->n_free = PR_VERBS_SLOTS;
 	return open_queues(path, lane, error) && pr_waker_init(&lane->waker, error) &&
 	       pr_waker_watch(&lane->waker, lane->channel->fd, error) && to_init(path, lane, error);
 }
@@ -109,6 +110,7 @@ static gboolean check_gid(PrVerbsPath *path, PrVerbsLane *lane, uint8_t index, G
 		return pr_verbs_error(path->uri, "the RDMA port's address has gone", err, error);
 	lane->gid = entry.gid;
 	lane->gid_index = index;
+	lane->has_gid = TRUE;
 	if (entry.gid_type != IBV_GID_TYPE_ROCE_V1)
 		return TRUE;
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
@@ -166,6 +168,29 @@ gboolean pr_verbs_lane_ready(PrVerbsPath *path, PrVerbsLane *lane, guint depth, 
 
 /* ---- completions ---- */
 
+static gint64 posted_at(const PrVerbsLane *lane, const PrVerbsSlot *slot)
+{
+	return __atomic_load_n(&lane->posted_us[slot - lane->slots], __ATOMIC_RELAXED);
+}
+
+static void set_posted(PrVerbsLane *lane, const PrVerbsSlot *slot, gint64 when)
+{
+	__atomic_store_n(&lane->posted_us[slot - lane->slots], when, __ATOMIC_RELAXED);
+}
+
+gint64 pr_verbs_lane_oldest(const PrVerbsLane *lane)
+{
+	gint64 oldest = 0;
+
+	for (guint i = 0; i < PR_VERBS_SLOTS; i++) {
+		gint64 at = posted_at(lane, &lane->slots[i]);
+
+		if (at && (!oldest || at < oldest))
+			oldest = at;
+	}
+	return oldest;
+}
+
 /* A status that no path error explains. What has arrived so far is right all the same. */
 static gboolean is_bug(enum ibv_wc_status status)
 {
@@ -181,14 +206,16 @@ static gboolean is_bug(enum ibv_wc_status status)
 	}
 }
 
-static void note_failure(PrVerbsPath *path, const PrVerbsSlot *slot, const struct ibv_wc *wc)
+static void note_failure(PrVerbsPath *path, const PrVerbsLane *lane, const PrVerbsSlot *slot,
+			 const struct ibv_wc *wc)
 {
 	const char *rail = pr_verbs_rail_name(&path->rail);
-	gint64 ms = (g_get_monotonic_time() - slot->posted_us) / 1000;
+	gint64 ms = (g_get_monotonic_time() - posted_at(lane, slot)) / 1000;
 
 	if (!pr_fate_is_up(&path->fate))
 		return;
-	if (is_bug(wc->status))
+	/* soft-RoCE does not know a probe's key when it has to answer it twice. */
+	if (is_bug(wc->status) && !slot->probe)
 		g_critical("%s: rail %s: a READ failed in a way that only a bug explains: %s "
 			   "(vendor 0x%x)",
 			   path->fate.name, rail, ibv_wc_status_str(wc->status), wc->vendor_err);
@@ -221,6 +248,8 @@ static void release_slot(PrVerbsLane *lane, PrVerbsSlot *slot)
 		g_ptr_array_add(lane->retired, slot->mr);
 	slot->mr = NULL;
 	slot->busy = FALSE;
+	set_posted(lane, slot, 0);
+	*(slot->probe ? &lane->n_probes : &lane->n_reads) -= 1;
 	lane->room += slot->n_wrs;
 	lane->free_slots[lane->n_free++] = slot - lane->slots;
 }
@@ -239,12 +268,12 @@ static gboolean take(PrVerbsPath *path, PrVerbsLane *lane, const struct ibv_wc *
 		lane->marker_due = FALSE;
 		return FALSE;
 	}
-	slot = &lane->slots[index % PR_VERBS_DEPTH_MAX];
+	slot = &lane->slots[index % PR_VERBS_SLOTS];
 	if (!slot->busy)
 		return FALSE;
 	if (wc->status != IBV_WC_SUCCESS) {
 		slot->failed = TRUE;
-		note_failure(path, slot, wc);
+		note_failure(path, lane, slot, wc);
 	}
 	if (kind != WR_LAST)
 		return FALSE;
@@ -284,8 +313,8 @@ static gboolean reap_early(PrVerbsPath *path, PrVerbsLane *lane)
 {
 	gboolean any;
 
-	lane->n_early += reap(path, lane, lane->early + lane->n_early,
-			      PR_VERBS_DEPTH_MAX - lane->n_early, &any);
+	lane->n_early +=
+		reap(path, lane, lane->early + lane->n_early, PR_VERBS_SLOTS - lane->n_early, &any);
 	return any;
 }
 
@@ -294,6 +323,8 @@ guint pr_verbs_lane_poll(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret
 	guint n = MIN(lane->n_early, max);
 	gboolean any;
 
+	g_atomic_int_set(&lane->asleep, FALSE);
+	g_atomic_int_inc(&lane->n_polls);
 	if (n) {
 		memcpy(ret, lane->early, n * sizeof(*ret));
 		lane->n_early -= n;
@@ -347,7 +378,7 @@ static gboolean spin(PrVerbsPath *path, PrVerbsLane *lane)
 {
 	gint64 until = g_get_monotonic_time() + lane->spin_us;
 
-	if (lane->id == PR_LANE_URGENT || lane->n_free == PR_VERBS_DEPTH_MAX)
+	if (lane->id == PR_LANE_URGENT || lane->n_free == PR_VERBS_SLOTS)
 		return FALSE;
 	do {
 		if (reap_early(path, lane)) {
@@ -365,7 +396,10 @@ gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane)
 	if (lane->n_early || !pr_fate_is_up(&path->fate) || spin(path, lane))
 		return FALSE;
 	free_retired(lane);
-	return request_event(path, lane) && pr_fate_is_up(&path->fate);
+	if (!request_event(path, lane) || !pr_fate_is_up(&path->fate))
+		return FALSE;
+	g_atomic_int_set(&lane->asleep, TRUE);
+	return TRUE;
 }
 
 /* ---- posting ---- */
@@ -428,12 +462,27 @@ static uint32_t post_piece(PrVerbsPath *path, PrVerbsLane *lane, PrVerbsSlot *sl
 	return sge.length;
 }
 
-gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block, uint64_t offset,
-			    uint32_t length, uint64_t token)
+static PrVerbsSlot *take_slot(PrVerbsLane *lane, uint64_t token, gboolean probe)
 {
 	PrVerbsSlot *slot = &lane->slots[lane->free_slots[--lane->n_free]];
 
-	*slot = (PrVerbsSlot){.token = token, .posted_us = g_get_monotonic_time(), .busy = TRUE};
+	*slot = (PrVerbsSlot){
+		.token = token,
+		.busy = TRUE,
+		.probe = probe,
+	};
+	set_posted(lane, slot, g_get_monotonic_time());
+	*(probe ? &lane->n_probes : &lane->n_reads) += 1;
+	return slot;
+}
+
+gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block, uint64_t offset,
+			    uint32_t length, uint64_t token)
+{
+	PrVerbsSlot *slot;
+
+	g_assert(lane->n_reads < lane->depth);
+	slot = take_slot(lane, token, FALSE);
 	while (length) {
 		uint32_t done = post_piece(path, lane, slot, block, offset, length);
 
@@ -452,21 +501,22 @@ gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block
 
 gboolean pr_verbs_lane_probe(PrVerbsPath *path, PrVerbsLane *lane, uint64_t token)
 {
-	PrVerbsSlot *slot = &lane->slots[lane->free_slots[--lane->n_free]];
-	struct ibv_send_wr wr = {
-		.wr_id = wr_id(lane, WR_LAST, slot - lane->slots),
-		.opcode = IBV_WR_RDMA_READ,
-		.send_flags = IBV_SEND_SIGNALED,
-	};
+	struct ibv_send_wr wr = {.opcode = IBV_WR_RDMA_READ, .send_flags = IBV_SEND_SIGNALED};
+	PrVerbsSlot *slot;
 
-	*slot = (PrVerbsSlot){.token = token, .posted_us = g_get_monotonic_time(), .busy = TRUE};
-	if (!wait_for_room(path, lane) || !post_wr(path, lane, &wr)) {
-		release_slot(lane, slot);
+	g_assert(lane->n_probes < PR_VERBS_PROBES_MAX);
+	if (!pr_fate_is_up(&path->fate))
 		return FALSE;
-	}
-	lane->room--;
-	slot->n_wrs = 1;
-	return TRUE;
+	slot = take_slot(lane, token, TRUE);
+	wr.wr_id = wr_id(lane, WR_LAST, slot - lane->slots);
+	/* Nothing is read, so nobody has to look at a key; soft-RoCE does, when it answers for the second
+	 * time. */
+	wr.wr.rdma.rkey = (uint32_t)g_atomic_int_get(&path->probe_key);
+	/* The queue has room for it beside READs. */
+	if (post_wr(path, lane, &wr))
+		return TRUE;
+	release_slot(lane, slot);
+	return FALSE;
 }
 
 /* ---- the end ---- */
@@ -499,7 +549,7 @@ gboolean pr_verbs_lane_drain(PrVerbsPath *path, PrVerbsLane *lane, gint64 deadli
 		return TRUE;
 	lane->n_early = 0;
 	post_marker(lane);
-	while (lane->marker_due || lane->n_free < PR_VERBS_DEPTH_MAX) {
+	while (lane->marker_due || lane->n_free < PR_VERBS_SLOTS) {
 		gboolean quiet = request_event(path, lane);
 
 		lane->n_early = 0;
@@ -509,17 +559,17 @@ gboolean pr_verbs_lane_drain(PrVerbsPath *path, PrVerbsLane *lane, gint64 deadli
 	return TRUE;
 }
 
-void pr_verbs_lane_disconnect(PrVerbsLane *lane)
+void pr_verbs_lane_fence(PrVerbsLane *lane)
 {
 	g_clear_pointer(&lane->qp, ibv_destroy_qp);
-	/* Tells the peer, and waits for nobody. */
-	g_clear_pointer(&lane->cm, rdma_destroy_id);
 }
 
 void pr_verbs_lane_close(PrVerbsLane *lane)
 {
-	pr_verbs_lane_disconnect(lane);
-	for (guint i = 0; i < PR_VERBS_DEPTH_MAX; i++)
+	pr_verbs_lane_fence(lane);
+	/* Tells the peer, and waits for nobody. */
+	g_clear_pointer(&lane->cm, rdma_destroy_id);
+	for (guint i = 0; i < PR_VERBS_SLOTS; i++)
 		if (lane->slots[i].mr)
 			ibv_dereg_mr(lane->slots[i].mr);
 	if (lane->retired)

@@ -1,24 +1,32 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What is left of a path whose rail is down.
+ * The end of a path that is fenced: nothing lands any more, and what is left of it is freed by a thread.
  *
- * Destroying a connected id tells the peer, and that message goes out even where it cannot: soft-RoCE's
- * management queue pair then falls into the error state for good, and nobody connects over that device
- * any more until it is made anew. Nor is a queue pair always destroyed at once: soft-RoCE waits, for up to 50 s,
- * until the network driver has let go of its last packet, which a driver that is down may not do. The
- * engine must not wait for that with the next path.
+ * That mostly takes a moment, for which its owner waits, so that everything is gone when the path is.
+ * But a device can hold us up: soft-RoCE destroys a queue pair only when the network driver has let go of
+ * its last packet (it waits for that for up to 50 s), which a driver that is down, or whose peer takes nothing,
+ * may not do. The engine must not wait for that with the next path.
  *
- * So the remains, fenced and with no memory registered any more, are left to a thread until the rail is up
- * again (then the peer is told), or its device is removed, which waits for us.
+ * Destroying an id that is connected, or about to be, tells the peer, and that message goes out even where it cannot:
+ * soft-RoCE's management queue pair then falls into the error state for good, and nobody connects over that
+ * device any more until it is made anew. So while the rail is down nothing is freed but registered memory: the
+ * thread waits until the rail is up again (then the peer is told), or its device is removed, which waits
+ * for us.
  */
 #include "transport/verbs.h"
 
 #define LOOK_MS	 250
 #define LOOKS_UP 4 /* a port that says it is up may still have no route */
+#define FREE_MS	 500
 
 typedef struct Remains {
-	PrVerbsPath *path;
+	PrVerbsPath *path; /* the thread's */
 	void (*free_path)(PrVerbsPath *path);
+	gboolean linger;
+
+	GMutex lock;
+	GCond changed;
+	gboolean freed, left; /* by the thread, by the owner: the last one frees this; under lock */
 } Remains;
 
 static gboolean is_connected(const PrVerbsPath *path)
@@ -56,10 +64,8 @@ static void look_for_removal(PrVerbsPath *path)
 			g_atomic_int_set(&path->removed, TRUE);
 }
 
-static gpointer linger_thread(gpointer opaque)
+static void wait_for_rail(PrVerbsPath *path)
 {
-	g_autofree Remains *remains = opaque;
-	PrVerbsPath *path = remains->path;
 	struct pollfd fd = {.fd = path->channel->fd, .events = POLLIN};
 
 	pr_verbs_export_free(path);
@@ -70,16 +76,69 @@ static gpointer linger_thread(gpointer opaque)
 			break;
 		poll(&fd, 1, LOOK_MS);
 	}
-	remains->free_path(path);
+}
+
+/* Says that the thread (or else the owner) has done with it. */
+static void let_go(Remains *remains, gboolean thread)
+{
+	gboolean last;
+
+	g_mutex_lock(&remains->lock);
+	last = thread ? remains->left : remains->freed;
+	*(thread ? &remains->freed : &remains->left) = TRUE;
+	g_cond_broadcast(&remains->changed);
+	g_mutex_unlock(&remains->lock);
+	if (!last)
+		return;
+	g_mutex_clear(&remains->lock);
+	g_cond_clear(&remains->changed);
+	g_free(remains);
+}
+
+static gpointer release_thread(gpointer opaque)
+{
+	Remains *remains = opaque;
+
+	if (remains->linger)
+		wait_for_rail(remains->path);
+	remains->free_path(remains->path);
+	let_go(remains, TRUE);
 	return NULL;
 }
 
-void pr_verbs_linger(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path))
+static gboolean wait_freed(Remains *remains)
 {
-	Remains *remains = g_new(Remains, 1);
+	gint64 deadline = pr_backend_deadline(FREE_MS);
+	gboolean freed;
 
-	*remains = (Remains){path, free_path};
-	g_info("%s: rail %s is down; its connection ends when it is up again", path->fate.name,
-	       pr_verbs_rail_name(&path->rail));
-	g_thread_unref(g_thread_new("pr-rdma-linger", linger_thread, remains));
+	g_mutex_lock(&remains->lock);
+	while (!remains->freed && g_cond_wait_until(&remains->changed, &remains->lock, deadline))
+		;
+	freed = remains->freed;
+	g_mutex_unlock(&remains->lock);
+	return freed;
+}
+
+void pr_verbs_release(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path))
+{
+	g_autofree char *name = g_strdup(path->fate.name);
+	Remains *remains = g_new0(Remains, 1);
+	GThread *thread;
+	gboolean freed;
+
+	*remains = (Remains){path, free_path, .linger = pr_verbs_must_linger(path)};
+	g_mutex_init(&remains->lock);
+	g_cond_init(&remains->changed);
+	if (remains->linger)
+		g_info("%s: rail %s is down; its connection ends when it is up again", name,
+		       pr_verbs_rail_name(&path->rail));
+	thread = g_thread_new("pr-rdma-release", release_thread, remains);
+	freed = !remains->linger && wait_freed(remains);
+	if (!freed && !remains->linger)
+		g_info("%s: its device takes its time to let go of it", name);
+	let_go(remains, FALSE);
+	if (freed)
+		g_thread_join(thread);
+	else
+		g_thread_unref(thread);
 }

@@ -12,6 +12,15 @@
  *
  * Traffic classes: a fabric that is made ready for RoCE mostly treats DSCP 26 (tos 104) as lossless, which
  * is right for bulk; expedited forwarding (tos 184) lets the few urgent READs overtake.
+ *
+ * A lane that is not connected after connect-timeout-ms is tried again, as long as the handshake lasts: a second,
+ * where rdma_cm itself repeats a lost message after 4 s.
+ *
+ * An urgent READ that is not there after read-deadline-ms fails the path, whatever the device still hopes for:
+ * a path that loses much but not all never runs out of retries, since any progress starts the count anew, and a
+ * vCPU waits. It has to leave time for the retries, which know the reason: by default it is twice what they
+ * take at most, 537 ms, and at least 250 ms. Hosts that stop for longer moments (emulated ones) need
+ * more; 0 does without.
  */
 #include "transport/verbs.h"
 
@@ -20,7 +29,19 @@ typedef struct Number {
 	guint64 min, max, fallback;
 } Number;
 
-enum { ACK_TIMEOUT, RETRY, BULK_RETRY, RNR_RETRY, RNR_TIMER, DEPTH, TOS, BULK_TOS, N_NUMBERS };
+enum {
+	ACK_TIMEOUT,
+	RETRY,
+	BULK_RETRY,
+	RNR_RETRY,
+	RNR_TIMER,
+	DEPTH,
+	TOS,
+	BULK_TOS,
+	CONNECT_TIMEOUT,
+	READ_DEADLINE,
+	N_NUMBERS
+};
 
 static const Number numbers[N_NUMBERS] = {
 	[ACK_TIMEOUT] = {"ack-timeout", 8, 22, 14},
@@ -31,7 +52,20 @@ static const Number numbers[N_NUMBERS] = {
 	[DEPTH] = {"depth", 1, PR_VERBS_DEPTH_MAX, 16},
 	[TOS] = {"tos", 0, 255, 184},
 	[BULK_TOS] = {"bulk-tos", 0, 255, 104},
+	[CONNECT_TIMEOUT] = {"connect-timeout-ms", 50, 60000, 1000},
+	[READ_DEADLINE] = {"read-deadline-ms", 0, 60000, G_MAXUINT64}, /* see read_deadline_ms() */
 };
+
+#define READ_DEADLINE_MIN_MS 250
+
+static guint read_deadline_ms(const guint64 *values)
+{
+	guint64 timers_us = (values[RETRY] + 1) * (4096ull << values[ACK_TIMEOUT]) / 1000;
+
+	if (values[READ_DEADLINE] != numbers[READ_DEADLINE].fallback)
+		return (guint)values[READ_DEADLINE];
+	return (guint)MAX(READ_DEADLINE_MIN_MS, 2 * timers_us / 1000 + 1);
+}
 
 gboolean pr_verbs_parse_options(const PrUri *uri, PrVerbsOptions *ret, GError **error)
 {
@@ -54,6 +88,8 @@ gboolean pr_verbs_parse_options(const PrUri *uri, PrVerbsOptions *ret, GError **
 		.rnr_timer = values[RNR_TIMER],
 		.depth = values[DEPTH],
 		.tos = {[PR_LANE_URGENT] = values[TOS], [PR_LANE_BULK] = values[BULK_TOS]},
+		.connect_timeout_ms = (guint)values[CONNECT_TIMEOUT],
+		.read_deadline_ms = read_deadline_ms(values),
 	};
 	return TRUE;
 }

@@ -25,7 +25,8 @@
  * Fence (drain): nobody posts any more → queue pairs in the error state → a marker is posted, and everything
  * up to it has completed, within the time → queue pairs destroyed, then the ids. Only our own queue pair
  * writes to our memory, so that is a complete fence whatever the peer does. A queue pair is never used again.
- * On a rail that is down the last step comes later (verbs-linger.c); the fence is complete without it.
+ * Once everything has completed, the fence is complete without the last step, which may have to wait
+ * (verbs-linger.c). If not everything has, the queue pairs are destroyed at once.
  *
  * Not handled: iWARP, whose path failures only show after TCP's timeouts; shared receive queues and on-demand
  * paging, which nothing here needs.
@@ -35,6 +36,8 @@
 #include <string.h>
 
 #include "transport/backends.h"
+
+#define DRAIN_MS 1000 /* of a path that is destroyed without drain() */
 
 static void stop_lanes(PrVerbsPath *path)
 {
@@ -75,7 +78,15 @@ static void path_free(PrVerbsPath *path)
 	pr_uri_free(path->uri);
 	g_free(path);
 }
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrVerbsPath, path_free)
+
+static void path_release(PrVerbsPath *path)
+{
+	if (path->rail.context)
+		pr_verbs_release(path, path_free);
+	else
+		path_free(path);
+}
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrVerbsPath, path_release)
 
 static PrVerbsPath *path_new(const PrPathSetup *setup)
 {
@@ -231,7 +242,7 @@ static gboolean verbs_post_read(PrDataPath *base, PrLaneId id, uint32_t block, u
 	PrVerbsPath *path = (PrVerbsPath *)base;
 	PrVerbsLane *lane = &path->lanes[id];
 
-	g_assert(lane->n_free && length <= PR_READ_MAX && block < path->n_regions &&
+	g_assert(length <= PR_READ_MAX && block < path->n_regions &&
 		 offset + length <= path->regions[block].size);
 	return pr_fate_is_up(&path->fate) &&
 	       pr_verbs_lane_post(path, lane, block, offset, length, token);
@@ -286,25 +297,24 @@ static gboolean verbs_drain(PrDataPath *base, guint timeout_ms)
 	pr_verbs_events_join(path);
 	for (guint i = 0; i < PR_N_LANES; i++)
 		drained &= pr_verbs_lane_drain(path, &path->lanes[i], deadline);
-	if (drained && pr_verbs_must_linger(path))
+	path->fenced = TRUE;
+	/* Then that is the fence, and what is left takes the time that it takes. */
+	if (drained)
 		return TRUE;
 	g_mutex_lock(&path->qp_lock);
 	for (guint i = 0; i < PR_N_LANES; i++)
-		pr_verbs_lane_disconnect(&path->lanes[i]);
+		pr_verbs_lane_fence(&path->lanes[i]);
 	g_mutex_unlock(&path->qp_lock);
-	return drained;
+	return FALSE;
 }
 
 static void verbs_destroy(PrDataPath *base)
 {
 	PrVerbsPath *path = (PrVerbsPath *)base;
 
-	verbs_shutdown(base);
-	pr_verbs_events_join(path);
-	if (pr_verbs_must_linger(path))
-		pr_verbs_linger(path, path_free);
-	else
-		path_free(path);
+	if (!path->fenced)
+		verbs_drain(base, DRAIN_MS);
+	path_release(path);
 }
 
 static gboolean verbs_admit_message(const PrUri *uri, gboolean outgoing, uint16_t type)

@@ -13,7 +13,9 @@
 
 #include "transport/backend.h"
 
-#define PR_VERBS_DEPTH_MAX 128 /* READs outstanding on a lane */
+#define PR_VERBS_DEPTH_MAX  128 /* READs outstanding on a lane */
+#define PR_VERBS_PROBES_MAX 4	/* probes outstanding on a lane, beside READs */
+#define PR_VERBS_SLOTS	    (PR_VERBS_DEPTH_MAX + PR_VERBS_PROBES_MAX)
 
 /* Read from a URI; constant. */
 typedef struct PrVerbsOptions {
@@ -24,6 +26,8 @@ typedef struct PrVerbsOptions {
 	uint8_t rnr_timer; /* a code, not a time: see ibv_modify_qp(3) */
 	uint8_t depth;	   /* READs outstanding on a lane; ORD and IRD */
 	uint8_t tos[PR_N_LANES];
+	guint connect_timeout_ms; /* of one attempt to connect a lane */
+	guint read_deadline_ms;	  /* for READs on the urgent lane, 0: none */
 } PrVerbsOptions;
 
 /* Also checks that there are no others. */
@@ -67,9 +71,8 @@ gboolean pr_verbs_next_event(struct rdma_event_channel *channel, PrVerbsEvent *r
 
 typedef struct PrVerbsSlot {
 	uint64_t token;
-	gint64 posted_us;
 	guint n_wrs;
-	gboolean busy, failed;
+	gboolean busy, failed, probe;
 	struct ibv_mr *mr; /* of this READ alone, or NULL */
 } PrVerbsSlot;
 
@@ -80,8 +83,9 @@ typedef struct PrVerbsLane {
 	struct ibv_comp_channel *channel;
 	struct ibv_cq *cq;
 	struct ibv_qp *qp; /* moved to the error state, and destroyed, under the path's qp_lock */
-	union ibv_gid gid; /* ours, constant once connected, as is gid_index */
+	union ibv_gid gid; /* ours, constant once connected, as are the next two */
 	uint8_t gid_index;
+	gboolean has_gid;    /* InfiniBand within a subnet has none */
 	uint16_t epoch_tag;  /* in every wr_id */
 	guint n_cq_events;   /* taken and not acknowledged */
 	guint depth;	     /* READs that may be outstanding */
@@ -89,11 +93,16 @@ typedef struct PrVerbsLane {
 	guint spin_us;	     /* adaptive: see arm() */
 	gboolean marker_due; /* the last work request of all has not completed */
 	PrWaker waker;
-	PrVerbsSlot slots[PR_VERBS_DEPTH_MAX];
-	uint16_t free_slots[PR_VERBS_DEPTH_MAX]; /* a stack */
+	PrVerbsSlot slots[PR_VERBS_SLOTS];
+	/* For the event thread: when the READ in each slot was posted (monotonic time), 0: none; and whether somebody
+	 * waits for completions, or how often one has looked for them. All atomic. */
+	gint64 posted_us[PR_VERBS_SLOTS];
+	gint asleep, n_polls;
+	uint16_t free_slots[PR_VERBS_SLOTS]; /* a stack */
 	guint n_free;
-	guint import_hint;			/* where the last READ was: see verbs-import.c */
-	PrCompletion early[PR_VERBS_DEPTH_MAX]; /* reaped while looking for something else */
+	guint n_reads, n_probes;	    /* outstanding */
+	guint import_hint;		    /* where the last READ was: see verbs-import.c */
+	PrCompletion early[PR_VERBS_SLOTS]; /* reaped while looking for something else */
 	guint n_early;
 	GPtrArray *retired; /* struct ibv_mr* of completed READs, to be freed when there is time */
 } PrVerbsLane;
@@ -107,18 +116,20 @@ typedef struct PrVerbsImport {
 	struct ibv_mr *mr;	 /* our side of it, NULL: not yet; atomic, set under import_lock */
 } PrVerbsImport;
 
-/* A range of a block that the source has registered. */
-typedef struct PrVerbsExport {
-	uint32_t block;
-	uint64_t offset, length; /* bytes within the block */
-	struct ibv_mr *mr;
-} PrVerbsExport;
-
 /* A mapping of ours; addr NULL: none. */
 typedef struct PrVerbsMapping {
 	void *addr;
 	uint64_t size; /* bytes */
 } PrVerbsMapping;
+
+/* A range of a block that the source has registered. */
+typedef struct PrVerbsExport {
+	uint32_t block;
+	uint64_t offset, length; /* bytes within the block */
+	struct ibv_mr *mr;
+	PrVerbsMapping watch; /* around a mapping that shows whether pages were exchanged */
+	uint64_t watch_at;    /* where in it that begins */
+} PrVerbsExport;
 
 typedef struct PrVerbsPath {
 	PrDataPath base;
@@ -132,7 +143,8 @@ typedef struct PrVerbsPath {
 	PrVerbsRail rail;
 
 	PrVerbsLane lanes[PR_N_LANES];
-	GMutex qp_lock; /* whoever moves a queue pair to the error state finds it alive */
+	GMutex qp_lock;	 /* whoever moves a queue pair to the error state finds it alive */
+	gboolean fenced; /* by drain() */
 	GThread *events;
 	PrWaker events_waker; /* wake: anyone */
 	gint removed;	      /* the device is about to go and waits for us; atomic */
@@ -141,6 +153,7 @@ typedef struct PrVerbsPath {
 	PrVerbsImport *imports; /* sorted; set before the first READ */
 	guint n_imports;
 	GMutex import_lock; /* PrVerbsImport.mr is set under it */
+	gint probe_key;	    /* the remote key of some grant, 0: none; atomic */
 
 	/* source; the thread that calls connect() and grants() */
 	GArray *exports;	  /* PrVerbsExport, sorted */
@@ -156,23 +169,28 @@ gboolean pr_verbs_lane_open(PrVerbsPath *path, PrVerbsLane *lane, GError **error
 gboolean pr_verbs_lane_ready(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GError **error);
 gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block, uint64_t offset,
 			    uint32_t length, uint64_t token);
-/* A READ of nothing: completes when the source's end has answered. */
+/* Posts a READ of nothing: poll() returns its token when the source's end of the queue pair has answered. Needs no
+ * grants. At most PR_VERBS_PROBES_MAX may be outstanding. FALSE: the path has failed. */
 gboolean pr_verbs_lane_probe(PrVerbsPath *path, PrVerbsLane *lane, uint64_t token);
 guint pr_verbs_lane_poll(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret, guint max);
 gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane);
+/* Any thread: when the READ or probe was posted that has been outstanding for longest, 0: none is. */
+gint64 pr_verbs_lane_oldest(const PrVerbsLane *lane);
 /* Any thread, with qp_lock held: everything outstanding completes with an error. */
 void pr_verbs_lane_stop(PrVerbsLane *lane);
 /* After stop. FALSE: not everything completed in time. */
 gboolean pr_verbs_lane_drain(PrVerbsPath *path, PrVerbsLane *lane, gint64 deadline);
-/* With qp_lock held: ends the connection, so that nothing lands any more. */
-void pr_verbs_lane_disconnect(PrVerbsLane *lane);
+/* With qp_lock held: destroys the queue pair, so that nothing lands any more, if it has to be waited for. */
+void pr_verbs_lane_fence(PrVerbsLane *lane);
+/* Frees all; the lane may be opened again. */
 void pr_verbs_lane_close(PrVerbsLane *lane);
 
 /* verbs-connect.c */
 /* Source. Opens the path's rail with the first lane. */
 gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
 			       gint64 deadline, GError **error);
-/* Destination. Takes `id`, whatever comes of it. `depth`: what the source offers. */
+/* Destination. Takes `id`, whatever comes of it. `depth`: what the source offers. TRUE with a lane that has
+ * no id: the source gave this attempt up. */
 gboolean pr_verbs_accept_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
 			      struct rdma_cm_id *id, guint depth, gint64 deadline, GError **error);
 /* Rejects and frees an id that asks to be connected; the source shows the reason. */
@@ -205,10 +223,10 @@ void pr_verbs_events_join(PrVerbsPath *path);
 gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane);
 
 /* verbs-linger.c */
-/* Whether an ended path is not to tell its peer that it has ended, because it cannot now. */
+/* Whether a path is not to tell its peer that it has ended, because it cannot now. */
 gboolean pr_verbs_must_linger(PrVerbsPath *path);
-/* Frees the path when it can; `free_path` is called by a thread. */
-void pr_verbs_linger(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path));
+/* Has `free_path` free a path that is fenced, now or later; blocks for no more than a moment. */
+void pr_verbs_release(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path));
 
 /* verbs-listener.c */
 PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error);

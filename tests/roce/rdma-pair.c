@@ -18,11 +18,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "transport/transport.h"
+#include "transport/verbs.h"
 
 #define BLOCKS	    2
 #define BLOCK_BYTES (64ull * 1024 * 1024)
 #define MARK	    0xee
+#define PROBE_TOKEN 0x1234567890ull
 #define READ_MS	    10000 /* for a READ, whatever becomes of it */
 
 typedef struct Puller {
@@ -98,6 +99,17 @@ static gboolean punch(Side *side, char **words, GString *ret, GError **error)
 	return complain(error, g_strerror(errno));
 }
 
+/* BLOCK OFFSET LENGTH: has every page looked at in the mapping that the path was given. */
+static gboolean touch(Side *side, char **words, GString *ret, GError **error)
+{
+	uint64_t start = number(words[2]), sum = 0;
+
+	for (uint64_t i = start; i < start + number(words[3]); i += 4096)
+		sum += *at(side, number(words[1]), i);
+	g_string_printf(ret, "%" PRIu64, sum);
+	return TRUE;
+}
+
 static void on_failed(const GError *reason, void *opaque)
 {
 	Side *side = opaque;
@@ -123,13 +135,14 @@ static PrPathSetup path_setup(Side *side, char **words)
 		.opaque = side,
 	};
 
-	memset(setup.binding.uuid, 0x11, sizeof(setup.binding.uuid));
 	memset(setup.binding.secret, words[3] ? (int)number(words[3]) : 0x5e,
 	       sizeof(setup.binding.secret));
+	memset(setup.binding.uuid, words[3] && words[4] ? (int)number(words[4]) : 0x11,
+	       sizeof(setup.binding.uuid));
 	return setup;
 }
 
-/* EPOCH MS [SECRET] */
+/* EPOCH MS [SECRET [UUID]] */
 static gboolean open_path(Side *side, char **words, GString *ret, GError **error)
 {
 	PrPathSetup setup = path_setup(side, words);
@@ -217,6 +230,69 @@ static gboolean check(Side *side, char **words, GString *ret, GError **error)
 				    "wrong bytes in block %u at %" PRIu64, block, i);
 			return FALSE;
 		}
+	return TRUE;
+}
+
+/* LANE COUNT: probes, so many at a time. Answers how long they took, in microseconds. */
+static gboolean probe(Side *side, char **words, GString *ret, GError **error)
+{
+	PrVerbsPath *path = (PrVerbsPath *)side->path;
+	guint lane = number(words[1]), n = number(words[2]), done = 0, got;
+	gint64 begin = g_get_monotonic_time();
+
+	for (guint i = 0; i < n; i++)
+		if (!pr_verbs_lane_probe(path, &path->lanes[lane], PROBE_TOKEN + i))
+			return complain(error, "the probe was not posted");
+	for (; done < n; done += got) {
+		PrCompletion completions[16];
+
+		got = await(side, lane, completions, G_N_ELEMENTS(completions));
+		if (!got)
+			return complain(error, "the probe did not complete");
+		for (guint i = 0; i < got; i++)
+			if (!completions[i].ok || completions[i].token != PROBE_TOKEN + done + i)
+				return complain(error, "the probe failed");
+	}
+	g_string_printf(ret, "%" PRId64, g_get_monotonic_time() - begin);
+	return TRUE;
+}
+
+/* LANE MS: posts a READ and looks for its completion no sooner than after that time. */
+static gboolean neglect(Side *side, char **words, GString *ret, GError **error)
+{
+	guint lane = number(words[1]);
+	PrCompletion done = {0};
+
+	if (!side->ops->post_read(side->path, lane, 0, 0, 4096, 1))
+		return complain(error, "the READ was not posted");
+	g_usleep(number(words[2]) * 1000);
+	if (!await(side, lane, &done, 1))
+		return complain(error, "the READ did not complete");
+	return done.ok ? TRUE : complain(error, "the READ failed");
+}
+
+/* Answers for each lane what its queue pair is set to: see test_verbs.py. */
+static gboolean attributes(Side *side, char **words, GString *ret, GError **error)
+{
+	PrVerbsPath *path = (PrVerbsPath *)side->path;
+
+	for (guint i = 0; i < PR_N_LANES; i++) {
+		struct ibv_qp_attr a = {0};
+		struct ibv_qp_init_attr init;
+		int err = ibv_query_qp(path->lanes[i].qp, &a,
+				       IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT |
+					       IBV_QP_RNR_RETRY | IBV_QP_MIN_RNR_TIMER |
+					       IBV_QP_MAX_QP_RD_ATOMIC | IBV_QP_MAX_DEST_RD_ATOMIC |
+					       IBV_QP_ACCESS_FLAGS | IBV_QP_AV,
+				       &init);
+
+		if (err)
+			return complain(error, g_strerror(err));
+		g_string_append_printf(ret, "%u:%u:%u:%u:%u:%u:%u:%u ", a.timeout, a.retry_cnt,
+				       a.rnr_retry, a.min_rnr_timer, a.max_rd_atomic,
+				       a.max_dest_rd_atomic, a.qp_access_flags,
+				       a.ah_attr.grh.traffic_class);
+	}
 	return TRUE;
 }
 
@@ -441,10 +517,14 @@ typedef struct Command {
 static const Command commands[] = {
 	{"fill", 4, FALSE, fill},
 	{"punch", 3, FALSE, punch},
+	{"touch", 3, FALSE, touch},
 	{"open", 2, FALSE, open_path},
 	{"grants", 0, TRUE, tell_grants},
 	{"set-grants", 0, TRUE, take_grants},
 	{"check", 6, TRUE, check},
+	{"probe", 2, TRUE, probe},
+	{"neglect", 2, TRUE, neglect},
+	{"attributes", 0, TRUE, attributes},
 	{"pull", 0, TRUE, start_pull},
 	{"join-pull", 0, TRUE, join_pull},
 	{"await-failure", 1, TRUE, await_failure},

@@ -6,6 +6,7 @@ Each test moves two rdma-pairs step by step and breaks rail 1 under them."""
 
 import argparse
 import os
+import re
 import sys
 import time
 
@@ -18,16 +19,16 @@ from roce_lab import Lab, LabError, wait_until  # noqa: E402
 KIB, MIB = 1024, 1024 * 1024
 PORT = 4444
 CONNECT_MS = 10000
-NOTICED_SECONDS = 4.0  # the rdma: lanes' own timers need 0.4 s; the rest is the emulated hosts'
+NOTICED_SECONDS = 3.0  # after the fault; the rdma: lanes' own timers need 0.4 s, the rest is the emulated hosts'
 BAD_WORDS = ("CRITICAL", "WARNING", "ERROR", "Sanitizer", "runtime error")
 CASES = []
 
 
-def case(name):
-    """Registers a test under the behaviour that it proves."""
+def case(name, options=""):
+    """Registers a test under the behaviour that it proves. options: of the URI of both sides."""
 
     def register(function):
-        CASES.append((name, function))
+        CASES.append((name, function, options))
         return function
 
     return register
@@ -41,9 +42,9 @@ def expect(condition, message):
 class Side:
     """An rdma-pair on a host."""
 
-    def __init__(self, pair, host, role, uri):
-        self.process = host.popen(pair.program, role, uri, env=pair.env)
-        self.name = role
+    def __init__(self, pair, host, role, uri, wrapper=()):
+        self.process = host.popen(*wrapper, pair.program, role, uri, env=pair.env)
+        self.name, self.uri = role, uri
         self.lines = 0
         pair.sides.append(self)
         self.answer()
@@ -94,16 +95,22 @@ class Side:
 class Pair:
     """Both sides over rail 1."""
 
-    def __init__(self, lab, program, env):
-        self.lab, self.program, self.env = lab, program, env
+    def __init__(self, lab, program, env, options=""):
+        self.lab, self.program, self.env, self.options = lab, program, env, options
         self.sides = []
         self.epoch = 0
 
     def __enter__(self):
-        uri = f"rdma:{self.lab.b.address(1)}:{PORT}"
+        uri = f"rdma:{self.lab.b.address(1)}:{PORT}" + (f"?{self.options}" if self.options else "")
         self.destination = Side(self, self.lab.b, "destination", uri)
         self.source = Side(self, self.lab.a, "source", uri)
+        self.uri = uri
         return self
+
+    def other(self, role, wrapper, port=PORT):
+        """One more side, run by another program."""
+        host = self.lab.a if role == "source" else self.lab.b
+        return Side(self, host, role, self.uri.replace(str(PORT), str(port)), wrapper)
 
     def __exit__(self, kind, *_):
         try:
@@ -226,11 +233,35 @@ def exchanged(pair):
     pair.source.do("punch", 0, 2 * MIB, 64 * KIB)
     pair.fill(0, 2 * MIB, 64 * KIB, seed=2)
     pair.source.do("punch", 0, 4 * MIB, MIB)
+    pair.source.do("punch", 0, 6 * MIB, 4 * KIB)
+    pair.fill(0, 6 * MIB, 4 * KIB, seed=3)
+    # That somebody else has looked at them since hides nothing.
+    pair.source.do("touch", 0, 0, 3 * MIB)
+    pair.source.do("touch", 0, 6 * MIB, 4 * KIB)
     granted = pair.grant()
     expect(not any(at < 5 * MIB and at + n > 4 * MIB for block, at, n in granted if block == 0), f"granted: {granted}")
     pair.check(0, 2 * MIB, 64 * KIB, seed=2)
-    pair.check(0, 0, 2 * MIB)
-    pair.check(0, 5 * MIB, 3 * MIB)
+    pair.check(0, 6 * MIB, 4 * KIB, seed=3)
+    for begin, end in ((0, 2 * MIB), (2 * MIB + 64 * KIB, 4 * MIB), (5 * MIB, 6 * MIB), (6 * MIB + 4 * KIB, 8 * MIB)):
+        pair.check(0, begin, end - begin)
+    pair.close()
+
+
+@case("probe-is-answered-without-grants-and-beside-a-full-window-and-fails-with-its-path")
+def probes(pair):
+    pair.open()
+    for lane in (0, 1):
+        for count in (1, 4):
+            pair.destination.do("probe", lane, count)
+    expect(pair.destination.census()["blocks"] == [0, 0], "a probe has brought something")
+    pair.fill(0, 0, 16 * MIB)
+    pair.grant()
+    pair.destination.do("probe", 0, 4)
+    pair.lab.inject("blackhole", 1, "b")
+    reason = pair.destination.refuses("probe", 0, 1)
+    expect("the probe failed" in reason, f"it ended with: {reason}")
+    expect("retry count exceeded" in pair.destination.do("await-failure", 1000), "the failure has another reason")
+    expect("not posted" in pair.destination.refuses("probe", 1, 1), "a probe was posted on a dead path")
     pair.close()
 
 
@@ -238,13 +269,86 @@ def exchanged(pair):
 def strangers(pair):
     pair.fill(0, 0, MIB)
     pair.destination.ask("open", 7, 20000)
-    for epoch, secret in ((6, 0x5E), (8, 0x5E), (7, 0x5F)):
-        reason = pair.source.refuses("open", epoch, CONNECT_MS, secret)
-        expect("refused the data lane" in reason, f"refused with: {reason}")
+    for binding in ((6, 0x5E), (8, 0x5E), (7, 0x5F), (7, 0x5E, 0x12)):
+        epoch, *rest = binding
+        reason = pair.source.refuses("open", epoch, CONNECT_MS, *rest)
+        expect("refused the data lane" in reason, f"{binding} was refused with: {reason}")
+    stranger = pair.lab.a.run("rping", "-c", "-a", pair.lab.b.address(1), "-p", PORT, "-C", 1)
+    expect("RDMA_CM_EVENT_REJECTED" in stranger.stderr + stranger.stdout, f"another program was not rejected: {stranger}")
     pair.source.do("open", 7, CONNECT_MS)
     pair.destination.answer()
     pair.grant()
     pair.check(0, 0, MIB)
+    pair.close()
+
+
+# As rdma-pair tells them: timers, retries, RNR retries and timer, READs out and in, access, traffic class.
+REMOTE_READ = 4
+
+
+def expect_attributes(pair, timers, *lanes):
+    pair.connect()
+    for side, access in ((pair.source, REMOTE_READ), (pair.destination, 0)):
+        found = [tuple(map(int, lane.split(":"))) for lane in side.do("attributes").split()]
+        wanted = [(timers[0], retry, *timers[1:3], *timers[3:4] * 2, access, tos) for retry, tos in lanes]
+        expect(found == wanted, f"the queue pairs of the {side.name} are set to {found}, not to {wanted}")
+    pair.close()
+
+
+@case("timers-and-limits-are-set-on-both-sides-by-default")
+def default_attributes(pair):
+    expect_attributes(pair, (14, 6, 12, 16), (3, 184), (5, 104))
+
+
+@case(
+    "timers-and-limits-are-set-on-both-sides-as-the-uri-says",
+    "ack-timeout=15&retry=2&bulk-retry=4&rnr-retry=5&rnr-timer=14&depth=8&tos=8&bulk-tos=16",
+)
+def chosen_attributes(pair):
+    expect_attributes(pair, (15, 5, 14, 8), (2, 8), (4, 16))
+
+
+# The device's own timers would take 30 s to notice anything.
+PATIENT_DEVICE = "ack-timeout=20&retry=6&bulk-retry=6&read-deadline-ms=600"
+
+
+@case("urgent-read-that-takes-too-long-fails-the-path-in-words", PATIENT_DEVICE)
+def late_read(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.check(0, 0, MIB)
+    pair.lab.inject("blackhole", 1, "b")
+    began = time.monotonic()
+    expect("the READ failed" in pair.destination.refuses("check", 0, 0, 0, 4096, 4096, 1), "it came back")
+    seconds = time.monotonic() - began
+    at, times, *words = pair.destination.do("await-failure", 1000).split(" ")
+    print(f"     {seconds * 1000:.0f} ms: {' '.join(words)}")
+    expect("an urgent READ has not come back for" in " ".join(words), f"the reason is: {words}")
+    expect(times == "1" and 0.6 <= seconds < 3, f"failed {times} times, after {seconds:.1f} s")
+    pair.close()
+
+
+@case("process-that-was-stopped-does-not-take-its-reads-for-late", PATIENT_DEVICE)
+def stopped(pair):
+    pair.fill(0, 0, 16 * MIB)
+    pair.connect()
+    pair.destination.do("pull")
+    pair.destination.process.signal(19)
+    time.sleep(2)  # more than the deadline; it is what is tested
+    pair.destination.process.signal(18)
+    expect("has not failed" in pair.destination.refuses("await-failure", 2000), "the path has failed")
+    pair.source.do("close")
+    pair.destination.do("await-failure", 10000)
+    pair.destination.do("join-pull")
+    pair.destination.do("close")
+
+
+@case("completion-that-nobody-takes-is-not-late", PATIENT_DEVICE)
+def neglected(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.destination.do("neglect", 0, 3000)
+    pair.check(0, 0, MIB, lane=0)
     pair.close()
 
 
@@ -297,6 +401,122 @@ def host_away(pair):
     expect(f"rdma:{pair.lab.b.address(1)}" in reason, f"the error is: {reason}")
 
 
+def expect_words(reason, *words):
+    print(f"     {reason}")
+    missing = [word for word in words if word not in reason]
+    expect(not missing, f"the error has no {missing}: {reason}")
+
+
+@case("limit-on-locked-memory-is-an-error-that-names-the-number")
+def memlock(pair):
+    limited = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", f"--memlock={MIB}")
+    side = pair.other("destination", limited, PORT + 1)
+    expect_words(side.refuses("open", 1, 1000), "128 MiB", "RLIMIT_MEMLOCK is 1 MiB", "ulimit -l 132096", side.uri)
+    side = pair.other("source", limited)
+    side.do("fill", 0, 0, 2 * MIB, 1)
+    expect_words(side.refuses("open", 1, 1000), "2 MiB", "RLIMIT_MEMLOCK is 1 MiB", "ulimit -l 3072", side.uri)
+
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+@case("missing-permission-is-an-error-that-says-so")
+def permission(pair):
+    for device in ("rdma_cm", "uverbs*"):
+        pair.lab.a.run("sh", "-c", f"chmod 600 /dev/infiniband/{device}", check=True)
+        try:
+            reason = pair.other("source", NOBODY).refuses("open", 1, 1000)
+        finally:
+            pair.lab.a.run("sh", "-c", f"chmod 666 /dev/infiniband/{device}", check=True)
+        expect_words(reason, "no permission on /dev/infiniband", pair.uri)
+
+
+@case("host-without-a-device-is-an-error-that-says-how-to-get-one")
+def no_device(pair):
+    try:
+        for rail in (1, 2):
+            pair.lab.inject("rdma-del", rail, "a")
+        expect_words(pair.source.refuses("open", 1, 1000), "has no RDMA device", "rdma link add", pair.uri)
+    finally:
+        pair.lab.restore(2)
+
+
+@case("unequal-mtu-is-an-error-that-names-both")
+def unequal_mtu(pair):
+    pair.lab.b.run("ip", "link", "set", "eth1", "mtu", 1500, check=True)
+    pair.destination.ask("open", 1, 3000)
+    words = ("packets of 4096 bytes", "takes 1024")
+    expect_words(pair.source.refuses("open", 1, CONNECT_MS), "refused the data lane", *words)
+    try:
+        pair.destination.answer()
+    except LabError as error:
+        expect_words(str(error), *words, "ip link set dev")
+    else:
+        raise LabError("the destination accepted it")
+
+
+def packets_dropped(host, rail):
+    """What a black hole there has swallowed."""
+    text = host.run("tc", "-s", "filter", "show", "dev", f"eth{rail}", "ingress", check=True).stdout
+    return int(re.search(r"(\d+) pkt", text)[1])
+
+
+@case("connect-request-that-is-lost-is-repeated-sooner-than-rdma-cm-would")
+def lost_request(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.close()
+    pair.lab.inject("blackhole", 1, "b")
+    pair.destination.ask("open", 2, CONNECT_MS)
+    pair.source.ask("open", 2, CONNECT_MS)
+    wait_until("the request is lost", 5, lambda: packets_dropped(pair.lab.b, 1))
+    pair.lab.undo("blackhole", 1, "b")
+    began = time.monotonic()
+    for side in pair.sides:
+        side.answer()
+    seconds = time.monotonic() - began
+    print(f"     connected {seconds:.2f} s after the rail was whole again")
+    expect(seconds < 3.5, f"it took {seconds:.1f} s; rdma_cm's own repetition comes after 4.3 s")
+    pair.grant()
+    pair.check(0, 0, MIB)
+    pair.close()
+
+
+@case("attempt-that-is-given-up-on-a-dead-rail-leaves-the-device-as-it-was", "connect-timeout-ms=3000")
+def attempt_on_dead_rail(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.close()
+    for _ in range(2):
+        pair.lab.inject("blackhole", 1, "b")
+        pair.source.ask("open", 2, CONNECT_MS)
+        wait_until("the request is lost", 5, lambda: packets_dropped(pair.lab.b, 1))
+        pair.lab.inject("link-down", 1, "a")
+        began = time.monotonic()
+        try:
+            pair.source.answer()
+        except LabError as error:
+            expect_words(str(error), "rail rxe1 is DOWN", pair.uri)
+        else:
+            raise LabError("the source connected through a black hole")
+        expect(time.monotonic() - began < 6, "it has tried again on a rail that is down")
+        pair.lab.restore(1)
+    pair.connect()
+    pair.check(0, 0, MIB)
+    pair.close()
+
+
+@case("address-that-is-not-ours-may-go")
+def other_address(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    for action in ("add", "del") * 2:
+        pair.lab.b.run("ip", "address", action, "10.88.99.2/24", "dev", "eth1", check=True)
+    expect("has not failed" in pair.destination.refuses("await-failure", 1000), "the path has failed")
+    pair.check(0, 0, MIB)
+    pair.close()
+
+
 @case("wrong-addresses-and-options-are-errors-that-help")
 def wrong_uris(pair):
     for uri, words in (
@@ -317,11 +537,12 @@ def break_rail(pair, inject, reason, own):
     """Breaks rail 1 under READs: all of them complete, the failure is told once and in words, the end is quick."""
     pair.destination.do("pull")
     time.sleep(0.3)  # READs are under way; the test holds if not
-    began = time.time()
     inject(pair.lab)
+    # A host that is busy with READs may take seconds to run the command that breaks its rail.
+    broken = time.time()
     for side in {pair.destination, own(pair)}:
         at, times, *words = side.do("await-failure", 20000).split(" ")
-        seconds = int(at) / 1e6 - began
+        seconds = int(at) / 1e6 - broken
         text = " ".join(words)
         print(f"     {side.name}: {seconds * 1000:.0f} ms: {text}")
         expect(times == "1", f"{side.name} has told the failure {times} times")
@@ -371,12 +592,12 @@ fault_case("device-removed-at-the-source", lambda lab: lab.inject("rdma-del", 1,
 def run(lab, program, pattern, env):
     """Returns how many tests failed."""
     failures = 0
-    for name, function in CASES:
+    for name, function, uri_options in CASES:
         if pattern and pattern not in name:
             continue
         began = time.monotonic()
         try:
-            with Pair(lab, program, env) as pair:
+            with Pair(lab, program, env, uri_options) as pair:
                 function(pair)
             result, message = "ok  ", ""
         except LabError as error:
@@ -396,7 +617,7 @@ def main():
     program = os.path.abspath(os.path.join(options.build, "tests/roce/rdma-pair"))
     env = {name: value for name, value in os.environ.items() if name.endswith("SAN_OPTIONS") or name == "G_MESSAGES_DEBUG"}
     if options.list:
-        print("\n".join(name for name, _ in CASES))
+        print("\n".join(name for name, *_ in CASES))
         return 0
     if options.lab:
         return 1 if run(Lab.attach(options.lab), program, options.pattern, env) else 0
