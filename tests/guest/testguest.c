@@ -505,8 +505,15 @@ void testguest_start(TestGuest *guest)
 			fill_page(guest, block, page);
 		}
 	}
-	if (!guest->config.paused)
+	if (!guest->config.paused) {
 		testguest_resume(guest);
+		return;
+	}
+	/* Its threads have just been made: it can be saved when they have come to rest. */
+	gboolean was_running;
+	g_mutex_lock(&guest->lock);
+	stop_locked(guest, STOP_TIMEOUT, &was_running);
+	g_mutex_unlock(&guest->lock);
 }
 
 /* Questions */

@@ -228,7 +228,10 @@ static void news_over_a_standby_pauses_and_old_news_does_not(void **state)
 
 	start(&two, state);
 	wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
-	uint64_t epoch = two.pair->source.engine->conn->epoch;
+	PrMigration *m = two.pair->source.engine;
+	g_mutex_lock(&m->lock);
+	uint64_t epoch = m->conn->epoch;
+	g_mutex_unlock(&m->lock);
 	say_lost(two.pair, epoch + 1);
 	say_lost(two.pair, epoch);
 	wait_recovered(two.pair, 1);

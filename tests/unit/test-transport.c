@@ -280,6 +280,11 @@ static gpointer connect_incarnation(gpointer opaque)
 	return NULL;
 }
 
+/* They end at different times, and each ends the other's end. */
+static void on_end(const GError *reason, void *opaque)
+{
+}
+
 #define INCARNATIONS 4
 
 /* All are expected before the first lane comes, the newest of which comes first. */
@@ -293,6 +298,7 @@ static void incarnations_that_connect_at_once_get_their_own_lanes(void **state)
 		all[i].rig = rig;
 		all[i].source = rig_setup(rig, &rig->source);
 		all[i].destination = rig_setup(rig, &rig->destination);
+		all[i].source.on_failed = all[i].destination.on_failed = on_end;
 		all[i].source.binding.epoch += i;
 		all[i].destination.binding.epoch += i;
 		rig->ops->expect(rig->listener, &all[i].destination.binding);
