@@ -328,10 +328,13 @@ void pr_migration_free(PrMigration *m)
 	if (!m)
 		return;
 	quit(m);
-	for (guint i = 0; i < m->listeners->len; i++)
-		pr_listener_free(g_ptr_array_index(m->listeners, i));
+	/* Listeners are what these threads accept lanes from. Whoever comes in meanwhile is turned away, or is
+	 * a newcomer that nobody serves. */
 	if (m->owner)
 		g_thread_join(m->owner);
+	pr_migration_await_threads(m);
+	for (guint i = 0; i < m->listeners->len; i++)
+		pr_listener_free(g_ptr_array_index(m->listeners, i));
 	m->guest->ops->on_death(m->guest, NULL, NULL);
 	pr_newcomer_free(m->newcomer);
 	pr_migration_await_threads(m);
