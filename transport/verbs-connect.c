@@ -12,9 +12,9 @@
  *	  established                        ──▶
  *
  * A message that is lost is repeated by rdma_cm after 4 s, which is too late: a link that has just come up loses
- * some. So the source gives an attempt `connect-timeout-ms` and begins anew while there is time. The destination
- * takes another request for a lane that came to nothing; that the source has given up may not reach it
- * either, so it waits for twice that time.
+ * some. So the source gives an attempt `connect-timeout-ms` and begins anew while there is time, with twice as
+ * much each time, since it may be a slow host and no loss. The destination takes another request for a lane that
+ * came to nothing. That the source has given up may not reach it either, so there is an end to its waiting, too.
  *
  * The queue pairs are not rdma_cm's but ours: it would make them in its own context, and it sets timers
  * that we would have to correct afterwards.
@@ -30,6 +30,7 @@
 #define REJECTED_BY_THE_ENGINE	28
 
 #define REASON_MAX		148 /* bytes; what private data of a rejection takes */
+#define ANSWER_FACTOR		4   /* of connect-timeout-ms: how long the destination waits */
 #define PAUSE_MS		50  /* between attempts: one may come to nothing at once */
 
 void pr_verbs_reject(struct rdma_cm_id *id, const char *reason)
@@ -277,8 +278,8 @@ static gboolean pause_attempts(PrVerbsPath *path, const PrPathSetup *setup, GErr
 gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
 			       gint64 deadline, GError **error)
 {
-	for (;;) {
-		gint64 attempt = pr_backend_deadline(path->options.connect_timeout_ms);
+	for (guint timeout_ms = path->options.connect_timeout_ms;; timeout_ms *= 2) {
+		gint64 attempt = pr_backend_deadline(timeout_ms);
 		g_autoptr(GError) local = NULL;
 
 		if (try_connect(path, lane, setup, MIN(attempt, deadline), &local))
@@ -329,7 +330,7 @@ static gboolean gave_up(const PrVerbsPath *path, const PrVerbsLane *lane, const 
 static gboolean establish(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
 			  gint64 deadline, GError **error)
 {
-	gint64 attempt = pr_backend_deadline(2 * path->options.connect_timeout_ms);
+	gint64 attempt = pr_backend_deadline(ANSWER_FACTOR * path->options.connect_timeout_ms);
 	PrVerbsEvent event;
 
 	if (!next_event(path, setup, MIN(attempt, deadline), &event, error))

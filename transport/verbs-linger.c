@@ -11,7 +11,8 @@
  * soft-RoCE's management queue pair then falls into the error state for good, and nobody connects over that
  * device any more until it is made anew. So while the rail is down nothing is freed but registered memory: the
  * thread waits until the rail is up again (then the peer is told), or its device is removed, which waits
- * for us.
+ * for us. That is the best that can be done: the kernel tells the peer as well when a process ends, in whatever
+ * way, and nothing lets go of a connection without (soft-roce/README.md says how to make the device anew).
  */
 #include "transport/verbs.h"
 
@@ -130,8 +131,9 @@ void pr_verbs_release(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path))
 	g_mutex_init(&remains->lock);
 	g_cond_init(&remains->changed);
 	if (remains->linger)
-		g_info("%s: rail %s is down; its connection ends when it is up again", name,
-		       pr_verbs_rail_name(&path->rail));
+		g_message("%s: rail %s is down; its connection ends when it is up again, for which "
+			  "this process has to live",
+			  name, pr_verbs_rail_name(&path->rail));
 	thread = g_thread_new("pr-rdma-release", release_thread, remains);
 	freed = !remains->linger && wait_freed(remains);
 	if (!freed && !remains->linger)

@@ -13,8 +13,8 @@
  * Traffic classes: a fabric that is made ready for RoCE mostly treats DSCP 26 (tos 104) as lossless, which
  * is right for bulk; expedited forwarding (tos 184) lets the few urgent READs overtake.
  *
- * A lane that is not connected after connect-timeout-ms is tried again, as long as the handshake lasts: a second,
- * where rdma_cm itself repeats a lost message after 4 s.
+ * A lane that is not connected after connect-timeout-ms is tried again, for twice as long each time, while the
+ * handshake lasts: a second at first, where rdma_cm itself repeats a lost message after 4 s.
  *
  * An urgent READ that is not there after read-deadline-ms fails the path, whatever the device still hopes for:
  * a path that loses much but not all never runs out of retries, since any progress starts the count anew, and a

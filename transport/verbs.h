@@ -26,7 +26,7 @@ typedef struct PrVerbsOptions {
 	uint8_t rnr_timer; /* a code, not a time: see ibv_modify_qp(3) */
 	uint8_t depth;	   /* READs outstanding on a lane; ORD and IRD */
 	uint8_t tos[PR_N_LANES];
-	guint connect_timeout_ms; /* of one attempt to connect a lane */
+	guint connect_timeout_ms; /* of the first attempt to connect a lane */
 	guint read_deadline_ms;	  /* for READs on the urgent lane, 0: none */
 } PrVerbsOptions;
 

@@ -120,8 +120,8 @@ class Pair:
         finally:
             for side in self.sides:
                 side.process.close()
-                if kind:
-                    print(side.process.output("err"))
+                if kind or "G_MESSAGES_DEBUG" in self.env:
+                    print(side.name, side.process.output("err"))
             self.lab.restore(1)
 
     def open(self):
@@ -235,7 +235,7 @@ def exchanged(pair):
     pair.source.do("punch", 0, 4 * MIB, MIB)
     pair.source.do("punch", 0, 6 * MIB, 4 * KIB)
     pair.fill(0, 6 * MIB, 4 * KIB, seed=3)
-    # That somebody else has looked at them since hides nothing.
+    # That somebody else has looked at them since hides nothing. (Linux before 6.2 pins another mapping anyway.)
     pair.source.do("touch", 0, 0, 3 * MIB)
     pair.source.do("touch", 0, 6 * MIB, 4 * KIB)
     granted = pair.grant()
@@ -333,9 +333,11 @@ def stopped(pair):
     pair.fill(0, 0, 16 * MIB)
     pair.connect()
     pair.destination.do("pull")
-    pair.destination.process.signal(19)
-    time.sleep(2)  # more than the deadline; it is what is tested
-    pair.destination.process.signal(18)
+    for _ in range(4):
+        pair.destination.process.signal(19)
+        time.sleep(1.5)  # more than the deadline; it is what is tested
+        pair.destination.process.signal(18)
+        time.sleep(0.3)  # READs are under way again; the test holds if not
     expect("has not failed" in pair.destination.refuses("await-failure", 2000), "the path has failed")
     pair.source.do("close")
     pair.destination.do("await-failure", 10000)
@@ -485,22 +487,29 @@ def lost_request(pair):
 @case("attempt-that-is-given-up-on-a-dead-rail-leaves-the-device-as-it-was", "connect-timeout-ms=3000")
 def attempt_on_dead_rail(pair):
     pair.fill(0, 0, MIB)
-    pair.connect()
-    pair.close()
-    for _ in range(2):
+    hits = 0
+    for _ in range(4):
+        pair.connect()  # it works, and resolves the address for what follows
+        pair.check(0, 0, MIB)
+        pair.close()
         pair.lab.inject("blackhole", 1, "b")
-        pair.source.ask("open", 2, CONNECT_MS)
+        pair.source.ask("open", pair.epoch, CONNECT_MS)
         wait_until("the request is lost", 5, lambda: packets_dropped(pair.lab.b, 1))
         pair.lab.inject("link-down", 1, "a")
         began = time.monotonic()
         try:
             pair.source.answer()
         except LabError as error:
-            expect_words(str(error), "rail rxe1 is DOWN", pair.uri)
+            # If it was something else that was lost, the source had not got so far as to ask.
+            print(f"     {error}")
+            hits += "rail rxe1 is DOWN" in str(error)
         else:
             raise LabError("the source connected through a black hole")
         expect(time.monotonic() - began < 6, "it has tried again on a rail that is down")
         pair.lab.restore(1)
+        if hits == 2:
+            break
+    expect(hits, "no attempt was under way when its rail went down")
     pair.connect()
     pair.check(0, 0, MIB)
     pair.close()
@@ -587,6 +596,24 @@ fault_case("black-hole-at-the-source", lambda lab: lab.inject("blackhole", 1, "a
 REMOVE = {"reason": REMOVED, "comes_back": False}
 fault_case("device-removed-at-the-destination", lambda lab: lab.inject("rdma-del", 1, "b"), **REMOVE)
 fault_case("device-removed-at-the-source", lambda lab: lab.inject("rdma-del", 1, "a"), own="source", **REMOVE)
+
+
+@case("device-that-was-removed-under-us-is-an-error-at-once-and-hangs-nobody")
+def dead_device(pair):
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.lab.inject("rdma-del", 1, "a")
+    pair.source.do("await-failure", 10000)
+    pair.source.do("close")
+    # The kernel keeps what is left of the device for as long as we have it open.
+    for side in (pair.source, pair.other("source", ())):
+        began = time.monotonic()
+        reason = side.refuses("open", 2, CONNECT_MS)
+        seconds = time.monotonic() - began
+        print(f"     {seconds * 1000:.0f} ms: {reason}")
+        expect(seconds < 2, f"it took {seconds:.1f} s")
+    pair.destination.do("await-failure", 10000)
+    pair.destination.do("close")
 
 
 def run(lab, program, pattern, env):
