@@ -14,6 +14,7 @@
 #include "migration/migration.h"
 #include "monitor/log.h"
 #include "monitor/monitor.h"
+#include "transport/transport.h"
 
 #define EXIT_USAGE 2
 
@@ -84,12 +85,10 @@ static char *describe(void)
 		"  agent:PATH                 a program that links the agent library\n"
 		"\n"
 		"Paths: SCHEME:HOST:PORT[?KEY=VALUE[&KEY=VALUE]...]; an IPv6 address in brackets;\n"
-		"several separated by commas, in order of preference:\n"
-		"  ofi:HOST:PORT              one-sided READs by libfabric\n"
-		"  tcp:HOST:PORT              pages over a plain socket\n"
-		"  faulty+SCHEME:HOST:PORT    the same with faults injected, for tests\n"
-		"\n");
+		"several separated by commas, in order of preference; ?bind=ADDRESS: connect from there\n");
 
+	pr_transport_describe(text);
+	g_string_append_c(text, '\n');
 	append_parameters(text);
 	g_string_append(
 		text,

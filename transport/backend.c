@@ -29,6 +29,16 @@ gboolean pr_backend_check_options(const PrUri *uri, const char *const *known, GE
 	return TRUE;
 }
 
+void pr_backend_describe(GString *out, const char *what, const char *help)
+{
+	g_string_append_printf(out, "  %-26s %s\n", what, help);
+}
+
+void pr_backend_describe_option(GString *out, const char *option, const char *help)
+{
+	g_string_append_printf(out, "    ?%-23s %s\n", option, help);
+}
+
 gboolean pr_backend_number(const PrUri *uri, const char *option, guint64 min, guint64 max,
 			   guint64 fallback, guint64 *ret, GError **error)
 {

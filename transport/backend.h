@@ -15,6 +15,9 @@
 /* FALSE unless every option of the URI is one of `known` (NULL-terminated) or is `bind`, the address
  * to connect from. The error names the option and lists what there is. */
 gboolean pr_backend_check_options(const PrUri *uri, const char *const *known, GError **error);
+/* Lines of describe(). */
+void pr_backend_describe(GString *out, const char *what, const char *help);
+void pr_backend_describe_option(GString *out, const char *option, const char *help);
 /* An option that is a number in [min, max]; `fallback` where the URI does not have it. */
 gboolean pr_backend_number(const PrUri *uri, const char *option, guint64 min, guint64 max,
 			   guint64 fallback, guint64 *ret, GError **error);

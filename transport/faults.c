@@ -10,23 +10,32 @@ typedef struct FaultOption {
 	const char *name;
 	gsize offset; /* in PrFaultPlan */
 	guint64 max;
+	const char *help;
 } FaultOption;
 
 static const FaultOption fault_options[] = {
-	{"cut-after-messages", G_STRUCT_OFFSET(PrFaultPlan, cut_after_messages), G_MAXINT64},
-	{"cut-after-reads", G_STRUCT_OFFSET(PrFaultPlan, cut_after_reads), G_MAXINT64},
-	{"stall-after-reads", G_STRUCT_OFFSET(PrFaultPlan, stall_after_reads), G_MAXINT64},
-	{"error-read", G_STRUCT_OFFSET(PrFaultPlan, error_read), G_MAXINT64},
-	{"delay-ms", G_STRUCT_OFFSET(PrFaultPlan, delay_ms), 60000},
+	{"cut-after-messages", G_STRUCT_OFFSET(PrFaultPlan, cut_after_messages), G_MAXINT64,
+	 "cut the control channel instead of its N-th message, either way"},
+	{"cut-after-reads", G_STRUCT_OFFSET(PrFaultPlan, cut_after_reads), G_MAXINT64,
+	 "fail the data path at its N-th READ"},
+	{"stall-after-reads", G_STRUCT_OFFSET(PrFaultPlan, stall_after_reads), G_MAXINT64,
+	 "leave READs after the N-th without an answer"},
+	{"error-read", G_STRUCT_OFFSET(PrFaultPlan, error_read), G_MAXINT64,
+	 "fail the N-th READ to complete, and the data path"},
+	{"delay-ms", G_STRUCT_OFFSET(PrFaultPlan, delay_ms), 60000,
+	 "report every READ so much later"},
 };
 
-const char pr_faulty_help[] =
-	"  cut-after-messages=N  cut the control channel instead of its N-th message, either way\n"
-	"  cut-after-reads=N     fail the data path at its N-th READ\n"
-	"  stall-after-reads=N   leave READs after the N-th without an answer\n"
-	"  error-read=N          fail the N-th READ to complete, and the data path\n"
-	"  delay-ms=MS           report every READ so much later\n"
-	"  fault-id=NAME         count for all URIs with this name together\n";
+void pr_faults_describe(GString *out)
+{
+	for (gsize i = 0; i < G_N_ELEMENTS(fault_options); i++) {
+		g_autofree char *option = g_strconcat(fault_options[i].name, "=N", NULL);
+
+		pr_backend_describe_option(out, option, fault_options[i].help);
+	}
+	pr_backend_describe_option(out, OPTION_ID "=NAME",
+				   "count for all URIs with this name together");
+}
 
 struct PrFaults {
 	gint refs; /* under registry_lock */

@@ -18,6 +18,8 @@ struct PrFaultyHook {
 	void (*stall)(PrFaultyHook *hook);
 };
 
+/* The options, for --help. */
+void pr_faults_describe(GString *out);
 /* The options of the URI are well formed. */
 gboolean pr_faults_check_options(const PrUri *uri, GError **error);
 /* Removes them, so that the inner backend sees only its own. */

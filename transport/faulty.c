@@ -443,8 +443,16 @@ static gboolean faulty_admit_message(const PrUri *uri, gboolean outgoing, uint16
 	return pr_faults_on_message(faults) == PR_FAULT_NONE;
 }
 
+static void faulty_describe(GString *out)
+{
+	pr_backend_describe(out, PR_FAULTY_PREFIX "SCHEME:HOST:PORT",
+			    "the same with faults injected, for tests");
+	pr_faults_describe(out);
+}
+
 const PrTransportOps pr_transport_faulty = {
 	.scheme = PR_FAULTY_PREFIX,
+	.describe = faulty_describe,
 	.listen = faulty_listen,
 	.listener_port = faulty_listener_port,
 	.offer = faulty_offer,

@@ -13,9 +13,6 @@
 
 #include <glib.h>
 
-/* The options, one a line, for --help. */
-extern const char pr_faulty_help[];
-
 /* What to do, and when. 0: never. */
 typedef struct PrFaultPlan {
 	guint64 cut_after_messages; /* the N-th control message (either way) cuts the channel instead */

@@ -520,8 +520,17 @@ static gboolean ofi_admit_message(const PrUri *uri, gboolean outgoing, uint16_t 
 	return TRUE;
 }
 
+static void ofi_describe(GString *out)
+{
+	pr_backend_describe(out, "ofi:HOST:PORT", "one-sided READs by libfabric, over any network");
+	pr_backend_describe_option(out, "provider=NAME", "libfabric's provider; net, else tcp");
+	pr_backend_describe_option(out, "data-port=PORT",
+				   "where the destination listens for data; any free port");
+}
+
 const PrTransportOps pr_transport_ofi = {
 	.scheme = "ofi",
+	.describe = ofi_describe,
 	.listen = pr_ofi_listen,
 	.listener_port = pr_ofi_listener_port,
 	.offer = pr_ofi_offer,

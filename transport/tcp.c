@@ -411,8 +411,15 @@ static gboolean tcp_admit_message(const PrUri *uri, gboolean outgoing, uint16_t 
 	return TRUE;
 }
 
+static void tcp_describe(GString *out)
+{
+	pr_backend_describe(out, "tcp:HOST:PORT",
+			    "pages over a plain socket: the path of last resort");
+}
+
 const PrTransportOps pr_transport_tcp = {
 	.scheme = "tcp",
+	.describe = tcp_describe,
 	.listen = pr_tcp_listen,
 	.listener_port = tcp_listener_port,
 	.offer = pr_tcp_offer,

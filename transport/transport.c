@@ -58,6 +58,14 @@ const PrTransportOps *pr_transport_find(const char *scheme, GError **error)
 	return NULL;
 }
 
+void pr_transport_describe(GString *out)
+{
+	for (gsize i = 0; i < N_BACKENDS; i++)
+		if (backend(i))
+			backend(i)->describe(out);
+	pr_transport_faulty.describe(out);
+}
+
 void pr_data_path_destroy(PrDataPath *path)
 {
 	if (path)

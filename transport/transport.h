@@ -89,6 +89,8 @@ typedef struct PrPathSetup {
 
 struct PrTransportOps {
 	const char *scheme; /* as in URIs */
+	/* For --help: what it is, in one line, and a line for each option of its URIs. */
+	void (*describe)(GString *out);
 
 	/* Destination: opens what has to listen beside the control port, and says on which port (0:
 	 * data connections come in on the control port and are handed over by offer()). */
@@ -153,6 +155,9 @@ struct PrTransportOps {
 
 /* The ops of a URI's scheme, or an error that lists the schemes of this build. */
 const PrTransportOps *pr_transport_find(const char *scheme, GError **error);
+
+/* All schemes of this build and their options, for --help. */
+void pr_transport_describe(GString *out);
 
 void pr_data_path_destroy(PrDataPath *path);
 void pr_data_listener_close(PrDataListener *listener);

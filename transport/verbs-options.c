@@ -27,6 +27,7 @@
 typedef struct Number {
 	const char *name;
 	guint64 min, max, fallback;
+	const char *help;
 } Number;
 
 enum {
@@ -44,16 +45,21 @@ enum {
 };
 
 static const Number numbers[N_NUMBERS] = {
-	[ACK_TIMEOUT] = {"ack-timeout", 8, 22, 14},
-	[RETRY] = {"retry", 1, 6, 3},
-	[BULK_RETRY] = {"bulk-retry", 1, 6, 5},
-	[RNR_RETRY] = {"rnr-retry", 0, 6, 6},
-	[RNR_TIMER] = {"rnr-timer", 1, 31, 12},
-	[DEPTH] = {"depth", 1, PR_VERBS_DEPTH_MAX, 16},
-	[TOS] = {"tos", 0, 255, 184},
-	[BULK_TOS] = {"bulk-tos", 0, 255, 104},
-	[CONNECT_TIMEOUT] = {"connect-timeout-ms", 50, 60000, 1000},
-	[READ_DEADLINE] = {"read-deadline-ms", 0, 60000, G_MAXUINT64}, /* see read_deadline_ms() */
+	[ACK_TIMEOUT] = {"ack-timeout", 8, 22, 14,
+			 "an unacknowledged request is repeated after 4.096 us * 2^N"},
+	[RETRY] = {"retry", 1, 6, 3, "times that an urgent READ is repeated"},
+	[BULK_RETRY] = {"bulk-retry", 1, 6, 5, "times that a bulk READ is repeated"},
+	[RNR_RETRY] = {"rnr-retry", 0, 6, 6, "times that a peer that is not ready is asked again"},
+	[RNR_TIMER] = {"rnr-timer", 1, 31, 12,
+		       "how long it is left alone: a code, see ibv_modify_qp(3)"},
+	[DEPTH] = {"depth", 1, PR_VERBS_DEPTH_MAX, 16, "READs outstanding on a lane"},
+	[TOS] = {"tos", 0, 255, 184, "traffic class of urgent READs"},
+	[BULK_TOS] = {"bulk-tos", 0, 255, 104, "traffic class of bulk READs"},
+	[CONNECT_TIMEOUT] = {"connect-timeout-ms", 50, 60000, 1000,
+			     "for one attempt to connect a lane"},
+	[READ_DEADLINE] =
+		{"read-deadline-ms", 0, 60000, G_MAXUINT64,
+		 "an urgent READ that takes longer fails the path; 0: never"}, /* see read_deadline_ms() */
 };
 
 #define READ_DEADLINE_MIN_MS 250
@@ -65,6 +71,26 @@ static guint read_deadline_ms(const guint64 *values)
 	if (values[READ_DEADLINE] != numbers[READ_DEADLINE].fallback)
 		return (guint)values[READ_DEADLINE];
 	return (guint)MAX(READ_DEADLINE_MIN_MS, 2 * timers_us / 1000 + 1);
+}
+
+void pr_verbs_describe(GString *out)
+{
+	pr_backend_describe(out, "rdma:HOST:PORT", "one-sided READs over RDMA, by libibverbs");
+	pr_backend_describe_option(out, "dev=NAME", "only over this device");
+	for (guint i = 0; i < N_NUMBERS; i++) {
+		const Number *number = &numbers[i];
+		g_autofree char *option = g_strdup_printf("%s=N", number->name);
+		g_autofree char *fallback =
+			number->fallback <= number->max
+				? g_strdup_printf("%" G_GUINT64_FORMAT, number->fallback)
+				: g_strdup("twice what the retries take");
+		g_autofree char *help =
+			g_strdup_printf("%s; default %s, range %" G_GUINT64_FORMAT
+					"..%" G_GUINT64_FORMAT,
+					number->help, fallback, number->min, number->max);
+
+		pr_backend_describe_option(out, option, help);
+	}
 }
 
 gboolean pr_verbs_parse_options(const PrUri *uri, PrVerbsOptions *ret, GError **error)

@@ -324,6 +324,7 @@ static gboolean verbs_admit_message(const PrUri *uri, gboolean outgoing, uint16_
 
 static const PrTransportOps verbs_ops = {
 	.scheme = "rdma",
+	.describe = pr_verbs_describe,
 	.listen = pr_verbs_listen,
 	.listener_port = pr_verbs_listener_port,
 	.offer = verbs_offer,

@@ -33,6 +33,8 @@ typedef struct PrVerbsOptions {
 /* Also checks that there are no others. */
 gboolean pr_verbs_parse_options(const PrUri *uri, PrVerbsOptions *ret, GError **error);
 
+void pr_verbs_describe(GString *out);
+
 /*
  * A device as one path uses it: opened for this path alone, so that each path hears its own
  * asynchronous events.
