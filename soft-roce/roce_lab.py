@@ -144,8 +144,8 @@ class Host:
 
     # Faults
 
-    def rail(self, action, rail):
-        return self.run(os.path.join(HERE, "vm", "rail"), action, rail, check=True).stdout
+    def rail(self, action, *rails):
+        return self.run(os.path.join(HERE, "vm", "rail"), action, *rails, check=True).stdout
 
     def inject(self, fault, rail):
         """One of FAULTS."""
@@ -585,7 +585,13 @@ class Lab:
         """Makes these rails whole, whatever was done to them."""
         for rail in rails:
             self.mend(rail)
-        on_each(self.hosts, lambda host: [host.rail("setup", rail) for rail in rails])
+        on_each(self.hosts, lambda host: host.rail("setup", *rails))
+
+    def renew(self, *rails):
+        """As restore(), with new RoCE devices; no program may have the old ones open."""
+        for rail in rails:
+            self.mend(rail)
+        on_each(self.hosts, lambda host: host.rail("renew", *rails))
 
     def _ends(self, host):
         if host is None:

@@ -50,7 +50,7 @@ class Workload:
 
     LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 
-    def __init__(self, host, build, directory, incoming=False, size_mb=32, pace_us=200000):
+    def __init__(self, host, build, directory, incoming=False, size_mb=16, pace_us=200000):
         """pace_us: the rest of each of its two threads after 16 pages."""
         self.host = host
         self.agent = f"{directory}/agent"
