@@ -25,9 +25,13 @@ demo: all linux-guest
 demo-roce: all
 	@tests/demo-roce.py --build build
 
-# Whole migrations over rdma: between these hosts; takes some minutes.
+# The tests on these hosts alone: the lab, the data path, and whole migrations over rdma:.
 check-roce: all
-	@tests/roce/migrate/run --build build
+	@tests/roce/run --build build
+
+# rdma: beside perftest, and how long a failover takes.
+bench-roce: all
+	@tests/roce/bench --build build
 
 bench: all
 	meson test -C build --benchmark --verbose
@@ -45,4 +49,4 @@ format: deps
 clean:
 	rm -rf build build-asan build-tsan
 
-.PHONY: all deps check check-roce demo demo-roce bench linux-guest install format clean
+.PHONY: all deps check check-roce demo demo-roce bench bench-roce linux-guest install format clean

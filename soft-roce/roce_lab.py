@@ -28,6 +28,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import channel
@@ -48,6 +49,8 @@ FAULTS = {
     "address-del": "address-add",
     "rdma-del": "rdma-add",
     "blackhole": "unblackhole",
+    "blackhole-rdma": "unblackhole-rdma",
+    "blackhole-tcp": "unblackhole-tcp",
 }
 
 KERNEL = "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr mitigations=off rcupdate.rcu_cpu_stall_suppress=1"
@@ -142,8 +145,8 @@ class Host:
 
     # Faults
 
-    def rail(self, action, rail):
-        return self.run(os.path.join(HERE, "vm", "rail"), action, rail, check=True).stdout
+    def rail(self, action, *rails):
+        return self.run(os.path.join(HERE, "vm", "rail"), action, *rails, check=True).stdout
 
     def inject(self, fault, rail):
         """One of FAULTS."""
@@ -272,6 +275,12 @@ def wait_until(what, seconds, probe, interval=0.02):
     return value
 
 
+def on_each(hosts, action):
+    """Does this on these hosts at the same time; returns the results in their order."""
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(action, hosts))
+
+
 def default_directory():
     """Where `lab` keeps its lab, unless told: one for each user."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -286,7 +295,28 @@ class Accel:
     second: str = None
 
 
-def choose_accel(wanted):
+class AccelMemory:
+    """A file that remembers, until the next boot of this machine, that hosts only came up with the second choice."""
+
+    def __init__(self, path):
+        self.path = path
+        with open("/proc/sys/kernel/random/boot_id") as boot_id:
+            self.boot = boot_id.read().strip()
+
+    def read(self):
+        try:
+            with open(self.path) as file:
+                boot, accel = file.read().split()
+        except (OSError, ValueError):
+            return None
+        return accel if boot == self.boot else None
+
+    def write(self, accel):
+        with open(self.path, "w") as file:
+            file.write(f"{self.boot} {accel}\n")
+
+
+def choose_accel(wanted, memory):
     """There are machines with a /dev/kvm that no guest gets far with: "auto" finds out by booting."""
     wanted = os.environ.get("POSTROAD_ACCEL", "auto") if wanted == "auto" else wanted
     if wanted not in ("auto", "kvm", "tcg"):
@@ -295,7 +325,7 @@ def choose_accel(wanted):
     if wanted == "kvm" and not usable:
         raise LabError("accelerator kvm: /dev/kvm cannot be opened; take tcg (--accel, POSTROAD_ACCEL)")
     if wanted == "auto":
-        return Accel("kvm", "tcg") if usable else Accel("tcg")
+        return Accel("kvm", "tcg") if usable and memory.read() != "tcg" else Accel("tcg")
     return Accel(wanted)
 
 
@@ -379,9 +409,10 @@ class Lab:
 
     def _start(self):
         self._remove_files()
-        accel = choose_accel(self.spec.accel)
         self._build_image()
         self._configure_hosts()
+        memory = AccelMemory(os.path.join(self.image, "accel"))
+        accel = choose_accel(self.spec.accel, memory)
         try:
             self._boot(accel.first)
         except LabError:
@@ -389,8 +420,8 @@ class Lab:
                 raise
             self._end_machines()
             self._boot(accel.second)
-        for host in self.hosts:
-            host.set_clock()
+            memory.write(accel.second)
+        on_each(self.hosts, Host.set_clock)
         self._check_rails()
 
     def _boot(self, accel):
@@ -541,19 +572,23 @@ class Lab:
             each.set_carrier(rail, True)
 
     def inject(self, fault, rail, host=None):
-        """One of FAULTS, on both hosts or on one."""
-        for each in self._ends(host):
-            each.inject(fault, rail)
+        """One of FAULTS, on both hosts (at the same time) or on one."""
+        on_each(self._ends(host), lambda each: each.inject(fault, rail))
 
     def undo(self, fault, rail, host=None):
-        for each in self._ends(host):
-            each.undo(fault, rail)
+        on_each(self._ends(host), lambda each: each.undo(fault, rail))
 
-    def restore(self, rail):
-        """Makes a rail whole, whatever was done to it."""
-        self.mend(rail)
-        for host in self.hosts:
-            host.rail("setup", rail)
+    def restore(self, *rails):
+        """Makes these rails whole, whatever was done to them."""
+        for rail in rails:
+            self.mend(rail)
+        on_each(self.hosts, lambda host: host.rail("setup", *rails))
+
+    def renew(self, *rails):
+        """As restore(), with new RoCE devices; no program may have the old ones open."""
+        for rail in rails:
+            self.mend(rail)
+        on_each(self.hosts, lambda host: host.rail("renew", *rails))
 
     def _ends(self, host):
         if host is None:

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The tests: each is a migration over rdma: to which something happens on the way.
 
-After each of them the guest has to verify all of its memory at the destination."""
+After each of them the guest has to verify all of its memory at the destination. Cuts that differ only in their kind
+follow each other within one migration, from rail to rail and back."""
 
+import os
 import time
+from functools import partial
 
-from cast import RAILS, Move, expect, renew_rails
+import strangers
+from cast import RAILS, Failure, LabError, Move, expect, wait_for
+from guests import BootGuest, build_boot_sector
+from roce_lab import on_each
 
 CASES = []
 DEAD_SECONDS = 20
 RACES = 8
 ANSWER_SECONDS = 2.0  # an idle monitor needs a few ms; the rest is the emulated hosts'
+WHERE = {None: "both hosts", "a": "the source", "b": "the destination"}
 
 
 def case(name):
@@ -26,14 +33,13 @@ def case(name):
 class Stage:
     """What one test has; gone at its end, with both rails whole again."""
 
-    def __init__(self, lab, build):
-        self.lab, self.build = lab, build
+    def __init__(self, lab, build, notes):
+        self.lab, self.build, self.notes = lab, build, notes
         self.moves = []
-        self.rows = []
 
     def move(self, **kind):
         move = Move(self.lab, self.build, **kind)
-        move.rows = self.rows
+        move.notes = self.notes
         self.moves.append(move)
         return move
 
@@ -43,11 +49,21 @@ class Stage:
     def close(self):
         for move in self.moves:
             move.close()
-        renew_rails(self.lab)
+        # soft-RoCE's management queue pair does not outlive a message that could not be sent, such as the last one of
+        # a process that ends while its rail is down.
+        self.lab.renew(*RAILS)
 
 
 def both_rails(move):
     return move.uri(1), move.uri(2)
+
+
+def break_rail(lab, fault, rail, host):
+    """fault: "cut" or one of the lab's FAULTS."""
+    if fault == "cut":
+        lab.cut(rail, host)
+    else:
+        lab.inject(fault, rail, host)
 
 
 @case("migration-over-rdma-completes")
@@ -57,57 +73,84 @@ def completes(stage):
     move.finish()
 
 
-@case("failover-to-rail-2-and-back-to-rail-1-each-cut-in-mid-postcopy")
-def there_and_back(stage):
-    move = stage.move()
-    move.start_slowly(*both_rails(move))
-    for lost, left in ((1, 2), (2, 1)):
-        cut = move.cut(lambda rail=lost: stage.lab.cut(rail))
-        cut.wait_active()
-        cut.expect_path(move.uri(left))
-        cut.report()
-        stage.lab.mend(lost)
-    move.finish()
+# A path is lost, nobody asks for anything, and the other rail is taken.
 
 
-def fails_over(stage, what):
-    """Rail 1 is broken in some way, nobody asks for anything, and rail 2 is taken."""
-    move = stage.move()
-    move.start_slowly(*both_rails(move))
-    cut = move.cut(what)
+def fail_over(move, fault, rail, host, **reasons):
+    """One cut, and the way out of it. reasons: what a side says about its pause, one of these."""
+    cut = move.cut(lambda: break_rail(move.lab, fault, rail, host))
     cut.wait_active()
-    cut.expect_path(move.uri(2))
-    cut.report()
+    cut.expect_path(move.uri(3 - rail))
+    cut.report(f"{fault} at {WHERE[host]}, rail {rail}")
+    for engine in move.engines:
+        said = cut.reason(engine, "postcopy-paused")
+        wanted = reasons.get(engine.name, [""])
+        expect(any(each in said for each in wanted), f"the {engine.name} should have paused as {wanted}: '{said}'")
+
+
+def fail_over_again_and_again(stage, faults):
+    """Each fault is on the rail that the one before has led to. rdma-del comes last, if at all: soft-RoCE's device
+    cannot come back while an engine is left that had it open."""
+    move = stage.move(size_mb=32, pace_us=500000)
+    move.start_slowly(*both_rails(move), bandwidth="512K")
+    rail = 1
+    for fault, host, reasons in faults:
+        try:
+            fail_over(move, fault, rail, host, **reasons)
+            if fault != "rdma-del":
+                stage.lab.restore(rail)
+            rail = 3 - rail
+            left = move.destination.remaining()
+            wait_for("pages come over the other rail", 30, lambda at=left: move.destination.remaining() < at)
+        except (Failure, LabError) as failure:
+            raise Failure(f"{fault} at {WHERE[host]}: {failure}") from None
     move.finish()
 
 
-def add_failover_case(fault, host=None):
-    where = {None: "on-both-hosts", "a": "at-the-source", "b": "at-the-destination"}[host]
-    name = f"failover-after-{fault}-{where}"
-    CASES.append((name, lambda stage: fails_over(stage, lambda: stage.lab.inject(fault, 1, host))))
+LOCAL = ("is DOWN", "cannot send", "address has gone")
+TIMED_OUT = ("retry count exceeded",)
+SILENCE = ("nothing heard",)
+REMOVED = ("was removed",)
+TOLD = ("the destination has paused",)
+
+CHAINS = {
+    "failover-to-rail-2-and-back-whatever-happens-at-the-source": (
+        ("cut", None, {}),
+        ("cut", "a", {"source": LOCAL}),
+        ("link-down", "a", {"source": LOCAL}),
+        ("address-del", "a", {"source": LOCAL}),
+        ("blackhole", "a", {"destination": TIMED_OUT}),
+        ("rdma-del", "a", {"source": REMOVED}),
+    ),
+    "failover-to-rail-2-and-back-whatever-happens-at-the-destination": (
+        ("cut", "b", {"destination": LOCAL}),
+        ("link-down", "b", {"destination": LOCAL}),
+        ("address-del", "b", {"destination": LOCAL}),
+        ("blackhole", "b", {"destination": TIMED_OUT}),
+        ("rdma-del", "b", {"destination": REMOVED}),
+    ),
+    # The control channel outlives the queue pairs, or they outlive it, and one side may know nothing.
+    "failover-when-only-a-part-of-a-rail-dies": (
+        ("blackhole", None, {"destination": TIMED_OUT + SILENCE}),
+        ("blackhole-rdma", None, {"destination": TIMED_OUT, "source": TOLD}),
+        ("blackhole-tcp", None, {}),
+        ("blackhole-rdma", "a", {"destination": TIMED_OUT, "source": TOLD}),
+        ("blackhole-tcp", "a", {"source": SILENCE}),
+        ("blackhole-tcp", "b", {"destination": SILENCE}),
+    ),
+}
+for chain, its_faults in CHAINS.items():
+    CASES.append((chain, partial(fail_over_again_and_again, faults=its_faults)))
 
 
-for each in ("link-down", "address-del", "rdma-del", "blackhole"):
-    for side in ("a", "b"):
-        add_failover_case(each, side)
-add_failover_case("blackhole")
-
-
-@case("failover-after-cable-pulled-at-one-end")
-def one_end(stage):
-    fails_over(stage, lambda: stage.lab.cut(1, "b"))
+# No path, for a while or for good
 
 
 @case("both-rails-dead-for-20-s-keep-both-sides-paused-until-one-is-back")
 def both_dead(stage):
     move = stage.move()
     move.start_slowly(*both_rails(move))
-
-    def cut_both():
-        for rail in RAILS:
-            stage.lab.cut(rail)
-
-    cut = move.cut(cut_both)
+    cut = move.cut(lambda: [stage.lab.cut(rail) for rail in RAILS])
     cut.wait_paused()
     slowest = 0.0
     while time.time() - cut.at < DEAD_SECONDS:
@@ -117,42 +160,99 @@ def both_dead(stage):
             slowest = max(slowest, time.monotonic() - began)
         cut.expect_only_paused()
     expect(slowest < ANSWER_SECONDS, f"a monitor took {slowest:.1f} s to answer while both rails were dead")
-    stage.rows.append(f"both rails dead for {DEAD_SECONDS} s, slowest monitor answer {slowest * 1000:.0f} ms")
-    left = move.expect_midway()
+    stage.notes.append(f"both rails dead for {DEAD_SECONDS} s, slowest monitor answer {slowest * 1000:.0f} ms")
+    move.expect_midway()
     cut.expect_only_paused()
     stage.lab.mend(2)
-    cut.wait_active(120)
-    expect(left > 0, "nothing was left to be moved")
+    cut.wait_active(90)
     cut.report()
     move.finish()
 
 
-@case("recover-by-hand-over-rail-2-with-auto-recover-off")
+def falls_back(stage, fault):
+    """On both rails and both hosts at once."""
+    move = stage.move()
+    move.start_slowly(*both_rails(move), move.uri(1, "tcp"))
+    cut = move.cut(lambda: on_each(RAILS, lambda rail: stage.lab.inject(fault, rail)))
+    cut.wait_active(90)
+    cut.expect_path(move.uri(1, "tcp"))
+    cut.report(f"{fault} of both rails")
+    move.finish()
+
+
+CASES += [
+    ("all-rdma-silent-falls-back-to-tcp", partial(falls_back, fault="blackhole-rdma")),
+    ("all-rdma-devices-removed-falls-back-to-tcp", partial(falls_back, fault="rdma-del")),
+]
+
+
+# Recovery by hand, and what can come in between
+
+
+def type_recovery(move, uri):
+    """As an operator types it who wants to see the end of it."""
+    return move.lab.a.popen(move.source.ctl, move.source.qmp_path, f"migrate -r {uri}")
+
+
+@case("recovery-by-hand-waits-for-the-end-of-the-migration")
 def by_hand(stage):
     move = stage.move(settings=("auto-recover=off",))
     move.start_slowly(*both_rails(move))
     cut = move.cut(lambda: stage.lab.cut(1))
     cut.wait_paused()
-    move.source.hmp(f"migrate -d -r {move.uri(2)}")
+    cut.expect_only_paused()
+    typed = type_recovery(move, move.uri(2))
     cut.wait_active()
     cut.expect_path(move.uri(2))
     cut.report()
+    expect(typed.alive(), f"the command has not waited: {typed.output()}")
+    move.complete()
+    code = typed.wait(20)
+    expect(code == 0, f"the command ended with {code}: {typed.output()}")
     move.finish()
 
 
-@case("all-rdma-dead-falls-back-to-tcp")
-def falls_back(stage):
-    move = stage.move()
-    move.start_slowly(*both_rails(move), move.uri(1, "tcp"))
+@case("stale-peer-and-strangers-queue-pair-do-not-disturb")
+def stale_and_strange(stage):
+    lab = stage.lab
+    move = stage.move(settings=("auto-recover=off",))
+    ear = strangers.Eavesdropper(lab.a, 1)
+    move.start_slowly(*both_rails(move))
+    hello = ear.hello()
+    cut = move.cut(lambda: None)
+    expect(strangers.epoch_of(hello) == 1, f"the first HELLO has epoch {strangers.epoch_of(hello)}")
 
-    def remove_devices():
-        for rail in RAILS:
-            stage.lab.inject("rdma-del", rail)
+    late = strangers.of_a_recovery(hello)
+    foreign = strangers.of_another_migration(late)
 
-    cut = move.cut(remove_devices)
-    cut.wait_active(120)
-    cut.expect_path(move.uri(1, "tcp"))
-    cut.report()
+    def knock(current):
+        """Says what was said once, what a source would say that has missed a recovery, and what another one would."""
+        reasons = strangers.knock(lab.a, lab.b.address(2), hello, late, foreign)
+        stage.notes.append("; ".join(reasons))
+        over = f"epoch 1 is over; the current one is {current}"
+        expect(len(reasons) == 3 and over in reasons[1], f"epoch 1 should be over, and they say {reasons}")
+
+    def stranger(timeout_ms):
+        return strangers.StrangersQueuePair(lab.a, stage.build, move.uri(2), timeout_ms)
+
+    knock(1)
+    stranger(1000).expect_turned_away()
+    statuses = [cut.statuses(engine) for engine in move.engines]
+    expect(not any(statuses), f"strangers have led a running migration to {statuses}")
+
+    cut = move.cut(lambda: lab.cut(1))
+    cut.wait_paused()
+    patient = stranger(60000)
+    knock(1)
+    cut.expect_only_paused()
+    move.source.hmp(f"migrate -d -r {move.uri(2)}")
+    cut.wait_active()
+    patient.expect_turned_away("refused the data lane")
+
+    cut = move.cut(lambda: None)
+    knock(2)
+    statuses = [cut.statuses(engine) for engine in move.engines]
+    expect(not any(statuses), f"strangers have led a recovered migration to {statuses}")
     move.finish()
 
 
@@ -167,40 +267,53 @@ def cut_rail_2_in_recovery(move):
     return all("postcopy-active" not in again.statuses(engine) for engine in move.engines)
 
 
-@case("cut-during-recovery-twice-leads-back-to-the-pause")
+def cut_after_messages(move, messages):
+    """The path is lost at a certain place of the recovery's handshake."""
+    uri = f"faulty+{move.uri(2)}?cut-after-messages={messages}"
+    again = move.cut(lambda: move.source.hmp(f"migrate -d -r {uri}"))
+    again.wait_seen("postcopy-paused", 60, [move.source])
+    move.wait_all("postcopy-paused")
+    again.expect_only_paused()
+
+
+@case("cuts-during-recovery-lead-back-to-the-pause-again-and-again")
 def cut_during_recovery(stage):
-    """The rail that the recovery has just begun to take is lost, too."""
     move = stage.move(settings=("auto-recover=off",))
     move.start_slowly(*both_rails(move))
     first = move.cut(lambda: stage.lab.cut(1))
     first.wait_paused()
+    for messages in range(1, 4):
+        cut_after_messages(move, messages)
     hits = 0
     for _ in range(RACES):
         hits += cut_rail_2_in_recovery(move)
         if hits == 2:
             break
     expect(hits == 2, f"{RACES} recoveries, and only {hits} were cut before they had got through")
-    stage.rows.append(f"{hits} recoveries cut")
     last = move.cut(lambda: move.source.hmp(f"migrate -d -r {move.uri(2)}"))
     last.wait_seen("postcopy-active", 60)
     last.expect_path(move.uri(2))
     move.finish()
 
 
-@case("cut-between-the-messages-of-a-recovery-leads-back-to-the-pause")
-def cut_between_messages(stage):
-    move = stage.move(settings=("auto-recover=off",))
+# A stock QEMU
+
+
+def boot_guest(stage):
+    image = os.path.join(stage.lab.share, "boot-sector.img")
+    return {"guest": BootGuest, "image": build_boot_sector(image, 16)}
+
+
+@case("stock-qemu-moves-over-rdma")
+def qemu_moves(stage):
+    move = stage.move(**boot_guest(stage))
+    move.start(move.uri(1))
+    move.finish()
+
+
+@case("stock-qemu-outlives-its-rail")
+def qemu_outlives(stage):
+    move = stage.move(**boot_guest(stage))
     move.start_slowly(*both_rails(move))
-    first = move.cut(lambda: stage.lab.cut(1))
-    first.wait_paused()
-    for messages in range(1, 4):
-        uri = f"faulty+{move.uri(2)}?cut-after-messages={messages}"
-        again = move.cut(lambda to=uri: move.source.hmp(f"migrate -d -r {to}"))
-        again.wait_seen("postcopy-paused", 60, [move.source])
-        move.wait_all("postcopy-paused")
-        again.expect_only_paused()
-    move.source.hmp(f"migrate -d -r {move.uri(2)}")
-    first.wait_active()
-    first.expect_path(move.uri(2))
-    first.report()
+    fail_over(move, "cut", 1, None)
     move.finish()

@@ -1,76 +1,53 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A migration between the two hosts of the RoCE lab: who takes part, its steps, and what a cut costs.
 
-Host a is the source, b the destination. On each runs a test guest (tests/guest/workload), which verifies and
-rewrites its pages all the time, and an engine. The operator's commands are typed there, too."""
+Host a is the source, b the destination. On each run a guest (guests.py) and an engine. The operator's commands are
+typed there, too."""
 
 import itertools
 import os
-import re
 import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TESTS = os.path.dirname(os.path.dirname(HERE))
-sys.path.insert(0, os.path.join(TESTS, "e2e"))
-sys.path.insert(0, os.path.join(os.path.dirname(TESTS), "soft-roce"))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 
+import runner  # noqa: E402,F401
+from guests import MB, HostQmp, Workload  # noqa: E402
 from harness.engine import Engine  # noqa: E402
 from harness.process import Failure, expect, wait_for  # noqa: E402
-from harness.qmp import Qmp  # noqa: E402
-from roce_lab import FAULTS, RAILS, Lab, LabError  # noqa: E402
+from roce_lab import FAULTS, RAILS, Lab, LabError, on_each  # noqa: E402
 
-MB = 1 << 20
 PORT, TCP_PORT = 4444, 4445
-SLOW = "2M"  # a guest's memory takes many seconds: what is cut is in the middle of it
-BOTH = f"rdma:0.0.0.0:{PORT},tcp:0.0.0.0:{TCP_PORT}"
-# Emulated hosts stop for long moments on a busy machine.
-PATIENT = ("heartbeat-timeout=4000", "connect-timeout=4000", "handshake-timeout=20000")
+SLOW = "1M"  # a guest's memory takes many seconds: what is cut is in the middle of it
+# Emulated hosts stop for long moments on a busy machine: READs get 1.1 s (urgent) and 1.6 s (bulk), heartbeats 3 s.
+BOTH = f"rdma:0.0.0.0:{PORT}?ack-timeout=16,tcp:0.0.0.0:{TCP_PORT}"
+PATIENT = ("heartbeat-timeout=3000", "connect-timeout=4000")
 IN_PAUSE = {"postcopy-paused", "postcopy-recover-setup", "postcopy-recover"}
 NUMBERS = itertools.count(1)
 
 
-def renew_rails(lab):
-    """Makes both rails whole and their RoCE devices anew, once no engine holds them: soft-RoCE's management queue pair does not outlive a message that
-    could not be sent, such as the last one of a process that ends while its rail is down."""
-    for rail in RAILS:
-        lab.mend(rail)
-        lab.inject("rdma-del", rail)
-        lab.restore(rail)
-
-
-class HostQmp(Qmp):
-    """A monitor on a host."""
-
-    def __init__(self, host, path):
-        self.host = host
-        super().__init__(path, seconds=30)
-
-    def _connect(self):
-        try:
-            return self.host.connect(self.path)
-        except OSError:
-            return None
-
-
 class HostEngine(Engine):  # pylint: disable=super-init-not-called
-    """One engine, on a host, beside that host's workload."""
+    """One engine, on a host, beside that host's guest."""
 
-    def __init__(self, host, name, build, directory, incoming=None, settings=()):
+    def __init__(self, host, name, build, directory, guest, incoming=None, settings=()):
         self.host = host
         self.name = name
         self.ctl = f"{build}/postroadctl"
         self.qmp_path = f"{directory}/{name}.qmp"
-        argv = [f"{build}/postroad", "--guest", f"agent:{directory}/agent", "--qmp", self.qmp_path]
+        argv = [f"{build}/postroad", "--guest", guest.option, "--qmp", self.qmp_path]
         argv += ["--log", "debug"]
         argv += ["--incoming", incoming] if incoming else []
         for setting in settings:
             argv += ["--set", setting]
         self.process = host.popen(*argv)
+        self.qmp = None
+
+    def connect(self):
         try:
-            self.qmp = HostQmp(host, self.qmp_path)
+            self.qmp = HostQmp(self.host, self.qmp_path)
         except Failure as failure:
-            raise Failure(f"{failure}; {name} said: {self.process.output()[-1000:]}") from None
+            raise Failure(f"{failure}; {self.name} said: {self.process.output()[-1000:]}") from None
 
     def postroadctl(self, line, seconds):
         return self.host.run(self.ctl, self.qmp_path, line, timeout=seconds)
@@ -90,70 +67,32 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
             expect(mark not in output, f"{self.name}: {mark}")
 
 
-class Workload:
-    """The test guest, on a host."""
-
-    LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
-
-    def __init__(self, host, build, directory, size_mb, incoming=False):
-        self.host = host
-        argv = [f"{build}/tests/guest/workload", "--socket", f"{directory}/agent"]
-        argv += ["--size", f"{size_mb}M", "--threads", "2", "--pace", "20000"]
-        self.process = host.popen(*argv, *(["--incoming"] if incoming else []))
-
-    def last(self):
-        """(state, pages verified, pages written, pages corrupt) as it said last; None: nothing yet."""
-        lines = self.LINE.findall(self.process.output("out"))
-        return (lines[-1][0], *map(int, lines[-1][1:])) if lines else None
-
-    def verified(self):
-        return self.last()[1] if self.last() else 0
-
-    def wait_running(self, seconds=60):
-        wait_for(
-            f"the guest runs on host {self.host.name}",
-            seconds,
-            lambda: (self.last() or ("",))[0] == "running" and self.verified() > 0,
-        )
-
-    def wait_verifies(self, pages=100, seconds=60):
-        """It works on, with everything that it has read being right."""
-        before = self.verified()
-        wait_for(
-            f"the guest on host {self.host.name} verifies {pages} more pages",
-            seconds,
-            lambda: self.verified() >= before + pages,
-        )
-        expect(self.last()[3] == 0, f"{self.last()[3]} corrupt pages: {self.process.output()[-1000:]}")
-
-    def end(self):
-        """Has it verify every page before it ends."""
-        self.process.signal(15)
-        code = self.process.wait(60)
-        said = self.process.output()
-        expect("final corrupt=0 now=0" in said, f"the last look at all pages: {said[-1000:]}")
-        expect(code == 0, f"the guest ended with {code}: {said[-1000:]}")
-
-
 class Move:
     """The cast, and the steps of a migration as one call each."""
 
-    def __init__(self, lab, build, size_mb=48, incoming=BOTH, settings=(), patience=PATIENT):
+    def __init__(self, lab, build, guest=Workload, incoming=BOTH, settings=(), patience=PATIENT, **kind):
+        """kind: for the guest."""
         self.lab = lab
-        self.size_mb = size_mb
         self.directory = f"/tmp/move{next(NUMBERS)}"
         self.started = []  # processes, to be ended whatever happens
-        self.rows = []  # what each cut took, for the report
+        self.notes = []  # what each cut took, for the report
         settings = (*patience, *settings)
-        for host in lab.hosts:
+
+        def start(host):
+            arrives = host is lab.b
             host.run("mkdir", self.directory, check=True)
-        self.source_guest = self._keep(Workload(lab.a, build, self.directory, size_mb))
-        self.destination_guest = self._keep(Workload(lab.b, build, self.directory, size_mb, incoming=True))
+            its_guest = self._keep(guest(host, build, self.directory, incoming=arrives, **kind))
+            its_guest.wait_ready()
+            where = (build, self.directory, its_guest)
+            name, listen = ("destination", incoming) if arrives else ("source", None)
+            engine = self._keep(HostEngine(host, name, *where, listen, settings))
+            engine.connect()
+            return its_guest, engine
+
+        started = on_each(lab.hosts, start)
+        (self.source_guest, self.destination_guest), self.engines = zip(*started)
+        self.source, self.destination = self.engines
         self.source_guest.wait_running()
-        where = (build, self.directory)
-        self.source = self._keep(HostEngine(lab.a, "source", *where, settings=settings))
-        self.destination = self._keep(HostEngine(lab.b, "destination", *where, incoming, settings))
-        self.engines = (self.source, self.destination)
 
     def _keep(self, member):
         self.started.append((member, member.process))
@@ -162,8 +101,7 @@ class Move:
     def close(self):
         for _, process in self.started:
             process.kill()
-        for host in self.lab.hosts:
-            host.run("rm", "-rf", self.directory)
+        on_each(self.lab.hosts, lambda host: host.run("rm", "-rf", self.directory))
 
     def logs(self):
         """The ends of all output, for a failure's report."""
@@ -189,21 +127,22 @@ class Move:
     def start(self, *uris):
         self.source.hmp(f"migrate -d {','.join(uris)}")
 
-    def start_slowly(self, *uris):
+    def start_slowly(self, *uris, bandwidth=SLOW):
         """And waits until part of the pages, not all, are at the destination."""
-        self.slow_down()
+        self.slow_down(bandwidth)
         self.start(*uris)
         self.wait_midway()
 
-    def wait_midway(self, fraction=0.85):
-        limit = self.size_mb * MB * fraction
+    def wait_midway(self):
+        """Some of the pages have come in postcopy, and some are to come."""
 
-        def midway():
+        def in_postcopy():
             info = self.destination.query()
             expect(info.get("status") not in ("failed", "completed"), f"the destination is {info}")
-            return info.get("status") == "postcopy-active" and info["ram"]["remaining"] < limit
+            return info["ram"]["remaining"] if info.get("status") == "postcopy-active" else 0
 
-        wait_for("part of the pages is at the destination", 90, midway)
+        at_first = wait_for("the destination is in postcopy with pages to come", 60, in_postcopy)
+        wait_for("more pages come", 60, lambda: self.destination.remaining() < at_first)
         self.expect_midway()
 
     def expect_midway(self):
@@ -215,13 +154,17 @@ class Move:
         for engine in self.engines:
             engine.wait_status(status, seconds)
 
-    def finish(self):
+    def complete(self):
         """Sees the migration through; then everything that the guest has must be right."""
         self.full_speed()
-        self.wait_all("completed", 120)
+        self.wait_all("completed", 90)
         expect(self.source.remaining() == self.destination.remaining() == 0, "completed with pages remaining")
         self.destination_guest.wait_verifies()
-        expect(self.source_guest.last()[0] == "paused", "the guest runs on the source, too")
+        self.source_guest.expect_stopped()
+
+    def finish(self):
+        """And ends everybody; the source's guest, which only keeps its part, is left."""
+        self.complete()
         for member in (self.destination_guest, self.source, self.destination):
             member.end()
 
@@ -241,19 +184,27 @@ class Cut:
         self.seen = {engine.name: len(engine.migrations()) for engine in move.engines}
         self.at = time.time()
 
+    def migrations(self, engine):
+        """Its MIGRATION events since the cut."""
+        return engine.migrations()[self.seen[engine.name] :]
+
     def events(self, engine):
         """(status, time in seconds by the engine's clock) since the cut."""
-        stamps = engine.migrations()[self.seen[engine.name] :]
         return [
             (
                 event["data"]["status"],
                 event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6,
             )
-            for event in stamps
+            for event in self.migrations(engine)
         ]
 
     def statuses(self, engine):
         return [status for status, _ in self.events(engine)]
+
+    def reason(self, engine, status):
+        """What the engine gave as the first reason for this state since the cut."""
+        wanted = (event["data"] for event in self.migrations(engine) if event["data"]["status"] == status)
+        return next((data.get("reason", "") for data in wanted), None)
 
     def wait_seen(self, status, seconds, engines=None):
         for engine in engines or self.move.engines:
@@ -263,10 +214,10 @@ class Cut:
                 lambda e=engine: status in self.statuses(e),
             )
 
-    def wait_paused(self, seconds=60):
+    def wait_paused(self, seconds=30):
         self.wait_seen("postcopy-paused", seconds)
 
-    def wait_active(self, seconds=90):
+    def wait_active(self, seconds=60):
         """Paused, and in postcopy again."""
         self.wait_paused(seconds)
         self.wait_seen("postcopy-active", seconds)
@@ -274,7 +225,7 @@ class Cut:
     def expect_path(self, uri):
         """Over which path the source says it went on."""
         wanted = f"connected again over {uri}"
-        events = self.move.source.migrations()[self.seen["source"] :]
+        events = self.migrations(self.move.source)
         reasons = [event["data"].get("reason") for event in events if event["data"]["status"] == "postcopy-recover"]
         expect(reasons and reasons[-1] == wanted, f"the source should have {wanted}, and says {reasons}")
 
@@ -283,8 +234,9 @@ class Cut:
             strange = set(self.statuses(engine)) - IN_PAUSE
             expect(not strange, f"{engine.name} left the pause: {self.statuses(engine)}")
 
-    def report(self):
-        """Keeps the three figures for the test's line. Clocks of the hosts are compared with ours now."""
+    def times(self):
+        """Seconds from the cut until both sides were paused, and until both were in postcopy again. The hosts' clocks
+        are compared with ours now."""
         paused, active = [], []
         for engine in self.move.engines:
             ahead, _ = engine.host.clock_offset()
@@ -294,11 +246,28 @@ class Cut:
             active.append(next(at for status, at in events[first:] if status == "postcopy-active") - ahead)
         both_paused, both_active = max(paused) - self.at, max(active) - self.at
         expect(both_paused < both_active, f"paused after {both_paused:.3f} s, active after {both_active:.3f} s")
-        self.move.rows.append(
-            f"cut to both paused {both_paused:.2f} s, paused to postcopy-active"
+        return both_paused, both_active
+
+    def report(self, what="cut"):
+        """Keeps the three figures for the test's report."""
+        both_paused, both_active = self.times()
+        self.move.notes.append(
+            f"{what}: to both paused {both_paused:.2f} s, paused to postcopy-active"
             f" {both_active - both_paused:.2f} s, total {both_active:.2f} s"
         )
         return both_paused, both_active
 
 
-__all__ = ["BOTH", "Cut", "FAULTS", "Failure", "Lab", "LabError", "MB", "Move", "RAILS", "expect", "renew_rails", "wait_for"]
+__all__ = [
+    "BOTH",
+    "Cut",
+    "FAULTS",
+    "Failure",
+    "Lab",
+    "LabError",
+    "MB",
+    "Move",
+    "RAILS",
+    "expect",
+    "wait_for",
+]

@@ -1,31 +1,23 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tests of the lab itself: what the tests of failover rely on.
+"""Tests of the lab itself: what the tests of failover rely on."""
 
-Prints a line for each test; the exit code is 1 if one failed."""
-
-import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.dont_write_bytecode = True
-sys.path.insert(0, os.path.join(ROOT, "soft-roce"))
+sys.path.insert(0, HERE)
 
+import runner  # noqa: E402
+from harness.process import Failure, expect  # noqa: E402
 from roce_lab import HOSTS, RAILS, Lab, LabError, start_time, wait_until  # noqa: E402
 
 CASES = []
-
-
-class Failure(Exception):
-    """An expectation that was not met, in words for whoever reads the report."""
 
 
 def case(name):
@@ -36,11 +28,6 @@ def case(name):
         return function
 
     return register
-
-
-def expect(condition, message):
-    if not condition:
-        raise Failure(message)
 
 
 def sleeps(host):
@@ -54,6 +41,12 @@ def sleeps(host):
 def pings(host, rail, peer):
     done = host.run("busybox", "ping", "-c", "1", "-W", "1", peer.address(rail))
     return done.returncode == 0
+
+
+def connects(host, address, port):
+    """Whether a TCP connection is made within a second."""
+    argv = ["socat", "-u", "OPEN:/dev/null", f"TCP:{address}:{port},connect-timeout=1"]
+    return host.run(*argv).returncode == 0
 
 
 def wait_listens(host, server, look):
@@ -300,6 +293,22 @@ def blackhole_one_way(lab):
     expect_whole(lab, 1)
 
 
+@case("blackhole-of-rdma-or-of-tcp-leaves-the-other-alone")
+def blackhole_of_one_kind(lab):
+    server = lab.b.popen("socat", "TCP-LISTEN:7000,fork,reuseaddr", "OPEN:/dev/null")
+    try:
+        wait_listens(lab.b, server, ["ss", "-Hltn", "sport", "=", ":7000"])
+        for dead, rdma, tcp in (("blackhole-rdma", False, True), ("blackhole-tcp", True, False)):
+            lab.inject(dead, 1)
+            expect(connects(lab.a, lab.b.address(1), 7000) == tcp, f"{dead}: TCP {'does not go' if tcp else 'goes'}")
+            (expect_reads if rdma else expect_no_reads)(lab, 1)
+            lab.undo(dead, 1)
+        expect(connects(lab.a, lab.b.address(1), 7000), "TCP does not go when both are undone")
+    finally:
+        server.kill()
+    expect_whole(lab, 1)
+
+
 @case("link-down-inside-is-a-port-error-there")
 def link_down(lab):
     lab.inject("link-down", 1, "b")
@@ -312,7 +321,8 @@ def link_down(lab):
 @case("removed-address-takes-its-gid-along")
 def address_del(lab):
     def gids():
-        return lab.b.run("sh", "-c", "cat /sys/class/infiniband/rxe1/ports/1/gids/*").stdout
+        # Of a thousand places, the first ones are taken first.
+        return lab.b.run("sh", "-c", "cat /sys/class/infiniband/rxe1/ports/1/gids/?").stdout
 
     mine = "ffff:0a58:0102"
     expect(mine in gids(), f"no GID of 10.88.1.2 on host b: {gids()}")
@@ -358,7 +368,7 @@ def rdma_del_in_use(lab):
 @case("restore-undoes-everything-at-once")
 def restore(lab):
     lab.cut(2)
-    for fault in ("blackhole", "rdma-del", "address-del", "link-down"):
+    for fault in ("blackhole", "blackhole-tcp", "rdma-del", "address-del", "link-down"):
         lab.inject(fault, 2)
     lab.restore(2)
     expect_whole(lab, 2)
@@ -398,81 +408,35 @@ def by_hand(lab):
         expect(not os.path.exists(os.path.join(directory, "lab.json")), "lab down left its files behind")
 
 
+def started(directory):
+    """The process ids of both machines, once they have been started."""
+    try:
+        pids = machines_of(directory)
+    except LabError:
+        return None
+    return pids if len(pids) == len(HOSTS) else None
+
+
 @case("lab-of-a-killed-test-ends-with-it")
 def killed(lab):
+    """The machines need not have booted for that."""
     code = (
-        f"import sys, time; sys.path.insert(0, {ROOT + '/soft-roce'!r})\n"
+        f"import sys; sys.path.insert(0, {ROOT + '/soft-roce'!r})\n"
         "from roce_lab import Lab\n"
-        "lab = Lab(sys.argv[1], build=sys.argv[2], accel=sys.argv[3])\n"
-        "lab.start(); print('up', flush=True); sys.stdin.read()"
+        "Lab(sys.argv[1], build=sys.argv[2], accel=sys.argv[3]).start()"
     )
     with tempfile.TemporaryDirectory(prefix="postroad-lab-") as directory:
-        argv = [sys.executable, "-B", "-c", code, directory, lab.spec.build, lab.accel]
-        owner = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        owner = subprocess.Popen([sys.executable, "-B", "-c", code, directory, lab.spec.build, lab.accel])
         try:
-            expect(owner.stdout.readline() == b"up\n", "the lab did not start")
-            pids = machines_of(directory)
-            expect(all(map(start_time, pids)) and len(pids) == 2, f"two machines should run: {pids}")
-            owner.send_signal(signal.SIGKILL)
-            wait_until("its machines have ended", 10, lambda: not any(map(start_time, pids)))
+            pids = wait_until("two machines run", 30, lambda: started(directory))
+            expect(all(map(start_time, pids)), f"of the machines {pids}, one has ended")
         finally:
-            owner.kill()
+            owner.send_signal(signal.SIGKILL)
             owner.wait()
-            owner.stdin.close()
-            owner.stdout.close()
+        wait_until("its machines have ended", 10, lambda: not any(map(start_time, pids)))
 
 
-def run_case(lab, name, function):
-    began = time.monotonic()
-    result, message = "pass", ""
-    try:
-        function(lab)
-    except (Failure, LabError) as error:
-        result, message = "fail", str(error)
-    except Exception:  # pylint: disable=broad-except
-        result, message = "fail", traceback.format_exc()
-    if result == "fail":
-        for rail in RAILS:
-            lab.restore(rail)
-    seconds = time.monotonic() - began
-    shown = {"pass": "ok  ", "fail": "FAIL"}[result]
-    print(f"{shown} {name} ({seconds:.1f} s)" + (f": {message}" if message else ""), flush=True)
-    return {"name": name, "result": result, "seconds": seconds, "message": message}
-
-
-def run_cases(options):
-    wanted = [(name, function) for name, function in CASES if options.pattern in name]
-    began = time.monotonic()
-    with Lab(build=options.build) as lab:
-        print(f"the lab is up under {lab.accel} ({time.monotonic() - began:.1f} s)", flush=True)
-        results = [run_case(lab, name, function) for name, function in wanted]
-        pids = [machine.pid for machine in lab.machines]
-    left = [pid for pid in pids if start_time(pid)]
-    ok = not left and not os.path.exists(lab.directory)
-    message = "" if ok else f"left behind: processes {left}, {lab.directory}"
-    print(("ok  " if ok else "FAIL") + " lab-leaves-nothing-behind" + (f": {message}" if message else ""))
-    result = "pass" if ok else "fail"
-    return results + [{"name": "lab-leaves-nothing-behind", "result": result, "message": message}]
-
-
-def stop(number, _frame):
-    raise SystemExit(128 + number)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pattern", nargs="?", default="", help="run only tests with this in their name")
-    parser.add_argument("--build", default=os.path.join(ROOT, "build"), help="build directory (default: build)")
-    parser.add_argument("--results", help="write the results to this file, as JSON")
-    options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    results = run_cases(options)
-    if options.results:
-        with open(options.results, "w") as out:
-            json.dump(results, out)
-    return 1 if any(entry["result"] == "fail" for entry in results) else 0
-
+GROUP = runner.Group("lab", CASES, lambda lab, _build, function, _notes: function(lab))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main([GROUP], __doc__))

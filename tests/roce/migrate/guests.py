@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guests that are moved between the lab's hosts.
+
+Both kinds know what each of their pages must hold, look all the time, and say what they found. A guest has
+  option                 what the engine's --guest takes
+  wait_ready()           an engine can come
+  wait_running()         it works, on this host
+  wait_verifies()        it works on, and all that it has looked at was right
+  expect_stopped()       it does not run here (any more)
+  end()                  ends it; it has to be well until then"""
+
+import os
+import re
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", "..", "e2e"))
+
+from harness.lab import find_built  # noqa: E402
+from harness.process import Failure, expect, wait_for  # noqa: E402
+from harness.qmp import Qmp  # noqa: E402
+from harness.vm import QEMU, GuestSpec  # noqa: E402
+
+MB = 1 << 20
+
+
+class HostQmp(Qmp):
+    """A monitor on a host."""
+
+    def __init__(self, host, path):
+        self.host = host
+        super().__init__(path, seconds=30)
+
+    def _connect(self):
+        try:
+            return self.host.connect(self.path)
+        except OSError:
+            return None
+
+
+def wait_socket(host, path, process):
+    """Waits until a process has opened its socket on a host: one command does the looking."""
+    host.run("sh", "-c", f"until [ -S {path} ] || ! [ -d /proc/{process.pid} ]; do sleep 0.05; done")
+    expect(process.alive(), f"{process.name} on host {host.name} has ended: {process.output()[-1000:]}")
+
+
+class Workload:
+    """The test guest of tests/guest/workload: a program with the agent library."""
+
+    LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
+
+    def __init__(self, host, build, directory, incoming=False, size_mb=16, pace_us=200000):
+        """pace_us: the rest of each of its two threads after 16 pages."""
+        self.host = host
+        self.agent = f"{directory}/agent"
+        self.option = f"agent:{self.agent}"
+        argv = [f"{build}/tests/guest/workload", "--socket", self.agent]
+        argv += ["--size", f"{size_mb}M", "--threads", "2", "--pace", str(pace_us)]
+        self.process = host.popen(*argv, *(["--incoming"] if incoming else []))
+
+    def wait_ready(self):
+        wait_socket(self.host, self.agent, self.process)
+
+    def last(self):
+        """(state, pages verified, pages written, pages corrupt) as it said last; None: nothing yet."""
+        lines = self.LINE.findall(self.process.output("out"))
+        return (lines[-1][0], *map(int, lines[-1][1:])) if lines else None
+
+    def verified(self):
+        return self.last()[1] if self.last() else 0
+
+    def wait_running(self, seconds=60):
+        wait_for(
+            f"the guest runs on host {self.host.name}",
+            seconds,
+            lambda: (self.last() or ("",))[0] == "running" and self.verified() > 0,
+        )
+
+    def wait_verifies(self, pages=100, seconds=60):
+        before = self.verified()
+        wait_for(
+            f"the guest on host {self.host.name} verifies {pages} more pages",
+            seconds,
+            lambda: self.verified() >= before + pages,
+        )
+        expect(self.last()[3] == 0, f"{self.last()[3]} corrupt pages: {self.process.output()[-1000:]}")
+
+    def expect_stopped(self):
+        expect(self.last()[0] == "paused", f"the guest runs on host {self.host.name}, too")
+
+    def end(self):
+        """Has it verify every page before it ends."""
+        self.process.signal(15)
+        code = self.process.wait(60)
+        said = self.process.output()
+        expect("final corrupt=0 now=0" in said, f"the last look at all pages: {said[-1000:]}")
+        expect(code == 0, f"the guest ended with {code}: {said[-1000:]}")
+
+
+class BootGuest:
+    """A stock QEMU with the boot-sector guest (tests/roce/bootguest): emulation within emulation. It prints a dot for
+    each round in which all of its memory was right."""
+
+    RAM_MB = 32
+    ROUNDS = 3
+
+    def __init__(self, host, build, directory, incoming=False, image=None):
+        self.host = host
+        self.agent, self.qmp_path, self.our_qmp_path = (f"{directory}/{name}" for name in ("agent", "qmp", "qmp2"))
+        self.option = f"qemu:qmp={self.qmp_path},agent={self.agent}"
+        self.qmp = None
+        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
+        argv += ["-accel", "tcg,tb-size=16", *GuestSpec(ram_mb=self.RAM_MB).memory(), "-serial", "stdio"]
+        argv += ["-drive", f"file={image},format=raw,if=ide,snapshot=on"]
+        for path in (self.qmp_path, self.our_qmp_path):
+            argv += ["-qmp", f"unix:{path},server=on,wait=off"]
+        argv += ["-incoming", "defer"] if incoming else []
+        env = {"LD_PRELOAD": find_built(build, "libpostroad-agent.so"), "POSTROAD_AGENT": self.agent}
+        self.process = host.popen(*argv, env=env)
+
+    def wait_ready(self):
+        wait_socket(self.host, self.agent, self.process)
+        wait_socket(self.host, self.our_qmp_path, self.process)
+        self.qmp = HostQmp(self.host, self.our_qmp_path)
+
+    def said(self):
+        """What it has printed on this host, and that it was nothing bad."""
+        said = self.process.output("out")
+        expect("BAD" not in said, f"the guest on host {self.host.name} has found its memory spoiled: {said[-200:]}")
+        return said
+
+    def rounds(self):
+        return self.said().count(".")
+
+    def wait_running(self, seconds=60):
+        wait_for(
+            f"the guest of QEMU goes through its memory on host {self.host.name}",
+            seconds,
+            lambda: self.rounds() > 0 or self._expect_alive(),
+        )
+
+    def _expect_alive(self):
+        expect(self.process.alive(), f"QEMU on host {self.host.name} has ended: {self.process.output()[-1000:]}")
+
+    def wait_verifies(self, seconds=90):
+        """The round that it is in, and more: each word is compared at least twice."""
+        before = self.rounds()
+        wait_for(
+            f"the guest of QEMU on host {self.host.name} goes through its memory {self.ROUNDS} more times",
+            seconds,
+            lambda: self.rounds() >= before + self.ROUNDS or self._expect_alive(),
+        )
+
+    def expect_stopped(self):
+        status = self.qmp.command("query-status")["status"]
+        expect(status in ("paused", "postmigrate"), f"QEMU on host {self.host.name} is {status}, too")
+
+    def end(self):
+        self.said()
+        self.qmp.send("quit")
+        code = self.process.wait(20)
+        expect(code == 0, f"QEMU on host {self.host.name} ended with {code}: {self.process.output()[-1000:]}")
+
+
+def build_boot_sector(path, megabytes):
+    """A disk with the guest that works on so much of its memory."""
+    builder = os.path.join(HERE, "..", "bootguest", "build")
+    done = subprocess.run([builder, path, str(megabytes * MB)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure(f"{builder}: {done.stderr}")
+    return path
