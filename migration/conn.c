@@ -154,7 +154,7 @@ void pr_conn_failed(const GError *error, void *opaque)
 	if (m->conn == conn) {
 		pr_migration_failed_locked(m, error);
 	} else if (!conn->failure) {
-		/* A standby, or one that nobody uses any more: whoever has it looks here. */
+		/* A standby, or one that is not in use yet: whoever has it looks here. */
 		conn->failure = g_error_copy(error);
 		pr_conn_shutdown(conn);
 		g_cond_broadcast(&m->changed);
@@ -199,6 +199,9 @@ void pr_conn_close(PrConn *conn)
 	}
 	if (conn->standby)
 		pr_conn_unlist(conn);
+	/* What its threads still report is too late: what they would shut down is being freed. */
+	if (!conn->failure)
+		conn->failure = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "closed");
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
 
