@@ -51,6 +51,8 @@ struct PrControl {
 	GError *failure;    /* the first reason, set once */
 	gboolean reported;  /* on_failed has returned, or nobody has to be told */
 	GError *send_error; /* why a write failed, for the reader */
+	GByteArray *
+		postponed; /* frames said in passing, when somebody was in the middle of one; or NULL */
 	gboolean linger;
 	gboolean full; /* the reader waits for room in the queue */
 	guint64 rtt_us;
@@ -91,3 +93,5 @@ typedef struct PrFrame {
 } PrFrame;
 /* Writes what the socket takes: bytes, or -errno. */
 gssize pr_frame_write(int fd, PrFrame *frame);
+/* Under send_lock. Appends to the tail, and writes of it what the socket takes: 0, or -errno. */
+int pr_control_write_tail(PrControl *control, const void *frames, gsize length);

@@ -20,24 +20,10 @@
  * because what fills the socket is on its way to the peer. */
 static int write_heartbeat(PrControl *control, const uint8_t *frame, gsize length)
 {
-	PrFrame rest = {
-		.part = {{control->tail->data, control->tail->len}},
-		.left = control->tail->len,
-	};
-	gssize n = 0;
+	int result = pr_control_write_tail(control, NULL, 0);
 
-	if (rest.left) {
-		n = pr_frame_write(control->fd, &rest);
-		if (n > 0)
-			g_byte_array_remove_range(control->tail, 0, n);
-	}
-	if (n < 0 || rest.left)
-		return n == -EAGAIN ? 0 : MIN(n, 0);
-	rest = (PrFrame){.part = {{(void *)frame, length}}, .left = length};
-	n = pr_frame_write(control->fd, &rest);
-	if (n > 0)
-		g_byte_array_append(control->tail, frame + n, rest.left);
-	return n == -EAGAIN ? 0 : MIN(n, 0);
+	return result < 0 || control->tail->len ? result
+						: pr_control_write_tail(control, frame, length);
 }
 
 static void note_send_error(PrControl *control, int code)
@@ -60,6 +46,24 @@ static void send_heartbeat(PrControl *control, gint64 now)
 	pr_header_encode(frame, PR_MSG_HEARTBEAT, PR_HEARTBEAT_BYTES);
 	pr_heartbeat_encode(frame + PR_WIRE_HEADER_BYTES, &body);
 	result = write_heartbeat(control, frame, sizeof frame);
+	g_mutex_unlock(&control->send_lock);
+	if (result < 0)
+		note_send_error(control, -result);
+}
+
+/* What was said in passing while somebody was in the middle of a message. */
+static void send_postponed(PrControl *control)
+{
+	g_autoptr(GByteArray) frames = NULL;
+	int result = 0;
+
+	if (!g_mutex_trylock(&control->send_lock))
+		return;
+	g_mutex_lock(&control->lock);
+	frames = g_steal_pointer(&control->postponed);
+	g_mutex_unlock(&control->lock);
+	if (frames)
+		result = pr_control_write_tail(control, frames->data, frames->len);
 	g_mutex_unlock(&control->send_lock);
 	if (result < 0)
 		note_send_error(control, -result);
@@ -333,6 +337,7 @@ static void reader_turn(PrControl *control, gint64 now)
 	case LOOK_ENDED:
 		return;
 	}
+	send_postponed(control);
 	if (pr_heartbeat_is_due(&control->heartbeat, now))
 		send_heartbeat(control, now);
 	if (has_send_error(control))

@@ -258,28 +258,47 @@ gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *bo
 			       error);
 }
 
-/* Under send_lock. What the socket doesn't take now goes before the next frame, if there is one. */
-static void write_without_waiting(PrControl *control, uint16_t type, const GByteArray *body)
+int pr_control_write_tail(PrControl *control, const void *frames, gsize length)
 {
-	uint8_t header[PR_WIRE_HEADER_BYTES];
+	GByteArray *tail = control->tail;
 	PrFrame frame = {0};
+	gssize n;
 
-	pr_header_encode(header, type, body->len);
-	g_byte_array_append(control->tail, header, sizeof header);
-	g_byte_array_append(control->tail, body->data, body->len);
-	frame.part[0] = (struct iovec){control->tail->data, control->tail->len};
-	frame.left = control->tail->len;
-	if (pr_frame_write(control->fd, &frame) > 0)
-		g_byte_array_remove_range(control->tail, 0, control->tail->len - frame.left);
+	g_byte_array_append(tail, frames, length);
+	frame.part[0] = (struct iovec){tail->data, tail->len};
+	frame.left = tail->len;
+	n = pr_frame_write(control->fd, &frame);
+	if (n > 0)
+		g_byte_array_remove_range(tail, 0, n);
+	return n == -EAGAIN ? 0 : MIN(n, 0);
+}
+
+/* The reader sends it when it can. */
+static void postpone(PrControl *control, const GByteArray *frame)
+{
+	g_mutex_lock(&control->lock);
+	if (!control->postponed)
+		control->postponed = g_byte_array_new();
+	g_byte_array_append(control->postponed, frame->data, frame->len);
+	g_mutex_unlock(&control->lock);
+	signal_fd(control->wake_fd);
 }
 
 void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *body)
 {
-	/* Somebody is in the middle of a frame: the peer will see the end without a reason. */
-	if (!g_mutex_trylock(&control->send_lock))
+	g_autoptr(GByteArray) frame = g_byte_array_new();
+	uint8_t header[PR_WIRE_HEADER_BYTES];
+
+	pr_header_encode(header, type, body->len);
+	g_byte_array_append(frame, header, sizeof header);
+	g_byte_array_append(frame, body->data, body->len);
+	if (!g_mutex_trylock(&control->send_lock)) {
+		postpone(control, frame);
 		return;
+	}
+	/* A failure is the reader's to find. */
 	if (!pr_control_has_ended(control) && pr_control_admit(control, TRUE, type))
-		write_without_waiting(control, type, body);
+		pr_control_write_tail(control, frame->data, frame->len);
 	g_mutex_unlock(&control->send_lock);
 }
 
@@ -366,6 +385,7 @@ void pr_control_free(PrControl *control)
 	pr_uri_free(control->uri);
 	g_free(control->peer);
 	g_byte_array_unref(control->tail);
+	g_clear_pointer(&control->postponed, g_byte_array_unref);
 	g_queue_clear_full(&control->queue, (GDestroyNotify)pr_msg_free);
 	pr_msg_free(control->coming);
 	g_clear_error(&control->failure);

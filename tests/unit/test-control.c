@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "transport/control-internal.h"
 #include "transport/faulty.h"
 
 /* The handshake */
@@ -637,6 +638,20 @@ static void what_was_sent_before_a_shutdown_arrives(void **state)
 	}
 }
 
+static void a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message(void **state)
+{
+	g_autoptr(Pair) pair = pair_new();
+	g_autoptr(GByteArray) word = g_byte_array_new();
+
+	pr_reason_encode(word, "word");
+	g_mutex_lock(&pair->source->send_lock);
+	pr_control_farewell(pair->source, PR_MSG_PAUSE, word);
+	pr_control_farewell(pair->source, PR_MSG_HOLD, word);
+	g_mutex_unlock(&pair->source->send_lock);
+	assert_receives(pair->sink, PR_MSG_PAUSE, "\0\4word", 6);
+	assert_receives(pair->sink, PR_MSG_HOLD, "\0\4word", 6);
+}
+
 static void fault_injection_cuts_the_channel_at_a_message(void **state)
 {
 	g_autoptr(PrFaults) faults = pr_faults_new("test-control");
@@ -693,6 +708,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(the_end_in_the_middle_of_a_message_says_so),
 		cmocka_unit_test(shutdown_ends_a_blocked_send_and_a_blocked_receive),
 		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
+		cmocka_unit_test(a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message),
 		cmocka_unit_test(fault_injection_cuts_the_channel_at_a_message),
 	};
 
