@@ -14,12 +14,14 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.dont_write_bytecode = True
 sys.path[:0] = [HERE, os.path.join(HERE, "e2e"), os.path.join(HERE, "roce", "migrate")]
 
-from cast import MB, SLOW, Failure, Lab, LabError, Move, expect  # noqa: E402
+from cast import MB, Failure, Lab, LabError, Move, expect  # noqa: E402
 from demo import Story, latency  # noqa: E402
 from harness.process import raise_on_signals, wait_for  # noqa: E402
 
 GUEST_MB = 64
-AFTER_PAGES = 4000
+PACE_US = 20000  # the rest of each of the guest's threads after 16 pages
+BANDWIDTH = "2M"
+AFTER_PAGES = 8000
 
 PICTURE = """
     host a                                     host b
@@ -70,14 +72,14 @@ class Demo:
 
     def work(self):
         self.story.chapter("2. A guest works on host a")
-        self.move = Move(self.lab, self.build, size_mb=GUEST_MB)
+        self.move = Move(self.lab, self.build, size_mb=GUEST_MB, pace_us=PACE_US)
         self.story.says("", f"{GUEST_MB} MB, verified and rewritten all the time; hosts under {self.lab.accel}")
         self.guest(self.move.source_guest)
 
     def depart(self):
         move = self.move
         self.story.chapter("3. It moves over rail 1; rail 2 is listed, too")
-        self.command(move.destination, f"migrate_set_parameter max-postcopy-bandwidth {SLOW}")
+        self.command(move.destination, f"migrate_set_parameter max-postcopy-bandwidth {BANDWIDTH}")
         self.command(move.source, f"migrate -d {move.uri(1)},{move.uri(2)}")
         move.wait_midway()
         move.destination_guest.wait_running()
@@ -91,17 +93,23 @@ class Demo:
         self.in_place = GUEST_MB * MB - move.expect_midway()
         self.cut = move.cut(lambda: self.lab.cut(1))
         self.cut.wait_active()
-        for engine in move.engines:
-            self.tell_events(engine)
+        self.tell_events()
+        self.story.says("", "nobody has typed anything")
         self.cut.expect_path(move.uri(2))
         self.figures = self.cut.report()
         self.guest(move.destination_guest)
         self.show()
 
-    def tell_events(self, engine):
-        seen = self.cut.seen[engine.name]
-        for event in engine.migrations()[seen:]:
-            self.story.says(engine.name, f"{event['data']['status']}: {event['data'].get('reason', '')}")
+    def tell_events(self):
+        """What both engines went through, in its order, with the time since the cut."""
+        told = []
+        for engine in self.move.engines:
+            ahead, _ = engine.host.clock_offset()
+            reasons = [event["data"].get("reason", "") for event in self.cut.migrations(engine)]
+            for (status, at), reason in zip(self.cut.events(engine), reasons):
+                told.append((at - ahead - self.cut.at, engine.name, status, reason))
+        for after, name, status, reason in sorted(told):
+            self.story.says(name, f"+{after * 1000:.0f} ms  {status}: {reason}")
 
     def arrive(self):
         move = self.move
@@ -150,6 +158,7 @@ class Demo:
 
 def perform(options, story):
     build = os.path.abspath(options.build)
+    story.says("", "two hosts boot; if they are emulated, this takes a while")
     with Lab(build=build) as lab:
         demo = Demo(lab, build, story)
         try:

@@ -152,6 +152,16 @@ def run_groups(groups, options):
         return results if options.lab else [*results, leaves_nothing(bench)]
 
 
+def exit_on_signals():
+    """Has everything cleaned up when the program is told to end."""
+
+    def stop(number, _frame):
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+
+
 def main(groups, description):
     """The whole of a program that runs these groups; returns its exit code."""
     parser = argparse.ArgumentParser(description=description)
@@ -161,12 +171,7 @@ def main(groups, description):
     parser.add_argument("--results", help="write the results to this file, as JSON")
     parser.add_argument("--list", action="store_true", help="only list the tests")
     options = parser.parse_args()
-
-    def stop(number, _frame):
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    exit_on_signals()
     try:
         results = run_groups(groups, options)
     except LabError as error:

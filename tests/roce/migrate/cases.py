@@ -77,15 +77,16 @@ def completes(stage):
 
 
 def fail_over(move, fault, rail, host, **reasons):
-    """One cut, and the way out of it. reasons: what a side says about its pause, one of these."""
+    """One cut, and the way out of it; returns its times. reasons: what a side says about its pause, one of these."""
     cut = move.cut(lambda: break_rail(move.lab, fault, rail, host))
     cut.wait_active()
     cut.expect_path(move.uri(3 - rail))
-    cut.report(f"{fault} at {WHERE[host]}, rail {rail}")
+    times = cut.report(f"{fault} at {WHERE[host]}, rail {rail}")
     for engine in move.engines:
         said = cut.reason(engine, "postcopy-paused")
         wanted = reasons.get(engine.name, [""])
         expect(any(each in said for each in wanted), f"the {engine.name} should have paused as {wanted}: '{said}'")
+    return times
 
 
 def fail_over_again_and_again(stage, faults):

@@ -50,13 +50,13 @@ class Workload:
 
     LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 
-    def __init__(self, host, build, directory, incoming=False, size_mb=16, pace_us=200000):
-        """pace_us: the rest of each of its two threads after 16 pages."""
+    def __init__(self, host, build, directory, incoming=False, size_mb=16, pace_us=200000, threads=2):
+        """pace_us: the rest of each thread after 16 pages."""
         self.host = host
         self.agent = f"{directory}/agent"
         self.option = f"agent:{self.agent}"
         argv = [f"{build}/tests/guest/workload", "--socket", self.agent]
-        argv += ["--size", f"{size_mb}M", "--threads", "2", "--pace", str(pace_us)]
+        argv += ["--size", f"{size_mb}M", "--threads", str(threads), "--pace", str(pace_us)]
         self.process = host.popen(*argv, *(["--incoming"] if incoming else []))
 
     def wait_ready(self):
