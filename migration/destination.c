@@ -699,6 +699,7 @@ static void serve(PrMigration *m, PrNewcomer *newcomer)
 		return;
 	}
 	g_set_object(&conn->cancel, m->cancel);
+	conn->peer_can = newcomer->hello.capabilities;
 	if (!admit(m, conn, &newcomer->hello, &error)) {
 		turn_away(conn, standby, error);
 		pr_attempt_failed(m, error);

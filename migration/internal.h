@@ -36,8 +36,9 @@ typedef struct PrConn {
 	PrDataPath *path;     /* set under the lock when the lanes are up */
 	GThread *return_path; /* source; of whoever made the connection, then the owner's */
 	/* of the thread that has the connection: */
-	GArray *grants;	  /* destination: PrGrant, as they come */
-	gboolean granted; /* all of them were sent, or given to the path */
+	GArray *grants;	   /* destination: PrGrant, as they come */
+	uint64_t peer_can; /* destination: the source's capabilities */
+	gboolean granted;  /* all of them were sent, or given to the path */
 
 	/* PrMigration.lock */
 	uint64_t epoch;	  /* the one of HELLO or ACTIVATE */

@@ -77,7 +77,8 @@ gboolean pr_source_take_bitmap(PrMigration *m, const PrMsg *msg, GError **error)
 			    "a received bitmap of \"%s\", which was not asked for", idstr);
 		return FALSE;
 	}
-	if (!pr_recv_bitmap_decode(msg->body, msg->length, idstr, block->n_pages, &received, error))
+	if (!pr_recv_bitmap_decode(msg->type, msg->body, msg->length, idstr, block->n_pages,
+				   &received, error))
 		return FALSE;
 	for (uint64_t i = 0; i < pr_bitmap_words(block->n_pages); i++)
 		__atomic_store_n(&block->dirty[i], ~received[i], __ATOMIC_RELAXED);
@@ -132,8 +133,9 @@ gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *m
 			    idstr);
 		return FALSE;
 	}
-	pr_recv_bitmap_encode(body, idstr, block->received, block->n_pages);
-	return pr_send(conn, PR_RP_RECV_BITMAP, body, error);
+	uint16_t type = pr_recv_bitmap_encode(body, idstr, block->received, block->n_pages,
+					      (conn->peer_can & PR_HELLO_CAN_ZSTD) != 0);
+	return pr_send(conn, type, body, error);
 }
 
 gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)

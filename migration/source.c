@@ -93,6 +93,7 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 	case PR_RP_PONG:
 		return take_pong(m, msg, error);
 	case PR_RP_RECV_BITMAP:
+	case PR_RP_RECV_BITMAP_ZSTD:
 		return pr_source_take_bitmap(m, msg, error);
 	case PR_RP_RESUME_ACK:
 		return take_resume_ack(m, msg, error);
@@ -168,6 +169,7 @@ static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHel
 		.role = PR_HELLO_SOURCE,
 		.epoch = conn->epoch,
 		.resume = resume,
+		.capabilities = PR_HELLO_CAN_ZSTD,
 		.n_blocks = m->ram->n_blocks,
 		.blocks = blocks,
 	};

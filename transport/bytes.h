@@ -158,3 +158,34 @@ static inline uint64_t load_group(const unsigned long *bits, uint64_t n_bits, ui
 		value |= (uint64_t)bits[group * words + i] << (i * 8 * sizeof *bits);
 	return rest < 64 ? value & ((1ull << rest) - 1) : value;
 }
+
+static inline void store_group(unsigned long *bits, uint64_t group, uint64_t value)
+{
+	const gsize words = sizeof(uint64_t) / sizeof *bits;
+
+	for (gsize i = 0; i < words; i++)
+		bits[group * words + i] = value >> (i * 8 * sizeof *bits);
+}
+
+/* Whether a bitmap in memory is what travels. */
+static inline gboolean groups_are_memory(void)
+{
+	return G_BYTE_ORDER == G_LITTLE_ENDIAN;
+}
+
+/* Makes a bitmap of the groups that were put in its place as they came. FALSE: it has bits beyond its end. */
+static inline gboolean accept_groups(unsigned long *bits, uint64_t n_bits)
+{
+	uint64_t n = groups_of(n_bits), last;
+
+	if (!n)
+		return TRUE;
+	memcpy(&last, (uint8_t *)bits + (n - 1) * 8, sizeof last);
+	for (uint64_t i = 0; !groups_are_memory() && i < n; i++) {
+		uint64_t group;
+
+		memcpy(&group, (uint8_t *)bits + i * 8, sizeof group);
+		store_group(bits, i, GUINT64_FROM_LE(group));
+	}
+	return load_group(bits, n_bits, n - 1) == GUINT64_FROM_LE(last);
+}

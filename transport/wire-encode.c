@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "transport/bytes.h"
+#include "transport/wire-zstd.h"
 #include "transport/wire.h"
 
 void pr_header_encode(uint8_t out[PR_WIRE_HEADER_BYTES], uint16_t type, uint32_t length)
@@ -145,23 +146,35 @@ void pr_block_name_encode(GByteArray *out, const char *idstr)
 	put_name(out, idstr);
 }
 
-void pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigned long *bits,
-			   uint64_t n_bits)
+static void put_bitmap(GByteArray *out, const unsigned long *bits, uint64_t n_bits)
 {
 	uint64_t n = groups_of(n_bits);
-	guint at;
+	guint at = out->len;
 
-	g_assert(n <= BITMAP_BYTES_MAX / 8);
-	put_name(out, idstr);
-	put_u64(out, n * 8);
-	at = out->len;
 	g_byte_array_set_size(out, at + n * 8);
-	for (uint64_t i = 0; i < n; i++) {
+	if (groups_are_memory() && n)
+		memcpy(out->data + at, bits, (n - 1) * 8);
+	for (uint64_t i = groups_are_memory() && n ? n - 1 : 0; i < n; i++) {
 		uint64_t group = GUINT64_TO_LE(load_group(bits, n_bits, i));
 
 		memcpy(out->data + at + i * 8, &group, sizeof group);
 	}
+}
+
+uint16_t pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigned long *bits,
+			       uint64_t n_bits, gboolean may_compress)
+{
+	uint64_t size = groups_of(n_bits) * 8;
+	gboolean compressed;
+
+	g_assert(size <= BITMAP_BYTES_MAX);
+	put_name(out, idstr);
+	put_u64(out, size);
+	compressed = may_compress && size && pr_zstd_put_bitmap(out, bits, n_bits, size - 1);
+	if (!compressed)
+		put_bitmap(out, bits, n_bits);
 	put_u64(out, PR_BITMAP_END_MARK);
+	return compressed ? PR_RP_RECV_BITMAP_ZSTD : PR_RP_RECV_BITMAP;
 }
 
 void pr_lost_encode(GByteArray *out, const PrLost *lost)

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "transport/bytes.h"
+#include "transport/wire-zstd.h"
 
 G_DEFINE_QUARK(pr_wire_error, pr_wire_error)
 
@@ -58,6 +59,8 @@ static const MsgInfo messages[] = {
 	{PR_RP_PONG, "RP_PONG", 4},
 	{PR_RP_REQ_PAGES, "RP_REQ_PAGES", PR_REQ_PAGES_BYTES},
 	{PR_RP_RECV_BITMAP, "RP_RECV_BITMAP", 1 + PR_IDSTR_MAX + 8 + BITMAP_BYTES_MAX + 8},
+	{PR_RP_RECV_BITMAP_ZSTD, "RP_RECV_BITMAP_ZSTD",
+	 1 + PR_IDSTR_MAX + 8 + BITMAP_BYTES_MAX + 8},
 	{PR_RP_RESUME_ACK, "RP_RESUME_ACK", 4},
 	{PR_RP_PROGRESS, "RP_PROGRESS", PR_PROGRESS_BYTES},
 	{PR_RP_PAGES, "RP_PAGES", PR_REQ_PAGES_BYTES + REQ_PAGES_MAX},
@@ -557,55 +560,60 @@ gboolean pr_block_name_decode(const uint8_t *body, gsize len, char ret[PR_IDSTR_
 	return TRUE;
 }
 
-static void store_group(unsigned long *bits, uint64_t group, uint64_t value)
-{
-	const gsize words = sizeof(uint64_t) / sizeof *bits;
-
-	for (gsize i = 0; i < words; i++)
-		bits[group * words + i] = value >> (i * 8 * sizeof *bits);
-}
-
 static gboolean get_bitmap(const uint8_t *raw, uint64_t n_bits, unsigned long *bits)
 {
-	uint64_t n = groups_of(n_bits);
-
-	for (uint64_t i = 0; i < n; i++) {
-		uint64_t group;
-
-		memcpy(&group, raw + i * 8, sizeof group);
-		store_group(bits, i, GUINT64_FROM_LE(group));
-		if (load_group(bits, n_bits, i) != GUINT64_FROM_LE(group))
-			return FALSE;
-	}
-	return TRUE;
+	memcpy(bits, raw, groups_of(n_bits) * 8);
+	return accept_groups(bits, n_bits);
 }
 
-gboolean pr_recv_bitmap_decode(const uint8_t *body, gsize len, char ret_idstr[PR_IDSTR_MAX + 1],
-			       uint64_t n_bits, unsigned long **ret_bits, GError **error)
+/* Up to the bitmap itself; *ret_size: its bytes when it is not compressed. */
+static gboolean get_bitmap_head(Cursor *cursor, uint16_t type, uint64_t n_bits,
+				char ret_idstr[PR_IDSTR_MAX + 1], uint64_t *ret_size,
+				GError **error)
 {
+	if (!get_block_name(cursor, type, ret_idstr, error))
+		return FALSE;
+	*ret_size = get_u64(cursor);
+	if (cursor->overrun || (*ret_size % 8 == 0 && *ret_size / 8 == groups_of(n_bits)))
+		return TRUE;
+	return malformed(error,
+			 "%s of RAM block %s has %" G_GUINT64_FORMAT " bytes for %" G_GUINT64_FORMAT
+			 " pages",
+			 pr_msg_name(type), ret_idstr, *ret_size, n_bits);
+}
+
+static gboolean get_end_mark(Cursor *cursor, uint16_t type, gsize len, const char *idstr,
+			     GError **error)
+{
+	if (get_u64(cursor) != PR_BITMAP_END_MARK && !cursor->overrun)
+		return malformed(error, "%s of RAM block %s has no end mark", pr_msg_name(type),
+				 idstr);
+	return finished(cursor, type, len, error);
+}
+
+gboolean pr_recv_bitmap_decode(uint16_t type, const uint8_t *body, gsize len,
+			       char ret_idstr[PR_IDSTR_MAX + 1], uint64_t n_bits,
+			       unsigned long **ret_bits, GError **error)
+{
+	gboolean compressed = type == PR_RP_RECV_BITMAP_ZSTD;
 	Cursor cursor = {.at = body, .left = len};
 	g_autofree unsigned long *bits = NULL;
 	char idstr[PR_IDSTR_MAX + 1];
-	const uint8_t *raw;
-	uint64_t size;
+	const uint8_t *data;
+	uint64_t size, length;
 
-	if (!get_block_name(&cursor, PR_RP_RECV_BITMAP, idstr, error))
+	if (!get_bitmap_head(&cursor, type, n_bits, idstr, &size, error))
 		return FALSE;
-	size = get_u64(&cursor);
-	if (!cursor.overrun && (size % 8 || size / 8 != groups_of(n_bits)))
-		return malformed(error,
-				 "RP_RECV_BITMAP of RAM block %s has %" G_GUINT64_FORMAT
-				 " bytes for %" G_GUINT64_FORMAT " pages",
-				 idstr, size, n_bits);
-	raw = take(&cursor, size);
-	if (get_u64(&cursor) != PR_BITMAP_END_MARK && !cursor.overrun)
-		return malformed(error, "RP_RECV_BITMAP of RAM block %s has no end mark", idstr);
-	if (!finished(&cursor, PR_RP_RECV_BITMAP, len, error))
+	length = compressed ? cursor.left - MIN(cursor.left, sizeof(uint64_t)) : size;
+	data = take(&cursor, length);
+	if (!get_end_mark(&cursor, type, len, idstr, error))
 		return FALSE;
-	bits = g_malloc0(size);
-	if (!get_bitmap(raw, n_bits, bits))
-		return malformed(error, "RP_RECV_BITMAP of RAM block %s has bits beyond its end",
-				 idstr);
+	bits = g_malloc(MAX(size, sizeof *bits));
+	if (!(compressed ? pr_zstd_get_bitmap(data, length, n_bits, bits)
+			 : get_bitmap(data, n_bits, bits)))
+		return malformed(error, "%s of RAM block %s %s", pr_msg_name(type), idstr,
+				 compressed ? "cannot be decompressed to its size"
+					    : "has bits beyond its end");
 	memcpy(ret_idstr, idstr, strlen(idstr) + 1);
 	*ret_bits = g_steal_pointer(&bits);
 	return TRUE;

@@ -18,6 +18,8 @@
  *			reason: be16 length + UTF-8 text without control characters
  *	PACKAGED	u8 flags (1: last, 2: guest was running), be32 length, that many bytes
  *	RECV_BITMAP	(return path) u8 length + idstr, be64 size, bitmap, be64 end mark
+ *	RECV_BITMAP_ZSTD
+ *			the same with the bitmap as a zstd frame; its size is that before compression
  *	REQ_PAGES	be64 start, be32 length (0: a probe), be32 block
  *	RAM_ZERO	be32 block, be32 n, n times (be64 offset, be64 length)
  *	GRANT		be32 block, be32 n, n times (be64 offset, be64 length, be64 addr, be64 key)
@@ -114,7 +116,8 @@ typedef enum PrMsgType {
 	PR_RP_PROGRESS = 0x0280,
 	PR_RP_PAGES = 0x0281, /* source to destination, on data connections of tcp: the answer */
 	PR_RP_ACTIVATED = 0x0282,
-	PR_RP_PROBED = 0x0283, /* a standby path's lanes have answered */
+	PR_RP_PROBED = 0x0283,		 /* a standby path's lanes have answered */
+	PR_RP_RECV_BITMAP_ZSTD = 0x0284, /* RECV_BITMAP, the bitmap compressed */
 } PrMsgType;
 
 typedef enum PrWireError {
@@ -146,6 +149,8 @@ typedef enum PrResume {
 	PR_RESUME_STANDBY = 3,	 /* nothing yet: a path to be kept for later */
 } PrResume;
 
+#define PR_HELLO_CAN_ZSTD 1u /* reads RECV_BITMAP_ZSTD */
+
 typedef struct PrWireBlock {
 	char idstr[PR_IDSTR_MAX + 1];
 	uint64_t size;
@@ -159,7 +164,7 @@ typedef struct PrHello {
 	uint64_t epoch;			 /* 1 for the first connection, higher for each later one */
 	uint8_t resume;			 /* PrResume */
 	uint8_t secret[PR_SECRET_BYTES]; /* of the migration, made by the source */
-	uint64_t capabilities;		 /* none defined yet; unknown bits are ignored */
+	uint64_t capabilities;		 /* PR_HELLO_CAN_…; unknown bits are ignored */
 	char scheme[16];		 /* of the data path that the source is going to connect */
 	uint32_t n_blocks;
 	PrWireBlock *blocks;
@@ -262,8 +267,9 @@ void pr_grants_encode(GByteArray *out, uint32_t block, const PrWireGrant *grants
 void pr_packaged_encode(GByteArray *out, gboolean last, gboolean guest_running, const void *data,
 			gsize length);
 void pr_block_name_encode(GByteArray *out, const char *idstr);
-void pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigned long *bits,
-			   uint64_t n_bits);
+/* Returns the type of the message: compressed where that is shorter and the peer can read it. */
+uint16_t pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigned long *bits,
+			       uint64_t n_bits, gboolean may_compress);
 void pr_req_pages_encode(uint8_t out[PR_REQ_PAGES_BYTES], const PrReqPages *req);
 void pr_progress_encode(GByteArray *out, const PrProgress *progress);
 void pr_lost_encode(GByteArray *out, const PrLost *lost);
@@ -290,8 +296,9 @@ gboolean pr_packaged_decode(const uint8_t *body, gsize len, PrPackaged *ret, GEr
 gboolean pr_block_name_decode(const uint8_t *body, gsize len, char ret[PR_IDSTR_MAX + 1],
 			      GError **error);
 /* *ret_bits holds ceil(n_bits / 64) * 64 bits and is the caller's to g_free(). */
-gboolean pr_recv_bitmap_decode(const uint8_t *body, gsize len, char ret_idstr[PR_IDSTR_MAX + 1],
-			       uint64_t n_bits, unsigned long **ret_bits, GError **error);
+gboolean pr_recv_bitmap_decode(uint16_t type, const uint8_t *body, gsize len,
+			       char ret_idstr[PR_IDSTR_MAX + 1], uint64_t n_bits,
+			       unsigned long **ret_bits, GError **error);
 /* The block a RECV_BITMAP body is about, before its length is known. */
 gboolean pr_recv_bitmap_name(const uint8_t *body, gsize len, char ret_idstr[PR_IDSTR_MAX + 1],
 			     GError **error);

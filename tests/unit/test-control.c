@@ -464,11 +464,12 @@ static void a_frame_larger_than_the_queue_passes_alone(void **state)
 	char idstr[PR_IDSTR_MAX + 1];
 
 	bits[0] = bits[n_bits / 64 - 1] = 0x8000000000000001ul;
-	pr_recv_bitmap_encode(body, "mem0", bits, n_bits);
+	pr_recv_bitmap_encode(body, "mem0", bits, n_bits, FALSE);
 	assert_true(pr_control_send_bytes(pair->sink, PR_RP_RECV_BITMAP, body, NULL));
 	msg = pr_control_recv(pair->source, LONG_MS, NULL);
 	assert_non_null(msg);
-	assert_true(pr_recv_bitmap_decode(msg->body, msg->length, idstr, n_bits, &back, NULL));
+	assert_true(pr_recv_bitmap_decode(msg->type, msg->body, msg->length, idstr, n_bits, &back,
+					  NULL));
 	assert_memory_equal(back, bits, n_bits / 8);
 }
 

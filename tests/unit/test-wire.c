@@ -416,12 +416,12 @@ static void bitmaps_of_every_length_round_trip(void **state)
 		g_autofree unsigned long *back = NULL;
 		char idstr[PR_IDSTR_MAX + 1];
 
-		pr_recv_bitmap_encode(body, "mem0", bits, n_bits);
+		pr_recv_bitmap_encode(body, "mem0", bits, n_bits, FALSE);
 		assert_int_equal(body->len, 5 + 8 + (n_bits + 63) / 64 * 8 + 8);
 		assert_true(pr_recv_bitmap_name(body->data, body->len, idstr, NULL));
 		assert_string_equal(idstr, "mem0");
-		assert_true(
-			pr_recv_bitmap_decode(body->data, body->len, idstr, n_bits, &back, NULL));
+		assert_true(pr_recv_bitmap_decode(PR_RP_RECV_BITMAP, body->data, body->len, idstr,
+						  n_bits, &back, NULL));
 		for (uint64_t bit = 0; bit < (n_bits + 63) / 64 * 64; bit++) {
 			gboolean sent = bit < n_bits && (bits[bit / 64] >> (bit % 64) & 1);
 
@@ -438,17 +438,72 @@ static void a_bitmap_for_another_size_or_with_stray_bits_is_refused(void **state
 	char idstr[PR_IDSTR_MAX + 1];
 
 	sample_recv_bitmap(body);
-	assert_false(pr_recv_bitmap_decode(body->data, body->len, idstr, 64, &bits, NULL));
-	assert_false(pr_recv_bitmap_decode(body->data, body->len, idstr, 129, &bits, NULL));
+	assert_false(pr_recv_bitmap_decode(PR_RP_RECV_BITMAP, body->data, body->len, idstr, 64,
+					   &bits, NULL));
+	assert_false(pr_recv_bitmap_decode(PR_RP_RECV_BITMAP, body->data, body->len, idstr, 129,
+					   &bits, NULL));
 	/* bit 69 is set, so a block of 69 pages has a bit too many */
-	assert_false(pr_recv_bitmap_decode(body->data, body->len, idstr, 69, &bits, &error));
+	assert_false(pr_recv_bitmap_decode(PR_RP_RECV_BITMAP, body->data, body->len, idstr, 69,
+					   &bits, &error));
 	assert_non_null(strstr(error->message, "beyond its end"));
 	body->data[body->len - 1] ^= 1;
 	g_clear_error(&error);
-	assert_false(
-		pr_recv_bitmap_decode(body->data, body->len, idstr, SAMPLE_BITS, &bits, &error));
+	assert_false(pr_recv_bitmap_decode(PR_RP_RECV_BITMAP, body->data, body->len, idstr,
+					   SAMPLE_BITS, &bits, &error));
 	assert_non_null(strstr(error->message, "no end mark"));
 	assert_null(bits);
+}
+
+/* What comes back of a bitmap that was sent in the shorter way. */
+static uint16_t round_trip(const unsigned long *bits, uint64_t n_bits)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	g_autofree unsigned long *back = NULL;
+	char idstr[PR_IDSTR_MAX + 1];
+	uint16_t type = pr_recv_bitmap_encode(body, "mem0", bits, n_bits, TRUE);
+
+	assert_true(pr_recv_bitmap_decode(type, body->data, body->len, idstr, n_bits, &back, NULL));
+	assert_memory_equal(back, bits, (n_bits + 63) / 64 * 8);
+	return type;
+}
+
+static void a_bitmap_is_compressed_where_that_is_shorter(void **state)
+{
+	const uint64_t n_bits = 5 * 1024 * 1024 + 7;
+	gsize words = (n_bits + 63) / 64;
+	g_autofree unsigned long *bits = g_new0(unsigned long, words);
+	GRand *rand = g_rand_new_with_seed(1);
+
+	assert_int_equal(round_trip(bits, n_bits), PR_RP_RECV_BITMAP_ZSTD);
+	/* Every other run of 2 MiB. */
+	for (gsize i = 0; i < words - 1; i++)
+		bits[i] = i / 8 % 2 ? ~0ul : 0;
+	assert_int_equal(round_trip(bits, n_bits), PR_RP_RECV_BITMAP_ZSTD);
+	for (gsize i = 0; i < words - 1; i++)
+		bits[i] = (unsigned long)g_rand_int(rand) << 32 | g_rand_int(rand);
+	assert_int_equal(round_trip(bits, n_bits), PR_RP_RECV_BITMAP);
+	assert_int_equal(round_trip(bits, 0), PR_RP_RECV_BITMAP);
+	g_rand_free(rand);
+}
+
+/* A frame that is right in itself and has another size than it says is refused. */
+static void a_compressed_bitmap_of_another_size_is_refused(void **state)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	g_autofree unsigned long *bits = g_new0(unsigned long, 1024), *back = NULL;
+	char idstr[PR_IDSTR_MAX + 1];
+
+	pr_recv_bitmap_encode(body, "mem0", bits, 65536, TRUE);
+	for (guint n_bits = 64; n_bits <= 131072; n_bits *= 2) {
+		/* the size in the head, behind the name, says what would fit */
+		uint64_t size = GUINT64_TO_BE(n_bits / 8);
+
+		memcpy(body->data + 5, &size, sizeof size);
+		assert_int_equal(pr_recv_bitmap_decode(PR_RP_RECV_BITMAP_ZSTD, body->data,
+						       body->len, idstr, n_bits, &back, NULL),
+				 n_bits == 65536);
+		g_clear_pointer(&back, g_free);
+	}
 }
 
 static void packaged_points_into_the_body(void **state)
@@ -521,6 +576,8 @@ int main(void)
 		cmocka_unit_test(req_pages_is_bounded),
 		cmocka_unit_test(bitmaps_of_every_length_round_trip),
 		cmocka_unit_test(a_bitmap_for_another_size_or_with_stray_bits_is_refused),
+		cmocka_unit_test(a_bitmap_is_compressed_where_that_is_shorter),
+		cmocka_unit_test(a_compressed_bitmap_of_another_size_is_refused),
 		cmocka_unit_test(packaged_points_into_the_body),
 		cmocka_unit_test(a_header_is_checked),
 		cmocka_unit_test(messages_have_names),

@@ -177,7 +177,26 @@ static void sample_recv_bitmap(GByteArray *out)
 {
 	unsigned long bits[2] = {0x8000000000000005ul, 0x21};
 
-	pr_recv_bitmap_encode(out, "mem0", bits, SAMPLE_BITS);
+	pr_recv_bitmap_encode(out, "mem0", bits, SAMPLE_BITS, FALSE);
+}
+
+#define SAMPLE_BITS_ZSTD 4100
+
+static void sample_recv_bitmap_zstd(GByteArray *out)
+{
+	unsigned long bits[(SAMPLE_BITS_ZSTD + 63) / 64] = {0x8000000000000005ul};
+	uint16_t type = pr_recv_bitmap_encode(out, "mem0", bits, SAMPLE_BITS_ZSTD, TRUE);
+
+	assert_int_equal(type, PR_RP_RECV_BITMAP_ZSTD);
+}
+
+static gboolean decode_recv_bitmap_zstd(const uint8_t *body, gsize len, GError **error)
+{
+	g_autofree unsigned long *bits = NULL;
+	char idstr[PR_IDSTR_MAX + 1];
+
+	return pr_recv_bitmap_decode(PR_RP_RECV_BITMAP_ZSTD, body, len, idstr, SAMPLE_BITS_ZSTD,
+				     &bits, error);
 }
 
 static gboolean decode_recv_bitmap(const uint8_t *body, gsize len, GError **error)
@@ -185,7 +204,8 @@ static gboolean decode_recv_bitmap(const uint8_t *body, gsize len, GError **erro
 	g_autofree unsigned long *bits = NULL;
 	char idstr[PR_IDSTR_MAX + 1];
 
-	return pr_recv_bitmap_decode(body, len, idstr, SAMPLE_BITS, &bits, error);
+	return pr_recv_bitmap_decode(PR_RP_RECV_BITMAP, body, len, idstr, SAMPLE_BITS, &bits,
+				     error);
 }
 
 static void sample_req_pages(GByteArray *out)
@@ -282,6 +302,7 @@ static const struct Kind {
 	{PR_CMD_PACKAGED, sample_packaged, decode_packaged},
 	{PR_CMD_RECV_BITMAP, sample_block_name, decode_block_name},
 	{PR_RP_RECV_BITMAP, sample_recv_bitmap, decode_recv_bitmap},
+	{PR_RP_RECV_BITMAP_ZSTD, sample_recv_bitmap_zstd, decode_recv_bitmap_zstd},
 	{PR_RP_REQ_PAGES, sample_req_pages, decode_req_pages},
 	{PR_RP_PROGRESS, sample_progress, decode_progress},
 	{PR_MSG_LOST, sample_lost, decode_lost},
