@@ -252,9 +252,10 @@ static gboolean attempt_failed(PrMigration *m)
 }
 
 /* The paths of this attempt, in the order in which to try them. Those that a human has named, as they were
- * named. By itself: those whose standby is fit, in the operator's order; then those whose standby is on
- * probation; then all that are left, beginning behind the one that was lost. With the lock held. */
-static GPtrArray *paths_to_try(PrMigration *m)
+ * named. By itself, first over what stands by, *ret_standbys of them: the fit ones in the operator's order,
+ * then those on probation; then all of them anew, beginning behind the one that was lost, which may take long.
+ * With the lock held. */
+static GPtrArray *paths_to_try(PrMigration *m, guint *ret_standbys)
 {
 	GPtrArray *paths = g_ptr_array_new_with_free_func((GDestroyNotify)pr_uri_free);
 	gboolean automatic = m->resume == PR_RESUME_AUTOMATIC;
@@ -265,15 +266,12 @@ static GPtrArray *paths_to_try(PrMigration *m)
 		for (guint i = 0; i < n; i++)
 			if (pr_standby_rank(m, m->uris->pdata[i]) == rank)
 				g_ptr_array_add(paths, pr_uri_copy(m->uris->pdata[i]));
+	*ret_standbys = paths->len;
 	for (guint i = 0; automatic && i < n; i++)
 		if (g_strcmp0(((PrUri *)m->uris->pdata[i])->text, m->last_path) == 0)
 			first = i + 1;
-	for (guint i = 0; i < n; i++) {
-		const PrUri *uri = m->uris->pdata[(first + i) % n];
-
-		if (!automatic || pr_standby_rank(m, uri) == 0)
-			g_ptr_array_add(paths, pr_uri_copy(uri));
-	}
+	for (guint i = 0; i < n; i++)
+		g_ptr_array_add(paths, pr_uri_copy(m->uris->pdata[(first + i) % n]));
 	return paths;
 }
 
@@ -292,16 +290,19 @@ static gboolean is_turned_away(const GError *error)
 	       g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD);
 }
 
-/* One path: over its standby if it has one, else, or if that turns out to be dead, anew. */
-static PrConn *try_path(PrMigration *m, const PrUri *uri, PrResume resume, gboolean *ret_completed,
-			GError **error)
+/* One path: over its standby if it has one; else, or if that turns out to be dead, anew if it may. */
+static PrConn *try_path(PrMigration *m, const PrUri *uri, PrResume resume, gboolean anew,
+			gboolean *ret_completed, GError **error)
 {
 	g_autoptr(GError) why = NULL;
 	PrConn *conn = pr_standby_activate(m, uri, resume, ret_completed, &why);
 
 	if (conn || *ret_completed)
 		return conn;
-	if (why && (attempt_failed(m) || is_turned_away(why))) {
+	if (!anew && !why)
+		g_set_error(&why, PR_PATH_ERROR, PR_PATH_ERROR_LOST,
+			    "path %s: nothing stands by there any more", uri->text);
+	if (why && (!anew || attempt_failed(m) || is_turned_away(why))) {
 		g_propagate_error(error, g_steal_pointer(&why));
 		return NULL;
 	}
@@ -314,7 +315,8 @@ static PrConn *try_path(PrMigration *m, const PrUri *uri, PrResume resume, gbool
 static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **error)
 {
 	g_mutex_lock(&m->lock);
-	g_autoptr(GPtrArray) uris = paths_to_try(m);
+	guint n_standbys;
+	g_autoptr(GPtrArray) uris = paths_to_try(m, &n_standbys);
 	PrResume resume = m->resume;
 	g_mutex_unlock(&m->lock);
 
@@ -322,13 +324,14 @@ static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **err
 	for (guint i = 0; i < uris->len; i++) {
 		const PrUri *uri = g_ptr_array_index(uris, i);
 		g_autoptr(GError) why = NULL;
-		PrConn *conn = try_path(m, uri, resume, ret_completed, &why);
+		gboolean anew = i >= n_standbys;
+		PrConn *conn = try_path(m, uri, resume, anew, ret_completed, &why);
 		pr_standby_unclaim(m);
 		if (conn)
 			note_last_path(m, uri);
 		if (conn || *ret_completed)
 			return conn;
-		if (!attempt_failed(m))
+		if (anew && !attempt_failed(m))
 			record_failure(m, uri, why);
 		if (i + 1 == uris->len || attempt_failed(m) || is_turned_away(why)) {
 			g_propagate_error(error, g_steal_pointer(&why));
