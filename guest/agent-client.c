@@ -412,11 +412,6 @@ gboolean pr_agent_client_was_faulting(PrAgentClient *client)
 	return (client->flags & PR_AGENT_FLAG_FAULT_ON) != 0;
 }
 
-guint pr_agent_client_pid(PrAgentClient *client)
-{
-	return client->pid;
-}
-
 void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque)
 {
 	g_autofree char *reason = NULL;

@@ -281,11 +281,6 @@ uint64_t pr_ram_claim_run(PrRamBlock *block, uint64_t from, uint64_t max, uint64
 	return n;
 }
 
-void pr_ram_unclaim(PrRamBlock *block, uint64_t page, uint64_t n)
-{
-	pr_bitmap_clear(block->inflight, page, n);
-}
-
 void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, gboolean travelled)
 {
 	uint64_t changed = pr_bitmap_set(block->received, page, n);

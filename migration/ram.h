@@ -96,8 +96,6 @@ gboolean pr_ram_claim(PrRamBlock *block, uint64_t page);
 /* Claims up to max pages in a row, the first free ones at or after `from`, within the block.
  * Returns how many (0: none free from there on), the first in *ret_page. */
 uint64_t pr_ram_claim_run(PrRamBlock *block, uint64_t from, uint64_t max, uint64_t *ret_page);
-/* Gives a claim back: the READ was not posted or failed. */
-void pr_ram_unclaim(PrRamBlock *block, uint64_t page, uint64_t n);
 /* The data of n claimed pages is in place: sets the received bits, then ends the claim. */
 void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, gboolean travelled);
 /* The source says that n pages are zero: those that nobody has or reads are marked received.

@@ -101,7 +101,8 @@ static void note_end(PrConn *conn, const GError *error)
 	pr_migration_tell(m);
 }
 
-/* Offers the connection to the owner, until it is taken, fails, or is not wanted any more. */
+/* Offers the connection to the owner, until it is taken, fails, or is not wanted any more. From its first
+ * answered probe on it may be taken. */
 static void offer(PrKeeper *keeper, PrConn *conn)
 {
 	PrMigration *m = keeper->m;
@@ -113,6 +114,8 @@ static void offer(PrKeeper *keeper, PrConn *conn)
 	pr_path_step(m, conn->name, PR_HEALTH_CONNECTED, "connected as a standby");
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
+	/* Has it probed. If that fails, so does the connection. */
+	pr_source_ping(conn, PR_PING_READY, NULL);
 
 	g_mutex_lock(&m->lock);
 	while (keeper->conn && !conn->failure && !is_over(keeper) && is_wanted(keeper))
@@ -138,8 +141,7 @@ static gpointer keeper_thread(gpointer opaque)
 		PrConn *conn = pr_source_connect(m, keeper->uri, PR_RESUME_STANDBY, keeper->cancel,
 						 &completed, &error);
 
-		if (conn && pr_source_send_grants(conn, &error) &&
-		    pr_source_ping(conn, PR_PING_READY, &error)) {
+		if (conn && pr_source_send_grants(conn, &error)) {
 			offer(keeper, conn);
 			continue;
 		}
