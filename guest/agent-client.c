@@ -30,7 +30,6 @@ struct PrAgentClient {
 	int fd;		  /* constant; sends are single packets and need no lock */
 	GThread *reader;  /* the owner's */
 	guint32 flags;	  /* constant after open */
-	guint32 pid;	  /* constant after open */
 
 	GMutex lock;
 	GCond cond;	   /* lock; a reply, the death, or a cancellation */
@@ -354,7 +353,6 @@ static gboolean say_hello(PrAgentClient *client, GError **error)
 	if (!reply)
 		return FALSE;
 	client->flags = reply->head->flags;
-	client->pid = reply->head->pid;
 	return TRUE;
 }
 
