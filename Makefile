@@ -33,8 +33,8 @@ check-roce: all
 bench-roce: all
 	@tests/roce/bench --build build
 
-# Postroad against QEMU's own postcopy and its preempt mode, and the floors: about 20 minutes. For other
-# choices: tests/bench/against-qemu --help.
+# Postroad against QEMU's own postcopy and its preempt mode, and the floors: 20 minutes and
+# more. For other choices: tests/bench/against-qemu --help.
 bench: all linux-guest
 	@tests/bench/against-qemu --build build
 

@@ -16,6 +16,7 @@ PATIENCE_SECONDS = 5.0  # and at most, if it does not get back to its speed
 WINDOW = 10  # slots: speeds are means over 100 ms
 BACK = 0.9  # of its speed before: the guest is itself again
 LIMIT_SECONDS = 60
+CLOCK_TOLERANCE = 0.1  # workers that wait for a processor show an older time
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -86,16 +87,26 @@ def percentile(buckets, fraction):
     return None
 
 
+def expect_consistent(what, buckets, sum_ns):
+    """The histogram and the sum are kept apart, and have to tell the same story."""
+    least = sum(count * bucket_start(bucket) for bucket, count in enumerate(buckets))
+    most = sum(count * bucket_start(bucket + 1) for bucket, count in enumerate(buckets))
+    expect(least <= sum_ns <= most, f"{what} last {sum_ns} ns; by their histogram {least} to {most}")
+
+
 def summary(slots, cpus):
     """The accesses of a stretch of slots; stalled time is the mean of the vCPUs."""
     buckets = [sum(column) for column in zip(*(slot.buckets for slot in slots))]
     stalls = [0] * FIRST_STALL + buckets[FIRST_STALL:]
     n = sum(buckets)
     n_stalls = sum(stalls)
+    sum_ns = sum(slot.sum_ns for slot in slots)
     stall_ns = sum(slot.stall_ns for slot in slots)
+    expect_consistent("accesses", buckets, sum_ns)
+    expect_consistent("stalls", stalls, stall_ns)
     return {
         "accesses": n,
-        "mean_us": sum(slot.sum_ns for slot in slots) / n / 1000 if n else None,
+        "mean_us": sum_ns / n / 1000 if n else None,
         "p50_us": percentile(buckets, 0.5),
         "p99_us": percentile(buckets, 0.99),
         "p999_us": percentile(buckets, 0.999),
@@ -117,6 +128,13 @@ def time_until_back(slots, first, last, speed):
         if sum(window[end - WINDOW : end]) >= BACK * speed * WINDOW:
             return end * SLOT_NS / 1e9
     return None
+
+
+def lost_work(slots, first, last, speed):
+    """How long the guest would have needed, at its speed before, for what it did not get done from slot
+    `first` to `last`, ms: one figure for slow and for standing still."""
+    done = sum(slots[number].accesses for number in range(first, last + 1))
+    return (last + 1 - first - done / speed) * SLOT_NS / 1e6
 
 
 class Run:
@@ -156,16 +174,22 @@ class Run:
         return GuestRam(vm, self.frames, self.spec.cpus)
 
     def _let_run(self, vm, seconds):
-        """Until so much time has passed for the guest; all workers have to take part."""
+        """Until so much time has passed for the guest; all workers have to take part, and its clock has to
+        go as ours does, or its figures mean nothing."""
         ram = self._ram(vm)
+        wait_for(f"every worker in {vm.name} works", 30, lambda: all(now for now, _, _ in ram.heads()))
         begin = [now for now, _, _ in ram.heads()]
+        clock = time.monotonic()
         wait_for(
             f"every worker in {vm.name} has worked for {seconds} s",
             30,
             lambda: all(now - then >= seconds * 1e9 for (now, _, _), then in zip(ram.heads(), begin)),
             interval=0.1,
         )
+        passed = (ram.now() - max(begin)) / 1e9
         ram.close()
+        ratio = passed / (time.monotonic() - clock)
+        expect(abs(ratio - 1) < CLOCK_TOLERANCE, f"the clock of the guest in {vm.name} goes {ratio:.2f} times ours")
 
     def _move(self):
         mover = self.mover
@@ -198,7 +222,7 @@ class Run:
         go = self.guest_go // SLOT_NS
         stop = self.guest_stop // SLOT_NS
         end = stop + int(moved["postcopy_ms"] * 1e6) // SLOT_NS + 1
-        last = ram.now() // SLOT_NS - 1
+        last = min(now for now, _, _ in ram.heads()) // SLOT_NS - 1
         slots = ram.slots(before, last)
         ram.close()
         phase = [slots[number] for number in range(stop, min(end, last) + 1)]
@@ -209,6 +233,7 @@ class Run:
             "phase": summary(phase, self.spec.cpus),
             "speed": speed * 1e9 / SLOT_NS,
             "back_ms": None if back is None else back * 1e3 + moved["downtime_ms"],
+            "lost_ms": lost_work(slots, stop, min(end, last), speed) + moved["downtime_ms"],
             "timeline": self._timeline(slots, go, stop, moved["downtime_ms"], speed),
         }
 
@@ -222,11 +247,15 @@ class Run:
             )
 
     def _timeline(self, slots, go, stop, downtime_ms, speed):
-        """[(ms since the word to go, part of the speed before)], the stop in between."""
+        """[(ms since the word to go, part of the speed before)]; zero between stop and start."""
+        slot_ms = SLOT_NS / 1e6
         points = []
         for number, slot in slots.items():
-            at = (number - go) * SLOT_NS / 1e6 + (downtime_ms if number > stop else 0)
+            at = (number - go) * slot_ms + (downtime_ms if number > stop else 0)
             points.append((round(at, 1), round(slot.accesses / speed, 4)))
+            if number == stop:
+                standing = range(1, int(downtime_ms / slot_ms) + 1)
+                points += [(round(at + gone * slot_ms, 1), 0.0) for gone in standing]
         return points
 
 
