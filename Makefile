@@ -33,8 +33,14 @@ check-roce: all
 bench-roce: all
 	@tests/roce/bench --build build
 
-bench: all
-	meson test -C build --benchmark --verbose
+# Postroad against QEMU's own postcopy and its preempt mode, and the floors: 20 minutes and
+# more. For other choices: tests/bench/against-qemu --help.
+bench: all linux-guest
+	@tests/bench/against-qemu --build build
+
+# Whether the benchmark works, in a minute; its figures mean nothing.
+bench-smoke: all linux-guest
+	@tests/bench/against-qemu --build build --smoke
 
 # The Linux guest that the demo and the end-to-end tests move.
 linux-guest: deps
@@ -49,4 +55,4 @@ format: deps
 clean:
 	rm -rf build build-asan build-tsan
 
-.PHONY: all deps check check-roce demo demo-roce bench bench-roce linux-guest install format clean
+.PHONY: all deps check check-roce demo demo-roce bench bench-smoke bench-roce linux-guest install format clean

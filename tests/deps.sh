@@ -10,6 +10,7 @@ libglib2.0-dev libjson-glib-dev libfabric-dev libibverbs-dev librdmacm-dev libzs
 glib-networking
 clang-format
 python3 qemu-system-x86 seabios ipxe-qemu busybox-static cpio gzip iproute2 socat util-linux
+gnuplot-nox
 kmod binutils perftest ibverbs-utils rdmacm-utils
 "
 
