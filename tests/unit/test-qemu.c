@@ -518,7 +518,7 @@ static void a_broken_save_resumes(void **state)
 	prepare(guest, PR_GUEST_SOURCE, &n);
 	assert_true(guest->ops->stop(guest, &was_running, &error));
 	assert_false(guest->ops->save(guest, NULL, refuse_data, NULL, &error));
-	assert_true(g_error_matches(error, G_IO_ERROR, G_IO_ERROR_BROKEN_PIPE));
+	g_assert_error(error, G_IO_ERROR, G_IO_ERROR_BROKEN_PIPE);
 	g_clear_error(&error);
 	assert_true(guest->ops->resume(guest, &error));
 	assert_true(is_running(guest));
