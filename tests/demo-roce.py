@@ -45,8 +45,8 @@ class Demo:
         """Shows and runs one command of the operator, on the engine's host."""
         self.story.command(f"host {engine.host.name}", f"postroadctl {engine.name}.qmp '{line}'")
         said = engine.hmp(line).strip()
-        if said:
-            self.story.says("", said)
+        for line in said.splitlines():
+            self.story.says("", line)
 
     def guest(self, guest):
         _, verified, written, corrupt = guest.last()
@@ -78,13 +78,19 @@ class Demo:
 
     def depart(self):
         move = self.move
-        self.story.chapter("3. It moves over rail 1; rail 2 is listed, too")
+        self.story.chapter("3. It moves over rail 1; rail 2 is listed, too, and stands by")
         self.command(move.destination, f"migrate_set_parameter max-postcopy-bandwidth {BANDWIDTH}")
         self.command(move.source, f"migrate -d {move.uri(1)},{move.uri(2)}")
         move.wait_midway()
         move.destination_guest.wait_running()
         self.guest(move.destination_guest)
         self.show()
+        wait_for("rail 2 stands by", 30, self.stands_by)
+        self.command(move.source, "info paths")
+
+    def stands_by(self):
+        second = self.move.uri(2)
+        return any(path["uri"] == second and path["state"] == "standby" for path in self.move.source.paths())
 
     def lose(self):
         move = self.move
