@@ -10,6 +10,9 @@
 #include "guest/json.h"
 #include "guest/kinds.h"
 
+#define FINALIZE_MS	 10000 /* for QEMU to let go of the guest after a migration has failed */
+#define FINALIZE_LOOK_US 5000
+
 typedef struct QemuGuest {
 	PrGuest parent;
 	PrQmp *qmp;	      /* constant */
@@ -216,6 +219,32 @@ static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **er
 	return TRUE;
 }
 
+/* QEMU says that its migration has failed a moment before it has let go of the guest ("finish-migrate"), and
+ * has no event for that. */
+static void wait_finalized(QemuGuest *self)
+{
+	gint64 deadline = g_get_monotonic_time() + FINALIZE_MS * G_TIME_SPAN_MILLISECOND;
+
+	while (g_get_monotonic_time() < deadline) {
+		g_autoptr(JsonObject) object = pr_qmp_query(self->qmp, "query-status", NULL);
+
+		if (!object || g_strcmp0(pr_json_string(object, "status"), "finish-migrate") != 0)
+			return;
+		g_usleep(FINALIZE_LOOK_US); /* between two looks at the condition */
+	}
+}
+
+static gboolean continue_guest(QemuGuest *self, GError **error)
+{
+	g_autoptr(GError) refused = NULL;
+
+	if (pr_qmp_command(self->qmp, "cont", NULL, -1, &refused))
+		return TRUE;
+	g_info("%s", refused->message);
+	wait_finalized(self);
+	return pr_qmp_command(self->qmp, "cont", NULL, -1, error);
+}
+
 static gboolean qemu_resume(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
@@ -228,7 +257,7 @@ static gboolean qemu_resume(PrGuest *guest, GError **error)
 	g_mutex_lock(&self->lock);
 	cont = self->stopped && self->was_running;
 	g_mutex_unlock(&self->lock);
-	if (cont && !pr_qmp_command(self->qmp, "cont", NULL, -1, error))
+	if (cont && !continue_guest(self, error))
 		return FALSE;
 	g_mutex_lock(&self->lock);
 	self->stopped = FALSE;
