@@ -8,17 +8,6 @@
 
 #include "tests/unit/transport-rig.h"
 
-static gpointer connect_thread(gpointer opaque)
-{
-	Rig *rig = opaque;
-	PrPathSetup setup = rig_setup(rig, &rig->source);
-	g_autoptr(GError) error = NULL;
-
-	rig->source.path = rig->ops->connect(&setup, &error);
-	g_assert_null(error);
-	return NULL;
-}
-
 /* A destination made by hand: takes a lane and acknowledges it. */
 static GSocketConnection *take_lane(GSocketListener *listener)
 {
@@ -65,7 +54,7 @@ static void a_tcp_source_gives_nothing_but_its_regions(void **state)
 
 		rig->uri->port = g_socket_listener_add_any_inet_port(listener, NULL, NULL);
 		rig_fill_source(rig);
-		thread = g_thread_new("connect", connect_thread, rig);
+		thread = g_thread_new("connect", rig_source_thread, rig);
 		urgent = take_lane(listener);
 		bulk = take_lane(listener);
 		g_thread_join(thread);

@@ -183,17 +183,6 @@ static gpointer accept_thread(gpointer opaque)
 	return NULL;
 }
 
-static gpointer connect_thread(gpointer opaque)
-{
-	Rig *rig = opaque;
-	PrPathSetup setup = rig_setup(rig, &rig->source);
-	g_autoptr(GError) error = NULL;
-
-	rig->source.path = rig->ops->connect(&setup, &error);
-	g_assert_null(error);
-	return NULL;
-}
-
 static void hand_over_grants(Rig *rig)
 {
 	g_autoptr(GArray) grants = rig->ops->grants(rig->source.path);
@@ -215,7 +204,7 @@ static void strangers_are_refused_while_the_right_one_gets_in(void **state)
 	connect_is_refused(rig, &old_epoch);
 	connect_is_refused(rig, &other);
 	rig_fill_source(rig);
-	connect_thread(rig);
+	rig_source_thread(rig);
 	g_thread_join(accepting);
 	hand_over_grants(rig);
 	assert_true(rig_read(rig, PR_LANE_BULK, 0, 0, 4096));
@@ -333,7 +322,7 @@ static void a_lane_that_comes_before_accept_is_kept(void **state)
 	GThread *connecting;
 
 	rig_fill_source(rig);
-	connecting = g_thread_new("connect", connect_thread, rig);
+	connecting = g_thread_new("connect", rig_source_thread, rig);
 	rig_await_backlog(rig);
 	accept_thread(rig);
 	g_thread_join(connecting);

@@ -168,7 +168,7 @@ PrPathSetup rig_setup(Rig *rig, RigSide *side)
 	};
 }
 
-static gpointer source_thread(gpointer opaque)
+gpointer rig_source_thread(gpointer opaque)
 {
 	Rig *rig = opaque;
 	PrPathSetup setup = rig_setup(rig, &rig->source);
@@ -211,7 +211,7 @@ void rig_connect(Rig *rig)
 	GThread *thread;
 
 	rig_fill_source(rig);
-	thread = g_thread_new("rig-source", source_thread, rig);
+	thread = g_thread_new("rig-source", rig_source_thread, rig);
 	accept_path(rig);
 	g_thread_join(thread);
 	grants = rig->ops->grants(rig->source.path);

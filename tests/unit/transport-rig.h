@@ -47,6 +47,8 @@ void rig_free(Rig *rig);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Rig, rig_free)
 
 PrPathSetup rig_setup(Rig *rig, RigSide *side);
+/* Connects the source of a rig, by itself; a GThreadFunc. */
+gpointer rig_source_thread(gpointer rig);
 /* Gives the source its memory, where rig_connect() is not used. */
 void rig_fill_source(Rig *rig);
 /* Waits until a lane has come to the listener, with nobody in accept(). */
