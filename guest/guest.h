@@ -63,6 +63,10 @@ struct PrGuestOps {
 	const PrGuestBlock *(*prepare)(PrGuest *guest, PrGuestRole role, guint *ret_n,
 				       GError **error);
 
+	/* Source, before stop(); destination, before load_begin(): readies what the device state needs, so
+	 * that it does not count as downtime. NULL: nothing to do. resume() undoes it. */
+	gboolean (*prepare_state)(PrGuest *guest, GError **error);
+
 	/* Source. stop() remembers whether the guest was running; resume() undoes it (a guest that was
 	 * paused stays paused) and is harmless when nothing was stopped. */
 	gboolean (*stop)(PrGuest *guest, gboolean *ret_was_running, GError **error);

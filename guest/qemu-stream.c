@@ -31,10 +31,11 @@ struct PrQemuStream {
 	guint timeout_ms; /* constant */
 
 	GMutex lock;
-	GCond cond;  /* lock; end or dead changed */
-	char *end;   /* lock; how QEMU's migration ended: "completed", "failed", … */
-	char *dead;  /* lock; why QEMU is gone, or NULL */
-	int load_fd; /* lock; -1: no load */
+	GCond cond;   /* lock; end or dead changed */
+	char *end;    /* lock; how QEMU's migration ended: "completed", "failed", … */
+	char *dead;   /* lock; why QEMU is gone, or NULL */
+	int ready_fd; /* lock; QEMU has the other end already, -1: no */
+	int load_fd;  /* lock; -1: no load */
 	GCancellable *load_cancel; /* lock; of the load in progress, or NULL */
 	JsonArray *old_caps;	   /* lock; what save() found, or NULL: nothing to undo */
 	gint64 old_bandwidth;	   /* lock; goes with old_caps */
@@ -46,22 +47,24 @@ PrQemuStream *pr_qemu_stream_new(PrQmp *qmp, guint timeout_ms)
 
 	stream->qmp = qmp;
 	stream->timeout_ms = timeout_ms;
+	stream->ready_fd = -1;
 	stream->load_fd = -1;
 	g_mutex_init(&stream->lock);
 	g_cond_init(&stream->cond);
 	return stream;
 }
 
-static void close_load(PrQemuStream *stream)
+static void close_fd(int *fd)
 {
-	if (stream->load_fd >= 0)
-		close(stream->load_fd);
-	stream->load_fd = -1;
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
 }
 
 void pr_qemu_stream_free(PrQemuStream *stream)
 {
-	close_load(stream);
+	close_fd(&stream->ready_fd);
+	close_fd(&stream->load_fd);
 	g_clear_object(&stream->load_cancel);
 	g_clear_pointer(&stream->old_caps, json_array_unref);
 	g_free(stream->end);
@@ -321,6 +324,37 @@ static int give_socket(PrQemuStream *stream, GError **error)
 	return -1;
 }
 
+static int take_ready(PrQemuStream *stream)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&stream->lock);
+	int fd = stream->ready_fd;
+
+	stream->ready_fd = -1;
+	return fd;
+}
+
+/* What pr_qemu_stream_prepare() has made, or now. */
+static int prepared_socket(PrQemuStream *stream, GError **error)
+{
+	int fd = take_ready(stream);
+
+	if (fd >= 0)
+		return fd;
+	return configure(stream, error) ? give_socket(stream, error) : -1;
+}
+
+gboolean pr_qemu_stream_prepare(PrQemuStream *stream, GError **error)
+{
+	int fd = prepared_socket(stream, error);
+
+	if (fd < 0)
+		return FALSE;
+	g_mutex_lock(&stream->lock);
+	stream->ready_fd = fd;
+	g_mutex_unlock(&stream->lock);
+	return TRUE;
+}
+
 static JsonObject *uri_arguments(void)
 {
 	JsonObject *arguments = json_object_new();
@@ -384,11 +418,8 @@ gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuest
 {
 	g_autofree char *end = NULL;
 	gboolean ok;
-	int fd;
+	int fd = prepared_socket(stream, error);
 
-	if (!configure(stream, error))
-		return FALSE;
-	fd = give_socket(stream, error);
 	if (fd < 0)
 		return FALSE;
 	forget_end(stream);
@@ -429,7 +460,9 @@ gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error)
 	g_autoptr(JsonArray) old = NULL;
 	gint64 bandwidth;
 
+	/* QEMU's end of one that was not used goes with the next getfd. */
 	g_mutex_lock(&stream->lock);
+	close_fd(&stream->ready_fd);
 	old = g_steal_pointer(&stream->old_caps);
 	bandwidth = stream->old_bandwidth;
 	g_mutex_unlock(&stream->lock);
@@ -443,11 +476,8 @@ gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error)
 
 gboolean pr_qemu_stream_load_begin(PrQemuStream *stream, GError **error)
 {
-	int fd;
+	int fd = prepared_socket(stream, error);
 
-	if (!configure(stream, error))
-		return FALSE;
-	fd = give_socket(stream, error);
 	if (fd < 0)
 		return FALSE;
 	forget_end(stream);
@@ -457,7 +487,7 @@ gboolean pr_qemu_stream_load_begin(PrQemuStream *stream, GError **error)
 		return FALSE;
 	}
 	g_mutex_lock(&stream->lock);
-	close_load(stream);
+	close_fd(&stream->load_fd);
 	stream->load_fd = fd;
 	g_clear_object(&stream->load_cancel);
 	stream->load_cancel = g_cancellable_new();
@@ -542,7 +572,7 @@ gboolean pr_qemu_stream_load_end(PrQemuStream *stream, GError **error)
 	shutdown(fd, SHUT_WR);
 	end = wait_for_end(stream, PR_GUEST_LOAD_TIMEOUTS, cancel, error);
 	g_mutex_lock(&stream->lock);
-	close_load(stream);
+	close_fd(&stream->load_fd);
 	g_mutex_unlock(&stream->lock);
 	return end && check_completed(stream, end, "load", error) && left_inmigrate(stream, error);
 }

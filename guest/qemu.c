@@ -193,6 +193,11 @@ static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint 
 	return (const PrGuestBlock *)self->blocks->data;
 }
 
+static gboolean qemu_prepare_state(PrGuest *guest, GError **error)
+{
+	return pr_qemu_stream_prepare(((QemuGuest *)guest)->stream, error);
+}
+
 static gboolean query_running(QemuGuest *self, gboolean *ret_running, GError **error)
 {
 	g_autoptr(JsonObject) object = pr_qmp_query(self->qmp, "query-status", error);
@@ -340,6 +345,7 @@ const PrGuestOps pr_guest_qemu = {
 	.open = qemu_open,
 	.close = qemu_close,
 	.prepare = qemu_prepare,
+	.prepare_state = qemu_prepare_state,
 	.stop = qemu_stop,
 	.resume = qemu_resume,
 	.save = qemu_save,

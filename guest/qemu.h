@@ -28,9 +28,11 @@ void pr_qemu_stream_event(PrQemuStream *stream, const char *name, JsonObject *da
 /* QEMU is gone: nobody needs to wait any more. */
 void pr_qemu_stream_died(PrQemuStream *stream, const char *reason);
 
+/* Makes QEMU ready for a save or a load, which otherwise does that itself. */
+gboolean pr_qemu_stream_prepare(PrQemuStream *stream, GError **error);
 gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuestSink sink,
 			     void *opaque, GError **error);
-/* Ends a save in progress and undoes what it changed in QEMU. Harmless when there was none. */
+/* Ends a save in progress and undoes what it, or preparing it, changed in QEMU. Harmless when there was none. */
 gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error);
 
 gboolean pr_qemu_stream_load_begin(PrQemuStream *stream, GError **error);
