@@ -308,12 +308,20 @@ static gboolean run(const Options *options, Engine *engine, GError **error)
 	return ok;
 }
 
+static gpointer warm_up(gpointer opaque)
+{
+	pr_transport_warm_up();
+	return NULL;
+}
+
 int main(int argc, char **argv)
 {
 	g_auto(Options) options = {0};
 	g_autoptr(GError) error = NULL;
 	Engine engine = {0};
 	GLogLevelFlags level;
+	GThread *warming;
+	gboolean ok;
 
 	setlocale(LC_CTYPE, "");
 	if (!parse_options(&options, &argc, &argv, &error)) {
@@ -330,7 +338,11 @@ int main(int argc, char **argv)
 	}
 	pr_log_start(level);
 	prepare_process();
-	if (run(&options, &engine, &error))
+	warming = g_thread_new("warm-up", warm_up, NULL);
+	ok = run(&options, &engine, &error);
+	/* A library that is still setting itself up can't be unloaded. */
+	g_thread_join(warming);
+	if (ok)
 		return 0;
 	fprintf(stderr, "postroad: %s\n", error->message);
 	return 1;

@@ -70,6 +70,20 @@ static int getinfo(const PrUri *uri, uint16_t port, gboolean listening, const ch
 	return err;
 }
 
+void pr_ofi_warm_up(void)
+{
+	struct fi_info *hints = fi_allocinfo();
+	struct fi_info *info = NULL;
+
+	if (!hints)
+		return;
+	/* What it answers does not matter; it looks for the providers first. */
+	hints->fabric_attr->prov_name = strdup(PROVIDER_NET);
+	if (fi_getinfo(FI_VERSION(1, 17), NULL, NULL, 0, hints, &info) == 0)
+		fi_freeinfo(info);
+	fi_freeinfo(hints);
+}
+
 struct fi_info *pr_ofi_getinfo(const PrUri *uri, uint16_t port, gboolean listening, GError **error)
 {
 	const char *wanted = g_hash_table_lookup(uri->options, "provider");

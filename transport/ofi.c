@@ -531,6 +531,7 @@ static void ofi_describe(GString *out)
 const PrTransportOps pr_transport_ofi = {
 	.scheme = "ofi",
 	.describe = ofi_describe,
+	.warm_up = pr_ofi_warm_up,
 	.listen = pr_ofi_listen,
 	.listener_port = pr_ofi_listener_port,
 	.offer = pr_ofi_offer,

@@ -14,6 +14,9 @@
 
 #define PR_OFI_READS_MAX 64 /* outstanding on a lane */
 
+/* PrTransportOps.warm_up */
+void pr_ofi_warm_up(void);
+
 /* Asks libfabric for reliable connections to (or, listening, at) the URI's host, with the provider that
  * it names or the first of our list. To be freed with fi_freeinfo(). */
 struct fi_info *pr_ofi_getinfo(const PrUri *uri, uint16_t port, gboolean listening, GError **error);

@@ -58,6 +58,13 @@ const PrTransportOps *pr_transport_find(const char *scheme, GError **error)
 	return NULL;
 }
 
+void pr_transport_warm_up(void)
+{
+	for (gsize i = 0; i < N_BACKENDS; i++)
+		if (backend(i) && backend(i)->warm_up)
+			backend(i)->warm_up();
+}
+
 void pr_transport_describe(GString *out)
 {
 	for (gsize i = 0; i < N_BACKENDS; i++)

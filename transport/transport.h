@@ -91,6 +91,8 @@ struct PrTransportOps {
 	const char *scheme; /* as in URIs */
 	/* For --help: what it is, in one line, and a line for each option of its URIs. */
 	void (*describe)(GString *out);
+	/* Does what takes long at the first use, once for the process; NULL: nothing does. Thread-safe. */
+	void (*warm_up)(void);
 
 	/* Destination: opens what has to listen beside the control port, and says on which port (0:
 	 * data connections come in on the control port and are handed over by offer()). */
@@ -155,6 +157,10 @@ struct PrTransportOps {
 
 /* The ops of a URI's scheme, or an error that lists the schemes of this build. */
 const PrTransportOps *pr_transport_find(const char *scheme, GError **error);
+
+/* So that the first migration need not wait for what the backends' libraries set up at first use (libfabric
+ * looks for all its providers: 0.1 s). Takes that long; from any thread. */
+void pr_transport_warm_up(void);
 
 /* All schemes of this build and their options, for --help. */
 void pr_transport_describe(GString *out);
