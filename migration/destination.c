@@ -371,7 +371,8 @@ static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	}
 	pr_conn_binding(conn, &binding);
 	pr_ram_set_identity(m->ram, &binding);
-	return start_workers(m, error) &&
+	return (!m->guest->ops->prepare_state || m->guest->ops->prepare_state(m->guest, error)) &&
+	       start_workers(m, error) &&
 	       m->guest->ops->keep_state(m->guest, m->ram->state_fd, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "ready for RAM and device state", error);
 }
@@ -410,8 +411,9 @@ static gboolean take_listen(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	if (!pr_migration_step(m, PR_EVENT_STOP, "the source's guest is stopped", error))
 		return FALSE;
 	pr_destination_use_grants(conn);
+	/* Loading touches RAM. The bulk of it has to wait: it would slow down what the guest stands still
+	 * for. */
 	pr_fault_attach(m->faults, conn->path);
-	pr_pull_attach(m->pull, conn->path);
 	return m->guest->ops->load_begin(m->guest, error);
 }
 
@@ -459,8 +461,10 @@ static gboolean take_run(PrMigration *m, PrConn *conn, const PrMsg *msg, GError 
 	if (action == PR_ACTION_REFUSE)
 		pr_migration_copy_failure(m, error);
 	g_mutex_unlock(&m->lock);
-	if (action == PR_ACTION_RUN)
+	if (action == PR_ACTION_RUN) {
 		pr_destination_run(m);
+		pr_pull_attach(m->pull, conn->path);
+	}
 	if (action != PR_ACTION_REFUSE)
 		pr_destination_check_complete(m);
 	return action != PR_ACTION_REFUSE;

@@ -149,6 +149,7 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error);
 /* The owner's own report: a step of the current attempt has failed, unless somebody reported that already
  * (then the machine may have moved on to the next attempt). */
 void pr_attempt_failed(PrMigration *m, const GError *error);
+gboolean pr_attempt_has_failed(PrMigration *m);
 /* Why the current attempt can't go on; never leaves *error unset. With the lock held. */
 void pr_migration_copy_failure(PrMigration *m, GError **error);
 
@@ -232,6 +233,11 @@ PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCa
 			  gboolean *ret_completed, GError **error);
 gboolean pr_source_send_grants(PrConn *conn, GError **error);
 gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error);
+
+/* zero.c: the source's; the guest has stopped. */
+gboolean pr_source_tell_holes(PrMigration *m, PrConn *conn, GError **error);
+/* Looks through all RAM that is not known to be in place, ahead of the destination's pull. */
+void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn);
 
 gpointer pr_source_thread(gpointer migration);
 gpointer pr_load_thread(gpointer migration);

@@ -225,6 +225,14 @@ void pr_attempt_failed(PrMigration *m, const GError *error)
 	pr_migration_tell(m);
 }
 
+gboolean pr_attempt_has_failed(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	gboolean failed = m->failure != NULL;
+	g_mutex_unlock(&m->lock);
+	return failed;
+}
+
 static void guest_died(const char *reason, void *opaque)
 {
 	PrMigration *m = opaque;

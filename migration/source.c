@@ -15,8 +15,7 @@
 #include "migration/bitmap.h"
 #include "migration/internal.h"
 
-#define ZERO_SCAN_STEP	   (8u * 1024 * 1024) /* bytes between two looks at the state */
-#define BACKOFF_MIN_US	   (100 * 1000)	      /* between automatic recoveries, doubling */
+#define BACKOFF_MIN_US	   (100 * 1000) /* between automatic recoveries, doubling */
 #define BACKOFF_MAX_US	   (2 * G_USEC_PER_SEC)
 #define CAPABILITY_LOOK_US (200 * 1000) /* between two looks whether auto-recover was switched on */
 
@@ -135,10 +134,8 @@ static gpointer return_path_thread(gpointer opaque)
 
 /* ---- connecting ---- */
 
-/* Only once the guest has stopped: until then it may touch what was a hole. */
-gboolean pr_source_send_grants(PrConn *conn, GError **error)
+static gboolean send_grants(PrConn *conn, const GArray *grants, GError **error)
 {
-	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
 
 	for (guint i = 0; i < grants->len;) {
 		g_autoptr(GByteArray) body = g_byte_array_new();
@@ -158,6 +155,14 @@ gboolean pr_source_send_grants(PrConn *conn, GError **error)
 	}
 	conn->granted = TRUE;
 	return TRUE;
+}
+
+/* Only once the guest has stopped: until then it may touch what was a hole. */
+gboolean pr_source_send_grants(PrConn *conn, GError **error)
+{
+	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
+
+	return send_grants(conn, grants, error);
 }
 
 static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHelloAck *ret_ack,
@@ -243,14 +248,6 @@ static void record_failure(PrMigration *m, const PrUri *uri, const GError *error
 	pr_migration_tell(m);
 }
 
-static gboolean attempt_failed(PrMigration *m)
-{
-	g_mutex_lock(&m->lock);
-	gboolean failed = m->failure != NULL;
-	g_mutex_unlock(&m->lock);
-	return failed;
-}
-
 /* The paths of this attempt, in the order in which to try them. Those that a human has named, as they were
  * named. By itself, first over what stands by, *ret_standbys of them: the fit ones in the operator's order,
  * then those on probation; then all of them anew, beginning behind the one that was lost, which may take long.
@@ -302,7 +299,7 @@ static PrConn *try_path(PrMigration *m, const PrUri *uri, PrResume resume, gbool
 	if (!anew && !why)
 		g_set_error(&why, PR_PATH_ERROR, PR_PATH_ERROR_LOST,
 			    "path %s: nothing stands by there any more", uri->text);
-	if (why && (!anew || attempt_failed(m) || is_turned_away(why))) {
+	if (why && (!anew || pr_attempt_has_failed(m) || is_turned_away(why))) {
 		g_propagate_error(error, g_steal_pointer(&why));
 		return NULL;
 	}
@@ -331,9 +328,9 @@ static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **err
 			note_last_path(m, uri);
 		if (conn || *ret_completed)
 			return conn;
-		if (anew && !attempt_failed(m))
+		if (anew && !pr_attempt_has_failed(m))
 			record_failure(m, uri, why);
-		if (i + 1 == uris->len || attempt_failed(m) || is_turned_away(why)) {
+		if (i + 1 == uris->len || pr_attempt_has_failed(m) || is_turned_away(why)) {
 			g_propagate_error(error, g_steal_pointer(&why));
 			return NULL;
 		}
@@ -370,16 +367,45 @@ gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error)
 	return pr_send(conn, PR_CMD_PING, body, error);
 }
 
-/* Tells the destination what kind of RAM comes, and waits until it is ready for it. */
+static gboolean prepare_state(PrMigration *m, GError **error)
+{
+	return !m->guest->ops->prepare_state || m->guest->ops->prepare_state(m->guest, error);
+}
+
+/* Tells the destination what kind of RAM comes, and waits until both sides are ready for it. */
 static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
 	pr_advise_encode(body, m->ram->page_size_summary, PR_TARGET_PAGE);
 	return pr_send(conn, PR_CMD_POSTCOPY_ADVISE, body, error) &&
-	       pr_source_ping(conn, PR_PING_READY, error) &&
+	       pr_source_ping(conn, PR_PING_READY, error) && prepare_state(m, error) &&
 	       wait_value(m, &m->pong, PR_PING_READY, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "the destination is ready", error);
+}
+
+/* When the steps of the downtime were done, us. */
+typedef struct Downtime {
+	gint64 began, stopped, told, saved, loaded;
+	gsize state_bytes;
+} Downtime;
+
+static gboolean mark(gint64 *ret_now)
+{
+	*ret_now = g_get_monotonic_time();
+	return TRUE;
+}
+
+static void log_downtime(const Downtime *times)
+{
+	g_info("%.1f ms since the guest was to stop: stopping it %.1f, telling what is zero %.1f, "
+	       "saving and sending %" G_GSIZE_FORMAT " bytes of device state %.1f, loading them "
+	       "%.1f",
+	       (double)(times->loaded - times->began) / 1e3,
+	       (double)(times->stopped - times->began) / 1e3,
+	       (double)(times->told - times->stopped) / 1e3, times->state_bytes,
+	       (double)(times->saved - times->told) / 1e3,
+	       (double)(times->loaded - times->saved) / 1e3);
 }
 
 static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **error)
@@ -388,69 +414,46 @@ static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **e
 	       m->guest->ops->stop(m->guest, ret_was_running, error);
 }
 
-typedef struct Ranges {
-	PrConn *conn;
-	uint32_t block;
-	guint n;
-	PrWireRange range[PR_RANGES_MAX];
-} Ranges;
-
-static gboolean flush_ranges(Ranges *ranges, GError **error)
+/* Whether the destination can read holes, too: it gets zeros for them, until it knows. */
+static gboolean covers_holes(PrMigration *m, const GArray *grants)
 {
-	g_autoptr(GByteArray) body = g_byte_array_new();
+	guint n_whole = 0;
 
-	if (ranges->n == 0)
-		return TRUE;
-	pr_ranges_encode(body, ranges->block, ranges->range, ranges->n);
-	ranges->n = 0;
-	return pr_send(ranges->conn, PR_CMD_RAM_ZERO, body, error);
+	for (guint i = 0; i < grants->len; i++) {
+		const PrGrant *grant = &g_array_index(grants, PrGrant, i);
+		gboolean first = i == 0 || grant[-1].block != grant->block;
+
+		n_whole += first && grant->length == m->ram->blocks[grant->block].size;
+	}
+	return grants->len == 0 || n_whole == m->ram->n_blocks;
 }
 
-static gboolean add_range(Ranges *ranges, uint64_t offset, uint64_t length, GError **error)
+static gpointer hole_thread(gpointer opaque)
 {
-	PrWireRange *last = ranges->n > 0 ? &ranges->range[ranges->n - 1] : NULL;
+	PrConn *conn = opaque;
 
-	if (last && last->offset + last->length == offset) {
-		last->length += length;
-		return TRUE;
-	}
-	if (ranges->n == PR_RANGES_MAX && !flush_ranges(ranges, error))
+	pr_source_tell_holes(conn->m, conn, NULL); /* a failure reports itself */
+	return NULL;
+}
+
+/* Tells the destination what it may read, and what it need not read. Looking for the holes takes the longer
+ * the more RAM there is; where nobody has to wait for that, a thread does it. */
+static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_teller, GError **error)
+{
+	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
+
+	if (!send_grants(conn, grants, error))
 		return FALSE;
-	ranges->range[ranges->n++] = (PrWireRange){offset, length};
-	return TRUE;
-}
-
-/* What the memfd has never held is zero, and known without reading it. */
-static gboolean send_block_holes(Ranges *ranges, const PrRamBlock *block, GError **error)
-{
-	uint64_t at = 0, start, end;
-
-	while (pr_ram_next_data(block, at, &start, &end)) {
-		if (start > at && !add_range(ranges, at, start - at, error))
-			return FALSE;
-		at = end;
-	}
-	if (at < block->size && !add_range(ranges, at, block->size - at, error))
-		return FALSE;
-	return flush_ranges(ranges, error);
-}
-
-static gboolean send_holes(PrMigration *m, PrConn *conn, GError **error)
-{
-	g_autofree Ranges *ranges = g_new0(Ranges, 1);
-
-	ranges->conn = conn;
-	for (guint i = 0; i < m->ram->n_blocks; i++) {
-		ranges->block = i;
-		if (!send_block_holes(ranges, &m->ram->blocks[i], error))
-			return FALSE;
-	}
+	if (!covers_holes(m, grants))
+		return pr_source_tell_holes(m, conn, error);
+	*ret_teller = g_thread_new("holes", hole_thread, conn);
 	return TRUE;
 }
 
 typedef struct Package {
 	PrConn *conn;
 	gboolean was_running;
+	gsize bytes;
 } Package;
 
 static gboolean send_chunk(Package *package, gboolean last, const void *data, gsize length,
@@ -467,6 +470,7 @@ static gboolean send_state(const void *data, gsize length, void *opaque, GError 
 {
 	const uint8_t *at = data;
 
+	((Package *)opaque)->bytes += length;
 	while (length > 0) {
 		gsize chunk = MIN(length, PR_PACKAGED_CHUNK);
 		if (!send_chunk(opaque, /* last= */ FALSE, at, chunk, error))
@@ -479,15 +483,17 @@ static gboolean send_state(const void *data, gsize length, void *opaque, GError 
 
 /* Sends the device state as the guest produces it, and waits until it is loaded. */
 static gboolean send_device_state(PrMigration *m, PrConn *conn, gboolean was_running,
-				  GError **error)
+				  Downtime *times, GError **error)
 {
-	Package package = {conn, was_running};
+	Package package = {.conn = conn, .was_running = was_running};
+	gboolean ok = pr_send(conn, PR_CMD_POSTCOPY_LISTEN, NULL, error) &&
+		      m->guest->ops->save(m->guest, m->cancel, send_state, &package, error) &&
+		      send_chunk(&package, /* last= */ TRUE, NULL, 0, error) &&
+		      mark(&times->saved) && pr_source_ping(conn, PR_PING_LOADED, error) &&
+		      wait_value(m, &m->pong, PR_PING_LOADED, error) && mark(&times->loaded);
 
-	return pr_send(conn, PR_CMD_POSTCOPY_LISTEN, NULL, error) &&
-	       m->guest->ops->save(m->guest, m->cancel, send_state, &package, error) &&
-	       send_chunk(&package, /* last= */ TRUE, NULL, 0, error) &&
-	       pr_source_ping(conn, PR_PING_LOADED, error) &&
-	       wait_value(m, &m->pong, PR_PING_LOADED, error);
+	times->state_bytes = package.bytes;
+	return ok;
 }
 
 /* The guest is the destination's from here on, whatever becomes of RUN. */
@@ -502,9 +508,31 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 	return TRUE;
 }
 
+/* From the moment that the guest is to stop until it is the destination's. */
+static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
+{
+	GThread *teller = NULL;
+	gboolean was_running;
+	Downtime times;
+
+	mark(&times.began);
+	gboolean ok = stop_guest(m, &was_running, error) && mark(&times.stopped) &&
+		      tell_ram(m, conn, &teller, error) && mark(&times.told) &&
+		      send_device_state(m, conn, was_running, &times, error) &&
+		      hand_over(m, conn, error);
+
+	if (ok)
+		log_downtime(&times);
+	else
+		pr_attempt_failed(m, *error); /* so that the thread does not wait for the peer */
+	if (teller)
+		g_thread_join(teller);
+	return ok;
+}
+
 static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
 {
-	gboolean completed, was_running;
+	gboolean completed;
 
 	if (!prepare_guest(m, error))
 		return FALSE;
@@ -515,9 +543,7 @@ static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
 	if (!conn)
 		return FALSE;
 	*ret_conn = conn;
-	return advise(m, conn, error) && stop_guest(m, &was_running, error) &&
-	       pr_source_send_grants(conn, error) && send_holes(m, conn, error) &&
-	       send_device_state(m, conn, was_running, error) && hand_over(m, conn, error);
+	return advise(m, conn, error) && move_guest(m, conn, error);
 }
 
 /* Before RUN: the guest runs on here. */
@@ -550,39 +576,6 @@ static gboolean is_over(PrMigration *m)
 	gboolean over = m->quit || pr_state_is_over(m->sm.state);
 	g_mutex_unlock(&m->lock);
 	return over;
-}
-
-static gboolean scan_extent(PrMigration *m, Ranges *ranges, const PrRamBlock *block, uint64_t start,
-			    uint64_t end, GError **error)
-{
-	for (uint64_t at = start; at < end; at += block->page_size) {
-		uint64_t page = at / block->page_size;
-		if (at % ZERO_SCAN_STEP == 0 && attempt_failed(m))
-			return FALSE;
-		if (pr_bitmap_test(block->dirty, page) && pr_ram_page_is_zero(block, page) &&
-		    !add_range(ranges, at, block->page_size, error))
-			return FALSE;
-	}
-	return flush_ranges(ranges, error);
-}
-
-/* Looks through all RAM that is not known to be in place, ahead of the destination's pull. */
-static void send_zero_pages(PrMigration *m, PrConn *conn)
-{
-	g_autofree Ranges *ranges = g_new0(Ranges, 1);
-	g_autoptr(GError) error = NULL; /* the connection's, which is reported by itself */
-
-	ranges->conn = conn;
-	for (guint i = 0; i < m->ram->n_blocks; i++) {
-		const PrRamBlock *block = &m->ram->blocks[i];
-		uint64_t at = 0, start, end;
-		ranges->block = i;
-		while (pr_ram_next_data(block, at, &start, &end)) {
-			if (!scan_extent(m, ranges, block, start, end, &error))
-				return;
-			at = end;
-		}
-	}
 }
 
 /* Whether this pause is ours to end. With the lock held. */
@@ -659,7 +652,7 @@ gpointer pr_source_thread(gpointer migration)
 			attempts = 0;
 			pr_standby_keep(m);
 			if (pr_capability(m->params, PR_CAP_ZERO_PAGES))
-				send_zero_pages(m, conn);
+				pr_source_tell_zero_pages(m, conn);
 			wait_while_active(m);
 			pr_conn_close(conn);
 		}

@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What need not travel: the source tells the destination which ranges of its RAM hold zeros only. Holes
+ * of a memfd are found without reading them, zero pages by reading what has not arrived yet.
+ */
+#include "migration/bitmap.h"
+#include "migration/internal.h"
+
+#define ZERO_SCAN_STEP (8u * 1024 * 1024) /* bytes between two looks at the state */
+
+typedef struct Ranges {
+	PrConn *conn;
+	uint32_t block;
+	guint n;
+	PrWireRange range[PR_RANGES_MAX];
+} Ranges;
+
+static gboolean flush_ranges(Ranges *ranges, GError **error)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+
+	if (ranges->n == 0)
+		return TRUE;
+	pr_ranges_encode(body, ranges->block, ranges->range, ranges->n);
+	ranges->n = 0;
+	return pr_send(ranges->conn, PR_CMD_RAM_ZERO, body, error);
+}
+
+static gboolean add_range(Ranges *ranges, uint64_t offset, uint64_t length, GError **error)
+{
+	PrWireRange *last = ranges->n > 0 ? &ranges->range[ranges->n - 1] : NULL;
+
+	if (last && last->offset + last->length == offset) {
+		last->length += length;
+		return TRUE;
+	}
+	if (ranges->n == PR_RANGES_MAX && !flush_ranges(ranges, error))
+		return FALSE;
+	ranges->range[ranges->n++] = (PrWireRange){offset, length};
+	return TRUE;
+}
+
+/* What the memfd has never held is zero, and known without reading it. */
+static gboolean send_block_holes(Ranges *ranges, const PrRamBlock *block, GError **error)
+{
+	uint64_t at = 0, start, end;
+
+	while (pr_ram_next_data(block, at, &start, &end)) {
+		if (start > at && !add_range(ranges, at, start - at, error))
+			return FALSE;
+		at = end;
+	}
+	if (at < block->size && !add_range(ranges, at, block->size - at, error))
+		return FALSE;
+	return flush_ranges(ranges, error);
+}
+
+gboolean pr_source_tell_holes(PrMigration *m, PrConn *conn, GError **error)
+{
+	g_autofree Ranges *ranges = g_new0(Ranges, 1);
+
+	ranges->conn = conn;
+	for (guint i = 0; i < m->ram->n_blocks; i++) {
+		ranges->block = i;
+		if (!send_block_holes(ranges, &m->ram->blocks[i], error))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+static gboolean scan_extent(PrMigration *m, Ranges *ranges, const PrRamBlock *block, uint64_t start,
+			    uint64_t end, GError **error)
+{
+	for (uint64_t at = start; at < end; at += block->page_size) {
+		uint64_t page = at / block->page_size;
+		if (at % ZERO_SCAN_STEP == 0 && pr_attempt_has_failed(m))
+			return FALSE;
+		if (pr_bitmap_test(block->dirty, page) && pr_ram_page_is_zero(block, page) &&
+		    !add_range(ranges, at, block->page_size, error))
+			return FALSE;
+	}
+	return flush_ranges(ranges, error);
+}
+
+void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn)
+{
+	g_autofree Ranges *ranges = g_new0(Ranges, 1);
+	g_autoptr(GError) error = NULL; /* the connection's, which is reported by itself */
+
+	ranges->conn = conn;
+	for (guint i = 0; i < m->ram->n_blocks; i++) {
+		const PrRamBlock *block = &m->ram->blocks[i];
+		uint64_t at = 0, start, end;
+		ranges->block = i;
+		while (pr_ram_next_data(block, at, &start, &end)) {
+			if (!scan_extent(m, ranges, block, start, end, &error))
+				return;
+			at = end;
+		}
+	}
+}
