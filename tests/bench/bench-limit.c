@@ -20,7 +20,7 @@
 static const guint limits[] = {50, 100, 200, 400, 0}; /* MB/s; 0: none */
 #define N_LIMITS     G_N_ELEMENTS(limits)
 #define NO_LIMIT     (N_LIMITS - 1)
-#define UNLIMITED_MB 600 /* guest that is pulled without a limit */
+#define UNLIMITED_MB 400 /* a second for a guest that is pulled without a limit */
 
 /* Over the rounds. */
 typedef struct Figures {
@@ -33,7 +33,7 @@ typedef struct Figures {
 
 static PairConfig config_for(const char *scheme, guint limit, double seconds)
 {
-	uint64_t size = limit ? (uint64_t)(limit * seconds * MB) : UNLIMITED_MB * MB;
+	uint64_t size = (uint64_t)((limit ? limit : UNLIMITED_MB) * seconds * MB);
 
 	/* One page in eight does not travel. */
 	return (PairConfig){.scheme = scheme,

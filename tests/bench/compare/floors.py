@@ -34,7 +34,7 @@ def run_json(argv):
 
 def measure(build, rounds, quick):
     size = ["--quick"] if quick else []
-    raw = ["memory", "tcp"] if quick else []
+    raw = ["--quick", "memory", "tcp"] if quick else []
     return {
         "engine": run_json([find_built(build, "bench-engine"), "--json", "-", "-r", str(rounds), *size]),
         "raw": run_json([find_built(build, "bench-raw"), *raw]),
