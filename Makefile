@@ -33,14 +33,15 @@ check-roce: all
 bench-roce: all
 	@tests/roce/bench --build build
 
-# Postroad against QEMU's own postcopy and its preempt mode, and the floors: 20 minutes and
-# more. For other choices: tests/bench/against-qemu --help.
+# The machine's floors, the engine beside them, each knob, many threads, the bandwidth limit, what grows with the
+# guest's size, and Postroad against QEMU's own postcopy and its preempt mode: half an hour at most. Parts, or
+# more of them: tests/bench/run --help, tests/bench/against-qemu --help.
 bench: all linux-guest
-	@tests/bench/against-qemu --build build
+	@tests/bench/run --build build
 
-# Whether the benchmark works, in a minute; its figures mean nothing.
+# Whether the benchmarks work, in two minutes; their figures mean nothing.
 bench-smoke: all linux-guest
-	@tests/bench/against-qemu --build build --smoke
+	@tests/bench/run --build build --quick
 
 # The Linux guest that the demo and the end-to-end tests move.
 linux-guest: deps

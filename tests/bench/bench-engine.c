@@ -4,53 +4,23 @@
  * loopback, with a guest that does nothing else. Rounds alternate between floor and engine, because
  * the machine's mood changes; medians are shown.
  */
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "tests/bench/raw.h"
+#include "tests/bench/bench.h"
+#include "tests/bench/raw-memory.h"
 #include "tests/integration/pair.h"
 
 #define MIB	    (1024ull * 1024)
 #define RATE_READ   (128u * 1024)
 #define RATE_WINDOW 8
-#define MAX_ROUNDS  25
 
-static int rounds = 5, size_mib = 512, faults = 4000;
-static gboolean json;
+static int size_mib = 512, faults = 4000;
 
 static const GOptionEntry options[] = {
-	{"rounds", 'r', 0, G_OPTION_ARG_INT, &rounds, "rounds of each measurement (1 to 25)", "N"},
 	{"size", 's', 0, G_OPTION_ARG_INT, &size_mib, "guest RAM (64 to 8192)", "MIB"},
 	{"faults", 'f', 0, G_OPTION_ARG_INT, &faults, "faults a round (100 to 10000)", "N"},
-	{"json", 'j', 0, G_OPTION_ARG_NONE, &json, "print JSON instead of a table", NULL},
 	{NULL},
 };
-
-/* One figure over the rounds. */
-typedef struct Series {
-	double value[MAX_ROUNDS];
-	guint n;
-} Series;
-
-static void add(Series *series, double value)
-{
-	series->value[series->n++] = value;
-}
-
-static int by_value(const void *a, const void *b)
-{
-	double x = *(const double *)a, y = *(const double *)b;
-
-	return x < y ? -1 : x > y;
-}
-
-static double median(Series *series)
-{
-	qsort(series->value, series->n, sizeof(double), by_value);
-	return series->value[series->n / 2];
-}
 
 /* What is measured for one transport. */
 typedef struct Figures {
@@ -68,26 +38,20 @@ static void check(gboolean done, GError *error)
 
 /* ---- the engine ---- */
 
-static double measure_pull(const char *scheme)
+static double measure_pull(const Bench *bench, const char *scheme)
 {
 	PairConfig config = {.scheme = scheme, .size = (uint64_t)size_mib * MIB, .paused = TRUE};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_auto(PrMigrationInfo) info = {0};
 
+	bench_apply_settings(bench, &pair->source.params);
+	bench_apply_settings(bench, &pair->destination.params);
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pr_migration_query(pair->destination.engine, &info);
 	gint64 from = side_told_at(&pair->destination, PR_STATE_DEVICE);
 	gint64 to = side_told_at(&pair->destination, PR_STATE_COMPLETED);
 	return (double)info.transferred * G_USEC_PER_SEC / (double)(to - from);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000ull + (uint64_t)ts.tv_nsec;
 }
 
 /* Touches pages in an order that no read-ahead would guess; each for the first time. */
@@ -101,13 +65,13 @@ static void touch_pages(TestGuest *guest, uint64_t *samples)
 		stride++;
 	for (int i = 0; i < faults; i++) {
 		uint64_t page = ((uint64_t)i * stride) % n_pages;
-		uint64_t start = now_ns();
+		uint64_t start = raw_now_ns();
 		(void)map[page * 4096];
-		samples[i] = now_ns() - start;
+		samples[i] = raw_now_ns() - start;
 	}
 }
 
-static void measure_faults(const char *scheme, Figures *figures)
+static void measure_faults(const Bench *bench, const char *scheme, Figures *figures)
 {
 	/* The bulk pull all but stands still: what is measured is the fault service alone. */
 	PairConfig config = {
@@ -116,6 +80,8 @@ static void measure_faults(const char *scheme, Figures *figures)
 	g_autofree uint64_t *samples = g_new0(uint64_t, faults);
 	g_auto(PrMigrationInfo) info = {0};
 
+	bench_apply_settings(bench, &pair->source.params);
+	bench_apply_settings(bench, &pair->destination.params);
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
 	touch_pages(pair->destination.guest, samples);
@@ -124,10 +90,10 @@ static void measure_faults(const char *scheme, Figures *figures)
 	pair_wait(pair, PR_STATE_COMPLETED);
 
 	RawLatency seen = raw_latency(samples, (guint)faults);
-	add(&figures->mean, seen.mean_us);
-	add(&figures->p50, seen.p50_us);
-	add(&figures->p99, seen.p99_us);
-	add(&figures->engine_mean, (double)info.fault_latency_ns / 1000);
+	series_add(&figures->mean, seen.mean_us);
+	series_add(&figures->p50, seen.p50_us);
+	series_add(&figures->p99, seen.p99_us);
+	series_add(&figures->engine_mean, (double)info.fault_latency_ns / 1000);
 	for (guint i = 0; i < PR_LATENCY_BUCKETS; i++)
 		figures->dist[i] += info.latency_dist[i];
 }
@@ -143,100 +109,109 @@ static void measure_floors(const char *scheme, Figures *figures)
 	double rate;
 
 	check(raw_memcpy(total, RATE_READ, &rate, &error), error);
-	add(&figures->copy, rate);
+	series_add(&figures->copy, rate);
 	check(ofi ? raw_ofi_rate("net", total, RATE_READ, RATE_WINDOW, &rate, &error)
 		  : raw_tcp_rate(total, RATE_READ, RATE_WINDOW, &rate, &error),
 	      error);
-	add(&figures->raw_read, rate);
+	series_add(&figures->raw_read, rate);
 	check(raw_minor_fault((guint)faults, RAW_SPIN, &fault, &error), error);
 	check(ofi ? raw_ofi_latency("net", (guint)faults, RAW_SPIN, &read, &error)
 		  : raw_tcp_latency((guint)faults, &read, &error),
 	      error);
-	add(&figures->floor_mean, fault.mean_us + read.mean_us);
-	add(&figures->floor_p50, fault.p50_us + read.p50_us);
-	add(&figures->floor_p99, fault.p99_us + read.p99_us);
+	series_add(&figures->floor_mean, fault.mean_us + read.mean_us);
+	series_add(&figures->floor_p50, fault.p50_us + read.p50_us);
+	series_add(&figures->floor_p99, fault.p99_us + read.p99_us);
 }
 
 /* ---- what is printed ---- */
 
-static void print_table(const char *scheme, Figures *f)
+static void print_latency(const Bench *bench, const char *name, const Series *seen,
+			  const Series *floor)
 {
-	double pull = median(&f->pull), raw = median(&f->raw_read), copy = median(&f->copy);
+	bench_say(bench, "  fault, %-12s  %8.1f us     %4.2f x floor (%.1f us)\n", name,
+		  series_median(seen), series_median(seen) / series_median(floor),
+		  series_median(floor));
+}
 
-	printf("\n%s: medians of %d rounds\n", scheme, rounds);
-	printf("  bulk pull            %8.0f MB/s   %3.0f %% of raw READ (%.0f MB/s), %.0f %% of memcpy "
-	       "(%.0f MB/s)\n",
-	       pull / 1e6, pull / raw * 100, raw / 1e6, pull / copy * 100, copy / 1e6);
-	printf("  fault, mean          %8.1f us     %4.2f x floor (%.1f us)\n", median(&f->mean),
-	       median(&f->mean) / median(&f->floor_mean), median(&f->floor_mean));
-	printf("  fault, p50           %8.1f us     %4.2f x floor (%.1f us)\n", median(&f->p50),
-	       median(&f->p50) / median(&f->floor_p50), median(&f->floor_p50));
-	printf("  fault, p99           %8.1f us     %4.2f x floor (%.1f us)\n", median(&f->p99),
-	       median(&f->p99) / median(&f->floor_p99), median(&f->floor_p99));
-	printf("  as the engine sees it %7.1f us mean; distribution of all rounds:\n",
-	       median(&f->engine_mean));
+static void print_table(const Bench *bench, const char *scheme, Figures *f)
+{
+	double pull = series_median(&f->pull), raw = series_median(&f->raw_read);
+	double copy = series_median(&f->copy);
+
+	bench_say(bench, "\n%s: medians of %d rounds\n", scheme, bench->rounds);
+	bench_say(
+		bench,
+		"  bulk pull            %8.0f MB/s   %3.0f %% of raw READ (%.0f MB/s), %.0f %% of "
+		"memcpy (%.0f MB/s)\n",
+		pull / 1e6, pull / raw * 100, raw / 1e6, pull / copy * 100, copy / 1e6);
+	print_latency(bench, "mean", &f->mean, &f->floor_mean);
+	print_latency(bench, "p50", &f->p50, &f->floor_p50);
+	print_latency(bench, "p99", &f->p99, &f->floor_p99);
+	bench_say(bench, "  as the engine sees it %7.1f us mean; distribution of all rounds:\n",
+		  series_median(&f->engine_mean));
 	for (guint i = 0; i < PR_LATENCY_BUCKETS; i++)
 		if (f->dist[i])
-			printf("    %8u us ..  %8" G_GUINT64_FORMAT "\n", i ? 1u << i : 0,
-			       f->dist[i]);
+			bench_say(bench, "    %8u us ..  %8" G_GUINT64_FORMAT "\n", i ? 1u << i : 0,
+				  f->dist[i]);
 }
 
-static void print_json(const char *scheme, Figures *f, gboolean last)
+static void add_json(const Bench *bench, const char *scheme, Figures *f)
 {
-	printf("  \"%s\": {\"pull\": %.0f, \"raw_read\": %.0f, \"memcpy\": %.0f,\n", scheme,
-	       median(&f->pull), median(&f->raw_read), median(&f->copy));
-	printf("    \"fault_us\": {\"mean\": %.2f, \"p50\": %.2f, \"p99\": %.2f, \"engine_mean\": %.2f},\n",
-	       median(&f->mean), median(&f->p50), median(&f->p99), median(&f->engine_mean));
-	printf("    \"floor_us\": {\"mean\": %.2f, \"p50\": %.2f, \"p99\": %.2f},\n    \"latency_dist\": [",
-	       median(&f->floor_mean), median(&f->floor_p50), median(&f->floor_p99));
+	bench_json_object(bench, scheme);
+	bench_json_number(bench, "pull", series_median(&f->pull));
+	bench_json_number(bench, "raw_read", series_median(&f->raw_read));
+	bench_json_number(bench, "memcpy", series_median(&f->copy));
+	bench_json_object(bench, "fault_us");
+	bench_json_number(bench, "mean", series_median(&f->mean));
+	bench_json_number(bench, "p50", series_median(&f->p50));
+	bench_json_number(bench, "p99", series_median(&f->p99));
+	bench_json_number(bench, "engine_mean", series_median(&f->engine_mean));
+	bench_json_end_object(bench);
+	bench_json_object(bench, "floor_us");
+	bench_json_number(bench, "mean", series_median(&f->floor_mean));
+	bench_json_number(bench, "p50", series_median(&f->floor_p50));
+	bench_json_number(bench, "p99", series_median(&f->floor_p99));
+	bench_json_end_object(bench);
+	bench_json_array(bench, "latency_dist");
 	for (guint i = 0; i < PR_LATENCY_BUCKETS; i++)
-		printf("%s%" G_GUINT64_FORMAT, i ? ", " : "", f->dist[i]);
-	printf("]}%s\n", last ? "" : ",");
+		bench_json_number(bench, NULL, (double)f->dist[i]);
+	bench_json_end_array(bench);
+	bench_json_end_object(bench);
 }
 
-static void parse_options(int argc, char **argv)
+static void check_options(const Bench *bench)
 {
-	g_autoptr(GOptionContext) context = g_option_context_new("- the engine beside its floors");
-	g_autoptr(GError) error = NULL;
-
-	g_option_context_add_main_entries(context, options, NULL);
-	if (!g_option_context_parse(context, &argc, &argv, &error)) {
-		fprintf(stderr, "bench-engine: %s\n", error->message);
-		exit(2);
+	if (size_mib < 64 || size_mib > 8192)
+		bench_usage_error(bench, "--size %d: 64 to 8192", size_mib);
+	if (faults < 100 || faults > 10000)
+		bench_usage_error(bench, "--faults %d: 100 to 10000", faults);
+	if (bench->quick) {
+		size_mib = 64;
+		faults = 500;
 	}
-	if (rounds < 1 || rounds > MAX_ROUNDS || size_mib < 64 || size_mib > 8192 || faults < 100 ||
-	    faults > 10000) {
-		fprintf(stderr, "bench-engine: a number is out of its range, see --help\n");
-		exit(2);
-	}
-}
-
-static void no_log(const char *domain, GLogLevelFlags level, const char *message, gpointer opaque)
-{
 }
 
 int main(int argc, char **argv)
 {
 	static const char *const schemes[] = {"ofi", "tcp"};
 	static Figures figures[G_N_ELEMENTS(schemes)];
+	Bench bench;
 
-	parse_options(argc, argv);
-	g_log_set_handler(NULL, G_LOG_LEVEL_MESSAGE, no_log, NULL);
-	for (int round = 0; round < rounds; round++)
+	bench_begin(&bench, "bench-engine", "- the engine beside its floors", options, &argc,
+		    &argv);
+	check_options(&bench);
+	for (int round = 0; round < bench.rounds; round++)
 		for (guint i = 0; i < G_N_ELEMENTS(schemes); i++) {
 			measure_floors(schemes[i], &figures[i]);
-			add(&figures[i].pull, measure_pull(schemes[i]));
-			measure_faults(schemes[i], &figures[i]);
+			series_add(&figures[i].pull, measure_pull(&bench, schemes[i]));
+			measure_faults(&bench, schemes[i], &figures[i]);
 		}
-	if (json)
-		printf("{\"rounds\": %d, \"size_mib\": %d, \"faults\": %d,\n", rounds, size_mib,
-		       faults);
-	for (guint i = 0; i < G_N_ELEMENTS(schemes); i++)
-		if (json)
-			print_json(schemes[i], &figures[i], i + 1 == G_N_ELEMENTS(schemes));
-		else
-			print_table(schemes[i], &figures[i]);
-	if (json)
-		printf("}\n");
+	bench_json_number(&bench, "size_mib", size_mib);
+	bench_json_number(&bench, "faults", faults);
+	for (guint i = 0; i < G_N_ELEMENTS(schemes); i++) {
+		print_table(&bench, schemes[i], &figures[i]);
+		add_json(&bench, schemes[i], &figures[i]);
+	}
+	bench_end(&bench);
 	return 0;
 }

@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * bench-raw [ofi|tcp|memory]…: the floors of raw.h as one JSON object. Without arguments: all of them.
+ * bench-raw [--quick] [ofi|tcp|memory]…: the floors of raw.h as one JSON object. Without names: all of them.
  */
 #include <gio/gio.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "tests/bench/raw.h"
 
-#define RATE_BYTES   (256u * 1024 * 1024)
 #define RATE_READ    (1024u * 1024)
 #define RATE_WINDOW  16
-#define N_LATENCY    5000
 #define OFI_PROVIDER "net"
 
+static guint rate_bytes = 256u * 1024 * 1024, n_latency = 5000;
 static const char *separator = "{";
 
 static void print_rate(const char *name, double rate)
@@ -34,9 +34,9 @@ static gboolean bench_ofi(GError **error)
 	RawLatency sleeping, spinning;
 	double rate;
 
-	if (!raw_ofi_rate(OFI_PROVIDER, RATE_BYTES, RATE_READ, RATE_WINDOW, &rate, error) ||
-	    !raw_ofi_latency(OFI_PROVIDER, N_LATENCY, RAW_SLEEP, &sleeping, error) ||
-	    !raw_ofi_latency(OFI_PROVIDER, N_LATENCY, RAW_SPIN, &spinning, error))
+	if (!raw_ofi_rate(OFI_PROVIDER, rate_bytes, RATE_READ, RATE_WINDOW, &rate, error) ||
+	    !raw_ofi_latency(OFI_PROVIDER, n_latency, RAW_SLEEP, &sleeping, error) ||
+	    !raw_ofi_latency(OFI_PROVIDER, n_latency, RAW_SPIN, &spinning, error))
 		return FALSE;
 	print_rate("ofi_read", rate);
 	print_latency("ofi_read_4k_sleeping", &sleeping);
@@ -49,8 +49,8 @@ static gboolean bench_tcp(GError **error)
 	RawLatency latency;
 	double rate;
 
-	if (!raw_tcp_rate(RATE_BYTES, RATE_READ, RATE_WINDOW, &rate, error) ||
-	    !raw_tcp_latency(N_LATENCY, &latency, error))
+	if (!raw_tcp_rate(rate_bytes, RATE_READ, RATE_WINDOW, &rate, error) ||
+	    !raw_tcp_latency(n_latency, &latency, error))
 		return FALSE;
 	print_rate("tcp_read", rate);
 	print_latency("tcp_read_4k", &latency);
@@ -62,9 +62,9 @@ static gboolean bench_memory(GError **error)
 	RawLatency sleeping, spinning;
 	double rate;
 
-	if (!raw_memcpy(RATE_BYTES, RATE_READ, &rate, error) ||
-	    !raw_minor_fault(N_LATENCY, RAW_SLEEP, &sleeping, error) ||
-	    !raw_minor_fault(N_LATENCY, RAW_SPIN, &spinning, error))
+	if (!raw_memcpy(rate_bytes, RATE_READ, &rate, error) ||
+	    !raw_minor_fault(n_latency, RAW_SLEEP, &sleeping, error) ||
+	    !raw_minor_fault(n_latency, RAW_SPIN, &spinning, error))
 		return FALSE;
 	print_rate("memcpy_to_memfd", rate);
 	print_latency("minor_fault_sleeping", &sleeping);
@@ -79,6 +79,12 @@ static const struct {
 
 int main(int argc, char **argv)
 {
+	if (argc > 1 && strcmp(argv[1], "--quick") == 0) {
+		rate_bytes /= 8;
+		n_latency /= 10;
+		argc--;
+		argv++;
+	}
 	for (guint i = 0; i < G_N_ELEMENTS(benches); i++) {
 		g_autoptr(GError) error = NULL;
 

@@ -20,3 +20,5 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(RawMemory, raw_memory_clear)
 uint64_t raw_now_ns(void);
 /* Sets "WHAT: strerror(errno)"; returns FALSE. */
 gboolean raw_errno(const char *what, GError **error);
+/* A userfaultfd for minor faults of a shared mapping, non-blocking; or -1. */
+int raw_minor_uffd(uint8_t *at, uint64_t size, GError **error);

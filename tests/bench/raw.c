@@ -79,6 +79,7 @@ RawLatency raw_latency(uint64_t *samples, guint n)
 		.mean_us = sum / n / 1000,
 		.p50_us = samples[n / 2] / 1000.0,
 		.p99_us = samples[(uint64_t)n * 99 / 100] / 1000.0,
+		.max_us = samples[n - 1] / 1000.0,
 	};
 }
 
@@ -130,8 +131,7 @@ static gpointer handler_thread(gpointer opaque)
 	return NULL;
 }
 
-/* Returns a userfaultfd for minor faults in `range`, or -1. */
-static int open_uffd(uint8_t *at, uint64_t size, GError **error)
+int raw_minor_uffd(uint8_t *at, uint64_t size, GError **error)
 {
 	struct uffdio_register reg = {
 		.range = {.start = (uintptr_t)at, .len = size},
@@ -189,7 +189,7 @@ gboolean raw_minor_fault(guint n, RawWait wait, RawLatency *ret, GError **error)
 	guest = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, memory.fd, 0);
 	if (guest == MAP_FAILED)
 		return raw_errno("mmap", error);
-	handler.uffd = open_uffd(guest, size, error);
+	handler.uffd = raw_minor_uffd(guest, size, error);
 	ok = handler.uffd >= 0 && run_faults(&handler, guest, samples, n, error);
 	if (handler.uffd >= 0)
 		close(handler.uffd);

@@ -10,7 +10,7 @@
 
 typedef struct RawLatency {
 	guint n; /* samples */
-	double mean_us, p50_us, p99_us;
+	double mean_us, p50_us, p99_us, max_us;
 } RawLatency;
 
 /* Sorts the samples (nanoseconds). */
@@ -40,3 +40,11 @@ gboolean raw_tcp_latency(guint n, RawLatency *ret, GError **error);
 /* A minor fault of a memfd's second mapping, from the touch to its return: a handler thread waits for
  * the userfaultfd, reads it and continues the fault. */
 gboolean raw_minor_fault(guint n, RawWait wait, RawLatency *ret, GError **error);
+
+/* The same for any number of threads: a mapping of n pages, filled, whose faults a thread continues at once.
+ * It polls for spin_us after the last fault before it sleeps. */
+typedef struct RawGuest RawGuest;
+RawGuest *raw_guest_new(uint64_t n_pages, guint spin_us, GError **error);
+const uint8_t *raw_guest_map(const RawGuest *guest);
+void raw_guest_free(RawGuest *guest);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(RawGuest, raw_guest_free)

@@ -33,10 +33,10 @@ def run_json(argv):
 
 
 def measure(build, rounds, quick):
-    size = ["-s", "64", "-f", "500"] if quick else []
-    raw = ["memory", "tcp"] if quick else []
+    size = ["--quick"] if quick else []
+    raw = ["--quick", "memory", "tcp"] if quick else []
     return {
-        "engine": run_json([find_built(build, "bench-engine"), "-j", "-r", str(rounds), *size]),
+        "engine": run_json([find_built(build, "bench-engine"), "--json", "-", "-r", str(rounds), *size]),
         "raw": run_json([find_built(build, "bench-raw"), *raw]),
     }
 
