@@ -2,9 +2,12 @@
 #include "transport/backend.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "transport/dial.h"
@@ -134,6 +137,33 @@ gboolean pr_backend_wait(int fd, short events, gint64 deadline, GCancellable *ca
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
 		    "no answer in time; is the peer alive, and is a firewall in between?");
 	return FALSE;
+}
+
+gboolean pr_region_is_writable_file(const PrRegion *region)
+{
+	struct statfs fs;
+
+	return region->memfd >= 0 && fstatfs(region->memfd, &fs) == 0 && fs.f_type == TMPFS_MAGIC &&
+	       (fcntl(region->memfd, F_GETFL) & O_ACCMODE) == O_RDWR;
+}
+
+gboolean pr_region_store(const PrRegion *region, uint64_t offset, const void *data, gsize length)
+{
+	const uint8_t *at = data;
+
+	while (length > 0) {
+		ssize_t n =
+			pwrite(region->memfd, at, length, (off_t)(region->memfd_offset + offset));
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return FALSE;
+		at += n;
+		offset += (uint64_t)n;
+		length -= (gsize)n;
+	}
+	return TRUE;
 }
 
 static gboolean waker_error(const char *what, GError **error)

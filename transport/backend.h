@@ -63,6 +63,17 @@ gboolean pr_backend_wait(int fd, short events, gint64 deadline, GCancellable *ca
 gint64 pr_backend_deadline(guint timeout_ms);
 
 /*
+ * Storing what was read. Writing whole pages to a memfd that does not have them yet costs half of what
+ * receiving them into a mapping of it does: neither a page fault for each, nor zeroing what is about to be
+ * overwritten (measured: 2.0 against 1.1 GB/s). So what the kernel or a library copies anyway is received into
+ * a buffer that stays in the processor's cache, and written from there.
+ */
+/* Whether pr_region_store() can write to the region's memfd: not where it has huge pages. */
+gboolean pr_region_is_writable_file(const PrRegion *region);
+/* Stores bytes in such a region. FALSE: errno says why (no memory is left, say). */
+gboolean pr_region_store(const PrRegion *region, uint64_t offset, const void *data, gsize length);
+
+/*
  * The fd a lane's thread sleeps on: an epoll fd with the lane's own event sources, and an eventfd by
  * which any other thread makes it readable for good.
  */

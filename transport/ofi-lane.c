@@ -350,6 +350,8 @@ void pr_ofi_lane_close(PrOfiLane *lane)
 		fi_close(&lane->domain->fid);
 	pr_waker_clear(&lane->waker);
 	pr_ofi_events_close(&lane->events);
+	for (guint i = 0; i < PR_OFI_READS_MAX; i++)
+		g_clear_pointer(&lane->slots[i].buffer, g_free);
 	if (lane->info)
 		fi_freeinfo(lane->info);
 	lane->info = NULL;

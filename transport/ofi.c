@@ -29,11 +29,15 @@
  *    completion queue has room.
  *  - A READ that is posted after the end fails in the provider's send, and completes with an error.
  *
+ * Where the provider copies (it needs no registered memory), READs land in a buffer of their slot and are stored
+ * from there (pr_region_store()); slots are used last in, first out, so that the buffers stay in the cache.
+ *
  * READs shorter than the provider's receive buffer (9000 bytes) are copied out of it by the provider:
  * that saves a system call per page. FI_NET_PREFETCH_RBUF_SIZE=0 in the environment turns it off.
  */
 #include "transport/ofi.h"
 
+#include <errno.h>
 #include <rdma/fi_errno.h>
 #include <sched.h>
 #include <string.h>
@@ -60,6 +64,7 @@ typedef struct OfiPath {
 	guint n_regions;
 	PrGrant *grants; /* destination: set before the first READ */
 	guint n_grants;
+	gboolean *stored; /* constant: for each region: by pr_region_store() */
 	OfiLane lanes[PR_N_LANES];
 	GMutex ep_lock; /* whoever shuts an endpoint down finds it open */
 } OfiPath;
@@ -107,6 +112,9 @@ static OfiPath *path_new(const PrPathSetup *setup)
 	g_mutex_init(&path->ep_lock);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
+	path->stored = g_new(gboolean, setup->n_regions);
+	for (guint i = 0; i < setup->n_regions; i++)
+		path->stored[i] = pr_region_is_writable_file(&setup->regions[i]);
 	pr_fate_init(&path->fate, setup);
 	for (guint i = 0; i < PR_N_LANES; i++) {
 		path->lanes[i].path = path;
@@ -122,6 +130,7 @@ static void path_free(OfiPath *path)
 	pr_fate_clear(&path->fate);
 	g_mutex_clear(&path->ep_lock);
 	g_free(path->grants);
+	g_free(path->stored);
 	g_free(path);
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(OfiPath, path_free)
@@ -284,13 +293,28 @@ static guint ofi_max_reads(PrDataPath *path, PrLaneId lane)
 	return PR_OFI_READS_MAX;
 }
 
+/* The bytes of a READ have come. FALSE: they could not be stored; the path has failed. */
+static gboolean store(OfiPath *path, const PrOfiSlot *slot)
+{
+	g_autofree char *reason = NULL;
+
+	if (!slot->region ||
+	    pr_region_store(slot->region, slot->offset, slot->buffer, slot->length))
+		return TRUE;
+	reason = g_strdup_printf("cannot store pages in guest RAM: %s", g_strerror(errno));
+	fail(path, reason);
+	return FALSE;
+}
+
 /* Frees the slot of a completed READ. FALSE: it was free already (see above). */
-static gboolean complete(PrOfiLane *lane, void *context, gboolean ok, PrCompletion *ret)
+static gboolean complete(OfiPath *path, PrOfiLane *lane, void *context, gboolean ok,
+			 PrCompletion *ret)
 {
 	PrOfiSlot *slot = context;
 
 	if (!slot || !slot->busy)
 		return FALSE;
+	ok = ok && store(path, slot);
 	slot->busy = FALSE;
 	lane->free_slots[lane->n_free++] = slot - lane->slots;
 	*ret = (PrCompletion){.token = slot->token, .ok = ok};
@@ -305,7 +329,7 @@ static guint read_failure(OfiPath *path, PrOfiLane *lane, PrCompletion *ret)
 		return 0;
 	fail(path, entry.err == FI_ECANCELED ? "the peer closed the connection, or has died"
 					     : fi_strerror(entry.err));
-	return complete(lane, entry.op_context, FALSE, ret);
+	return complete(path, lane, entry.op_context, FALSE, ret);
 }
 
 /* Moves completions out of the queue; 0 when it is empty. */
@@ -328,7 +352,7 @@ static guint reap(OfiPath *path, PrOfiLane *lane, PrCompletion *ret, guint max)
 			break;
 		}
 		for (ssize_t i = 0; i < got; i++)
-			n += complete(lane, entries[i].op_context, pr_fate_is_up(&path->fate),
+			n += complete(path, lane, entries[i].op_context, pr_fate_is_up(&path->fate),
 				      ret + n);
 		if (got < (ssize_t)wanted)
 			break;
@@ -351,9 +375,27 @@ static gboolean wait_for_room(OfiPath *path, OfiLane *lane, gint64 deadline)
 
 /* Where a READ's bytes go. */
 typedef struct Target {
-	void *at;
+	void *at; /* NULL: into the slot's buffer, and from there to */
+	const PrRegion *region;
+	uint64_t offset;
 	struct fid_mr *mr; /* NULL where the provider needs none */
 } Target;
+
+/* Where the READ is to land that the slot is for. */
+static void *aim(PrOfiSlot *slot, const Target *target, uint32_t length)
+{
+	slot->region = target->at ? NULL : target->region;
+	slot->offset = target->offset;
+	slot->length = length;
+	if (target->at)
+		return target->at;
+	if (slot->capacity < length) {
+		g_free(slot->buffer);
+		slot->buffer = g_malloc(length);
+		slot->capacity = length;
+	}
+	return slot->buffer;
+}
 
 static gboolean read_into(OfiPath *path, OfiLane *lane, const PrGrant *grant, uint64_t offset,
 			  uint32_t length, Target target, PrOfiSlot *slot)
@@ -361,10 +403,11 @@ static gboolean read_into(OfiPath *path, OfiLane *lane, const PrGrant *grant, ui
 	gint64 deadline = pr_backend_deadline(POST_TIMEOUT_MS);
 	void *desc = target.mr ? fi_mr_desc(target.mr) : NULL;
 	uint64_t remote = grant->addr + (offset - grant->offset);
+	void *at = aim(slot, &target, length);
 	ssize_t err;
 
 	do {
-		err = fi_read(lane->ofi.ep, target.at, length, desc, 0, remote, grant->key,
+		err = fi_read(lane->ofi.ep, at, length, desc, 0, remote, grant->key,
 			      &slot->context);
 	} while (err == -FI_EAGAIN && wait_for_room(path, lane, deadline));
 	if (err && err != -FI_EAGAIN)
@@ -399,13 +442,15 @@ static gboolean ofi_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uin
 {
 	OfiPath *path = (OfiPath *)base;
 	OfiLane *lane = &path->lanes[id];
-	Target target = {
-		.at = (uint8_t *)path->regions[block].addr + offset,
-		.mr = lane->ofi.mrs ? lane->ofi.mrs[block] : NULL,
-	};
+	const PrRegion *region = &path->regions[block];
+	Target target = {.region = region, .offset = offset};
 
 	g_assert(length <= PR_READ_MAX && block < path->n_regions &&
-		 offset + length <= path->regions[block].size);
+		 offset + length <= region->size);
+	if (lane->ofi.mrs || !path->stored[block])
+		target.at = (uint8_t *)region->addr + offset;
+	if (lane->ofi.mrs)
+		target.mr = lane->ofi.mrs[block];
 	return post(path, lane, find_grant(path, id, block, offset, length), offset, length, target,
 		    token);
 }
@@ -415,7 +460,7 @@ static gboolean ofi_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
 {
 	OfiPath *path = (OfiPath *)base;
 	OfiLane *lane = &path->lanes[id];
-	Target target = {&lane->ofi.scratch, lane->ofi.scratch_mr};
+	Target target = {.at = &lane->ofi.scratch, .mr = lane->ofi.scratch_mr};
 	const PrGrant *first = path->n_grants ? path->grants : NULL;
 
 	if (first)

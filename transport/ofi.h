@@ -47,6 +47,12 @@ typedef struct PrOfiSlot {
 	struct fi_context2 context; /* libfabric's while busy */
 	uint64_t token;
 	gboolean busy;
+	const PrRegion
+		*region; /* what is to be stored there when it has come; NULL: it lands there */
+	uint64_t offset;
+	uint32_t length;
+	uint8_t *buffer; /* kept for the next READ */
+	uint32_t capacity;
 } PrOfiSlot;
 
 /* Owned by the thread that uses the lane; wake and fi_shutdown(ep): anyone. */

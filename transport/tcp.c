@@ -5,7 +5,8 @@
  * One connection per lane, to the control port. The destination sends a REQ_PAGES frame per READ and
  * does not wait before it sends the next one; the source answers in order, each answer a PAGES header
  * and the raw bytes. The destination knows what comes next, so it receives header and data of several
- * answers with one system call, the data right into the regions.
+ * answers with one system call, into a buffer, and stores what is whole (pr_region_store()); huge pages it
+ * receives right into the regions.
  *
  * Requests never fill the socket buffer: at most READS_MAX of them, 24 bytes each, are unanswered. A
  * send that would block therefore means that the peer's host is gone.
@@ -22,13 +23,16 @@
 #include "transport/backends.h"
 
 #define READS_MAX	64
-#define BATCH		8    /* answers that one system call may receive */
-#define SEND_TIMEOUT_MS 1000 /* see above */
+#define BATCH		8	     /* answers that one system call may receive */
+#define BUFFER_BYTES	(256 * 1024) /* of several answers; one alone may have PR_READ_MAX */
+#define SEND_TIMEOUT_MS 1000	     /* see above */
 
 typedef struct TcpRead {
 	uint64_t token;
-	uint8_t *at;
+	const PrRegion *region;
+	uint64_t offset;
 	uint32_t length;
+	uint8_t *at;			      /* where it is received; NULL: that is open */
 	uint8_t header[PR_WIRE_HEADER_BYTES]; /* of the answer, as far as received */
 } TcpRead;
 
@@ -40,7 +44,9 @@ typedef struct TcpLane {
 	PrWaker waker;		  /* wake: anyone */
 	TcpRead reads[READS_MAX]; /* outstanding, a ring in order of the answers */
 	guint head, n;
-	gsize done; /* bytes of the head's answer received, header included */
+	gsize done;	 /* bytes of the head's answer received, header included */
+	uint8_t *buffer; /* PR_READ_MAX bytes */
+	gsize used;	 /* of it, by answers that are not stored yet */
 	/* source */
 	struct TcpPath *path;
 	GThread *server;
@@ -51,6 +57,7 @@ typedef struct TcpPath {
 	PrFate fate;		 /* thread-safe */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
+	gboolean *stored; /* constant: for each region: by pr_region_store() */
 	TcpLane lanes[PR_N_LANES];
 } TcpPath;
 
@@ -70,6 +77,14 @@ static void fail(TcpPath *path, const char *reason)
 	pr_fate_notify(&path->fate, reason);
 }
 
+static void fail_storing(TcpPath *path)
+{
+	g_autofree char *reason =
+		g_strdup_printf("cannot store pages in guest RAM: %s", g_strerror(errno));
+
+	fail(path, reason);
+}
+
 static TcpPath *path_new(const PrPathSetup *setup)
 {
 	TcpPath *path = g_new0(TcpPath, 1);
@@ -77,6 +92,9 @@ static TcpPath *path_new(const PrPathSetup *setup)
 	path->base.ops = &pr_transport_tcp;
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
+	path->stored = g_new(gboolean, setup->n_regions);
+	for (guint i = 0; i < setup->n_regions; i++)
+		path->stored[i] = pr_region_is_writable_file(&setup->regions[i]);
 	pr_fate_init(&path->fate, setup);
 	for (guint i = 0; i < PR_N_LANES; i++) {
 		path->lanes[i].path = path;
@@ -92,8 +110,10 @@ static void path_free(TcpPath *path)
 
 		pr_waker_clear(&lane->waker);
 		g_clear_object(&lane->connection);
+		g_free(lane->buffer);
 	}
 	pr_fate_clear(&path->fate);
+	g_free(path->stored);
 	g_free(path);
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(TcpPath, path_free)
@@ -126,6 +146,7 @@ static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup
 	for (guint i = 0; i < PR_N_LANES; i++) {
 		TcpLane *lane = &path->lanes[i];
 
+		lane->buffer = g_malloc(PR_READ_MAX);
 		lane->fd = pr_tcp_configure(lane->connection);
 		if (!pr_waker_init(&lane->waker, error) ||
 		    !pr_waker_watch(&lane->waker, lane->fd, error))
@@ -209,7 +230,8 @@ static gboolean post(TcpPath *path, PrLaneId id, uint32_t block, uint64_t offset
 		return FALSE;
 	lane->reads[(lane->head + lane->n) % READS_MAX] = (TcpRead){
 		.token = token,
-		.at = (uint8_t *)path->regions[block].addr + offset,
+		.region = &path->regions[block],
+		.offset = offset,
 		.length = length,
 	};
 	lane->n++;
@@ -232,8 +254,28 @@ static gboolean tcp_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
 	return post((TcpPath *)base, id, 0, 0, 0, token);
 }
 
+/* Decides where an answer is received. FALSE: the buffer is full. */
+static gboolean place(TcpPath *path, TcpLane *lane, TcpRead *read, gboolean first)
+{
+	if (read->at)
+		return TRUE;
+	if (!path->stored[read->region - path->regions]) {
+		read->at = (uint8_t *)read->region->addr + read->offset;
+		return TRUE;
+	}
+	/* Answers are placed in order, so nothing behind the first has been. */
+	if (first)
+		lane->used = 0;
+	else if (lane->used + read->length > BUFFER_BYTES)
+		return FALSE;
+	read->at = lane->buffer + lane->used;
+	lane->used += read->length;
+	return TRUE;
+}
+
 /* Where the next bytes go: headers and data of up to `max` outstanding READs. */
-static guint place_answers(TcpLane *lane, struct iovec iov[2 * BATCH], guint max, gsize *ret_bytes)
+static guint place_answers(TcpPath *path, TcpLane *lane, struct iovec iov[2 * BATCH], guint max,
+			   gsize *ret_bytes)
 {
 	gsize skip = lane->done;
 	guint n_iov = 0;
@@ -241,6 +283,9 @@ static guint place_answers(TcpLane *lane, struct iovec iov[2 * BATCH], guint max
 	*ret_bytes = 0;
 	for (guint i = 0; i < MIN(max, lane->n); i++) {
 		TcpRead *read = &lane->reads[(lane->head + i) % READS_MAX];
+
+		if (!place(path, lane, read, i == 0))
+			break;
 		struct iovec parts[2] = {{read->header, sizeof(read->header)},
 					 {read->at, read->length}};
 
@@ -266,8 +311,18 @@ static gboolean is_answer_to(const TcpRead *read)
 	       header.length == read->length;
 }
 
-/* Accounts for n received bytes; returns how many READs they completed, or -1 after a wrong header. */
-static int take_answers(TcpLane *lane, gsize n, PrCompletion *ret)
+/* An answer is whole. */
+static gboolean store(TcpPath *path, const TcpRead *read)
+{
+	if (!path->stored[read->region - path->regions] ||
+	    pr_region_store(read->region, read->offset, read->at, read->length))
+		return TRUE;
+	fail_storing(path);
+	return FALSE;
+}
+
+/* Accounts for n received bytes; returns how many READs they completed, or -1 where the path has failed. */
+static int take_answers(TcpPath *path, TcpLane *lane, gsize n, PrCompletion *ret)
 {
 	guint completed = 0;
 
@@ -278,10 +333,15 @@ static int take_answers(TcpLane *lane, gsize n, PrCompletion *ret)
 
 		n -= take;
 		lane->done += take;
-		if (lane->done >= sizeof(read->header) && !is_answer_to(read))
+		if (lane->done >= sizeof(read->header) && !is_answer_to(read)) {
+			fail(path, "the source sent something else than the pages that were asked "
+				   "for");
 			return -1;
+		}
 		if (lane->done < whole)
 			break;
+		if (!store(path, read))
+			return -1;
 		ret[completed++] = (PrCompletion){.token = read->token, .ok = TRUE};
 		lane->head = (lane->head + 1) % READS_MAX;
 		lane->n--;
@@ -314,7 +374,7 @@ static gboolean receive_answers(TcpPath *path, TcpLane *lane, PrCompletion *ret,
 	gssize n;
 	int completed;
 
-	msg.msg_iovlen = place_answers(lane, iov, MIN(max - *n_stored, BATCH), &wanted);
+	msg.msg_iovlen = place_answers(path, lane, iov, MIN(max - *n_stored, BATCH), &wanted);
 	n = recvmsg(lane->fd, &msg, MSG_DONTWAIT);
 	if (n <= 0) {
 		if (n == 0)
@@ -323,11 +383,9 @@ static gboolean receive_answers(TcpPath *path, TcpLane *lane, PrCompletion *ret,
 			fail(path, g_strerror(errno));
 		return FALSE;
 	}
-	completed = take_answers(lane, n, ret + *n_stored);
-	if (completed < 0) {
-		fail(path, "the source sent something else than the pages that were asked for");
+	completed = take_answers(path, lane, n, ret + *n_stored);
+	if (completed < 0)
 		return FALSE;
-	}
 	*n_stored += completed;
 	return (gsize)n == wanted;
 }
