@@ -14,7 +14,6 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
-#include "migration/place.h"
 
 #define SHUT_WAIT_MS 5000		   /* for the source to close after SHUT */
 #define TIDY_WAIT_US (10 * G_USEC_PER_SEC) /* for an ended migration to be tidied up */
@@ -397,8 +396,8 @@ static gboolean take_zero(PrMigration *m, PrConn *conn, const PrMsg *msg, GError
 		uint64_t page = ranges[i].offset / block->page_size;
 		uint64_t pages = ranges[i].length / block->page_size;
 		pr_ram_zero(m->ram, block, page, pages);
-		if (!pr_place_wake(m->uffd, block, page, pages, error))
-			return FALSE;
+		/* The fault thread wakes whoever waits (fault.c); a call to the kernel for each range would
+		 * cost more than the pages. */
 		if (pr_bitmap_clear(block->waiting, page, pages) > 0)
 			pr_fault_notify(m->faults);
 	}

@@ -27,7 +27,8 @@ static void set_error(GError **error, const char *call, const PrRamBlock *block,
 			    : "");
 }
 
-gboolean pr_place_wake(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n, GError **error)
+/* Lets whoever waits in these pages fault again. */
+static gboolean wake(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n, GError **error)
 {
 	struct uffdio_range range = range_of(block, page, n);
 
@@ -63,7 +64,7 @@ gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint6
 			return FALSE;
 		}
 		if (done == 0) {
-			if (!pr_place_wake(uffd, block, page, 1, error))
+			if (!wake(uffd, block, page, 1, error))
 				return FALSE;
 			done = 1;
 		}
@@ -94,7 +95,7 @@ gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GErr
 		return TRUE;
 	case EEXIST: /* mapped, or there is a page now after all: the next fault finds out */
 	case EAGAIN:
-		return pr_place_wake(uffd, block, page, 1, error);
+		return wake(uffd, block, page, 1, error);
 	default:
 		set_error(error, "resolving a fault", block, page, code);
 		return FALSE;

@@ -16,7 +16,3 @@ gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint6
 /* Resolves a fault on a page that is in place: maps what was read; what never travelled, or was given
  * back by the guest, becomes a zero page. */
 gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error);
-
-/* Lets whoever waits in these pages fault again. */
-gboolean pr_place_wake(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
-		       GError **error);

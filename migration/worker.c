@@ -22,6 +22,8 @@ void pr_worker_kick(PrWorker *worker)
 
 	/* EAGAIN: the counter is full, so the worker is being woken anyway. */
 	g_assert(written == sizeof(one) || errno == EAGAIN);
+	/* After the write, so that whoever sees it can empty wake_fd. */
+	__atomic_store_n(&worker->kicked, TRUE, __ATOMIC_RELEASE);
 }
 
 void pr_worker_set_path(PrWorker *worker, PrDataPath *path)
@@ -50,7 +52,13 @@ gboolean pr_worker_was_kicked(PrWorker *worker)
 {
 	uint64_t count;
 
-	return read(worker->wake_fd, &count, sizeof(count)) == sizeof(count);
+	/* Asked all the time, so not the kernel. */
+	if (!__atomic_load_n(&worker->kicked, __ATOMIC_RELAXED) ||
+	    !__atomic_exchange_n(&worker->kicked, FALSE, __ATOMIC_ACQ_REL))
+		return FALSE;
+	/* EAGAIN: an earlier look has taken this kick as well; to obey it again does no harm. */
+	(void)!read(worker->wake_fd, &count, sizeof(count));
+	return TRUE;
 }
 
 gboolean pr_worker_obey(PrWorker *worker, gboolean *ret_switched)

@@ -11,6 +11,7 @@
 typedef struct PrWorker {
 	GThread *thread;
 	int wake_fd; /* eventfd, readable when the worker was kicked */
+	int kicked;  /* atomic; set after wake_fd was written */
 
 	GMutex lock; /* protects the rest */
 	GCond changed;
