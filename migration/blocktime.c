@@ -77,12 +77,12 @@ static uint32_t add_slot(PrBlocktime *self, uint32_t tid, uint32_t *bucket, gboo
 static uint32_t slot_of(PrBlocktime *self, uint32_t tid)
 {
 	if (tid == 0)
-		return PR_WAIT_OTHER;
+		return PR_PAGE_WAIT_OTHER;
 	uint32_t *bucket = hash_bucket(self, tid);
 	if (*bucket)
 		return *bucket - 1;
 	if (self->n_vcpus > 0 || self->n_slots == self->max_slots)
-		return PR_WAIT_OTHER;
+		return PR_PAGE_WAIT_OTHER;
 	return add_slot(self, tid, bucket, FALSE);
 }
 
@@ -145,12 +145,12 @@ static gboolean waits(const Slot *slot)
 	return __atomic_load_n(&slot->since_ns, __ATOMIC_RELAXED) != 0;
 }
 
-void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrWait *ret)
+void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrPageWait *ret)
 {
 	uint32_t index = slot_of(self, tid);
 
-	*ret = (PrWait){.since_ns = now_ns, .tid = tid, .slot = index};
-	if (index == PR_WAIT_OTHER)
+	*ret = (PrPageWait){.since_ns = now_ns, .tid = tid, .slot = index};
+	if (index == PR_PAGE_WAIT_OTHER)
 		return;
 	Slot *slot = &self->slots[index];
 	if (waits(slot))
@@ -159,9 +159,9 @@ void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrWai
 	ret->serial = slot->serial;
 }
 
-void pr_blocktime_woken(PrBlocktime *self, const PrWait *wait, int64_t now_ns)
+void pr_blocktime_woken(PrBlocktime *self, const PrPageWait *wait, int64_t now_ns)
 {
-	if (wait->slot == PR_WAIT_OTHER) {
+	if (wait->slot == PR_PAGE_WAIT_OTHER) {
 		add(&self->other_faults, 1);
 		add(&self->other_ns, between(wait->since_ns, now_ns));
 		return;

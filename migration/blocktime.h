@@ -23,13 +23,13 @@
 typedef struct PrBlocktime PrBlocktime;
 
 /* One thread's wait for one page: the writer keeps it while it lasts. */
-typedef struct PrWait {
+typedef struct PrPageWait {
 	int64_t since_ns;
 	uint32_t tid;
-	uint32_t slot;	 /* of the thread; PR_WAIT_OTHER: not followed */
+	uint32_t slot;	 /* of the thread; PR_PAGE_WAIT_OTHER: not followed */
 	uint32_t serial; /* which wait of the thread's */
-} PrWait;
-#define PR_WAIT_OTHER G_MAXUINT32
+} PrPageWait;
+#define PR_PAGE_WAIT_OTHER G_MAXUINT32
 
 /* What one thread has waited. */
 typedef struct PrThreadTime {
@@ -53,9 +53,9 @@ void pr_blocktime_free(PrBlocktime *self);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrBlocktime, pr_blocktime_free)
 
 /* A thread begins to wait. If it was waiting already, it has gone on since: that wait ends now. */
-void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrWait *ret);
+void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrPageWait *ret);
 /* The page of that wait is there; harmless for the thread when it is at another wait already. */
-void pr_blocktime_woken(PrBlocktime *self, const PrWait *wait, int64_t now_ns);
+void pr_blocktime_woken(PrBlocktime *self, const PrPageWait *wait, int64_t now_ns);
 /* Nobody waits any more. */
 void pr_blocktime_close(PrBlocktime *self, int64_t now_ns);
 

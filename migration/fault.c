@@ -19,6 +19,9 @@
  * claims behind, because data may still land; the destination clears them once the path is fenced
  * (pr_ram_forget_inflight). `pending` survives: on attach every entry is looked at again.
  *
+ * `pending` has an entry for each thread that waits: several may wait for one page, and each one's time
+ * counts (blocktime.h). Thread ids serve the statistics and nothing else.
+ *
  * `pending` is bounded; when it is full, faults stay unread in the kernel, and their vCPUs asleep,
  * until there is room. The fault path allocates nothing and takes no lock.
  *
@@ -42,13 +45,14 @@
 
 typedef struct Pending {
 	uint64_t token;
-	gint64 since_ns;
-	gboolean posted;
+	PrPageWait wait;
+	gboolean posted; /* by us: its page is covered by our READ */
 } Pending;
 
 struct PrFaultThread {
 	PrRam *ram;
 	int uffd;
+	PrBlocktime *times;
 	const PrParams *params;
 	PrFaultHooks hooks;
 	PrWorker worker;
@@ -96,19 +100,23 @@ static void note_latency(PrFaultThread *self, gint64 ns)
 		__atomic_store_n(&self->stats.max_ns, (uint64_t)ns, __ATOMIC_RELAXED);
 }
 
-static Pending *find_pending(PrFaultThread *self, uint64_t token)
-{
-	for (guint i = 0; i < self->n_pending; i++)
-		if (self->pending[i].token == token)
-			return &self->pending[i];
-	return NULL;
-}
-
-/* The vCPU was woken: the entry goes, the last one takes its place. */
+/* The thread was woken: the entry goes, the last one takes its place. */
 static void settle(PrFaultThread *self, Pending *entry)
 {
-	note_latency(self, now_ns() - entry->since_ns);
+	gint64 now = now_ns();
+
+	note_latency(self, now - entry->wait.since_ns);
+	pr_blocktime_woken(self->times, &entry->wait, now);
 	*entry = self->pending[--self->n_pending];
+}
+
+static void settle_all(PrFaultThread *self, uint64_t token)
+{
+	for (guint i = 0; i < self->n_pending;)
+		if (self->pending[i].token == token)
+			settle(self, &self->pending[i]);
+		else
+			i++;
 }
 
 static void resolve(PrFaultThread *self, PrRamBlock *block, uint64_t page)
@@ -184,6 +192,27 @@ static gboolean locate(PrFaultThread *self, uint64_t address, uint64_t *ret_toke
 	return FALSE;
 }
 
+/* FALSE: it is known already. A thread may fault twice on the page that it waits for: a signal lets it
+ * go in between. */
+static gboolean add_pending(PrFaultThread *self, uint64_t token, uint32_t tid)
+{
+	gboolean posted = FALSE;
+
+	for (guint i = 0; i < self->n_pending; i++) {
+		const Pending *other = &self->pending[i];
+
+		if (other->token != token)
+			continue;
+		if (other->wait.tid == tid)
+			return FALSE;
+		posted = posted || other->posted;
+	}
+	Pending *entry = &self->pending[self->n_pending++];
+	*entry = (Pending){.token = token, .posted = posted};
+	pr_blocktime_blocked(self->times, tid, now_ns(), &entry->wait);
+	return TRUE;
+}
+
 static void take_fault(PrFaultThread *self, const struct uffd_msg *msg)
 {
 	uint64_t token, page, n;
@@ -202,11 +231,8 @@ static void take_fault(PrFaultThread *self, const struct uffd_msg *msg)
 		resolve(self, &self->ram->blocks[index], page);
 		return;
 	}
-	if (find_pending(self, token))
-		return;
-	Pending *entry = &self->pending[self->n_pending++];
-	*entry = (Pending){.token = token, .since_ns = now_ns()};
-	advance(self, entry);
+	if (add_pending(self, token, msg->arg.pagefault.feat.ptid))
+		advance(self, &self->pending[self->n_pending - 1]);
 }
 
 static gboolean has_room(const PrFaultThread *self)
@@ -240,9 +266,7 @@ static void take_page(PrFaultThread *self, uint64_t token)
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
 	if (!pr_place_expose(self->uffd, block, page, n, &error))
 		note_broken(self, error);
-	Pending *entry = find_pending(self, token);
-	if (entry)
-		settle(self, entry);
+	settle_all(self, token);
 }
 
 static guint take_completions(PrFaultThread *self)
@@ -322,13 +346,14 @@ static gpointer fault_thread(gpointer opaque)
 	}
 }
 
-PrFaultThread *pr_fault_start(PrRam *ram, int uffd, const PrParams *params,
+PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
 			      const PrFaultHooks *hooks)
 {
 	PrFaultThread *self = g_new0(PrFaultThread, 1);
 
 	self->ram = ram;
 	self->uffd = uffd;
+	self->times = times;
 	self->params = params;
 	self->hooks = *hooks;
 	pr_worker_start(&self->worker, "fault", fault_thread, self);
@@ -355,6 +380,7 @@ void pr_fault_stop(PrFaultThread *self)
 	if (!self)
 		return;
 	pr_worker_stop(&self->worker);
+	pr_blocktime_close(self->times, now_ns());
 	g_free(self);
 }
 

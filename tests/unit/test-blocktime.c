@@ -58,7 +58,7 @@ static void expect_thread(PrBlocktime *times, guint i, uint64_t blocked_ns, uint
 static void sums_up_each_vcpus_waits(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 2);
-	PrWait wait;
+	PrPageWait wait;
 
 	pr_blocktime_blocked(times, 101, 100, &wait);
 	pr_blocktime_woken(times, &wait, 130);
@@ -78,7 +78,7 @@ static void sums_up_each_vcpus_waits(void **state)
 static void counts_the_time_when_all_vcpus_wait(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 2);
-	PrWait a, b;
+	PrPageWait a, b;
 
 	pr_blocktime_blocked(times, 101, 100, &a);
 	pr_blocktime_blocked(times, 102, 150, &b);
@@ -94,7 +94,7 @@ static void counts_the_time_when_all_vcpus_wait(void **state)
 static void others_do_not_count_as_vcpus(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 2);
-	PrWait vcpu, other, unknown;
+	PrPageWait vcpu, other, unknown;
 
 	pr_blocktime_blocked(times, 101, 100, &vcpu);
 	pr_blocktime_blocked(times, 999, 110, &other);
@@ -116,7 +116,7 @@ static void others_do_not_count_as_vcpus(void **state)
 static void a_new_wait_ends_the_one_before(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 1);
-	PrWait first, second;
+	PrPageWait first, second;
 
 	pr_blocktime_blocked(times, 101, 100, &first);
 	pr_blocktime_blocked(times, 101, 150, &second);
@@ -131,7 +131,7 @@ static void a_new_wait_ends_the_one_before(void **state)
 static void a_wait_that_goes_on_counts(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 2);
-	PrWait a, b;
+	PrPageWait a, b;
 
 	pr_blocktime_blocked(times, 101, 100, &a);
 	pr_blocktime_blocked(times, 102, 300, &b);
@@ -151,7 +151,7 @@ static void a_wait_that_goes_on_counts(void **state)
 static void follows_the_first_threads_up_to_the_bound(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(NULL, 0);
-	PrWait wait;
+	PrPageWait wait;
 
 	assert_int_equal(n_threads(times), 0);
 	for (guint i = 0; i < PR_BLOCKTIME_LEARN + 10; i++) {
@@ -177,7 +177,7 @@ static void vcpus_of_one_thread_wait_together(void **state)
 {
 	static const uint32_t same[] = {7, 7, 7};
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(same, 3);
-	PrWait wait;
+	PrPageWait wait;
 
 	pr_blocktime_blocked(times, 7, 10, &wait);
 	pr_blocktime_woken(times, &wait, 40);
@@ -189,7 +189,7 @@ static void vcpus_of_one_thread_wait_together(void **state)
 static void knows_hundreds_of_vcpus(void **state)
 {
 	uint32_t many[512];
-	PrWait waits[512];
+	PrPageWait waits[512];
 
 	for (guint i = 0; i < G_N_ELEMENTS(many); i++)
 		many[i] = 5000 + i;
@@ -230,7 +230,7 @@ static void can_be_read_by_another_thread(void **state)
 {
 	Reader reader = {.times = pr_blocktime_new(NULL, 0)};
 	GThread *thread = g_thread_new("reader", read_on, &reader);
-	PrWait wait;
+	PrPageWait wait;
 	uint64_t rounds = 0;
 
 	while (g_atomic_int_get(&reader.looks) < 100) {
