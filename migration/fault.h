@@ -19,11 +19,13 @@ typedef struct PrFaultHooks {
 } PrFaultHooks;
 
 typedef struct PrFaultStats {
-	uint64_t requests; /* READs posted */
+	uint64_t requests; /* READs posted for faults */
 	uint64_t resolved; /* faults that had to wait for a page, one for each thread that waits */
 	uint64_t total_ns; /* of their latencies, from reading the fault to waking the guest */
 	uint64_t max_ns;
 	uint64_t dist[PR_LATENCY_BUCKETS];
+	uint64_t ahead_pages;  /* read ahead of faults */
+	uint64_t ahead_waited; /* of these, what a fault came for while they were on their way */
 } PrFaultStats;
 
 /* Starts the thread, with no path. uffd, ram, times and params outlive it; the thread is the one that

@@ -97,11 +97,15 @@ static PrReadaheadStream *follow(PrReadaheadStream *streams, guint block, int64_
 	return stream;
 }
 
-/* From what was suggested already to the window's end, within the block. */
+/* From what was suggested already to the window's end, within the block. Not before half of the window is
+ * used up, so that what is suggested makes READs of some length: a thread that is faster than they are
+ * would get single pages otherwise, and fault on each. */
 static void suggest(PrReadaheadStream *stream, uint64_t n_pages, PrReadaheadRun *ret)
 {
 	int64_t ahead = (stream->front - stream->last) / stream->stride;
 
+	if (2 * ahead > stream->window)
+		return;
 	ret->block = stream->block;
 	ret->stride = stream->stride;
 	ret->page = (uint64_t)(stream->front + stream->stride);

@@ -118,6 +118,8 @@ static void query_faults(PrMigration *m, PrMigrationInfo *ret, gint64 now_us)
 	ret->fault_latency_ns = stats->resolved ? stats->total_ns / stats->resolved : 0;
 	ret->fault_latency_max_ns = stats->max_ns;
 	memcpy(ret->latency_dist, stats->dist, sizeof(ret->latency_dist));
+	ret->readahead_pages = stats->ahead_pages;
+	ret->readahead_waited = stats->ahead_waited;
 	if (m->times)
 		pr_blocktime_read(m->times, now_us * 1000, &ret->blocktime);
 }

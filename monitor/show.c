@@ -75,6 +75,8 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	if (info->role == PR_ROLE_DESTINATION) {
 		json_object_set_int_member(extras, "faults", info->faults);
 		json_object_set_int_member(extras, "fault-latency-max", info->fault_latency_max_ns);
+		json_object_set_int_member(extras, "readahead-pages", info->readahead_pages);
+		json_object_set_int_member(extras, "readahead-waited", info->readahead_waited);
 	}
 	if (info->blocktime.threads) {
 		json_object_set_array_member(extras,
@@ -205,6 +207,8 @@ static const Row extra_rows[] = {
 	{"last-recovery", "last recovery", "ms", 1},
 	{"pages-at-pause", "pages at last pause", NULL, 1},
 	{"faults", "faults", NULL, 1},
+	{"readahead-pages", "read ahead", "pages", 1},
+	{"readahead-waited", "waited for of these", "pages", 1},
 	{"other-faults", "faults of other threads", NULL, 1},
 	{"fault-latency-max", "longest fault", "us", 1000},
 	{"expected-ms", "expected time left", "ms", 1},

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "migration/readahead.h"
 #include "tests/integration/pair.h"
 
 #define MIB	    (1024ull * 1024)
@@ -141,6 +142,96 @@ static void threads_and_totals_tell_the_same(void **state)
 	}
 }
 
+/* Reads so many pages of the destination's second block, one after the other. */
+typedef struct Walker {
+	Pair *pair;
+	guint first, n;
+} Walker;
+
+static gpointer walk(gpointer opaque)
+{
+	Walker *walker = opaque;
+	const volatile uint8_t *map = testguest_block_map(walker->pair->destination.guest, 1);
+
+	for (guint i = 0; i < walker->n; i++)
+		(void)map[(uint64_t)(walker->first + i) * PAGE];
+	return NULL;
+}
+
+/* With all but no bulk pull: what a walk over 2000 pages has cost. */
+static void walk_and_count(const char *scheme, uint64_t limit, PrMigrationInfo *ret)
+{
+	PairConfig config = {.scheme = scheme, .size = 32 * MIB, .bandwidth = 1, .paused = TRUE};
+	g_autoptr(Pair) pair = pair_new(&config);
+	Walker walker = {pair, 1000, 2000};
+	g_auto(PrMigrationInfo) before = {0};
+	g_autofree char *difference = NULL;
+
+	assert_true(pr_params_set(&pair->destination.params, "fault-readahead", limit, NULL));
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_migration_query(pair->destination.engine, &before);
+	walk(&walker);
+	pr_migration_query(pair->destination.engine, ret);
+	ret->faults -= before.faults;
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	if (!testguest_equal(pair->source.guest, pair->destination.guest, &difference))
+		fail_msg("%s", difference);
+}
+
+static void a_walk_faults_far_less_with_read_ahead(void **state)
+{
+	g_auto(PrMigrationInfo) without = {0}, with = {0};
+
+	walk_and_count(scheme_of(state), 0, &without);
+	walk_and_count(scheme_of(state), 32, &with);
+	/* One page in sixteen is a hole, one is found to be zero sooner or later; a first READ or two of the
+	 * bulk pull may cover some more. */
+	assert_in_range(without.faults, 1500, 1875);
+	assert_int_equal(without.readahead_pages, 0);
+	assert_true(with.faults < without.faults / 4);
+	assert_true(with.readahead_pages > 1000);
+	assert_true(with.readahead_waited <= with.faults);
+}
+
+/* READs ahead that are lost with the path are asked for again, as the others are. */
+static void read_ahead_survives_lost_paths(void **state)
+{
+	PairConfig config = {
+		.scheme = scheme_of(state), .size = 32 * MIB, .bandwidth = 1, .paused = TRUE};
+	g_autoptr(Pair) pair = pair_new(&config);
+	Walker walker = {pair, 0, 4096};
+	g_auto(PrMigrationInfo) info = {0};
+	g_autofree char *difference = NULL;
+	uint64_t received;
+
+	pr_params_set(&pair->destination.params, "fault-readahead", PR_READAHEAD_MAX, NULL);
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_migration_query(pair->destination.engine, &info);
+	received = info.total - info.remaining;
+	pr_migration_info_clear(&info);
+	GThread *thread = g_thread_new("walker", walk, &walker);
+	for (guint i = 1; i <= 6; i++) {
+		pair_wait_received(pair, received + i * MIB);
+		pr_faults_cut_paths(pair->faults);
+		pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+		pair_resume(pair);
+		pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	}
+	g_thread_join(thread);
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	pr_migration_query(pair->destination.engine, &info);
+	assert_true(info.readahead_pages > 0);
+	assert_int_equal(info.pauses, 6);
+	if (!testguest_equal(pair->source.guest, pair->destination.guest, &difference))
+		fail_msg("%s", difference);
+}
+
 #define FOR(scheme_, test_)                                                                        \
 	{                                                                                          \
 #test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
@@ -152,6 +243,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		BOTH(each_thread_that_waits_for_a_page_counts),
 		BOTH(threads_and_totals_tell_the_same),
+		BOTH(a_walk_faults_far_less_with_read_ahead),
+		BOTH(read_ahead_survives_lost_paths),
 	};
 
 	cmocka_set_test_filter(g_getenv("TEST_FILTER"));

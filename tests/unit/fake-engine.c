@@ -163,6 +163,8 @@ void pr_migration_query(PrMigration *migration, PrMigrationInfo *ret)
 		.faults = 78,
 		.fault_latency_ns = 21000,
 		.fault_latency_max_ns = 900000,
+		.readahead_pages = 40,
+		.readahead_waited = 9,
 		.latency_dist = {[4] = 70, [9] = 8},
 		.paths = g_ptr_array_new_with_free_func(path_free),
 	};
