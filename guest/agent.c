@@ -237,6 +237,11 @@ static gboolean agent_run(PrGuest *guest, GError **error)
 	return pr_agent_client_run(((AgentGuest *)guest)->client, error);
 }
 
+static GArray *agent_vcpu_threads(PrGuest *guest, GError **error)
+{
+	return g_array_new(FALSE, FALSE, sizeof(uint32_t));
+}
+
 static int agent_fault_on(PrGuest *guest, GError **error)
 {
 	return pr_agent_client_fault_on(((AgentGuest *)guest)->client, error);
@@ -275,6 +280,7 @@ const PrGuestOps pr_guest_agent = {
 	.load_end = agent_load_end,
 	.load_abort = agent_load_abort,
 	.run = agent_run,
+	.vcpu_threads = agent_vcpu_threads,
 	.fault_on = agent_fault_on,
 	.fault_off = agent_fault_off,
 	.keep_state = agent_keep_state,

@@ -85,6 +85,10 @@ struct PrGuestOps {
 	/* Lets the loaded guest run. */
 	gboolean (*run)(PrGuest *guest, GError **error);
 
+	/* Destination, before the fault mode is on: thread ids (uint32_t) of the vCPUs, in the guest's order,
+	 * as its process sees them; the array is the caller's. Empty: this kind can't tell. */
+	GArray *(*vcpu_threads)(PrGuest *guest, GError **error);
+
 	/* Destination: turns the fault mode on for all blocks: a userfaultfd is made in the guest's
 	 * process, every block registered MISSING|MINOR, stale page table entries dropped. Returns
 	 * the descriptor (non-blocking, the caller's to close) or -1. The agent keeps a duplicate. */

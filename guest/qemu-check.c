@@ -312,6 +312,32 @@ static gboolean list_ram(PrQmp *qmp, GArray **ret_ramblocks, GArray **ret_backen
 	return TRUE;
 }
 
+GArray *pr_qemu_vcpu_threads(PrQmp *qmp, GError **error)
+{
+	g_autoptr(GArray) threads = g_array_new(FALSE, FALSE, sizeof(uint32_t));
+	g_autoptr(JsonNode) node = NULL;
+	JsonArray *array = execute_array(qmp, "query-cpus-fast", NULL, &node, error);
+
+	if (!array)
+		return NULL;
+	for (guint i = 0; i < json_array_get_length(array); i++) {
+		JsonNode *cpu = json_array_get_element(array, i);
+		gint64 number = JSON_NODE_HOLDS_OBJECT(cpu)
+					? pr_json_int(json_node_get_object(cpu), "thread-id")
+					: 0;
+		uint32_t tid = (uint32_t)number;
+
+		if (number < 1 || number > G_MAXINT32) {
+			g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+				    "QEMU's answer to 'query-cpus-fast' names no thread for CPU %u",
+				    i);
+			return NULL;
+		}
+		g_array_append_val(threads, tid);
+	}
+	return g_steal_pointer(&threads);
+}
+
 gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error)
 {
 	g_autoptr(GArray) ramblocks = NULL;

@@ -301,6 +301,11 @@ static gboolean qemu_run(PrGuest *guest, GError **error)
 	return pr_qmp_command(((QemuGuest *)guest)->qmp, "cont", NULL, -1, error);
 }
 
+static GArray *qemu_vcpu_threads(PrGuest *guest, GError **error)
+{
+	return pr_qemu_vcpu_threads(((QemuGuest *)guest)->qmp, error);
+}
+
 static int qemu_fault_on(PrGuest *guest, GError **error)
 {
 	return pr_agent_client_fault_on(((QemuGuest *)guest)->agent, error);
@@ -354,6 +359,7 @@ const PrGuestOps pr_guest_qemu = {
 	.load_end = qemu_load_end,
 	.load_abort = qemu_load_abort,
 	.run = qemu_run,
+	.vcpu_threads = qemu_vcpu_threads,
 	.fault_on = qemu_fault_on,
 	.fault_off = qemu_fault_off,
 	.keep_state = qemu_keep_state,

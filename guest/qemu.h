@@ -12,6 +12,8 @@
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error);
 /* Refuses a QEMU whose RAM is not shared, also one without an agent. */
 gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error);
+/* Thread ids (uint32_t) of the vCPUs, in their order. */
+GArray *pr_qemu_vcpu_threads(PrQmp *qmp, GError **error);
 /* The RAM blocks as PrGuestBlock. */
 GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error);
 

@@ -344,7 +344,7 @@ static gboolean start_workers(PrMigration *m, GError **error)
 	/* Now that every access faults, what the memfds held before can go. */
 	if (!pr_ram_punch(m->ram, error))
 		return FALSE;
-	PrFaultThread *faults = pr_fault_start(m->ram, m->uffd, m->params, &fault_hooks);
+	PrFaultThread *faults = pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks);
 	PrPullThread *pull = pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks);
 	g_mutex_lock(&m->lock);
 	m->faults = faults;
@@ -583,6 +583,7 @@ static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error
 	m->ram = g_steal_pointer(&ram);
 	g_mutex_unlock(&m->lock);
 	pr_ram_free(old);
+	pr_migration_begin_times(m);
 	return TRUE;
 }
 

@@ -15,9 +15,17 @@
  *    sequentially consistent bit operations: either we see `received` after we set `waiting`, or the
  *    pull thread sees `waiting` after it set `received`.
  *
+ * Read-ahead: where a thread's faults show a pattern (readahead.h), up to fault-readahead further pages
+ * are read on the urgent lane. Never before a fault: its READ is posted first, and the rest only when no
+ * fault is unread and half of the lane is free. They are claimed and placed as any other page; a fault that
+ * comes for one meanwhile is like one on a bulk READ's page, except that we take the completion.
+ *
  * A path may go and another one come at any time (attach, detach). READs of a lost path leave their
  * claims behind, because data may still land; the destination clears them once the path is fenced
  * (pr_ram_forget_inflight). `pending` survives: on attach every entry is looked at again.
+ *
+ * `pending` has an entry for each thread that waits: several may wait for one page, and each one's time
+ * counts (blocktime.h). Thread ids serve the statistics and nothing else.
  *
  * `pending` is bounded; when it is full, faults stay unread in the kernel, and their vCPUs asleep,
  * until there is room. The fault path allocates nothing and takes no lock.
@@ -35,20 +43,25 @@
 
 #include "migration/bitmap.h"
 #include "migration/place.h"
+#include "migration/readahead.h"
 #include "migration/worker.h"
 
 #define MAX_PENDING 4096
 #define BATCH	    32
+#define MAX_PLANS   8
+#define AHEAD	    (1ull << 55) /* marks the token of a READ ahead; the number of pages stays below */
+G_STATIC_ASSERT(PR_READ_MAX / 4096 < AHEAD >> 40);
 
 typedef struct Pending {
 	uint64_t token;
-	gint64 since_ns;
-	gboolean posted;
+	PrPageWait wait;
+	gboolean posted; /* by us: its page is covered by our READ */
 } Pending;
 
 struct PrFaultThread {
 	PrRam *ram;
 	int uffd;
+	PrBlocktime *times;
 	const PrParams *params;
 	PrFaultHooks hooks;
 	PrWorker worker;
@@ -57,6 +70,10 @@ struct PrFaultThread {
 	Pending pending[MAX_PENDING];
 	guint n_pending;
 	guint outstanding; /* READs on the current path */
+	PrReadahead readahead;
+	PrReadaheadRun plans[MAX_PLANS]; /* to be read ahead, oldest first */
+	guint n_plans;
+	uint64_t ahead_pages; /* on their way */
 	gboolean uffd_dead;
 	gboolean broken;
 
@@ -96,19 +113,32 @@ static void note_latency(PrFaultThread *self, gint64 ns)
 		__atomic_store_n(&self->stats.max_ns, (uint64_t)ns, __ATOMIC_RELAXED);
 }
 
-static Pending *find_pending(PrFaultThread *self, uint64_t token)
-{
-	for (guint i = 0; i < self->n_pending; i++)
-		if (self->pending[i].token == token)
-			return &self->pending[i];
-	return NULL;
-}
-
-/* The vCPU was woken: the entry goes, the last one takes its place. */
+/* The thread was woken: the entry goes, the last one takes its place. */
 static void settle(PrFaultThread *self, Pending *entry)
 {
-	note_latency(self, now_ns() - entry->since_ns);
+	gint64 now = now_ns();
+
+	note_latency(self, now - entry->wait.since_ns);
+	pr_blocktime_woken(self->times, &entry->wait, now);
 	*entry = self->pending[--self->n_pending];
+}
+
+static gboolean lies_in(uint64_t token, guint index, uint64_t first, uint64_t n)
+{
+	guint block;
+	uint64_t page, one;
+
+	pr_token_unpack(token, &block, &page, &one);
+	return block == index && page >= first && page - first < n;
+}
+
+static void settle_all(PrFaultThread *self, guint index, uint64_t page, uint64_t n)
+{
+	for (guint i = 0; i < self->n_pending;)
+		if (lies_in(self->pending[i].token, index, page, n))
+			settle(self, &self->pending[i]);
+		else
+			i++;
 }
 
 static void resolve(PrFaultThread *self, PrRamBlock *block, uint64_t page)
@@ -119,20 +149,25 @@ static void resolve(PrFaultThread *self, PrRamBlock *block, uint64_t page)
 		note_broken(self, error);
 }
 
-/* Posts the READ of a claimed page. When the path refuses it, the claim stays until the fence. */
-static gboolean post(PrFaultThread *self, guint index, uint64_t page)
+/* Posts the READ of claimed pages. When the path refuses it, the claim stays until the fence. */
+static gboolean post(PrFaultThread *self, guint index, uint64_t page, uint64_t n, uint64_t flag)
 {
-	PrRamBlock *block = &self->ram->blocks[index];
+	uint64_t page_size = self->ram->blocks[index].page_size;
 	PrDataPath *path = self->worker.current;
-	uint64_t token = pr_token_pack(index, page, 1);
 
-	if (!path->ops->post_read(path, PR_LANE_URGENT, index, page * block->page_size,
-				  block->page_size, token))
+	if (!path->ops->post_read(path, PR_LANE_URGENT, index, page * page_size,
+				  (uint32_t)(n * page_size), pr_token_pack(index, page, n) | flag))
 		return FALSE;
 	self->outstanding++;
-	add(&self->stats.requests, 1);
-	__atomic_store_n(&self->ram->pull_hint, token, __ATOMIC_RELAXED);
 	return TRUE;
+}
+
+static void post_faulting(PrFaultThread *self, guint index, uint64_t page)
+{
+	if (!post(self, index, page, 1, 0))
+		return;
+	add(&self->stats.requests, 1);
+	__atomic_store_n(&self->ram->pull_hint, pr_token_pack(index, page, 1), __ATOMIC_RELAXED);
 }
 
 static gboolean may_post(const PrFaultThread *self)
@@ -152,7 +187,7 @@ static gboolean advance(PrFaultThread *self, Pending *entry)
 	PrRamBlock *block = &self->ram->blocks[index];
 	if (!entry->posted && may_post(self) && pr_ram_claim(block, page)) {
 		entry->posted = TRUE;
-		post(self, index, page);
+		post_faulting(self, index, page);
 		return FALSE;
 	}
 	if (!entry->posted && !pr_bitmap_test(block->received, page))
@@ -184,6 +219,42 @@ static gboolean locate(PrFaultThread *self, uint64_t address, uint64_t *ret_toke
 	return FALSE;
 }
 
+/* FALSE: it is known already. A thread may fault twice on the page that it waits for: a signal lets it
+ * go in between. */
+static gboolean add_pending(PrFaultThread *self, uint64_t token, uint32_t tid)
+{
+	gboolean posted = FALSE;
+
+	for (guint i = 0; i < self->n_pending; i++) {
+		const Pending *other = &self->pending[i];
+
+		if (other->token != token)
+			continue;
+		if (other->wait.tid == tid)
+			return FALSE;
+		posted = posted || other->posted;
+	}
+	Pending *entry = &self->pending[self->n_pending++];
+	*entry = (Pending){.token = token, .posted = posted};
+	pr_blocktime_blocked(self->times, tid, now_ns(), &entry->wait);
+	return TRUE;
+}
+
+/* Beside MAX_PLANS newer ones a plan is too old to be of use. */
+static void plan_ahead(PrFaultThread *self, uint32_t tid, guint index, uint64_t page)
+{
+	guint limit = (guint)pr_param(self->params, PR_PARAM_FAULT_READAHEAD);
+	PrReadaheadRun run;
+
+	pr_readahead_fault(&self->readahead, tid, index, page, self->ram->blocks[index].n_pages,
+			   limit, &run);
+	if (run.n == 0)
+		return;
+	if (self->n_plans == MAX_PLANS)
+		memmove(self->plans, self->plans + 1, --self->n_plans * sizeof(run));
+	self->plans[self->n_plans++] = run;
+}
+
 static void take_fault(PrFaultThread *self, const struct uffd_msg *msg)
 {
 	uint64_t token, page, n;
@@ -198,15 +269,13 @@ static void take_fault(PrFaultThread *self, const struct uffd_msg *msg)
 		return;
 	}
 	pr_token_unpack(token, &index, &page, &n);
+	plan_ahead(self, msg->arg.pagefault.feat.ptid, index, page);
 	if (pr_bitmap_test(self->ram->blocks[index].received, page)) {
 		resolve(self, &self->ram->blocks[index], page);
 		return;
 	}
-	if (find_pending(self, token))
-		return;
-	Pending *entry = &self->pending[self->n_pending++];
-	*entry = (Pending){.token = token, .since_ns = now_ns()};
-	advance(self, entry);
+	if (add_pending(self, token, msg->arg.pagefault.feat.ptid))
+		advance(self, &self->pending[self->n_pending - 1]);
 }
 
 static gboolean has_room(const PrFaultThread *self)
@@ -229,20 +298,80 @@ static guint take_faults(PrFaultThread *self)
 	return n;
 }
 
+/* Claims the next pages of a plan that one READ can cover. Returns how many (0: none is left), the first in
+ * *ret_page. */
+static uint64_t claim_ahead(PrRamBlock *block, PrReadaheadRun *plan, uint64_t max,
+			    uint64_t *ret_page)
+{
+	uint64_t n = 0;
+
+	while (plan->n > 0 && n < max) {
+		uint64_t page = plan->page;
+		gboolean mine = pr_ram_claim(block, page);
+
+		if (!mine && n > 0)
+			break;
+		plan->page += (uint64_t)plan->stride;
+		plan->n--;
+		if (!mine)
+			continue;
+		if (n == 0 || plan->stride < 0)
+			*ret_page = page;
+		n++;
+		if (plan->stride != 1 && plan->stride != -1)
+			break;
+	}
+	return n;
+}
+
+/* How many pages may be read ahead now: half of the lane is kept for faults. */
+static uint64_t room_ahead(const PrFaultThread *self)
+{
+	PrDataPath *path = self->worker.current;
+	uint64_t limit = pr_param(self->params, PR_PARAM_FAULT_READAHEAD);
+
+	if (!path || self->outstanding >= path->ops->max_reads(path, PR_LANE_URGENT) / 2)
+		return 0;
+	return limit - MIN(limit, self->ahead_pages);
+}
+
+/* The newest plan first: its thread is the one that comes next. What has no room now stays planned. */
+static void read_ahead(PrFaultThread *self)
+{
+	uint64_t room, n, page = 0;
+
+	while (self->n_plans > 0 && (room = room_ahead(self)) > 0) {
+		PrReadaheadRun *plan = &self->plans[self->n_plans - 1];
+		PrRamBlock *block = &self->ram->blocks[plan->block];
+		uint64_t most = MAX(1, PR_READ_MAX / block->page_size);
+
+		n = claim_ahead(block, plan, MIN(room, most), &page);
+		if (n == 0) {
+			self->n_plans--;
+			continue;
+		}
+		if (!post(self, plan->block, page, n, AHEAD))
+			return;
+		self->ahead_pages += n;
+		add(&self->stats.ahead_pages, n);
+	}
+}
+
 static void take_page(PrFaultThread *self, uint64_t token)
 {
 	GError *error = NULL;
 	guint index;
 	uint64_t page, n;
 
-	pr_token_unpack(token, &index, &page, &n);
+	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
 	if (!pr_place_expose(self->uffd, block, page, n, &error))
 		note_broken(self, error);
-	Pending *entry = find_pending(self, token);
-	if (entry)
-		settle(self, entry);
+	uint64_t waited = pr_bitmap_clear(block->waiting, page, n);
+	if (token & AHEAD)
+		add(&self->stats.ahead_waited, waited);
+	settle_all(self, index, page, n);
 }
 
 static guint take_completions(PrFaultThread *self)
@@ -253,9 +382,12 @@ static guint take_completions(PrFaultThread *self)
 	if (!path || self->outstanding == 0)
 		return 0;
 	guint n = path->ops->poll(path, PR_LANE_URGENT, done, BATCH);
-	for (guint i = 0; i < n; i++)
+	for (guint i = 0; i < n; i++) {
+		if (done[i].token & AHEAD)
+			self->ahead_pages -= (done[i].token & ~AHEAD) >> 40 & 0xffff;
 		if (done[i].ok)
 			take_page(self, done[i].token);
+	}
 	self->outstanding -= n;
 	if (n > 0 && self->n_pending > 0)
 		advance_all(self);
@@ -286,6 +418,8 @@ static void sleep_until_event(PrFaultThread *self)
 static void restart(PrFaultThread *self)
 {
 	self->outstanding = 0;
+	self->ahead_pages = 0;
+	self->n_plans = 0;
 	for (guint i = 0; i < self->n_pending; i++)
 		self->pending[i].posted = FALSE;
 }
@@ -310,7 +444,11 @@ static gpointer fault_thread(gpointer opaque)
 	for (;;) {
 		if (pr_worker_was_kicked(&self->worker) && !obey(self))
 			return NULL;
-		guint work = take_completions(self) + take_faults(self);
+		guint completions = take_completions(self), faults = take_faults(self);
+		guint work = completions + faults;
+		/* A short batch was all that there was to read. */
+		if (faults < BATCH && self->n_plans > 0)
+			read_ahead(self);
 		gint64 now = now_ns();
 		if (work > 0)
 			busy_ns = now;
@@ -322,13 +460,14 @@ static gpointer fault_thread(gpointer opaque)
 	}
 }
 
-PrFaultThread *pr_fault_start(PrRam *ram, int uffd, const PrParams *params,
+PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
 			      const PrFaultHooks *hooks)
 {
 	PrFaultThread *self = g_new0(PrFaultThread, 1);
 
 	self->ram = ram;
 	self->uffd = uffd;
+	self->times = times;
 	self->params = params;
 	self->hooks = *hooks;
 	pr_worker_start(&self->worker, "fault", fault_thread, self);
@@ -355,6 +494,7 @@ void pr_fault_stop(PrFaultThread *self)
 	if (!self)
 		return;
 	pr_worker_stop(&self->worker);
+	pr_blocktime_close(self->times, now_ns());
 	g_free(self);
 }
 
@@ -365,6 +505,8 @@ void pr_fault_stats(const PrFaultThread *self, PrFaultStats *ret)
 	ret->requests = __atomic_load_n(&from->requests, __ATOMIC_RELAXED);
 	ret->resolved = __atomic_load_n(&from->resolved, __ATOMIC_RELAXED);
 	ret->total_ns = __atomic_load_n(&from->total_ns, __ATOMIC_RELAXED);
+	ret->ahead_pages = __atomic_load_n(&from->ahead_pages, __ATOMIC_RELAXED);
+	ret->ahead_waited = __atomic_load_n(&from->ahead_waited, __ATOMIC_RELAXED);
 	ret->max_ns = __atomic_load_n(&from->max_ns, __ATOMIC_RELAXED);
 	for (guint i = 0; i < PR_LATENCY_BUCKETS; i++)
 		ret->dist[i] = __atomic_load_n(&from->dist[i], __ATOMIC_RELAXED);

@@ -2,6 +2,7 @@
 /* The fault thread: serves the page faults of the destination's guest. Theory in fault.c. */
 #pragma once
 
+#include "migration/blocktime.h"
 #include "migration/migration.h"
 #include "migration/params.h"
 #include "migration/ram.h"
@@ -18,15 +19,18 @@ typedef struct PrFaultHooks {
 } PrFaultHooks;
 
 typedef struct PrFaultStats {
-	uint64_t requests; /* READs posted */
-	uint64_t resolved; /* faults that had to wait for a page */
+	uint64_t requests; /* READs posted for faults */
+	uint64_t resolved; /* faults that had to wait for a page, one for each thread that waits */
 	uint64_t total_ns; /* of their latencies, from reading the fault to waking the guest */
 	uint64_t max_ns;
 	uint64_t dist[PR_LATENCY_BUCKETS];
+	uint64_t ahead_pages;  /* read ahead of faults */
+	uint64_t ahead_waited; /* of these, what a fault came for while they were on their way */
 } PrFaultStats;
 
-/* Starts the thread, with no path. uffd, ram and params outlive it. */
-PrFaultThread *pr_fault_start(PrRam *ram, int uffd, const PrParams *params,
+/* Starts the thread, with no path. uffd, ram, times and params outlive it; the thread is the one that
+ * writes to times. */
+PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
 			      const PrFaultHooks *hooks);
 /* Gives it a path: its urgent lane is the fault thread's from now on; every fault that still waits is
  * asked for again. */

@@ -105,6 +105,7 @@ struct PrMigration {
 	PrFaultThread *faults;
 	PrPullThread *pull;
 	PrFaultStats fault_stats; /* of a fault thread that has ended */
+	PrBlocktime *times;	  /* destination; outlives the fault thread */
 
 	/* source */
 	GPtrArray *uris;     /* PrUri*: all known paths, the preferred ones first; replaced, never
@@ -218,7 +219,11 @@ void pr_standby_tell_lost(PrMigration *m, uint64_t epoch, const GError *error);
 void pr_newcomer_free(PrNewcomer *newcomer);
 /* The connection is no longer the current one. With the lock held. */
 void pr_migration_withdraw(PrMigration *m);
-/* stats.c; with the lock held. */
+/* stats.c */
+/* Destination, the owner, without the lock and before the fault mode is on: forgets who waited for how
+ * long, asks the guest for its vCPUs. */
+void pr_migration_begin_times(PrMigration *m);
+/* With the lock held: */
 uint64_t pr_migration_transferred(PrMigration *m);
 void pr_migration_sample_rate(PrMigration *m, uint64_t bytes, gint64 now);
 

@@ -347,6 +347,7 @@ void pr_migration_free(PrMigration *m)
 	pr_newcomer_free(m->newcomer);
 	pr_migration_await_threads(m);
 	pr_ram_free(m->ram);
+	pr_blocktime_free(m->times);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);
 	g_ptr_array_unref(m->listeners);
 	g_ptr_array_unref(m->records);

@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "guest/guest.h"
+#include "migration/blocktime.h"
 #include "migration/params.h"
 #include "migration/state.h"
 #include "transport/health.h"
@@ -79,6 +80,10 @@ typedef struct PrMigrationInfo {
 	uint64_t fault_latency_ns; /* mean */
 	uint64_t fault_latency_max_ns;
 	uint64_t latency_dist[PR_LATENCY_BUCKETS];
+	uint64_t readahead_pages; /* read ahead of faults */
+	uint64_t
+		readahead_waited; /* of these, what a fault came for while they were on their way */
+	PrBlocktimeInfo blocktime; /* threads NULL: nothing known yet */
 
 	GPtrArray *paths; /* PrPathInfo */
 } PrMigrationInfo;

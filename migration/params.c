@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "migration/readahead.h"
+
 G_DEFINE_QUARK(pr_params_error, pr_params_error)
 
 #define KIB G_GUINT64_CONSTANT(1024)
@@ -28,6 +30,9 @@ static const PrParamInfo param_table[PR_N_PARAMS] = {
 	[PR_PARAM_BULK_WINDOW] = {"bulk-window", 8, 1, 64, "READs", "bulk READs in flight"},
 	[PR_PARAM_FAULT_SPIN] = {"fault-spin", 50, 0, 1000, "us",
 				 "time the fault thread polls before it sleeps"},
+	[PR_PARAM_FAULT_READAHEAD] = {"fault-readahead", 0, 0, PR_READAHEAD_MAX, "pages",
+				      "pages to be read ahead of regular faults at most, beside "
+				      "max-postcopy-bandwidth; 0: none"},
 	[PR_PARAM_PROBE_INTERVAL] = {"probe-interval", 1000, 10, 60000, "ms",
 				     "time between two probes of a standby path"},
 };

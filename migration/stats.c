@@ -4,6 +4,24 @@
 
 #include "migration/internal.h"
 
+/* A VMM has to be asked before any of its threads can wait for a page. Without an answer there are fewer
+ * statistics, and nothing else is lost. */
+void pr_migration_begin_times(PrMigration *m)
+{
+	g_autoptr(GError) error = NULL;
+	g_autoptr(GArray) vcpus = m->guest->ops->vcpu_threads(m->guest, &error);
+	PrBlocktime *times, *old;
+
+	if (!vcpus)
+		g_info("no blocktime of vCPUs: %s", error->message);
+	times = pr_blocktime_new(vcpus ? (uint32_t *)vcpus->data : NULL, vcpus ? vcpus->len : 0);
+	g_mutex_lock(&m->lock);
+	old = m->times;
+	m->times = times;
+	g_mutex_unlock(&m->lock);
+	pr_blocktime_free(old);
+}
+
 /* Bytes of guest RAM that travelled so far. */
 uint64_t pr_migration_transferred(PrMigration *m)
 {
@@ -90,7 +108,7 @@ static void query_ram(PrMigration *m, PrMigrationInfo *ret, gint64 now)
 	}
 }
 
-static void query_faults(PrMigration *m, PrMigrationInfo *ret)
+static void query_faults(PrMigration *m, PrMigrationInfo *ret, gint64 now_us)
 {
 	if (m->faults)
 		pr_fault_stats(m->faults, &m->fault_stats);
@@ -100,6 +118,10 @@ static void query_faults(PrMigration *m, PrMigrationInfo *ret)
 	ret->fault_latency_ns = stats->resolved ? stats->total_ns / stats->resolved : 0;
 	ret->fault_latency_max_ns = stats->max_ns;
 	memcpy(ret->latency_dist, stats->dist, sizeof(ret->latency_dist));
+	ret->readahead_pages = stats->ahead_pages;
+	ret->readahead_waited = stats->ahead_waited;
+	if (m->times)
+		pr_blocktime_read(m->times, now_us * 1000, &ret->blocktime);
 }
 
 static void path_info_free(gpointer data)
@@ -174,7 +196,7 @@ void pr_migration_query(PrMigration *m, PrMigrationInfo *ret)
 		   "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0],
 		   u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13],
 		   u[14], u[15]);
-	query_faults(m, ret);
+	query_faults(m, ret, now);
 	if (m->sm.role != PR_ROLE_NONE)
 		query_times(m, ret, now);
 	query_ram(m, ret, now);
@@ -187,5 +209,6 @@ void pr_migration_info_clear(PrMigrationInfo *info)
 	g_free(info->reason);
 	g_free(info->error_desc);
 	g_clear_pointer(&info->paths, g_ptr_array_unref);
+	g_clear_pointer(&info->blocktime.threads, g_array_unref);
 	memset(info, 0, sizeof(*info));
 }

@@ -39,6 +39,23 @@ static JsonObject *ram_to_json(const PrMigrationInfo *info)
 	return ram;
 }
 
+static JsonArray *threads_to_json(const GArray *threads)
+{
+	JsonArray *array = json_array_sized_new(threads->len);
+
+	for (guint i = 0; i < threads->len; i++) {
+		const PrThreadTime *time = &g_array_index(threads, PrThreadTime, i);
+		JsonObject *object = json_object_new();
+
+		json_object_set_int_member(object, "thread-id", time->tid);
+		json_object_set_int_member(object, "blocked-us", time->blocked_ns / 1000);
+		json_object_set_int_member(object, "faults", time->faults);
+		json_object_set_int_member(object, "latency", time->latency_ns);
+		json_array_add_object_element(array, object);
+	}
+	return array;
+}
+
 static JsonObject *extras_to_json(const PrMigrationInfo *info)
 {
 	JsonObject *extras = json_object_new();
@@ -58,6 +75,14 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	if (info->role == PR_ROLE_DESTINATION) {
 		json_object_set_int_member(extras, "faults", info->faults);
 		json_object_set_int_member(extras, "fault-latency-max", info->fault_latency_max_ns);
+		json_object_set_int_member(extras, "readahead-pages", info->readahead_pages);
+		json_object_set_int_member(extras, "readahead-waited", info->readahead_waited);
+	}
+	if (info->blocktime.threads) {
+		json_object_set_array_member(extras,
+					     info->blocktime.vcpus_known ? "vcpus" : "threads",
+					     threads_to_json(info->blocktime.threads));
+		json_object_set_int_member(extras, "other-faults", info->blocktime.other_faults);
 	}
 	return extras;
 }
@@ -70,6 +95,24 @@ static void add_latency(JsonObject *object, const PrMigrationInfo *info)
 		json_array_add_int_element(dist, info->latency_dist[i]);
 	json_object_set_int_member(object, "postcopy-latency", info->fault_latency_ns);
 	json_object_set_array_member(object, "postcopy-latency-dist", dist);
+}
+
+/* QEMU's fields: block times in ms, latencies in ns. */
+static void add_blocktime(JsonObject *object, const PrBlocktimeInfo *info)
+{
+	JsonArray *blocked = json_array_sized_new(info->threads->len);
+	JsonArray *latency = json_array_sized_new(info->threads->len);
+
+	for (guint i = 0; i < info->threads->len; i++) {
+		const PrThreadTime *time = &g_array_index(info->threads, PrThreadTime, i);
+
+		json_array_add_int_element(blocked, time->blocked_ns / 1000000);
+		json_array_add_int_element(latency, time->latency_ns);
+	}
+	json_object_set_int_member(object, "postcopy-blocktime", info->all_blocked_ns / 1000000);
+	json_object_set_array_member(object, "postcopy-vcpu-blocktime", blocked);
+	json_object_set_array_member(object, "postcopy-vcpu-latency", latency);
+	json_object_set_int_member(object, "postcopy-non-vcpu-latency", info->other_latency_ns);
 }
 
 JsonNode *pr_migrate_to_json(const PrMigrationInfo *info)
@@ -88,6 +131,8 @@ JsonNode *pr_migrate_to_json(const PrMigrationInfo *info)
 		json_object_set_string_member(object, "error-desc", info->error_desc);
 	if (info->faults)
 		add_latency(object, info);
+	if (info->blocktime.threads && info->blocktime.vcpus_known)
+		add_blocktime(object, &info->blocktime);
 	json_object_set_object_member(object, "postroad", extras_to_json(info));
 	return pr_json_object(object);
 }
@@ -162,9 +207,43 @@ static const Row extra_rows[] = {
 	{"last-recovery", "last recovery", "ms", 1},
 	{"pages-at-pause", "pages at last pause", NULL, 1},
 	{"faults", "faults", NULL, 1},
+	{"readahead-pages", "read ahead", "pages", 1},
+	{"readahead-waited", "waited for of these", "pages", 1},
+	{"other-faults", "faults of other threads", NULL, 1},
 	{"fault-latency-max", "longest fault", "us", 1000},
 	{"expected-ms", "expected time left", "ms", 1},
 };
+
+static void show_blocktime(JsonObject *object, GString *text)
+{
+	static const Row rows[] = {
+		{"postcopy-blocktime", "postcopy blocktime", "ms", 1},
+		{"postcopy-non-vcpu-latency", "postcopy non-vcpu latency", "ns", 1},
+	};
+
+	show_rows(object, rows, G_N_ELEMENTS(rows), text);
+}
+
+/* A line for each vCPU, or for each of the first threads that faulted. */
+static void show_threads(JsonObject *extras, GString *text)
+{
+	gboolean vcpus = json_object_has_member(extras, "vcpus");
+	JsonArray *array = json_object_get_array_member(extras, vcpus ? "vcpus" : "threads");
+
+	for (guint i = 0; i < json_array_get_length(array); i++) {
+		JsonObject *thread = json_array_get_object_element(array, i);
+
+		g_string_append_printf(text,
+				       "%s %u (thread %" G_GINT64_FORMAT
+				       "): blocked %.1f ms, %" G_GINT64_FORMAT
+				       " faults, latency %" G_GINT64_FORMAT " ns\n",
+				       vcpus ? "vcpu" : "guest thread", i,
+				       json_object_get_int_member(thread, "thread-id"),
+				       json_object_get_int_member(thread, "blocked-us") / 1000.0,
+				       json_object_get_int_member(thread, "faults"),
+				       json_object_get_int_member(thread, "latency"));
+	}
+}
 
 static void show_latency(JsonObject *object, GString *text)
 {
@@ -210,6 +289,9 @@ void pr_show_migrate(JsonNode *result, GString *text)
 	object = json_node_get_object(result);
 	if (json_object_has_member(object, "postcopy-latency-dist"))
 		show_latency(object, text);
+	show_blocktime(object, text);
+	if (json_object_has_member(extras, "other-faults"))
+		show_threads(extras, text);
 }
 
 void pr_show_paths(JsonNode *result, GString *text)

@@ -95,6 +95,40 @@ def statistics_agree(lab):
     expect(0 < source["downtime"] <= source["total-time"], f"downtime {source['downtime']} ms")
 
 
+@case("each-vcpu-tells-how-long-it-waited")
+def vcpus_waited(lab):
+    """Under QEMU's names, for the threads that QEMU says are its vCPUs."""
+    move = Move(lab, spec=GuestSpec(work_threads=2))
+    move.slow_down()
+    move.start()
+    move.wait_midway()
+    midway = move.destination.query()
+    move.full_speed()
+    move.wait_completed()
+    info = move.destination.query()
+    cpus = [cpu["thread-id"] for cpu in move.destination_vm.qmp.command("query-cpus-fast")]
+    threads = info["postroad"]["vcpus"]
+    expect(
+        [thread["thread-id"] for thread in threads] == cpus and len(cpus) == 2,
+        f"QEMU's vCPUs are {cpus}, the engine speaks of {threads}",
+    )
+    all_blocked, each = info["postcopy-blocktime"], info["postcopy-vcpu-blocktime"]
+    latency = info["postcopy-vcpu-latency"]
+    print(f"     all vCPUs blocked {all_blocked} ms, each {each} ms, mean latency {latency} ns")
+    for i in range(2):
+        thread = threads[i]
+        expect(thread["blocked-us"] > 0 and thread["faults"] > 0, f"vCPU {i} never waited: {thread}")
+        expect(each[i] == thread["blocked-us"] // 1000, f"{each[i]} ms are not {thread}")
+        expect(all_blocked <= each[i], f"all were blocked for {all_blocked} ms, vCPU {i} for {each[i]} ms")
+        expect(latency[i] > 0, f"vCPU {i} has latency {latency[i]} ns")
+        before = midway["postcopy-vcpu-blocktime"][i]
+        expect(before <= each[i], f"vCPU {i} was blocked for {before} ms, at the end for {each[i]} ms")
+    counted = sum(thread["faults"] for thread in threads) + info["postroad"]["other-faults"]
+    expect(counted == info["postroad"]["faults"], f"{counted} faults of threads, {info['postroad']['faults']} in all")
+    text = move.destination.hmp("info migrate")
+    expect(f"vcpu 1 (thread {cpus[1]}): blocked" in text, f"info migrate does not tell of vCPU 1: {text}")
+
+
 def private_bytes(pid):
     """Memory of a process that no other shares: the guest's RAM is not in it."""
     with open(f"/proc/{pid}/status") as status:

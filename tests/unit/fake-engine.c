@@ -134,6 +134,10 @@ static void path_free(gpointer opaque)
 
 void pr_migration_query(PrMigration *migration, PrMigrationInfo *ret)
 {
+	static const PrThreadTime vcpus[] = {
+		{.tid = 4711, .blocked_ns = 9900000, .faults = 50, .latency_ns = 198000},
+		{.tid = 4712, .blocked_ns = 12000000, .faults = 25, .latency_ns = 480000},
+	};
 	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&migration->lock);
 	PrPathInfo *path = g_new0(PrPathInfo, 1);
 
@@ -159,9 +163,19 @@ void pr_migration_query(PrMigration *migration, PrMigrationInfo *ret)
 		.faults = 78,
 		.fault_latency_ns = 21000,
 		.fault_latency_max_ns = 900000,
+		.readahead_pages = 40,
+		.readahead_waited = 9,
 		.latency_dist = {[4] = 70, [9] = 8},
 		.paths = g_ptr_array_new_with_free_func(path_free),
 	};
+	ret->blocktime = (PrBlocktimeInfo){
+		.vcpus_known = TRUE,
+		.all_blocked_ns = 7800000,
+		.threads = g_array_new(FALSE, FALSE, sizeof(PrThreadTime)),
+		.other_faults = 3,
+		.other_latency_ns = 33000,
+	};
+	g_array_append_vals(ret->blocktime.threads, vcpus, G_N_ELEMENTS(vcpus));
 	path->uri = g_strdup("tcp:10.0.1.2:4444");
 	path->state = PR_PATH_FAILED;
 	path->device = g_strdup("mlx5_0");
@@ -178,6 +192,7 @@ void pr_migration_info_clear(PrMigrationInfo *info)
 	g_free(info->reason);
 	g_free(info->error_desc);
 	g_clear_pointer(&info->paths, g_ptr_array_unref);
+	g_clear_pointer(&info->blocktime.threads, g_array_unref);
 }
 
 static void on_quit(void *opaque)

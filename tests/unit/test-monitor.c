@@ -269,6 +269,14 @@ static void query_migrate_has_qemus_fields_and_ours(void **state)
 		 "\"postcopy-latency\":21000,\"postcopy-latency-dist\":"
 		 "[0,0,0,0,70,0,0,0,0,8,0,0,0,0,0,0,0,0,0,0,0,0,0,0]"},
 		{"{\"execute\":\"query-migrate\"}",
+		 "\"postcopy-blocktime\":7,\"postcopy-vcpu-blocktime\":[9,12],"
+		 "\"postcopy-vcpu-latency\":[198000,480000],\"postcopy-non-vcpu-latency\":33000"},
+		{"{\"execute\":\"query-migrate\"}",
+		 "\"readahead-pages\":40,\"readahead-waited\":9"},
+		{"{\"execute\":\"query-migrate\"}",
+		 "\"vcpus\":[{\"thread-id\":4711,\"blocked-us\":9900,\"faults\":50,"
+		 "\"latency\":198000},"},
+		{"{\"execute\":\"query-migrate\"}",
 		 "\"role\":\"destination\",\"uuid\":\"5a8c\",\"epoch\":3,\"reason\":\"silence\","
 		 "\"pauses\":1"},
 	};
@@ -450,6 +458,10 @@ static void hmp_shows_and_sets(void **state)
 		{HMP("info migrate"), "total ram: 65536 kbytes\\n"},
 		{HMP("info migrate"), "[ 16 us - 32 us ): 70\\n"},
 		{HMP("info migrate"), "longest fault: 900 us\\n"},
+		{HMP("info migrate"), "read ahead: 40 pages\\nwaited for of these: 9 pages\\n"},
+		{HMP("info migrate"), "postcopy blocktime: 7 ms\\n"},
+		{HMP("info migrate"),
+		 "vcpu 1 (thread 4712): blocked 12.0 ms, 25 faults, latency 480000 ns\\n"},
 		{HMP("info paths"), "tcp:10.0.1.2:4444: failed for 1.5 s, mlx5_0, rtt 120 us "
 				    "(data 9 us), 40960 kbytes, last error: nothing heard\\n"},
 		{HMP("info migrate_capabilities"), "postcopy-ram: on\\n"},

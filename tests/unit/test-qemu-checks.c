@@ -101,6 +101,42 @@ static void a_healthy_qemu_is_accepted(void **state)
 	assert_ptr_equal((void *)(gsize)blocks[0].base, qemu->map);
 }
 
+static void vcpus_are_asked_for_by_thread(void **state)
+{
+	static const struct {
+		const char *answer, *words; /* words: NULL: there are two, 4711 and 4712 */
+	} cases[] = {
+		{"[{\"cpu-index\": 0, \"thread-id\": 4711}, {\"cpu-index\": 1, \"thread-id\": 4712}]",
+		 NULL},
+		{"[{\"cpu-index\": 0, \"thread-id\": 4711}, {\"cpu-index\": 1}]", "for CPU 1"},
+		{"[{\"thread-id\": -1}]", "for CPU 0"},
+		{"[{\"thread-id\": 1e300}]", "for CPU 0"},
+		{"[7]", "for CPU 0"},
+		{"{}", "not a list"},
+		{FAKE_ERROR "not now", "not now"},
+	};
+
+	for (guint i = 0; i < G_N_ELEMENTS(cases); i++) {
+		g_autoptr(Qemu) qemu = qemu_new();
+		g_autoptr(GError) error = NULL;
+		g_autoptr(GArray) threads = NULL;
+
+		qemu_attach(qemu, TIMEOUT);
+		fake_qmp_set(qemu->fake, "query-cpus-fast", cases[i].answer);
+		threads = qemu->guest->ops->vcpu_threads(qemu->guest, &error);
+		if (cases[i].words) {
+			assert_null(threads);
+			assert_non_null(error);
+			assert_non_null(strstr(error->message, cases[i].words));
+			continue;
+		}
+		assert_null(error);
+		assert_int_equal(threads->len, 2);
+		assert_int_equal(g_array_index(threads, uint32_t, 0), 4711);
+		assert_int_equal(g_array_index(threads, uint32_t, 1), 4712);
+	}
+}
+
 /* One answer differs from a healthy QEMU's: the error names what it is. */
 static void each_flaw_is_refused_by_name(void **state)
 {
@@ -648,6 +684,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(a_healthy_qemu_is_accepted),
 		cmocka_unit_test(each_flaw_is_refused_by_name),
+		cmocka_unit_test(vcpus_are_asked_for_by_thread),
 		cmocka_unit_test(the_spec_is_checked),
 		cmocka_unit_test(ramblocks_of_old_and_new_monitors_are_read),
 		cmocka_unit_test(host_addresses_are_found_through_the_guests),

@@ -1,0 +1,252 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What the fault service counts: who waited for pages, and what it reads ahead. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "migration/readahead.h"
+#include "tests/integration/pair.h"
+
+#define MIB	    (1024ull * 1024)
+#define PAGE	    4096
+#define PATIENCE_US (60 * G_USEC_PER_SEC)
+
+static const char *scheme_of(void **state)
+{
+	return *state;
+}
+
+/* A thread of the destination's guest that reads one byte. */
+typedef struct Toucher {
+	const volatile uint8_t *at;
+	gint tid;  /* atomic */
+	gint done; /* atomic */
+	GThread *thread;
+} Toucher;
+
+static gpointer touch(gpointer opaque)
+{
+	Toucher *toucher = opaque;
+
+	g_atomic_int_set(&toucher->tid, gettid());
+	(void)*toucher->at;
+	g_atomic_int_set(&toucher->done, TRUE);
+	return NULL;
+}
+
+/* FALSE: this thread is not among those that have waited. */
+static gboolean find_thread(const PrMigrationInfo *info, uint32_t tid, PrThreadTime *ret)
+{
+	for (guint i = 0; info->blocktime.threads && i < info->blocktime.threads->len; i++) {
+		*ret = g_array_index(info->blocktime.threads, PrThreadTime, i);
+		if (ret->tid == tid)
+			return TRUE;
+	}
+	return FALSE;
+}
+
+/* Waits until a thread of the destination's guest has waited, for so many pages. */
+static PrThreadTime wait_for_faults(Pair *pair, Toucher *toucher, uint64_t faults)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	for (;;) {
+		g_auto(PrMigrationInfo) info = {0};
+		uint32_t tid = (uint32_t)g_atomic_int_get(&toucher->tid);
+		PrThreadTime time;
+
+		pr_migration_query(pair->destination.engine, &info);
+		if (find_thread(&info, tid, &time) && time.faults == faults && time.blocked_ns > 0)
+			return time;
+		if (g_get_monotonic_time() > deadline)
+			g_error("thread %u is not among those that have waited for %" G_GUINT64_FORMAT
+				" pages",
+				tid, faults);
+		g_usleep(200); /* between two looks at the condition */
+	}
+}
+
+/* Also while the path is away: so that both are certain to wait at the same time. */
+static void each_thread_that_waits_for_a_page_counts(void **state)
+{
+	PairConfig config = {
+		.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 1, .paused = TRUE};
+	g_autoptr(Pair) pair = pair_new(&config);
+	Toucher touchers[3] = {0};
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_faults_cut_paths(pair->faults);
+	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+	uint8_t *page = (uint8_t *)testguest_block_map(pair->destination.guest, 1) + 1003 * PAGE;
+	for (guint i = 0; i < G_N_ELEMENTS(touchers); i++) {
+		touchers[i].at = page + 8 * i;
+		touchers[i].thread = g_thread_new("toucher", touch, &touchers[i]);
+	}
+	for (guint i = 0; i < G_N_ELEMENTS(touchers); i++) {
+		wait_for_faults(pair, &touchers[i], 0);
+		assert_false(g_atomic_int_get(&touchers[i].done));
+	}
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_resume(pair);
+	for (guint i = 0; i < G_N_ELEMENTS(touchers); i++) {
+		g_thread_join(touchers[i].thread);
+		PrThreadTime time = wait_for_faults(pair, &touchers[i], 1);
+		assert_int_equal(time.latency_ns, time.blocked_ns);
+	}
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+}
+
+static uint64_t faults_of_threads(const PrBlocktimeInfo *info)
+{
+	uint64_t sum = info->other_faults;
+
+	for (guint i = 0; info->threads && i < info->threads->len; i++)
+		sum += g_array_index(info->threads, PrThreadTime, i).faults;
+	return sum;
+}
+
+static void threads_and_totals_tell_the_same(void **state)
+{
+	PairConfig config = {.scheme = scheme_of(state),
+			     .size = 64 * MIB,
+			     .n_threads = 4,
+			     .bandwidth = 64 * MIB};
+	g_autoptr(Pair) pair = pair_new(&config);
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	/* The workers settle what they still have after that. */
+	for (;;) {
+		g_auto(PrMigrationInfo) info = {0};
+
+		pr_migration_query(pair->destination.engine, &info);
+		assert_false(info.blocktime.vcpus_known);
+		assert_true(info.faults > 0);
+		/* The four, and who has loaded the device state. */
+		if (info.blocktime.threads->len >= 4 &&
+		    faults_of_threads(&info.blocktime) == info.faults)
+			break;
+		if (g_get_monotonic_time() > deadline)
+			fail_msg("%u threads with %" G_GUINT64_FORMAT " faults, %" G_GUINT64_FORMAT
+				 " in all",
+				 info.blocktime.threads->len, faults_of_threads(&info.blocktime),
+				 info.faults);
+		g_usleep(1000); /* between two looks at the condition */
+	}
+}
+
+/* Reads so many pages of the destination's second block, one after the other. */
+typedef struct Walker {
+	Pair *pair;
+	guint first, n;
+} Walker;
+
+static gpointer walk(gpointer opaque)
+{
+	Walker *walker = opaque;
+	const volatile uint8_t *map = testguest_block_map(walker->pair->destination.guest, 1);
+
+	for (guint i = 0; i < walker->n; i++)
+		(void)map[(uint64_t)(walker->first + i) * PAGE];
+	return NULL;
+}
+
+/* With all but no bulk pull: what a walk over 2000 pages has cost. */
+static void walk_and_count(const char *scheme, uint64_t limit, PrMigrationInfo *ret)
+{
+	PairConfig config = {.scheme = scheme, .size = 32 * MIB, .bandwidth = 1, .paused = TRUE};
+	g_autoptr(Pair) pair = pair_new(&config);
+	Walker walker = {pair, 1000, 2000};
+	g_auto(PrMigrationInfo) before = {0};
+	g_autofree char *difference = NULL;
+
+	assert_true(pr_params_set(&pair->destination.params, "fault-readahead", limit, NULL));
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_migration_query(pair->destination.engine, &before);
+	walk(&walker);
+	pr_migration_query(pair->destination.engine, ret);
+	ret->faults -= before.faults;
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	if (!testguest_equal(pair->source.guest, pair->destination.guest, &difference))
+		fail_msg("%s", difference);
+}
+
+static void a_walk_faults_far_less_with_read_ahead(void **state)
+{
+	g_auto(PrMigrationInfo) without = {0}, with = {0};
+
+	walk_and_count(scheme_of(state), 0, &without);
+	walk_and_count(scheme_of(state), 32, &with);
+	/* One page in sixteen is a hole, one is found to be zero sooner or later; a first READ or two of the
+	 * bulk pull may cover some more. */
+	assert_in_range(without.faults, 1500, 1875);
+	assert_int_equal(without.readahead_pages, 0);
+	assert_true(with.faults < without.faults / 4);
+	assert_true(with.readahead_pages > 1000);
+	assert_true(with.readahead_waited <= with.faults);
+}
+
+/* READs ahead that are lost with the path are asked for again, as the others are. */
+static void read_ahead_survives_lost_paths(void **state)
+{
+	PairConfig config = {
+		.scheme = scheme_of(state), .size = 32 * MIB, .bandwidth = 1, .paused = TRUE};
+	g_autoptr(Pair) pair = pair_new(&config);
+	Walker walker = {pair, 0, 4096};
+	g_auto(PrMigrationInfo) info = {0};
+	g_autofree char *difference = NULL;
+	uint64_t received;
+
+	pr_params_set(&pair->destination.params, "fault-readahead", PR_READAHEAD_MAX, NULL);
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_migration_query(pair->destination.engine, &info);
+	received = info.total - info.remaining;
+	pr_migration_info_clear(&info);
+	GThread *thread = g_thread_new("walker", walk, &walker);
+	for (guint i = 1; i <= 6; i++) {
+		pair_wait_received(pair, received + i * MIB);
+		pr_faults_cut_paths(pair->faults);
+		pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+		pair_resume(pair);
+		pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	}
+	g_thread_join(thread);
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	pr_migration_query(pair->destination.engine, &info);
+	assert_true(info.readahead_pages > 0);
+	assert_int_equal(info.pauses, 6);
+	if (!testguest_equal(pair->source.guest, pair->destination.guest, &difference))
+		fail_msg("%s", difference);
+}
+
+#define FOR(scheme_, test_)                                                                        \
+	{                                                                                          \
+#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
+	}
+#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		BOTH(each_thread_that_waits_for_a_page_counts),
+		BOTH(threads_and_totals_tell_the_same),
+		BOTH(a_walk_faults_far_less_with_read_ahead),
+		BOTH(read_ahead_survives_lost_paths),
+	};
+
+	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
+	return cmocka_run_group_tests_name("faults", tests, NULL, NULL);
+}
