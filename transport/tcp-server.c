@@ -17,7 +17,6 @@
 
 #include "transport/dial.h"
 
-#define REQUEST_BYTES	(PR_WIRE_HEADER_BYTES + PR_REQ_PAGES_BYTES)
 #define BATCH		32   /* requests that are answered by one system call */
 #define USER_TIMEOUT_MS 5000 /* unacknowledged data ends the connection; heartbeats are faster */
 
@@ -178,7 +177,7 @@ static char *answer_requests(int fd, const uint8_t *frames, gsize n, const PrReg
 	struct iovec iov[2 * BATCH];
 
 	for (gsize i = 0; i < n; i++) {
-		char *wrong = prepare_answer(frames + i * REQUEST_BYTES, regions, n_regions,
+		char *wrong = prepare_answer(frames + i * PR_TCP_REQUEST_BYTES, regions, n_regions,
 					     headers[i], &iov[2 * i]);
 
 		if (wrong)
@@ -206,7 +205,7 @@ static gssize receive_requests(int fd, uint8_t *out, gsize size, guint spin_us)
 
 char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions, guint spin_us)
 {
-	uint8_t buffer[BATCH * REQUEST_BYTES];
+	uint8_t buffer[BATCH * PR_TCP_REQUEST_BYTES];
 	char *reason = NULL;
 	gsize have = 0;
 
@@ -221,10 +220,10 @@ char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions, guint spin_
 		if (n == 0)
 			return g_strdup("the destination closed the connection");
 		have += n;
-		whole = have / REQUEST_BYTES;
+		whole = have / PR_TCP_REQUEST_BYTES;
 		reason = answer_requests(fd, buffer, whole, regions, n_regions);
-		have -= whole * REQUEST_BYTES;
-		memmove(buffer, buffer + whole * REQUEST_BYTES, have);
+		have -= whole * PR_TCP_REQUEST_BYTES;
+		memmove(buffer, buffer + whole * PR_TCP_REQUEST_BYTES, have);
 	}
 	return reason;
 }

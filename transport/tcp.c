@@ -2,11 +2,11 @@
 /*
  * tcp: pages over a plain socket, the path of last resort.
  *
- * One connection per lane, to the control port. The destination sends a REQ_PAGES frame per READ and
- * does not wait before it sends the next one; the source answers in order, each answer a PAGES header
- * and the raw bytes. The destination knows what comes next, so it receives header and data of several
- * answers with one system call, into a buffer, and stores what is whole (pr_region_store()); huge pages it
- * receives right into the regions.
+ * One connection per lane, to the control port. The destination sends a REQ_PAGES frame per READ, those of
+ * one round by one system call, and does not wait before it sends the next one; the source answers in order,
+ * each answer a PAGES header and the raw bytes. The destination knows what comes next, so it receives
+ * header and data of several answers with one system call, into a buffer, and stores what is whole
+ * (pr_region_store()); huge pages it receives right into the regions.
  *
  * Requests never fill the socket buffer: at most READS_MAX of them, 24 bytes each, are unanswered. A
  * send that would block therefore means that the peer's host is gone.
@@ -44,6 +44,8 @@ typedef struct TcpLane {
 	PrWaker waker;		  /* wake: anyone */
 	TcpRead reads[READS_MAX]; /* outstanding, a ring in order of the answers */
 	guint head, n;
+	uint8_t requests[READS_MAX * PR_TCP_REQUEST_BYTES]; /* that are not sent yet */
+	gsize queued;					    /* bytes of them */
 	gsize done;	 /* bytes of the head's answer received, header included */
 	uint8_t *buffer; /* PR_READ_MAX bytes */
 	gsize used;	 /* of it, by answers that are not stored yet */
@@ -192,16 +194,23 @@ static guint tcp_max_reads(PrDataPath *path, PrLaneId lane)
 	return READS_MAX;
 }
 
-static gboolean send_request(TcpPath *path, TcpLane *lane, const PrReqPages *req)
+static void queue_request(TcpLane *lane, const PrReqPages *req)
 {
-	gint64 deadline = pr_backend_deadline(SEND_TIMEOUT_MS);
-	uint8_t frame[PR_WIRE_HEADER_BYTES + PR_REQ_PAGES_BYTES];
-	gsize sent = 0;
+	uint8_t *frame = lane->requests + lane->queued;
 
 	pr_header_encode(frame, PR_RP_REQ_PAGES, PR_REQ_PAGES_BYTES);
 	pr_req_pages_encode(frame + PR_WIRE_HEADER_BYTES, req);
-	while (sent < sizeof(frame)) {
-		gssize n = send(lane->fd, frame + sent, sizeof(frame) - sent,
+	lane->queued += PR_TCP_REQUEST_BYTES;
+}
+
+/* Sends what is queued. FALSE: the path has failed. */
+static gboolean send_requests(TcpPath *path, TcpLane *lane)
+{
+	gint64 deadline = pr_backend_deadline(SEND_TIMEOUT_MS);
+	gsize sent = 0;
+
+	while (sent < lane->queued) {
+		gssize n = send(lane->fd, lane->requests + sent, lane->queued - sent,
 				MSG_DONTWAIT | MSG_NOSIGNAL);
 
 		if (n >= 0) {
@@ -216,6 +225,7 @@ static gboolean send_request(TcpPath *path, TcpLane *lane, const PrReqPages *req
 			return FALSE;
 		}
 	}
+	lane->queued = 0;
 	return TRUE;
 }
 
@@ -226,8 +236,10 @@ static gboolean post(TcpPath *path, PrLaneId id, uint32_t block, uint64_t offset
 	PrReqPages req = {.block = block, .start = offset, .length = length};
 
 	g_assert(lane->n < READS_MAX);
-	if (!pr_fate_is_up(&path->fate) || !send_request(path, lane, &req))
+	if (!pr_fate_is_up(&path->fate) ||
+	    (lane->queued == sizeof(lane->requests) && !send_requests(path, lane)))
 		return FALSE;
+	queue_request(lane, &req);
 	lane->reads[(lane->head + lane->n) % READS_MAX] = (TcpRead){
 		.token = token,
 		.region = &path->regions[block],
@@ -411,6 +423,8 @@ static guint tcp_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint ma
 
 	if (!lane->n && pr_fate_is_up(&path->fate))
 		check_idle(path, lane);
+	if (lane->queued)
+		send_requests(path, lane);
 	while (n < max && lane->n && pr_fate_is_up(&path->fate))
 		if (!receive_answers(path, lane, ret, max, &n))
 			break;
@@ -427,7 +441,12 @@ static int tcp_wait_fd(PrDataPath *base, PrLaneId id)
 /* The epoll fd is level-triggered: what is unread keeps it readable. */
 static gboolean tcp_arm(PrDataPath *base, PrLaneId id)
 {
-	return pr_fate_is_up(&((TcpPath *)base)->fate);
+	TcpPath *path = (TcpPath *)base;
+	TcpLane *lane = &path->lanes[id];
+
+	if (pr_fate_is_up(&path->fate) && lane->queued)
+		send_requests(path, lane);
+	return pr_fate_is_up(&path->fate);
 }
 
 static const char *tcp_device(PrDataPath *path)
@@ -449,7 +468,7 @@ static gboolean tcp_drain(PrDataPath *base, guint timeout_ms)
 
 	tcp_shutdown(base);
 	for (guint i = 0; i < PR_N_LANES; i++)
-		path->lanes[i].n = 0;
+		path->lanes[i].n = path->lanes[i].queued = 0;
 	return TRUE;
 }
 

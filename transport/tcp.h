@@ -6,6 +6,8 @@
 
 #include "transport/backend.h"
 
+#define PR_TCP_REQUEST_BYTES (PR_WIRE_HEADER_BYTES + PR_REQ_PAGES_BYTES)
+
 /* tcp-listener.c: where offered connections and accept() meet. */
 PrDataListener *pr_tcp_listen(const PrUri *uri, GError **error);
 void pr_tcp_offer(PrDataListener *listener, GSocketConnection *connection,

@@ -124,7 +124,7 @@ struct PrTransportOps {
 
 	/* Destination. READs `length` bytes (at most PR_READ_MAX, within one block) at `offset` of
 	 * block `block` into the same place of our region. At most max_reads() may be outstanding
-	 * on a lane; they complete in any order. FALSE: the path has failed and the READ was not
+	 * on a lane; they complete in any order. It may leave with the next poll() or arm(). FALSE: the path has failed and the READ was not
 	 * posted. */
 	guint (*max_reads)(PrDataPath *path, PrLaneId lane);
 	gboolean (*post_read)(PrDataPath *path, PrLaneId lane, uint32_t block, uint64_t offset,
