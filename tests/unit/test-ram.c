@@ -96,7 +96,7 @@ static void a_page_has_one_reader_at_a_time(void **state)
 	assert_int_equal(page, 6);
 	pr_ram_received(ram, block, 5, 1, TRUE);
 	assert_false(pr_ram_claim(block, 5));
-	pr_ram_forget_inflight(ram);
+	pr_ram_forget_inflight(ram, NULL, 0);
 	assert_false(pr_ram_claim(block, 5));
 	assert_true(pr_ram_claim(block, 6));
 	assert_int_equal(pr_ram_claim_run(block, 99, 64, &page), 1);
