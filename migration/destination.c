@@ -234,7 +234,9 @@ static void send_progress(PrMigration *m, PrConn *conn)
 	pr_fault_stats(m->faults, &stats);
 	PrProgress progress = progress_of(m, &stats);
 	pr_progress_encode(body, &progress);
-	pr_send(conn, PR_RP_PROGRESS, body, NULL); /* a failure reports itself */
+	/* A failure reports itself. */
+	if (pr_stripe_send_rails(m, conn, NULL))
+		pr_send(conn, PR_RP_PROGRESS, body, NULL);
 }
 
 /* The current connection. Workers may use it while they have its path: pr_conn_close() comes after

@@ -39,7 +39,7 @@ typedef struct PrConn {
 	GArray *grants;	   /* destination: PrGrant, as they come */
 	uint64_t peer_can; /* destination: the source's capabilities */
 	gboolean granted;  /* all of them were sent, or given to the path */
-	guint stripe; /* destination: id of the stripe over it (pull.h), 0: none; set under the lock */
+	guint stripe;	   /* destination: id of the stripe over it (pull.h), 0: none */
 
 	/* PrMigration.lock */
 	uint64_t epoch;	  /* the one of HELLO or ACTIVATE */
@@ -47,6 +47,7 @@ typedef struct PrConn {
 	GError *failure;  /* of a standby */
 	PrHelloAck *ack;  /* source: what the destination answered to ACTIVATE */
 	uint64_t rtt_us;  /* of the last probe of the lanes, 0: none yet */
+	gboolean pulls;	  /* a standby: the destination pulls over it, too */
 } PrConn;
 /* Frees one that was never up. */
 void pr_conn_free(PrConn *conn);
@@ -210,6 +211,10 @@ gboolean pr_stripe_rest(PrConn *conn, GError **error);
 /* Of a path that is being closed: at once; and, once the path is fenced, forgets what was lost with it. */
 void pr_stripe_let_go(PrConn *conn);
 void pr_stripe_forget(PrConn *conn);
+
+/* Tells the source how the standbys take part. */
+gboolean pr_stripe_send_rails(PrMigration *m, PrConn *conn, GError **error);
+gboolean pr_stripe_take_rails(PrMigration *m, const PrMsg *msg, GError **error);
 
 /* standby.c */
 /* Source, the owner: sees to it that every listed path has a keeper. */

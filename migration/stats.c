@@ -151,8 +151,10 @@ static void query_paths(PrMigration *m, PrMigrationInfo *ret, gint64 now)
 		info->rtt_us = conn ? pr_control_rtt_us(conn->control) : 0;
 		info->data_rtt_us = conn ? conn->rtt_us : 0;
 		info->bytes = pr_path_bytes(record);
+		info->pulls = conn && (conn == m->conn || conn->pulls);
 		if (conn && conn == m->conn)
 			info->bytes += bytes_since_connected(m);
+		ret->rails += m->conn && info->pulls;
 		g_ptr_array_add(ret->paths, info);
 	}
 }

@@ -29,13 +29,13 @@ static PrPull *pull_of(PrMigration *m)
 	return pull;
 }
 
-/* With pull_lock held. */
 static void set_stripe(PrConn *conn, guint id)
 {
 	PrMigration *m = conn->m;
 
-	g_mutex_lock(&m->lock);
 	conn->stripe = id;
+	g_mutex_lock(&m->lock);
+	conn->pulls = id != 0;
 	g_mutex_unlock(&m->lock);
 }
 
@@ -136,4 +136,57 @@ void pr_stripe_forget(PrConn *conn)
 		pr_pull_forget_stripe(pull, conn->stripe);
 	set_stripe(conn, 0);
 	g_mutex_unlock(&m->pull_lock);
+}
+
+/* ---- what the source hears of it ---- */
+
+gboolean pr_stripe_send_rails(PrMigration *m, PrConn *conn, GError **error)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	PrRail rails[PR_RAILS_MAX];
+	guint n;
+
+	g_mutex_lock(&m->lock);
+	n = MIN(m->standbys->len, PR_RAILS_MAX);
+	for (guint i = 0; i < n; i++) {
+		const PrConn *standby = m->standbys->pdata[i];
+		rails[i] = (PrRail){
+			.epoch = standby->lanes_epoch,
+			.bytes = pr_path_bytes(pr_path_record(m, standby->name)),
+			.pulls = standby->pulls,
+		};
+	}
+	g_mutex_unlock(&m->lock);
+	if (n == 0)
+		return TRUE;
+	pr_rails_encode(body, rails, n);
+	return pr_send(conn, PR_RP_RAILS, body, error);
+}
+
+/* With the lock held. */
+static void note_rail(PrMigration *m, const PrRail *rail)
+{
+	for (guint i = 0; i < m->standbys->len; i++) {
+		PrConn *conn = m->standbys->pdata[i];
+
+		if (conn->lanes_epoch != rail->epoch)
+			continue;
+		conn->pulls = rail->pulls;
+		__atomic_store_n(&pr_path_record(m, conn->name)->bytes, rail->bytes,
+				 __ATOMIC_RELAXED);
+	}
+}
+
+gboolean pr_stripe_take_rails(PrMigration *m, const PrMsg *msg, GError **error)
+{
+	g_autofree PrRail *rails = NULL;
+	guint n;
+
+	if (!pr_rails_decode(msg->body, msg->length, &rails, &n, error))
+		return FALSE;
+	g_mutex_lock(&m->lock);
+	for (guint i = 0; i < n; i++)
+		note_rail(m, &rails[i]);
+	g_mutex_unlock(&m->lock);
+	return TRUE;
 }
