@@ -53,6 +53,8 @@ struct PrPull {
 	PrPullHooks hooks;
 	PrPullThread *first; /* over the path in use; set before any stripe comes */
 
+	int refs; /* atomic */
+
 	GMutex lock;	    /* protects what follows; taken last */
 	GCond idle;	    /* a resting thread's last READ has come back */
 	GPtrArray *threads; /* PrPullThread*; changed by callers who come one at a time (pull.h) */
@@ -411,6 +413,7 @@ PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThrea
 {
 	PrPull *pull = g_new0(PrPull, 1);
 
+	pull->refs = 1;
 	pull->ram = ram;
 	pull->uffd = uffd;
 	pull->params = params;
@@ -476,6 +479,24 @@ void pr_pull_stop(PrPull *pull)
 	/* The stripes first: they kick the first one. */
 	for (guint i = pull->threads->len; i > 0; i--)
 		end(pull->threads->pdata[i - 1]);
+	/* Whoever waits for a stripe finds that it is gone. */
+	g_mutex_lock(&pull->lock);
+	g_ptr_array_set_size(pull->threads, 0);
+	g_cond_broadcast(&pull->idle);
+	g_mutex_unlock(&pull->lock);
+	pr_pull_unref(pull);
+}
+
+PrPull *pr_pull_ref(PrPull *pull)
+{
+	__atomic_fetch_add(&pull->refs, 1, __ATOMIC_RELAXED);
+	return pull;
+}
+
+void pr_pull_unref(PrPull *pull)
+{
+	if (!pull || __atomic_sub_fetch(&pull->refs, 1, __ATOMIC_ACQ_REL) > 0)
+		return;
 	g_ptr_array_unref(pull->threads);
 	g_mutex_clear(&pull->lock);
 	g_cond_clear(&pull->idle);
@@ -525,16 +546,18 @@ gboolean pr_pull_stripe_moves(PrPull *pull, guint id, gint64 within_us)
 
 gboolean pr_pull_rest_stripe(PrPull *pull, guint id, gint64 deadline)
 {
-	PrPullThread *self = find_stripe(pull, id);
+	PrPullThread *self;
 	gboolean in_time = TRUE;
 
-	if (!self)
-		return TRUE;
 	g_mutex_lock(&pull->lock);
-	self->resting = TRUE;
-	while (self->outstanding > 0 && in_time)
+	/* It may be gone after each wait. */
+	while ((self = find_stripe(pull, id)) != NULL) {
+		self->resting = TRUE;
+		if (self->outstanding == 0 || !in_time)
+			break;
 		in_time = g_cond_wait_until(&pull->idle, &pull->lock, deadline);
-	gboolean at_rest = self->outstanding == 0 && self->claims->len == 0;
+	}
+	gboolean at_rest = !self || (self->outstanding == 0 && self->claims->len == 0);
 	g_mutex_unlock(&pull->lock);
 	return at_rest;
 }

@@ -30,12 +30,17 @@ void pr_pull_detach(PrPull *pull);
 /* The path that was in use is fenced, fault thread and first pull thread are detached: forgets all claims but those
  * of the stripes. */
 void pr_pull_forget_lost(PrPull *pull);
-/* Ends all threads, the stripes' too. */
+/* Ends all threads, the stripes' too, and gives up the starter's reference. */
 void pr_pull_stop(PrPull *pull);
+/* For whoever waits in pr_pull_rest_stripe() meanwhile. */
+PrPull *pr_pull_ref(PrPull *pull);
+void pr_pull_unref(PrPull *pull);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrPull, pr_pull_unref)
 
 /*
  * Stripes: threads that pull over other paths at the same time. The caller sees to it that only one thread at a
- * time is in the functions below or in pr_pull_stop(). An id that is unknown (any more) is harmless.
+ * time is in the functions below or in pr_pull_stop(), but for pr_pull_rest_stripe(). An id that is unknown (any more)
+ * is harmless.
  */
 
 /* Whether there is a path in use, of the same kind, and capability multi-rail is on. */

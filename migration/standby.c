@@ -426,11 +426,11 @@ static gboolean probe(Standby *self, GError **error)
 	PrConn *conn = self->conn;
 	PrMigration *m = conn->m;
 	g_autoptr(GByteArray) body = g_byte_array_new();
-	gint64 began = g_get_monotonic_time();
 	gint64 bound = (gint64)pr_param(m->params, PR_PARAM_HEARTBEAT_TIMEOUT) * 1000;
 
 	if (!pr_stripe_review(conn, error))
 		return FALSE;
+	gint64 began = g_get_monotonic_time();
 	/* The bulk lane of a standby that pulls is in use, and shows by that how it is. */
 	guint n_lanes = conn->stripe ? PR_LANE_BULK : PR_N_LANES;
 	for (PrLaneId lane = 0; lane < n_lanes; lane++)

@@ -77,16 +77,17 @@ gboolean pr_stripe_rest(PrConn *conn, GError **error)
 
 	if (!conn->stripe)
 		return TRUE;
+	/* Others must not wait as long. */
 	g_mutex_lock(&m->pull_lock);
-	PrPull *pull = pull_of(m);
-	gboolean rested = !pull || pr_pull_rest_stripe(pull, conn->stripe, deadline);
-	if (pull && rested) {
-		pr_pull_end_stripe(pull, conn->stripe);
-		pr_pull_forget_stripe(pull, conn->stripe);
-	}
-	if (rested)
-		set_stripe(conn, 0);
+	g_autoptr(PrPull) pull = pull_of(m);
+	if (pull)
+		pr_pull_ref(pull);
 	g_mutex_unlock(&m->pull_lock);
+	gboolean rested = !pull || pr_pull_rest_stripe(pull, conn->stripe, deadline);
+	if (rested) {
+		pr_stripe_let_go(conn);
+		pr_stripe_forget(conn);
+	}
 	if (!rested)
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_SILENT,
 			    "path %s: pages that are to come over it do not come", conn->name);

@@ -267,6 +267,24 @@ static void the_path_in_use_is_lost_and_a_rail_takes_over(void **state)
 	finish(&rails, 2);
 }
 
+/* READs that are under way over slow rails when the path in use is fenced land long after it, and on pages that
+ * nobody else may have read meanwhile. The first of the rails is activated with some outstanding. */
+static void reads_of_slow_rails_outlive_the_path_in_use(void **state)
+{
+	g_auto(Rails) rails = {0};
+	PrFaultPlan slow[] = {{0}, {.delay_ms = 5}, {.delay_ms = 1000}};
+
+	start(&rails, 3, state, 16 * MIB);
+	for (guint i = 1; i < 3; i++) {
+		pr_faults_set_plan(rails.faults[i], &slow[i]);
+		wait_carries(&rails, i, 128 * 1024);
+	}
+	pr_faults_cut_paths(rails.faults[0]);
+	wait_recovered(rails.pair, 1);
+	/* Far less than a second later the walk comes round to what the last rail has been asked for. */
+	finish(&rails, 1);
+}
+
 /* The path in use and a rail at the same time; the third one is left. */
 static void two_of_three_die_at_once(void **state)
 {
@@ -442,6 +460,7 @@ int main(void)
 		BOTH(a_rail_that_dies_at_a_read_is_not_missed),
 		BOTH(a_rail_that_is_silent_is_given_up),
 		BOTH(the_path_in_use_is_lost_and_a_rail_takes_over),
+		BOTH(reads_of_slow_rails_outlive_the_path_in_use),
 		BOTH(two_of_three_die_at_once),
 		BOTH(a_silent_rail_is_not_activated),
 		BOTH(the_bandwidth_is_that_of_all_rails),
