@@ -74,6 +74,16 @@ static guint rails_of(Side *side)
 	return info.rails;
 }
 
+static void wait_rails_at_least(Side *side, guint n)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	while (rails_of(side) < n) {
+		assert_true(g_get_monotonic_time() < deadline);
+		g_usleep(500); /* between two looks at the condition */
+	}
+}
+
 static void wait_rails(Side *side, guint n)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
@@ -381,7 +391,9 @@ static void a_pause_holds_every_rail(void **state)
 	pr_migration_start(rails.pair->source.engine, rails.uris, /* resume= */ TRUE, &error);
 	g_assert_no_error(error);
 	wait_recovered(rails.pair, 1);
-	wait_rails(&rails.pair->destination, 3);
+	/* The source may have tried one of the others, in vain, so that that is on probation now; the last one has
+	 * stood by all the time. */
+	wait_rails_at_least(&rails.pair->destination, 2);
 	finish(&rails, 1);
 }
 
