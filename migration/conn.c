@@ -191,6 +191,7 @@ void pr_conn_close(PrConn *conn)
 	pr_conn_shutdown(conn);
 	if (conn->return_path)
 		g_thread_join(conn->return_path);
+	pr_stripe_let_go(conn);
 
 	g_mutex_lock(&m->lock);
 	if (m->conn == conn) {
@@ -205,9 +206,13 @@ void pr_conn_close(PrConn *conn)
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
 
-	if (conn->path && !conn->path->ops->drain(conn->path, DRAIN_MS))
+	if (conn->path && !conn->path->ops->drain(conn->path, DRAIN_MS)) {
 		g_warning("path %s: not every READ came back within %d ms; destroying it",
 			  conn->name, DRAIN_MS);
+		/* That is the fence then, however long it takes. */
+		pr_data_path_destroy(g_steal_pointer(&conn->path));
+	}
+	pr_stripe_forget(conn);
 	pr_migration_spawn(m, "closing", free_thread, conn);
 }
 

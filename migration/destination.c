@@ -6,8 +6,9 @@
  * pull thread, from the moment the source's guest is stopped.
  *
  * Fence: the workers let go of the path, every READ that was posted has come back, the path is
- * destroyed; only then are the claims of lost READs forgotten and the next HELLO answered. So the
- * received bitmap that the next source gets is exact, and nothing lands late.
+ * destroyed; only then are the claims of lost READs forgotten and the next HELLO answered. So nothing of that path
+ * lands late. Standbys may pull along (stripe.c): each fences its own path, and the READs that are under way there
+ * keep their claims meanwhile. So the received bitmap that the next source gets never says too much.
  */
 #include <string.h>
 #include <unistd.h>
@@ -232,7 +233,9 @@ static void send_progress(PrMigration *m, PrConn *conn)
 	pr_fault_stats(m->faults, &stats);
 	PrProgress progress = progress_of(m, &stats);
 	pr_progress_encode(body, &progress);
-	pr_send(conn, PR_RP_PROGRESS, body, NULL); /* a failure reports itself */
+	/* A failure reports itself. */
+	if (pr_stripe_send_rails(m, conn, NULL))
+		pr_send(conn, PR_RP_PROGRESS, body, NULL);
 }
 
 /* The current connection. Workers may use it while they have its path: pr_conn_close() comes after
@@ -345,7 +348,7 @@ static gboolean start_workers(PrMigration *m, GError **error)
 	if (!pr_ram_punch(m->ram, error))
 		return FALSE;
 	PrFaultThread *faults = pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks);
-	PrPullThread *pull = pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks);
+	PrPull *pull = pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks);
 	g_mutex_lock(&m->lock);
 	m->faults = faults;
 	m->pull = pull;
@@ -648,8 +651,8 @@ static void fence(PrMigration *m, PrConn *conn)
 		pr_pull_detach(m->pull);
 	}
 	pr_conn_close(conn);
-	if (m->ram)
-		pr_ram_forget_inflight(m->ram);
+	if (m->pull)
+		pr_pull_forget_lost(m->pull);
 }
 
 /* Whether the newcomer is still wanted, now that its turn has come. */
@@ -718,12 +721,14 @@ static void serve(PrMigration *m, PrNewcomer *newcomer)
 
 static void stop_workers(PrMigration *m)
 {
+	g_mutex_lock(&m->pull_lock);
 	g_mutex_lock(&m->lock);
-	PrPullThread *pull = g_steal_pointer(&m->pull);
+	PrPull *pull = g_steal_pointer(&m->pull);
 	PrFaultThread *faults = m->faults;
 	g_mutex_unlock(&m->lock);
-
 	pr_pull_stop(pull);
+	g_mutex_unlock(&m->pull_lock);
+
 	g_mutex_lock(&m->lock);
 	if (faults)
 		pr_fault_stats(faults, &m->fault_stats);

@@ -7,7 +7,7 @@
  * report a failure (pr_migration_failed): the state machine is stepped and the connection shut down
  * under the lock, which ends every wait of the owner; the owner then tidies up.
  *
- * Lock order: PrMigration.lock is taken last; no call out of the engine that may block, or call back,
+ * Lock order: PrMigration.lock is taken last (pull_lock before it); no call out of the engine that may block, or call back,
  * is made with it held. Shutting down a control channel or a data path neither blocks nor calls back.
  */
 #pragma once
@@ -39,6 +39,7 @@ typedef struct PrConn {
 	GArray *grants;	   /* destination: PrGrant, as they come */
 	uint64_t peer_can; /* destination: the source's capabilities */
 	gboolean granted;  /* all of them were sent, or given to the path */
+	guint stripe;	   /* destination: id of the stripe over it (pull.h), 0: none */
 
 	/* PrMigration.lock */
 	uint64_t epoch;	  /* the one of HELLO or ACTIVATE */
@@ -46,6 +47,7 @@ typedef struct PrConn {
 	GError *failure;  /* of a standby */
 	PrHelloAck *ack;  /* source: what the destination answered to ACTIVATE */
 	uint64_t rtt_us;  /* of the last probe of the lanes, 0: none yet */
+	gboolean pulls;	  /* a standby: the destination pulls over it, too */
 } PrConn;
 /* Frees one that was never up. */
 void pr_conn_free(PrConn *conn);
@@ -64,7 +66,8 @@ typedef struct PrPathRecord {
 	char *name;
 	char *device; /* or NULL */
 	char *last_error;
-	uint64_t bytes;
+	uint64_t
+		bytes; /* of guest RAM; atomic. Of the connection in use only when that has ended */
 	PrHealth health;
 } PrPathRecord;
 
@@ -78,6 +81,8 @@ struct PrMigration {
 	PrGuest *guest;
 	PrParams *params;
 	PrMigrationHooks hooks;
+
+	GMutex pull_lock; /* for stripe.c and for ending the pull threads; taken before `lock` */
 
 	GMutex lock;   /* protects all that follows, unless it says otherwise */
 	GCond changed; /* broadcast when anything below changes that somebody waits for */
@@ -103,7 +108,7 @@ struct PrMigration {
 	/* The owner sets the pointers under the lock; what they point to has its own rules. */
 	PrRam *ram;
 	PrFaultThread *faults;
-	PrPullThread *pull;
+	PrPull *pull;
 	PrFaultStats fault_stats; /* of a fault thread that has ended */
 	PrBlocktime *times;	  /* destination; outlives the fault thread */
 
@@ -194,6 +199,24 @@ void pr_path_step(PrMigration *m, const char *name, PrHealthEvent event, const c
 void pr_path_ended(PrMigration *m, const char *name, const GError *error);
 void pr_path_set_device(PrMigration *m, const char *name, PrDataPath *path);
 void pr_path_record_free(gpointer record);
+
+uint64_t pr_path_bytes(const PrPathRecord *record);
+
+/* stripe.c: the bulk pull over standbys. Destination, the thread that has the connection; harmless where there is no
+ * stripe. */
+/* Begins one if the standby is fit for it and it is of use. */
+void pr_stripe_begin(PrConn *conn);
+/* Looks after one: ends it when it is of no use (any more). FALSE: the path is dead. */
+gboolean pr_stripe_review(PrConn *conn, GError **error);
+/* Ends it, when what it has asked for has come in. FALSE: that does not come, the path is dead. */
+gboolean pr_stripe_rest(PrConn *conn, GError **error);
+/* Of a path that is being closed: at once; and, once the path is fenced, forgets what was lost with it. */
+void pr_stripe_let_go(PrConn *conn);
+void pr_stripe_forget(PrConn *conn);
+
+/* Tells the source how the standbys take part. */
+gboolean pr_stripe_send_rails(PrMigration *m, PrConn *conn, GError **error);
+gboolean pr_stripe_take_rails(PrMigration *m, const PrMsg *msg, GError **error);
 
 /* standby.c */
 /* Source, the owner: sees to it that every listed path has a keeper. */

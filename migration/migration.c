@@ -128,8 +128,9 @@ static void account_bytes(PrMigration *m, PrConn *conn)
 	PrPathRecord *own = pr_path_record(m, conn->name);
 
 	for (guint i = 0; i < m->records->len; i++)
-		others += ((PrPathRecord *)g_ptr_array_index(m->records, i))->bytes;
-	own->bytes += pr_migration_transferred(m) - MIN(pr_migration_transferred(m), others);
+		others += pr_path_bytes(g_ptr_array_index(m->records, i));
+	uint64_t all = pr_migration_transferred(m);
+	__atomic_fetch_add(&own->bytes, all - MIN(all, others), __ATOMIC_RELAXED);
 }
 
 void pr_migration_withdraw(PrMigration *m)
@@ -301,6 +302,7 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 	m->guest = guest;
 	m->params = params;
 	m->hooks = *hooks;
+	g_mutex_init(&m->pull_lock);
 	g_mutex_init(&m->lock);
 	g_cond_init(&m->changed);
 	g_queue_init(&m->notices);
@@ -360,6 +362,7 @@ void pr_migration_free(PrMigration *m)
 	g_free(m->error_desc);
 	g_free(m->last_path);
 	g_free(m->claimed);
+	g_mutex_clear(&m->pull_lock);
 	g_mutex_clear(&m->lock);
 	g_cond_clear(&m->changed);
 	g_free(m);

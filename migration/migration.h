@@ -43,6 +43,7 @@ typedef struct PrPathInfo {
 	uint64_t rtt_us;      /* of the control channel; 0: not known */
 	uint64_t data_rtt_us; /* of the lanes, as last probed; 0: not known */
 	uint64_t bytes;	      /* of guest RAM carried */
+	gboolean pulls;	      /* the one in use, or a standby that is pulled over, too */
 } PrPathInfo;
 
 /* A snapshot. Times in ms unless the name says otherwise; bytes and pages are of guest RAM. */
@@ -63,6 +64,7 @@ typedef struct PrMigrationInfo {
 	uint64_t normal;	    /* pages that travelled */
 	uint64_t duplicate;	    /* zero pages and holes, in pages */
 	uint64_t postcopy_requests; /* READs for faults */
+	guint rails;		    /* paths that are pulled over; 0: none is in use */
 	uint64_t page_size;
 	double mbps;	      /* over the last second, Mbit/s */
 	uint64_t expected_ms; /* time left at this rate; 0: not known */

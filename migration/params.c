@@ -51,6 +51,10 @@ static const PrCapabilityInfo capability_table[PR_N_CAPABILITIES] = {
 		{"standby-paths", TRUE, FALSE,
 		 "keep the listed paths that are not in use connected and probed; over "
 		 "rdma: each pins the guest's memory once more"},
+	[PR_CAP_MULTI_RAIL] =
+		{"multi-rail", TRUE, FALSE,
+		 "destination: pull over the fit standby paths of the same transport at "
+		 "the same time"},
 };
 
 const PrParamInfo *pr_param_info(PrParam param)

@@ -29,6 +29,11 @@ void pr_path_record_free(gpointer data)
 	g_free(record);
 }
 
+uint64_t pr_path_bytes(const PrPathRecord *record)
+{
+	return __atomic_load_n(&record->bytes, __ATOMIC_RELAXED);
+}
+
 void pr_path_step(PrMigration *m, const char *name, PrHealthEvent event, const char *reason)
 {
 	PrPathRecord *record = pr_path_record(m, name);

@@ -2,16 +2,32 @@
 /*
  * Theory of operation
  *
- * One thread keeps a window of READs outstanding on the bulk lane, each of up to bulk-read-size bytes of
- * neighbouring pages that are neither in place nor covered by another READ. It walks the blocks from
- * the beginning and around; when the fault thread leaves a hint (the page it read last) the walk goes
- * on right behind it, because guests touch neighbours next.
+ * One thread for each path that pulls: the first over the path in use, another one (a stripe) for each
+ * standby that pulls along. A thread keeps a window of READs outstanding on its path's bulk lane, each of up
+ * to bulk-read-size bytes of neighbouring pages that are neither in place nor covered by another READ. All
+ * share one walk through the blocks, from the beginning and around: so each rail takes as much as it can
+ * carry, and no page is planned for a rail that may die. When the fault thread leaves a hint (the page it read
+ * last) the walk goes on right behind it, because guests touch neighbours next.
  *
- * A fault on a page that one of our READs covers waits for that READ, so read size times window bounds
- * what a fault can wait for. max-postcopy-bandwidth limits what is posted here and nothing else.
+ * What to read next is decided by one thread at a time, under PrPull.lock: else two would claim the pages of one
+ * run by turns and read them in crumbs. The same lock makes max-postcopy-bandwidth, which limits what is posted
+ * here and nothing else, a limit of all threads together.
+ *
+ * A fault on a page that one of our READs covers waits for that READ, so read size times window of one thread
+ * bounds what a fault can wait for; if the READ's path dies, until that path is fenced.
  *
  * When a READ is in: the pages are marked received, exposed in one call, and if a fault waits in
  * their midst the fault thread is told (fault.c).
+ *
+ * Every READ's claim is in its thread's list from before it is posted until its data is in place. A READ that is
+ * lost leaves its claim there, because data may still land. Once the path is fenced exactly these are forgotten:
+ *  - a standby's that died: pr_pull_forget_stripe(). The others have gone on meanwhile, and now they, or the
+ *    fault thread, claim the pages again.
+ *  - those of the path in use, and the fault thread's: pr_pull_forget_lost(), which spares the stripes' claims.
+ *    Their paths are alive, and their READs may land at any time, as those of a running migration do.
+ * While no path is in use stripes post nothing. What they have posted lands as ever: it is claimed, so nobody
+ * else reads or zeroes the page, and a page that comes in after its bitmap was sent to the source is only one
+ * that the source does not know of.
  */
 #include "migration/pull.h"
 
@@ -26,43 +42,122 @@
 #define PROGRESS_US	 (100 * 1000)
 #define LIMITER_BURST_US (20 * 1000)
 
-struct PrPullThread {
+typedef struct PrPullThread PrPullThread;
+
+/* Of all pull threads. */
+struct PrPull {
 	PrRam *ram;
 	int uffd;
 	const PrParams *params;
 	PrFaultThread *faults;
 	PrPullHooks hooks;
+	PrPullThread *first; /* over the path in use; set before any stripe comes */
+
+	int refs; /* atomic */
+
+	GMutex lock;	    /* protects what follows; taken last */
+	GCond idle;	    /* a resting thread's last READ has come back */
+	GPtrArray *threads; /* PrPullThread*; changed by callers who come one at a time (pull.h) */
+	const PrTransportOps *kind; /* of the path in use; NULL: there is none */
+	guint last_id;
+	guint block; /* where the walk stands */
+	uint64_t page;
+	uint64_t hint;	   /* the last one followed */
+	uint64_t rate;	   /* the limiter's, bytes a second; 0: none */
+	gint64 allowed_us; /* the limiter lets the next READ go at this time */
+	gboolean broken;   /* the hook was told */
+};
+
+struct PrPullThread {
+	PrPull *pull;
+	guint id;	 /* 0: the first; constant */
+	uint64_t *bytes; /* atomic: what a stripe has pulled is added here */
 	PrWorker worker;
 
-	/* the pull thread's own */
-	guint outstanding;  /* READs on the current path */
+	/* PrPull.lock; only the thread changes them, and reads them without it */
+	guint outstanding; /* READs on the current path */
+	GArray *claims;	   /* uint64_t: tokens of READs that have not brought their pages (yet) */
+	gint64 moved_us;   /* the last completion, or the first READ after none */
+
+	/* PrPull.lock */
+	gboolean resting; /* it is to post no more */
+	gboolean ended;	  /* only its claims are left */
+
+	/* the thread's own */
 	gboolean path_dead; /* it refused a READ: wait to be detached */
-	guint block;	    /* where the walk stands */
-	uint64_t page;
-	uint64_t hint;	    /* the last one followed */
-	uint64_t rate;	    /* the limiter's, bytes a second; 0: none */
-	gint64 allowed_us;  /* the limiter lets the next READ go at this time */
+	gint64 allowed_us;  /* the limiter's word, as last heard */
 	gint64 reported_us; /* the last progress hook */
-	gboolean broken;
 };
+
+static gboolean is_stripe(const PrPullThread *self)
+{
+	return self->id != 0;
+}
+
+static void note_broken(PrPull *pull, const GError *error)
+{
+	g_mutex_lock(&pull->lock);
+	gboolean news = !pull->broken;
+	pull->broken = TRUE;
+	g_mutex_unlock(&pull->lock);
+	if (news)
+		pull->hooks.broken(error, pull->hooks.opaque);
+}
 
 static void place(PrPullThread *self, uint64_t token)
 {
+	PrPull *pull = self->pull;
 	g_autoptr(GError) error = NULL;
 	guint index;
 	uint64_t page, n;
 
 	pr_token_unpack(token, &index, &page, &n);
-	PrRamBlock *block = &self->ram->blocks[index];
-	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
-	if (!pr_place_expose(self->uffd, block, page, n, &error) && !self->broken) {
-		self->broken = TRUE;
-		self->hooks.broken(error, self->hooks.opaque);
-	}
+	PrRamBlock *block = &pull->ram->blocks[index];
+	if (self->bytes)
+		__atomic_fetch_add(self->bytes, n * block->page_size, __ATOMIC_RELAXED);
+	pr_ram_received(pull->ram, block, page, n, /* travelled= */ TRUE);
+	if (!pr_place_expose(pull->uffd, block, page, n, &error))
+		note_broken(pull, error);
 	if (pr_bitmap_any(block->waiting, page, n)) {
 		pr_bitmap_clear(block->waiting, page, n);
-		pr_fault_notify(self->faults);
+		pr_fault_notify(pull->faults);
 	}
+}
+
+/* With the lock held. */
+static void drop_claim(PrPullThread *self, uint64_t token)
+{
+	for (guint i = 0; i < self->claims->len; i++)
+		if (g_array_index(self->claims, uint64_t, i) == token) {
+			g_array_remove_index_fast(self->claims, i);
+			return;
+		}
+}
+
+static void account(PrPullThread *self, const PrCompletion *done, guint n)
+{
+	PrPull *pull = self->pull;
+
+	g_mutex_lock(&pull->lock);
+	for (guint i = 0; i < n; i++)
+		if (done[i].ok)
+			drop_claim(self, done[i].token);
+	self->outstanding -= n;
+	self->moved_us = g_get_monotonic_time();
+	if (self->outstanding == 0)
+		g_cond_broadcast(&pull->idle);
+	g_mutex_unlock(&pull->lock);
+}
+
+/* Only the first thread may call the hook: the connection in use, which the hook needs, outlives its path there. */
+static void tell_complete(PrPullThread *self)
+{
+	PrPull *pull = self->pull;
+
+	if (is_stripe(self))
+		pr_worker_kick(&pull->first->worker);
+	else if (self->worker.current)
+		pull->hooks.complete(pull->hooks.opaque);
 }
 
 static guint take_completions(PrPullThread *self)
@@ -76,87 +171,132 @@ static guint take_completions(PrPullThread *self)
 	for (guint i = 0; i < n; i++)
 		if (done[i].ok)
 			place(self, done[i].token);
-	self->outstanding -= n;
-	if (n > 0 && pr_ram_complete(self->ram))
-		self->hooks.complete(self->hooks.opaque);
+	if (n > 0)
+		account(self, done, n);
+	if (n > 0 && pr_ram_complete(self->pull->ram))
+		tell_complete(self);
 	return n;
 }
 
-static void follow_hint(PrPullThread *self)
-{
-	uint64_t n, hint = __atomic_load_n(&self->ram->pull_hint, __ATOMIC_RELAXED);
+/* ---- what to read next: with the lock held ---- */
 
-	if (hint == self->hint)
+static void follow_hint(PrPull *pull)
+{
+	uint64_t n, hint = __atomic_load_n(&pull->ram->pull_hint, __ATOMIC_RELAXED);
+
+	if (hint == pull->hint)
 		return;
-	self->hint = hint;
-	pr_token_unpack(hint, &self->block, &self->page, &n);
+	pull->hint = hint;
+	pr_token_unpack(hint, &pull->block, &pull->page, &n);
 }
 
-/* Claims the next run of pages, walking around all blocks once. */
-static gboolean claim_next(PrPullThread *self, guint *ret_block, uint64_t *ret_page,
-			   uint64_t *ret_n)
+/* Claims the next run of pages, walking around all blocks once; 0: there is none. */
+static uint64_t claim_next(PrPull *pull)
 {
-	uint64_t bytes = pr_param(self->params, PR_PARAM_BULK_READ_SIZE);
+	uint64_t bytes = pr_param(pull->params, PR_PARAM_BULK_READ_SIZE);
 
-	follow_hint(self);
-	for (guint tried = 0; tried <= self->ram->n_blocks; tried++) {
-		PrRamBlock *block = &self->ram->blocks[self->block];
+	follow_hint(pull);
+	for (guint tried = 0; tried <= pull->ram->n_blocks; tried++) {
+		PrRamBlock *block = &pull->ram->blocks[pull->block];
 		uint64_t max = MAX(1, bytes / block->page_size);
-		uint64_t n = pr_ram_claim_run(block, self->page, max, ret_page);
+		uint64_t page, n = pr_ram_claim_run(block, pull->page, max, &page);
 		if (n > 0) {
-			*ret_block = self->block;
-			*ret_n = n;
-			self->page = *ret_page + n;
-			return TRUE;
+			pull->page = page + n;
+			return pr_token_pack(pull->block, page, n);
 		}
-		self->block = (self->block + 1) % self->ram->n_blocks;
-		self->page = 0;
+		pull->block = (pull->block + 1) % pull->ram->n_blocks;
+		pull->page = 0;
 	}
-	return FALSE;
+	return 0;
 }
 
 /* A new rate counts from now on; what the old one still owed is forgiven. */
-static void follow_rate(PrPullThread *self, gint64 now)
+static void follow_rate(PrPull *pull, gint64 now)
 {
-	uint64_t rate = pr_param(self->params, PR_PARAM_MAX_POSTCOPY_BANDWIDTH);
+	uint64_t rate = pr_param(pull->params, PR_PARAM_MAX_POSTCOPY_BANDWIDTH);
 
-	if (rate == self->rate)
+	if (rate == pull->rate)
 		return;
-	self->rate = rate;
-	self->allowed_us = now;
+	pull->rate = rate;
+	pull->allowed_us = now;
 }
 
-static void charge_limiter(PrPullThread *self, uint64_t bytes, gint64 now)
+static void charge_limiter(PrPull *pull, uint64_t bytes, gint64 now)
 {
-	if (self->rate == 0)
+	if (pull->rate == 0)
 		return;
-	self->allowed_us = MAX(self->allowed_us, now - LIMITER_BURST_US) +
-			   (gint64)((double)bytes * G_USEC_PER_SEC / (double)self->rate);
+	pull->allowed_us = MAX(pull->allowed_us, now - LIMITER_BURST_US) +
+			   (gint64)((double)bytes * G_USEC_PER_SEC / (double)pull->rate);
+}
+
+/* Whether a stripe over such a path is of use. */
+static gboolean wants(const PrPull *pull, const PrTransportOps *ops)
+{
+	return pull->kind == ops && pr_capability(pull->params, PR_CAP_MULTI_RAIL);
+}
+
+static gboolean may_post(const PrPullThread *self, gint64 now)
+{
+	const PrPull *pull = self->pull;
+	PrDataPath *path = self->worker.current;
+	guint window = (guint)pr_param(pull->params, PR_PARAM_BULK_WINDOW);
+
+	if (is_stripe(self) && (self->resting || !wants(pull, path->ops)))
+		return FALSE;
+	return !self->path_dead && now >= pull->allowed_us &&
+	       self->outstanding < MIN(window, path->ops->max_reads(path, PR_LANE_BULK));
+}
+
+/* ---- the thread ---- */
+
+/* The next READ, which counts as outstanding from now on; 0: none may go, or there is none. */
+static uint64_t next_read(PrPullThread *self, gint64 now)
+{
+	PrPull *pull = self->pull;
+	uint64_t page, n, token = 0;
+	guint index;
+
+	g_mutex_lock(&pull->lock);
+	follow_rate(pull, now);
+	if (may_post(self, now))
+		token = claim_next(pull);
+	if (token) {
+		pr_token_unpack(token, &index, &page, &n);
+		charge_limiter(pull, n * pull->ram->blocks[index].page_size, now);
+		g_array_append_val(self->claims, token);
+		if (self->outstanding++ == 0)
+			self->moved_us = now;
+	}
+	self->allowed_us = pull->allowed_us;
+	g_mutex_unlock(&pull->lock);
+	return token;
+}
+
+/* FALSE: the path refuses it; the claim stays until the fence. */
+static gboolean post(PrPullThread *self, uint64_t token)
+{
+	PrDataPath *path = self->worker.current;
+	uint64_t page, n;
+	guint index;
+
+	pr_token_unpack(token, &index, &page, &n);
+	uint32_t page_size = self->pull->ram->blocks[index].page_size;
+	return path->ops->post_read(path, PR_LANE_BULK, index, page * page_size,
+				    (uint32_t)(n * page_size), token);
 }
 
 static guint post_some(PrPullThread *self, gint64 now)
 {
-	PrDataPath *path = self->worker.current;
-	guint window = (guint)pr_param(self->params, PR_PARAM_BULK_WINDOW);
 	guint posted = 0;
+	uint64_t token;
 
-	follow_rate(self, now);
-	window = MIN(window, path->ops->max_reads(path, PR_LANE_BULK));
-	while (!self->path_dead && self->outstanding < window && now >= self->allowed_us) {
-		guint index;
-		uint64_t page, n;
-		if (!claim_next(self, &index, &page, &n))
-			break;
-		uint32_t page_size = self->ram->blocks[index].page_size;
-		/* When the path refuses it, the claim stays until the fence. */
-		self->path_dead = !path->ops->post_read(path, PR_LANE_BULK, index, page * page_size,
-							(uint32_t)(n * page_size),
-							pr_token_pack(index, page, n));
-		if (self->path_dead)
-			break;
-		self->outstanding++;
-		posted++;
-		charge_limiter(self, n * page_size, now);
+	while ((token = next_read(self, now)) != 0) {
+		if (post(self, token)) {
+			posted++;
+			continue;
+		}
+		self->path_dead = TRUE;
+		account(self, &(PrCompletion){.token = token, .ok = FALSE}, 1);
 	}
 	return posted;
 }
@@ -166,7 +306,8 @@ static void report(PrPullThread *self, gint64 now)
 	if (now - self->reported_us < PROGRESS_US)
 		return;
 	self->reported_us = now;
-	self->hooks.progress(self->hooks.opaque);
+	if (!is_stripe(self))
+		self->pull->hooks.progress(self->pull->hooks.opaque);
 }
 
 static int sleep_ms(const PrPullThread *self, gint64 now)
@@ -202,9 +343,14 @@ static gboolean obey(PrPullThread *self)
 	gboolean go_on = pr_worker_obey(&self->worker, &switched);
 
 	if (switched) {
+		g_mutex_lock(&self->pull->lock);
 		self->outstanding = 0;
+		g_mutex_unlock(&self->pull->lock);
 		self->path_dead = FALSE;
 	}
+	/* Perhaps by a stripe that brought the last page. */
+	if (!is_stripe(self) && pr_ram_complete(self->pull->ram))
+		tell_complete(self);
 	return go_on;
 }
 
@@ -227,34 +373,214 @@ static gpointer pull_thread(gpointer opaque)
 	}
 }
 
-PrPullThread *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
-			    const PrPullHooks *hooks)
+static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes)
 {
 	PrPullThread *self = g_new0(PrPullThread, 1);
 
-	self->ram = ram;
-	self->uffd = uffd;
-	self->params = params;
-	self->faults = faults;
-	self->hooks = *hooks;
-	pr_worker_start(&self->worker, "pull", pull_thread, self);
+	self->pull = pull;
+	self->id = id;
+	self->bytes = bytes;
+	self->claims = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+	pr_worker_start(&self->worker, id == 0 ? "pull" : "stripe", pull_thread, self);
+	/* From now on it may be kicked. */
+	g_mutex_lock(&pull->lock);
+	g_ptr_array_add(pull->threads, self);
+	g_mutex_unlock(&pull->lock);
 	return self;
 }
 
-void pr_pull_attach(PrPullThread *self, PrDataPath *path)
+/* Ends the thread; its claims stay. */
+static void end(PrPullThread *self)
 {
+	g_mutex_lock(&self->pull->lock);
+	gboolean already = self->ended;
+	self->ended = TRUE; /* nobody kicks it any more */
+	g_mutex_unlock(&self->pull->lock);
+	if (!already)
+		pr_worker_stop(&self->worker);
+}
+
+static void thread_free(gpointer opaque)
+{
+	PrPullThread *self = opaque;
+
+	g_array_unref(self->claims);
+	g_free(self);
+}
+
+PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
+		      const PrPullHooks *hooks)
+{
+	PrPull *pull = g_new0(PrPull, 1);
+
+	pull->refs = 1;
+	pull->ram = ram;
+	pull->uffd = uffd;
+	pull->params = params;
+	pull->faults = faults;
+	pull->hooks = *hooks;
+	g_mutex_init(&pull->lock);
+	g_cond_init(&pull->idle);
+	pull->threads = g_ptr_array_new_with_free_func(thread_free);
+	pull->first = thread_new(pull, 0, NULL);
+	return pull;
+}
+
+/* With the lock held: there may be something to do for them. */
+static void kick_all(PrPull *pull)
+{
+	for (guint i = 0; i < pull->threads->len; i++) {
+		PrPullThread *self = pull->threads->pdata[i];
+		if (!self->ended)
+			pr_worker_kick(&self->worker);
+	}
+}
+
+static void set_kind(PrPull *pull, const PrTransportOps *kind)
+{
+	g_mutex_lock(&pull->lock);
+	pull->kind = kind;
+	kick_all(pull);
+	g_mutex_unlock(&pull->lock);
+}
+
+void pr_pull_attach(PrPull *pull, PrDataPath *path)
+{
+	pr_worker_set_path(&pull->first->worker, path);
+	set_kind(pull, path->ops);
+}
+
+void pr_pull_detach(PrPull *pull)
+{
+	set_kind(pull, NULL);
+	pr_worker_set_path(&pull->first->worker, NULL);
+}
+
+void pr_pull_forget_lost(PrPull *pull)
+{
+	g_autoptr(GArray) kept = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+
+	/* No stripe claims anything meanwhile, nor drops a claim. */
+	g_mutex_lock(&pull->lock);
+	g_array_set_size(pull->first->claims, 0);
+	for (guint i = 1; i < pull->threads->len; i++) {
+		const GArray *claims = ((PrPullThread *)pull->threads->pdata[i])->claims;
+		if (claims->len > 0)
+			g_array_append_vals(kept, claims->data, claims->len);
+	}
+	pr_ram_forget_inflight(pull->ram, (const uint64_t *)kept->data, kept->len);
+	g_mutex_unlock(&pull->lock);
+}
+
+void pr_pull_stop(PrPull *pull)
+{
+	if (!pull)
+		return;
+	/* The stripes first: they kick the first one. */
+	for (guint i = pull->threads->len; i > 0; i--)
+		end(pull->threads->pdata[i - 1]);
+	/* Whoever waits for a stripe finds that it is gone. */
+	g_mutex_lock(&pull->lock);
+	g_ptr_array_set_size(pull->threads, 0);
+	g_cond_broadcast(&pull->idle);
+	g_mutex_unlock(&pull->lock);
+	pr_pull_unref(pull);
+}
+
+PrPull *pr_pull_ref(PrPull *pull)
+{
+	__atomic_fetch_add(&pull->refs, 1, __ATOMIC_RELAXED);
+	return pull;
+}
+
+void pr_pull_unref(PrPull *pull)
+{
+	if (!pull || __atomic_sub_fetch(&pull->refs, 1, __ATOMIC_ACQ_REL) > 0)
+		return;
+	g_ptr_array_unref(pull->threads);
+	g_mutex_clear(&pull->lock);
+	g_cond_clear(&pull->idle);
+	g_free(pull);
+}
+
+/* ---- stripes ---- */
+
+static PrPullThread *find_stripe(PrPull *pull, guint id)
+{
+	for (guint i = 1; i < pull->threads->len; i++) {
+		PrPullThread *self = pull->threads->pdata[i];
+		if (self->id == id)
+			return self;
+	}
+	return NULL;
+}
+
+gboolean pr_pull_wants_stripe(PrPull *pull, PrDataPath *path)
+{
+	g_mutex_lock(&pull->lock);
+	gboolean wanted = wants(pull, path->ops);
+	g_mutex_unlock(&pull->lock);
+	return wanted;
+}
+
+guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes)
+{
+	PrPullThread *self = thread_new(pull, ++pull->last_id, bytes);
+
 	pr_worker_set_path(&self->worker, path);
+	return self->id;
 }
 
-void pr_pull_detach(PrPullThread *self)
+gboolean pr_pull_stripe_moves(PrPull *pull, guint id, gint64 within_us)
 {
-	pr_worker_set_path(&self->worker, NULL);
+	PrPullThread *self = find_stripe(pull, id);
+
+	if (!self)
+		return TRUE;
+	g_mutex_lock(&pull->lock);
+	gboolean moves =
+		self->outstanding == 0 || g_get_monotonic_time() - self->moved_us <= within_us;
+	g_mutex_unlock(&pull->lock);
+	return moves;
 }
 
-void pr_pull_stop(PrPullThread *self)
+gboolean pr_pull_rest_stripe(PrPull *pull, guint id, gint64 deadline)
 {
+	PrPullThread *self;
+	gboolean in_time = TRUE;
+
+	g_mutex_lock(&pull->lock);
+	/* It may be gone after each wait. */
+	while ((self = find_stripe(pull, id)) != NULL) {
+		self->resting = TRUE;
+		if (self->outstanding == 0 || !in_time)
+			break;
+		in_time = g_cond_wait_until(&pull->idle, &pull->lock, deadline);
+	}
+	gboolean at_rest = !self || (self->outstanding == 0 && self->claims->len == 0);
+	g_mutex_unlock(&pull->lock);
+	return at_rest;
+}
+
+void pr_pull_end_stripe(PrPull *pull, guint id)
+{
+	PrPullThread *self = find_stripe(pull, id);
+
+	if (self)
+		end(self);
+}
+
+void pr_pull_forget_stripe(PrPull *pull, guint id)
+{
+	PrPullThread *self = find_stripe(pull, id);
+
 	if (!self)
 		return;
-	pr_worker_stop(&self->worker);
-	g_free(self);
+	g_mutex_lock(&pull->lock);
+	for (guint i = 0; i < self->claims->len; i++)
+		pr_ram_forget(pull->ram, g_array_index(self->claims, uint64_t, i));
+	g_ptr_array_remove(pull->threads, self);
+	kick_all(pull);
+	g_mutex_unlock(&pull->lock);
+	pr_fault_notify(pull->faults);
 }

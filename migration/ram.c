@@ -316,10 +316,44 @@ uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
 	return changed;
 }
 
-void pr_ram_forget_inflight(PrRam *ram)
+void pr_ram_forget(PrRam *ram, uint64_t token)
 {
-	for (guint i = 0; i < ram->n_blocks; i++)
-		pr_bitmap_clear(ram->blocks[i].inflight, 0, ram->blocks[i].n_pages);
+	guint index;
+	uint64_t page, n;
+
+	pr_token_unpack(token, &index, &page, &n);
+	pr_bitmap_clear(ram->blocks[index].inflight, page, n);
+}
+
+/* The first of the kept runs in a block at or after `from`; one without pages at the block's end: none. */
+static void next_kept(const PrRam *ram, guint index, uint64_t from, const uint64_t *kept,
+		      guint n_kept, uint64_t *ret_page, uint64_t *ret_n)
+{
+	*ret_page = ram->blocks[index].n_pages;
+	*ret_n = 0;
+	for (guint i = 0; i < n_kept; i++) {
+		guint of;
+		uint64_t page, n;
+
+		pr_token_unpack(kept[i], &of, &page, &n);
+		if (of != index || page < from || page >= *ret_page)
+			continue;
+		*ret_page = page;
+		*ret_n = n;
+	}
+}
+
+void pr_ram_forget_inflight(PrRam *ram, const uint64_t *kept, guint n_kept)
+{
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		uint64_t from = 0, page, n;
+
+		do {
+			next_kept(ram, i, from, kept, n_kept, &page, &n);
+			pr_bitmap_clear(ram->blocks[i].inflight, from, page - from);
+			from = page + n;
+		} while (n > 0);
+	}
 }
 
 uint64_t pr_ram_received_bytes(const PrRam *ram)

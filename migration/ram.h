@@ -101,8 +101,10 @@ void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, g
 /* The source says that n pages are zero: those that nobody has or reads are marked received.
  * Returns how many. */
 uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n);
-/* Destination, with the path fenced and its readers halted: no READ is in flight any more. */
-void pr_ram_forget_inflight(PrRam *ram);
+/* Destination: the READ of these pages was lost, and its path is fenced: they may be claimed again. */
+void pr_ram_forget(PrRam *ram, uint64_t token);
+/* Destination: no READ is in flight any more but those of these tokens. */
+void pr_ram_forget_inflight(PrRam *ram, const uint64_t *kept, guint n_kept);
 /* Everything is in place. */
 gboolean pr_ram_complete(const PrRam *ram);
 uint64_t pr_ram_received_bytes(const PrRam *ram);

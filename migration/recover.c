@@ -3,7 +3,8 @@
  * Recovery, both halves.
  *
  * When a path is lost both sides end up in postcopy-paused with their connection fenced: at the
- * destination no READ is in flight any more, so its received bitmap says exactly what is in place.
+ * destination no READ of it is in flight any more. Its received bitmap says what is in place; what standbys were
+ * asked for before (stripe.c) may come in later, and is claimed until then.
  * The source then connects again, over any path, with a higher epoch:
  *
  *	source                                          destination

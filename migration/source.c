@@ -98,6 +98,8 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 		return take_resume_ack(m, msg, error);
 	case PR_RP_PROGRESS:
 		return take_progress(m, msg, error);
+	case PR_RP_RAILS:
+		return pr_stripe_take_rails(m, msg, error);
 	case PR_RP_SHUT:
 		return take_shut(m, msg, error);
 	case PR_RP_PROBED:

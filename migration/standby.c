@@ -14,8 +14,9 @@
  *
  * Destination: a thread for each standby reads its control channel and probes both lanes, every
  * probe-interval: a READ of nothing has to come back within heartbeat-timeout. That covers both directions of
- * the data path; heartbeats cover those of the control channel. With ACTIVATE the connection goes over
- * to the load thread, which fences the old one first: until then no READ but a probe was posted on it.
+ * the data path; heartbeats cover those of the control channel. Where the bulk lane pulls (stripe.c) its own READs
+ * take the probe's place. With ACTIVATE the stripe is ended, and the connection goes over to the load thread, which
+ * fences the old one first: until then neither lane is given to the fault thread or the first pull thread.
  *
  * Nothing here ends a migration: a standby that fails is closed, and that is all.
  */
@@ -425,20 +426,25 @@ static gboolean probe(Standby *self, GError **error)
 	PrConn *conn = self->conn;
 	PrMigration *m = conn->m;
 	g_autoptr(GByteArray) body = g_byte_array_new();
-	gint64 began = g_get_monotonic_time();
 	gint64 bound = (gint64)pr_param(m->params, PR_PARAM_HEARTBEAT_TIMEOUT) * 1000;
 
-	for (PrLaneId lane = 0; lane < PR_N_LANES; lane++)
+	if (!pr_stripe_review(conn, error))
+		return FALSE;
+	gint64 began = g_get_monotonic_time();
+	/* The bulk lane of a standby that pulls is in use, and shows by that how it is. */
+	guint n_lanes = conn->stripe ? PR_LANE_BULK : PR_N_LANES;
+	for (PrLaneId lane = 0; lane < n_lanes; lane++)
 		if (!probe_lane(conn, lane, began + bound, error))
 			return FALSE;
 	gint64 now = g_get_monotonic_time();
-	PrProbed probed = {.count = ++self->probes, .rtt_us = (now - began) / PR_N_LANES};
+	PrProbed probed = {.count = ++self->probes, .rtt_us = (now - began) / n_lanes};
 	self->probe_at = now + (gint64)pr_param(m->params, PR_PARAM_PROBE_INTERVAL) * 1000;
 	g_mutex_lock(&m->lock);
 	conn->rtt_us = probed.rtt_us;
 	pr_path_step(m, conn->name, PR_HEALTH_PROBED, "answers probes");
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
+	pr_stripe_begin(conn);
 	pr_probed_encode(body, &probed);
 	return pr_send(conn, PR_RP_PROBED, body, error);
 }
@@ -463,6 +469,8 @@ static gboolean take_activate(Standby *self, const PrMsg *msg, gboolean *ret_tak
 	PrActivate activate;
 
 	if (!pr_activate_decode(msg->body, msg->length, &activate, error))
+		return FALSE;
+	if (!pr_stripe_rest(self->conn, error))
 		return FALSE;
 	self->hello.epoch = activate.epoch;
 	self->hello.resume = activate.resume;

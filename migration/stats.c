@@ -153,7 +153,7 @@ static uint64_t bytes_since_connected(PrMigration *m)
 	uint64_t closed = 0, all = pr_migration_transferred(m);
 
 	for (guint i = 0; i < m->records->len; i++)
-		closed += ((PrPathRecord *)g_ptr_array_index(m->records, i))->bytes;
+		closed += pr_path_bytes(g_ptr_array_index(m->records, i));
 	return all - MIN(all, closed);
 }
 
@@ -172,9 +172,11 @@ static void query_paths(PrMigration *m, PrMigrationInfo *ret, gint64 now)
 		info->since_ms = ms_between(record->health.since, now);
 		info->rtt_us = conn ? pr_control_rtt_us(conn->control) : 0;
 		info->data_rtt_us = conn ? conn->rtt_us : 0;
-		info->bytes = record->bytes;
+		info->bytes = pr_path_bytes(record);
+		info->pulls = conn && (conn == m->conn || conn->pulls);
 		if (conn && conn == m->conn)
 			info->bytes += bytes_since_connected(m);
+		ret->rails += m->conn && info->pulls;
 		g_ptr_array_add(ret->paths, info);
 	}
 }

@@ -72,6 +72,7 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	json_object_set_int_member(extras, "last-recovery", info->last_recovery);
 	json_object_set_int_member(extras, "pages-at-pause", info->pages_at_pause);
 	json_object_set_int_member(extras, "expected-ms", info->expected_ms);
+	json_object_set_int_member(extras, "rails", info->rails);
 	if (info->role == PR_ROLE_DESTINATION) {
 		json_object_set_int_member(extras, "faults", info->faults);
 		json_object_set_int_member(extras, "fault-latency-max", info->fault_latency_max_ns);
@@ -155,6 +156,7 @@ JsonNode *pr_paths_to_json(const PrMigrationInfo *info)
 		json_object_set_int_member(object, "rtt-us", path->rtt_us);
 		json_object_set_int_member(object, "data-rtt-us", path->data_rtt_us);
 		json_object_set_int_member(object, "bytes", path->bytes);
+		json_object_set_boolean_member(object, "pulls", path->pulls);
 		json_array_add_object_element(array, object);
 	}
 	return pr_json_array(array);
@@ -200,6 +202,7 @@ static const Row ram_rows[] = {
 
 static const Row extra_rows[] = {
 	{"epoch", "epoch", NULL, 1},
+	{"rails", "rails", NULL, 1},
 	{"pauses", "pauses", NULL, 1},
 	{"recoveries", "recoveries", NULL, 1},
 	{"time-paused", "time paused", "ms", 1},
@@ -307,17 +310,17 @@ void pr_show_paths(JsonNode *result, GString *text)
 		const char *device =
 			json_object_get_string_member_with_default(path, "device", NULL);
 
-		g_string_append_printf(text,
-				       "%s: %s for %.1f s%s%s, rtt %" G_GINT64_FORMAT
-				       " us (data %" G_GINT64_FORMAT " us), %" G_GINT64_FORMAT
-				       " kbytes",
-				       json_object_get_string_member(path, "uri"),
-				       json_object_get_string_member(path, "state"),
-				       json_object_get_int_member(path, "since-ms") / 1000.0,
-				       device ? ", " : "", device ? device : "",
-				       json_object_get_int_member(path, "rtt-us"),
-				       json_object_get_int_member(path, "data-rtt-us"),
-				       json_object_get_int_member(path, "bytes") / 1024);
+		g_string_append_printf(
+			text,
+			"%s: %s%s for %.1f s%s%s, rtt %" G_GINT64_FORMAT
+			" us (data %" G_GINT64_FORMAT " us), %" G_GINT64_FORMAT " kbytes",
+			json_object_get_string_member(path, "uri"),
+			json_object_get_string_member(path, "state"),
+			json_object_get_boolean_member(path, "pulls") ? ", pulls" : "",
+			json_object_get_int_member(path, "since-ms") / 1000.0, device ? ", " : "",
+			device ? device : "", json_object_get_int_member(path, "rtt-us"),
+			json_object_get_int_member(path, "data-rtt-us"),
+			json_object_get_int_member(path, "bytes") / 1024);
 		if (last_error)
 			g_string_append_printf(text, ", last error: %s", last_error);
 		g_string_append_c(text, '\n');

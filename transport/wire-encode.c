@@ -42,6 +42,17 @@ void pr_progress_encode(GByteArray *out, const PrProgress *progress)
 	put_u64(out, progress->zero_pages);
 }
 
+void pr_rails_encode(GByteArray *out, const PrRail *rails, guint n)
+{
+	g_assert(n <= PR_RAILS_MAX);
+	put_u32(out, n);
+	for (guint i = 0; i < n; i++) {
+		put_u64(out, rails[i].epoch);
+		put_u64(out, rails[i].bytes);
+		put_u8(out, rails[i].pulls != 0);
+	}
+}
+
 /* Makes any text fit for a reason: clean UTF-8 of at most PR_REASON_MAX bytes. */
 static char *clean_reason(const char *reason)
 {

@@ -17,6 +17,7 @@ G_DEFINE_QUARK(pr_wire_error, pr_wire_error)
 #define RANGES_HEAD	   8 /* block, n */
 #define RANGE_BYTES	   16
 #define GRANT_BYTES	   32
+#define RAIL_BYTES	   17
 #define BLOCK_BYTES_MAX	   (1 + PR_IDSTR_MAX + 8 + 4)
 #define BLOCK_BYTES_MIN	   (1 + 1 + 8 + 4)
 #define REASON_BYTES_MAX   (2 + PR_REASON_MAX)
@@ -66,6 +67,7 @@ static const MsgInfo messages[] = {
 	{PR_RP_PAGES, "RP_PAGES", PR_REQ_PAGES_BYTES + REQ_PAGES_MAX},
 	{PR_RP_ACTIVATED, "RP_ACTIVATED", ACK_BYTES_MAX},
 	{PR_RP_PROBED, "RP_PROBED", 16},
+	{PR_RP_RAILS, "RP_RAILS", 4 + PR_RAILS_MAX *RAIL_BYTES},
 };
 
 static const MsgInfo *msg_info(uint16_t type)
@@ -628,6 +630,27 @@ gboolean pr_recv_bitmap_name(const uint8_t *body, gsize len, char ret_idstr[PR_I
 	if (!get_block_name(&cursor, PR_RP_RECV_BITMAP, idstr, error))
 		return FALSE;
 	memcpy(ret_idstr, idstr, strlen(idstr) + 1);
+	return TRUE;
+}
+
+gboolean pr_rails_decode(const uint8_t *body, gsize len, PrRail **ret_rails, guint *ret_n,
+			 GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	guint n = get_u32(&cursor);
+
+	if (n > PR_RAILS_MAX)
+		return malformed(error, "RP_RAILS of %u paths", n);
+	g_autofree PrRail *rails = g_new0(PrRail, MAX(n, 1));
+	for (guint i = 0; i < n; i++) {
+		rails[i].epoch = get_u64(&cursor);
+		rails[i].bytes = get_u64(&cursor);
+		rails[i].pulls = get_u8(&cursor) != 0;
+	}
+	if (!finished(&cursor, PR_RP_RAILS, len, error))
+		return FALSE;
+	*ret_rails = g_steal_pointer(&rails);
+	*ret_n = n;
 	return TRUE;
 }
 

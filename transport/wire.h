@@ -24,6 +24,7 @@
  *	RAM_ZERO	be32 block, be32 n, n times (be64 offset, be64 length)
  *	GRANT		be32 block, be32 n, n times (be64 offset, be64 length, be64 addr, be64 key)
  *	PROGRESS	the five be64 of PrProgress in their order
+ *	RAILS		be32 n, n times (be64 epoch, be64 bytes, u8 pulls)
  *	LOST		be64 epoch, u8 held, reason
  *	ACTIVATE	be64 epoch, u8 resume
  *	ACTIVATED	as HELLO_ACK
@@ -44,7 +45,7 @@
  *	                                            ◀── RP_PONG 0x42 (device state is loaded)
  *	  CMD_POSTCOPY_RUN                          ──▶
  *	  CMD_RAM_ZERO … (zero pages found later)   ──▶
- *	                                            ◀── RP_PROGRESS …
+ *	                                            ◀── RP_RAILS (if there are standbys), RP_PROGRESS …
  *	                                            ◀── RP_SHUT
  *
  * Recovery, on a new connection with a higher epoch:
@@ -118,6 +119,7 @@ typedef enum PrMsgType {
 	PR_RP_ACTIVATED = 0x0282,
 	PR_RP_PROBED = 0x0283,		 /* a standby path's lanes have answered */
 	PR_RP_RECV_BITMAP_ZSTD = 0x0284, /* RECV_BITMAP, the bitmap compressed */
+	PR_RP_RAILS = 0x0285,		 /* what the standby paths have carried */
 } PrMsgType;
 
 typedef enum PrWireError {
@@ -189,6 +191,14 @@ typedef struct PrProgress {
 	uint64_t zero_pages;	    /* pages that did not travel */
 } PrProgress;
 #define PR_PROGRESS_BYTES 40
+
+/* A standby path, which may pull along. */
+typedef struct PrRail {
+	uint64_t epoch; /* that its lanes are bound to */
+	uint64_t bytes; /* of guest RAM that came over this path, over earlier connections, too */
+	gboolean pulls;
+} PrRail;
+#define PR_RAILS_MAX 64 /* in one RAILS message */
 
 typedef struct PrLost {
 	uint64_t epoch; /* of the connection that was lost */
@@ -272,6 +282,7 @@ uint16_t pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigne
 			       uint64_t n_bits, gboolean may_compress);
 void pr_req_pages_encode(uint8_t out[PR_REQ_PAGES_BYTES], const PrReqPages *req);
 void pr_progress_encode(GByteArray *out, const PrProgress *progress);
+void pr_rails_encode(GByteArray *out, const PrRail *rails, guint n);
 void pr_lost_encode(GByteArray *out, const PrLost *lost);
 void pr_activate_encode(GByteArray *out, const PrActivate *activate);
 void pr_probed_encode(GByteArray *out, const PrProbed *probed);
@@ -304,6 +315,9 @@ gboolean pr_recv_bitmap_name(const uint8_t *body, gsize len, char ret_idstr[PR_I
 			     GError **error);
 gboolean pr_req_pages_decode(const uint8_t *body, gsize len, PrReqPages *ret, GError **error);
 gboolean pr_progress_decode(const uint8_t *body, gsize len, PrProgress *ret, GError **error);
+/* *ret_rails is the caller's to g_free(). */
+gboolean pr_rails_decode(const uint8_t *body, gsize len, PrRail **ret_rails, guint *ret_n,
+			 GError **error);
 gboolean pr_lost_decode(const uint8_t *body, gsize len, PrLost *ret, GError **error);
 gboolean pr_activate_decode(const uint8_t *body, gsize len, PrActivate *ret, GError **error);
 gboolean pr_probed_decode(const uint8_t *body, gsize len, PrProbed *ret, GError **error);

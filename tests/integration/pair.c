@@ -89,6 +89,17 @@ static void side_clear(Side *side)
 	g_cond_clear(&side->changed);
 }
 
+/* What the destination is to listen on. */
+static char *incoming_uris(const PairConfig *config)
+{
+	GString *uris = g_string_new(NULL);
+
+	g_string_printf(uris, "%s:127.0.0.1:0", config->scheme);
+	for (guint i = 0; i < G_N_ELEMENTS(config->more) && config->more[i]; i++)
+		g_string_append_printf(uris, ",%s:127.0.0.1:0", config->more[i]);
+	return g_string_free(uris, FALSE);
+}
+
 /* "tcp:127.0.0.1:PORT", where the destination really listens. */
 static char *listening_uri(Side *destination)
 {
@@ -105,9 +116,7 @@ Pair *pair_new(const PairConfig *config)
 	Pair *pair = g_new0(Pair, 1);
 	g_autoptr(GError) error = NULL;
 	g_autofree char *id = g_strdup_printf("pair-%d", g_atomic_int_add(&count, 1));
-	g_autofree char *one = g_strdup_printf("%s:127.0.0.1:0", config->scheme);
-	g_autofree char *incoming =
-		config->two_listeners ? g_strdup_printf("%s,%s", one, one) : g_strdup(one);
+	g_autofree char *incoming = incoming_uris(config);
 
 	side_init(&pair->source, "source", config, config->size);
 	side_init(&pair->destination, "destination", config,

@@ -38,9 +38,9 @@ typedef struct PairConfig {
 	guint n_blocks;		   /* 0: 2 */
 	guint n_threads;	   /* 0: 3 */
 	guint pace_us;
-	uint64_t bandwidth; /* of the bulk pull, bytes a second; 0: unlimited */
-	gboolean two_listeners;
-	gboolean paused; /* the guest does not run; compared byte for byte at the end */
+	uint64_t bandwidth;  /* of the bulk pull, bytes a second; 0: unlimited */
+	const char *more[3]; /* schemes of further listeners */
+	gboolean paused;     /* the guest does not run; compared byte for byte at the end */
 } PairConfig;
 
 typedef struct Pair {

@@ -119,7 +119,7 @@ static void start(TwoPaths *two, void **state)
 			     .size = 16 * MIB,
 			     .bandwidth = 2 * MIB,
 			     .pace_us = 100000,
-			     .two_listeners = TRUE};
+			     .more = {scheme_of(state)}};
 
 	two_paths_init(two, &config);
 	/* Probes follow each other fast here. */
@@ -192,7 +192,7 @@ static void no_standby_is_kept_when_that_is_switched_off(void **state)
 			     .size = 16 * MIB,
 			     .bandwidth = 2 * MIB,
 			     .pace_us = 100000,
-			     .two_listeners = TRUE};
+			     .more = {scheme_of(state)}};
 
 	two_paths_init(&two, &config);
 	assert_true(

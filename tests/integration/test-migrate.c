@@ -17,7 +17,8 @@ static const char *scheme_of(void **state)
 
 static void moves_a_working_guest(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state), .size = 64 * MIB};
+	/* Slow enough for the guest to fault, however busy the machine is. */
+	PairConfig config = {.scheme = scheme_of(state), .size = 64 * MIB, .bandwidth = 64 * MIB};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pair_migrate(pair);

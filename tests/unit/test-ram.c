@@ -96,12 +96,40 @@ static void a_page_has_one_reader_at_a_time(void **state)
 	assert_int_equal(page, 6);
 	pr_ram_received(ram, block, 5, 1, TRUE);
 	assert_false(pr_ram_claim(block, 5));
-	pr_ram_forget_inflight(ram);
+	pr_ram_forget_inflight(ram, NULL, 0);
 	assert_false(pr_ram_claim(block, 5));
 	assert_true(pr_ram_claim(block, 6));
 	assert_int_equal(pr_ram_claim_run(block, 99, 64, &page), 1);
 	assert_int_equal(pr_ram_claim_run(block, 99, 64, &page), 0);
 	assert_int_equal(pr_ram_received_bytes(ram), 4096);
+}
+
+/* The path in use is fenced; other rails' READs are still under way. */
+static void claims_of_other_rails_outlive_a_fence(void **state)
+{
+	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
+	PrRam *ram = fixture->ram;
+	PrRamBlock *block = &ram->blocks[1];
+	uint64_t page;
+	/* In no order; next to each other; at both ends; of another block. */
+	const uint64_t kept[] = {pr_token_pack(1, 290, 10), pr_token_pack(1, 70, 30),
+				 pr_token_pack(1, 0, 2), pr_token_pack(1, 100, 1),
+				 pr_token_pack(0, 50, 5)};
+
+	assert_int_equal(pr_ram_claim_run(&ram->blocks[0], 0, 100, &page), 100);
+	assert_int_equal(pr_ram_claim_run(block, 0, 300, &page), 300);
+	pr_ram_forget_inflight(ram, kept, G_N_ELEMENTS(kept));
+	assert_int_equal(pr_bitmap_count(ram->blocks[0].inflight, 100), 5);
+	assert_true(pr_bitmap_test(ram->blocks[0].inflight, 54));
+	assert_int_equal(pr_bitmap_count(block->inflight, 300), 43);
+	assert_int_equal(pr_ram_claim_run(block, 0, 300, &page), 68);
+	assert_int_equal(page, 2);
+	assert_int_equal(pr_ram_claim_run(block, 70, 300, &page), 189);
+	assert_int_equal(page, 101);
+	/* One of them dies, too. */
+	pr_ram_forget(ram, kept[1]);
+	assert_int_equal(pr_ram_claim_run(block, 0, 300, &page), 30);
+	assert_int_equal(page, 70);
 }
 
 static void zeros_spare_what_is_being_read(void **state)
@@ -232,6 +260,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(bitmaps_do_what_arrays_do),
 		cmocka_unit_test(a_page_has_one_reader_at_a_time),
+		cmocka_unit_test(claims_of_other_rails_outlive_a_fence),
 		cmocka_unit_test(zeros_spare_what_is_being_read),
 		cmocka_unit_test(readers_share_the_pages),
 		cmocka_unit_test(holes_and_zero_pages_are_found),

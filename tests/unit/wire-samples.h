@@ -280,6 +280,21 @@ static gboolean decode_probed(const uint8_t *body, gsize len, GError **error)
 	return pr_probed_decode(body, len, &probed, error);
 }
 
+static void sample_rails(GByteArray *out)
+{
+	PrRail rails[] = {{7, 4096, TRUE}, {9, 0, FALSE}};
+
+	pr_rails_encode(out, rails, G_N_ELEMENTS(rails));
+}
+
+static gboolean decode_rails(const uint8_t *body, gsize len, GError **error)
+{
+	g_autofree PrRail *rails = NULL;
+	guint n;
+
+	return pr_rails_decode(body, len, &rails, &n, error);
+}
+
 static const struct Kind {
 	uint16_t type;
 	void (*sample)(GByteArray *out);
@@ -309,6 +324,7 @@ static const struct Kind {
 	{PR_CMD_ACTIVATE, sample_activate, decode_activate},
 	{PR_RP_ACTIVATED, sample_hello_ack, decode_hello_ack},
 	{PR_RP_PROBED, sample_probed, decode_probed},
+	{PR_RP_RAILS, sample_rails, decode_rails},
 };
 
 static GByteArray *sample_of(const struct Kind *kind)

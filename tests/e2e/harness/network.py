@@ -9,6 +9,7 @@ runs never meet each other and nothing is ever left over.
     10.77.2.1  link2 ────── link2   10.77.2.2
 """
 
+import json
 import os
 import subprocess
 
@@ -105,6 +106,18 @@ class Network:
     def end_black_hole(self, link):
         for host, peer in (self.hosts, self.hosts[::-1]):
             host.run("ip", "neighbour", "del", peer.address(link), "dev", f"link{link}")
+
+    def limit_rate(self, link, mbit):
+        """What the source may send over this link, from now on."""
+        self.source.run(
+            *("tc", "qdisc", "replace", "dev", f"link{link}", "root", "tbf"),
+            *("rate", f"{mbit}mbit", "burst", "128kb", "latency", "50ms"),
+        )
+
+    def received(self, link):
+        """Bytes that have come in at the destination over this link."""
+        shown = self.destination.run("ip", "-s", "-j", "link", "show", "dev", f"link{link}")
+        return json.loads(shown)[0]["stats64"]["rx"]["bytes"]
 
     def close(self):
         for host in self.hosts:

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Both links at once: the standby pulls along, and may be lost at any time."""
+
+from harness.case import case
+from harness.lab import Move
+from harness.process import expect, wait_for
+from harness.vm import GuestSpec
+
+RATE_MBIT = 100
+# Enough that it takes seconds at this rate.
+SPEC = GuestSpec(ram_mb=256, work_mb=128, work_rate=2000)
+
+
+def start_over_both(lab, scheme, spec=SPEC):
+    """In postcopy, with little pulled yet and both links ready to pull."""
+    move = Move(lab, scheme=scheme, spec=spec)
+    move.slow_down("1M")
+    move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
+    wait_for("two rails pull", 30, lambda: rails(move) == 2)
+    move.expect_midway()
+    return move
+
+
+def rails(move):
+    return move.destination.query().get("postroad", {}).get("rails")
+
+
+def carried(move):
+    """What each path has carried, as the destination's engine says; the path in use first."""
+    paths = [path for path in move.destination.paths() if path["bytes"]]
+    return {path["uri"]: path["bytes"] for path in paths}
+
+
+def expect_never_paused(move):
+    for engine in move.engines:
+        info = engine.query()["postroad"]
+        expect(info["pauses"] == 0, f"{engine.name} has paused {info['pauses']} times")
+
+
+def both_links_carry(lab, scheme):
+    """Each link is limited to the same rate, so equal shares mean that both were full all the time, and
+    that the pull took half as long as over one."""
+    move = start_over_both(lab, scheme)
+    for link in (1, 2):
+        move.network.limit_rate(link, RATE_MBIT)
+    before = [move.network.received(link) for link in (1, 2)]
+    left = move.expect_midway()
+    expect(left > RATE_MBIT * 125000, f"{left} bytes are too few to tell two links from one")
+    move.full_speed()
+    move.wait_completed()
+    links = [move.network.received(link) - old for link, old in zip((1, 2), before)]
+    for link, share in zip((1, 2), links):
+        expect(share * 3 >= sum(links), f"link{link} carried {share} of {sum(links)} bytes")
+    said = carried(move)
+    expect(len(said) == 2, f"the engine says that these paths have carried something: {said}")
+    expect_never_paused(move)
+    move.expect_guest_sound()
+
+
+@case("both-links-carry-the-bulk-over-tcp")
+def both_tcp(lab):
+    both_links_carry(lab, "tcp")
+
+
+@case("both-links-carry-the-bulk-over-ofi")
+def both_ofi(lab):
+    both_links_carry(lab, "ofi")
+
+
+def lose_a_rail(lab, scheme, lose):
+    move = start_over_both(lab, scheme)
+    move.slow_down("16M")
+    uri = move.uri(link=2)
+    before = carried(move).get(uri, 0)
+    wait_for("link2 carries bulk", 30, lambda: carried(move).get(uri, 0) > before + (1 << 20))
+    getattr(move.network, lose)(2)
+    wait_for("link2 is given up", 15, lambda: rails(move) == 1)
+    move.expect_midway()
+    move.full_speed()
+    move.wait_completed()
+    expect_never_paused(move)
+    move.expect_guest_sound()
+
+
+@case("a-rail-that-goes-down-is-not-missed")
+def rail_down(lab):
+    lose_a_rail(lab, "ofi", "link_down")
+
+
+@case("a-rail-that-goes-silent-is-not-missed")
+def rail_silent(lab):
+    lose_a_rail(lab, "tcp", "black_hole")
+
+
+@case("the-path-in-use-is-lost-while-both-links-pull")
+def path_in_use_lost(lab):
+    move = start_over_both(lab, "ofi")
+    move.slow_down("16M")
+    move.network.black_hole(1)
+    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    move.expect_midway()
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
