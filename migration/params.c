@@ -27,7 +27,9 @@ static const PrParamInfo param_table[PR_N_PARAMS] = {
 				    "time for each call to the guest"},
 	[PR_PARAM_BULK_READ_SIZE] = {"bulk-read-size", 128 * KIB, 4 * KIB, MIB, "bytes",
 				     "length of a bulk READ, a power of two"},
-	[PR_PARAM_BULK_WINDOW] = {"bulk-window", 8, 1, 64, "READs", "bulk READs in flight"},
+	[PR_PARAM_BULK_WINDOW] = {"bulk-window", 32, 1, 64, "READs",
+				  "bulk READs in flight over a path at most; fewer where it "
+				  "does not carry so much"},
 	[PR_PARAM_FAULT_SPIN] = {"fault-spin", 50, 0, 1000, "us",
 				 "time the fault thread polls before it sleeps"},
 	[PR_PARAM_FAULT_READAHEAD] = {"fault-readahead", 0, 0, PR_READAHEAD_MAX, "pages",

@@ -14,7 +14,8 @@
  * here and nothing else, a limit of all threads together.
  *
  * A fault on a page that one of our READs covers waits for that READ, so read size times window of one thread
- * bounds what a fault can wait for; if the READ's path dies, until that path is fenced.
+ * bounds what a fault can wait for; if the READ's path dies, until that path is fenced. The window follows what
+ * the rail carries (window.h), up to bulk-window.
  *
  * When a READ is in: the pages are marked received, exposed in one call, and if a fault waits in
  * their midst the fault thread is told (fault.c).
@@ -36,6 +37,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/place.h"
+#include "migration/window.h"
 #include "migration/worker.h"
 
 #define BATCH		 32
@@ -43,6 +45,11 @@
 #define LIMITER_BURST_US (20 * 1000)
 
 typedef struct PrPullThread PrPullThread;
+
+typedef struct Claim {
+	uint64_t token;
+	gint64 posted_us;
+} Claim;
 
 /* Of all pull threads. */
 struct PrPull {
@@ -76,8 +83,9 @@ struct PrPullThread {
 
 	/* PrPull.lock; only the thread changes them, and reads them without it */
 	guint outstanding; /* READs on the current path */
-	GArray *claims;	   /* uint64_t: tokens of READs that have not brought their pages (yet) */
-	gint64 moved_us;   /* the last completion, or the first READ after none */
+	GArray *claims;	   /* Claim: READs that have not brought their pages (yet) */
+	PrWindow window;
+	gint64 moved_us; /* the last completion, or the first READ after none */
 
 	/* PrPull.lock */
 	gboolean resting; /* it is to post no more */
@@ -124,26 +132,46 @@ static void place(PrPullThread *self, uint64_t token)
 	}
 }
 
-/* With the lock held. */
-static void drop_claim(PrPullThread *self, uint64_t token)
+/* With the lock held. FALSE: there is none. */
+static gboolean drop_claim(PrPullThread *self, uint64_t token, gint64 *ret_posted_us)
 {
-	for (guint i = 0; i < self->claims->len; i++)
-		if (g_array_index(self->claims, uint64_t, i) == token) {
-			g_array_remove_index_fast(self->claims, i);
-			return;
-		}
+	for (guint i = 0; i < self->claims->len; i++) {
+		Claim claim = g_array_index(self->claims, Claim, i);
+
+		if (claim.token != token)
+			continue;
+		g_array_remove_index_fast(self->claims, i);
+		*ret_posted_us = claim.posted_us;
+		return TRUE;
+	}
+	return FALSE;
+}
+
+/* A READ has brought its pages. With the lock held. */
+static void note_read(PrPullThread *self, uint64_t token, gint64 now)
+{
+	uint64_t page, n, full = pr_param(self->pull->params, PR_PARAM_BULK_READ_SIZE);
+	gint64 posted;
+	guint index;
+
+	if (!drop_claim(self, token, &posted))
+		return;
+	pr_token_unpack(token, &index, &page, &n);
+	pr_window_completed(&self->window, n * self->pull->ram->blocks[index].page_size,
+			    now - posted, full, now);
 }
 
 static void account(PrPullThread *self, const PrCompletion *done, guint n)
 {
 	PrPull *pull = self->pull;
+	gint64 now = g_get_monotonic_time();
 
 	g_mutex_lock(&pull->lock);
 	for (guint i = 0; i < n; i++)
 		if (done[i].ok)
-			drop_claim(self, done[i].token);
+			note_read(self, done[i].token, now);
 	self->outstanding -= n;
-	self->moved_us = g_get_monotonic_time();
+	self->moved_us = now;
 	if (self->outstanding == 0)
 		g_cond_broadcast(&pull->idle);
 	g_mutex_unlock(&pull->lock);
@@ -239,7 +267,7 @@ static gboolean may_post(const PrPullThread *self, gint64 now)
 {
 	const PrPull *pull = self->pull;
 	PrDataPath *path = self->worker.current;
-	guint window = (guint)pr_param(pull->params, PR_PARAM_BULK_WINDOW);
+	guint window = MIN(self->window.reads, (guint)pr_param(pull->params, PR_PARAM_BULK_WINDOW));
 
 	if (is_stripe(self) && (self->resting || !wants(pull, path->ops)))
 		return FALSE;
@@ -263,9 +291,11 @@ static uint64_t next_read(PrPullThread *self, gint64 now)
 	if (token) {
 		pr_token_unpack(token, &index, &page, &n);
 		charge_limiter(pull, n * pull->ram->blocks[index].page_size, now);
-		g_array_append_val(self->claims, token);
-		if (self->outstanding++ == 0)
+		g_array_append_val(self->claims, ((Claim){token, now}));
+		if (self->outstanding++ == 0) {
 			self->moved_us = now;
+			pr_window_resume(&self->window, now);
+		}
 	}
 	self->allowed_us = pull->allowed_us;
 	g_mutex_unlock(&pull->lock);
@@ -345,6 +375,7 @@ static gboolean obey(PrPullThread *self)
 	if (switched) {
 		g_mutex_lock(&self->pull->lock);
 		self->outstanding = 0;
+		pr_window_init(&self->window, g_get_monotonic_time());
 		g_mutex_unlock(&self->pull->lock);
 		self->path_dead = FALSE;
 	}
@@ -380,7 +411,7 @@ static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes)
 	self->pull = pull;
 	self->id = id;
 	self->bytes = bytes;
-	self->claims = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+	self->claims = g_array_new(FALSE, FALSE, sizeof(Claim));
 	pr_worker_start(&self->worker, id == 0 ? "pull" : "stripe", pull_thread, self);
 	/* From now on it may be kicked. */
 	g_mutex_lock(&pull->lock);
@@ -465,8 +496,8 @@ void pr_pull_forget_lost(PrPull *pull)
 	g_array_set_size(pull->first->claims, 0);
 	for (guint i = 1; i < pull->threads->len; i++) {
 		const GArray *claims = ((PrPullThread *)pull->threads->pdata[i])->claims;
-		if (claims->len > 0)
-			g_array_append_vals(kept, claims->data, claims->len);
+		for (guint j = 0; j < claims->len; j++)
+			g_array_append_val(kept, g_array_index(claims, Claim, j).token);
 	}
 	pr_ram_forget_inflight(pull->ram, (const uint64_t *)kept->data, kept->len);
 	g_mutex_unlock(&pull->lock);
@@ -578,7 +609,7 @@ void pr_pull_forget_stripe(PrPull *pull, guint id)
 		return;
 	g_mutex_lock(&pull->lock);
 	for (guint i = 0; i < self->claims->len; i++)
-		pr_ram_forget(pull->ram, g_array_index(self->claims, uint64_t, i));
+		pr_ram_forget(pull->ram, g_array_index(self->claims, Claim, i).token);
 	g_ptr_array_remove(pull->threads, self);
 	kick_all(pull);
 	g_mutex_unlock(&pull->lock);

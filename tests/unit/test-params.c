@@ -40,7 +40,7 @@ static void the_contract_names_these_defaults(void **state)
 		{PR_PARAM_HANDSHAKE_TIMEOUT, "handshake-timeout", 5000},
 		{PR_PARAM_GUEST_TIMEOUT, "guest-timeout", 10000},
 		{PR_PARAM_BULK_READ_SIZE, "bulk-read-size", 131072},
-		{PR_PARAM_BULK_WINDOW, "bulk-window", 8},
+		{PR_PARAM_BULK_WINDOW, "bulk-window", 32},
 		{PR_PARAM_FAULT_SPIN, "fault-spin", 50},
 		{PR_PARAM_FAULT_READAHEAD, "fault-readahead", 0},
 		{PR_PARAM_PROBE_INTERVAL, "probe-interval", 1000},
