@@ -264,6 +264,9 @@ gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error);
 
 /* zero.c: the source's; the guest has stopped. */
 gboolean pr_source_tell_holes(PrMigration *m, PrConn *conn, GError **error);
+/* For paths that grant what holds data and nothing else (PrTransportOps.grants): all the rest is holes, so that
+ * nobody has to look for them once more. Sorts the grants. */
+gboolean pr_source_tell_ungranted(PrMigration *m, PrConn *conn, GArray *grants, GError **error);
 /* Looks through all RAM that is not known to be in place, ahead of the destination's pull. */
 void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn);
 

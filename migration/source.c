@@ -438,16 +438,27 @@ static gpointer hole_thread(gpointer opaque)
 	return NULL;
 }
 
+/* The grants of a path that has failed meanwhile are not all there are. */
+static gboolean check_attempt(PrMigration *m, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	gboolean failed = m->failure != NULL;
+	if (failed)
+		pr_migration_copy_failure(m, error);
+	g_mutex_unlock(&m->lock);
+	return !failed;
+}
+
 /* Tells the destination what it may read, and what it need not read. Looking for the holes takes the longer
  * the more RAM there is; where nobody has to wait for that, a thread does it. */
 static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_teller, GError **error)
 {
 	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
 
-	if (!send_grants(conn, grants, error))
+	if (!send_grants(conn, grants, error) || !check_attempt(m, error))
 		return FALSE;
 	if (!covers_holes(m, grants))
-		return pr_source_tell_holes(m, conn, error);
+		return pr_source_tell_ungranted(m, conn, grants, error);
 	*ret_teller = g_thread_new("holes", hole_thread, conn);
 	return TRUE;
 }
