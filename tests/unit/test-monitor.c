@@ -196,7 +196,7 @@ static void every_mistake_is_answered_and_named(void **state)
 
 	converse(bench, client, turns, G_N_ELEMENTS(turns));
 	/* of a set with a mistake nothing is set */
-	assert_int_equal(pr_param(&bench->params, PR_PARAM_BULK_WINDOW), 8);
+	assert_int_equal(pr_param(&bench->params, PR_PARAM_BULK_WINDOW), 32);
 	assert_true(pr_capability(&bench->params, PR_CAP_ZERO_PAGES));
 	assert_int_equal(g_atomic_int_get(&bench->quits), 0);
 }
