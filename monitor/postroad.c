@@ -253,9 +253,6 @@ static void prepare_process(void)
 	 * directory. */
 	for (gsize i = 0; i < G_N_ELEMENTS(fatal); i++)
 		signal(fatal[i], SIG_DFL);
-	/* libfabric's provider net reads small answers into a buffer of its own first, unless told not
-	 * to: then pages go from the socket into guest RAM without a copy. */
-	g_setenv("FI_NET_PREFETCH_RBUF_SIZE", "0", /* overwrite= */ FALSE);
 	if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
 		limit.rlim_cur = limit.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &limit);

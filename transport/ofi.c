@@ -31,9 +31,6 @@
  *
  * Where the provider copies (it needs no registered memory), READs land in a buffer of their slot and are stored
  * from there (pr_region_store()); slots are used last in, first out, so that the buffers stay in the cache.
- *
- * READs shorter than the provider's receive buffer (9000 bytes) are copied out of it by the provider:
- * that saves a system call per page. FI_NET_PREFETCH_RBUF_SIZE=0 in the environment turns it off.
  */
 #include "transport/ofi.h"
 
