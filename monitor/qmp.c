@@ -270,6 +270,15 @@ static void serve_request(QmpClient *client, JsonObject *request)
 		run_command(client, name, args ? json_node_get_object(args) : no_args, id);
 }
 
+/* An escape may name half of a surrogate pair; what the parser makes of that is no UTF-8, and must not come
+ * back in an answer. */
+static gboolean is_utf8(JsonNode *root)
+{
+	g_autofree char *text = json_to_string(root, FALSE);
+
+	return g_utf8_validate(text, -1, NULL);
+}
+
 static void on_message(const char *message, gsize len, const char *fault, void *opaque)
 {
 	QmpClient *client = opaque;
@@ -287,6 +296,9 @@ static void on_message(const char *message, gsize len, const char *fault, void *
 	if (!error && (!root || !JSON_NODE_HOLDS_OBJECT(root)))
 		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
 				    "QMP input must be a JSON object");
+	if (!error && !is_utf8(root))
+		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
+				    "QMP input refused: an escape (\\u…) in it is no character");
 	if (error)
 		send_error(client, error, NULL);
 	else
