@@ -267,10 +267,14 @@ static gboolean reply_ok(PrAgentClient *client, const Reply *reply, GError **err
 		[PR_AGENT_FAILED] = PR_GUEST_ERROR_REFUSED,
 	};
 
+	g_autofree char *text = NULL;
+
 	if (reply->head->status == PR_AGENT_OK)
 		return TRUE;
+	/* It goes into the monitor's JSON. */
+	text = g_utf8_make_valid(reply->head->text, -1);
 	g_set_error(error, PR_GUEST_ERROR, codes[reply->head->status], "agent %s: %s", client->path,
-		    reply->head->text);
+		    text);
 	return FALSE;
 }
 
