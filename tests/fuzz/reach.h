@@ -21,7 +21,3 @@ void reach_listener_let_in(PrListener *listener, GSocket *socket);
 
 /* source.c: one turn of the return-path thread. */
 void reach_source_take(PrConn *conn);
-
-/* handshake.c: HELLO for HELLO_ACK. */
-gboolean reach_handshake_exchange(PrControl *control, const PrHello *hello, PrHelloAck *ret,
-				  GError **error);
