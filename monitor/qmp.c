@@ -88,9 +88,11 @@ static void send_error(QmpClient *client, const GError *error, JsonNode *id)
 {
 	JsonObject *object = json_object_new(), *body = json_object_new();
 	gboolean unknown = g_error_matches(error, PR_COMMAND_ERROR, PR_COMMAND_ERROR_NOT_FOUND);
+	/* The JSON parser's errors quote what it has made of its input. */
+	g_autofree char *desc = g_utf8_make_valid(error->message, -1);
 
 	json_object_set_string_member(body, "class", unknown ? "CommandNotFound" : "GenericError");
-	json_object_set_string_member(body, "desc", error->message);
+	json_object_set_string_member(body, "desc", desc);
 	json_object_set_object_member(object, "error", body);
 	add_id(object, id);
 	send_object(client, object);
