@@ -17,6 +17,11 @@ deps:
 check: deps
 	@tests/run
 
+# libFuzzer on every decoder and on both engines as their peers, for so many seconds each.
+FUZZ_SECONDS ?= 60
+fuzz: deps
+	@tests/fuzz/run --seconds $(FUZZ_SECONDS)
+
 # A guest moves, loses its path, and recovers: told on the terminal in a minute.
 demo: all linux-guest
 	@tests/demo.py --build build
@@ -54,6 +59,6 @@ format: deps
 	git ls-files '*.c' '*.h' | xargs clang-format -i
 
 clean:
-	rm -rf build build-asan build-tsan
+	rm -rf build build-asan build-tsan build-fuzz
 
-.PHONY: all deps check check-roce demo demo-roce bench bench-smoke bench-roce linux-guest install format clean
+.PHONY: all deps check check-roce fuzz demo demo-roce bench bench-smoke bench-roce linux-guest install format clean

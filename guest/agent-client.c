@@ -131,13 +131,15 @@ static Reply *receive(PrAgentClient *client, GError **error)
 	do {
 		n = recvmsg(client->fd, &msg, MSG_CMSG_CLOEXEC);
 	} while (n < 0 && errno == EINTR);
+	/* An empty packet, which is no answer, may come with descriptors as well. */
+	if (n >= 0)
+		take_fds(&msg, reply);
 	if (n <= 0) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
 			    "agent %s: the guest's process closed the connection%s%s", client->path,
 			    n < 0 ? ": " : "", n < 0 ? g_strerror(errno) : "");
 		return NULL;
 	}
-	take_fds(&msg, reply);
 	if ((msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || !reply_valid(reply, n)) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
 			    "agent %s: an answer of %zd bytes makes no sense; is this the socket "
@@ -265,10 +267,14 @@ static gboolean reply_ok(PrAgentClient *client, const Reply *reply, GError **err
 		[PR_AGENT_FAILED] = PR_GUEST_ERROR_REFUSED,
 	};
 
+	g_autofree char *text = NULL;
+
 	if (reply->head->status == PR_AGENT_OK)
 		return TRUE;
+	/* It goes into the monitor's JSON. */
+	text = g_utf8_make_valid(reply->head->text, -1);
 	g_set_error(error, PR_GUEST_ERROR, codes[reply->head->status], "agent %s: %s", client->path,
-		    reply->head->text);
+		    text);
 	return FALSE;
 }
 

@@ -6,6 +6,7 @@
 #include "guest/agent-client.h"
 
 #define MIB(bytes) ((guint)((bytes) >> 20))
+#define SHOWN_MAX  200 /* bytes, of what QEMU printed */
 
 static void ramblock_clear(gpointer data)
 {
@@ -70,8 +71,11 @@ GArray *pr_qemu_ramblocks_parse(const char *text, GError **error)
 			g_array_append_val(blocks, block);
 	}
 	if (!blocks->len) {
+		/* The cut may be within a character. */
+		g_autofree char *shown = g_utf8_make_valid(text, strnlen(text, SHOWN_MAX));
+
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "`info ramblock` names no RAM block: '%.200s'", text);
+			    "`info ramblock` names no RAM block: '%s'", shown);
 		return NULL;
 	}
 	g_array_sort(blocks, by_offset);

@@ -117,12 +117,22 @@ static void deliver_answer(PrQmp *qmp, JsonNode *root)
 	g_clear_pointer(&root, json_node_unref);
 }
 
+/* The parser takes any bytes, and makes some of half a surrogate pair. What QEMU says goes into errors, and with
+ * them into our own monitor's JSON. */
+static gboolean is_utf8(JsonNode *root)
+{
+	g_autofree char *text = json_to_string(root, FALSE);
+
+	return g_utf8_validate(text, -1, NULL);
+}
+
 static JsonNode *parse(PrQmp *qmp)
 {
 	g_autoptr(JsonParser) parser = json_parser_new();
 
 	if (!json_parser_load_from_data(parser, qmp->frame.text->str, qmp->frame.text->len, NULL) ||
-	    !JSON_NODE_HOLDS_OBJECT(json_parser_get_root(parser)))
+	    !JSON_NODE_HOLDS_OBJECT(json_parser_get_root(parser)) ||
+	    !is_utf8(json_parser_get_root(parser)))
 		return NULL;
 	return json_parser_steal_root(parser);
 }

@@ -37,6 +37,13 @@ typedef struct ResumeHandler {
 	gboolean (*resume_prepare)(PrMigration *m, PrConn *conn, GError **error);
 } ResumeHandler;
 
+/* Neither failed, nor over already: a destination that does not keep to the order may have said RESUME_ACK, and
+ * even SHUT, before its bitmaps, and a loss of the path fails nothing after that. With the lock held. */
+static gboolean is_recovering(const PrMigration *m)
+{
+	return !m->failure && m->sm.state == PR_STATE_POSTCOPY_RECOVER;
+}
+
 static gboolean ram_resume_prepare(PrMigration *m, PrConn *conn, GError **error)
 {
 	g_mutex_lock(&m->lock);
@@ -49,9 +56,9 @@ static gboolean ram_resume_prepare(PrMigration *m, PrConn *conn, GError **error)
 			return FALSE;
 	}
 	g_mutex_lock(&m->lock);
-	while (!m->failure && m->bitmaps_due > 0)
+	while (is_recovering(m) && m->bitmaps_due > 0)
 		g_cond_wait(&m->changed, &m->lock);
-	gboolean done = !m->failure;
+	gboolean done = !m->failure && m->bitmaps_due == 0;
 	if (!done)
 		pr_migration_copy_failure(m, error);
 	g_mutex_unlock(&m->lock);
@@ -96,7 +103,7 @@ static gboolean final_handshake(PrMigration *m, PrConn *conn, GError **error)
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RESUME, NULL, error))
 		return FALSE;
 	g_mutex_lock(&m->lock);
-	while (!m->failure && m->sm.state == PR_STATE_POSTCOPY_RECOVER)
+	while (is_recovering(m))
 		g_cond_wait(&m->changed, &m->lock);
 	gboolean done = !m->failure;
 	if (!done)

@@ -88,9 +88,11 @@ static void send_error(QmpClient *client, const GError *error, JsonNode *id)
 {
 	JsonObject *object = json_object_new(), *body = json_object_new();
 	gboolean unknown = g_error_matches(error, PR_COMMAND_ERROR, PR_COMMAND_ERROR_NOT_FOUND);
+	/* The JSON parser's errors quote what it has made of its input. */
+	g_autofree char *desc = g_utf8_make_valid(error->message, -1);
 
 	json_object_set_string_member(body, "class", unknown ? "CommandNotFound" : "GenericError");
-	json_object_set_string_member(body, "desc", error->message);
+	json_object_set_string_member(body, "desc", desc);
 	json_object_set_object_member(object, "error", body);
 	add_id(object, id);
 	send_object(client, object);
@@ -270,6 +272,15 @@ static void serve_request(QmpClient *client, JsonObject *request)
 		run_command(client, name, args ? json_node_get_object(args) : no_args, id);
 }
 
+/* An escape may name half of a surrogate pair; what the parser makes of that is no UTF-8, and must not come
+ * back in an answer. */
+static gboolean is_utf8(JsonNode *root)
+{
+	g_autofree char *text = json_to_string(root, FALSE);
+
+	return g_utf8_validate(text, -1, NULL);
+}
+
 static void on_message(const char *message, gsize len, const char *fault, void *opaque)
 {
 	QmpClient *client = opaque;
@@ -287,6 +298,9 @@ static void on_message(const char *message, gsize len, const char *fault, void *
 	if (!error && (!root || !JSON_NODE_HOLDS_OBJECT(root)))
 		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
 				    "QMP input must be a JSON object");
+	if (!error && !is_utf8(root))
+		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
+				    "QMP input refused: an escape (\\u…) in it is no character");
 	if (error)
 		send_error(client, error, NULL);
 	else

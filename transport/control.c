@@ -148,6 +148,9 @@ static void frame_advance(PrFrame *frame, gsize written)
 	for (guint i = 0; i < G_N_ELEMENTS(frame->part); i++) {
 		gsize n = MIN(written, frame->part[i].iov_len);
 
+		/* A part without bytes may be without an address. */
+		if (!n)
+			continue;
 		frame->part[i].iov_base = (uint8_t *)frame->part[i].iov_base + n;
 		frame->part[i].iov_len -= n;
 		written -= n;

@@ -255,6 +255,8 @@ static gboolean is_scheme(const char *scheme)
 
 static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 {
+	gboolean named;
+
 	hello->version = get_u16(cursor);
 	if (!cursor->overrun && hello->version != PR_WIRE_VERSION)
 		return malformed(
@@ -268,7 +270,7 @@ static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 	hello->resume = get_u8(cursor);
 	get_bytes(cursor, hello->secret, sizeof hello->secret);
 	hello->capabilities = get_u64(cursor);
-	get_name(cursor, hello->scheme, sizeof hello->scheme);
+	named = get_name(cursor, hello->scheme, sizeof hello->scheme);
 	if (cursor->overrun)
 		return malformed(error, "HELLO is too short");
 	if (hello->role != PR_HELLO_SOURCE && hello->role != PR_HELLO_DESTINATION)
@@ -277,7 +279,7 @@ static gboolean get_hello_head(Cursor *cursor, PrHello *hello, GError **error)
 		return malformed(error, "HELLO has %u for resume, more than 3", hello->resume);
 	if (!hello->epoch)
 		return malformed(error, "HELLO names the epoch 0, epochs begin with 1");
-	if (!is_scheme(hello->scheme))
+	if (!named || !is_scheme(hello->scheme))
 		return malformed(error, "HELLO names no proper scheme");
 	return TRUE;
 }

@@ -164,6 +164,8 @@ static void every_mistake_is_answered_and_named(void **state)
 		{"\"text\"\n", "must be a JSON object"},
 		{"\xff\xfe\n", "not UTF-8"},
 		{"{\"execute\":\"\\ud800\"}", "JSON parse error"},
+		/* the parser takes this for a pair */
+		{"{\"execute\":\"quit\",\"id\":\"\\ud83ddu\\e00\"}", "is no character"},
 		{"{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"speed\":\"x\"}}",
 		 "unknown parameter 'speed'"},
 		{"{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"bulk-window\":\"8\"}}",

@@ -213,6 +213,20 @@ static void a_refusal_of_another_version_can_be_read(void **state)
 	assert_non_null(strstr(error->message, "version 9"));
 }
 
+/* "faulty\0ofi": what is behind the NUL would be read by nobody, and is checked by nobody. */
+static void a_scheme_with_a_nul_in_it_is_refused(void **state)
+{
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	g_autoptr(GError) error = NULL;
+	g_auto(PrHello) hello = {0};
+
+	sample_hello(body);
+	assert_memory_equal(body->data + 57, "faulty+ofi", 10);
+	body->data[57 + 6] = '\0';
+	assert_false(pr_hello_decode(body->data, body->len, &hello, &error));
+	assert_non_null(strstr(error->message, "scheme"));
+}
+
 /* A length or count at `at` (bytes wide) that lies. */
 static void lengths_that_lie_are_refused(void **state)
 {
@@ -558,6 +572,7 @@ int main(void)
 		cmocka_unit_test(every_truncation_and_every_extra_byte_is_refused),
 		cmocka_unit_test(every_changed_byte_is_decoded_or_refused),
 		cmocka_unit_test(hello_round_trip),
+		cmocka_unit_test(a_scheme_with_a_nul_in_it_is_refused),
 		cmocka_unit_test(the_largest_hello_fits),
 		cmocka_unit_test(the_largest_hello_ack_fits),
 		cmocka_unit_test(a_hello_that_makes_no_sense_is_refused),

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The destination, as its source and as strangers: the listener's first frames, the load thread with all of its
+ * commands, recoveries and standby paths.
+ */
+#include "tests/fuzz/engine.h"
+
+static void wait_for_newcomer(FuzzEngine *engine)
+{
+	if (fuzz_engine_knock(engine))
+		return;
+	g_assert(!engine->m->quit);
+	g_mutex_lock(&engine->m->lock);
+	engine->m->quit = TRUE;
+	g_mutex_unlock(&engine->m->lock);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	g_autoptr(FuzzEngine) engine = fuzz_engine_new(data, size, PR_GUEST_DESTINATION);
+	g_autoptr(PrUri) uri = pr_uri_parse(FUZZ_URI, TRUE, NULL);
+
+	engine->wait = wait_for_newcomer;
+	engine->listener = reach_listener_new(uri, &fuzz_transport, &engine->data,
+					      pr_destination_hello, engine->m);
+	/* As pr_migration_incoming() leaves it. */
+	engine->m->owner = g_thread_ref(g_thread_self());
+	pr_load_thread(engine->m);
+	return 0;
+}

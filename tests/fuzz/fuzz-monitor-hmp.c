@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Somebody at the monitor's terminal. The first byte says how many bytes come at once, the rest is what is typed.
+ * A command that waits is answered when the migration has ended.
+ */
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "tests/fuzz/fake-migration.h"
+#include "tests/fuzz/fuzz.h"
+
+#include "monitor/hmp.c"
+
+static void on_quit(void *opaque)
+{
+}
+
+/* Commands are in the table, their arguments are what the table says. */
+static void check_line(const char *line)
+{
+	g_autoptr(JsonObject) args = NULL;
+	g_autoptr(GError) error = NULL;
+	const PrCommand *command = NULL;
+	gboolean ok = pr_hmp_parse(line, &command, &args, &error);
+
+	fuzz_outcome(ok, error);
+	if (ok && command)
+		g_assert(command->hmp && pr_command_check(command, args, NULL));
+}
+
+static void check_lines(const FuzzInput *input)
+{
+	FuzzInput copy = *input;
+	char *line;
+
+	while ((line = fuzz_line(&copy))) {
+		check_line(line);
+		g_free(line);
+	}
+}
+
+static void turn_loop(PrMonitor *monitor, int fd)
+{
+	char room[16384];
+
+	while (g_main_context_iteration(monitor->context, FALSE))
+		;
+	while (recv(fd, room, sizeof(room), MSG_DONTWAIT) > 0)
+		;
+}
+
+static void end_wait(PrHmpSession *session, PrMigration *migration, int fd)
+{
+	while (session->wait) {
+		fake_migration_set(migration, PR_STATE_ACTIVE);
+		fake_migration_set(migration, PR_STATE_COMPLETED);
+		turn_loop(session->monitor, fd);
+	}
+}
+
+static void run_session(PrMonitor *monitor, PrMigration *migration, FuzzInput *input)
+{
+	gsize step = fuzz_u8(input), n;
+	PrHmpSession *session;
+	int fds[2];
+
+	check_lines(input);
+	g_assert(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) == 0);
+	session = pr_hmp_session_new(monitor, fds[0], fds[0], TRUE);
+	while (input->left) {
+		const uint8_t *data = fuzz_take(input, step ? step : input->left, &n);
+
+		on_input((const char *)data, n, session);
+		turn_loop(monitor, fds[1]);
+		end_wait(session, migration, fds[1]);
+	}
+	pr_hmp_session_free(session);
+	close(fds[1]);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	static GMainContext *context;
+	FuzzInput input = {data, size};
+	PrParams params;
+	PrMigration migration = {0};
+	PrMonitor *monitor;
+
+	if (!context)
+		context = g_main_context_new();
+	pr_params_init(&params);
+	monitor = migration.monitor = pr_monitor_new(&params, context, on_quit, NULL);
+	pr_monitor_attach(monitor, &migration);
+	run_session(monitor, &migration, &input);
+	pr_monitor_free(monitor);
+	return 0;
+}

@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * QEMU's monitor, as QEMU: what the client and the checks of the `qemu:` kind make of its answers. An input is a list of
+ * lines, each the answer to the next command: what "return" is to be, or, behind a '!', whatever
+ * bytes come. The first byte says which role the guest is checked for.
+ */
+#include <glib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "guest/qemu-ram.h"
+#include "guest/qemu.h"
+#include "tests/fuzz/fuzz.h"
+
+/* Where a caller waits, the reader thread's work is done. */
+static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline);
+#define g_cond_wait_until fuzz_read_answer
+#include "guest/qmp.c"
+#undef g_cond_wait_until
+
+#define TIMEOUT_MS 1000
+
+static struct {
+	PrQmp *qmp;
+	FuzzInput input;
+	int qemu_fd;
+	PrQemuStream *stream;
+} rig;
+
+/* In the place of guest.c, which knows the agents. */
+G_DEFINE_QUARK(pr_guest_error, pr_guest_error)
+
+/* In the place of an agent: two regions, the first as large as the healthy QEMU's RAM. */
+GArray *pr_guest_blocks_new(void)
+{
+	return g_array_new(FALSE, TRUE, sizeof(PrGuestBlock));
+}
+
+GArray *pr_agent_client_regions(PrAgentClient *client, GError **error)
+{
+	GArray *regions = pr_guest_blocks_new();
+	PrGuestBlock block = {.size = 64 << 20, .page_size = 4096, .base = 0x7f0000000000};
+
+	g_array_append_val(regions, block);
+	return regions;
+}
+
+static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline)
+{
+	g_autofree char *line = fuzz_line(&rig.input);
+	g_autofree char *text = NULL;
+	char waste[4096];
+
+	g_mutex_unlock(lock);
+	while (recv(rig.qemu_fd, waste, sizeof(waste), MSG_DONTWAIT) > 0)
+		;
+	if (line && *line == '!')
+		text = g_strconcat(line + 1, "\n", NULL);
+	else if (line)
+		text = g_strdup_printf("{\"return\": %s, \"id\": %u}\n", line, rig.qmp->last_id);
+	if (!text)
+		fail_closed(rig.qmp, "the input is at its end");
+	else
+		take_bytes(rig.qmp, text, strlen(text));
+	g_mutex_lock(lock);
+	return TRUE;
+}
+
+static void on_event(const char *name, JsonObject *data, void *opaque)
+{
+	g_assert(name);
+	pr_qemu_stream_event(rig.stream, name, data);
+}
+
+static void open_qmp(int fd)
+{
+	rig.qmp = g_new0(PrQmp, 1);
+	rig.qmp->path = g_strdup("fuzz");
+	rig.qmp->timeout_ms = TIMEOUT_MS;
+	rig.qmp->socket = g_socket_new_from_fd(fd, NULL);
+	g_socket_set_blocking(rig.qmp->socket, FALSE);
+	rig.qmp->on_event = on_event;
+	rig.qmp->calls = g_hash_table_new(NULL, NULL);
+	pr_qmp_frame_init(&rig.qmp->frame);
+	g_mutex_init(&rig.qmp->lock);
+	g_mutex_init(&rig.qmp->send_lock);
+	g_cond_init(&rig.qmp->cond);
+	rig.stream = pr_qemu_stream_new(rig.qmp, TIMEOUT_MS);
+}
+
+/* pr_qmp_free() without the thread. */
+static void close_qmp(void)
+{
+	PrQmp *qmp = rig.qmp;
+
+	pr_qemu_stream_free(rig.stream);
+	g_socket_close(qmp->socket, NULL);
+	g_object_unref(qmp->socket);
+	g_hash_table_unref(qmp->calls);
+	pr_qmp_frame_clear(&qmp->frame);
+	g_clear_error(&qmp->failure);
+	g_free(qmp->shutdown);
+	g_mutex_clear(&qmp->lock);
+	g_mutex_clear(&qmp->send_lock);
+	g_cond_clear(&qmp->cond);
+	g_free(qmp->path);
+	g_free(qmp);
+}
+
+static void clear_blocks(GArray *blocks)
+{
+	for (guint i = 0; blocks && i < blocks->len; i++)
+		g_free(g_array_index(blocks, PrGuestBlock, i).idstr);
+	g_clear_pointer(&blocks, g_array_unref);
+}
+
+static void ask_all(PrGuestRole role)
+{
+	g_autoptr(GError) check_error = NULL, ram_error = NULL, undo_error = NULL;
+	gboolean ok = pr_qemu_check(rig.qmp, role, TRUE, &check_error);
+	GArray *blocks;
+
+	fuzz_clean_outcome(ok, check_error);
+	blocks = pr_qemu_blocks(rig.qmp, NULL, &ram_error);
+	fuzz_clean_outcome(blocks != NULL, ram_error);
+	clear_blocks(blocks);
+	if (role == PR_GUEST_DESTINATION) {
+		ok = pr_qemu_stream_load_begin(rig.stream, &undo_error) &&
+		     pr_qemu_stream_undo(rig.stream, &undo_error);
+		fuzz_clean_outcome(ok, undo_error);
+	}
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	int next_fd = fuzz_next_fd();
+	int fds[2];
+
+	rig.input = (FuzzInput){data, size};
+	g_assert(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) == 0);
+	rig.qemu_fd = fds[1];
+	open_qmp(fds[0]);
+	ask_all(fuzz_u8(&rig.input) & 1 ? PR_GUEST_DESTINATION : PR_GUEST_SOURCE);
+	close_qmp();
+	close(fds[1]);
+	g_assert_cmpint(next_fd, ==, fuzz_next_fd());
+	return 0;
+}

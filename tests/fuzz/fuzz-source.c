@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The source, as its destination: from `migrate` on, with recoveries as long as the input has connections. The
+ * answer to HELLO, and all that the return path may bring.
+ */
+#include "tests/fuzz/engine.h"
+
+static PrState state_of(PrMigration *m, PrConn **ret_conn)
+{
+	g_mutex_lock(&m->lock);
+	PrState state = m->sm.state;
+	*ret_conn = m->conn;
+	g_mutex_unlock(&m->lock);
+	return state;
+}
+
+static void quit(PrMigration *m)
+{
+	g_assert(!m->quit);
+	g_mutex_lock(&m->lock);
+	m->quit = TRUE;
+	g_mutex_unlock(&m->lock);
+}
+
+static void wait_for_peer(FuzzEngine *engine)
+{
+	PrConn *conn;
+	PrState state = state_of(engine->m, &conn);
+
+	if (conn)
+		reach_source_take(conn);
+	else if (state != PR_STATE_POSTCOPY_PAUSED || !fuzz_engine_has_next(engine) ||
+		 !pr_migration_start(engine->m, FUZZ_URI, TRUE, NULL))
+		quit(engine->m);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	g_autoptr(FuzzEngine) engine = fuzz_engine_new(data, size, PR_GUEST_SOURCE);
+	PrState state;
+	PrConn *conn;
+
+	engine->wait = wait_for_peer;
+	g_assert(pr_migration_start(engine->m, FUZZ_URI, FALSE, NULL));
+	pr_source_thread(engine->m);
+	state = state_of(engine->m, &conn);
+	/* The guest runs here exactly if it has not been handed over. */
+	g_assert(engine->handed_over ==
+		 (pr_state_is_postcopy(state) || state == PR_STATE_COMPLETED));
+	g_assert(engine->handed_over || (!engine->stopped && engine->n_resumes == 1));
+	return 0;
+}

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include "tests/fuzz/reach.h"
+
+#include "transport/listener.c"
+
+#define HANDSHAKE_MS 10000
+
+PrListener *reach_listener_new(const PrUri *uri, const PrTransportOps *ops, PrDataListener *data,
+			       PrOnHello on_hello, void *opaque)
+{
+	PrListener *listener = g_new0(PrListener, 1);
+
+	listener->uri = pr_uri_copy(uri);
+	listener->ops = ops;
+	listener->data = data;
+	listener->handshake_ms = HANDSHAKE_MS;
+	listener->on_hello = on_hello;
+	listener->opaque = opaque;
+	listener->stop_fd = -1;
+	listener->sockets = g_ptr_array_new_with_free_func(g_object_unref);
+	listener->strangers = g_ptr_array_new_with_free_func((GDestroyNotify)stranger_free);
+	g_mutex_init(&listener->lock);
+	g_cond_init(&listener->changed);
+	g_queue_init(&listener->visitors);
+	return listener;
+}
+
+void reach_listener_free(PrListener *listener)
+{
+	pr_listener_free(listener);
+}
+
+/* As hello_main() does it. */
+static void receive_visitor(PrListener *listener)
+{
+	g_autoptr(Visitor) visitor = g_queue_pop_head(&listener->visitors);
+
+	if (!visitor)
+		return;
+	pr_control_set_handshake(visitor->control,
+				 g_get_monotonic_time() + (gint64)HANDSHAKE_MS * 1000, NULL);
+	listener->on_hello(g_steal_pointer(&visitor->control), &visitor->hello, listener,
+			   listener->opaque);
+}
+
+void reach_listener_let_in(PrListener *listener, GSocket *socket)
+{
+	let_in(listener, socket);
+	g_object_unref(socket);
+	hear_all(listener);
+	g_assert(!listener->strangers->len);
+	receive_visitor(listener);
+}

@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include "tests/fuzz/reach.h"
+
+#include "migration/source.c"
+
+/* As return_path_thread() does it. */
+void reach_source_take(PrConn *conn)
+{
+	g_autoptr(GError) error = NULL;
+	g_autoptr(PrMsg) msg = pr_control_recv(conn->control, G_MAXUINT, &error);
+
+	if (!msg || !take_message(conn, msg, &error))
+		pr_conn_failed(error, conn);
+}

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Where the engine meets the outside, for the targets that drive it as a whole: included before everything
+ * else in the engine's sources that are compiled for them once more. Its threads and its waits become
+ * calls of the rig (engine.c), and so do its sockets and transports. Nothing else of it is changed.
+ */
+#pragma once
+
+#include <gio/gio.h>
+
+#include "transport/dial.h"
+#include "transport/transport.h"
+
+GThread *fuzz_thread_new(const char *name, GThreadFunc func, gpointer opaque);
+gpointer fuzz_thread_join(GThread *thread);
+void fuzz_cond_wait(GCond *cond, GMutex *lock);
+gboolean fuzz_cond_wait_until(GCond *cond, GMutex *lock, gint64 deadline);
+PrWait fuzz_wait_fd(int fd, short events, gint64 deadline, GCancellable *cancel);
+GSocketConnection *fuzz_dial(const PrUri *uri, uint16_t port, gint64 deadline, GCancellable *cancel,
+			     GError **error);
+const PrTransportOps *fuzz_transport_find(const char *scheme, GError **error);
+
+#define g_thread_new	  fuzz_thread_new
+#define g_thread_join	  fuzz_thread_join
+#define g_cond_wait	  fuzz_cond_wait
+#define g_cond_wait_until fuzz_cond_wait_until
+#define pr_wait_fd	  fuzz_wait_fd
+#define pr_dial		  fuzz_dial
+#define pr_transport_find fuzz_transport_find
