@@ -127,6 +127,12 @@ static gboolean guest_run(PrGuest *guest, GError **error)
 	return TRUE;
 }
 
+static GArray *guest_vcpu_threads(PrGuest *guest, GError **error)
+{
+	g_assert(!engine->faulting);
+	return g_array_new(FALSE, FALSE, sizeof(uint32_t));
+}
+
 static int guest_fault_on(PrGuest *guest, GError **error)
 {
 	if (!guest_does(FUZZ_FAIL_FAULTS, error))
@@ -166,6 +172,7 @@ static const PrGuestOps guest_ops = {
 	.load_end = guest_load_end,
 	.load_abort = guest_load_abort,
 	.run = guest_run,
+	.vcpu_threads = guest_vcpu_threads,
 	.fault_on = guest_fault_on,
 	.fault_off = guest_fault_off,
 	.keep_state = guest_keep_state,
@@ -316,7 +323,8 @@ gboolean fuzz_engine_knock(FuzzEngine *self)
 /* Threads that serve one connection, or free it, do so here and now. What the others do the rig does. */
 GThread *fuzz_thread_new(const char *name, GThreadFunc func, gpointer opaque)
 {
-	if (strcmp(name, "standby") == 0 || strcmp(name, "closing") == 0)
+	if (strcmp(name, "standby") == 0 || strcmp(name, "closing") == 0 ||
+	    strcmp(name, "holes") == 0)
 		func(opaque);
 	return g_thread_ref(g_thread_self());
 }

@@ -13,16 +13,17 @@ struct PrFaultThread {
 	PrDataPath *path;
 };
 
-struct PrPullThread {
+struct PrPull {
+	int refs;
 	PrRam *ram;
 	PrPullHooks hooks;
 	PrDataPath *path;
 };
 
-PrFaultThread *pr_fault_start(PrRam *ram, int uffd, const PrParams *params,
+PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
 			      const PrFaultHooks *hooks)
 {
-	g_assert(uffd >= 0);
+	g_assert(uffd >= 0 && times);
 	return g_new0(PrFaultThread, 1);
 }
 
@@ -52,19 +53,20 @@ void pr_fault_stats(const PrFaultThread *self, PrFaultStats *ret)
 	*ret = (PrFaultStats){.requests = 1};
 }
 
-PrPullThread *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
-			    const PrPullHooks *hooks)
+PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
+		      const PrPullHooks *hooks)
 {
-	PrPullThread *self = g_new0(PrPullThread, 1);
+	PrPull *self = g_new0(PrPull, 1);
 
 	g_assert(uffd >= 0);
+	self->refs = 1;
 	self->ram = ram;
 	self->hooks = *hooks;
 	return self;
 }
 
 /* A few pages land, and as many are asked for. */
-void pr_pull_attach(PrPullThread *self, PrDataPath *path)
+void pr_pull_attach(PrPull *self, PrDataPath *path)
 {
 	g_assert(!self->path && path);
 	self->path = path;
@@ -78,30 +80,74 @@ void pr_pull_attach(PrPullThread *self, PrDataPath *path)
 	}
 }
 
-void pr_pull_detach(PrPullThread *self)
+void pr_pull_detach(PrPull *self)
 {
 	self->path = NULL;
 }
 
-void pr_pull_stop(PrPullThread *self)
+void pr_pull_forget_lost(PrPull *self)
 {
-	g_assert(!self || !self->path);
-	g_free(self);
+	g_assert(!self->path);
+	pr_ram_forget_inflight(self->ram, NULL, 0);
 }
 
-gboolean pr_place_wake(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n, GError **error)
+PrPull *pr_pull_ref(PrPull *self)
 {
-	g_assert(uffd >= 0 && page <= block->n_pages && n <= block->n_pages - page);
-	return TRUE;
+	self->refs++;
+	return self;
+}
+
+void pr_pull_unref(PrPull *self)
+{
+	if (self && --self->refs == 0)
+		g_free(self);
+}
+
+void pr_pull_stop(PrPull *self)
+{
+	g_assert(!self || !self->path);
+	pr_pull_unref(self);
+}
+
+/* Nothing pulls along. */
+gboolean pr_pull_wants_stripe(PrPull *self, PrDataPath *path)
+{
+	return FALSE;
+}
+
+guint pr_pull_add_stripe(PrPull *self, PrDataPath *path, uint64_t *bytes)
+{
+	g_assert_not_reached();
+}
+
+gboolean pr_pull_stripe_moves(PrPull *self, guint id, gint64 within_us)
+{
+	g_assert_not_reached();
+}
+
+gboolean pr_pull_rest_stripe(PrPull *self, guint id, gint64 deadline)
+{
+	g_assert_not_reached();
+}
+
+void pr_pull_end_stripe(PrPull *self, guint id)
+{
+	g_assert_not_reached();
+}
+
+void pr_pull_forget_stripe(PrPull *self, guint id)
+{
+	g_assert_not_reached();
 }
 
 gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
 			 GError **error)
 {
-	return pr_place_wake(uffd, block, page, n, error);
+	g_assert(uffd >= 0 && page <= block->n_pages && n <= block->n_pages - page);
+	return TRUE;
 }
 
 gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error)
 {
-	return pr_place_wake(uffd, block, page, 1, error);
+	return pr_place_expose(uffd, block, page, 1, error);
 }
