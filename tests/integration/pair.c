@@ -213,6 +213,49 @@ void pair_wait(Pair *pair, PrState both)
 	side_wait(&pair->destination, both);
 }
 
+PrPathInfo side_path(Side *side, const char *uri)
+{
+	g_auto(PrMigrationInfo) info = {0};
+
+	pr_migration_query(side->engine, &info);
+	for (guint i = 0; i < info.paths->len; i++) {
+		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
+		if (strcmp(path->uri, uri) == 0)
+			return (PrPathInfo){
+				.state = path->state, .bytes = path->bytes, .pulls = path->pulls};
+	}
+	return (PrPathInfo){.state = PR_PATH_N_STATES};
+}
+
+void side_wait_path(Side *side, const char *uri, PrPathState state)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	while (side_path(side, uri).state != state) {
+		if (g_get_monotonic_time() > deadline)
+			g_error("%s: path %s is %s, not %s", side->name, uri,
+				pr_path_state_name(side_path(side, uri).state),
+				pr_path_state_name(state));
+		g_usleep(500); /* between two looks at the condition */
+	}
+}
+
+void pair_wait_recovered(Pair *pair, guint64 n)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+	Side *sides[] = {&pair->source, &pair->destination};
+
+	for (guint i = 0; i < 2; i++)
+		for (;;) {
+			g_auto(PrMigrationInfo) info = {0};
+			pr_migration_query(sides[i]->engine, &info);
+			if (info.recoveries >= n && info.state == PR_STATE_POSTCOPY_ACTIVE)
+				break;
+			assert_true(g_get_monotonic_time() < deadline);
+			g_usleep(500); /* between two looks at the condition */
+		}
+}
+
 void pair_wait_received(Pair *pair, uint64_t bytes)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;

@@ -66,6 +66,11 @@ PrState side_state(Side *side);
 /* When a state was told last; it must have been. */
 gint64 side_told_at(Side *side, PrState state);
 void pair_wait(Pair *pair, PrState both);
+/* Waits until both have left postcopy-paused for the n-th time. */
+void pair_wait_recovered(Pair *pair, guint64 n);
+/* State, bytes and pulls of a path; PR_PATH_N_STATES: it is not known. */
+PrPathInfo side_path(Side *side, const char *uri);
+void side_wait_path(Side *side, const char *uri, PrPathState state);
 /* Waits until the destination has at least so many bytes in place. */
 void pair_wait_received(Pair *pair, uint64_t bytes);
 /* Resumes again and again until both have completed; at most `limit` times. */

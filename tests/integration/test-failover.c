@@ -52,49 +52,6 @@ static void two_paths_clear(TwoPaths *two)
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(TwoPaths, two_paths_clear)
 
-/* Waits until both have left postcopy-paused for the n-th time. */
-static void wait_recovered(Pair *pair, guint64 n)
-{
-	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
-	Side *sides[] = {&pair->source, &pair->destination};
-
-	for (guint i = 0; i < 2; i++)
-		for (;;) {
-			g_auto(PrMigrationInfo) info = {0};
-			pr_migration_query(sides[i]->engine, &info);
-			if (info.recoveries >= n && info.state == PR_STATE_POSTCOPY_ACTIVE)
-				break;
-			assert_true(g_get_monotonic_time() < deadline);
-			g_usleep(500); /* between two looks at the condition */
-		}
-}
-
-static PrPathState path_state(Side *side, const char *uri)
-{
-	g_auto(PrMigrationInfo) info = {0};
-
-	pr_migration_query(side->engine, &info);
-	for (guint i = 0; i < info.paths->len; i++) {
-		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
-		if (strcmp(path->uri, uri) == 0)
-			return path->state;
-	}
-	return PR_PATH_N_STATES;
-}
-
-static void wait_path(Side *side, const char *uri, PrPathState state)
-{
-	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
-
-	while (path_state(side, uri) != state) {
-		if (g_get_monotonic_time() > deadline)
-			g_error("%s: path %s is %s, not %s", side->name, uri,
-				pr_path_state_name(path_state(side, uri)),
-				pr_path_state_name(state));
-		g_usleep(500); /* between two looks at the condition */
-	}
-}
-
 /* Waits until it was told that the path was in this state, if only for a moment. */
 static void wait_path_news(Side *side, const char *uri, PrPathState state)
 {
@@ -142,15 +99,15 @@ static void a_standby_takes_over_without_a_new_connection(void **state)
 
 	start(&two, state);
 	source = &two.pair->source;
-	wait_path(source, two.uri[1], PR_PATH_STANDBY);
+	side_wait_path(source, two.uri[1], PR_PATH_STANDBY);
 	guint64 paths = pr_faults_counts(two.faults[1]).paths;
 	pr_faults_cut_paths(two.faults[0]);
-	wait_recovered(two.pair, 1);
-	assert_int_equal(path_state(source, two.uri[1]), PR_PATH_ACTIVE);
+	pair_wait_recovered(two.pair, 1);
+	assert_int_equal(side_path(source, two.uri[1]).state, PR_PATH_ACTIVE);
 	assert_int_equal(pr_faults_counts(two.faults[1]).paths, paths);
 	wait_path_news(source, two.uri[0], PR_PATH_FAILED);
 	finish(&two);
-	wait_path(source, two.uri[1], PR_PATH_IDLE);
+	side_wait_path(source, two.uri[1], PR_PATH_IDLE);
 }
 
 static void a_standby_that_dies_is_known_and_disturbs_nobody(void **state)
@@ -159,7 +116,7 @@ static void a_standby_that_dies_is_known_and_disturbs_nobody(void **state)
 	g_auto(PrMigrationInfo) info = {0};
 
 	start(&two, state);
-	wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
+	side_wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
 	pr_faults_cut_paths(two.faults[1]);
 	wait_path_news(&two.pair->source, two.uri[1], PR_PATH_FAILED);
 	/* It is connected again, and not trusted yet. */
@@ -176,11 +133,11 @@ static void a_path_on_probation_is_taken_where_there_is_no_better_one(void **sta
 	start(&two, state);
 	for (guint i = 0; i < 4; i++) {
 		guint lost = i % 2, left = 1 - lost;
-		wait_path(&two.pair->source, two.uri[left],
-			  i ? PR_PATH_PROBATION : PR_PATH_STANDBY);
+		side_wait_path(&two.pair->source, two.uri[left],
+			       i ? PR_PATH_PROBATION : PR_PATH_STANDBY);
 		pr_faults_cut_paths(two.faults[lost]);
-		wait_recovered(two.pair, i + 1);
-		assert_int_equal(path_state(&two.pair->source, two.uri[left]), PR_PATH_ACTIVE);
+		pair_wait_recovered(two.pair, i + 1);
+		assert_int_equal(side_path(&two.pair->source, two.uri[left]).state, PR_PATH_ACTIVE);
 	}
 	finish(&two);
 }
@@ -202,7 +159,7 @@ static void no_standby_is_kept_when_that_is_switched_off(void **state)
 	for (guint i = 0; i < 3; i++) {
 		guint64 paths = pr_faults_counts(two.faults[(i + 1) % 2]).paths;
 		pr_faults_cut_paths(two.faults[i % 2]);
-		wait_recovered(two.pair, i + 1);
+		pair_wait_recovered(two.pair, i + 1);
 		assert_int_equal(pr_faults_counts(two.faults[(i + 1) % 2]).paths, paths + 1);
 	}
 	assert_int_equal(pr_faults_counts(two.faults[0]).paths, 2);
@@ -227,15 +184,15 @@ static void news_over_a_standby_pauses_and_old_news_does_not(void **state)
 	g_auto(PrMigrationInfo) info = {0};
 
 	start(&two, state);
-	wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
+	side_wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
 	PrMigration *m = two.pair->source.engine;
 	g_mutex_lock(&m->lock);
 	uint64_t epoch = m->conn->epoch;
 	g_mutex_unlock(&m->lock);
 	say_lost(two.pair, epoch + 1);
 	say_lost(two.pair, epoch);
-	wait_recovered(two.pair, 1);
-	wait_path(&two.pair->source, two.uri[1], PR_PATH_ACTIVE);
+	pair_wait_recovered(two.pair, 1);
+	side_wait_path(&two.pair->source, two.uri[1], PR_PATH_ACTIVE);
 	/* That was one pause, not two. */
 	finish(&two);
 	pr_migration_query(two.pair->source.engine, &info);
@@ -251,13 +208,13 @@ static void a_human_uses_the_standby_too(void **state)
 	start(&two, state);
 	assert_true(
 		pr_params_set_capability(&two.pair->source.params, "auto-recover", FALSE, NULL));
-	wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
+	side_wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
 	guint64 paths = pr_faults_counts(two.faults[1]).paths;
 	pr_faults_cut_paths(two.faults[0]);
 	pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
 	pr_migration_start(two.pair->source.engine, two.uri[1], /* resume= */ TRUE, &error);
 	g_assert_no_error(error);
-	wait_recovered(two.pair, 1);
+	pair_wait_recovered(two.pair, 1);
 	assert_int_equal(pr_faults_counts(two.faults[1]).paths, paths);
 	finish(&two);
 }
@@ -269,12 +226,13 @@ static void fails_over_twenty_times_in_one_migration(void **state)
 	start(&two, state);
 	for (guint i = 0; i < 20; i++) {
 		/* Whichever is in use. */
-		guint used = path_state(&two.pair->source, two.uri[0]) == PR_PATH_ACTIVE ? 0 : 1;
+		guint used =
+			side_path(&two.pair->source, two.uri[0]).state == PR_PATH_ACTIVE ? 0 : 1;
 		if (i % 3)
 			pr_faults_cut_paths(two.faults[used]);
 		else
 			pr_faults_cut_next_message(two.faults[used]);
-		wait_recovered(two.pair, i + 1);
+		pair_wait_recovered(two.pair, i + 1);
 	}
 	finish(&two);
 }
@@ -323,7 +281,7 @@ static void stays_paused_when_a_human_paused(void **state)
 				 attempts);
 		pr_migration_start(two.pair->source.engine, two.uris, /* resume= */ TRUE, &error);
 		g_assert_no_error(error);
-		wait_recovered(two.pair, i + 1);
+		pair_wait_recovered(two.pair, i + 1);
 	}
 	/* Switched off, a lost path waits for a human, too; switched on again, it is recovered. */
 	assert_true(
@@ -331,7 +289,7 @@ static void stays_paused_when_a_human_paused(void **state)
 	pr_faults_cut_paths(two.faults[0]);
 	pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
 	assert_true(pr_params_set_capability(&two.pair->source.params, "auto-recover", TRUE, NULL));
-	wait_recovered(two.pair, 3);
+	pair_wait_recovered(two.pair, 3);
 	finish(&two);
 }
 

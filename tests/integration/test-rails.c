@@ -95,23 +95,9 @@ static void wait_rails(Side *side, guint n)
 	}
 }
 
-static PrPathInfo path_info(Side *side, const char *uri)
-{
-	g_auto(PrMigrationInfo) info = {0};
-
-	pr_migration_query(side->engine, &info);
-	for (guint i = 0; i < info.paths->len; i++) {
-		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
-		if (strcmp(path->uri, uri) == 0)
-			return (PrPathInfo){
-				.state = path->state, .bytes = path->bytes, .pulls = path->pulls};
-	}
-	return (PrPathInfo){.state = PR_PATH_N_STATES};
-}
-
 static uint64_t path_bytes(Rails *rails, guint i)
 {
-	return path_info(&rails->pair->destination, rails->here[i]).bytes;
+	return side_path(&rails->pair->destination, rails->here[i]).bytes;
 }
 
 /* Waits until the destination has pulled so much more over this path. */
@@ -125,35 +111,6 @@ static void wait_carries(Rails *rails, guint i, uint64_t more)
 			g_error("path %s does not carry anything", rails->here[i]);
 		g_usleep(500); /* between two looks at the condition */
 	}
-}
-
-static void wait_path(Side *side, const char *uri, PrPathState state)
-{
-	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
-
-	while (path_info(side, uri).state != state) {
-		if (g_get_monotonic_time() > deadline)
-			g_error("%s: path %s is %s, not %s", side->name, uri,
-				pr_path_state_name(path_info(side, uri).state),
-				pr_path_state_name(state));
-		g_usleep(500); /* between two looks at the condition */
-	}
-}
-
-static void wait_recovered(Pair *pair, guint64 n)
-{
-	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
-	Side *sides[] = {&pair->source, &pair->destination};
-
-	for (guint i = 0; i < 2; i++)
-		for (;;) {
-			g_auto(PrMigrationInfo) info = {0};
-			pr_migration_query(sides[i]->engine, &info);
-			if (info.recoveries >= n && info.state == PR_STATE_POSTCOPY_ACTIVE)
-				break;
-			assert_true(g_get_monotonic_time() < deadline);
-			g_usleep(500); /* between two looks at the condition */
-		}
 }
 
 static void set_bandwidth(Rails *rails, uint64_t rate)
@@ -203,7 +160,7 @@ static void every_rail_carries_its_share(void **state)
 	finish(&rails, 0);
 	for (guint i = 0; i < 3; i++) {
 		uint64_t here = path_bytes(&rails, i);
-		uint64_t there = path_info(&rails.pair->source, rails.there[i]).bytes;
+		uint64_t there = side_path(&rails.pair->source, rails.there[i]).bytes;
 		assert_true(here > 512 * 1024);
 		assert_true(there > 512 * 1024);
 	}
@@ -266,13 +223,13 @@ static void the_path_in_use_is_lost_and_a_rail_takes_over(void **state)
 	for (guint i = 0; i < 3; i++)
 		wait_carries(&rails, i, 256 * 1024);
 	pr_faults_cut_paths(rails.faults[0]);
-	wait_recovered(rails.pair, 1);
-	assert_int_equal(path_info(&rails.pair->destination, rails.here[1]).state, PR_PATH_ACTIVE);
+	pair_wait_recovered(rails.pair, 1);
+	assert_int_equal(side_path(&rails.pair->destination, rails.here[1]).state, PR_PATH_ACTIVE);
 	/* The third one was a rail all the time. */
 	wait_carries(&rails, 1, 256 * 1024);
 	wait_carries(&rails, 2, 256 * 1024);
 	pr_faults_cut_paths(rails.faults[1]);
-	wait_recovered(rails.pair, 2);
+	pair_wait_recovered(rails.pair, 2);
 	wait_carries(&rails, 2, 256 * 1024);
 	finish(&rails, 2);
 }
@@ -290,7 +247,7 @@ static void reads_of_slow_rails_outlive_the_path_in_use(void **state)
 		wait_carries(&rails, i, 128 * 1024);
 	}
 	pr_faults_cut_paths(rails.faults[0]);
-	wait_recovered(rails.pair, 1);
+	pair_wait_recovered(rails.pair, 1);
 	/* Far less than a second later the walk comes round to what the last rail has been asked for. */
 	finish(&rails, 1);
 }
@@ -305,7 +262,7 @@ static void two_of_three_die_at_once(void **state)
 		wait_carries(&rails, i, 256 * 1024);
 	pr_faults_cut_paths(rails.faults[1]);
 	pr_faults_cut_paths(rails.faults[0]);
-	wait_recovered(rails.pair, 1);
+	pair_wait_recovered(rails.pair, 1);
 	wait_carries(&rails, 2, 256 * 1024);
 	finish(&rails, 1);
 }
@@ -324,8 +281,8 @@ static void a_silent_rail_is_not_activated(void **state)
 	while (pr_faults_counts(rails.faults[1]).reads == posted)
 		g_usleep(500); /* between two looks at the condition */
 	pr_faults_cut_paths(rails.faults[0]);
-	wait_recovered(rails.pair, 1);
-	assert_int_equal(path_info(&rails.pair->destination, rails.here[2]).state, PR_PATH_ACTIVE);
+	pair_wait_recovered(rails.pair, 1);
+	assert_int_equal(side_path(&rails.pair->destination, rails.here[2]).state, PR_PATH_ACTIVE);
 	finish(&rails, 1);
 }
 
@@ -381,8 +338,8 @@ static void a_pause_holds_every_rail(void **state)
 	assert_true(pr_migration_pause(rails.pair->destination.engine, NULL));
 	pair_wait(rails.pair, PR_STATE_POSTCOPY_PAUSED);
 	/* The stripes are ended where there is nothing to pull for, once their READs are in. */
-	while (path_info(&rails.pair->destination, rails.here[1]).pulls ||
-	       path_info(&rails.pair->destination, rails.here[2]).pulls)
+	while (side_path(&rails.pair->destination, rails.here[1]).pulls ||
+	       side_path(&rails.pair->destination, rails.here[2]).pulls)
 		g_usleep(500); /* between two looks at the condition */
 	uint64_t before = transferred(&rails);
 	/* Nothing may come for as long: there is no condition to wait for. */
@@ -390,7 +347,7 @@ static void a_pause_holds_every_rail(void **state)
 	assert_int_equal(transferred(&rails), before);
 	pr_migration_start(rails.pair->source.engine, rails.uris, /* resume= */ TRUE, &error);
 	g_assert_no_error(error);
-	wait_recovered(rails.pair, 1);
+	pair_wait_recovered(rails.pair, 1);
 	/* The source may have tried one of the others, in vain, so that that is on probation now; the last one has
 	 * stood by all the time. */
 	wait_rails_at_least(&rails.pair->destination, 2);
@@ -409,7 +366,7 @@ static void can_be_switched_off_and_on(void **state)
 	uint64_t before = path_bytes(&rails, 1);
 	wait_carries(&rails, 0, 512 * 1024);
 	assert_int_equal(path_bytes(&rails, 1), before);
-	assert_int_equal(path_info(&rails.pair->destination, rails.here[1]).state, PR_PATH_STANDBY);
+	assert_int_equal(side_path(&rails.pair->destination, rails.here[1]).state, PR_PATH_STANDBY);
 	assert_true(pr_params_set_capability(&rails.pair->destination.params, "multi-rail", TRUE,
 					     NULL));
 	wait_carries(&rails, 1, 256 * 1024);
@@ -449,12 +406,12 @@ static void the_path_of_last_resort_is_no_rail(void **state)
 	g_autofree char *uris = g_strdup_printf("%s,%s", ofi, tcp);
 	assert_true(pr_migration_start(pair->source.engine, uris, FALSE, NULL));
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
-	wait_path(&pair->destination, tcp, PR_PATH_STANDBY);
+	side_wait_path(&pair->destination, tcp, PR_PATH_STANDBY);
 	pair_wait_received(pair, 8 * MIB);
 	assert_int_equal(rails_of(&pair->destination), 1);
 	assert_true(pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL));
 	pair_wait(pair, PR_STATE_COMPLETED);
-	assert_int_equal(path_info(&pair->destination, tcp).bytes, 0);
+	assert_int_equal(side_path(&pair->destination, tcp).bytes, 0);
 	pair_check_completed(pair);
 }
 
