@@ -2,6 +2,7 @@
 #include "transport/control.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -9,6 +10,8 @@
 
 #include "transport/control-internal.h"
 #include "transport/dial.h"
+
+#define FAREWELL_US 2000 /* that pr_control_farewell() waits at most */
 
 void pr_msg_free(PrMsg *msg)
 {
@@ -287,6 +290,19 @@ static void postpone(PrControl *control, const GByteArray *frame)
 	signal_fd(control->wake_fd);
 }
 
+/* Whoever is in the middle of a message that the socket takes at once is done in a moment. */
+static gboolean lock_in_passing(PrControl *control)
+{
+	gint64 deadline = g_get_monotonic_time() + FAREWELL_US;
+
+	while (!g_mutex_trylock(&control->send_lock)) {
+		if (g_get_monotonic_time() > deadline)
+			return FALSE;
+		sched_yield();
+	}
+	return TRUE;
+}
+
 void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *body)
 {
 	g_autoptr(GByteArray) frame = g_byte_array_new();
@@ -295,7 +311,7 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
 	pr_header_encode(header, type, body->len);
 	g_byte_array_append(frame, header, sizeof header);
 	g_byte_array_append(frame, body->data, body->len);
-	if (!g_mutex_trylock(&control->send_lock)) {
+	if (!lock_in_passing(control)) {
 		postpone(control, frame);
 		return;
 	}

@@ -50,8 +50,8 @@ gboolean pr_control_send(PrControl *control, uint16_t type, const void *body, gs
 /* As above, with the body of a GByteArray (NULL: empty). */
 gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *body, GError **error);
 
-/* Sends a message without waiting: the last word before a pr_control_shutdown(), or a word in passing. If
- * somebody is in the middle of a message it is sent a little later, unless the channel is shut down
+/* Sends a message and waits for 2 ms at most: the last word before a pr_control_shutdown(), or a word in passing.
+ * If somebody is in the middle of a message for longer, it is sent a little later, unless the channel is shut down
  * meanwhile: then the peer sees the end without a reason. Any thread. */
 void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *body);
 
