@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What every transport has to do, run against each of them. */
 #include <dirent.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -72,6 +73,24 @@ static void a_read_touches_nothing_beside_its_range(void **state)
 	for (guint i = 0; i < 5 * 4096; i++)
 		if (i / 4096 != 2)
 			assert_int_equal(at[i], 0xee);
+}
+
+static void memory_that_takes_no_more_fails_the_path_in_words(void **state)
+{
+	g_autoptr(Rig) rig = new_rig(state);
+	PrRegion *region = &rig->destination.regions[RIG_REGIONS - 1];
+
+	/* A device does not write to the memfd, but to its pages. */
+	if (rig_is_rdma(rig->uri->scheme))
+		return;
+	rig_connect(rig);
+	assert_true(rig_read(rig, PR_LANE_BULK, RIG_REGIONS - 1, 0, 65536));
+	/* As a full one would, this memfd takes no more writes. */
+	assert_int_equal(fcntl(region->memfd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE), 0);
+	assert_false(rig_read(rig, PR_LANE_URGENT, RIG_REGIONS - 1, 65536, 4096));
+	rig_await_failure(&rig->destination);
+	assert_non_null(strstr(rig->destination.reason, "cannot store pages in guest RAM"));
+	assert_false(rig->ops->post_read(rig->destination.path, PR_LANE_URGENT, 0, 0, 4096, 1));
 }
 
 static void a_probe_is_answered_and_touches_nothing(void **state)
@@ -675,6 +694,7 @@ static void fifty_paths_leave_no_descriptor_and_no_thread_behind(void **state)
 static const struct CMUnitTest tests[] = {
 	FOR_BACKEND(reads_of_every_size_bring_the_right_bytes),
 	FOR_BACKEND(a_read_touches_nothing_beside_its_range),
+	FOR_BACKEND(memory_that_takes_no_more_fails_the_path_in_words),
 	FOR_BACKEND(a_probe_is_answered_and_touches_nothing),
 	FOR_BACKEND(two_threads_keep_both_lanes_full),
 	FOR_BACKEND(strangers_are_refused_while_the_right_one_gets_in),

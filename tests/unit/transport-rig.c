@@ -22,14 +22,29 @@ uint8_t rig_byte(guint block, uint64_t offset)
 	return (uint8_t)(offset * 7 + (offset >> 12) * 13 + block * 101 + 1);
 }
 
+/* Anonymous, but for the last one: in the middle of a memfd. */
+static PrRegion map_region(gboolean in_memfd)
+{
+	PrRegion region = {.size = RIG_REGION_BYTES, .memfd = -1};
+
+	if (in_memfd) {
+		region.memfd = memfd_create("rig", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+		region.memfd_offset = 3 * 4096;
+		g_assert(region.memfd >= 0 &&
+			 ftruncate(region.memfd, RIG_REGION_BYTES + 5 * 4096) == 0);
+	}
+	region.addr = mmap(NULL, RIG_REGION_BYTES, PROT_READ | PROT_WRITE,
+			   MAP_SHARED | (in_memfd ? 0 : MAP_ANONYMOUS), region.memfd,
+			   (off_t)region.memfd_offset);
+	g_assert(region.addr != MAP_FAILED);
+	return region;
+}
+
 static void map_regions(RigSide *side, gboolean filled)
 {
 	for (guint i = 0; i < RIG_REGIONS; i++) {
-		uint8_t *at = mmap(NULL, RIG_REGION_BYTES, PROT_READ | PROT_WRITE,
-				   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-
-		g_assert(at != MAP_FAILED);
-		side->regions[i] = (PrRegion){at, RIG_REGION_BYTES, .memfd = -1};
+		side->regions[i] = map_region(i == RIG_REGIONS - 1);
+		uint8_t *at = side->regions[i].addr;
 		for (uint64_t j = 0; filled && j < RIG_REGION_BYTES; j++)
 			at[j] = rig_byte(i, j);
 	}
@@ -39,8 +54,11 @@ static void clear_side(RigSide *side)
 {
 	g_clear_pointer(&side->path, pr_data_path_destroy);
 	for (guint i = 0; i < RIG_REGIONS; i++)
-		if (side->regions[i].addr)
+		if (side->regions[i].addr) {
 			munmap(side->regions[i].addr, RIG_REGION_BYTES);
+			if (side->regions[i].memfd >= 0)
+				close(side->regions[i].memfd);
+		}
 	g_free(side->reason);
 }
 
