@@ -78,6 +78,7 @@ struct PrMigration {
 	PrGuest *guest;
 	PrParams *params;
 	PrMigrationHooks hooks;
+	PrSecurity security;
 
 	GMutex lock;   /* protects all that follows, unless it says otherwise */
 	GCond changed; /* broadcast when anything below changes that somebody waits for */

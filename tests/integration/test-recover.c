@@ -257,7 +257,7 @@ static PrControl *knock(Pair *pair, const PrHello *hello, PrHelloAck *ack, GErro
 	pr_migration_query(pair->destination.engine, &info);
 	const PrPathInfo *path = g_ptr_array_index(info.paths, 0);
 	g_autoptr(PrUri) uri = pr_uri_parse(path->uri, FALSE, NULL);
-	return pr_control_connect(uri, hello, 5000, 5000, NULL, ack, error);
+	return pr_control_connect(uri, pair->tls, hello, 5000, 5000, NULL, ack, error);
 }
 
 /* The hello that the source would send to resume. */
