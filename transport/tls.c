@@ -383,6 +383,9 @@ GSocketConnection *pr_tls_accept(const PrTls *tls, GSocketConnection *taken, gin
 	GSocketConnection *spliced;
 	GError *wrong = NULL;
 
+	/* One of a flood may have been cancelled before its thread runs; do not begin then. */
+	if (g_cancellable_set_error_if_cancelled(cancel, error))
+		return NULL;
 	handshake.tls = new_server(tls, connection, &wrong);
 	if (!handshake.tls) {
 		g_propagate_error(error, as_path_error(wrong));

@@ -41,7 +41,8 @@ static void assert_is_refused(Pair *pair, const PrTls *tls, int code, const char
 
 static void those_without_a_certificate_disturb_nothing(void **state)
 {
-	PairConfig config = {.scheme = *state, .size = 16 * MIB, .bandwidth = 4 * MIB};
+	PairConfig config = {
+		.scheme = *state, .size = 16 * MIB, .bandwidth = 4 * MIB, .pace_us = 2000};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_autoptr(Certs) none = certs_new_beside(pair->certs);
 	g_autoptr(Certs) old = certs_new_beside(pair->certs);
