@@ -101,9 +101,10 @@ static char *describe(void)
 		text,
 		"\nExample; on the destination host, then on the source host:\n"
 		"  postroad --guest qemu:qmp=/run/vm/qmp.sock,agent=/run/vm/agent.sock \\\n"
-		"           --incoming ofi:10.0.1.2:4444,ofi:10.0.2.2:4444 --qmp /run/vm/pr.sock\n"
+		"           --incoming ofi:10.0.1.2:4444,ofi:10.0.2.2:4444 --qmp /run/vm/pr.sock \\\n"
+		"           --tls-dir /etc/pki/postroad\n"
 		"  postroad --guest qemu:qmp=/run/vm/qmp.sock,agent=/run/vm/agent.sock \\\n"
-		"           --qmp /run/vm/pr.sock &\n"
+		"           --qmp /run/vm/pr.sock --tls-dir /etc/pki/postroad &\n"
 		"  postroadctl /run/vm/pr.sock 'migrate -d ofi:10.0.1.2:4444,ofi:10.0.2.2:4444'\n"
 		"  postroadctl /run/vm/pr.sock watch\n");
 	return g_string_free(g_steal_pointer(&text), FALSE);
