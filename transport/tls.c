@@ -348,6 +348,19 @@ static GTlsConnection *new_server(const PrTls *tls, GSocketConnection *connectio
 	return G_TLS_CONNECTION(server);
 }
 
+/* Setting up takes long. One at a time, so that of a flood those that were cancelled meanwhile cost nothing. */
+static gboolean begin_server(const PrTls *tls, GSocketConnection *connection, GCancellable *cancel,
+			     GTlsConnection **ret, GError **error)
+{
+	static GMutex turn;
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&turn);
+
+	if (g_cancellable_set_error_if_cancelled(cancel, error))
+		return FALSE;
+	*ret = new_server(tls, connection, error);
+	return *ret != NULL;
+}
+
 /* Why this client is not let in; NULL: it is. */
 static char *judge(const Handshake *handshake, const PrTls *tls)
 {
@@ -383,11 +396,11 @@ GSocketConnection *pr_tls_accept(const PrTls *tls, GSocketConnection *taken, gin
 	GSocketConnection *spliced;
 	GError *wrong = NULL;
 
-	/* One of a flood may have been cancelled before its thread runs; do not begin then. */
-	if (g_cancellable_set_error_if_cancelled(cancel, error))
-		return NULL;
-	handshake.tls = new_server(tls, connection, &wrong);
-	if (!handshake.tls) {
+	if (!begin_server(tls, connection, cancel, &handshake.tls, &wrong)) {
+		if (g_error_matches(wrong, G_IO_ERROR, G_IO_ERROR_CANCELLED)) {
+			g_propagate_error(error, wrong);
+			return NULL;
+		}
 		g_propagate_error(error, as_path_error(wrong));
 		return NULL;
 	}
