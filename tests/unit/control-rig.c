@@ -79,6 +79,11 @@ Destination *destination_new(const char *text)
 
 Destination *destination_new_tls(const char *text, const PrTls *tls)
 {
+	return destination_new_patient(text, tls, HANDSHAKE_MS);
+}
+
+Destination *destination_new_patient(const char *text, const PrTls *tls, guint handshake_ms)
+{
 	const PrSecurity security = {.tls = tls};
 	Destination *destination = g_new0(Destination, 1);
 	g_autoptr(PrUri) uri = pr_uri_parse(text, TRUE, NULL);
@@ -89,7 +94,7 @@ Destination *destination_new_tls(const char *text, const PrTls *tls)
 	g_mutex_init(&destination->lock);
 	g_cond_init(&destination->changed);
 	destination->listener =
-		pr_listener_new(uri, &security, HANDSHAKE_MS, on_hello, destination, &error);
+		pr_listener_new(uri, &security, handshake_ms, on_hello, destination, &error);
 	if (!destination->listener)
 		fail_msg("%s", error->message);
 	return destination;

@@ -73,6 +73,7 @@ void start(PrControl *control, Failure *failure);
 void on_hello(PrControl *control, const PrHello *hello, PrListener *listener, void *opaque);
 Destination *destination_new(const char *text);
 Destination *destination_new_tls(const char *text, const PrTls *tls);
+Destination *destination_new_patient(const char *text, const PrTls *tls, guint handshake_ms);
 void destination_hold(Destination *destination, gboolean hold);
 PrControl *destination_control(Destination *destination);
 void destination_wait_hellos(Destination *destination, guint n);
