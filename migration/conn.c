@@ -45,6 +45,7 @@ PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_
 	return (PrPathSetup){
 		.uri = conn->uri,
 		.data_port = data_port,
+		.tls = m->security.tls,
 		.binding = *binding,
 		.regions = m->ram->regions,
 		.n_regions = m->ram->n_blocks,

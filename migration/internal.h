@@ -81,6 +81,7 @@ struct PrMigration {
 	PrGuest *guest;
 	PrParams *params;
 	PrMigrationHooks hooks;
+	PrSecurity security;
 
 	GMutex pull_lock; /* for stripe.c and for ending the pull threads; taken before `lock` */
 

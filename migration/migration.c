@@ -316,6 +316,11 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 	return m;
 }
 
+void pr_migration_secure(PrMigration *m, const PrSecurity *security)
+{
+	m->security = *security;
+}
+
 /* Ends what the owner is doing: what may be cancelled is, what may not is paused. */
 static void quit(PrMigration *m)
 {
@@ -515,7 +520,8 @@ static gboolean add_listener(PrMigration *m, const PrUri *uri, GError **error)
 {
 	g_autoptr(GError) inner = NULL;
 	PrListener *listener =
-		pr_listener_new(uri, (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
+		pr_listener_new(uri, &m->security,
+				(guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
 				pr_destination_hello, m, &inner);
 
 	if (!listener) {

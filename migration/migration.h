@@ -14,6 +14,7 @@
 #include "migration/params.h"
 #include "migration/state.h"
 #include "transport/health.h"
+#include "transport/tls.h"
 
 typedef enum PrMigrationError {
 	PR_MIGRATION_ERROR_BUSY,     /* a migration is in progress */
@@ -107,6 +108,8 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
  * side, joins all threads. */
 void pr_migration_free(PrMigration *migration);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrMigration, pr_migration_free)
+/* Before the first command; without it connections are plain, and come in from this host only. */
+void pr_migration_secure(PrMigration *migration, const PrSecurity *security);
 
 /* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is used. */
 gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean resume,

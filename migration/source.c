@@ -184,7 +184,7 @@ static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHel
 	memcpy(hello.uuid, m->binding.uuid, PR_UUID_BYTES);
 	memcpy(hello.secret, m->binding.secret, PR_SECRET_BYTES);
 	g_strlcpy(hello.scheme, conn->uri->scheme, sizeof(hello.scheme));
-	return pr_control_connect(conn->uri, &hello,
+	return pr_control_connect(conn->uri, m->security.tls, &hello,
 				  (guint)pr_param(m->params, PR_PARAM_CONNECT_TIMEOUT),
 				  (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
 				  conn->cancel, ret_ack, error);

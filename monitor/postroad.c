@@ -14,6 +14,7 @@
 #include "migration/migration.h"
 #include "monitor/log.h"
 #include "monitor/monitor.h"
+#include "transport/tls.h"
 #include "transport/transport.h"
 
 #define EXIT_USAGE 2
@@ -24,6 +25,9 @@ typedef struct Options {
 	char *qmp;
 	char **set;
 	char *log;
+	char *tls_dir;
+	char **tls_allow;
+	gboolean insecure;
 	gboolean hmp;
 	gboolean version;
 } Options;
@@ -35,12 +39,15 @@ static void options_clear(Options *options)
 	g_free(options->qmp);
 	g_strfreev(options->set);
 	g_free(options->log);
+	g_free(options->tls_dir);
+	g_strfreev(options->tls_allow);
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Options, options_clear)
 
 typedef struct Engine {
 	GMainLoop *loop;
 	PrParams params;
+	PrSecurity security;
 	PrMonitor *monitor;
 } Engine;
 
@@ -94,9 +101,10 @@ static char *describe(void)
 		text,
 		"\nExample; on the destination host, then on the source host:\n"
 		"  postroad --guest qemu:qmp=/run/vm/qmp.sock,agent=/run/vm/agent.sock \\\n"
-		"           --incoming ofi:10.0.1.2:4444,ofi:10.0.2.2:4444 --qmp /run/vm/pr.sock\n"
+		"           --incoming ofi:10.0.1.2:4444,ofi:10.0.2.2:4444 --qmp /run/vm/pr.sock \\\n"
+		"           --tls-dir /etc/pki/postroad\n"
 		"  postroad --guest qemu:qmp=/run/vm/qmp.sock,agent=/run/vm/agent.sock \\\n"
-		"           --qmp /run/vm/pr.sock &\n"
+		"           --qmp /run/vm/pr.sock --tls-dir /etc/pki/postroad &\n"
 		"  postroadctl /run/vm/pr.sock 'migrate -d ofi:10.0.1.2:4444,ofi:10.0.2.2:4444'\n"
 		"  postroadctl /run/vm/pr.sock watch\n");
 	return g_string_free(g_steal_pointer(&text), FALSE);
@@ -118,6 +126,14 @@ static gboolean parse_options(Options *options, int *argc, char ***argv, GError 
 		 "set a parameter or a capability; may be repeated", "KEY=VALUE"},
 		{"log", 'l', 0, G_OPTION_ARG_STRING, &options->log,
 		 "what to log: error, warning, info (default) or debug", "LEVEL"},
+		{"tls-dir", 't', 0, G_OPTION_ARG_FILENAME, &options->tls_dir,
+		 "use TLS, with the certificates of this directory (as QEMU's tls-creds-x509)",
+		 "DIR"},
+		{"tls-allow", 'a', 0, G_OPTION_ARG_STRING_ARRAY, &options->tls_allow,
+		 "destination: let in only sources whose certificate has this name; may be repeated",
+		 "CN|DN"},
+		{"insecure", 0, 0, G_OPTION_ARG_NONE, &options->insecure,
+		 "listen without TLS on addresses that other hosts can reach", NULL},
 		{"version", 'v', 0, G_OPTION_ARG_NONE, &options->version, "show the version", NULL},
 		{NULL},
 	};
@@ -187,6 +203,10 @@ static gboolean validate(const Options *options, int argc, char **argv, PrParams
 	if (!pr_log_parse_level(options->log ? options->log : "info", ret_level))
 		return usage(error, "--log '%s': expected error, warning, info or debug",
 			     options->log);
+	if (options->tls_allow && !options->tls_dir)
+		return usage(error, "--tls-allow needs --tls-dir");
+	if (options->insecure && options->tls_dir)
+		return usage(error, "--insecure and --tls-dir exclude each other");
 	pr_params_init(params);
 	for (char **setting = options->set; setting && *setting; setting++)
 		if (!apply_setting(params, *setting, error))
@@ -284,9 +304,18 @@ static gboolean run(const Options *options, Engine *engine, GError **error)
 	g_autoptr(PrGuest) guest = NULL;
 	g_autoptr(GMainLoop) loop = NULL;
 	PrMigrationHooks hooks;
+	g_autoptr(PrTls) tls = NULL;
 	PrMigration *migration;
 	gboolean ok;
 
+	if (options->tls_dir) {
+		tls = pr_tls_new(options->tls_dir, (const char *const *)options->tls_allow, error);
+		if (!tls) {
+			g_prefix_error(error, "--tls-dir: ");
+			return FALSE;
+		}
+	}
+	engine->security = (PrSecurity){.tls = tls, .plain_net = options->insecure};
 	guest = pr_guest_open(options->guest, pr_param(&engine->params, PR_PARAM_GUEST_TIMEOUT),
 			      error);
 	if (!guest) {
@@ -299,6 +328,7 @@ static gboolean run(const Options *options, Engine *engine, GError **error)
 	engine->monitor = monitor;
 	hooks = pr_monitor_hooks(monitor);
 	migration = pr_migration_new(guest, &engine->params, &hooks);
+	pr_migration_secure(migration, &engine->security);
 	ok = serve(options, engine, migration, error);
 	pr_monitor_close(monitor);
 	pr_migration_free(migration);

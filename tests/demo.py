@@ -94,7 +94,7 @@ class Demo:
 
     def boot(self):
         self.story.chapter("1. A guest works on the source host")
-        self.move = Move(self.lab, scheme="ofi", spec=GUEST)
+        self.move = Move(self.lab, scheme="ofi", spec=GUEST, tls=True)
         self.story.says(
             "",
             f"stock QEMU ({self.lab.accel}), {GUEST.ram_mb} MB, Linux rewrites and verifies"

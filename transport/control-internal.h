@@ -25,12 +25,13 @@
 #include "transport/heartbeat.h"
 
 struct PrControl {
-	/* Constant. */
+	/* Constant; connection and fd once TLS is in place. */
 	GSocketConnection *connection;
 	int fd;
 	PrUri *uri;
 	const PrTransportOps *ops;
 	char *peer;
+	char *local_host;
 	int wake_fd;   /* eventfd: the reader should look at `lock`'s data */
 	int closed_fd; /* eventfd: readable once the channel has ended */
 	/* Set before the reader starts. */
@@ -73,6 +74,9 @@ void pr_control_set_handshake(PrControl *control, gint64 deadline, GCancellable 
 /* PR_WIRE_ERROR: the peer is not Postroad. Reads the first frame of a channel that is not started, whole. When the handshake's deadline comes
  * first, fails with PR_PATH_ERROR_TIMEOUT and can be called again. Nothing beyond the frame is read. */
 PrMsg *pr_control_read_first(PrControl *control, GError **error);
+/* Takes the connection out, for TLS, and puts in its place what that makes of it; before anything was read. */
+GSocketConnection *pr_control_take_connection(PrControl *control);
+void pr_control_put_connection(PrControl *control, GSocketConnection *connection);
 /* Frees the channel but for its connection. */
 GSocketConnection *pr_control_release(PrControl *control);
 

@@ -33,6 +33,16 @@ static void close_fd(int fd)
 		close(fd);
 }
 
+static char *local_host(GSocketConnection *connection, const PrUri *uri)
+{
+	g_autoptr(GSocketAddress) address = g_socket_connection_get_local_address(connection, NULL);
+
+	if (!address || !G_IS_INET_SOCKET_ADDRESS(address))
+		return g_strdup(uri->host);
+	return g_inet_address_to_string(
+		g_inet_socket_address_get_address(G_INET_SOCKET_ADDRESS(address)));
+}
+
 PrControl *pr_control_new(GSocketConnection *connection, const PrUri *uri,
 			  const PrTransportOps *ops, GError **error)
 {
@@ -43,6 +53,7 @@ PrControl *pr_control_new(GSocketConnection *connection, const PrUri *uri,
 	control->uri = pr_uri_copy(uri);
 	control->ops = ops;
 	control->peer = pr_peer_text(connection);
+	control->local_host = local_host(connection, uri);
 	control->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	control->closed_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	control->tail = g_byte_array_new();
@@ -72,13 +83,7 @@ const char *pr_control_peer(PrControl *control)
 
 char *pr_control_local_host(PrControl *control)
 {
-	g_autoptr(GSocketAddress) address =
-		g_socket_connection_get_local_address(control->connection, NULL);
-
-	if (!address || !G_IS_INET_SOCKET_ADDRESS(address))
-		return g_strdup(control->uri->host);
-	return g_inet_address_to_string(
-		g_inet_socket_address_get_address(G_INET_SOCKET_ADDRESS(address)));
+	return g_strdup(control->local_host);
 }
 
 guint64 pr_control_rtt_us(PrControl *control)
@@ -371,9 +376,21 @@ PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error)
 	return msg;
 }
 
+GSocketConnection *pr_control_take_connection(PrControl *control)
+{
+	control->fd = -1;
+	return g_steal_pointer(&control->connection);
+}
+
+void pr_control_put_connection(PrControl *control, GSocketConnection *connection)
+{
+	control->connection = connection;
+	control->fd = g_socket_get_fd(g_socket_connection_get_socket(connection));
+}
+
 GSocketConnection *pr_control_release(PrControl *control)
 {
-	GSocketConnection *connection = g_steal_pointer(&control->connection);
+	GSocketConnection *connection = pr_control_take_connection(control);
 
 	pr_control_free(control);
 	return connection;
@@ -403,6 +420,7 @@ void pr_control_free(PrControl *control)
 	close_fd(control->closed_fd);
 	pr_uri_free(control->uri);
 	g_free(control->peer);
+	g_free(control->local_host);
 	g_byte_array_unref(control->tail);
 	g_clear_pointer(&control->postponed, g_byte_array_unref);
 	g_queue_clear_full(&control->queue, (GDestroyNotify)pr_msg_free);

@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "transport/path.h"
+#include "transport/tls.h"
 #include "transport/transport.h"
 #include "transport/wire.h"
 
@@ -26,11 +27,12 @@ typedef struct PrMsg {
 void pr_msg_free(PrMsg *msg);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrMsg, pr_msg_free)
 
-/* Source: connects within timeout_ms and exchanges HELLO for HELLO_ACK within handshake_ms. A peer that
- * refuses is PR_PATH_ERROR_REFUSED with its reason; one that is not Postroad says so. */
-PrControl *pr_control_connect(const PrUri *uri, const PrHello *hello, guint timeout_ms,
-			      guint handshake_ms, GCancellable *cancel, PrHelloAck *ret_ack,
-			      GError **error);
+/* Source: connects within timeout_ms and, TLS included (tls: NULL: plain), exchanges HELLO for HELLO_ACK
+ * within handshake_ms. A peer that refuses is PR_PATH_ERROR_REFUSED with its reason; one that is not Postroad
+ * says so. */
+PrControl *pr_control_connect(const PrUri *uri, const PrTls *tls, const PrHello *hello,
+			      guint timeout_ms, guint handshake_ms, GCancellable *cancel,
+			      PrHelloAck *ret_ack, GError **error);
 
 /* Destination: answers the HELLO of a connection that the listener handed over. With a status
  * other than PR_HELLO_OK the connection is closed afterwards. */
@@ -87,8 +89,9 @@ typedef struct PrListener PrListener;
 typedef void (*PrOnHello)(PrControl *control, const PrHello *hello, PrListener *listener,
 			  void *opaque);
 
-PrListener *pr_listener_new(const PrUri *uri, guint handshake_ms, PrOnHello on_hello, void *opaque,
-			    GError **error);
+/* security: NULL: plain, on addresses of this host's loopback only. */
+PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint handshake_ms,
+			    PrOnHello on_hello, void *opaque, GError **error);
 /* With the port that was really bound. */
 const PrUri *pr_listener_uri(PrListener *listener);
 PrDataListener *pr_listener_data(PrListener *listener);

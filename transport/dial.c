@@ -150,6 +150,9 @@ void pr_configure_socket(GSocket *socket)
 {
 	g_autoptr(GError) error = NULL;
 
+	/* The end of a TLS connection, which was configured itself. */
+	if (g_socket_get_family(socket) == G_SOCKET_FAMILY_UNIX)
+		return;
 	if (!g_socket_set_option(socket, IPPROTO_TCP, TCP_NODELAY, 1, &error))
 		g_info("TCP_NODELAY: %s", error->message);
 }

@@ -67,9 +67,23 @@ static gboolean exchange(PrControl *control, const PrHello *hello, PrHelloAck *r
 	return TRUE;
 }
 
-PrControl *pr_control_connect(const PrUri *uri, const PrHello *hello, guint timeout_ms,
-			      guint handshake_ms, GCancellable *cancel, PrHelloAck *ret_ack,
-			      GError **error)
+static gboolean secure(PrControl *control, const PrTls *tls, GError **error)
+{
+	GSocketConnection *connection;
+
+	if (!tls)
+		return TRUE;
+	connection = pr_tls_connect(tls, pr_control_take_connection(control), control->uri->host,
+				    control->handshake_deadline, control->cancel, error);
+	if (!connection)
+		return FALSE;
+	pr_control_put_connection(control, connection);
+	return TRUE;
+}
+
+PrControl *pr_control_connect(const PrUri *uri, const PrTls *tls, const PrHello *hello,
+			      guint timeout_ms, guint handshake_ms, GCancellable *cancel,
+			      PrHelloAck *ret_ack, GError **error)
 {
 	const PrTransportOps *ops = pr_transport_find(uri->scheme, error);
 	g_autoptr(PrControl) control = NULL;
@@ -85,7 +99,7 @@ PrControl *pr_control_connect(const PrUri *uri, const PrHello *hello, guint time
 	if (!control)
 		return NULL;
 	pr_control_set_handshake(control, deadline_in(handshake_ms), cancel);
-	if (exchange(control, hello, ret_ack, &cause))
+	if (secure(control, tls, &cause) && exchange(control, hello, ret_ack, &cause))
 		return g_steal_pointer(&control);
 	explain(uri, control, cause, error);
 	return NULL;

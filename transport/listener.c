@@ -7,11 +7,17 @@
  * more comes the one that has waited longest goes. A real peer sends its HELLO at once, so it has left
  * the door before a flood of silent ones can push it out. The hello thread gives complete HELLOs to
  * on_hello, which may take seconds, one by one; at most HELLOS_MAX wait for it, the oldest goes first.
+ *
+ * With TLS a stranger first has to send the beginning of a handshake. The handshake has a thread of its own;
+ * at most SHAKES_MAX go on, and when one more begins the oldest is cancelled, because GIO works through them
+ * in a pool of ten threads. Then the stranger is back at the door, for the rest of its time. One that
+ * speaks without TLS, or shows a certificate that is not accepted, may say HELLO to be told so.
  */
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "transport/control-internal.h"
@@ -19,6 +25,7 @@
 
 #define STRANGERS_MAX	32
 #define HELLOS_MAX	32
+#define SHAKES_MAX	8
 #define SOCKETS_MAX	16 /* addresses of one name */
 #define BACKLOG		128
 #define RESOLVE_MS	5000
@@ -28,7 +35,16 @@
 typedef struct Stranger {
 	PrControl *control;
 	gint64 deadline;
+	gboolean greeted; /* whether it uses TLS is settled */
+	char *refusal;	  /* what a HELLO is answered, whatever it says; or NULL */
 } Stranger;
+
+/* A TLS handshake, of its own thread. */
+typedef struct Shake {
+	PrListener *listener;
+	Stranger *stranger;
+	GCancellable *cancel;
+} Shake;
 
 /* A connection that has said HELLO. */
 typedef struct Visitor {
@@ -41,11 +57,13 @@ struct PrListener {
 	PrUri *uri;
 	const PrTransportOps *ops;
 	PrDataListener *data;
+	PrSecurity security;
 	guint handshake_ms;
 	PrOnHello on_hello;
 	void *opaque;
 	GPtrArray *sockets; /* GSocket, listening */
 	int stop_fd;	    /* eventfd: readable when the door thread has to end */
+	int shaken_fd;	    /* eventfd: readable when there is something in `shaken` */
 	GThread *door_thread, *hello_thread;
 
 	GPtrArray *strangers; /* the door thread's, in the order of their coming */
@@ -54,14 +72,21 @@ struct PrListener {
 	GMutex lock; /* of the rest */
 	GCond changed;
 	GQueue visitors;
+	GQueue shakes;	/* Shake, in progress and not cancelled, oldest first */
+	guint n_shakes; /* threads */
+	GQueue shaken;	/* Stranger, on its way back to the door */
 	gboolean stopping;
 };
 
 static void stranger_free(Stranger *stranger)
 {
+	if (!stranger)
+		return;
 	pr_control_free(stranger->control);
+	g_free(stranger->refusal);
 	g_free(stranger);
 }
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Stranger, stranger_free)
 
 static void visitor_free(Visitor *visitor)
 {
@@ -123,8 +148,16 @@ static void hand_over_lane(PrListener *listener, PrControl *control, const PrMsg
 }
 
 /* Takes the control of a stranger that has said who it is. */
-static void hand_over(PrListener *listener, PrControl *control, const PrMsg *msg)
+static void hand_over(PrListener *listener, PrControl *control, const PrMsg *msg,
+		      const char *refusal)
 {
+	if (refusal) {
+		if (msg->type == PR_MSG_HELLO)
+			refuse(control, refusal);
+		else
+			turn_away(control, refusal);
+		return;
+	}
 	switch (msg->type) {
 	case PR_MSG_HELLO:
 		hand_over_hello(listener, control, msg);
@@ -137,6 +170,121 @@ static void hand_over(PrListener *listener, PrControl *control, const PrMsg *msg
 	}
 }
 
+/* TLS */
+
+#define TLS_HANDSHAKE 0x16 /* the first byte of a TLS connection; of no frame of ours */
+
+static gboolean shake_hands(PrListener *listener, Shake *shake)
+{
+	g_autoptr(GError) error = NULL;
+	Stranger *stranger = shake->stranger;
+	GSocketConnection *connection =
+		pr_tls_accept(listener->security.tls, pr_control_take_connection(stranger->control),
+			      stranger->deadline, shake->cancel, &stranger->refusal, &error);
+
+	if (connection)
+		pr_control_put_connection(stranger->control, connection);
+	else
+		turn_away(g_steal_pointer(&stranger->control), error->message);
+	return connection != NULL;
+}
+
+static gpointer shake_main(gpointer opaque)
+{
+	Shake *shake = opaque;
+	PrListener *listener = shake->listener;
+	gboolean shaken = shake_hands(listener, shake);
+
+	g_mutex_lock(&listener->lock);
+	g_queue_remove(&listener->shakes, shake);
+	if (shaken)
+		g_queue_push_tail(&listener->shaken, g_steal_pointer(&shake->stranger));
+	eventfd_write(listener->shaken_fd, 1);
+	g_mutex_unlock(&listener->lock);
+	g_object_unref(shake->cancel);
+	stranger_free(shake->stranger);
+	g_free(shake);
+	g_mutex_lock(&listener->lock);
+	listener->n_shakes--;
+	g_cond_broadcast(&listener->changed);
+	g_mutex_unlock(&listener->lock);
+	return NULL;
+}
+
+/* Under the lock. */
+static void cancel_oldest_shake(PrListener *listener)
+{
+	Shake *oldest = g_queue_pop_head(&listener->shakes);
+
+	/* It frees itself, but not without the lock. */
+	g_cancellable_cancel(oldest->cancel);
+}
+
+/* Takes the stranger's control. */
+static void begin_shake(PrListener *listener, Stranger *from)
+{
+	Shake *shake = g_new0(Shake, 1);
+
+	shake->listener = listener;
+	shake->stranger = g_new0(Stranger, 1);
+	shake->stranger->control = g_steal_pointer(&from->control);
+	shake->stranger->deadline = from->deadline;
+	shake->stranger->greeted = TRUE;
+	shake->cancel = g_cancellable_new();
+	g_mutex_lock(&listener->lock);
+	if (listener->shakes.length == SHAKES_MAX) {
+		g_info("listener: too many TLS handshakes, the oldest goes");
+		cancel_oldest_shake(listener);
+	}
+	g_queue_push_tail(&listener->shakes, shake);
+	listener->n_shakes++;
+	g_mutex_unlock(&listener->lock);
+	g_thread_unref(g_thread_new("tls-shake", shake_main, shake));
+}
+
+/* Cancels all handshakes and waits for their threads. */
+static void end_shakes(PrListener *listener)
+{
+	g_mutex_lock(&listener->lock);
+	while (listener->shakes.length)
+		cancel_oldest_shake(listener);
+	while (listener->n_shakes)
+		g_cond_wait(&listener->changed, &listener->lock);
+	g_mutex_unlock(&listener->lock);
+}
+
+/* Finds out whether a stranger begins with TLS. TRUE: it is gone, to its handshake or for good. */
+static gboolean greet(PrListener *listener, Stranger *stranger)
+{
+	uint8_t first;
+	gssize n = recv(stranger->control->fd, &first, 1, MSG_PEEK | MSG_DONTWAIT);
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+		if (g_get_monotonic_time() < stranger->deadline)
+			return FALSE;
+		turn_away(g_steal_pointer(&stranger->control), "it began no TLS handshake in time");
+		return TRUE;
+	}
+	if (n == 1 && first == TLS_HANDSHAKE) {
+		begin_shake(listener, stranger);
+		return TRUE;
+	}
+	stranger->greeted = TRUE;
+	stranger->refusal = g_strdup("this destination wants TLS: start the source with --tls-dir, "
+				     "and certificates of the same CA");
+	return FALSE;
+}
+
+/* What is said of a first frame that can't be read. */
+static void turn_away_malformed(PrControl *control, const GError *error)
+{
+	gboolean tls = error->domain == PR_WIRE_ERROR && control->header[0] == TLS_HANDSHAKE;
+
+	turn_away(control, tls ? "it begins with TLS, which this side does not use; start it "
+				 "with --tls-dir, too"
+			       : error->message);
+}
+
 /* Reads what is there of the first frame. TRUE: the stranger is gone, one way or another. */
 static gboolean hear(PrListener *listener, Stranger *stranger)
 {
@@ -144,19 +292,56 @@ static gboolean hear(PrListener *listener, Stranger *stranger)
 	g_autoptr(PrMsg) msg = NULL;
 	gint64 now = g_get_monotonic_time();
 
+	if (!stranger->greeted && greet(listener, stranger))
+		return TRUE;
+	if (!stranger->greeted)
+		return FALSE;
 	/* A deadline in the past: takes what there is. */
 	pr_control_set_handshake(stranger->control, now, NULL);
 	msg = pr_control_read_first(stranger->control, &error);
 	if (msg)
-		hand_over(listener, g_steal_pointer(&stranger->control), msg);
+		hand_over(listener, g_steal_pointer(&stranger->control), msg, stranger->refusal);
 	else if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
-		turn_away(g_steal_pointer(&stranger->control), error->message);
+		turn_away_malformed(g_steal_pointer(&stranger->control), error);
 	else if (now >= stranger->deadline)
 		turn_away(g_steal_pointer(&stranger->control), "it did not say HELLO in time");
 	return !stranger->control;
 }
 
 /* The door thread */
+
+/* Takes the stranger. */
+static void take_in(PrListener *listener, Stranger *taken)
+{
+	g_autoptr(Stranger) stranger = taken;
+
+	/* What a real peer says is there already more often than not. */
+	if (hear(listener, stranger))
+		return;
+	if (listener->strangers->len == STRANGERS_MAX) {
+		g_info("listener: too many strangers at the door, the oldest goes");
+		g_ptr_array_remove_index(listener->strangers, 0);
+	}
+	g_ptr_array_add(listener->strangers, g_steal_pointer(&stranger));
+}
+
+/* Those whose handshakes are done. */
+static void take_back(PrListener *listener)
+{
+	eventfd_t count;
+
+	eventfd_read(listener->shaken_fd, &count);
+	for (;;) {
+		Stranger *stranger;
+
+		g_mutex_lock(&listener->lock);
+		stranger = g_queue_pop_head(&listener->shaken);
+		g_mutex_unlock(&listener->lock);
+		if (!stranger)
+			return;
+		take_in(listener, stranger);
+	}
+}
 
 static void let_in(PrListener *listener, GSocket *socket)
 {
@@ -173,16 +358,8 @@ static void let_in(PrListener *listener, GSocket *socket)
 	stranger = g_new0(Stranger, 1);
 	stranger->control = control;
 	stranger->deadline = g_get_monotonic_time() + (gint64)listener->handshake_ms * 1000;
-	/* What a real peer says is there already more often than not. */
-	if (hear(listener, stranger)) {
-		stranger_free(stranger);
-		return;
-	}
-	if (listener->strangers->len == STRANGERS_MAX) {
-		g_info("listener: too many strangers at the door, the oldest goes");
-		g_ptr_array_remove_index(listener->strangers, 0);
-	}
-	g_ptr_array_add(listener->strangers, stranger);
+	stranger->greeted = !listener->security.tls;
+	take_in(listener, stranger);
 }
 
 /* Accepts what waits, a bounded number so that those who were let in are heard in between. */
@@ -239,6 +416,7 @@ static gboolean door_sleep(PrListener *listener, struct pollfd *fds)
 	guint n = 0;
 
 	fds[n++] = (struct pollfd){.fd = listener->stop_fd, .events = POLLIN};
+	fds[n++] = (struct pollfd){.fd = listener->shaken_fd, .events = POLLIN};
 	for (guint i = 0; i < listener->sockets->len; i++)
 		fds[n++] = (struct pollfd){
 			.fd = resting ? -1 : g_socket_get_fd(listener->sockets->pdata[i]),
@@ -256,12 +434,13 @@ static gboolean door_sleep(PrListener *listener, struct pollfd *fds)
 static gpointer door_main(gpointer opaque)
 {
 	PrListener *listener = opaque;
-	struct pollfd fds[1 + SOCKETS_MAX + STRANGERS_MAX] = {0};
+	struct pollfd fds[2 + SOCKETS_MAX + STRANGERS_MAX] = {0};
 
 	while (door_sleep(listener, fds)) {
 		hear_all(listener);
+		take_back(listener);
 		for (guint i = 0; i < listener->sockets->len; i++)
-			if (fds[1 + i].revents)
+			if (fds[2 + i].revents)
 				accept_some(listener, listener->sockets->pdata[i]);
 	}
 	return NULL;
@@ -331,6 +510,27 @@ static GSocketAddress *with_port(GSocketAddress *address, uint16_t port)
 			    NULL);
 }
 
+/* Plain connections from other hosts only where somebody has said so. */
+static gboolean check_security(PrListener *listener, GPtrArray *addresses, GError **error)
+{
+	const PrSecurity *security = &listener->security;
+
+	if (security->tls)
+		return pr_tls_check_server(security->tls, error);
+	for (guint i = 0; i < addresses->len && !security->plain_net; i++) {
+		GInetSocketAddress *address = addresses->pdata[i];
+
+		if (g_inet_address_get_is_loopback(g_inet_socket_address_get_address(address)))
+			continue;
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+			    "other hosts could reach it, and nothing would be encrypted or "
+			    "authenticated; give --tls-dir DIR with certificates, or --insecure if "
+			    "you trust everybody on that network");
+		return FALSE;
+	}
+	return TRUE;
+}
+
 /* Listens on every address of the host. One that this machine doesn't have (::1 without IPv6) is left
  * out as long as there is another. */
 static gboolean open_sockets(PrListener *listener, GPtrArray *addresses, GError **error)
@@ -384,11 +584,13 @@ static gboolean open_listener(PrListener *listener, GError **error)
 	if (!listener->ops)
 		return FALSE;
 	addresses = pr_resolve(listener->uri->host, listener->uri->port, deadline, NULL, error);
-	if (!addresses || !open_sockets(listener, addresses, error))
+	if (!addresses || !check_security(listener, addresses, error) ||
+	    !open_sockets(listener, addresses, error))
 		return FALSE;
 	note_port(listener);
 	listener->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (listener->stop_fd < 0) {
+	listener->shaken_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (listener->stop_fd < 0 || listener->shaken_fd < 0) {
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 			    "no eventfd: %s; raise the limit of open files", g_strerror(errno));
 		return FALSE;
@@ -397,22 +599,26 @@ static gboolean open_listener(PrListener *listener, GError **error)
 	return listener->data != NULL;
 }
 
-PrListener *pr_listener_new(const PrUri *uri, guint handshake_ms, PrOnHello on_hello, void *opaque,
-			    GError **error)
+PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint handshake_ms,
+			    PrOnHello on_hello, void *opaque, GError **error)
 {
 	g_autoptr(PrListener) listener = g_new0(PrListener, 1);
 	g_autofree char *address = pr_uri_address(uri);
 
 	listener->uri = pr_uri_copy(uri);
+	if (security)
+		listener->security = *security;
 	listener->handshake_ms = handshake_ms;
 	listener->on_hello = on_hello;
 	listener->opaque = opaque;
-	listener->stop_fd = -1;
+	listener->stop_fd = listener->shaken_fd = -1;
 	listener->sockets = g_ptr_array_new_with_free_func(g_object_unref);
 	listener->strangers = g_ptr_array_new_with_free_func((GDestroyNotify)stranger_free);
 	g_mutex_init(&listener->lock);
 	g_cond_init(&listener->changed);
 	g_queue_init(&listener->visitors);
+	g_queue_init(&listener->shakes);
+	g_queue_init(&listener->shaken);
 	if (!open_listener(listener, error)) {
 		g_prefix_error(error, "cannot listen on %s: ", address);
 		return NULL;
@@ -436,6 +642,7 @@ static void stop_threads(PrListener *listener)
 {
 	eventfd_write(listener->stop_fd, 1);
 	g_thread_join(listener->door_thread);
+	end_shakes(listener);
 	g_mutex_lock(&listener->lock);
 	listener->stopping = TRUE;
 	g_cond_signal(&listener->changed);
@@ -453,8 +660,11 @@ void pr_listener_free(PrListener *listener)
 	g_ptr_array_unref(listener->strangers);
 	g_ptr_array_unref(listener->sockets);
 	g_queue_clear_full(&listener->visitors, (GDestroyNotify)visitor_free);
+	g_queue_clear_full(&listener->shaken, (GDestroyNotify)stranger_free);
 	if (listener->stop_fd >= 0)
 		close(listener->stop_fd);
+	if (listener->shaken_fd >= 0)
+		close(listener->shaken_fd);
 	pr_uri_free(listener->uri);
 	g_mutex_clear(&listener->lock);
 	g_cond_clear(&listener->changed);

@@ -104,6 +104,17 @@ static gboolean await_answer(int fd, const PrPathSetup *setup, gint64 deadline, 
 	return FALSE;
 }
 
+/* Replaces the connection; drops it where that fails. */
+static gboolean secure(const PrPathSetup *setup, GSocketConnection **connection, gint64 deadline,
+		       GError **error)
+{
+	*connection = pr_tls_connect(setup->tls, *connection, setup->uri->host, deadline,
+				     setup->cancel, error);
+	if (!*connection)
+		g_prefix_error(error, "path %s: ", setup->uri->text);
+	return *connection != NULL;
+}
+
 GSocketConnection *pr_tcp_connect_lane(const PrPathSetup *setup, PrLaneId lane, gint64 deadline,
 				       GError **error)
 {
@@ -114,7 +125,10 @@ GSocketConnection *pr_tcp_connect_lane(const PrPathSetup *setup, PrLaneId lane, 
 
 	if (!connection)
 		return NULL;
-	fd = pr_tcp_configure(connection);
+	pr_tcp_configure(connection);
+	if (setup->tls && !secure(setup, &connection, deadline, error))
+		return NULL;
+	fd = g_socket_get_fd(g_socket_connection_get_socket(connection));
 	if (!send_hello(fd, setup, lane, error) || !await_answer(fd, setup, deadline, error))
 		return NULL;
 	/* Whatever GSocket has set; nobody uses this one through GIO any more. */

@@ -18,6 +18,7 @@
 #include <stdint.h>
 
 #include "transport/path.h"
+#include "transport/tls.h"
 #include "transport/wire.h"
 
 typedef enum PrPathError {
@@ -78,6 +79,7 @@ typedef struct PrDataListener {
 typedef struct PrPathSetup {
 	const PrUri *uri;
 	uint16_t data_port; /* connect(): from HELLO_ACK; 0: the URI's own port */
+	const PrTls *tls;   /* connect(): of connections to the control port; NULL: plain */
 	PrBinding binding;
 	const PrRegion *regions;
 	guint n_regions;

@@ -171,8 +171,16 @@ def port_in_use(lab):
     vm = Qemu(lab, host, GuestSpec(), incoming=True)
     lab.start("other-program", host.command(["socat", "TCP-LISTEN:4444", "STDOUT"]), gently=False)
     wait_for("the other program listens", 10, lambda: ":4444" in host.run("ss", "-ltn"))
-    said = start_engine(lab, host, vm, "--incoming", "ofi:0.0.0.0:4444")
+    said = start_engine(lab, host, vm, "--insecure", "--incoming", "ofi:0.0.0.0:4444")
     expect("4444" in said and "in use" in said, f"the port is not named: {said}")
+
+
+@case("listening-for-other-hosts-needs-certificates-or-the-word")
+def open_without_tls(lab):
+    host = lab.network.destination
+    vm = Qemu(lab, host, GuestSpec(), incoming=True)
+    said = start_engine(lab, host, vm, "--incoming", f"ofi:{host.address(1)}:4444")
+    expect("--tls-dir" in said and "--insecure" in said, f"the remedies are not named: {said}")
 
 
 @case("second-monitor-client-is-served-or-refused")

@@ -7,6 +7,8 @@
 #include <cmocka.h>
 #include <string.h>
 
+#include "tests/tls/certs.h"
+
 /* Far above what anything here takes, sanitizers and a busy machine included. */
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
 
@@ -110,6 +112,37 @@ static char *listening_uri(Side *destination)
 	return g_strdup(((PrPathInfo *)g_ptr_array_index(info.paths, 0))->uri);
 }
 
+static char *the_certs; /* the process's, of the main thread */
+
+static void forget_certs(void)
+{
+	certs_free(g_steal_pointer(&the_certs));
+}
+
+static const char *shared_certs(void)
+{
+	if (!the_certs) {
+		the_certs = certs_new();
+		atexit(forget_certs);
+	}
+	return the_certs;
+}
+
+/* Before the engines are told anything. */
+static void use_tls(Pair *pair)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (!g_getenv("PAIR_TLS"))
+		return;
+	pair->certs = shared_certs();
+	pair->tls = pr_tls_new(pair->certs, NULL, &error);
+	g_assert_no_error(error);
+	const PrSecurity security = {.tls = pair->tls};
+	pr_migration_secure(pair->source.engine, &security);
+	pr_migration_secure(pair->destination.engine, &security);
+}
+
 Pair *pair_new(const PairConfig *config)
 {
 	static int count; /* atomic; names the faults of each pair */
@@ -121,6 +154,7 @@ Pair *pair_new(const PairConfig *config)
 	side_init(&pair->source, "source", config, config->size);
 	side_init(&pair->destination, "destination", config,
 		  config->destination_size ? config->destination_size : config->size);
+	use_tls(pair);
 	testguest_start(pair->source.guest);
 	pr_migration_incoming(pair->destination.engine, incoming, &error);
 	g_assert_no_error(error);
@@ -135,6 +169,7 @@ void pair_free(Pair *pair)
 	side_clear(&pair->source);
 	side_clear(&pair->destination);
 	pr_faults_free(pair->faults);
+	pr_tls_free(pair->tls);
 	g_free(pair->uri);
 	g_free(pair);
 }

@@ -45,10 +45,13 @@ typedef struct PairConfig {
 
 typedef struct Pair {
 	Side source, destination;
-	PrFaults *faults; /* of the source's paths */
-	char *uri;	  /* of the destination, with the source's faults around it */
+	PrFaults *faults;  /* of the source's paths */
+	char *uri;	   /* of the destination, with the source's faults around it */
+	const char *certs; /* directory; NULL: no TLS */
+	PrTls *tls;
 } Pair;
 
+/* With TLS where the environment has PAIR_TLS. */
 Pair *pair_new(const PairConfig *config);
 void pair_free(Pair *pair);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Pair, pair_free)

@@ -257,7 +257,7 @@ static PrControl *knock(Pair *pair, const PrHello *hello, PrHelloAck *ack, GErro
 	pr_migration_query(pair->destination.engine, &info);
 	const PrPathInfo *path = g_ptr_array_index(info.paths, 0);
 	g_autoptr(PrUri) uri = pr_uri_parse(path->uri, FALSE, NULL);
-	return pr_control_connect(uri, hello, 5000, 5000, NULL, ack, error);
+	return pr_control_connect(uri, pair->tls, hello, 5000, 5000, NULL, ack, error);
 }
 
 /* The hello that the source would send to resume. */
@@ -293,7 +293,10 @@ static void assert_refused(Pair *pair, const PrHello *hello, const char *reason)
 
 static void turns_strangers_away(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 4 * MIB};
+	PairConfig config = {.scheme = scheme_of(state),
+			     .size = 16 * MIB,
+			     .bandwidth = 4 * MIB,
+			     .pace_us = 2000};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pair_migrate(pair);
@@ -325,7 +328,10 @@ static void turns_strangers_away(void **state)
 /* Only the source has noticed: its higher epoch pauses the destination, and the old path is fenced. */
 static void newer_epoch_takes_over(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 4 * MIB};
+	PairConfig config = {.scheme = scheme_of(state),
+			     .size = 16 * MIB,
+			     .bandwidth = 4 * MIB,
+			     .pace_us = 2000};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_autoptr(GError) error = NULL;
 	PrHelloAck ack;

@@ -74,14 +74,27 @@ void on_hello(PrControl *control, const PrHello *hello, PrListener *listener, vo
 
 Destination *destination_new(const char *text)
 {
+	return destination_new_tls(text, NULL);
+}
+
+Destination *destination_new_tls(const char *text, const PrTls *tls)
+{
+	return destination_new_patient(text, tls, HANDSHAKE_MS);
+}
+
+Destination *destination_new_patient(const char *text, const PrTls *tls, guint handshake_ms)
+{
+	const PrSecurity security = {.tls = tls};
 	Destination *destination = g_new0(Destination, 1);
 	g_autoptr(PrUri) uri = pr_uri_parse(text, TRUE, NULL);
 	g_autoptr(GError) error = NULL;
 
+	destination->tls = tls;
 	destination->ack.data_port = 4445;
 	g_mutex_init(&destination->lock);
 	g_cond_init(&destination->changed);
-	destination->listener = pr_listener_new(uri, HANDSHAKE_MS, on_hello, destination, &error);
+	destination->listener =
+		pr_listener_new(uri, &security, handshake_ms, on_hello, destination, &error);
 	if (!destination->listener)
 		fail_msg("%s", error->message);
 	return destination;
@@ -147,26 +160,40 @@ PrControl *connect_to(const PrUri *uri, guint handshake_ms, PrHelloAck *ack, GEr
 {
 	PrHello hello = hello_of(PR_WIRE_VERSION);
 
-	return pr_control_connect(uri, &hello, LONG_MS, handshake_ms, NULL, ack, error);
+	return pr_control_connect(uri, NULL, &hello, LONG_MS, handshake_ms, NULL, ack, error);
 }
 
 PrControl *connect_destination(Destination *destination)
 {
 	g_autoptr(GError) error = NULL;
 	PrHelloAck ack;
+	PrHello hello = hello_of(PR_WIRE_VERSION);
 	PrControl *control =
-		connect_to(pr_listener_uri(destination->listener), LONG_MS, &ack, &error);
+		pr_control_connect(pr_listener_uri(destination->listener), destination->tls, &hello,
+				   LONG_MS, LONG_MS, NULL, &ack, &error);
 
 	if (!control)
 		fail_msg("%s", error->message);
 	return control;
 }
 
+static PrTls *tls_of_environment(void)
+{
+	g_autoptr(GError) error = NULL;
+	const char *dir = g_getenv("CONTROL_RIG_TLS");
+	PrTls *tls = dir ? pr_tls_new(dir, NULL, &error) : NULL;
+
+	if (error)
+		fail_msg("%s", error->message);
+	return tls;
+}
+
 Pair *pair_new(void)
 {
 	Pair *pair = g_new0(Pair, 1);
 
-	pair->destination = destination_new("tcp:127.0.0.1:0");
+	pair->tls = tls_of_environment();
+	pair->destination = destination_new_tls("tcp:127.0.0.1:0", pair->tls);
 	pair->source = connect_destination(pair->destination);
 	pair->sink = destination_control(pair->destination);
 	start(pair->source, &pair->source_failure);
@@ -179,6 +206,7 @@ void pair_free(Pair *pair)
 	pr_control_free(pair->source);
 	pr_control_free(pair->sink);
 	destination_free(pair->destination);
+	pr_tls_free(pair->tls);
 	failure_clear(&pair->source_failure);
 	failure_clear(&pair->sink_failure);
 	g_free(pair);

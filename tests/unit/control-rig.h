@@ -31,6 +31,7 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Failure, failure_clear)
 /* A destination: a listener that gives every HELLO the same answer. */
 typedef struct Destination {
 	PrListener *listener;
+	const PrTls *tls; /* what a source uses, too */
 	PrHelloAck ack;
 	GMutex lock; /* of the rest */
 	GCond changed;
@@ -47,6 +48,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(Destination, destination_free)
 typedef struct Pair {
 	Destination *destination;
 	PrControl *source, *sink;
+	PrTls *tls; /* or NULL */
 	Failure source_failure, sink_failure;
 } Pair;
 
@@ -70,6 +72,8 @@ gboolean failure_wait(Failure *failure, gint64 ms);
 void start(PrControl *control, Failure *failure);
 void on_hello(PrControl *control, const PrHello *hello, PrListener *listener, void *opaque);
 Destination *destination_new(const char *text);
+Destination *destination_new_tls(const char *text, const PrTls *tls);
+Destination *destination_new_patient(const char *text, const PrTls *tls, guint handshake_ms);
 void destination_hold(Destination *destination, gboolean hold);
 PrControl *destination_control(Destination *destination);
 void destination_wait_hellos(Destination *destination, guint n);
@@ -77,6 +81,7 @@ uint16_t destination_port(Destination *destination);
 PrHello hello_of(uint16_t version);
 PrControl *connect_to(const PrUri *uri, guint handshake_ms, PrHelloAck *ack, GError **error);
 PrControl *connect_destination(Destination *destination);
+/* With TLS where the environment has CONTROL_RIG_TLS. */
 Pair *pair_new(void);
 int raw_connect(uint16_t port);
 int raw_listen(PrUri **ret_uri);

@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "tests/tls/certs.h"
 #include "transport/control-internal.h"
 #include "transport/faulty.h"
 
@@ -73,8 +74,8 @@ static void another_version_is_refused_with_both_numbers(void **state)
 	g_autoptr(GError) error = NULL;
 	PrHelloAck ack;
 
-	assert_null(pr_control_connect(pr_listener_uri(destination->listener), &hello, LONG_MS,
-				       LONG_MS, NULL, &ack, &error));
+	assert_null(pr_control_connect(pr_listener_uri(destination->listener), NULL, &hello,
+				       LONG_MS, LONG_MS, NULL, &ack, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
 	assert_non_null(strstr(error->message, "version 9"));
 	assert_non_null(strstr(error->message, "version 1"));
@@ -221,7 +222,7 @@ static void a_connect_can_be_cancelled(void **state)
 	gint64 began = g_get_monotonic_time();
 	PrHelloAck ack;
 
-	assert_null(pr_control_connect(uri, &hello, LONG_MS, LONG_MS, cancel, &ack, &error));
+	assert_null(pr_control_connect(uri, NULL, &hello, LONG_MS, LONG_MS, cancel, &ack, &error));
 	assert_true(g_error_matches(error, G_IO_ERROR, G_IO_ERROR_CANCELLED));
 	assert_true(g_get_monotonic_time() - began < LONG_MS * 1000);
 	g_thread_join(thread);
@@ -681,6 +682,19 @@ static void fault_injection_cuts_the_channel_at_a_message(void **state)
 	assert_fails(sink, &sink_failure, PR_PATH_ERROR_LOST, "");
 }
 
+static int use_tls(void **state)
+{
+	*state = certs_new();
+	g_setenv("CONTROL_RIG_TLS", *state, TRUE);
+	return 0;
+}
+
+static int forget_tls(void **state)
+{
+	certs_free(*state);
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
@@ -713,6 +727,19 @@ int main(int argc, char **argv)
 		cmocka_unit_test(fault_injection_cuts_the_channel_at_a_message),
 	};
 
+	/* Those with two real ends. */
+	const struct CMUnitTest over_tls[] = {
+		cmocka_unit_test(an_idle_channel_stays_open_and_knows_its_round_trip),
+		cmocka_unit_test(a_busy_consumer_with_a_full_queue_is_not_dead),
+		cmocka_unit_test(big_messages_pass_both_ways_at_once),
+		cmocka_unit_test(frames_of_several_threads_are_not_mixed),
+		cmocka_unit_test(a_frame_larger_than_the_queue_passes_alone),
+		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
+		cmocka_unit_test(a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message),
+	};
+
+	if (argc == 2 && !strcmp(argv[1], "tls"))
+		return cmocka_run_group_tests(over_tls, use_tls, forget_tls);
 	if (argc == 3 && !strcmp(argv[1], "--echo"))
 		return echo_main(argv[2]);
 	return cmocka_run_group_tests(tests, NULL, NULL);
