@@ -120,6 +120,7 @@ struct PrMigration {
 	char *last_path;     /* text of the URI that connected last */
 	char *claimed;	     /* text of the URI that the owner is connecting: no standby for it */
 	GPtrArray *keepers;  /* PrKeeper*; the owner's, no lock */
+	gboolean holes_told; /* the destination knows all holes; the owner's, no lock */
 	PrResume resume;     /* what kind of recovery RECOVER_SETUP is */
 	uint32_t pong;	     /* the last one received */
 	guint bitmaps_due;   /* RECV_BITMAP answers still missing */

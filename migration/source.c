@@ -434,8 +434,8 @@ static gpointer hole_thread(gpointer opaque)
 {
 	PrConn *conn = opaque;
 
-	pr_source_tell_holes(conn->m, conn, NULL); /* a failure reports itself */
-	return NULL;
+	/* A failure reports itself. */
+	return GINT_TO_POINTER(pr_source_tell_holes(conn->m, conn, NULL));
 }
 
 /* The grants of a path that has failed meanwhile are not all there are. */
@@ -457,8 +457,10 @@ static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_teller, GEr
 
 	if (!send_grants(conn, grants, error) || !check_attempt(m, error))
 		return FALSE;
-	if (!covers_holes(m, grants))
-		return pr_source_tell_ungranted(m, conn, grants, error);
+	if (!covers_holes(m, grants)) {
+		m->holes_told = pr_source_tell_ungranted(m, conn, grants, error);
+		return m->holes_told;
+	}
 	*ret_teller = g_thread_new("holes", hole_thread, conn);
 	return TRUE;
 }
@@ -528,6 +530,7 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 	gboolean was_running;
 	Downtime times;
 
+	m->holes_told = FALSE;
 	mark(&times.began);
 	gboolean ok = stop_guest(m, &was_running, error) && mark(&times.stopped) &&
 		      tell_ram(m, conn, &teller, error) && mark(&times.told) &&
@@ -539,7 +542,7 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 	else
 		pr_attempt_failed(m, *error); /* so that the thread does not wait for the peer */
 	if (teller)
-		g_thread_join(teller);
+		m->holes_told = GPOINTER_TO_INT(g_thread_join(teller));
 	return ok;
 }
 
@@ -622,6 +625,14 @@ static void wait_for_recovery(PrMigration *m, guint attempts)
 	pr_migration_tell(m);
 }
 
+/* The connection may have been lost before all holes were told; over rdma they can't be read. */
+static gboolean tell_rest(PrMigration *m, PrConn *conn, GError **error)
+{
+	if (!m->holes_told)
+		m->holes_told = pr_source_tell_holes(m, conn, error);
+	return m->holes_told;
+}
+
 /* One recovery: from recover-setup to postcopy-active, or back to paused. */
 static PrConn *recover(PrMigration *m)
 {
@@ -642,7 +653,7 @@ static PrConn *recover(PrMigration *m)
 		return NULL;
 	}
 	if (conn && (conn->granted || pr_source_send_grants(conn, &error)) &&
-	    pr_source_recover(m, conn, &error))
+	    tell_rest(m, conn, &error) && pr_source_recover(m, conn, &error))
 		return conn;
 	pr_attempt_failed(m, error);
 	if (conn)
