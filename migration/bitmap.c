@@ -66,6 +66,15 @@ uint64_t pr_bitmap_next_clear2(const unsigned long *a, const unsigned long *b, u
 	return next(a, b, ~0ul, n_bits, start);
 }
 
+unsigned long *pr_bitmap_snapshot(const unsigned long *map, uint64_t n_bits)
+{
+	unsigned long *copy = pr_bitmap_new(n_bits);
+
+	for (uint64_t i = 0; i < pr_bitmap_words(n_bits); i++)
+		copy[i] = word(map, i);
+	return copy;
+}
+
 uint64_t pr_bitmap_count(const unsigned long *map, uint64_t n_bits)
 {
 	uint64_t count = 0;

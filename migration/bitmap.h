@@ -65,6 +65,8 @@ uint64_t pr_bitmap_next_clear(const unsigned long *map, uint64_t n_bits, uint64_
 /* The first bit at or after `start` that is clear in both, or n_bits. */
 uint64_t pr_bitmap_next_clear2(const unsigned long *a, const unsigned long *b, uint64_t n_bits,
 			       uint64_t start);
+/* A copy of one that others may set bits of meanwhile; g_free() it. */
+unsigned long *pr_bitmap_snapshot(const unsigned long *map, uint64_t n_bits);
 uint64_t pr_bitmap_count(const unsigned long *map, uint64_t n_bits);
 /* Whether any of n bits from `start` is set. */
 gboolean pr_bitmap_any(const unsigned long *map, uint64_t start, uint64_t n);

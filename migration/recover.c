@@ -141,7 +141,9 @@ gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *m
 			    idstr);
 		return FALSE;
 	}
-	uint16_t type = pr_recv_bitmap_encode(body, idstr, block->received, block->n_pages,
+	/* Stripes go on placing pages, and the encoder looks more than once. */
+	g_autofree unsigned long *received = pr_bitmap_snapshot(block->received, block->n_pages);
+	uint16_t type = pr_recv_bitmap_encode(body, idstr, received, block->n_pages,
 					      (conn->peer_can & PR_HELLO_CAN_ZSTD) != 0);
 	return pr_send(conn, type, body, error);
 }

@@ -167,21 +167,29 @@ static gboolean has_keeper(PrMigration *m, const PrUri *uri)
 	return FALSE;
 }
 
+static void add_keeper(PrMigration *m, const PrUri *uri)
+{
+	PrKeeper *keeper = g_new0(PrKeeper, 1);
+
+	keeper->m = m;
+	keeper->uri = pr_uri_copy(uri);
+	keeper->cancel = g_cancellable_new();
+	g_ptr_array_add(m->keepers, keeper);
+}
+
 void pr_standby_keep(PrMigration *m)
 {
-	g_mutex_lock(&m->lock);
-	g_autoptr(GPtrArray) uris = g_ptr_array_ref(m->uris);
-	g_mutex_unlock(&m->lock);
+	guint first = m->keepers->len;
 
-	for (guint i = 0; uris->len > 1 && i < uris->len; i++) {
-		if (has_keeper(m, uris->pdata[i]))
-			continue;
-		PrKeeper *keeper = g_new0(PrKeeper, 1);
-		keeper->m = m;
-		keeper->uri = pr_uri_copy(uris->pdata[i]);
-		keeper->cancel = g_cancellable_new();
+	g_mutex_lock(&m->lock);
+	for (guint i = 0; m->uris->len > 1 && i < m->uris->len; i++)
+		if (!has_keeper(m, m->uris->pdata[i]))
+			add_keeper(m, m->uris->pdata[i]);
+	g_mutex_unlock(&m->lock);
+	for (guint i = first; i < m->keepers->len; i++) {
+		PrKeeper *keeper = m->keepers->pdata[i];
+
 		keeper->thread = g_thread_new("standby", keeper_thread, keeper);
-		g_ptr_array_add(m->keepers, keeper);
 	}
 }
 
