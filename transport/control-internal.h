@@ -48,6 +48,7 @@ struct PrControl {
 	GCond changed;
 	GQueue queue; /* PrMsg */
 	gsize queued_bytes;
+	gboolean handling; /* what was received last is being carried out */
 	gboolean started;
 	GError *failure;    /* the first reason, set once */
 	gboolean reported;  /* on_failed has returned, or nobody has to be told */

@@ -14,6 +14,7 @@
 #define LINGER_MS	200
 #define BODY_FIRST	(64 * 1024) /* what is allocated before anything has come */
 #define LAST_LOOKS	4
+#define LAST_WORDS_MS	1000
 #define READ_AT_ONCE	(8 * 1024 * 1024) /* bytes, before the heartbeat is looked at again */
 
 /* Reader, under send_lock. Never waits: a heartbeat that the socket has no room for is not needed,
@@ -360,6 +361,19 @@ static void linger(PrControl *control)
 	} while (n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR)));
 }
 
+/* What the peer said before the end is carried out first: it may say why. Whoever carries it out may take long.
+ * FALSE: nobody has to be told of the end any more. */
+static gboolean await_last_words(PrControl *control)
+{
+	gint64 deadline = g_get_monotonic_time() + LAST_WORDS_MS * 1000;
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
+
+	while (!control->reported && (control->handling || !g_queue_is_empty(&control->queue)))
+		if (!g_cond_wait_until(&control->changed, &control->lock, deadline))
+			break;
+	return !control->reported;
+}
+
 /* The channel has ended: tells the owner, before any receive returns the failure. */
 static void report(PrControl *control)
 {
@@ -375,18 +389,17 @@ gpointer pr_control_reader(gpointer opaque)
 {
 	PrControl *control = opaque;
 	gint64 now = g_get_monotonic_time();
-	gboolean tell, wait;
+	gboolean wait;
 
 	while (!pr_control_has_ended(control)) {
 		reader_turn(control, now);
 		now = reader_sleep(control);
 	}
+	if (await_last_words(control))
+		report(control);
 	g_mutex_lock(&control->lock);
-	tell = !control->reported;
 	wait = control->linger;
 	g_mutex_unlock(&control->lock);
-	if (tell)
-		report(control);
 	if (wait)
 		linger(control);
 	return NULL;

@@ -118,8 +118,12 @@ static void end(PrControl *control, const GError *reason, gboolean by_us)
 	gboolean dead = g_error_matches(reason, PR_PATH_ERROR, PR_PATH_ERROR_LOST) ||
 			g_error_matches(reason, PR_PATH_ERROR, PR_PATH_ERROR_SILENT);
 
-	if (control->failure)
+	if (control->failure) {
+		/* Whoever shuts it down need not be told, if the reader has not done so yet. */
+		control->reported |= by_us;
+		g_cond_broadcast(&control->changed);
 		return;
+	}
 	control->failure = g_error_copy(reason);
 	control->reported = by_us;
 	control->linger = by_us && !dead;
@@ -359,9 +363,14 @@ PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error)
 	gint64 deadline =
 		timeout_ms == G_MAXUINT ? -1 : g_get_monotonic_time() + (gint64)timeout_ms * 1000;
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
+
+	control->handling = FALSE;
+	if (control->failure)
+		g_cond_broadcast(&control->changed);
 	gboolean come = wait_for_message(control, deadline);
 	PrMsg *msg = g_queue_pop_head(&control->queue);
 
+	control->handling = msg != NULL;
 	if (msg) {
 		control->queued_bytes -= sizeof *msg + msg->length;
 		if (control->full)

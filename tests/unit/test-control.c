@@ -640,6 +640,27 @@ static void what_was_sent_before_a_shutdown_arrives(void **state)
 	}
 }
 
+static void the_end_is_told_after_the_last_words(void **state)
+{
+	g_autoptr(Pair) pair = pair_new();
+	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "done");
+	g_autoptr(GByteArray) last = g_byte_array_new();
+	gint64 deadline = g_get_monotonic_time() + LONG_MS * 1000;
+
+	pr_reason_encode(last, "done");
+	pr_control_farewell(pair->sink, PR_MSG_PAUSE, last);
+	pr_control_shutdown(pair->sink, reason);
+	while (!pr_control_has_ended(pair->source)) {
+		assert_true(g_get_monotonic_time() < deadline);
+		g_usleep(100); /* between two looks at the condition */
+	}
+	assert_int_equal(failure_calls(&pair->source_failure), 0);
+	assert_receives(pair->source, PR_MSG_PAUSE, "\0\4done", 6);
+	assert_int_equal(failure_calls(&pair->source_failure), 0);
+	assert_null(pr_control_recv(pair->source, LONG_MS, NULL));
+	assert_int_equal(failure_calls(&pair->source_failure), 1);
+}
+
 static void a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message(void **state)
 {
 	g_autoptr(Pair) pair = pair_new();
@@ -723,6 +744,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(the_end_in_the_middle_of_a_message_says_so),
 		cmocka_unit_test(shutdown_ends_a_blocked_send_and_a_blocked_receive),
 		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
+		cmocka_unit_test(the_end_is_told_after_the_last_words),
 		cmocka_unit_test(a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message),
 		cmocka_unit_test(fault_injection_cuts_the_channel_at_a_message),
 	};
