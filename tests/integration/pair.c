@@ -205,7 +205,9 @@ PrState side_wait_any(Side *side, guint mask)
 
 	g_mutex_lock(&side->lock);
 	while (!(mask & 1u << side->state))
-		if (!g_cond_wait_until(&side->changed, &side->lock, deadline)) {
+		/* Nothing follows after completed. */
+		if (side->state == PR_STATE_COMPLETED ||
+		    !g_cond_wait_until(&side->changed, &side->lock, deadline)) {
 			g_auto(PrMigrationInfo) info = {0};
 			pr_migration_query(side->engine, &info);
 			g_error("%s: waited for states 0x%x, it is %s: %s", side->name, mask,
@@ -286,7 +288,10 @@ void pair_wait_recovered(Pair *pair, guint64 n)
 			pr_migration_query(sides[i]->engine, &info);
 			if (info.recoveries >= n && info.state == PR_STATE_POSTCOPY_ACTIVE)
 				break;
-			assert_true(g_get_monotonic_time() < deadline);
+			if (info.state == PR_STATE_COMPLETED || g_get_monotonic_time() > deadline)
+				g_error("%s: waited for recovery %" G_GUINT64_FORMAT
+					" of a migration that is %s: %s",
+					sides[i]->name, n, pr_state_name(info.state), info.reason);
 			g_usleep(500); /* between two looks at the condition */
 		}
 }

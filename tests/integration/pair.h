@@ -43,6 +43,10 @@ typedef struct PairConfig {
 	gboolean paused;     /* the guest does not run; compared byte for byte at the end */
 } PairConfig;
 
+/* For a configuration: the migration goes on for longer than anything that a test does meanwhile takes on
+ * a busy machine. The guest's faults aren't throttled, so its threads rest between pages. */
+#define PAIR_LASTS .size = 64 * MIB, .bandwidth = MIB, .pace_us = 200000
+
 typedef struct Pair {
 	Side source, destination;
 	PrFaults *faults;  /* of the source's paths */

@@ -72,11 +72,7 @@ static void wait_path_news(Side *side, const char *uri, PrPathState state)
 
 static void start(TwoPaths *two, void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state),
-			     .size = 16 * MIB,
-			     .bandwidth = 2 * MIB,
-			     .pace_us = 100000,
-			     .more = {scheme_of(state)}};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS, .more = {scheme_of(state)}};
 
 	two_paths_init(two, &config);
 	/* Probes follow each other fast here. */
@@ -145,11 +141,7 @@ static void a_path_on_probation_is_taken_where_there_is_no_better_one(void **sta
 static void no_standby_is_kept_when_that_is_switched_off(void **state)
 {
 	g_auto(TwoPaths) two = {0};
-	PairConfig config = {.scheme = scheme_of(state),
-			     .size = 16 * MIB,
-			     .bandwidth = 2 * MIB,
-			     .pace_us = 100000,
-			     .more = {scheme_of(state)}};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS, .more = {scheme_of(state)}};
 
 	two_paths_init(&two, &config);
 	assert_true(

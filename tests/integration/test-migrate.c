@@ -69,11 +69,12 @@ static void passes_through_the_states_in_order(void **state)
 		PR_STATE_POSTCOPY_ACTIVE,
 		PR_STATE_COMPLETED,
 	};
-	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pair_migrate(pair);
-	pair_wait_received(pair, 6 * MIB);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pair_wait_received(pair, 8 * MIB); /* holes, a sixteenth, are told before */
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
@@ -88,7 +89,7 @@ static void passes_through_the_states_in_order(void **state)
 /* Both sides pause, whoever is asked, and the guest runs on with what it has. */
 static void pauses_both_sides_when_asked(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 4 * MIB};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 	Side *sides[] = {&pair->source, &pair->destination};
 	g_autoptr(GError) error = NULL;
@@ -114,7 +115,7 @@ static void pauses_both_sides_when_asked(void **state)
 
 static void refuses_what_makes_no_sense_now(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 4 * MIB};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_autoptr(GError) error = NULL;
 

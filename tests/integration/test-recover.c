@@ -180,9 +180,7 @@ static void recovers_from_cuts_at_random_reads(void **state)
 
 static void recovers_forty_times_in_one_migration(void **state)
 {
-	/* Slow enough to last, with guests that rest between pages: faults are not throttled. */
-	PairConfig config = {
-		.scheme = scheme_of(state), .size = 64 * MIB, .bandwidth = MIB, .pace_us = 200000};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pair_migrate(pair);
@@ -237,7 +235,7 @@ static void guest_runs_on_while_paused(void **state)
 /* READs without an answer: nothing fails by itself; a human pauses, and the fence must not wait. */
 static void recovers_when_reads_are_never_answered(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pair_migrate(pair);
@@ -252,7 +250,7 @@ static void recovers_when_reads_are_never_answered(void **state)
 
 static void recovers_over_a_new_listener(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	const char *other = strcmp(scheme_of(state), "tcp") == 0 ? "ofi" : "tcp";
 	g_autofree char *incoming = g_strdup_printf("%s:127.0.0.1:0", other);
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -277,7 +275,7 @@ static void recovers_over_a_new_listener(void **state)
 
 static void failed_recoveries_go_back_to_paused(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 8 * MIB};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pair_migrate(pair);
@@ -349,10 +347,7 @@ static void assert_refused(Pair *pair, const PrHello *hello, const char *reason)
 
 static void turns_strangers_away(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state),
-			     .size = 16 * MIB,
-			     .bandwidth = 4 * MIB,
-			     .pace_us = 2000};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	pair_migrate(pair);
@@ -384,10 +379,7 @@ static void turns_strangers_away(void **state)
 /* Only the source has noticed: its higher epoch pauses the destination, and the old path is fenced. */
 static void newer_epoch_takes_over(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state),
-			     .size = 16 * MIB,
-			     .bandwidth = 4 * MIB,
-			     .pace_us = 2000};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_autoptr(GError) error = NULL;
 	PrHelloAck ack;
