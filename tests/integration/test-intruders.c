@@ -55,7 +55,7 @@ static void those_without_a_certificate_disturb_nothing(void **state)
 	g_autoptr(PrTls) tls_other = pr_tls_new(other, NULL, NULL);
 
 	pair_migrate(pair);
-	pair_wait_received(pair, MIB);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
 	assert_is_refused(pair, NULL, PR_PATH_ERROR_REFUSED, "wants TLS");
 	assert_is_refused(pair, tls_none, PR_PATH_ERROR_REFUSED, "was shown none");
 	assert_is_refused(pair, tls_old, PR_PATH_ERROR_REFUSED, "it has expired");
