@@ -274,29 +274,33 @@ void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn);
 
 gpointer pr_source_thread(gpointer migration);
 gpointer pr_load_thread(gpointer migration);
-/* PrOnHello */
-void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *listener,
-			  void *opaque);
 
 /* recover.c: the source's and the destination's half of a recovery. */
 gboolean pr_source_recover(PrMigration *m, PrConn *conn, GError **error);
 gboolean pr_source_take_bitmap(PrMigration *m, const PrMsg *msg, GError **error);
 gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
 gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error);
-/* destination.c */
-gboolean pr_destination_take_grant(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
+/* newcomers.c */
+/* PrOnHello */
+void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *listener,
+			  void *opaque);
+/* What it tells the source. With the lock held, or by the owner. */
+PrProgress pr_destination_progress(PrMigration *m, const PrFaultStats *stats);
 /* What the operator calls the path over which a source came; g_free() it. */
 char *pr_destination_path_name(PrControl *control, PrListener *listener);
-/* Answers a HELLO with PR_HELLO_OK, publishes or lists the connection and waits for its lanes. */
-gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean standby,
-			       GError **error);
-void pr_destination_use_grants(PrConn *conn);
-gboolean pr_destination_send_activated(PrConn *conn, const PrHelloAck *ack, GError **error);
 /* A source asks to go on with a higher epoch over a standby. TRUE: the load thread has it now. Else *ret
  * says why not. */
 gboolean pr_destination_activate(PrConn *conn, const PrHello *hello, PrListener *listener,
 				 PrHelloAck *ret);
+gboolean pr_destination_send_activated(PrConn *conn, const PrHelloAck *ack, GError **error);
 gboolean pr_destination_same_migration(PrMigration *m, const PrHello *hello);
 void pr_refuse(PrHelloAck *ack, const char *format, ...) G_GNUC_PRINTF(2, 3);
+
+/* destination.c */
+gboolean pr_destination_take_grant(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
+/* Answers a HELLO with PR_HELLO_OK, publishes or lists the connection and waits for its lanes. */
+gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean standby,
+			       GError **error);
+void pr_destination_use_grants(PrConn *conn);
 void pr_destination_run(PrMigration *m);
 void pr_destination_check_complete(PrMigration *m);
