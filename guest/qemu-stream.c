@@ -3,7 +3,8 @@
  * QEMU's device state, through its own migration stream.
  *
  * Save: x-ignore-shared leaves the shared RAM out, `migrate fd:` writes to one end of a socketpair, we
- * read the other to its end, and the MIGRATION event says how it went. Load: the same with
+ * read the other to its end, and the MIGRATION event says how it went. A guest that runs is stopped by that
+ * migration itself: its set-up and the private RAM come before, so that they are not downtime. Load: the same with
  * `migrate-incoming`. QEMU may touch guest RAM while it loads; then its main loop waits for a page,
  * and neither reads our bytes nor answers QMP. So nothing here asks it anything before its event has
  * come, and every wait ends with the deadline, with load_abort(), or with QEMU's death.
@@ -16,6 +17,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -25,17 +27,26 @@
 #define FD_NAME	     "postroad"
 #define SAVE_CHUNK   (256 * 1024) /* bytes */
 #define NO_BANDWIDTH (1ll << 50)  /* bytes/s: a limit that does not limit */
+/* A guest that rewrites its private RAM all the time could keep QEMU from stopping it. */
+#define EARLY_MAX     (64 << 20) /* bytes of device state before the stop */
+#define STOP_AFTER_US G_USEC_PER_SEC
 
 struct PrQemuStream {
 	PrQmp *qmp;	  /* constant */
 	guint timeout_ms; /* constant */
 
+	int wake_fd;	   /* constant; eventfd: an event has come, or QEMU is gone */
+	GByteArray *early; /* of who saves: what came before the guest had stopped */
+
 	GMutex lock;
-	GCond cond;   /* lock; end or dead changed */
-	char *end;    /* lock; how QEMU's migration ended: "completed", "failed", … */
-	char *dead;   /* lock; why QEMU is gone, or NULL */
-	int ready_fd; /* lock; QEMU has the other end already, -1: no */
-	int load_fd;  /* lock; -1: no load */
+	GCond cond;	    /* lock; end or dead changed */
+	char *end;	    /* lock; how QEMU's migration ended: "completed", "failed", … */
+	char *dead;	    /* lock; why QEMU is gone, or NULL */
+	int ready_fd;	    /* lock; QEMU has the other end already, -1: no */
+	int save_fd;	    /* lock; of a save that has begun, -1: none */
+	gboolean stopped;   /* lock; QEMU has stopped the guest since the save began */
+	gboolean ran_again; /* lock; and somebody has let it run */
+	int load_fd;	    /* lock; -1: no load */
 	GCancellable *load_cancel; /* lock; of the load in progress, or NULL */
 	JsonArray *old_caps;	   /* lock; what save() found, or NULL: nothing to undo */
 	gint64 old_bandwidth;	   /* lock; goes with old_caps */
@@ -47,8 +58,9 @@ PrQemuStream *pr_qemu_stream_new(PrQmp *qmp, guint timeout_ms)
 
 	stream->qmp = qmp;
 	stream->timeout_ms = timeout_ms;
-	stream->ready_fd = -1;
-	stream->load_fd = -1;
+	stream->ready_fd = stream->save_fd = stream->load_fd = -1;
+	stream->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	stream->early = g_byte_array_new();
 	g_mutex_init(&stream->lock);
 	g_cond_init(&stream->cond);
 	return stream;
@@ -64,7 +76,10 @@ static void close_fd(int *fd)
 void pr_qemu_stream_free(PrQemuStream *stream)
 {
 	close_fd(&stream->ready_fd);
+	close_fd(&stream->save_fd);
 	close_fd(&stream->load_fd);
+	close_fd(&stream->wake_fd);
+	g_byte_array_unref(stream->early);
 	g_clear_object(&stream->load_cancel);
 	g_clear_pointer(&stream->old_caps, json_array_unref);
 	g_free(stream->end);
@@ -83,19 +98,35 @@ static gboolean is_end(const char *status)
 	return status && g_strv_contains(ends, status);
 }
 
+/* With the lock held. */
+static void tell_locked(PrQemuStream *stream)
+{
+	g_cond_broadcast(&stream->cond);
+	eventfd_write(stream->wake_fd, 1);
+}
+
+/* With the lock held. */
+static void note_event(PrQemuStream *stream, const char *name, JsonObject *data)
+{
+	const char *status = data ? pr_json_string(data, "status") : NULL;
+
+	if (g_str_equal(name, "STOP")) {
+		stream->stopped = TRUE;
+	} else if (g_str_equal(name, "RESUME")) {
+		stream->ran_again = stream->stopped;
+	} else if (g_str_equal(name, "MIGRATION") && is_end(status)) {
+		g_free(stream->end);
+		stream->end = g_strdup(status);
+	} else {
+		return;
+	}
+	tell_locked(stream);
+}
+
 void pr_qemu_stream_event(PrQemuStream *stream, const char *name, JsonObject *data)
 {
-	const char *status;
-
-	if (!g_str_equal(name, "MIGRATION") || !data)
-		return;
-	status = pr_json_string(data, "status");
-	if (!is_end(status))
-		return;
 	g_mutex_lock(&stream->lock);
-	g_free(stream->end);
-	stream->end = g_strdup(status);
-	g_cond_broadcast(&stream->cond);
+	note_event(stream, name, data);
 	g_mutex_unlock(&stream->lock);
 }
 
@@ -104,7 +135,7 @@ void pr_qemu_stream_died(PrQemuStream *stream, const char *reason)
 	g_mutex_lock(&stream->lock);
 	g_free(stream->dead);
 	stream->dead = g_strdup(reason);
-	g_cond_broadcast(&stream->cond);
+	tell_locked(stream);
 	g_mutex_unlock(&stream->lock);
 }
 
@@ -388,6 +419,122 @@ static gboolean wait_for_socket(int fd, short events, guint64 timeout_ms, GCance
 
 /* Save */
 
+/* Has QEMU write its stream; returns where it can be read. It stays open until the save has ended. */
+static int begin_save(PrQemuStream *stream, GError **error)
+{
+	int fd = prepared_socket(stream, error);
+
+	if (fd < 0)
+		return -1;
+	g_mutex_lock(&stream->lock);
+	g_clear_pointer(&stream->end, g_free);
+	stream->stopped = stream->ran_again = FALSE;
+	close_fd(&stream->save_fd);
+	stream->save_fd = fd;
+	g_mutex_unlock(&stream->lock);
+	g_byte_array_set_size(stream->early, 0);
+	return pr_qmp_command(stream->qmp, "migrate", uri_arguments(), -1, error) ? fd : -1;
+}
+
+static void end_save(PrQemuStream *stream)
+{
+	g_mutex_lock(&stream->lock);
+	close_fd(&stream->save_fd);
+	g_mutex_unlock(&stream->lock);
+	g_byte_array_set_size(stream->early, 0);
+}
+
+/* Bytes, 0: the stream has ended, -1: an error, -2: there is nothing now. */
+static ssize_t read_some(int fd, void *chunk, GError **error)
+{
+	ssize_t n = recv(fd, chunk, SAVE_CHUNK, MSG_DONTWAIT);
+
+	if (n >= 0)
+		return n;
+	if (errno == EINTR || errno == EAGAIN)
+		return -2;
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, "QEMU's device state broke off: %s",
+		    g_strerror(errno));
+	return -1;
+}
+
+/* What came before the guest had stopped. */
+static ssize_t read_early(PrQemuStream *stream, int fd, GError **error)
+{
+	guint len = stream->early->len;
+	ssize_t n;
+
+	g_byte_array_set_size(stream->early, len + SAVE_CHUNK);
+	n = read_some(fd, stream->early->data + len, error);
+	g_byte_array_set_size(stream->early, len + MAX(n, 0));
+	return n;
+}
+
+/* -1: not yet; else whether it has stopped. */
+static int has_stopped(PrQemuStream *stream, GError **error)
+{
+	g_autofree char *end = NULL;
+	gboolean stopped, dead;
+
+	g_mutex_lock(&stream->lock);
+	stopped = stream->stopped;
+	dead = stream->dead != NULL;
+	if (dead)
+		g_set_error_literal(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, stream->dead);
+	end = g_strdup(stream->end);
+	g_mutex_unlock(&stream->lock);
+	if (dead)
+		return FALSE;
+	if (stopped)
+		return TRUE;
+	if (!end)
+		return -1;
+	if (check_completed(stream, end, "save", error))
+		g_set_error(
+			error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			"QEMU says that its device state is saved, and not that the guest has stopped");
+	return FALSE;
+}
+
+gboolean pr_qemu_stream_stop(PrQemuStream *stream, GError **error)
+{
+	gint64 now = g_get_monotonic_time();
+	gint64 force = now + STOP_AFTER_US;
+	gint64 deadline = now + STOP_AFTER_US + (gint64)stream->timeout_ms * 1000;
+	gboolean forced = FALSE, eof = FALSE;
+	int fd = begin_save(stream, error);
+	int stopped;
+
+	if (fd < 0)
+		return FALSE;
+	while ((stopped = has_stopped(stream, error)) < 0) {
+		struct pollfd fds[] = {{.fd = stream->wake_fd, .events = POLLIN},
+				       {.fd = eof ? -1 : fd, .events = POLLIN}};
+		eventfd_t ignored;
+
+		now = g_get_monotonic_time();
+		if (!forced && (now >= force || stream->early->len >= EARLY_MAX)) {
+			forced = TRUE;
+			if (!pr_qmp_command(stream->qmp, "stop", NULL, -1, error))
+				return FALSE;
+		}
+		if (now >= deadline) {
+			g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_TIMEOUT,
+				    "QEMU did not stop the guest in time");
+			return FALSE;
+		}
+		poll(fds, G_N_ELEMENTS(fds), 1 + (int)(((forced ? deadline : force) - now) / 1000));
+		eventfd_read(stream->wake_fd, &ignored);
+		if (fds[1].revents) {
+			ssize_t n = read_early(stream, fd, error);
+			if (n == -1)
+				return FALSE;
+			eof = n == 0;
+		}
+	}
+	return stopped;
+}
+
 static gboolean read_stream(PrQemuStream *stream, int fd, GCancellable *cancel, PrGuestSink sink,
 			    void *opaque, GError **error)
 {
@@ -398,19 +545,24 @@ static gboolean read_stream(PrQemuStream *stream, int fd, GCancellable *cancel, 
 
 		if (!wait_for_socket(fd, POLLIN, stream->timeout_ms, cancel, error))
 			return FALSE;
-		n = recv(fd, chunk, SAVE_CHUNK, MSG_DONTWAIT);
+		n = read_some(fd, chunk, error);
 		if (n == 0)
 			return TRUE;
-		if (n < 0 && (errno == EINTR || errno == EAGAIN))
-			continue;
-		if (n < 0) {
-			g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
-				    "QEMU's device state broke off: %s", g_strerror(errno));
-			return FALSE;
-		}
-		if (!sink(chunk, n, opaque, error))
+		if (n == -1 || (n > 0 && !sink(chunk, n, opaque, error)))
 			return FALSE;
 	}
+}
+
+/* Of a guest whose memory has gone on changing, what the destination has read is worthless. */
+static gboolean check_stopped(PrQemuStream *stream, GError **error)
+{
+	g_mutex_lock(&stream->lock);
+	gboolean ran_again = stream->ran_again;
+	g_mutex_unlock(&stream->lock);
+	if (ran_again)
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
+			    "somebody let the guest run while its device state was saved");
+	return !ran_again;
 }
 
 gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuestSink sink,
@@ -418,18 +570,22 @@ gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuest
 {
 	g_autofree char *end = NULL;
 	gboolean ok;
-	int fd = prepared_socket(stream, error);
+	int fd;
 
+	g_mutex_lock(&stream->lock);
+	fd = stream->save_fd;
+	g_mutex_unlock(&stream->lock);
 	if (fd < 0)
-		return FALSE;
-	forget_end(stream);
-	ok = pr_qmp_command(stream->qmp, "migrate", uri_arguments(), -1, error) &&
+		fd = begin_save(stream, error);
+	ok = fd >= 0 &&
+	     (!stream->early->len ||
+	      sink(stream->early->data, stream->early->len, opaque, error)) &&
 	     read_stream(stream, fd, cancel, sink, opaque, error);
-	close(fd);
+	end_save(stream);
 	if (!ok)
 		return FALSE;
 	end = wait_for_end(stream, 1, cancel, error);
-	return end && check_completed(stream, end, "save", error);
+	return end && check_completed(stream, end, "save", error) && check_stopped(stream, error);
 }
 
 static gboolean at_rest(const char *status)
@@ -459,6 +615,7 @@ gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error)
 {
 	g_autoptr(JsonArray) old = NULL;
 	gint64 bandwidth;
+	gboolean ok;
 
 	/* QEMU's end of one that was not used goes with the next getfd. */
 	g_mutex_lock(&stream->lock);
@@ -466,10 +623,10 @@ gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error)
 	old = g_steal_pointer(&stream->old_caps);
 	bandwidth = stream->old_bandwidth;
 	g_mutex_unlock(&stream->lock);
-	if (!old)
-		return TRUE;
-	return cancel_migration(stream, error) && set_bandwidth(stream, bandwidth, error) &&
-	       set_capabilities(stream, old, error);
+	ok = !old || (cancel_migration(stream, error) && set_bandwidth(stream, bandwidth, error) &&
+		      set_capabilities(stream, old, error));
+	end_save(stream);
+	return ok;
 }
 
 /* Load */
@@ -481,6 +638,12 @@ gboolean pr_qemu_stream_load_begin(PrQemuStream *stream, GError **error)
 	if (fd < 0)
 		return FALSE;
 	forget_end(stream);
+	/* The state of a guest that ran until it was saved lets it run as soon as it is loaded, unless QEMU has
+	 * been told to stop by then. */
+	if (!pr_qmp_command(stream->qmp, "stop", NULL, -1, error)) {
+		close(fd);
+		return FALSE;
+	}
 	if (!pr_qmp_command(stream->qmp, "migrate-incoming", uri_arguments(), -1, error)) {
 		close(fd);
 		g_prefix_error(error, "start the destination QEMU anew with -incoming defer: ");
@@ -548,16 +711,20 @@ gboolean pr_qemu_stream_load_data(PrQemuStream *stream, const void *data, gsize 
 	return TRUE;
 }
 
-static gboolean left_inmigrate(PrQemuStream *stream, GError **error)
+static gboolean is_ready_to_run(PrQemuStream *stream, GError **error)
 {
 	g_autoptr(JsonObject) object = pr_qmp_query(stream->qmp, "query-status", error);
 
 	if (!object)
 		return FALSE;
-	if (g_strcmp0(pr_json_string(object, "status"), "inmigrate") != 0)
+	if (g_strcmp0(pr_json_string(object, "status"), "inmigrate") == 0)
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "QEMU says its device state is loaded, and still waits for it");
+	else if (pr_json_boolean(object, "running"))
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "the guest runs already, before it was told to");
+	else
 		return TRUE;
-	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-		    "QEMU says its device state is loaded, and still waits for it");
 	return FALSE;
 }
 
@@ -574,7 +741,7 @@ gboolean pr_qemu_stream_load_end(PrQemuStream *stream, GError **error)
 	g_mutex_lock(&stream->lock);
 	close_fd(&stream->load_fd);
 	g_mutex_unlock(&stream->lock);
-	return end && check_completed(stream, end, "load", error) && left_inmigrate(stream, error);
+	return end && check_completed(stream, end, "load", error) && is_ready_to_run(stream, error);
 }
 
 void pr_qemu_stream_load_abort(PrQemuStream *stream)

@@ -213,15 +213,16 @@ static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **er
 	QemuGuest *self = (QemuGuest *)guest;
 	gboolean running;
 
-	if (!query_running(self, &running, error) ||
-	    !pr_qmp_command(self->qmp, "stop", NULL, -1, error))
+	if (!query_running(self, &running, error))
 		return FALSE;
+	/* It may stop from now on. */
 	g_mutex_lock(&self->lock);
 	self->stopped = TRUE;
 	self->was_running = running;
 	g_mutex_unlock(&self->lock);
 	*ret_was_running = running;
-	return TRUE;
+	return running ? pr_qemu_stream_stop(self->stream, error)
+		       : pr_qmp_command(self->qmp, "stop", NULL, -1, error);
 }
 
 /* QEMU says that its migration has failed a moment before it has let go of the guest ("finish-migrate"), and

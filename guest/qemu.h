@@ -32,6 +32,9 @@ void pr_qemu_stream_died(PrQemuStream *stream, const char *reason);
 
 /* Makes QEMU ready for a save or a load, which otherwise does that itself. */
 gboolean pr_qemu_stream_prepare(PrQemuStream *stream, GError **error);
+/* Begins the save of a guest that runs, which QEMU stops in the course of it; returns when it has stopped. */
+gboolean pr_qemu_stream_stop(PrQemuStream *stream, GError **error);
+/* Goes on with the save, or begins that of a guest that does not run. */
 gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuestSink sink,
 			     void *opaque, GError **error);
 /* Ends a save in progress and undoes what it, or preparing it, changed in QEMU. Harmless when there was none. */

@@ -400,20 +400,26 @@ static gboolean mark(gint64 *ret_now)
 
 static void log_downtime(const Downtime *times)
 {
-	g_info("%.1f ms since the guest was to stop: stopping it %.1f, telling what is zero %.1f, "
-	       "saving and sending %" G_GSIZE_FORMAT " bytes of device state %.1f, loading them "
-	       "%.1f",
-	       (double)(times->loaded - times->began) / 1e3,
-	       (double)(times->stopped - times->began) / 1e3,
+	g_info("%.1f ms since the guest stopped: telling what is zero %.1f, saving and sending "
+	       "%" G_GSIZE_FORMAT " bytes of device state %.1f, loading them %.1f; before that "
+	       "%.1f until it had stopped",
+	       (double)(times->loaded - times->stopped) / 1e3,
 	       (double)(times->told - times->stopped) / 1e3, times->state_bytes,
 	       (double)(times->saved - times->told) / 1e3,
-	       (double)(times->loaded - times->saved) / 1e3);
+	       (double)(times->loaded - times->saved) / 1e3,
+	       (double)(times->stopped - times->began) / 1e3);
 }
 
 static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **error)
 {
-	return pr_migration_step(m, PR_EVENT_STOP, "stopping the guest", error) &&
-	       m->guest->ops->stop(m->guest, ret_was_running, error);
+	if (!pr_migration_step(m, PR_EVENT_STOP, "stopping the guest", error) ||
+	    !m->guest->ops->stop(m->guest, ret_was_running, error))
+		return FALSE;
+	/* It ran until now: a VMM may have things to do before it stops. */
+	g_mutex_lock(&m->lock);
+	m->sm.stopped = g_get_monotonic_time();
+	g_mutex_unlock(&m->lock);
+	return TRUE;
 }
 
 /* Whether the destination can read holes, too: it gets zeros for them, until it knows. */

@@ -27,6 +27,9 @@
 #define FAILED	      "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"failed\"}}\n"
 #define CANCELLED     "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"cancelled\"}}\n"
 
+#define STOPPED	      "{\"event\": \"STOP\"}\n"
+#define RESUMED	      "{\"event\": \"RESUME\"}\n"
+
 /* A QEMU in pieces: the monitor is fake, the agent is real. */
 typedef struct Qemu {
 	FakeQmp *fake;
@@ -407,6 +410,7 @@ typedef struct Saving {
 	Qemu *qemu;
 	GString *bytes;
 	GCancellable *cancel;
+	gboolean running; /* stops it first */
 	gboolean ok;
 	GError *error;
 	GThread *thread;
@@ -423,7 +427,10 @@ static gpointer save_thread(gpointer data)
 	Saving *saving = data;
 	PrGuest *guest = saving->qemu->guest;
 
-	saving->ok = guest->ops->save(guest, saving->cancel, collect, saving, &saving->error);
+	gboolean was_running;
+
+	saving->ok = (!saving->running || guest->ops->stop(guest, &was_running, &saving->error)) &&
+		     guest->ops->save(guest, saving->cancel, collect, saving, &saving->error);
 	return NULL;
 }
 
@@ -438,12 +445,14 @@ static void wait_for_command(Qemu *qemu, const char *key)
 }
 
 /* Returns QEMU's end of the stream. */
-static int save_begin(Saving *saving, Qemu *qemu)
+static int save_begin(Saving *saving, Qemu *qemu, gboolean running)
 {
 	int fd;
 
-	*saving =
-		(Saving){.qemu = qemu, .bytes = g_string_new(NULL), .cancel = g_cancellable_new()};
+	*saving = (Saving){.qemu = qemu,
+			   .bytes = g_string_new(NULL),
+			   .cancel = g_cancellable_new(),
+			   .running = running};
 	saving->thread = g_thread_new("save", save_thread, saving);
 	wait_for_command(qemu, "migrate");
 	fd = fake_qmp_take_fd(qemu->fake);
@@ -472,20 +481,18 @@ static void a_save_is_configured_read_and_undone(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
 	g_autoptr(GError) error = NULL;
-	gboolean was_running;
 	Saving saving;
 	int fd;
 
 	qemu_attach(qemu, TIMEOUT);
-	assert_true(qemu->guest->ops->stop(qemu->guest, &was_running, &error));
-	assert_true(was_running);
-	fd = save_begin(&saving, qemu);
+	fd = save_begin(&saving, qemu, /* running= */ TRUE);
 	assert_arguments(qemu, "migrate", "\"uri\":\"fd:postroad\"");
 	assert_arguments(qemu, "migrate-set-capabilities",
 			 "{\"capability\":\"x-ignore-shared\",\"state\":true}");
 	assert_arguments(qemu, "migrate-set-capabilities",
 			 "{\"capability\":\"multifd\",\"state\":false}");
 	assert_int_equal(send(fd, "device ", 7, 0), 7);
+	fake_qmp_say(qemu->fake, STOPPED);
 	assert_int_equal(send(fd, "state", 5, 0), 5);
 	close(fd);
 	fake_qmp_say(qemu->fake, COMPLETED);
@@ -493,6 +500,8 @@ static void a_save_is_configured_read_and_undone(void **state)
 	assert_true(saving.ok);
 	assert_string_equal(saving.bytes->str, "device state");
 	save_clear(&saving);
+	/* QEMU does it by itself. */
+	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
 
 	assert_true(qemu->guest->ops->resume(qemu->guest, &error));
 	assert_arguments(qemu, "migrate-set-capabilities",
@@ -507,6 +516,59 @@ static void a_save_is_configured_read_and_undone(void **state)
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 1);
 }
 
+/* Its private RAM may change all the time. */
+static void a_guest_that_its_migration_does_not_stop_is_told_to(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new();
+	Saving saving;
+	int fd;
+
+	qemu_attach(qemu, TIMEOUT);
+	fd = save_begin(&saving, qemu, /* running= */ TRUE);
+	wait_for_command(qemu, "stop");
+	fake_qmp_say(qemu->fake, STOPPED);
+	close(fd);
+	fake_qmp_say(qemu->fake, COMPLETED);
+	g_thread_join(saving.thread);
+	g_assert_no_error(saving.error);
+	save_clear(&saving);
+}
+
+static void a_guest_that_is_let_run_in_between_is_not_moved(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new();
+	Saving saving;
+	int fd;
+
+	qemu_attach(qemu, TIMEOUT);
+	fd = save_begin(&saving, qemu, /* running= */ TRUE);
+	fake_qmp_say(qemu->fake, STOPPED RESUMED);
+	close(fd);
+	fake_qmp_say(qemu->fake, COMPLETED);
+	g_thread_join(saving.thread);
+	assert_false(saving.ok);
+	assert_non_null(strstr(saving.error->message, "let the guest run"));
+	save_clear(&saving);
+}
+
+static void a_migration_that_fails_before_the_guest_has_stopped_says_why(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new();
+	Saving saving;
+	int fd;
+
+	fake_qmp_set(qemu->fake, "query-migrate",
+		     "{\"status\": \"failed\", \"error-desc\": \"no space\"}");
+	qemu_attach(qemu, TIMEOUT);
+	fd = save_begin(&saving, qemu, /* running= */ TRUE);
+	close(fd);
+	fake_qmp_say(qemu->fake, FAILED);
+	g_thread_join(saving.thread);
+	assert_true(g_error_matches(saving.error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED));
+	assert_non_null(strstr(saving.error->message, "no space"));
+	save_clear(&saving);
+}
+
 static void a_failed_save_says_why(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
@@ -516,7 +578,7 @@ static void a_failed_save_says_why(void **state)
 	fake_qmp_set(qemu->fake, "query-migrate",
 		     "{\"status\": \"failed\", \"error-desc\": \"device is unmigratable\"}");
 	qemu_attach(qemu, TIMEOUT);
-	fd = save_begin(&saving, qemu);
+	fd = save_begin(&saving, qemu, /* running= */ FALSE);
 	close(fd);
 	fake_qmp_say(qemu->fake, FAILED);
 	g_thread_join(saving.thread);
@@ -531,13 +593,12 @@ static void a_save_that_stalls_times_out_and_is_cancelled(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
 	g_autoptr(GError) error = NULL;
-	gboolean was_running;
 	Saving saving;
 	int fd;
 
 	qemu_attach(qemu, SHORT_TIMEOUT);
-	assert_true(qemu->guest->ops->stop(qemu->guest, &was_running, &error));
-	fd = save_begin(&saving, qemu);
+	fd = save_begin(&saving, qemu, /* running= */ TRUE);
+	fake_qmp_say(qemu->fake, STOPPED);
 	g_thread_join(saving.thread);
 	assert_false(saving.ok);
 	assert_true(g_error_matches(saving.error, PR_GUEST_ERROR, PR_GUEST_ERROR_TIMEOUT));
@@ -559,7 +620,7 @@ static void a_save_can_be_cancelled(void **state)
 	int fd;
 
 	qemu_attach(qemu, TIMEOUT);
-	fd = save_begin(&saving, qemu);
+	fd = save_begin(&saving, qemu, /* running= */ FALSE);
 	g_cancellable_cancel(saving.cancel);
 	g_thread_join(saving.thread);
 	assert_false(saving.ok);
@@ -690,6 +751,9 @@ int main(void)
 		cmocka_unit_test(host_addresses_are_found_through_the_guests),
 		cmocka_unit_test(mappings_find_their_blocks),
 		cmocka_unit_test(a_save_is_configured_read_and_undone),
+		cmocka_unit_test(a_guest_that_its_migration_does_not_stop_is_told_to),
+		cmocka_unit_test(a_guest_that_is_let_run_in_between_is_not_moved),
+		cmocka_unit_test(a_migration_that_fails_before_the_guest_has_stopped_says_why),
 		cmocka_unit_test(a_failed_save_says_why),
 		cmocka_unit_test(a_save_that_stalls_times_out_and_is_cancelled),
 		cmocka_unit_test(a_save_can_be_cancelled),
