@@ -24,7 +24,6 @@
 #include "guest/agent-proto.h"
 #include "guest/guest.h"
 #include "tests/guest/testguest.h"
-#include "tests/unit/as-user.h"
 
 #define PAGE	4096
 #define TIMEOUT 5000 /* ms */
@@ -464,83 +463,6 @@ static void another_version_is_told_so(void **state)
 	close(conn);
 }
 
-static void ask_as_stranger(void *opaque)
-{
-	PrAgentRequest hello = {
-		.magic = PR_AGENT_MAGIC, .version = PR_AGENT_VERSION, .op = PR_AGENT_HELLO};
-	int conn = raw_connect(opaque);
-	PrAgentReply reply;
-
-	send_fds(conn, &hello, sizeof(hello), -1, 0);
-	assert_true(recv_reply(conn, &reply));
-	assert_int_equal(reply.status, PR_AGENT_PERMISSION);
-	assert_non_null(
-		strstr(reply.text, "an engine of user 65534 is not served: run it as root"));
-	assert_closed(conn);
-	close(conn);
-}
-
-static void engines_of_other_users_are_refused(void **state)
-{
-	g_autoptr(TestGuest) guest = new_guest(FALSE, FALSE);
-	g_autoptr(PrGuest) engine = NULL;
-	g_autofree char *dir = g_path_get_dirname(testguest_socket(guest));
-
-	if (geteuid() != 0)
-		skip();
-	/* The file's mode alone keeps them out; here somebody has widened it. */
-	assert_int_equal(chmod(dir, 0755), 0);
-	assert_int_equal(chmod(testguest_socket(guest), 0666), 0);
-	as_user(NOBODY, ask_as_stranger, guest);
-	engine = attach(guest);
-}
-
-typedef struct Impostor {
-	char *dir, *path;
-	int fd;
-} Impostor;
-
-static void serve_as_impostor(void *opaque)
-{
-	struct sockaddr_un addr = {.sun_family = AF_UNIX};
-	Impostor *impostor = opaque;
-
-	g_strlcpy(addr.sun_path, impostor->path, sizeof(addr.sun_path));
-	impostor->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	assert_int_equal(bind(impostor->fd, (struct sockaddr *)&addr, sizeof(addr)), 0);
-	assert_int_equal(chmod(impostor->path, 0666), 0);
-	assert_int_equal(listen(impostor->fd, 1), 0);
-}
-
-static void open_as_other(void *opaque)
-{
-	Impostor *impostor = opaque;
-	g_autofree char *spec = g_strconcat("agent:", impostor->path, NULL);
-	g_autoptr(GError) error = NULL;
-
-	assert_null(pr_guest_open(spec, TIMEOUT, &error));
-	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION));
-	assert_non_null(
-		strstr(error->message, "served by user 65534, this engine is user 65533's"));
-}
-
-static void an_agent_of_another_user_is_not_believed(void **state)
-{
-	Impostor impostor = {.dir = g_dir_make_tmp("test-agent-XXXXXX", NULL)};
-
-	impostor.path = g_build_filename(impostor.dir, "agent.sock", NULL);
-	if (geteuid() == 0) {
-		assert_int_equal(chmod(impostor.dir, 0777), 0);
-		as_user(NOBODY, serve_as_impostor, &impostor);
-		as_user(NOBODY - 1, open_as_other, &impostor);
-		close(impostor.fd);
-		unlink(impostor.path);
-	}
-	rmdir(impostor.dir);
-	g_free(impostor.dir);
-	g_free(impostor.path);
-}
-
 /* Connections that never say anything do not keep an engine out. */
 static void silent_strangers_do_not_keep_the_engine_out(void **state)
 {
@@ -826,8 +748,6 @@ int main(void)
 		cmocka_unit_test(garbage_closes_the_connection_only),
 		cmocka_unit_test(garbage_after_hello_frees_the_place),
 		cmocka_unit_test(another_version_is_told_so),
-		cmocka_unit_test(engines_of_other_users_are_refused),
-		cmocka_unit_test(an_agent_of_another_user_is_not_believed),
 		cmocka_unit_test(silent_strangers_do_not_keep_the_engine_out),
 		cmocka_unit_test(the_guests_death_is_told_once),
 		cmocka_unit_test(stop_and_resume_keep_the_run_state),
