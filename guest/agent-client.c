@@ -320,6 +320,28 @@ static gboolean call_simple(PrAgentClient *client, PrAgentOp op, GError **error)
 
 /* Opening */
 
+/* A process of another user would be believed what the guest's memory is. Root can't be told whose guest it is to
+ * serve; it has named the path. */
+static gboolean check_peer(int fd, const char *path, GError **error)
+{
+	struct ucred peer;
+	socklen_t length = sizeof(peer);
+
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION,
+			    "agent %s: whose it is can't be told: %s", path, g_strerror(errno));
+		return FALSE;
+	}
+	if (geteuid() == 0 || peer.uid == 0 || peer.uid == geteuid())
+		return TRUE;
+	g_set_error(
+		error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION,
+		"agent %s: it is served by user %u, this engine is user %u's; run the engine as "
+		"root or as the user of the guest's process",
+		path, peer.uid, geteuid());
+	return FALSE;
+}
+
 static int connect_socket(const char *path, GError **error)
 {
 	struct sockaddr_un addr = {.sun_family = AF_UNIX};
@@ -349,7 +371,10 @@ static int connect_socket(const char *path, GError **error)
 		return -1;
 	}
 	g_unix_set_fd_nonblocking(fd, FALSE, NULL);
-	return fd;
+	if (check_peer(fd, path, error))
+		return fd;
+	close(fd);
+	return -1;
 }
 
 static gboolean say_hello(PrAgentClient *client, GError **error)

@@ -18,6 +18,7 @@
 #include "migration/ram.h"
 #include "migration/state.h"
 #include "transport/control.h"
+#include "transport/crowd.h"
 #include "transport/health.h"
 #include "transport/transport.h"
 
@@ -83,6 +84,7 @@ struct PrMigration {
 	PrMigrationHooks hooks;
 	PrSecurity security;
 
+	PrQuiet refusals; /* has its own lock */
 	GMutex pull_lock; /* for stripe.c and for ending the pull threads; taken before `lock` */
 
 	GMutex lock;   /* protects all that follows, unless it says otherwise */
@@ -295,6 +297,8 @@ gboolean pr_destination_activate(PrConn *conn, const PrHello *hello, PrListener 
 gboolean pr_destination_send_activated(PrConn *conn, const PrHelloAck *ack, GError **error);
 gboolean pr_destination_same_migration(PrMigration *m, const PrHello *hello);
 void pr_refuse(PrHelloAck *ack, const char *format, ...) G_GNUC_PRINTF(2, 3);
+/* Logs it, unless there were many of late. */
+void pr_note_refusal(PrMigration *m, const char *what, PrControl *control, const char *reason);
 
 /* destination.c */
 gboolean pr_destination_take_grant(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);

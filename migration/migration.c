@@ -302,6 +302,7 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 	m->guest = guest;
 	m->params = params;
 	m->hooks = *hooks;
+	g_mutex_init(&m->refusals.lock);
 	g_mutex_init(&m->pull_lock);
 	g_mutex_init(&m->lock);
 	g_cond_init(&m->changed);
@@ -367,6 +368,7 @@ void pr_migration_free(PrMigration *m)
 	g_free(m->error_desc);
 	g_free(m->last_path);
 	g_free(m->claimed);
+	g_mutex_clear(&m->refusals.lock);
 	g_mutex_clear(&m->pull_lock);
 	g_mutex_clear(&m->lock);
 	g_cond_clear(&m->changed);

@@ -26,6 +26,19 @@ void pr_refuse(PrHelloAck *ack, const char *format, ...)
 	ack->status = PR_HELLO_REFUSED;
 }
 
+void pr_note_refusal(PrMigration *m, const char *what, PrControl *control, const char *reason)
+{
+	g_autofree char *more = NULL;
+	guint left_out;
+
+	if (!pr_quiet_may_say(&m->refusals, g_get_monotonic_time(), &left_out))
+		return;
+	if (left_out)
+		more = g_strdup_printf(" (and %u more, of which nothing was said)", left_out);
+	g_message("refused a %s from %s: %s%s", what, pr_control_peer(control), reason,
+		  more ? more : "");
+}
+
 /* A human has paused this side: a source that comes by itself is to wait for a human, too. */
 static void hold(PrHelloAck *ack)
 {
@@ -164,7 +177,7 @@ void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *
 	if (ack.status == PR_HELLO_OK)
 		return;
 	if (ack.status != PR_HELLO_COMPLETED)
-		g_message("refused a connection from %s: %s", pr_control_peer(control), ack.reason);
+		pr_note_refusal(m, "connection", control, ack.reason);
 	pr_control_answer(control, &ack, NULL);
 	pr_control_free(control);
 }

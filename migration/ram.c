@@ -68,6 +68,8 @@ static gboolean map_block(PrRamBlock *block, const PrGuestBlock *from, PrGuestRo
 		set_system_error(error, "mmap of its memfd", from->idstr);
 		return FALSE;
 	}
+	/* A core dump of the engine is none of the guest. */
+	(void)madvise(map, from->size, MADV_DONTDUMP);
 	block->host = map;
 	return TRUE;
 }

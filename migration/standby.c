@@ -604,7 +604,7 @@ void pr_standby_admit(PrMigration *m, PrControl *control, const PrHello *hello,
 	m->n_threads += ack.status == PR_HELLO_OK;
 	g_mutex_unlock(&m->lock);
 	if (ack.status != PR_HELLO_OK) {
-		g_info("refused a standby path from %s: %s", pr_control_peer(control), ack.reason);
+		pr_note_refusal(m, "standby path", control, ack.reason);
 		pr_control_answer(control, &ack, NULL);
 		pr_control_free(control);
 		return;

@@ -14,6 +14,7 @@
 #include "migration/migration.h"
 #include "monitor/log.h"
 #include "monitor/monitor.h"
+#include "monitor/sandbox.h"
 #include "transport/tls.h"
 #include "transport/transport.h"
 
@@ -27,6 +28,8 @@ typedef struct Options {
 	char *log;
 	char *tls_dir;
 	char **tls_allow;
+	char *user, *group;
+	char *sandbox;
 	gboolean insecure;
 	gboolean hmp;
 	gboolean version;
@@ -41,6 +44,9 @@ static void options_clear(Options *options)
 	g_free(options->log);
 	g_free(options->tls_dir);
 	g_strfreev(options->tls_allow);
+	g_free(options->user);
+	g_free(options->group);
+	g_free(options->sandbox);
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Options, options_clear)
 
@@ -48,6 +54,7 @@ typedef struct Engine {
 	GMainLoop *loop;
 	PrParams params;
 	PrSecurity security;
+	PrSandbox sandbox;
 	PrMonitor *monitor;
 } Engine;
 
@@ -134,6 +141,12 @@ static gboolean parse_options(Options *options, int *argc, char ***argv, GError 
 		 "CN|DN"},
 		{"insecure", 0, 0, G_OPTION_ARG_NONE, &options->insecure,
 		 "listen without TLS on addresses that other hosts can reach", NULL},
+		{"user", 'u', 0, G_OPTION_ARG_STRING, &options->user,
+		 "when all is set up, become this user (started as root)", "NAME"},
+		{"group", 0, 0, G_OPTION_ARG_STRING, &options->group,
+		 "with --user: and this group (default: the user's)", "NAME"},
+		{"sandbox", 0, 0, G_OPTION_ARG_STRING, &options->sandbox,
+		 "deny this process the system calls that it never needs (default on)", "on|off"},
 		{"version", 'v', 0, G_OPTION_ARG_NONE, &options->version, "show the version", NULL},
 		{NULL},
 	};
@@ -207,6 +220,10 @@ static gboolean validate(const Options *options, int argc, char **argv, PrParams
 		return usage(error, "--tls-allow needs --tls-dir");
 	if (options->insecure && options->tls_dir)
 		return usage(error, "--insecure and --tls-dir exclude each other");
+	if (options->group && !options->user)
+		return usage(error, "--group needs --user");
+	if (options->sandbox && strcmp(options->sandbox, "on") && strcmp(options->sandbox, "off"))
+		return usage(error, "--sandbox '%s': expected on or off", options->sandbox);
 	pr_params_init(params);
 	for (char **setting = options->set; setting && *setting; setting++)
 		if (!apply_setting(params, *setting, error))
@@ -279,6 +296,22 @@ static void prepare_process(void)
 	}
 }
 
+/* From here on it has only what it needs. What a recovery will read must be there for it. */
+static gboolean give_up_privileges(const Options *options, Engine *engine, GError **error)
+{
+	g_autoptr(PrTls) again = NULL;
+
+	if (!pr_sandbox_enter(&engine->sandbox, error))
+		return FALSE;
+	if (!options->user || !options->tls_dir)
+		return TRUE;
+	again = pr_tls_new(options->tls_dir, NULL, error);
+	if (!again)
+		g_prefix_error(error,
+			       "--tls-dir: user %s reads it for each connection: ", options->user);
+	return again != NULL;
+}
+
 static gboolean serve(const Options *options, Engine *engine, PrMigration *migration,
 		      GError **error)
 {
@@ -291,6 +324,8 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 		return FALSE;
 	}
 	if (options->hmp && !serve_terminal(engine->monitor, error))
+		return FALSE;
+	if (!give_up_privileges(options, engine, error))
 		return FALSE;
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);
@@ -365,6 +400,13 @@ int main(int argc, char **argv)
 	}
 	pr_log_start(level);
 	prepare_process();
+	engine.sandbox = (PrSandbox){.user = options.user,
+				     .group = options.group,
+				     .filter = g_strcmp0(options.sandbox, "off") != 0};
+	if (!pr_sandbox_prepare(&engine.sandbox, &error)) {
+		fprintf(stderr, "postroad: %s\n", error->message);
+		return 1;
+	}
 	warming = g_thread_new("warm-up", warm_up, NULL);
 	ok = run(&options, &engine, &error);
 	/* A library that is still setting itself up can't be unloaded. */

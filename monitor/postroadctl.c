@@ -180,6 +180,11 @@ static Ctl *ctl_new(const char *path, GError **error)
 	greeting = receive(ctl, error);
 	if (!greeting)
 		return NULL;
+	if (json_object_has_member(greeting, "error")) {
+		fail_command(greeting, error);
+		g_prefix_error(error, "%s: ", path);
+		return NULL;
+	}
 	if (!json_object_has_member(greeting, "QMP")) {
 		g_set_error(error, CTL_ERROR, CTL_ERROR_PROTOCOL,
 			    "%s: what answers there does not speak QMP", path);

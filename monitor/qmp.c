@@ -20,7 +20,7 @@
 #include "monitor/json.h"
 #include "monitor/stream.h"
 
-#define MAX_CLIENTS 128
+#define MAX_CLIENTS 64 /* each may have 1 MiB of a message and 1 MiB of answers in memory */
 #define BACKLOG	    16
 
 /* Owned by the thread of the main context, as its clients are. */
@@ -345,19 +345,53 @@ static void add_client(PrQmpServer *server, int fd)
 	send_greeting(client);
 }
 
+/* Why this peer is not served; NULL: it is. Whoever may open the socket's file has the right user as a rule:
+ * this is for files whose mode was widened, and descriptors that were handed on. */
+static char *judge_peer(PrQmpServer *server, int fd)
+{
+	struct ucred peer;
+	socklen_t length = sizeof(peer);
+
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0)
+		return g_strdup_printf("who it is can't be told: %s", g_strerror(errno));
+	if (peer.uid != 0 && peer.uid != geteuid())
+		return g_strdup_printf("it belongs to user %u; this monitor serves root and user "
+				       "%u only",
+				       peer.uid, geteuid());
+	if (server->clients->len >= MAX_CLIENTS)
+		return g_strdup_printf("there are %u clients already; close one of them",
+				       server->clients->len);
+	return NULL;
+}
+
+/* Takes the descriptor. What it is told fits into the buffer of a new socket. */
+static void turn_away(int fd, const char *why)
+{
+	JsonObject *object = json_object_new(), *body = json_object_new();
+	g_autoptr(JsonNode) node = pr_json_object(object);
+	g_autofree char *desc = g_strdup_printf("turned away: %s", why);
+	g_autofree char *text = NULL, *line = NULL;
+
+	json_object_set_string_member(body, "class", "GenericError");
+	json_object_set_string_member(body, "desc", desc);
+	json_object_set_object_member(object, "error", body);
+	text = json_to_string(node, FALSE);
+	line = g_strconcat(text, "\r\n", NULL);
+	(void)send(fd, line, strlen(line), MSG_NOSIGNAL | MSG_DONTWAIT);
+	close(fd);
+	g_warning("QMP: a client was turned away: %s", why);
+}
+
 static gboolean on_connection(GSocket *socket, GIOCondition condition, gpointer opaque)
 {
 	PrQmpServer *server = opaque;
 	int fd = accept4(g_socket_get_fd(socket), NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	g_autofree char *refusal = fd < 0 ? NULL : judge_peer(server, fd);
 
-	if (fd < 0)
-		return G_SOURCE_CONTINUE;
-	if (server->clients->len < MAX_CLIENTS) {
+	if (refusal)
+		turn_away(fd, refusal);
+	else if (fd >= 0)
 		add_client(server, fd);
-		return G_SOURCE_CONTINUE;
-	}
-	g_warning("QMP: a client was turned away: there are %u already", server->clients->len);
-	close(fd);
 	return G_SOURCE_CONTINUE;
 }
 
@@ -394,7 +428,7 @@ static gboolean clear_path(const char *path, GSocketAddress *address, GError **e
 	return TRUE;
 }
 
-/* The mode is set between bind and listen: before listen, nobody can connect. */
+/* bind() gives the file the mode of the socket: it is private from its first moment. */
 static GSocket *open_socket(const char *path, GError **error)
 {
 	g_autoptr(GSocketAddress) address = NULL;
@@ -412,12 +446,12 @@ static GSocket *open_socket(const char *path, GError **error)
 		return NULL;
 	g_socket_set_blocking(socket, FALSE);
 	g_socket_set_listen_backlog(socket, BACKLOG);
-	if (!g_socket_bind(socket, address, FALSE, error))
-		return NULL;
-	if (g_chmod(path, 0600) < 0) {
+	if (fchmod(g_socket_get_fd(socket), 0600) < 0) {
 		set_busy(path, g_strerror(errno), error);
 		return NULL;
 	}
+	if (!g_socket_bind(socket, address, FALSE, error))
+		return NULL;
 	return g_socket_listen(socket, error) ? g_steal_pointer(&socket) : NULL;
 }
 

@@ -60,7 +60,7 @@ gboolean pr_backend_number(const PrUri *uri, const char *option, guint64 min, gu
 	return FALSE;
 }
 
-/* In constant time: the secret is what keeps strangers out. */
+/* In constant time: the token is what keeps strangers out. */
 static gboolean same_bytes(const uint8_t *a, const uint8_t *b, gsize n)
 {
 	uint8_t diff = 0;
@@ -70,11 +70,38 @@ static gboolean same_bytes(const uint8_t *a, const uint8_t *b, gsize n)
 	return !diff;
 }
 
+/*
+ * What a lane shows in place of the secret, because data paths are not encrypted: HMAC-SHA256, keyed with the
+ * secret, of all that it is to be good for. An epoch is of one connection, over one transport; so whoever reads
+ * a token on the wire can't connect anything else with it, nor come back for the migration, which takes the
+ * secret. Whoever reads it and is there before the lane it is of is past what a data path can fend off.
+ */
+static void make_token(uint8_t ret[PR_TOKEN_BYTES], const PrBinding *binding, uint8_t lane)
+{
+	static const char purpose[] = "postroad data lane";
+	uint64_t epoch = GUINT64_TO_BE(binding->epoch);
+	uint8_t digest[32];
+	gsize length = sizeof(digest);
+	GHmac *hmac = g_hmac_new(G_CHECKSUM_SHA256, binding->secret, PR_SECRET_BYTES);
+
+	g_hmac_update(hmac, (const guchar *)purpose, sizeof(purpose));
+	g_hmac_update(hmac, binding->uuid, PR_UUID_BYTES);
+	g_hmac_update(hmac, (const guchar *)&epoch, sizeof(epoch));
+	g_hmac_update(hmac, &lane, 1);
+	g_hmac_get_digest(hmac, digest, &length);
+	g_hmac_unref(hmac);
+	memcpy(ret, digest, PR_TOKEN_BYTES);
+}
+
 gboolean pr_backend_binding_matches(const PrBinding *binding, const PrLaneHello *hello)
 {
-	return hello->lane < PR_N_LANES && hello->epoch == binding->epoch &&
-	       same_bytes(hello->uuid, binding->uuid, PR_UUID_BYTES) &&
-	       same_bytes(hello->secret, binding->secret, PR_SECRET_BYTES);
+	uint8_t token[PR_TOKEN_BYTES];
+
+	if (hello->lane >= PR_N_LANES || hello->epoch != binding->epoch ||
+	    !same_bytes(hello->uuid, binding->uuid, PR_UUID_BYTES))
+		return FALSE;
+	make_token(token, binding, hello->lane);
+	return same_bytes(hello->token, token, PR_TOKEN_BYTES);
 }
 
 void pr_backend_lane_hello(PrLaneHello *ret, const PrBinding *binding, PrLaneId lane)
@@ -82,7 +109,7 @@ void pr_backend_lane_hello(PrLaneHello *ret, const PrBinding *binding, PrLaneId 
 	ret->epoch = binding->epoch;
 	ret->lane = lane;
 	memcpy(ret->uuid, binding->uuid, PR_UUID_BYTES);
-	memcpy(ret->secret, binding->secret, PR_SECRET_BYTES);
+	make_token(ret->token, binding, lane);
 }
 
 void pr_fate_init(PrFate *fate, const PrPathSetup *setup)

@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "transport/dial.h"
 
+#include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/epoll.h>
+#include <unistd.h>
 
 #include "transport/transport.h"
 
@@ -176,42 +179,108 @@ static gboolean bind_local(GSocket *socket, const PrUri *uri, GError **error)
 	return FALSE;
 }
 
-static gboolean finish_connect(GSocket *socket, gint64 deadline, GCancellable *cancel,
-			       GError **error)
-{
-	switch (pr_wait_fd(g_socket_get_fd(socket), POLLOUT, deadline, cancel)) {
-	case PR_WAIT_READY:
-		return g_socket_check_connect_result(socket, error);
-	case PR_WAIT_CANCELLED:
-		return !g_cancellable_set_error_if_cancelled(cancel, error);
-	case PR_WAIT_TIMEOUT:
-		break;
-	}
-	g_set_error_literal(error, G_IO_ERROR, G_IO_ERROR_TIMED_OUT, "no answer in time");
-	return FALSE;
-}
+/*
+ * Connecting. A lost first packet is sent again by the kernel after a second, which is all the time that a recovery
+ * takes, and a listener that is flooded drops one in so many. So another try joins the first, with a port of its own,
+ * every AGAIN_US; the first that gets through is taken, and the others are closed.
+ */
+#define TRIES_MAX 4
+#define AGAIN_US  250000
 
-static GSocketConnection *connect_one(const PrUri *uri, GSocketAddress *address, gint64 deadline,
-				      GCancellable *cancel, GError **error)
+typedef struct Tries {
+	GSocket *sockets[TRIES_MAX];
+	guint n;
+	int epoll_fd; /* which of them have come to something */
+} Tries;
+
+static void tries_clear(Tries *tries)
 {
+	for (guint i = 0; i < tries->n; i++)
+		g_object_unref(tries->sockets[i]);
+	if (tries->epoll_fd >= 0)
+		close(tries->epoll_fd);
+}
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Tries, tries_clear)
+
+static gboolean begin_try(Tries *tries, const PrUri *uri, GSocketAddress *address, GError **error)
+{
+	struct epoll_event event = {.events = EPOLLOUT, .data.u32 = tries->n};
 	g_autoptr(GError) local = NULL;
 	g_autoptr(GSocket) socket =
 		g_socket_new(g_socket_address_get_family(address), G_SOCKET_TYPE_STREAM,
 			     G_SOCKET_PROTOCOL_TCP, error);
 
 	if (!socket)
-		return NULL;
+		return FALSE;
 	g_socket_set_blocking(socket, FALSE);
 	if (!bind_local(socket, uri, error))
-		return NULL;
-	if (!g_socket_connect(socket, address, NULL, &local)) {
-		if (!g_error_matches(local, G_IO_ERROR, G_IO_ERROR_PENDING)) {
-			g_propagate_error(error, g_steal_pointer(&local));
-			return NULL;
-		}
-		if (!finish_connect(socket, deadline, cancel, error))
-			return NULL;
+		return FALSE;
+	if (!g_socket_connect(socket, address, NULL, &local) &&
+	    !g_error_matches(local, G_IO_ERROR, G_IO_ERROR_PENDING)) {
+		g_propagate_error(error, g_steal_pointer(&local));
+		return FALSE;
 	}
+	if (epoll_ctl(tries->epoll_fd, EPOLL_CTL_ADD, g_socket_get_fd(socket), &event) < 0) {
+		g_set_error(error, G_IO_ERROR, g_io_error_from_errno(errno), "epoll: %s",
+			    g_strerror(errno));
+		return FALSE;
+	}
+	tries->sockets[tries->n++] = g_steal_pointer(&socket);
+	return TRUE;
+}
+
+/* The try that has got through. */
+static GSocket *finish_try(Tries *tries, GError **error)
+{
+	struct epoll_event event;
+	GSocket *socket;
+
+	if (epoll_wait(tries->epoll_fd, &event, 1, 0) != 1)
+		return NULL;
+	socket = tries->sockets[event.data.u32];
+	return g_socket_check_connect_result(socket, error) ? socket : NULL;
+}
+
+static GSocket *try_all(Tries *tries, const PrUri *uri, GSocketAddress *address, gint64 deadline,
+			GCancellable *cancel, GError **error)
+{
+	for (;;) {
+		gint64 until = MIN(deadline, g_get_monotonic_time() + AGAIN_US);
+
+		/* A first try that can't be begun is an error; a further one was only for luck. */
+		if (tries->n < TRIES_MAX &&
+		    !begin_try(tries, uri, address, tries->n ? NULL : error) && !tries->n)
+			return NULL;
+		switch (pr_wait_fd(tries->epoll_fd, POLLIN, until, cancel)) {
+		case PR_WAIT_READY:
+			return finish_try(tries, error);
+		case PR_WAIT_CANCELLED:
+			g_cancellable_set_error_if_cancelled(cancel, error);
+			return NULL;
+		case PR_WAIT_TIMEOUT:
+			break;
+		}
+		if (g_get_monotonic_time() < deadline)
+			continue;
+		g_set_error_literal(error, G_IO_ERROR, G_IO_ERROR_TIMED_OUT, "no answer in time");
+		return NULL;
+	}
+}
+
+static GSocketConnection *connect_one(const PrUri *uri, GSocketAddress *address, gint64 deadline,
+				      GCancellable *cancel, GError **error)
+{
+	g_auto(Tries) tries = {.epoll_fd = epoll_create1(EPOLL_CLOEXEC)};
+	GSocket *socket;
+
+	if (tries.epoll_fd < 0) {
+		g_set_error(error, G_IO_ERROR, g_io_error_from_errno(errno), "epoll: %s",
+			    g_strerror(errno));
+		return NULL;
+	}
+	socket = try_all(&tries, uri, address, deadline, cancel, error);
+	if (!socket)
+		return NULL;
 	pr_configure_socket(socket);
 	return g_socket_connection_factory_create_connection(socket);
 }

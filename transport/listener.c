@@ -4,14 +4,19 @@
  *
  * Two threads. The door thread accepts and reads first frames, of all strangers at once, and never
  * blocks: each stranger has until its deadline, there are at most STRANGERS_MAX of them, and when one
- * more comes the one that has waited longest goes. A real peer sends its HELLO at once, so it has left
- * the door before a flood of silent ones can push it out. The hello thread gives complete HELLOs to
- * on_hello, which may take seconds, one by one; at most HELLOS_MAX wait for it, the oldest goes first.
+ * more comes one goes: the one that has waited longest, of the host that has most of them here (crowd.h). So
+ * a flood from one host pushes out its own. A real peer also sends its HELLO at once, so it has left
+ * the door before a flood of silent ones from its own host can push it out. The hello thread gives complete HELLOs to
+ * on_hello, which may take seconds, one by one; at most HELLOS_MAX wait for it, and who goes is found likewise.
  *
- * With TLS a stranger first has to send the beginning of a handshake. The handshake has a thread of its own;
- * at most SHAKES_MAX go on, and when one more begins the oldest is cancelled, because GIO works through them
+ * With TLS a stranger first has to send the beginning of a handshake, and then waits for its turn, because
+ * handshakes cost us processor time that the guest may need: there are only so many a second, and of those who
+ * wait the host that had fewest of late is next. The handshake has a thread of its own;
+ * at most SHAKES_MAX go on, and when one more begins one is cancelled, because GIO works through them
  * in a pool of ten threads. Then the stranger is back at the door, for the rest of its time. One that
  * speaks without TLS, or shows a certificate that is not accepted, may say HELLO to be told so.
+ *
+ * What others can make us log is limited as well.
  */
 #include <errno.h>
 #include <poll.h>
@@ -21,22 +26,24 @@
 #include <unistd.h>
 
 #include "transport/control-internal.h"
+#include "transport/crowd.h"
 #include "transport/dial.h"
+#include "transport/listening.h"
 
-#define STRANGERS_MAX	32
-#define HELLOS_MAX	32
-#define SHAKES_MAX	8
-#define SOCKETS_MAX	16 /* addresses of one name */
-#define BACKLOG		128
-#define RESOLVE_MS	5000
-#define OUT_OF_FILES_MS 100 /* how long accepting rests when there are no descriptors left */
+#define STRANGERS_MAX	 32
+#define HELLOS_MAX	 32
+#define SHAKES_MAX	 8
+#define ACCEPTED_AT_ONCE 64
+#define OUT_OF_FILES_MS	 100 /* how long accepting rests when there are no descriptors left */
 
 /* A connection whose first frame is not complete. Of the door thread. */
 typedef struct Stranger {
-	PrControl *control;
+	int fd;		    /* until it has begun to speak, so that a flood costs little; then -1 */
+	PrControl *control; /* from then on */
+	PrCrowdHost host;
 	gint64 deadline;
-	gboolean greeted; /* whether it uses TLS is settled */
-	char *refusal;	  /* what a HELLO is answered, whatever it says; or NULL */
+	gboolean waits; /* for its turn at a TLS handshake */
+	char *refusal;	/* what a HELLO is answered, whatever it says; or NULL */
 } Stranger;
 
 /* A TLS handshake, of its own thread. */
@@ -49,6 +56,7 @@ typedef struct Shake {
 /* A connection that has said HELLO. */
 typedef struct Visitor {
 	PrControl *control;
+	PrCrowdHost host;
 	PrHello hello;
 } Visitor;
 
@@ -68,6 +76,8 @@ struct PrListener {
 
 	GPtrArray *strangers; /* the door thread's, in the order of their coming */
 	gint64 rest_until;    /* the door thread's: accepting rests */
+	PrTurns turns;	      /* the door thread's: at TLS handshakes */
+	PrQuiet quiet;	      /* has its own lock */
 
 	GMutex lock; /* of the rest */
 	GCond changed;
@@ -83,6 +93,8 @@ static void stranger_free(Stranger *stranger)
 	if (!stranger)
 		return;
 	pr_control_free(stranger->control);
+	if (stranger->fd >= 0)
+		close(stranger->fd);
 	g_free(stranger->refusal);
 	g_free(stranger);
 }
@@ -98,20 +110,100 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(Visitor, visitor_free)
 
 /* First frames */
 
-static void turn_away(PrControl *control, const char *why)
+static gboolean may_say(PrListener *listener, guint *ret_left_out)
 {
-	g_info("listener: turned %s away: %s", pr_control_peer(control), why);
+	return pr_quiet_may_say(&listener->quiet, g_get_monotonic_time(), ret_left_out);
+}
+
+static void say(const char *what, const char *why, guint left_out)
+{
+	g_autofree char *more = NULL;
+
+	if (left_out)
+		more = g_strdup_printf(" (and %u more, of which nothing was said)", left_out);
+	g_info("listener: %s: %s%s", what, why, more ? more : "");
+}
+
+static void note(PrListener *listener, const char *what, const char *why)
+{
+	guint left_out;
+
+	if (may_say(listener, &left_out))
+		say(what, why, left_out);
+}
+
+static void turn_away(PrListener *listener, PrControl *control, const char *why)
+{
+	g_autofree char *what = g_strdup_printf("turned %s away", pr_control_peer(control));
+
+	note(listener, what, why);
 	pr_control_free(control);
 }
 
+static char *peer_of(int fd)
+{
+	struct sockaddr_storage native = {0};
+	socklen_t size = sizeof(native);
+	g_autoptr(GSocketAddress) address = NULL;
+
+	if (getpeername(fd, (struct sockaddr *)&native, &size) == 0)
+		address = g_socket_address_new_from_native(&native, size);
+	if (!address || !G_IS_INET_SOCKET_ADDRESS(address))
+		return g_strdup("an unknown address");
+	return pr_address_text(address);
+}
+
+/* One that is only a descriptor yet. Its owner frees it. */
+static void turn_away_unheard(PrListener *listener, const Stranger *stranger, const char *why)
+{
+	g_autofree char *peer = NULL;
+	g_autofree char *what = NULL;
+	guint left_out;
+
+	if (!may_say(listener, &left_out))
+		return;
+	peer = peer_of(stranger->fd);
+	what = g_strdup_printf("turned %s away", peer);
+	say(what, why, left_out);
+}
+
+/* A stranger that has begun to speak. FALSE: it can't be heard. */
+static gboolean make_control(PrListener *listener, Stranger *stranger)
+{
+	g_autoptr(GError) error = NULL;
+	g_autoptr(GSocket) socket = g_socket_new_from_fd(stranger->fd, &error);
+
+	if (socket) {
+		stranger->fd = -1;
+		pr_configure_socket(socket);
+		stranger->control =
+			pr_control_new(g_socket_connection_factory_create_connection(socket),
+				       listener->uri, listener->ops, &error);
+	}
+	if (!stranger->control)
+		note(listener, "cannot let anybody in", error->message);
+	return stranger->control != NULL;
+}
+
 /* Takes the control of a peer whose HELLO makes no sense, and tells it so. */
-static void refuse(PrControl *control, const char *why)
+static void refuse(PrListener *listener, PrControl *control, const char *why)
 {
 	PrHelloAck ack = {.status = PR_HELLO_REFUSED};
 
 	g_strlcpy(ack.reason, why, sizeof ack.reason);
 	pr_control_answer(control, &ack, NULL);
-	turn_away(control, why);
+	turn_away(listener, control, why);
+}
+
+/* Under the lock, of one too many. */
+static Visitor *push_out_visitor(PrListener *listener)
+{
+	PrCrowdHost hosts[HELLOS_MAX + 1];
+	guint n = 0;
+
+	for (GList *link = listener->visitors.head; link; link = link->next)
+		hosts[n++] = ((Visitor *)link->data)->host;
+	return g_queue_pop_nth(&listener->visitors, pr_crowd_victim(hosts, n));
 }
 
 static void hand_over_hello(PrListener *listener, PrControl *control, const PrMsg *msg)
@@ -122,16 +214,17 @@ static void hand_over_hello(PrListener *listener, PrControl *control, const PrMs
 	PrHello hello;
 
 	if (!pr_hello_decode(msg->body, msg->length, &hello, &error)) {
-		refuse(control, error->message);
+		refuse(listener, control, error->message);
 		return;
 	}
 	visitor = g_new0(Visitor, 1);
 	visitor->control = control;
+	pr_crowd_host(control->fd, &visitor->host);
 	visitor->hello = hello;
 	g_mutex_lock(&listener->lock);
 	g_queue_push_tail(&listener->visitors, visitor);
 	if (listener->visitors.length > HELLOS_MAX)
-		pushed_out = g_queue_pop_head(&listener->visitors);
+		pushed_out = push_out_visitor(listener);
 	g_cond_signal(&listener->changed);
 	g_mutex_unlock(&listener->lock);
 }
@@ -144,7 +237,7 @@ static void hand_over_lane(PrListener *listener, PrControl *control, const PrMsg
 	if (pr_lane_hello_decode(msg->body, msg->length, &lane, &error))
 		listener->ops->offer(listener->data, pr_control_release(control), &lane);
 	else
-		turn_away(control, error->message);
+		turn_away(listener, control, error->message);
 }
 
 /* Takes the control of a stranger that has said who it is. */
@@ -153,9 +246,9 @@ static void hand_over(PrListener *listener, PrControl *control, const PrMsg *msg
 {
 	if (refusal) {
 		if (msg->type == PR_MSG_HELLO)
-			refuse(control, refusal);
+			refuse(listener, control, refusal);
 		else
-			turn_away(control, refusal);
+			turn_away(listener, control, refusal);
 		return;
 	}
 	switch (msg->type) {
@@ -166,7 +259,7 @@ static void hand_over(PrListener *listener, PrControl *control, const PrMsg *msg
 		hand_over_lane(listener, control, msg);
 		break;
 	default:
-		turn_away(control, "it begins with HELLO_ACK");
+		turn_away(listener, control, "it begins with HELLO_ACK");
 	}
 }
 
@@ -185,7 +278,7 @@ static gboolean shake_hands(PrListener *listener, Shake *shake)
 	if (connection)
 		pr_control_put_connection(stranger->control, connection);
 	else
-		turn_away(g_steal_pointer(&stranger->control), error->message);
+		turn_away(listener, g_steal_pointer(&stranger->control), error->message);
 	return connection != NULL;
 }
 
@@ -212,12 +305,17 @@ static gpointer shake_main(gpointer opaque)
 }
 
 /* Under the lock. */
-static void cancel_oldest_shake(PrListener *listener)
+static void cancel_shake(PrListener *listener)
 {
-	Shake *oldest = g_queue_pop_head(&listener->shakes);
+	PrCrowdHost hosts[SHAKES_MAX];
+	guint n = 0;
+	Shake *shake;
 
+	for (GList *link = listener->shakes.head; link; link = link->next)
+		hosts[n++] = ((Shake *)link->data)->stranger->host;
+	shake = g_queue_pop_nth(&listener->shakes, pr_crowd_victim(hosts, n));
 	/* It frees itself, but not without the lock. */
-	g_cancellable_cancel(oldest->cancel);
+	g_cancellable_cancel(shake->cancel);
 }
 
 /* Takes the stranger's control. */
@@ -227,14 +325,15 @@ static void begin_shake(PrListener *listener, Stranger *from)
 
 	shake->listener = listener;
 	shake->stranger = g_new0(Stranger, 1);
+	shake->stranger->fd = -1;
 	shake->stranger->control = g_steal_pointer(&from->control);
+	shake->stranger->host = from->host;
 	shake->stranger->deadline = from->deadline;
-	shake->stranger->greeted = TRUE;
 	shake->cancel = g_cancellable_new();
 	g_mutex_lock(&listener->lock);
 	if (listener->shakes.length == SHAKES_MAX) {
-		g_info("listener: too many TLS handshakes, the oldest goes");
-		cancel_oldest_shake(listener);
+		note(listener, "too many TLS handshakes", "one is cancelled");
+		cancel_shake(listener);
 	}
 	g_queue_push_tail(&listener->shakes, shake);
 	listener->n_shakes++;
@@ -247,42 +346,77 @@ static void end_shakes(PrListener *listener)
 {
 	g_mutex_lock(&listener->lock);
 	while (listener->shakes.length)
-		cancel_oldest_shake(listener);
+		cancel_shake(listener);
 	while (listener->n_shakes)
 		g_cond_wait(&listener->changed, &listener->lock);
 	g_mutex_unlock(&listener->lock);
 }
 
-/* Finds out whether a stranger begins with TLS. TRUE: it is gone, to its handshake or for good. */
-static gboolean greet(PrListener *listener, Stranger *stranger)
+/* Begins as many of the handshakes that wait as may be begun now. */
+static void begin_shakes(PrListener *listener)
 {
+	gint64 now = g_get_monotonic_time();
+
+	while (pr_turns_when(&listener->turns, now) <= now) {
+		PrCrowdHost hosts[STRANGERS_MAX];
+		guint who[STRANGERS_MAX], n = 0, next;
+
+		for (guint i = 0; i < listener->strangers->len; i++) {
+			const Stranger *stranger = listener->strangers->pdata[i];
+
+			who[n] = i;
+			hosts[n] = stranger->host;
+			n += stranger->waits;
+		}
+		if (!n)
+			return;
+		next = who[pr_turns_whose(&listener->turns, hosts, n)];
+		pr_turns_take(&listener->turns,
+			      &((Stranger *)listener->strangers->pdata[next])->host, now);
+		if (make_control(listener, listener->strangers->pdata[next]))
+			begin_shake(listener, listener->strangers->pdata[next]);
+		g_ptr_array_remove_index(listener->strangers, next);
+	}
+}
+
+/* Why a stranger that begins like this is not heard; NULL: it is. */
+static const char *judge_first(PrListener *listener, uint8_t first)
+{
+	if (first == TLS_HANDSHAKE)
+		return listener->security.tls ? NULL
+					      : "it begins with TLS, which this side does not use; "
+						"start it with --tls-dir, too";
+	/* HELLO or LANE */
+	return first == 0 ? NULL : "it is no Postroad";
+}
+
+/* What a stranger begins with. TRUE: it is gone. */
+static gboolean look(PrListener *listener, Stranger *stranger)
+{
+	gboolean tls = listener->security.tls != NULL;
+	const char *why = NULL;
 	uint8_t first;
-	gssize n = recv(stranger->control->fd, &first, 1, MSG_PEEK | MSG_DONTWAIT);
+	gssize n = recv(stranger->fd, &first, 1, MSG_PEEK | MSG_DONTWAIT);
 
 	if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
 		if (g_get_monotonic_time() < stranger->deadline)
 			return FALSE;
-		turn_away(g_steal_pointer(&stranger->control), "it began no TLS handshake in time");
+		why = tls ? "it began no TLS handshake in time" : "it did not say HELLO in time";
+	} else {
+		why = n == 1 ? judge_first(listener, first) : "it left without a word";
+	}
+	if (why) {
+		turn_away_unheard(listener, stranger, why);
 		return TRUE;
 	}
-	if (n == 1 && first == TLS_HANDSHAKE) {
-		begin_shake(listener, stranger);
-		return TRUE;
-	}
-	stranger->greeted = TRUE;
-	stranger->refusal = g_strdup("this destination wants TLS: start the source with --tls-dir, "
-				     "and certificates of the same CA");
-	return FALSE;
-}
-
-/* What is said of a first frame that can't be read. */
-static void turn_away_malformed(PrControl *control, const GError *error)
-{
-	gboolean tls = error->domain == PR_WIRE_ERROR && control->header[0] == TLS_HANDSHAKE;
-
-	turn_away(control, tls ? "it begins with TLS, which this side does not use; start it "
-				 "with --tls-dir, too"
-			       : error->message);
+	stranger->waits = first == TLS_HANDSHAKE;
+	if (stranger->waits)
+		return FALSE;
+	if (tls)
+		stranger->refusal =
+			g_strdup("this destination wants TLS: start the source with --tls-dir, "
+				 "and certificates of the same CA");
+	return !make_control(listener, stranger);
 }
 
 /* Reads what is there of the first frame. TRUE: the stranger is gone, one way or another. */
@@ -292,9 +426,15 @@ static gboolean hear(PrListener *listener, Stranger *stranger)
 	g_autoptr(PrMsg) msg = NULL;
 	gint64 now = g_get_monotonic_time();
 
-	if (!stranger->greeted && greet(listener, stranger))
+	if (stranger->waits && now >= stranger->deadline) {
+		turn_away_unheard(
+			listener, stranger,
+			"so many want a TLS handshake that its turn did not come in time");
 		return TRUE;
-	if (!stranger->greeted)
+	}
+	if (!stranger->control && !stranger->waits && look(listener, stranger))
+		return TRUE;
+	if (!stranger->control)
 		return FALSE;
 	/* A deadline in the past: takes what there is. */
 	pr_control_set_handshake(stranger->control, now, NULL);
@@ -302,13 +442,25 @@ static gboolean hear(PrListener *listener, Stranger *stranger)
 	if (msg)
 		hand_over(listener, g_steal_pointer(&stranger->control), msg, stranger->refusal);
 	else if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
-		turn_away_malformed(g_steal_pointer(&stranger->control), error);
+		turn_away(listener, g_steal_pointer(&stranger->control), error->message);
 	else if (now >= stranger->deadline)
-		turn_away(g_steal_pointer(&stranger->control), "it did not say HELLO in time");
+		turn_away(listener, g_steal_pointer(&stranger->control),
+			  "it did not say HELLO in time");
 	return !stranger->control;
 }
 
 /* The door thread */
+
+/* When there are too many. */
+static void push_out_stranger(PrListener *listener)
+{
+	PrCrowdHost hosts[STRANGERS_MAX];
+	guint n = 0;
+
+	for (; n < listener->strangers->len; n++)
+		hosts[n] = ((Stranger *)listener->strangers->pdata[n])->host;
+	g_ptr_array_remove_index(listener->strangers, pr_crowd_victim(hosts, n));
+}
 
 /* Takes the stranger. */
 static void take_in(PrListener *listener, Stranger *taken)
@@ -319,8 +471,8 @@ static void take_in(PrListener *listener, Stranger *taken)
 	if (hear(listener, stranger))
 		return;
 	if (listener->strangers->len == STRANGERS_MAX) {
-		g_info("listener: too many strangers at the door, the oldest goes");
-		g_ptr_array_remove_index(listener->strangers, 0);
+		note(listener, "too many strangers at the door", "one goes");
+		push_out_stranger(listener);
 	}
 	g_ptr_array_add(listener->strangers, g_steal_pointer(&stranger));
 }
@@ -343,43 +495,36 @@ static void take_back(PrListener *listener)
 	}
 }
 
-static void let_in(PrListener *listener, GSocket *socket)
+/* Takes the descriptor. */
+static void let_in(PrListener *listener, int fd)
 {
-	g_autoptr(GError) error = NULL;
-	GSocketConnection *connection = g_socket_connection_factory_create_connection(socket);
-	PrControl *control = pr_control_new(connection, listener->uri, listener->ops, &error);
-	Stranger *stranger;
+	Stranger *stranger = g_new0(Stranger, 1);
 
-	if (!control) {
-		g_info("listener: %s", error->message);
-		return;
-	}
-	pr_configure_socket(socket);
-	stranger = g_new0(Stranger, 1);
-	stranger->control = control;
+	stranger->fd = fd;
+	pr_crowd_host(fd, &stranger->host);
 	stranger->deadline = g_get_monotonic_time() + (gint64)listener->handshake_ms * 1000;
-	stranger->greeted = !listener->security.tls;
 	take_in(listener, stranger);
 }
 
 /* Accepts what waits, a bounded number so that those who were let in are heard in between. */
-static void accept_some(PrListener *listener, GSocket *listening)
+static void accept_some(PrListener *listener, int listening)
 {
-	for (guint i = 0; i < STRANGERS_MAX / 2; i++) {
-		g_autoptr(GError) error = NULL;
-		g_autoptr(GSocket) socket = g_socket_accept(listening, NULL, &error);
+	for (guint i = 0; i < ACCEPTED_AT_ONCE; i++) {
+		int fd = accept4(listening, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
-		if (socket) {
-			let_in(listener, socket);
+		if (fd >= 0) {
+			let_in(listener, fd);
 			continue;
 		}
-		if (g_error_matches(error, G_IO_ERROR, G_IO_ERROR_WOULD_BLOCK))
+		if (errno == EAGAIN)
 			return;
-		g_info("listener: accept: %s", error->message);
+		/* Others are about one connection, which is gone. */
+		if (errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM)
+			continue;
+		note(listener, "accept", g_strerror(errno));
 		listener->rest_until = g_get_monotonic_time() + OUT_OF_FILES_MS * 1000;
-		if (g_error_matches(error, G_IO_ERROR, G_IO_ERROR_TOO_MANY_OPEN_FILES) &&
-		    listener->strangers->len)
-			g_ptr_array_remove_index(listener->strangers, 0);
+		if (listener->strangers->len)
+			push_out_stranger(listener);
 		return;
 	}
 }
@@ -402,6 +547,8 @@ static int door_timeout(PrListener *listener, gint64 now)
 		Stranger *stranger = listener->strangers->pdata[i];
 
 		until = MIN(until, stranger->deadline);
+		if (stranger->waits)
+			until = MIN(until, pr_turns_when(&listener->turns, now));
 	}
 	if (until == G_MAXINT64)
 		return -1;
@@ -425,7 +572,11 @@ static gboolean door_sleep(PrListener *listener, struct pollfd *fds)
 	for (guint i = 0; i < listener->strangers->len; i++) {
 		Stranger *stranger = listener->strangers->pdata[i];
 
-		fds[n++] = (struct pollfd){.fd = stranger->control->fd, .events = POLLIN};
+		/* Who waits for a turn has said all that is to be heard now. */
+		fds[n++] = (struct pollfd){.fd = stranger->waits     ? -1
+						 : stranger->control ? stranger->control->fd
+								     : stranger->fd,
+					   .events = POLLIN};
 	}
 	poll(fds, n, door_timeout(listener, now));
 	return !(fds[0].revents & POLLIN);
@@ -434,14 +585,15 @@ static gboolean door_sleep(PrListener *listener, struct pollfd *fds)
 static gpointer door_main(gpointer opaque)
 {
 	PrListener *listener = opaque;
-	struct pollfd fds[2 + SOCKETS_MAX + STRANGERS_MAX] = {0};
+	struct pollfd fds[2 + PR_LISTENING_MAX + STRANGERS_MAX] = {0};
 
 	while (door_sleep(listener, fds)) {
 		hear_all(listener);
 		take_back(listener);
 		for (guint i = 0; i < listener->sockets->len; i++)
 			if (fds[2 + i].revents)
-				accept_some(listener, listener->sockets->pdata[i]);
+				accept_some(listener, g_socket_get_fd(listener->sockets->pdata[i]));
+		begin_shakes(listener);
 	}
 	return NULL;
 }
@@ -476,90 +628,6 @@ static gpointer hello_main(gpointer opaque)
 
 /* Creation */
 
-static GSocket *listen_at(GSocketAddress *address, GError **error)
-{
-	g_autoptr(GSocket) socket =
-		g_socket_new(g_socket_address_get_family(address), G_SOCKET_TYPE_STREAM,
-			     G_SOCKET_PROTOCOL_TCP, error);
-
-	if (!socket)
-		return NULL;
-	g_socket_set_blocking(socket, FALSE);
-	g_socket_set_listen_backlog(socket, BACKLOG);
-	if (!g_socket_bind(socket, address, TRUE, error) || !g_socket_listen(socket, error))
-		return NULL;
-	return g_steal_pointer(&socket);
-}
-
-static uint16_t port_of(GSocket *socket)
-{
-	g_autoptr(GSocketAddress) address = g_socket_get_local_address(socket, NULL);
-
-	return g_inet_socket_address_get_port(G_INET_SOCKET_ADDRESS(address));
-}
-
-/* An address as it is, but with the port that the first socket was given. */
-static GSocketAddress *with_port(GSocketAddress *address, uint16_t port)
-{
-	GInetSocketAddress *inet = G_INET_SOCKET_ADDRESS(address);
-	gboolean has_scope = g_socket_address_get_family(address) == G_SOCKET_FAMILY_IPV6;
-
-	return g_object_new(G_TYPE_INET_SOCKET_ADDRESS, "address",
-			    g_inet_socket_address_get_address(inet), "port", (guint)port,
-			    "scope-id", has_scope ? g_inet_socket_address_get_scope_id(inet) : 0,
-			    NULL);
-}
-
-/* Plain connections from other hosts only where somebody has said so. */
-static gboolean check_security(PrListener *listener, GPtrArray *addresses, GError **error)
-{
-	const PrSecurity *security = &listener->security;
-
-	if (security->tls)
-		return pr_tls_check_server(security->tls, error);
-	for (guint i = 0; i < addresses->len && !security->plain_net; i++) {
-		GInetSocketAddress *address = addresses->pdata[i];
-
-		if (g_inet_address_get_is_loopback(g_inet_socket_address_get_address(address)))
-			continue;
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			    "other hosts could reach it, and nothing would be encrypted or "
-			    "authenticated; give --tls-dir DIR with certificates, or --insecure if "
-			    "you trust everybody on that network");
-		return FALSE;
-	}
-	return TRUE;
-}
-
-/* Listens on every address of the host. One that this machine doesn't have (::1 without IPv6) is left
- * out as long as there is another. */
-static gboolean open_sockets(PrListener *listener, GPtrArray *addresses, GError **error)
-{
-	g_autoptr(GError) last = NULL;
-	uint16_t port = listener->uri->port;
-
-	for (guint i = 0; i < MIN(addresses->len, SOCKETS_MAX); i++) {
-		g_autoptr(GSocketAddress) address = with_port(addresses->pdata[i], port);
-		GSocket *socket;
-
-		g_clear_error(&last);
-		socket = listen_at(address, &last);
-		if (socket) {
-			port = port_of(socket);
-			g_ptr_array_add(listener->sockets, socket);
-		} else if (g_error_matches(last, G_IO_ERROR, G_IO_ERROR_ADDRESS_IN_USE)) {
-			break;
-		}
-	}
-	if (listener->sockets->len && !g_error_matches(last, G_IO_ERROR, G_IO_ERROR_ADDRESS_IN_USE))
-		return TRUE;
-	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT, "%s; %s", last->message,
-		    g_error_matches(last, G_IO_ERROR, G_IO_ERROR_ADDRESS_IN_USE)
-			    ? "use another port or stop what listens there"
-			    : "use an address of this host");
-	return FALSE;
-}
-
 /* The URI with the port that was really bound, in its text, too. */
 static void note_port(PrListener *listener)
 {
@@ -568,7 +636,7 @@ static void note_port(PrListener *listener)
 	g_autofree char *address = NULL;
 	char *text;
 
-	uri->port = port_of(listener->sockets->pdata[0]);
+	uri->port = pr_listening_port(listener->sockets->pdata[0]);
 	address = pr_uri_address(uri);
 	text = g_strconcat(address, options, NULL);
 	g_free(uri->text);
@@ -577,15 +645,10 @@ static void note_port(PrListener *listener)
 
 static gboolean open_listener(PrListener *listener, GError **error)
 {
-	gint64 deadline = g_get_monotonic_time() + RESOLVE_MS * 1000;
-	g_autoptr(GPtrArray) addresses = NULL;
-
 	listener->ops = pr_transport_find(listener->uri->scheme, error);
 	if (!listener->ops)
 		return FALSE;
-	addresses = pr_resolve(listener->uri->host, listener->uri->port, deadline, NULL, error);
-	if (!addresses || !check_security(listener, addresses, error) ||
-	    !open_sockets(listener, addresses, error))
+	if (!pr_listening_open(listener->uri, &listener->security, listener->sockets, error))
 		return FALSE;
 	note_port(listener);
 	listener->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -614,6 +677,7 @@ PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint 
 	listener->stop_fd = listener->shaken_fd = -1;
 	listener->sockets = g_ptr_array_new_with_free_func(g_object_unref);
 	listener->strangers = g_ptr_array_new_with_free_func((GDestroyNotify)stranger_free);
+	g_mutex_init(&listener->quiet.lock);
 	g_mutex_init(&listener->lock);
 	g_cond_init(&listener->changed);
 	g_queue_init(&listener->visitors);
@@ -666,6 +730,7 @@ void pr_listener_free(PrListener *listener)
 	if (listener->shaken_fd >= 0)
 		close(listener->shaken_fd);
 	pr_uri_free(listener->uri);
+	g_mutex_clear(&listener->quiet.lock);
 	g_mutex_clear(&listener->lock);
 	g_cond_clear(&listener->changed);
 	g_free(listener);

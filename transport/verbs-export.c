@@ -205,8 +205,10 @@ static void watch(const PrRegion *region, PrVerbsExport *export)
 	export->watch = (PrVerbsMapping){room, size};
 	export->watch_at = -(uintptr_t)room & ((uintptr_t)st.st_blksize - 1);
 	if (mmap(watched(export), export->length, PROT_READ, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
-		 region->memfd, from) != MAP_FAILED)
-		(void)madvise(watched(export), export->length, MADV_POPULATE_READ);
+		 region->memfd, from) == MAP_FAILED)
+		return;
+	(void)madvise(watched(export), export->length, MADV_DONTDUMP);
+	(void)madvise(watched(export), export->length, MADV_POPULATE_READ);
 }
 
 static void unwatch(PrVerbsExport *export)
@@ -340,6 +342,7 @@ static gboolean map_writable(PrVerbsPath *path, GError **error)
 					      "this kernel pins memory only for writing, and the "
 					      "guest's cannot be mapped for that",
 					      errno, error);
+		(void)madvise(map, region->size, MADV_DONTDUMP);
 		path->writable[i] = (PrVerbsMapping){map, region->size};
 	}
 	return TRUE;

@@ -4,7 +4,7 @@
  *
  * The destination listens, the source connects a queue pair per lane, each with an rdma_cm id and a traffic
  * class of its own: READs beyond what a device answers at a time wait in the queue, and urgent ones are
- * not to wait behind bulk. The connect request's private data bind it to (uuid, epoch, lane, secret).
+ * not to wait behind bulk. The connect request's private data bind it to (uuid, epoch, lane), with a token made of the secret.
  * From then on the source's processor has no share in it: its memory is registered for remote READ
  * (verbs-export.c), the destination reads straight into its mapping of the guest's memfd
  * (verbs-import.c).

@@ -90,7 +90,7 @@ void pr_lane_hello_encode(GByteArray *out, const PrLaneHello *lane)
 	put_u32(out, PR_WIRE_MAGIC);
 	put_bytes(out, lane->uuid, sizeof lane->uuid);
 	put_u64(out, lane->epoch);
-	put_bytes(out, lane->secret, sizeof lane->secret);
+	put_bytes(out, lane->token, sizeof lane->token);
 	put_u8(out, lane->lane);
 }
 

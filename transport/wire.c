@@ -351,7 +351,7 @@ gboolean pr_lane_hello_decode(const uint8_t *body, gsize len, PrLaneHello *ret, 
 		return FALSE;
 	get_bytes(&cursor, lane.uuid, sizeof lane.uuid);
 	lane.epoch = get_u64(&cursor);
-	get_bytes(&cursor, lane.secret, sizeof lane.secret);
+	get_bytes(&cursor, lane.token, sizeof lane.token);
 	lane.lane = get_u8(&cursor);
 	if (!finished(&cursor, PR_MSG_LANE, len, error))
 		return FALSE;

@@ -12,7 +12,7 @@
  *			be64 size, be32 page size)
  *	HELLO_ACK	be32 magic, be16 version, be32 status, be64 capabilities, be16 data port,
  *			PROGRESS, reason; the same in every version, so that a refusal can always be read
- *	LANE		be32 magic, uuid, be64 epoch, secret, u8 lane
+ *	LANE		be32 magic, uuid, be64 epoch, token, u8 lane
  *	HEARTBEAT	be64 stamp, be64 echo, be64 held (PrHeartbeatBody)
  *	PAUSE, HOLD, ERROR
  *			reason: be16 length + UTF-8 text without control characters
@@ -33,7 +33,7 @@
  *	source                                         destination
  *	  HELLO (uuid, epoch, secret, role, blocks) ──▶
  *	                                            ◀── HELLO_ACK (status, data port)
- *	  … data lanes are connected, bound by uuid, epoch, secret …
+ *	  … data lanes are connected, bound by uuid, epoch, and a token made of the secret …
  *	  CMD_POSTCOPY_ADVISE, CMD_PING 1           ──▶
  *	                                            ◀── RP_PONG 1 (RAM is ready)
  *	  … the source's guest is stopped …
@@ -74,6 +74,7 @@
 #define PR_WIRE_HEADER_BYTES 8
 #define PR_UUID_BYTES	     16
 #define PR_SECRET_BYTES	     16
+#define PR_TOKEN_BYTES	     16
 #define PR_IDSTR_MAX	     255
 #define PR_BLOCKS_MAX	     64	  /* RAM blocks of one guest */
 #define PR_RANGES_MAX	     4096 /* in one RAM_ZERO or GRANT message */
@@ -227,10 +228,11 @@ typedef struct PrHelloAck {
 typedef struct PrLaneHello {
 	uint8_t uuid[PR_UUID_BYTES];
 	uint64_t epoch;
-	uint8_t secret[PR_SECRET_BYTES];
-	uint8_t lane; /* PrLaneId */
+	uint8_t token
+		[PR_TOKEN_BYTES]; /* good for this lane of this connection; shows nothing of the secret */
+	uint8_t lane;		  /* PrLaneId */
 } PrLaneHello;
-#define PR_LANE_HELLO_BYTES (4 + PR_UUID_BYTES + 8 + PR_SECRET_BYTES + 1) /* incl. magic; 45 */
+#define PR_LANE_HELLO_BYTES (4 + PR_UUID_BYTES + 8 + PR_TOKEN_BYTES + 1) /* incl. magic; 45 */
 
 /* The times are of the clock of whoever made the stamp, so the clocks need not agree: the round trip
  * is now - echo - held. */

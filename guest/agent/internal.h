@@ -30,6 +30,7 @@ typedef struct AgentResult {
 
 typedef struct AgentConn {
 	int fd; /* -1: free slot */
+	uid_t uid;
 	uint64_t serial;
 } AgentConn;
 
@@ -67,6 +68,7 @@ struct PrAgent {
 	struct stat socket_stat; /* of the socket file we made */
 	AgentConn conns[PR_AGENT_CONNS];
 	uint64_t last_serial;
+	uid_t refused_uid; /* whom the log was told of last; 0, which never is: nobody */
 	pthread_t server;
 	pthread_t worker;
 };

@@ -6,11 +6,15 @@
  *
  * The first connection to say HELLO is attached, until it closes. Another HELLO meanwhile is refused:
  * two engines would place pages twice.
+ *
+ * Whoever is attached has the guest's memory. So it has to be root's, or of the user that this process runs as:
+ * the socket file's mode says as much, but modes get widened.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -148,11 +152,31 @@ static bool reply_regions(PrAgent *agent, int conn, const PrAgentRequest *reques
 	return ok;
 }
 
+static bool is_allowed(uid_t uid)
+{
+	return uid == 0 || uid == geteuid();
+}
+
+static void refuse_user(PrAgent *agent, uid_t uid, AgentResult *result)
+{
+	agent_result_fail(
+		result, PR_AGENT_PERMISSION,
+		"an engine of user %u is not served: run it as root, or as user %u, which "
+		"the guest's process runs as",
+		uid, geteuid());
+	/* Once, however often it comes: this is the VMM's log. */
+	if (agent->refused_uid != uid)
+		fprintf(stderr, "postroad-agent: %s: %s\n", agent->addr.sun_path, result->text);
+	agent->refused_uid = uid;
+}
+
 static bool reply_hello(PrAgent *agent, AgentConn *conn, const PrAgentRequest *request)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
 
-	if (request->version != PR_AGENT_VERSION) {
+	if (!is_allowed(conn->uid)) {
+		refuse_user(agent, conn->uid, &result);
+	} else if (request->version != PR_AGENT_VERSION) {
 		agent_result_fail(&result, PR_AGENT_UNSUPPORTED,
 				  "the agent speaks version %u, the engine %u; use the agent that "
 				  "came with the engine",
@@ -343,12 +367,19 @@ static AgentConn *take_slot(PrAgent *agent)
 static bool accept_conn(PrAgent *agent)
 {
 	int fd = accept4(agent->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	struct ucred peer;
+	socklen_t length = sizeof(peer);
 	AgentConn *conn;
 
 	if (fd < 0)
 		return errno != EMFILE && errno != ENFILE && errno != ENOMEM && errno != ENOBUFS;
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0) {
+		close(fd);
+		return true;
+	}
 	conn = take_slot(agent);
 	conn->fd = fd;
+	conn->uid = peer.uid;
 	conn->serial = ++agent->last_serial;
 	return true;
 }

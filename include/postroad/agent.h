@@ -67,7 +67,7 @@ PR_AGENT_API int pr_agent_add_region(PrAgent *agent, const PrAgentRegion *region
 /* Forgets every region that [base, base + size) touches; returns how many. */
 PR_AGENT_API int pr_agent_remove_regions(PrAgent *agent, void *base, uint64_t size);
 
-/* Serves the socket (mode 0600). A stale socket file is replaced; -EADDRINUSE: a live one, or not a
+/* Serves the socket (mode 0600; engines of root and of this process's user only). A stale socket file is replaced; -EADDRINUSE: a live one, or not a
  * socket at all; -EALREADY: this agent serves already. */
 PR_AGENT_API int pr_agent_serve(PrAgent *agent, const char *path);
 

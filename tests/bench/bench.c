@@ -8,6 +8,8 @@
 #include <string.h>
 #include <sys/utsname.h>
 
+#include "monitor/sandbox.h"
+
 void series_add(Series *series, double value)
 {
 	g_assert(series->n < BENCH_MAX_ROUNDS);
@@ -86,6 +88,8 @@ static void parse(Bench *bench, const char *summary, const GOptionEntry *more, i
 		 "does it work? In seconds; the figures mean nothing", NULL},
 		{"set", 'S', 0, G_OPTION_ARG_STRING_ARRAY, &bench->settings,
 		 "a parameter or a capability of both engines (may be repeated)", "NAME=VALUE"},
+		{"sandbox", 0, 0, G_OPTION_ARG_NONE, &bench->sandbox,
+		 "with the filter of system calls that postroad has", NULL},
 		{"json", 'j', 0, G_OPTION_ARG_FILENAME, &bench->output,
 		 "write the figures there, too; -: to stdout, and no table", "FILE"},
 		{NULL},
@@ -102,6 +106,15 @@ static void parse(Bench *bench, const char *summary, const GOptionEntry *more, i
 		bench_usage_error(bench, "--rounds %d: 1 to %d", bench->rounds, BENCH_MAX_ROUNDS);
 	if (bench->quick)
 		bench->rounds = 1;
+}
+
+/* For all threads that there will be. */
+static void enter_sandbox(const Bench *bench)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (bench->sandbox && !pr_sandbox_enter(&(PrSandbox){.filter = TRUE}, &error))
+		bench_usage_error(bench, "%s", error->message);
 }
 
 gboolean bench_set(PrParams *params, const char *name, const char *value, GError **error)
@@ -162,6 +175,7 @@ void bench_begin(Bench *bench, const char *name, const char *summary, const GOpt
 {
 	*bench = (Bench){.name = name, .rounds = 3, .began = g_get_monotonic_time()};
 	parse(bench, summary, more, argc, argv);
+	enter_sandbox(bench);
 	g_log_set_handler(NULL, G_LOG_LEVEL_MESSAGE, no_log, NULL);
 	bench->json = json_builder_new();
 	json_builder_begin_object(bench->json);

@@ -27,6 +27,7 @@ typedef struct Bench {
 	const char *name;
 	int rounds;
 	gboolean quick;	   /* does it work? The figures mean nothing */
+	gboolean sandbox;  /* as postroad's */
 	char **settings;   /* NAME=VALUE: for the engines; or NULL */
 	char *output;	   /* where the JSON goes; "-": stdout, and no table; NULL: nowhere */
 	JsonBuilder *json; /* inside the outermost object */

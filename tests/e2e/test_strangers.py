@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Peers on the migration port that do not belong to the migration."""
 
+import os
 import random
+import sys
+import time
 
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move
 from harness.process import expect, wait_for
 from harness.vm import Qemu
+
+PYTHON = sys.executable
 
 # Connects, sends what it is given on stdin, and stays connected until it is killed or turned away.
 STRANGER = """
@@ -22,6 +27,42 @@ try:
     print("closed", flush=True)
 except ConnectionError:
     print("reset", flush=True)
+"""
+
+# Connects again and again, says the same each time, and keeps the last 200 connections. Says "flooding" after the
+# first 1000.
+FLOOD = """
+import socket, struct, sys
+kind, target, start = sys.argv[1], sys.argv[2], bytes.fromhex(sys.argv[3])
+say = start * int(sys.argv[4])
+held = []
+made = 0
+while True:
+    if kind == "unix":
+        peer = socket.socket(socket.AF_UNIX)
+    else:
+        peer = socket.socket()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    try:
+        if kind == "unix":
+            peer.settimeout(2)
+            peer.connect(target)
+        else:
+            peer.bind((sys.argv[5], 0))
+            peer.settimeout(5)
+            peer.connect((target, 4444))
+        if kind == "unix":
+            peer.setblocking(False)
+        if say:
+            peer.send(say)
+    except OSError:
+        pass
+    held.append(peer)
+    if len(held) > 200:
+        held.pop(0).close()
+    made += 1
+    if made == 1000:
+        print("flooding", flush=True)
 """
 
 
@@ -85,6 +126,60 @@ def strangers_while_paused(lab):
     )
     expect(move.destination.status() == "postcopy-paused", "a stranger moved the paused migration")
     move.finish_over(link=2)
+
+
+def descriptors(engine):
+    return len(os.listdir(f"/proc/{engine.process.pid}/fd"))
+
+
+def flood(lab, engines):
+    """Of the destination's port, from an address that is not the source's, and of both monitors."""
+    host = lab.network.source
+    host.run("ip", "address", "add", "10.77.2.99/24", "dev", "link2")
+    floods = []
+    for name in ("silent", "http", "huge-hello", "lying-hello", "foreign-lane"):
+        argv = [PYTHON, "-c", FLOOD, "tcp", host_address(lab), garbage()[name].hex(), "1", "10.77.2.99"]
+        floods.append(lab.start(f"flood-{name}", host.command(argv), gently=False))
+    for engine in engines:
+        for name, start, times in (("line", b"{[x", 1000000), ("silent", b"", 0)):
+            argv = [PYTHON, "-c", FLOOD, "unix", engine.qmp_path, start.hex(), str(times)]
+            floods.append(lab.start(f"flood-monitor-{name}-{engine.name}", argv, gently=False))
+    wait_for("all floods have begun", 120, lambda: all("flooding" in f.output() for f in floods))
+    return floods
+
+
+@case("flood-of-the-port-and-the-monitors-disturbs-nothing")
+def flooded(lab):
+    """Neither does the migration pause, nor is the monitor's client that was there kept waiting, nor the source that
+    comes back kept out."""
+    move = Move(lab, scheme="tcp", settings=("auto-recover=off", "connect-timeout=5000"))
+    move.slow_down("8M")
+    move.start()
+    move.wait_midway(0.95)
+    before = [descriptors(engine) for engine in move.engines]
+    floods = flood(lab, move.engines)
+    for engine in move.engines:
+        began = time.monotonic()
+        expect(engine.status() == "postcopy-active", f"{engine.name} is {engine.status()} in the flood")
+        taken = time.monotonic() - began
+        expect(taken < 1, f"{engine.name} took {taken:.3f} s to answer in the flood")
+    move.network.link_down(1)
+    move.wait_paused()
+    move.source.qmp.command("migrate", uri=move.uri(link=2), resume=True)
+    for engine in move.engines:
+        engine.wait_status("postcopy-active")
+    for process in floods:
+        process.kill()
+    for engine, count in zip(move.engines, before):
+        wait_for(
+            f"{engine.name} has closed what it opened for the flood",
+            30,
+            lambda engine=engine, count=count: descriptors(engine) <= count,
+        )
+        expect(engine.query()["postroad"]["pauses"] == 1, f"{engine.name} paused more than once")
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
 
 
 @case("source-of-another-migration-is-turned-away")

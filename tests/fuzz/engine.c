@@ -284,19 +284,16 @@ gboolean fuzz_engine_has_next(const FuzzEngine *self)
 	return self->input.left && self->peers->len < CONNECTIONS_MAX;
 }
 
-GSocket *fuzz_engine_next(FuzzEngine *self)
+/* -1: there is no other. */
+static int next_fd(FuzzEngine *self)
 {
 	Peer *peer;
-	GSocket *socket;
 	int fds[2];
 
 	if (!fuzz_engine_has_next(self))
-		return NULL;
+		return -1;
 	self->lanes_fail = fuzz_u8(&self->input) & FUZZ_FAIL_LANES;
-	g_assert(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) == 0);
-	socket = g_socket_new_from_fd(fds[0], NULL);
-	g_assert_nonnull(socket);
-	g_socket_set_blocking(socket, FALSE);
+	g_assert(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) == 0);
 	peer = g_new0(Peer, 1);
 	*peer = (Peer){
 		.fd = fds[1],
@@ -306,16 +303,23 @@ GSocket *fuzz_engine_next(FuzzEngine *self)
 	};
 	g_ptr_array_add(self->peers, peer);
 	write_segment(peer);
-	return socket;
+	return fds[0];
+}
+
+GSocket *fuzz_engine_next(FuzzEngine *self)
+{
+	int fd = next_fd(self);
+
+	return fd < 0 ? NULL : g_socket_new_from_fd(fd, NULL);
 }
 
 gboolean fuzz_engine_knock(FuzzEngine *self)
 {
-	GSocket *socket = self->listener ? fuzz_engine_next(self) : NULL;
+	int fd = self->listener ? next_fd(self) : -1;
 
-	if (socket)
-		reach_listener_let_in(self->listener, socket);
-	return socket != NULL;
+	if (fd >= 0)
+		reach_listener_let_in(self->listener, fd);
+	return fd >= 0;
 }
 
 /* ---- the seams ---- */

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "transport/backend.h"
+
 #define BYTES_MAX (48 * 1024) /* of a connection: less than a socket holds */
 
 typedef struct Script {
@@ -178,9 +180,10 @@ static void put_heartbeat(Script *script, GByteArray *body)
 
 static void put_lane(Script *script, GByteArray *body)
 {
-	PrLaneHello lane = {.uuid = SCRIPT_UUID, .secret = SCRIPT_SECRET, .epoch = next(script)};
+	PrBinding binding = {.uuid = SCRIPT_UUID, .secret = SCRIPT_SECRET, .epoch = next(script)};
+	PrLaneHello lane;
 
-	lane.lane = next(script);
+	pr_backend_lane_hello(&lane, &binding, next(script));
 	pr_lane_hello_encode(body, &lane);
 }
 

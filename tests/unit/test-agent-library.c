@@ -14,11 +14,14 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include "guest/agent-client.h"
+#include "guest/guest.h"
 #include "postroad/agent.h"
+#include "tests/unit/as-user.h"
 
 #define PAGE	4096
 #define HUGE	(2u << 20)
@@ -52,6 +55,99 @@ static void a_live_socket_is_kept_and_a_stale_one_replaced(void **state)
 	assert_int_equal(pr_agent_serve(second, path), 0);
 	pr_agent_free(second);
 	rmdir(dir);
+}
+
+typedef struct Place {
+	char *dir, *path;
+	int fd; /* of whoever serves there */
+} Place;
+
+static void place_init(Place *place)
+{
+	place->dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
+	place->path = g_build_filename(place->dir, "agent.sock", NULL);
+	place->fd = -1;
+	assert_int_equal(chmod(place->dir, 0777), 0);
+}
+
+static void place_clear(Place *place)
+{
+	unlink(place->path);
+	rmdir(place->dir);
+	g_free(place->path);
+	g_free(place->dir);
+}
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Place, place_clear)
+
+static void open_as_stranger(void *opaque)
+{
+	Place *place = opaque;
+
+	/* More than the agent has slots for: none of them stays. */
+	for (guint i = 0; i < 20; i++) {
+		g_autoptr(GError) error = NULL;
+
+		assert_null(pr_agent_client_open(place->path, TIMEOUT, &error));
+		assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION));
+		assert_non_null(strstr(error->message, "an engine of user 65534 is not served: run "
+						       "it as root"));
+	}
+}
+
+static void engines_of_other_users_are_refused(void **state)
+{
+	PrAgent *agent = pr_agent_new(NULL, NULL);
+	g_autoptr(GError) error = NULL;
+	PrAgentClient *client;
+
+	if (geteuid() != 0)
+		skip();
+
+	g_auto(Place) place;
+	place_init(&place);
+	assert_int_equal(pr_agent_serve(agent, place.path), 0);
+	/* The file's mode alone keeps them out; here somebody has widened it. */
+	assert_int_equal(chmod(place.path, 0666), 0);
+	as_user(NOBODY, open_as_stranger, &place);
+	client = pr_agent_client_open(place.path, TIMEOUT, &error);
+	g_assert_no_error(error);
+	pr_agent_client_free(client);
+	pr_agent_free(agent);
+}
+
+static void serve_as_impostor(void *opaque)
+{
+	struct sockaddr_un addr = {.sun_family = AF_UNIX};
+	Place *place = opaque;
+
+	g_strlcpy(addr.sun_path, place->path, sizeof(addr.sun_path));
+	place->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	assert_int_equal(bind(place->fd, (struct sockaddr *)&addr, sizeof(addr)), 0);
+	assert_int_equal(chmod(place->path, 0666), 0);
+	assert_int_equal(listen(place->fd, 1), 0);
+}
+
+static void open_as_other(void *opaque)
+{
+	Place *place = opaque;
+	g_autoptr(GError) error = NULL;
+
+	assert_null(pr_agent_client_open(place->path, TIMEOUT, &error));
+	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION));
+	assert_non_null(
+		strstr(error->message, "served by user 65534, this engine is user 65533's"));
+}
+
+static void an_agent_of_another_user_is_not_believed(void **state)
+{
+	if (geteuid() != 0)
+		skip();
+
+	g_auto(Place) place;
+	place_init(&place);
+	as_user(NOBODY, serve_as_impostor, &place);
+	as_user(NOBODY - 1, open_as_other, &place);
+	close(place.fd);
 }
 
 static void regions_are_checked(void **state)
@@ -192,6 +288,8 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(a_live_socket_is_kept_and_a_stale_one_replaced),
+		cmocka_unit_test(engines_of_other_users_are_refused),
+		cmocka_unit_test(an_agent_of_another_user_is_not_believed),
 		cmocka_unit_test(regions_are_checked),
 		cmocka_unit_test(an_agent_without_descriptors_goes_on_later),
 		cmocka_unit_test(huge_pages_are_served),

@@ -6,6 +6,8 @@
 
 #include <cmocka.h>
 
+#include <string.h>
+
 #include "transport/lane-desk.h"
 
 #define NEVER_MS 60000
@@ -223,9 +225,46 @@ static void a_claim_can_be_cancelled(void **state)
 
 #define WITH_DESK(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
 
+/* As long as the secret is not to be found in it, and what it was made for differs. */
+static void a_token_is_good_for_one_lane_of_one_connection(void **state)
+{
+	PrBinding binding = {.uuid = {1, 2, 3}, .epoch = 7, .secret = "0123456789abcde"};
+	PrBinding next = binding, foreign = binding, guess = binding;
+	g_autoptr(GByteArray) bytes = g_byte_array_new();
+	PrLaneHello urgent, bulk, later;
+
+	next.epoch++;
+	foreign.uuid[0] ^= 1;
+	guess.secret[0] ^= 1;
+	pr_backend_lane_hello(&urgent, &binding, PR_LANE_URGENT);
+	pr_backend_lane_hello(&bulk, &binding, PR_LANE_BULK);
+	pr_backend_lane_hello(&later, &next, PR_LANE_URGENT);
+	assert_true(pr_backend_binding_matches(&binding, &urgent));
+	assert_true(pr_backend_binding_matches(&binding, &bulk));
+	assert_false(pr_backend_binding_matches(&guess, &urgent));
+	assert_memory_not_equal(urgent.token, bulk.token, PR_TOKEN_BYTES);
+	assert_memory_not_equal(urgent.token, later.token, PR_TOKEN_BYTES);
+
+	/* What was read on the wire, said again for something else. */
+	later = urgent;
+	later.lane = PR_LANE_BULK;
+	assert_false(pr_backend_binding_matches(&binding, &later));
+	later = urgent;
+	later.epoch = next.epoch;
+	assert_false(pr_backend_binding_matches(&next, &later));
+	later = urgent;
+	memcpy(later.uuid, foreign.uuid, PR_UUID_BYTES);
+	assert_false(pr_backend_binding_matches(&foreign, &later));
+
+	pr_lane_hello_encode(bytes, &urgent);
+	assert_int_equal(bytes->len, PR_LANE_HELLO_BYTES);
+	assert_null(memmem(bytes->data, bytes->len, binding.secret, 4));
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(a_token_is_good_for_one_lane_of_one_connection),
 		WITH_DESK(each_accept_gets_its_own),
 		WITH_DESK(what_nobody_expects_is_refused_while_somebody_waits),
 		WITH_DESK(what_is_expected_is_kept_for_the_claim_that_comes),

@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/unit/control-rig.h"
+#include "tests/unit/flood.h"
+#include "transport/dial.h"
 
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -41,6 +44,31 @@ static void a_flood_of_strangers_does_not_keep_the_peer_out(void **state)
 		close(strangers[i]);
 }
 
+/* What a source says, in pieces that come late. */
+static void a_flood_from_another_host_does_not_push_out_a_slow_peer(void **state)
+{
+	g_autoptr(Destination) destination =
+		destination_new_patient("tcp:127.0.0.1:0", NULL, LONG_MS);
+	PrHello hello = hello_of(PR_WIRE_VERSION);
+	g_autoptr(GByteArray) body = g_byte_array_new();
+	uint8_t header[PR_WIRE_HEADER_BYTES], answer[PR_WIRE_HEADER_BYTES];
+	int slow = raw_connect(destination_port(destination));
+
+	pr_hello_encode(body, &hello);
+	pr_header_encode(header, PR_MSG_HELLO, body->len);
+	raw_write(slow, header, 5);
+	g_autoptr(Flood) flood = flood_new("127.0.0.2", destination_port(destination), NULL, 0);
+	assert_true(flood_wait(flood, 500));
+	raw_write(slow, header + 5, sizeof(header) - 5);
+	raw_write(slow, body->data, body->len / 2);
+	assert_true(flood_wait(flood, 500));
+	raw_write(slow, body->data + body->len / 2, body->len - body->len / 2);
+	assert_int_equal(recv(slow, answer, sizeof(answer), MSG_WAITALL), sizeof(answer));
+	assert_int_equal(answer[1], PR_MSG_HELLO_ACK & 0xff);
+	assert_int_equal(destination->hellos, 1);
+	close(slow);
+}
+
 static void strangers_that_talk_nonsense_are_closed(void **state)
 {
 	static const struct {
@@ -67,6 +95,60 @@ static void strangers_that_talk_nonsense_are_closed(void **state)
 		close(fd);
 	}
 	assert_int_equal(destination->hellos, 0);
+}
+
+/* TcpExt's ListenDrops, of this network namespace. */
+static guint64 drops(void)
+{
+	g_autofree char *text = NULL;
+	g_auto(GStrv) lines = NULL, names = NULL, values = NULL;
+
+	assert_true(g_file_get_contents("/proc/net/netstat", &text, NULL, NULL));
+	lines = g_strsplit(text, "\n", 3);
+	names = g_strsplit(lines[0], " ", -1);
+	values = g_strsplit(lines[1], " ", -1);
+	for (guint i = 0; names[i] && values[i]; i++)
+		if (!strcmp(names[i], "ListenDrops"))
+			return g_ascii_strtoull(values[i], NULL, 10);
+	fail_msg("there is no ListenDrops");
+	return 0;
+}
+
+static gpointer dial_main(gpointer uri)
+{
+	gint64 deadline = g_get_monotonic_time() + LONG_MS * 1000;
+
+	return pr_dial(uri, ((PrUri *)uri)->port, deadline, NULL, NULL);
+}
+
+/* The kernel would have sent the lost packet again after a second. */
+static void a_first_packet_that_is_lost_is_not_waited_for(void **state)
+{
+	PrUri *uri;
+	int listening = raw_listen(&uri), full, first;
+	guint64 before = drops();
+	struct tcp_info info;
+	socklen_t size = sizeof(info);
+
+	/* One connection is all that it keeps, so the next one's packet is dropped. */
+	assert_int_equal(listen(listening, 0), 0);
+	full = raw_connect(uri->port);
+	GThread *dialing = g_thread_new("dial", dial_main, uri);
+	while (drops() == before)
+		g_usleep(1000);
+	first = accept(listening, NULL, NULL);
+	assert_true(first >= 0);
+
+	g_autoptr(GSocketConnection) connection = g_thread_join(dialing);
+	assert_non_null(connection);
+	assert_int_equal(getsockopt(g_socket_get_fd(g_socket_connection_get_socket(connection)),
+				    IPPROTO_TCP, TCP_INFO, &info, &size),
+			 0);
+	assert_int_equal(info.tcpi_total_retrans, 0);
+	close(first);
+	close(full);
+	close(listening);
+	pr_uri_free(uri);
 }
 
 static gpointer connect_main(gpointer opaque)
@@ -174,6 +256,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(a_stranger_that_stalls_does_not_keep_the_peer_out),
 		cmocka_unit_test(a_flood_of_strangers_does_not_keep_the_peer_out),
+		cmocka_unit_test(a_flood_from_another_host_does_not_push_out_a_slow_peer),
+		cmocka_unit_test(a_first_packet_that_is_lost_is_not_waited_for),
 		cmocka_unit_test(strangers_that_talk_nonsense_are_closed),
 		cmocka_unit_test(a_slow_on_hello_does_not_stop_the_door),
 		cmocka_unit_test(a_port_in_use_is_named_with_the_remedy),

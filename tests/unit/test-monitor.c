@@ -726,7 +726,7 @@ static void the_socket_is_private_and_never_stolen(void **state)
 	GStatBuf st;
 
 	assert_int_equal(g_stat(bench->path, &st), 0);
-	assert_int_equal(st.st_mode & 0777, 0600);
+	assert_int_equal(st.st_mode & 07777, 0600);
 	assert_true(g_file_set_contents(file, "x", 1, NULL));
 	for (guint i = 0; i < G_N_ELEMENTS(refused); i++) {
 		g_autoptr(GError) error = NULL;

@@ -255,6 +255,38 @@ static void offsets_out_of_a_block_are_seen(void **state)
 	assert_false(pr_ram_block_contains(block, 0, 100));
 }
 
+/* VmFlags of the mapping that begins there, as /proc/self/smaps has them. */
+static char *flags_of(const void *map)
+{
+	g_autofree char *text = NULL;
+	g_autofree char *begin = g_strdup_printf("%" G_GINTPTR_MODIFIER "x-", (guintptr)map);
+	const char *at;
+
+	assert_true(g_file_get_contents("/proc/self/smaps", &text, NULL, NULL));
+	at = strstr(text, begin);
+	assert_non_null(at);
+	at = strstr(at, "VmFlags:");
+	assert_non_null(at);
+	return g_strndup(at, strcspn(at, "\n"));
+}
+
+static void a_core_dump_has_no_guest_memory(void **state)
+{
+	static const PrGuestRole roles[] = {PR_GUEST_SOURCE, PR_GUEST_DESTINATION};
+
+	for (guint role = 0; role < G_N_ELEMENTS(roles); role++) {
+		Fixture *fixture = fixture_new(roles[role]);
+
+		for (guint i = 0; i < 2; i++) {
+			g_autofree char *flags = flags_of(fixture->ram->blocks[i].host);
+
+			if (!strstr(flags, " dd"))
+				fail_msg("block %u would be dumped: %s", i, flags);
+		}
+		fixture_free(fixture);
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -265,6 +297,7 @@ int main(void)
 		cmocka_unit_test(readers_share_the_pages),
 		cmocka_unit_test(holes_and_zero_pages_are_found),
 		cmocka_unit_test(differing_block_tables_are_named),
+		cmocka_unit_test(a_core_dump_has_no_guest_memory),
 		cmocka_unit_test(offsets_out_of_a_block_are_seen),
 	};
 

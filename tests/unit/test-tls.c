@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Who gets in with TLS, who does not, and what each side is told about it. */
 #include "tests/unit/control-rig.h"
+#include "tests/unit/flood.h"
 
 #include <string.h>
 #include <sys/socket.h>
@@ -321,6 +322,20 @@ static void those_that_stall_in_the_handshake_stop_nobody(void **state)
 		close(halfway[i]);
 }
 
+/* Each one that it begins would have cancelled the peer's before that is done. */
+static void a_flood_of_handshakes_from_another_host_starves_nobody(void **state)
+{
+	g_autoptr(PrTls) tls = tls_of(good, NULL);
+	g_autoptr(Destination) destination =
+		destination_new_patient("tcp:127.0.0.1:0", tls, LONG_MS);
+	g_autoptr(Flood) flood =
+		flood_new("127.0.0.2", destination_port(destination), half, sizeof half - 1);
+
+	assert_true(flood_wait(flood, 500));
+	for (guint i = 0; i < 3; i++)
+		assert_works(connect_destination(destination), destination);
+}
+
 static void those_that_stall_are_closed_when_their_time_is_over(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
@@ -489,6 +504,7 @@ int main(void)
 		cmocka_unit_test(a_plain_lane_is_turned_away),
 		cmocka_unit_test(a_plain_destination_is_named_so),
 		cmocka_unit_test(those_that_stall_in_the_handshake_stop_nobody),
+		cmocka_unit_test(a_flood_of_handshakes_from_another_host_starves_nobody),
 		cmocka_unit_test(those_that_stall_are_closed_when_their_time_is_over),
 		cmocka_unit_test(a_listener_can_be_freed_in_the_middle_of_handshakes),
 		cmocka_unit_test(a_handshake_can_be_cancelled),

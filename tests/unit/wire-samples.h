@@ -51,7 +51,7 @@ static gboolean decode_hello_ack(const uint8_t *body, gsize len, GError **error)
 
 static void sample_lane(GByteArray *out)
 {
-	PrLaneHello lane = {.uuid = "u", .epoch = 3, .secret = "s", .lane = 1};
+	PrLaneHello lane = {.uuid = "u", .epoch = 3, .token = "t", .lane = 1};
 
 	pr_lane_hello_encode(out, &lane);
 }

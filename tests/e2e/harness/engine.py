@@ -8,7 +8,7 @@ from .qmp import Qmp
 
 
 class Engine:
-    def __init__(self, lab, host, guest_option, incoming=None, name=None, settings=(), tls=None):
+    def __init__(self, lab, host, guest_option, incoming=None, name=None, settings=(), tls=None, options=()):
         """tls: a directory of certificates; without, the network between the namespaces is trusted."""
         self.name = name or f"postroad-{host.name}"
         self.qmp_path = lab.path(f"{self.name}.qmp")
@@ -16,6 +16,7 @@ class Engine:
         argv = [lab.engine_file(), "--guest", guest_option, "--qmp", self.qmp_path, "--log", "debug"]
         argv += ["--incoming", incoming] if incoming else []
         argv += ["--tls-dir", tls] if tls else ["--insecure"]
+        argv += options
         for setting in settings:
             argv += ["--set", setting]
         self.process = lab.start(self.name, host.command(argv), lab.sanitizer_env)

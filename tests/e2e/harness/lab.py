@@ -124,8 +124,18 @@ class Move:
     """The usual cast: a running guest at the source, an empty QEMU at the destination, an engine beside
     each, and the steps of a migration as one call each."""
 
-    def __init__(self, lab, scheme="ofi", spec=None, destination_spec=None, incoming=None, settings=(), tls=False):
-        """tls: certificates are made, and both engines use them."""
+    def __init__(
+        self,
+        lab,
+        scheme="ofi",
+        spec=None,
+        destination_spec=None,
+        incoming=None,
+        settings=(),
+        tls=False,
+        options=(),
+    ):
+        """tls: certificates are made, and both engines use them; options: of both engines."""
         self.lab = lab
         self.scheme = scheme
         self.network = lab.network
@@ -135,7 +145,12 @@ class Move:
         incoming = incoming or f"{scheme}:0.0.0.0:4444"
         certs = lab.certificates() if tls else (None, None)
         self.source = Engine(
-            lab, self.network.source, self.source_vm.guest_option(), settings=settings, tls=certs[0]
+            lab,
+            self.network.source,
+            self.source_vm.guest_option(),
+            settings=settings,
+            tls=certs[0],
+            options=options,
         )
         self.destination = Engine(
             lab,
@@ -144,6 +159,7 @@ class Move:
             incoming,
             settings=settings,
             tls=certs[1],
+            options=options,
         )
         self.engines = (self.source, self.destination)
         self.source_vm.wait_booted()

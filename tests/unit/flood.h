@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* A host that floods a port: connects for ever, says something each time, and keeps what is not taken from it. */
+#pragma once
+
+#include <glib.h>
+#include <stdint.h>
+
+#define FLOOD_HELD 300 /* connections that it keeps open; more than any listener keeps */
+
+typedef struct Flood Flood;
+
+/* From an address of this host (127.0.0.2, say). bytes: not owned. */
+Flood *flood_new(const char *from, uint16_t port, const void *bytes, gsize n);
+/* Waits until it has connected so many times more; FALSE: not within a minute. */
+gboolean flood_wait(Flood *flood, guint more);
+/* Ends it, and closes what it has. */
+void flood_free(Flood *flood);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Flood, flood_free)
