@@ -17,7 +17,8 @@
 #include "transport/tls.h"
 #include "transport/transport.h"
 
-#define EXIT_USAGE 2
+#define EXIT_USAGE    2
+#define LAST_WORDS_MS 1000 /* that the end waits for whoever reads the log */
 
 typedef struct Options {
 	char *guest;
@@ -363,14 +364,18 @@ int main(int argc, char **argv)
 		fprintf(stderr, "postroad: %s; see postroad --help\n", error->message);
 		return EXIT_USAGE;
 	}
-	pr_log_start(level);
+	if (!pr_log_start(level, STDERR_FILENO, &error)) {
+		fprintf(stderr, "postroad: no thread for the log: %s\n", error->message);
+		return 1;
+	}
 	prepare_process();
 	warming = g_thread_new("warm-up", warm_up, NULL);
 	ok = run(&options, &engine, &error);
 	/* A library that is still setting itself up can't be unloaded. */
 	g_thread_join(warming);
 	if (ok)
-		return 0;
-	fprintf(stderr, "postroad: %s\n", error->message);
-	return 1;
+		pr_log_flush(LAST_WORDS_MS);
+	else
+		pr_log_last_words("postroad: %s\n", error->message);
+	return ok ? 0 : 1;
 }
