@@ -378,8 +378,8 @@ PrAgentClient *pr_agent_client_open(const char *path, guint timeout_ms, GError *
 	g_mutex_init(&client->lock);
 	g_mutex_init(&client->telling);
 	g_cond_init(&client->cond);
-	client->reader = g_thread_new("agent-client", reader_thread, client);
-	if (!say_hello(client, error))
+	client->reader = g_thread_try_new("agent-client", reader_thread, client, error);
+	if (!client->reader || !say_hello(client, error))
 		return NULL;
 	return g_steal_pointer(&client);
 }
@@ -390,7 +390,8 @@ void pr_agent_client_free(PrAgentClient *client)
 	client->closing = TRUE;
 	g_mutex_unlock(&client->lock);
 	shutdown(client->fd, SHUT_RDWR);
-	g_thread_join(client->reader);
+	if (client->reader)
+		g_thread_join(client->reader);
 	close(client->fd);
 	g_hash_table_unref(client->calls);
 	g_clear_error(&client->failure);

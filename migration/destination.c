@@ -142,8 +142,15 @@ static gboolean start_workers(PrMigration *m, GError **error)
 	/* Now that every access faults, what the memfds held before can go. */
 	if (!pr_ram_punch(m->ram, error))
 		return FALSE;
-	PrFaultThread *faults = pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks);
-	PrPull *pull = pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks);
+	PrFaultThread *faults =
+		pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks, error);
+	PrPull *pull =
+		faults ? pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks, error)
+		       : NULL;
+	if (!pull) {
+		pr_fault_stop(faults);
+		return FALSE;
+	}
 	g_mutex_lock(&m->lock);
 	m->faults = faults;
 	m->pull = pull;

@@ -461,7 +461,7 @@ static gpointer fault_thread(gpointer opaque)
 }
 
 PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
-			      const PrFaultHooks *hooks)
+			      const PrFaultHooks *hooks, GError **error)
 {
 	PrFaultThread *self = g_new0(PrFaultThread, 1);
 
@@ -470,8 +470,10 @@ PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const Pr
 	self->times = times;
 	self->params = params;
 	self->hooks = *hooks;
-	pr_worker_start(&self->worker, "fault", fault_thread, self);
-	return self;
+	if (pr_worker_start(&self->worker, "fault", fault_thread, self, error))
+		return self;
+	g_free(self);
+	return NULL;
 }
 
 void pr_fault_attach(PrFaultThread *self, PrDataPath *path)

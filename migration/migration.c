@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "migration/internal.h"
+#include "transport/spare.h"
 
 G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 
@@ -492,6 +493,26 @@ static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 	return TRUE;
 }
 
+static gboolean begin_source(PrMigration *m, GError **error)
+{
+	g_autoptr(GError) why = NULL;
+
+	g_mutex_lock(&m->lock);
+	m->owner = pr_thread_try("migration", pr_source_thread, m, &why);
+	gboolean begun = m->owner != NULL;
+	if (!begun) {
+		g_autoptr(GError) failure = g_error_new_literal(
+			PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM, why->message);
+
+		pr_migration_failed_locked(m, failure);
+		pr_migration_step_locked(m, PR_EVENT_CLEANED_UP, PR_ROLE_SOURCE,
+					 "the guest runs on at the source");
+		g_propagate_error(error, g_steal_pointer(&failure));
+	}
+	g_mutex_unlock(&m->lock);
+	return begun;
+}
+
 gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, GError **error)
 {
 	g_autoptr(GPtrArray) uris = parse_uris(text, /* listening= */ FALSE, error);
@@ -508,12 +529,10 @@ gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, G
 		/* The last owner of an ended migration has nothing left to do but return. */
 		if (old)
 			g_thread_join(old);
-		g_mutex_lock(&m->lock);
-		m->owner = g_thread_new("migration", pr_source_thread, m);
-		g_mutex_unlock(&m->lock);
+		done = begin_source(m, error);
 	}
 	pr_migration_tell(m);
-	return TRUE;
+	return done;
 }
 
 static gboolean add_listener(PrMigration *m, const PrUri *uri, GError **error)
@@ -561,7 +580,8 @@ gboolean pr_migration_incoming(PrMigration *m, const char *text, GError **error)
 					: "it is only for a side that has done nothing yet",
 				error);
 	else if (!m->owner)
-		m->owner = g_thread_new("load", pr_load_thread, m);
+		m->owner = pr_thread_try("load", pr_load_thread, m, error);
+	fresh = fresh && m->owner;
 	g_mutex_unlock(&m->lock);
 	return fresh && add_listeners(m, text, error);
 }

@@ -404,7 +404,15 @@ static gpointer pull_thread(gpointer opaque)
 	}
 }
 
-static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes)
+static void thread_free(gpointer opaque)
+{
+	PrPullThread *self = opaque;
+
+	g_array_unref(self->claims);
+	g_free(self);
+}
+
+static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes, GError **error)
 {
 	PrPullThread *self = g_new0(PrPullThread, 1);
 
@@ -412,7 +420,11 @@ static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes)
 	self->id = id;
 	self->bytes = bytes;
 	self->claims = g_array_new(FALSE, FALSE, sizeof(Claim));
-	pr_worker_start(&self->worker, id == 0 ? "pull" : "stripe", pull_thread, self);
+	if (!pr_worker_start(&self->worker, id == 0 ? "pull" : "stripe", pull_thread, self,
+			     error)) {
+		thread_free(self);
+		return NULL;
+	}
 	/* From now on it may be kicked. */
 	g_mutex_lock(&pull->lock);
 	g_ptr_array_add(pull->threads, self);
@@ -431,16 +443,8 @@ static void end(PrPullThread *self)
 		pr_worker_stop(&self->worker);
 }
 
-static void thread_free(gpointer opaque)
-{
-	PrPullThread *self = opaque;
-
-	g_array_unref(self->claims);
-	g_free(self);
-}
-
 PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
-		      const PrPullHooks *hooks)
+		      const PrPullHooks *hooks, GError **error)
 {
 	PrPull *pull = g_new0(PrPull, 1);
 
@@ -453,8 +457,11 @@ PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThrea
 	g_mutex_init(&pull->lock);
 	g_cond_init(&pull->idle);
 	pull->threads = g_ptr_array_new_with_free_func(thread_free);
-	pull->first = thread_new(pull, 0, NULL);
-	return pull;
+	pull->first = thread_new(pull, 0, NULL, error);
+	if (pull->first)
+		return pull;
+	pr_pull_unref(pull);
+	return NULL;
 }
 
 /* With the lock held: there may be something to do for them. */
@@ -554,10 +561,12 @@ gboolean pr_pull_wants_stripe(PrPull *pull, PrDataPath *path)
 	return wanted;
 }
 
-guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes)
+guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes, GError **error)
 {
-	PrPullThread *self = thread_new(pull, ++pull->last_id, bytes);
+	PrPullThread *self = thread_new(pull, ++pull->last_id, bytes, error);
 
+	if (!self)
+		return 0;
 	pr_worker_set_path(&self->worker, path);
 	return self->id;
 }

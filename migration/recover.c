@@ -30,6 +30,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "transport/spare.h"
 
 typedef struct ResumeHandler {
 	const char *name;
@@ -143,6 +144,10 @@ gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *m
 	}
 	/* Stripes go on placing pages, and the encoder looks more than once. */
 	g_autofree unsigned long *received = pr_bitmap_snapshot(block->received, block->n_pages);
+	/* The encoded one and, if it is compressed, what it is compressed from. */
+	gsize bytes = 3 * pr_bitmap_words(block->n_pages) * sizeof(unsigned long);
+	if (!pr_spare_memory(received ? bytes : G_MAXSSIZE, "a received bitmap", error))
+		return FALSE;
 	uint16_t type = pr_recv_bitmap_encode(body, idstr, received, block->n_pages,
 					      (conn->peer_can & PR_HELLO_CAN_ZSTD) != 0);
 	return pr_send(conn, type, body, error);

@@ -14,6 +14,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "transport/spare.h"
 
 #define BACKOFF_MIN_US	   (100 * 1000) /* between automatic recoveries, doubling */
 #define BACKOFF_MAX_US	   (2 * G_USEC_PER_SEC)
@@ -202,8 +203,8 @@ static gboolean open_lanes(PrConn *conn, uint16_t data_port, GError **error)
 
 	if (!path || !pr_conn_set_path(conn, path, error))
 		return FALSE;
-	conn->return_path = g_thread_new("return-path", return_path_thread, conn);
-	return TRUE;
+	conn->return_path = pr_thread_try("return-path", return_path_thread, conn, error);
+	return conn->return_path != NULL;
 }
 
 static gboolean admit(PrConn *conn, PrResume resume, GError **error)
@@ -461,8 +462,8 @@ static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_teller, GEr
 		m->holes_told = pr_source_tell_ungranted(m, conn, grants, error);
 		return m->holes_told;
 	}
-	*ret_teller = g_thread_new("holes", hole_thread, conn);
-	return TRUE;
+	*ret_teller = pr_thread_try("holes", hole_thread, conn, error);
+	return *ret_teller != NULL;
 }
 
 typedef struct Package {

@@ -14,6 +14,7 @@
 #include "migration/migration.h"
 #include "monitor/log.h"
 #include "monitor/monitor.h"
+#include "transport/spare.h"
 #include "transport/tls.h"
 #include "transport/transport.h"
 
@@ -369,10 +370,15 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	prepare_process();
-	warming = g_thread_new("warm-up", warm_up, NULL);
+	if (!pr_spare_files(&error)) {
+		pr_log_last_words("postroad: %s\n", error->message);
+		return 1;
+	}
+	warming = g_thread_try_new("warm-up", warm_up, NULL, NULL);
 	ok = run(&options, &engine, &error);
 	/* A library that is still setting itself up can't be unloaded. */
-	g_thread_join(warming);
+	if (warming)
+		g_thread_join(warming);
 	if (ok)
 		pr_log_flush(LAST_WORDS_MS);
 	else

@@ -10,6 +10,7 @@
 
 #include "transport/control-internal.h"
 #include "transport/dial.h"
+#include "transport/spare.h"
 
 #define FAREWELL_US 2000 /* that pr_control_farewell() waits at most */
 
@@ -330,8 +331,9 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
 	g_mutex_unlock(&control->send_lock);
 }
 
-void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint heartbeat_timeout_ms,
-		      PrPathFailed on_failed, void *opaque)
+gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
+			  guint heartbeat_timeout_ms, PrPathFailed on_failed, void *opaque,
+			  GError **error)
 {
 	pr_control_set_handshake(control, 0, NULL);
 	control->on_failed = on_failed;
@@ -341,7 +343,14 @@ void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint hea
 	g_mutex_lock(&control->lock);
 	control->started = TRUE;
 	g_mutex_unlock(&control->lock);
-	control->reader = g_thread_new("control", pr_control_reader, control);
+	control->reader = pr_thread_try("control", pr_control_reader, control, error);
+	if (!control->reader) {
+		/* There is nobody who would declare the end. */
+		g_mutex_lock(&control->lock);
+		control->started = FALSE;
+		g_mutex_unlock(&control->lock);
+	}
+	return control->reader != NULL;
 }
 
 /* Receiving: the engine's side */

@@ -22,6 +22,7 @@
 
 #include "transport/control-internal.h"
 #include "transport/dial.h"
+#include "transport/spare.h"
 
 #define STRANGERS_MAX	32
 #define HELLOS_MAX	32
@@ -224,6 +225,7 @@ static void cancel_oldest_shake(PrListener *listener)
 static void begin_shake(PrListener *listener, Stranger *from)
 {
 	Shake *shake = g_new0(Shake, 1);
+	g_autoptr(GError) error = NULL;
 
 	shake->listener = listener;
 	shake->stranger = g_new0(Stranger, 1);
@@ -239,7 +241,15 @@ static void begin_shake(PrListener *listener, Stranger *from)
 	g_queue_push_tail(&listener->shakes, shake);
 	listener->n_shakes++;
 	g_mutex_unlock(&listener->lock);
-	g_thread_unref(g_thread_new("tls-shake", shake_main, shake));
+	GThread *thread = pr_thread_try("tls-shake", shake_main, shake, &error);
+	if (thread) {
+		g_thread_unref(thread);
+		return;
+	}
+	/* Nobody will shake its hand: as if that had been cancelled. */
+	g_info("listener: %s", error->message);
+	g_cancellable_cancel(shake->cancel);
+	shake_main(shake);
 }
 
 /* Cancels all handshakes and waits for their threads. */
@@ -623,8 +633,13 @@ PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint 
 		g_prefix_error(error, "cannot listen on %s: ", address);
 		return NULL;
 	}
-	listener->door_thread = g_thread_new("listener", door_main, listener);
-	listener->hello_thread = g_thread_new("hello", hello_main, listener);
+	listener->door_thread = pr_thread_try("listener", door_main, listener, error);
+	if (listener->door_thread)
+		listener->hello_thread = pr_thread_try("hello", hello_main, listener, error);
+	if (!listener->hello_thread) {
+		g_prefix_error(error, "cannot listen on %s: ", address);
+		return NULL;
+	}
 	return g_steal_pointer(&listener);
 }
 
@@ -647,7 +662,8 @@ static void stop_threads(PrListener *listener)
 	listener->stopping = TRUE;
 	g_cond_signal(&listener->changed);
 	g_mutex_unlock(&listener->lock);
-	g_thread_join(listener->hello_thread);
+	if (listener->hello_thread)
+		g_thread_join(listener->hello_thread);
 }
 
 void pr_listener_free(PrListener *listener)
