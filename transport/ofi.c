@@ -148,8 +148,12 @@ static gboolean accept_one(OfiPath *path, PrDataListener *listener, const PrPath
 		pr_ofi_listener_reject(listener, info);
 		return TRUE;
 	}
-	return pr_ofi_lane_open(lane, info, setup, FI_READ, error) &&
-	       pr_ofi_lane_accept(lane, setup, deadline, error);
+	if (pr_ofi_lane_open(lane, info, setup, FI_READ, error))
+		return pr_ofi_lane_accept(lane, setup, deadline, error);
+	/* Else the request's socket stays open, and its source waits for an answer. */
+	if (!lane->has_request)
+		pr_ofi_listener_reject(listener, g_steal_pointer(&lane->info));
+	return FALSE;
 }
 
 static void ofi_expect(PrDataListener *listener, const PrBinding *binding)
