@@ -7,6 +7,7 @@
 #include "migration/params.h"
 #include "migration/ram.h"
 #include "transport/transport.h"
+#include "transport/watch.h"
 
 typedef struct PrFaultThread PrFaultThread;
 
@@ -16,6 +17,7 @@ typedef struct PrFaultHooks {
 	/* The guest or the kernel failed us; once. From the fault thread, which goes on. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;
+	PrWatchdog *dog;
 } PrFaultHooks;
 
 typedef struct PrFaultStats {

@@ -20,6 +20,7 @@
 #include "transport/control.h"
 #include "transport/health.h"
 #include "transport/transport.h"
+#include "transport/watch.h"
 
 /*
  * One incarnation of the connection. Either the one in use: made, published in PrMigration.conn, and freed
@@ -82,6 +83,9 @@ struct PrMigration {
 	PrParams *params;
 	PrMigrationHooks hooks;
 	PrSecurity security;
+	PrWatchdog *dog;
+
+	PrWatch *watch; /* the owner's, which alone uses it; no lock */
 
 	GMutex pull_lock; /* for stripe.c and for ending the pull threads; taken before `lock` */
 

@@ -313,8 +313,15 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 	m->keepers = g_ptr_array_new();
 	m->cancel = g_cancellable_new();
 	m->uffd = -1;
+	m->dog = pr_watchdog_new();
+	pr_watchdog_start(m->dog);
 	guest->ops->on_death(guest, guest_died, m);
 	return m;
+}
+
+PrWatchdog *pr_migration_watchdog(PrMigration *m)
+{
+	return m->dog;
 }
 
 void pr_migration_secure(PrMigration *m, const PrSecurity *security)
@@ -354,6 +361,7 @@ void pr_migration_free(PrMigration *m)
 	m->guest->ops->on_death(m->guest, NULL, NULL);
 	pr_newcomer_free(m->newcomer);
 	pr_migration_await_threads(m);
+	pr_watchdog_free(m->dog);
 	pr_ram_free(m->ram);
 	pr_blocktime_free(m->times);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);

@@ -95,7 +95,10 @@ struct PrPullThread {
 	gboolean path_dead; /* it refused a READ: wait to be detached */
 	gint64 allowed_us;  /* the limiter's word, as last heard */
 	gint64 reported_us; /* the last progress hook */
+	PrWatch *watch;
 };
+
+static const PrWatchPoint pulling = {"pulling pages", 500};
 
 static gboolean is_stripe(const PrPullThread *self)
 {
@@ -363,6 +366,7 @@ static void sleep_until_event(PrPullThread *self, gint64 now)
 		if (!path->ops->arm(path, PR_LANE_BULK))
 			return;
 	}
+	pr_watch_idle(self->watch);
 	poll(fds, G_N_ELEMENTS(fds), sleep_ms(self, now));
 }
 
@@ -388,11 +392,15 @@ static gboolean obey(PrPullThread *self)
 static gpointer pull_thread(gpointer opaque)
 {
 	PrPullThread *self = opaque;
+	g_autoptr(PrWatch) watch =
+		pr_watch_new(self->pull->hooks.dog, is_stripe(self) ? "stripe" : "pull");
 
+	self->watch = watch;
 	for (;;) {
+		gint64 now = g_get_monotonic_time();
+		pr_watch_busy_at(watch, &pulling, now);
 		if (pr_worker_was_kicked(&self->worker) && !obey(self))
 			return NULL;
-		gint64 now = g_get_monotonic_time();
 		guint work = 0;
 		if (self->worker.current) {
 			work = take_completions(self);

@@ -6,6 +6,7 @@
 #include "migration/params.h"
 #include "migration/ram.h"
 #include "transport/transport.h"
+#include "transport/watch.h"
 
 typedef struct PrPull PrPull;
 
@@ -18,6 +19,7 @@ typedef struct PrPullHooks {
 	/* The guest or the kernel failed us; once. From a pull thread, which goes on. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;
+	PrWatchdog *dog;
 } PrPullHooks;
 
 /* Starts the first thread, with no path. All arguments outlive it. */

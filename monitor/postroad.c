@@ -13,6 +13,7 @@
 #include "guest/guest.h"
 #include "migration/migration.h"
 #include "monitor/log.h"
+#include "monitor/loop-watch.h"
 #include "monitor/monitor.h"
 #include "transport/spare.h"
 #include "transport/tls.h"
@@ -296,7 +297,9 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 		return FALSE;
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);
+	pr_loop_watch(pr_migration_watchdog(migration), g_main_context_default());
 	g_main_loop_run(engine->loop);
+	pr_loop_watch(NULL, g_main_context_default());
 	return TRUE;
 }
 

@@ -64,11 +64,13 @@ def freeze_and_go_on(lab, scheme):
             lambda m=move: all(e.status() in ("postcopy-active", "completed") for e in m.engines),
         )
         move.full_speed()
-    for _, move, _ in pairs:
+    for engine, move, _ in pairs:
         move.wait_completed()
-        for engine in move.engines:
-            expect(losses(engine) <= 2, f"{engine.name} paused over and over: {engine.statuses()}")
+        for either in move.engines:
+            expect(losses(either) <= 2, f"{either.name} paused over and over: {either.statuses()}")
         expect(move.destination.query()["postroad"]["faults"] > 0, "the guest did not fault: this proves nothing")
+        said = engine.process.output()
+        expect("this engine stood still for" in said, f"{engine.name} does not say that it stood still: {said}")
         move.expect_guest_sound()
 
 
@@ -157,3 +159,48 @@ def full_disk(lab):
         said = log.read()
     expect("lines of the log are missing here" in said, f"the log does not say what is missing: {said!r}")
     expect("No space left on device" in said, f"the log does not say why: {said!r}")
+
+
+def guest_does_not_answer(lab, side):
+    """The engine says for whom it waits, while it waits; its monitor answers all the time."""
+    move = LightMove(lab)
+    engine = getattr(move, side)
+    word = 'thread "migration": preparing the guest for' if side == "source" else 'thread "load": preparing the guest'
+    with Frozen(getattr(move, f"{side}_guest")):
+        began = time.monotonic()
+        move.start()
+        wait_for(f"{engine.name} says what it waits for", 3, lambda: word in engine.process.output())
+        took = time.monotonic() - began
+        expect(took >= 1, f"it was said after {took:.1f} s, when it might have answered yet")
+        expect(engine.query()["postroad"]["stalls"] == 1, f"it is not counted: {engine.query()['postroad']}")
+        expect("preparing the guest" in engine.hmp("info migrate"), "info migrate does not show it")
+    wait_for("it says that it goes on", 3, lambda: "goes on after" in engine.process.output())
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("guest-that-does-not-answer-is-named-at-the-source")
+def mute_guest_source(lab):
+    guest_does_not_answer(lab, "source")
+
+
+@case("guest-that-does-not-answer-is-named-at-the-destination")
+def mute_guest_destination(lab):
+    guest_does_not_answer(lab, "destination")
+
+
+@case("watchdog-says-nothing-in-a-healthy-migration-with-a-recovery")
+def healthy(lab):
+    move = LightMove(lab)
+    move.slow_down("8M")
+    move.start()
+    move.wait_midway(fraction=0.9)
+    move.network.link_down(1)
+    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+    for engine in move.engines:
+        extras = engine.query()["postroad"]
+        expect(extras["stalls"] == 0, f"{engine.name}: {extras.get('last-stall')}")
+        expect("stood still" not in engine.process.output(), f"{engine.name}: {engine.process.output()}")
