@@ -267,6 +267,7 @@ void pr_migration_await_threads(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
 	end_standbys(m);
+	/* Ended by those threads, whose connections were just shut down. */
 	while (m->n_threads > 0)
 		g_cond_wait(&m->changed, &m->lock);
 	g_mutex_unlock(&m->lock);

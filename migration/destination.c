@@ -587,6 +587,7 @@ static gboolean wait_newcomer(PrMigration *m, PrNewcomer **ret)
 {
 	pr_watch_idle(m->watch);
 	g_mutex_lock(&m->lock);
+	/* Ended by a newcomer, a cancellation, another role, or the end. */
 	while (!m->quit && !m->newcomer && m->sm.role != PR_ROLE_SOURCE &&
 	       m->sm.state != PR_STATE_CANCELLING)
 		g_cond_wait(&m->changed, &m->lock);

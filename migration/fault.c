@@ -411,6 +411,7 @@ static void sleep_until_event(PrFaultThread *self)
 	if (path && !path->ops->arm(path, PR_LANE_URGENT))
 		return;
 	pr_watch_idle(self->watch);
+	/* Ended by a fault, a completion, or a kick. */
 	if (poll(fds, G_N_ELEMENTS(fds), -1) < 0)
 		return;
 	/* Without POLLIN it can only be the end of the guest's address space. */

@@ -105,7 +105,8 @@ struct PrMigration {
 	guint n_threads;      /* that are not joined: they end by themselves and count down */
 	GCancellable *cancel; /* of the current attempt */
 	GPtrArray *records;   /* PrPathRecord*, in order of first use */
-	GThread *owner;	      /* joined by start and free */
+	GThread *owner;	      /* joined by the next one and by free */
+	GThread *before;      /* the last owner, until the next one has joined it */
 	gint64 rate_time[PR_RATE_SAMPLES];
 	uint64_t rate_bytes[PR_RATE_SAMPLES];
 	guint rate_next;

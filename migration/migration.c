@@ -355,6 +355,8 @@ void pr_migration_free(PrMigration *m)
 	 * a newcomer that nobody serves. */
 	if (m->owner)
 		g_thread_join(m->owner);
+	if (m->before)
+		g_thread_join(m->before);
 	pr_migration_await_threads(m);
 	for (guint i = 0; i < m->listeners->len; i++)
 		pr_listener_free(g_ptr_array_index(m->listeners, i));
@@ -501,11 +503,15 @@ static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 	return TRUE;
 }
 
-static gboolean begin_source(PrMigration *m, GError **error)
+/* The last owner of an ended migration may still be closing its connection, which nobody waits for in the main
+ * loop: the new one does. */
+static gboolean begin_source(PrMigration *m, GThread *old, GError **error)
 {
 	g_autoptr(GError) why = NULL;
 
 	g_mutex_lock(&m->lock);
+	if (old)
+		m->before = old;
 	m->owner = pr_thread_try("migration", pr_source_thread, m, &why);
 	gboolean begun = m->owner != NULL;
 	if (!begun) {
@@ -533,12 +539,8 @@ gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, G
 	g_mutex_unlock(&m->lock);
 	if (!done)
 		return FALSE;
-	if (!resume) {
-		/* The last owner of an ended migration has nothing left to do but return. */
-		if (old)
-			g_thread_join(old);
-		done = begin_source(m, error);
-	}
+	if (!resume)
+		done = begin_source(m, old, error);
 	pr_migration_tell(m);
 	return done;
 }

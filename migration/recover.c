@@ -57,6 +57,7 @@ static gboolean ram_resume_prepare(PrMigration *m, PrConn *conn, GError **error)
 			return FALSE;
 	}
 	g_mutex_lock(&m->lock);
+	/* Ended by the last bitmap, or by any failure. */
 	while (is_recovering(m) && m->bitmaps_due > 0)
 		g_cond_wait(&m->changed, &m->lock);
 	gboolean done = !m->failure && m->bitmaps_due == 0;
@@ -104,6 +105,7 @@ static gboolean final_handshake(PrMigration *m, PrConn *conn, GError **error)
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RESUME, NULL, error))
 		return FALSE;
 	g_mutex_lock(&m->lock);
+	/* Ended by RESUME_ACK, or by any failure. */
 	while (is_recovering(m))
 		g_cond_wait(&m->changed, &m->lock);
 	gboolean done = !m->failure;

@@ -37,6 +37,7 @@ static const PrWatchPoint hearing = {"taking a message of the destination", 500}
 static gboolean wait_value(PrMigration *m, const uint32_t *value, uint32_t wanted, GError **error)
 {
 	g_mutex_lock(&m->lock);
+	/* Ended by the PONG, or by any failure, silence among them. */
 	while (!m->failure && *value != wanted)
 		g_cond_wait(&m->changed, &m->lock);
 	gboolean reached = !m->failure;
@@ -608,6 +609,7 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 static void wait_while_active(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
+	/* Ended by a change of state: SHUT, or any failure. */
 	while (m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit)
 		g_cond_wait(&m->changed, &m->lock);
 	g_mutex_unlock(&m->lock);
@@ -689,6 +691,15 @@ static PrConn *recover(PrMigration *m)
 	return NULL;
 }
 
+static void await_last_owner(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	GThread *before = g_steal_pointer(&m->before);
+	g_mutex_unlock(&m->lock);
+	if (before)
+		g_thread_join(before);
+}
+
 gpointer pr_source_thread(gpointer migration)
 {
 	PrMigration *m = migration;
@@ -696,6 +707,8 @@ gpointer pr_source_thread(gpointer migration)
 	PrConn *conn = NULL;
 	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "migration");
 
+	pr_watch_busy(watch, &closing);
+	await_last_owner(m);
 	m->watch = watch;
 	if (!switch_over(m, &conn, &error)) {
 		undo(m, conn, error);

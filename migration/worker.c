@@ -45,6 +45,7 @@ void pr_worker_set_path(PrWorker *worker, PrDataPath *path)
 	g_mutex_lock(&worker->lock);
 	worker->wanted = path;
 	pr_worker_kick(worker);
+	/* Ended by the worker's next round; what it may be blocked in, the caller has shut down. */
 	while (worker->current != path)
 		g_cond_wait(&worker->changed, &worker->lock);
 	g_mutex_unlock(&worker->lock);

@@ -87,8 +87,8 @@ static gboolean write_all(const char *text)
 		ssize_t n = write(the_log.fd, text, left);
 
 		if (n < 0 && errno == EAGAIN) {
-			/* Somebody else has made it non-blocking. It takes more, or fails, or we wait on:
-			 * that is what this thread is for. */
+			/* Somebody else has made it non-blocking. Ended by whoever reads it, or with the
+			 * process: that is what this thread is for. */
 			poll(&(struct pollfd){.fd = the_log.fd, .events = POLLOUT}, 1, -1);
 			continue;
 		}
@@ -153,8 +153,9 @@ static gpointer writer_thread(gpointer opaque)
 
 	g_mutex_lock(&the_log.lock);
 	for (;;) {
+		/* Ended by the next line, or with the process. */
 		while (g_queue_is_empty(&the_log.queue))
-			g_cond_wait(&the_log.changed, &the_log.lock); /* ended by the next line */
+			g_cond_wait(&the_log.changed, &the_log.lock);
 		Entry *entry = g_queue_pop_head(&the_log.queue);
 		the_log.bytes -= entry->text ? strlen(entry->text) : 0;
 		the_log.writing = TRUE;

@@ -196,6 +196,7 @@ static gboolean wait_for_room(PrControl *control)
 	if (control->handshake_deadline)
 		return pr_wait_fd(control->fd, POLLOUT, control->handshake_deadline,
 				  control->cancel) == PR_WAIT_READY;
+	/* Ended by room, or by the end of the channel. */
 	poll(fds, G_N_ELEMENTS(fds), -1);
 	return TRUE;
 }
@@ -210,6 +211,7 @@ static void write_failed(PrControl *control, int code)
 		if (!control->send_error)
 			control->send_error = g_steal_pointer(&reason);
 		signal_fd(control->wake_fd);
+		/* Ended by the reader, which declares the end at its next turn. */
 		while (!control->failure)
 			g_cond_wait(&control->changed, &control->lock);
 	}
@@ -358,6 +360,7 @@ gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
 /* Under the lock, by the deadline (-1: none). */
 static gboolean wait_for_message(PrControl *control, gint64 deadline)
 {
+	/* Ended by a message, or by the end of the channel. */
 	while (g_queue_is_empty(&control->queue) && !(control->failure && control->reported)) {
 		if (deadline < 0)
 			g_cond_wait(&control->changed, &control->lock);

@@ -90,6 +90,7 @@ static gpointer janitor_thread(gpointer opaque)
 		} else if (next) {
 			g_cond_wait_until(&desk->changed, &desk->lock, next);
 		} else {
+			/* Ended by an arrival, or by closing. */
 			g_cond_wait(&desk->changed, &desk->lock);
 		}
 	}

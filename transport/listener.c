@@ -258,6 +258,7 @@ static void end_shakes(PrListener *listener)
 	g_mutex_lock(&listener->lock);
 	while (listener->shakes.length)
 		cancel_oldest_shake(listener);
+	/* Ended by those handshakes, which were just cancelled. */
 	while (listener->n_shakes)
 		g_cond_wait(&listener->changed, &listener->lock);
 	g_mutex_unlock(&listener->lock);
@@ -462,6 +463,7 @@ static Visitor *next_visitor(PrListener *listener)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&listener->lock);
 
+	/* Ended by a visitor, or by stop_threads(). */
 	while (!listener->stopping && g_queue_is_empty(&listener->visitors))
 		g_cond_wait(&listener->changed, &listener->lock);
 	return listener->stopping ? NULL : g_queue_pop_head(&listener->visitors);

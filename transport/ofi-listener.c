@@ -154,6 +154,7 @@ static gpointer listener_thread(gpointer opaque)
 		if (pr_ofi_events_read(&listener->events, &event))
 			take_event(listener, &event);
 		else if (may_sleep(&listener->events))
+			/* Ended by a request, or by the waker when it closes. */
 			poll(&fd, 1, -1);
 	}
 	return NULL;

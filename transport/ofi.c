@@ -192,6 +192,7 @@ static void sleep_for_request(OfiLane *lane)
 			return;
 		sched_yield();
 	}
+	/* Ended by what comes in, or by stop_lanes(). */
 	poll(&fd, 1, -1);
 }
 

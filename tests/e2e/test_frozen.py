@@ -4,6 +4,7 @@
 import contextlib
 import fcntl
 import os
+import struct
 import time
 
 from harness.case import case
@@ -204,3 +205,37 @@ def healthy(lab):
         extras = engine.query()["postroad"]
         expect(extras["stalls"] == 0, f"{engine.name}: {extras.get('last-stall')}")
         expect("stood still" not in engine.process.output(), f"{engine.name}: {engine.process.output()}")
+
+
+YEAR = 365 * 24 * 3600
+
+
+@case("wall-clock-that-jumps-pauses-nobody")
+def clock_jumps(lab):
+    """Both engines' clocks go forth and back by years; nothing that is measured goes by them."""
+    clock = lab.path("clock")
+
+    def jump(seconds):
+        with open(clock, "r+b" if os.path.exists(clock) else "wb") as file:
+            file.write(struct.pack("=q", seconds))
+
+    jump(0)
+    shim = ("env", f"LD_PRELOAD={lab.build_file('libclock-shim.so')}", f"CLOCK_SHIM={clock}")
+    move = LightMove(lab, wrappers=(shim, shim))
+    move.slow_down("4M")
+    move.start()
+    move.wait_midway(fraction=0.95)
+    for seconds in (3600, -3600, 20 * YEAR, -10 * YEAR, 20 * YEAR):
+        jump(seconds)
+        left = move.expect_midway()
+        wait_for("pages come in all the same", 10, lambda before=left: move.destination.remaining() < before - (1 << 20))
+    move.expect_midway()
+    move.full_speed()
+    move.wait_completed()
+    for engine in move.engines:
+        expect(losses(engine) == 0, f"{engine.name} has paused: {engine.statuses()}")
+        total = engine.query()["total-time"]
+        expect(total < 60000, f"{engine.name} says that it took {total} ms")
+        last = next(line for line in engine.process.output().splitlines() if "-> completed" in line)
+        expect(int(last[:4]) >= time.localtime().tm_year + 19, f"the clock did not jump, this proves nothing: {last}")
+    move.expect_guest_sound()
