@@ -15,6 +15,7 @@ typedef struct Reply {
 	PrAgentReply *head;	       /* PR_AGENT_REPLY_MAX bytes, with the regions behind it */
 	int fds[PR_AGENT_REGIONS_MAX]; /* owned, -1: taken */
 	guint n_fds;
+	gboolean truncated; /* we had no room for all descriptors */
 } Reply;
 
 /* A call that waits for its reply; on the stack of its caller. */
@@ -106,6 +107,8 @@ static gboolean reply_valid(const Reply *reply, gsize len)
 		return FALSE;
 	if (len != sizeof(*head) + head->n_regions * sizeof(PrAgentWireRegion))
 		return FALSE;
+	if (reply->truncated)
+		return TRUE;
 	if (head->op == PR_AGENT_REGIONS)
 		return reply->n_fds == head->n_regions;
 	return reply->n_fds <= max_fds && !head->n_regions;
@@ -140,7 +143,8 @@ static Reply *receive(PrAgentClient *client, GError **error)
 			    n < 0 ? ": " : "", n < 0 ? g_strerror(errno) : "");
 		return NULL;
 	}
-	if ((msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || !reply_valid(reply, n)) {
+	reply->truncated = (msg.msg_flags & MSG_CTRUNC) != 0;
+	if ((msg.msg_flags & MSG_TRUNC) || !reply_valid(reply, n)) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
 			    "agent %s: an answer of %zd bytes makes no sense; is this the socket "
 			    "of a Postroad agent of this version?",
@@ -269,6 +273,13 @@ static gboolean reply_ok(PrAgentClient *client, const Reply *reply, GError **err
 
 	g_autofree char *text = NULL;
 
+	if (reply->truncated) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
+			    "agent %s: no room for the descriptors that came with '%s'; raise the "
+			    "engine's limit of open files (ulimit -n)",
+			    client->path, op_name(reply->head->op));
+		return FALSE;
+	}
 	if (reply->head->status == PR_AGENT_OK)
 		return TRUE;
 	/* It goes into the monitor's JSON. */
@@ -403,8 +414,8 @@ PrAgentClient *pr_agent_client_open(const char *path, guint timeout_ms, GError *
 	g_mutex_init(&client->lock);
 	g_mutex_init(&client->telling);
 	g_cond_init(&client->cond);
-	client->reader = g_thread_new("agent-client", reader_thread, client);
-	if (!say_hello(client, error))
+	client->reader = g_thread_try_new("agent-client", reader_thread, client, error);
+	if (!client->reader || !say_hello(client, error))
 		return NULL;
 	return g_steal_pointer(&client);
 }
@@ -415,7 +426,8 @@ void pr_agent_client_free(PrAgentClient *client)
 	client->closing = TRUE;
 	g_mutex_unlock(&client->lock);
 	shutdown(client->fd, SHUT_RDWR);
-	g_thread_join(client->reader);
+	if (client->reader)
+		g_thread_join(client->reader);
 	close(client->fd);
 	g_hash_table_unref(client->calls);
 	g_clear_error(&client->failure);
@@ -546,7 +558,12 @@ static int call_for_fd(PrAgentClient *client, PrAgentOp op, GCancellable *cancel
 
 int pr_agent_client_fault_on(PrAgentClient *client, GError **error)
 {
-	return call_for_fd(client, PR_AGENT_FAULT_ON, NULL, error);
+	int uffd = call_for_fd(client, PR_AGENT_FAULT_ON, NULL, error);
+
+	/* It may be on, and we have nothing to serve the faults with. */
+	if (uffd < 0)
+		call_simple(client, PR_AGENT_FAULT_OFF, NULL);
+	return uffd;
 }
 
 gboolean pr_agent_client_fault_off(PrAgentClient *client, GError **error)

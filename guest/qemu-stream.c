@@ -24,9 +24,10 @@
 #include "guest/json.h"
 #include "guest/kinds.h"
 
-#define FD_NAME	     "postroad"
-#define SAVE_CHUNK   (256 * 1024) /* bytes */
-#define NO_BANDWIDTH (1ll << 50)  /* bytes/s: a limit that does not limit */
+#define FD_NAME	       "postroad"
+#define SAVE_CHUNK     (256 * 1024) /* bytes */
+#define CANCEL_LOOK_MS 20
+#define NO_BANDWIDTH   (1ll << 50) /* bytes/s: a limit that does not limit */
 /* A guest that rewrites its private RAM all the time could keep QEMU from stopping it. */
 #define EARLY_MAX     (64 << 20) /* bytes of device state before the stop */
 #define STOP_AFTER_US G_USEC_PER_SEC
@@ -398,23 +399,20 @@ static JsonObject *uri_arguments(void)
 static gboolean wait_for_socket(int fd, short events, guint64 timeout_ms, GCancellable *cancel,
 				GError **error)
 {
-	GPollFD cancel_poll = {.fd = -1};
-	gboolean has_cancel = cancel && g_cancellable_make_pollfd(cancel, &cancel_poll);
-	struct pollfd polls[2] = {{.fd = fd, .events = events},
-				  {.fd = cancel_poll.fd, .events = POLLIN}};
+	struct pollfd ready = {.fd = fd, .events = events};
+	gint64 deadline = g_get_monotonic_time() + (gint64)timeout_ms * G_TIME_SPAN_MILLISECOND;
 	int n;
 
+	/* Not by GLib's descriptor of the cancellable: that ends the process where there is none left. */
 	do {
-		n = poll(polls, 2, (int)MIN(timeout_ms, G_MAXINT));
-	} while (n < 0 && errno == EINTR);
-	if (has_cancel)
-		g_cancellable_release_fd(cancel);
-	if (g_cancellable_set_error_if_cancelled(cancel, error))
-		return FALSE;
-	if (n == 0)
+		n = poll(&ready, 1, CANCEL_LOOK_MS);
+		if (g_cancellable_set_error_if_cancelled(cancel, error))
+			return FALSE;
+	} while (n <= 0 && g_get_monotonic_time() < deadline);
+	if (n <= 0)
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_TIMEOUT,
 			    "QEMU's device state does not move on");
-	return n != 0;
+	return n > 0;
 }
 
 /* Save */

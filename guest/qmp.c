@@ -455,8 +455,8 @@ PrQmp *pr_qmp_open(const char *path, guint timeout_ms, PrQmpEvent on_event, void
 	g_mutex_init(&qmp->lock);
 	g_mutex_init(&qmp->send_lock);
 	g_cond_init(&qmp->cond);
-	qmp->reader = g_thread_new("qmp", reader_thread, qmp);
-	if (!wait_for_greeting(qmp, error) ||
+	qmp->reader = g_thread_try_new("qmp", reader_thread, qmp, error);
+	if (!qmp->reader || !wait_for_greeting(qmp, error) ||
 	    !pr_qmp_command(qmp, "qmp_capabilities", NULL, -1, error))
 		return NULL;
 	return g_steal_pointer(&qmp);
@@ -475,7 +475,8 @@ void pr_qmp_free(PrQmp *qmp)
 	/* As a source: the loop may not run yet, and would not see a quit of now. */
 	g_source_set_callback(quit, quit_loop, qmp->loop, NULL);
 	g_source_attach(quit, qmp->context);
-	g_thread_join(qmp->reader);
+	if (qmp->reader)
+		g_thread_join(qmp->reader);
 	g_socket_close(qmp->socket, NULL);
 	g_object_unref(qmp->socket);
 	g_main_loop_unref(qmp->loop);

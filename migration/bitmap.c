@@ -8,7 +8,7 @@ static unsigned long word(const unsigned long *map, uint64_t index)
 
 unsigned long *pr_bitmap_new(uint64_t n_bits)
 {
-	return g_new0(unsigned long, pr_bitmap_words(n_bits));
+	return g_try_new0(unsigned long, MAX(pr_bitmap_words(n_bits), 1));
 }
 
 uint64_t pr_bitmap_set(unsigned long *map, uint64_t start, uint64_t n)
@@ -70,7 +70,7 @@ unsigned long *pr_bitmap_snapshot(const unsigned long *map, uint64_t n_bits)
 {
 	unsigned long *copy = pr_bitmap_new(n_bits);
 
-	for (uint64_t i = 0; i < pr_bitmap_words(n_bits); i++)
+	for (uint64_t i = 0; copy && i < pr_bitmap_words(n_bits); i++)
 		copy[i] = word(map, i);
 	return copy;
 }

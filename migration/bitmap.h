@@ -55,6 +55,7 @@ static inline gboolean pr_bitmap_test_and_clear(unsigned long *map, uint64_t bit
 	return (__atomic_fetch_and(&map[bit / PR_LONG_BITS], ~mask, __ATOMIC_SEQ_CST) & mask) != 0;
 }
 
+/* NULL: there is no memory. */
 unsigned long *pr_bitmap_new(uint64_t n_bits);
 /* Sets or clears n bits from `start`; returns how many changed. */
 uint64_t pr_bitmap_set(unsigned long *map, uint64_t start, uint64_t n);

@@ -56,12 +56,13 @@ PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_
 	};
 }
 
-static void start_control(PrConn *conn)
+static gboolean start_control(PrConn *conn, GError **error)
 {
 	const PrParams *params = conn->m->params;
 
-	pr_control_start(conn->control, (guint)pr_param(params, PR_PARAM_HEARTBEAT_INTERVAL),
-			 (guint)pr_param(params, PR_PARAM_HEARTBEAT_TIMEOUT), pr_conn_failed, conn);
+	return pr_control_start(conn->control, (guint)pr_param(params, PR_PARAM_HEARTBEAT_INTERVAL),
+				(guint)pr_param(params, PR_PARAM_HEARTBEAT_TIMEOUT), pr_conn_failed,
+				conn, error);
 }
 
 /* With the lock held: whether there is still a use for it. */
@@ -85,9 +86,13 @@ gboolean pr_conn_publish(PrConn *conn, GError **error)
 	if (go_on)
 		m->conn = conn;
 	g_mutex_unlock(&m->lock);
-	if (go_on)
-		start_control(conn);
-	return go_on;
+	if (!go_on || start_control(conn, error))
+		return go_on;
+	g_mutex_lock(&m->lock);
+	if (m->conn == conn)
+		pr_migration_withdraw(m);
+	g_mutex_unlock(&m->lock);
+	return FALSE;
 }
 
 gboolean pr_conn_adopt(PrConn *conn, GError **error)
@@ -119,9 +124,13 @@ gboolean pr_conn_stand_by(PrConn *conn, GError **error)
 			    pr_state_name(m->sm.state));
 	}
 	g_mutex_unlock(&m->lock);
-	if (wanted)
-		start_control(conn);
-	return wanted;
+	if (!wanted || start_control(conn, error))
+		return wanted;
+	g_mutex_lock(&m->lock);
+	if (conn->standby)
+		pr_conn_unlist(conn);
+	g_mutex_unlock(&m->lock);
+	return FALSE;
 }
 
 void pr_conn_unlist(PrConn *conn)
@@ -224,7 +233,11 @@ void pr_migration_spawn(PrMigration *m, const char *name, GThreadFunc func, gpoi
 	g_mutex_lock(&m->lock);
 	m->n_threads++;
 	g_mutex_unlock(&m->lock);
-	g_thread_unref(g_thread_new(name, func, opaque));
+	GThread *thread = g_thread_try_new(name, func, opaque, NULL);
+	if (thread)
+		g_thread_unref(thread);
+	else
+		func(opaque); /* what nobody needs to wait for is waited for */
 }
 
 void pr_migration_thread_ends(PrMigration *m)
@@ -254,6 +267,7 @@ void pr_migration_await_threads(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
 	end_standbys(m);
+	/* Ended by those threads, whose connections were just shut down. */
 	while (m->n_threads > 0)
 		g_cond_wait(&m->changed, &m->lock);
 	g_mutex_unlock(&m->lock);

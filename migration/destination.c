@@ -18,6 +18,15 @@
 
 #define SHUT_WAIT_MS 5000 /* for the source to close after SHUT */
 
+/* What the load thread is at, and how long that may take; the lengths that users set end it. */
+static const PrWatchPoint carrying_out = {"carrying out a command of the source", 2000};
+static const PrWatchPoint loading = {"loading the device state", 3000};
+static const PrWatchPoint starting = {"starting the guest", 1000};
+static const PrWatchPoint preparing = {"preparing the guest", 1000};
+static const PrWatchPoint accepting = {"waiting for the source's data lanes", 6000};
+static const PrWatchPoint fencing = {"fencing a connection", 3000};
+static const PrWatchPoint tidying = {"turning the fault mode off", 1000};
+
 /* ---- workers' news ---- */
 
 static void send_progress(PrMigration *m, PrConn *conn)
@@ -133,8 +142,8 @@ void pr_destination_use_grants(PrConn *conn)
 
 static gboolean start_workers(PrMigration *m, GError **error)
 {
-	PrFaultHooks fault_hooks = {on_complete, on_broken, m};
-	PrPullHooks pull_hooks = {on_progress, on_complete, on_broken, m};
+	PrFaultHooks fault_hooks = {on_complete, on_broken, m, m->dog};
+	PrPullHooks pull_hooks = {on_progress, on_complete, on_broken, m, m->dog};
 
 	m->uffd = m->guest->ops->fault_on(m->guest, error);
 	if (m->uffd < 0)
@@ -142,8 +151,15 @@ static gboolean start_workers(PrMigration *m, GError **error)
 	/* Now that every access faults, what the memfds held before can go. */
 	if (!pr_ram_punch(m->ram, error))
 		return FALSE;
-	PrFaultThread *faults = pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks);
-	PrPull *pull = pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks);
+	PrFaultThread *faults =
+		pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks, error);
+	PrPull *pull =
+		faults ? pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks, error)
+		       : NULL;
+	if (!pull) {
+		pr_fault_stop(faults);
+		return FALSE;
+	}
 	g_mutex_lock(&m->lock);
 	m->faults = faults;
 	m->pull = pull;
@@ -221,6 +237,7 @@ static gboolean take_packaged(PrMigration *m, PrConn *conn, const PrMsg *msg, GE
 	if (!pr_packaged_decode(msg->body, msg->length, &packaged, error))
 		return FALSE;
 	m->guest_was_running = packaged.guest_running;
+	pr_watch_busy(m->watch, &loading);
 	if (!packaged.last)
 		return m->guest->ops->load_data(m->guest, packaged.data, packaged.length, error);
 	/* The source hands the guest over only after the PONG that answers the PING behind this. */
@@ -243,6 +260,7 @@ void pr_destination_run(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
+	pr_watch_busy(m->watch, &starting);
 	if (m->guest_was_running && !m->guest->ops->run(m->guest, &error))
 		g_critical("the guest has arrived but could not be started, start it by hand: %s",
 			   error->message);
@@ -355,7 +373,9 @@ static void carry_out_commands(PrMigration *m, PrConn *conn)
 {
 	while (!over_for_long(m)) {
 		g_autoptr(GError) error = NULL;
+		pr_watch_idle(m->watch);
 		g_autoptr(PrMsg) msg = pr_control_recv(conn->control, SHUT_WAIT_MS, &error);
+		pr_watch_busy(m->watch, &carrying_out);
 		if (!msg && g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
 			continue;
 		if (!msg || !take_message(m, conn, msg, &error)) {
@@ -368,6 +388,7 @@ static void carry_out_commands(PrMigration *m, PrConn *conn)
 static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error)
 {
 	guint n;
+	pr_watch_busy(m->watch, &preparing);
 	const PrGuestBlock *blocks =
 		m->guest->ops->prepare(m->guest, PR_GUEST_DESTINATION, &n, error);
 	g_autoptr(PrRam) ram = blocks ? pr_ram_new(blocks, n, PR_GUEST_DESTINATION, error) : NULL;
@@ -440,6 +461,7 @@ static gboolean take_over(PrConn *conn, GError **error)
 /* Nothing of this connection touches guest RAM after this. */
 static void fence(PrMigration *m, PrConn *conn)
 {
+	pr_watch_busy(m->watch, &fencing);
 	pr_conn_shutdown(conn);
 	if (m->faults) {
 		pr_fault_detach(m->faults);
@@ -488,6 +510,13 @@ static void turn_away(PrConn *conn, gboolean standby, const GError *why)
 		pr_control_answer(conn->control, &ack, NULL);
 }
 
+static gboolean bring_up(PrConn *conn, PrNewcomer *newcomer, gboolean standby, GError **error)
+{
+	pr_watch_busy(conn->m->watch, &accepting);
+	return standby ? take_over(conn, error)
+		       : pr_destination_accept(conn, newcomer->listener, FALSE, error);
+}
+
 static void serve(PrMigration *m, PrNewcomer *newcomer)
 {
 	g_autoptr(GError) error = NULL;
@@ -505,8 +534,7 @@ static void serve(PrMigration *m, PrNewcomer *newcomer)
 	if (!admit(m, conn, &newcomer->hello, &error)) {
 		turn_away(conn, standby, error);
 		pr_attempt_failed(m, error);
-	} else if (!(standby ? take_over(conn, &error)
-			     : pr_destination_accept(conn, newcomer->listener, FALSE, &error))) {
+	} else if (!bring_up(conn, newcomer, standby, &error)) {
 		pr_attempt_failed(m, error);
 	} else {
 		carry_out_commands(m, conn);
@@ -544,6 +572,7 @@ static void tidy_up(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
+	pr_watch_busy(m->watch, &tidying);
 	stop_workers(m);
 	if (m->uffd >= 0 && !m->guest->ops->fault_off(m->guest, &error))
 		g_warning("turning the fault mode off: %s", error->message);
@@ -556,7 +585,9 @@ static void tidy_up(PrMigration *m)
 /* Waits for something to do. FALSE: the thread's time is over. */
 static gboolean wait_newcomer(PrMigration *m, PrNewcomer **ret)
 {
+	pr_watch_idle(m->watch);
 	g_mutex_lock(&m->lock);
+	/* Ended by a newcomer, a cancellation, another role, or the end. */
 	while (!m->quit && !m->newcomer && m->sm.role != PR_ROLE_SOURCE &&
 	       m->sm.state != PR_STATE_CANCELLING)
 		g_cond_wait(&m->changed, &m->lock);
@@ -570,7 +601,9 @@ gpointer pr_load_thread(gpointer migration)
 {
 	PrMigration *m = migration;
 	PrNewcomer *newcomer;
+	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "load");
 
+	m->watch = watch;
 	while (wait_newcomer(m, &newcomer)) {
 		if (newcomer)
 			serve(m, newcomer);

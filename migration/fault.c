@@ -74,11 +74,14 @@ struct PrFaultThread {
 	PrReadaheadRun plans[MAX_PLANS]; /* to be read ahead, oldest first */
 	guint n_plans;
 	uint64_t ahead_pages; /* on their way */
+	PrWatch *watch;
 	gboolean uffd_dead;
 	gboolean broken;
 
 	PrFaultStats stats; /* written by the thread, atomic */
 };
+
+static const PrWatchPoint serving = {"serving faults", 500};
 
 static gint64 now_ns(void)
 {
@@ -407,6 +410,8 @@ static void sleep_until_event(PrFaultThread *self)
 
 	if (path && !path->ops->arm(path, PR_LANE_URGENT))
 		return;
+	pr_watch_idle(self->watch);
+	/* Ended by a fault, a completion, or a kick. */
 	if (poll(fds, G_N_ELEMENTS(fds), -1) < 0)
 		return;
 	/* Without POLLIN it can only be the end of the guest's address space. */
@@ -440,8 +445,11 @@ static gpointer fault_thread(gpointer opaque)
 {
 	PrFaultThread *self = opaque;
 	gint64 busy_ns = now_ns();
+	g_autoptr(PrWatch) watch = pr_watch_new(self->hooks.dog, "fault");
 
-	for (;;) {
+	self->watch = watch;
+	for (gint64 now = busy_ns;;) {
+		pr_watch_busy_at(watch, &serving, now / 1000);
 		if (pr_worker_was_kicked(&self->worker) && !obey(self))
 			return NULL;
 		guint completions = take_completions(self), faults = take_faults(self);
@@ -449,19 +457,19 @@ static gpointer fault_thread(gpointer opaque)
 		/* A short batch was all that there was to read. */
 		if (faults < BATCH && self->n_plans > 0)
 			read_ahead(self);
-		gint64 now = now_ns();
+		now = now_ns();
 		if (work > 0)
 			busy_ns = now;
 		gint64 spin_ns = (gint64)pr_param(self->params, PR_PARAM_FAULT_SPIN) * 1000;
 		if (work == 0 && now - busy_ns > spin_ns)
-			sleep_until_event(self);
+			sleep_until_event(self), now = now_ns();
 		else if (work == 0)
 			sched_yield(); /* to a vCPU or a source on the same core */
 	}
 }
 
 PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
-			      const PrFaultHooks *hooks)
+			      const PrFaultHooks *hooks, GError **error)
 {
 	PrFaultThread *self = g_new0(PrFaultThread, 1);
 
@@ -470,8 +478,10 @@ PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const Pr
 	self->times = times;
 	self->params = params;
 	self->hooks = *hooks;
-	pr_worker_start(&self->worker, "fault", fault_thread, self);
-	return self;
+	if (pr_worker_start(&self->worker, "fault", fault_thread, self, error))
+		return self;
+	g_free(self);
+	return NULL;
 }
 
 void pr_fault_attach(PrFaultThread *self, PrDataPath *path)

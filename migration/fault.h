@@ -7,6 +7,7 @@
 #include "migration/params.h"
 #include "migration/ram.h"
 #include "transport/transport.h"
+#include "transport/watch.h"
 
 typedef struct PrFaultThread PrFaultThread;
 
@@ -16,6 +17,7 @@ typedef struct PrFaultHooks {
 	/* The guest or the kernel failed us; once. From the fault thread, which goes on. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;
+	PrWatchdog *dog;
 } PrFaultHooks;
 
 typedef struct PrFaultStats {
@@ -31,7 +33,7 @@ typedef struct PrFaultStats {
 /* Starts the thread, with no path. uffd, ram, times and params outlive it; the thread is the one that
  * writes to times. */
 PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
-			      const PrFaultHooks *hooks);
+			      const PrFaultHooks *hooks, GError **error);
 /* Gives it a path: its urgent lane is the fault thread's from now on; every fault that still waits is
  * asked for again. */
 void pr_fault_attach(PrFaultThread *self, PrDataPath *path);

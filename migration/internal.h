@@ -21,6 +21,7 @@
 #include "transport/crowd.h"
 #include "transport/health.h"
 #include "transport/transport.h"
+#include "transport/watch.h"
 
 /*
  * One incarnation of the connection. Either the one in use: made, published in PrMigration.conn, and freed
@@ -83,6 +84,9 @@ struct PrMigration {
 	PrParams *params;
 	PrMigrationHooks hooks;
 	PrSecurity security;
+	PrWatchdog *dog;
+
+	PrWatch *watch; /* the owner's, which alone uses it; no lock */
 
 	PrQuiet refusals; /* has its own lock */
 	GMutex pull_lock; /* for stripe.c and for ending the pull threads; taken before `lock` */
@@ -103,7 +107,8 @@ struct PrMigration {
 	guint n_threads;      /* that are not joined: they end by themselves and count down */
 	GCancellable *cancel; /* of the current attempt */
 	GPtrArray *records;   /* PrPathRecord*, in order of first use */
-	GThread *owner;	      /* joined by start and free */
+	GThread *owner;	      /* joined by the next one and by free */
+	GThread *before;      /* the last owner, until the next one has joined it */
 	gint64 rate_time[PR_RATE_SAMPLES];
 	uint64_t rate_bytes[PR_RATE_SAMPLES];
 	guint rate_next;

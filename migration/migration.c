@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "migration/internal.h"
+#include "transport/spare.h"
 
 G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 
@@ -313,8 +314,15 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 	m->keepers = g_ptr_array_new();
 	m->cancel = g_cancellable_new();
 	m->uffd = -1;
+	m->dog = pr_watchdog_new();
+	pr_watchdog_start(m->dog);
 	guest->ops->on_death(guest, guest_died, m);
 	return m;
+}
+
+PrWatchdog *pr_migration_watchdog(PrMigration *m)
+{
+	return m->dog;
 }
 
 void pr_migration_secure(PrMigration *m, const PrSecurity *security)
@@ -348,12 +356,15 @@ void pr_migration_free(PrMigration *m)
 	 * a newcomer that nobody serves. */
 	if (m->owner)
 		g_thread_join(m->owner);
+	if (m->before)
+		g_thread_join(m->before);
 	pr_migration_await_threads(m);
 	for (guint i = 0; i < m->listeners->len; i++)
 		pr_listener_free(g_ptr_array_index(m->listeners, i));
 	m->guest->ops->on_death(m->guest, NULL, NULL);
 	pr_newcomer_free(m->newcomer);
 	pr_migration_await_threads(m);
+	pr_watchdog_free(m->dog);
 	pr_ram_free(m->ram);
 	pr_blocktime_free(m->times);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);
@@ -494,6 +505,30 @@ static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 	return TRUE;
 }
 
+/* The last owner of an ended migration may still be closing its connection, which nobody waits for in the main
+ * loop: the new one does. */
+static gboolean begin_source(PrMigration *m, GThread *old, GError **error)
+{
+	g_autoptr(GError) why = NULL;
+
+	g_mutex_lock(&m->lock);
+	if (old)
+		m->before = old;
+	m->owner = pr_thread_try("migration", pr_source_thread, m, &why);
+	gboolean begun = m->owner != NULL;
+	if (!begun) {
+		g_autoptr(GError) failure = g_error_new_literal(
+			PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM, why->message);
+
+		pr_migration_failed_locked(m, failure);
+		pr_migration_step_locked(m, PR_EVENT_CLEANED_UP, PR_ROLE_SOURCE,
+					 "the guest runs on at the source");
+		g_propagate_error(error, g_steal_pointer(&failure));
+	}
+	g_mutex_unlock(&m->lock);
+	return begun;
+}
+
 gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, GError **error)
 {
 	g_autoptr(GPtrArray) uris = parse_uris(text, /* listening= */ FALSE, error);
@@ -506,16 +541,10 @@ gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, G
 	g_mutex_unlock(&m->lock);
 	if (!done)
 		return FALSE;
-	if (!resume) {
-		/* The last owner of an ended migration has nothing left to do but return. */
-		if (old)
-			g_thread_join(old);
-		g_mutex_lock(&m->lock);
-		m->owner = g_thread_new("migration", pr_source_thread, m);
-		g_mutex_unlock(&m->lock);
-	}
+	if (!resume)
+		done = begin_source(m, old, error);
 	pr_migration_tell(m);
-	return TRUE;
+	return done;
 }
 
 static gboolean add_listener(PrMigration *m, const PrUri *uri, GError **error)
@@ -563,7 +592,8 @@ gboolean pr_migration_incoming(PrMigration *m, const char *text, GError **error)
 					: "it is only for a side that has done nothing yet",
 				error);
 	else if (!m->owner)
-		m->owner = g_thread_new("load", pr_load_thread, m);
+		m->owner = pr_thread_try("load", pr_load_thread, m, error);
+	fresh = fresh && m->owner;
 	g_mutex_unlock(&m->lock);
 	return fresh && add_listeners(m, text, error);
 }

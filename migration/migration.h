@@ -89,6 +89,9 @@ typedef struct PrMigrationInfo {
 	PrBlocktimeInfo blocktime; /* threads NULL: nothing known yet */
 
 	GPtrArray *paths; /* PrPathInfo */
+
+	uint64_t stalls;  /* how often a thread was longer at one point than it should */
+	char *last_stall; /* NULL: never */
 } PrMigrationInfo;
 void pr_migration_info_clear(PrMigrationInfo *info);
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PrMigrationInfo, pr_migration_info_clear)
@@ -108,6 +111,8 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
  * side, joins all threads. */
 void pr_migration_free(PrMigration *migration);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrMigration, pr_migration_free)
+/* That looks after its threads; of use for others, which have to have freed their watches before. */
+struct PrWatchdog *pr_migration_watchdog(PrMigration *migration);
 /* Before the first command; without it connections are plain, and come in from this host only. */
 void pr_migration_secure(PrMigration *migration, const PrSecurity *security);
 

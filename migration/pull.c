@@ -95,7 +95,10 @@ struct PrPullThread {
 	gboolean path_dead; /* it refused a READ: wait to be detached */
 	gint64 allowed_us;  /* the limiter's word, as last heard */
 	gint64 reported_us; /* the last progress hook */
+	PrWatch *watch;
 };
+
+static const PrWatchPoint pulling = {"pulling pages", 500};
 
 static gboolean is_stripe(const PrPullThread *self)
 {
@@ -363,6 +366,7 @@ static void sleep_until_event(PrPullThread *self, gint64 now)
 		if (!path->ops->arm(path, PR_LANE_BULK))
 			return;
 	}
+	pr_watch_idle(self->watch);
 	poll(fds, G_N_ELEMENTS(fds), sleep_ms(self, now));
 }
 
@@ -388,11 +392,15 @@ static gboolean obey(PrPullThread *self)
 static gpointer pull_thread(gpointer opaque)
 {
 	PrPullThread *self = opaque;
+	g_autoptr(PrWatch) watch =
+		pr_watch_new(self->pull->hooks.dog, is_stripe(self) ? "stripe" : "pull");
 
+	self->watch = watch;
 	for (;;) {
+		gint64 now = g_get_monotonic_time();
+		pr_watch_busy_at(watch, &pulling, now);
 		if (pr_worker_was_kicked(&self->worker) && !obey(self))
 			return NULL;
-		gint64 now = g_get_monotonic_time();
 		guint work = 0;
 		if (self->worker.current) {
 			work = take_completions(self);
@@ -404,7 +412,15 @@ static gpointer pull_thread(gpointer opaque)
 	}
 }
 
-static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes)
+static void thread_free(gpointer opaque)
+{
+	PrPullThread *self = opaque;
+
+	g_array_unref(self->claims);
+	g_free(self);
+}
+
+static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes, GError **error)
 {
 	PrPullThread *self = g_new0(PrPullThread, 1);
 
@@ -412,7 +428,11 @@ static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes)
 	self->id = id;
 	self->bytes = bytes;
 	self->claims = g_array_new(FALSE, FALSE, sizeof(Claim));
-	pr_worker_start(&self->worker, id == 0 ? "pull" : "stripe", pull_thread, self);
+	if (!pr_worker_start(&self->worker, id == 0 ? "pull" : "stripe", pull_thread, self,
+			     error)) {
+		thread_free(self);
+		return NULL;
+	}
 	/* From now on it may be kicked. */
 	g_mutex_lock(&pull->lock);
 	g_ptr_array_add(pull->threads, self);
@@ -431,16 +451,8 @@ static void end(PrPullThread *self)
 		pr_worker_stop(&self->worker);
 }
 
-static void thread_free(gpointer opaque)
-{
-	PrPullThread *self = opaque;
-
-	g_array_unref(self->claims);
-	g_free(self);
-}
-
 PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
-		      const PrPullHooks *hooks)
+		      const PrPullHooks *hooks, GError **error)
 {
 	PrPull *pull = g_new0(PrPull, 1);
 
@@ -453,8 +465,11 @@ PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThrea
 	g_mutex_init(&pull->lock);
 	g_cond_init(&pull->idle);
 	pull->threads = g_ptr_array_new_with_free_func(thread_free);
-	pull->first = thread_new(pull, 0, NULL);
-	return pull;
+	pull->first = thread_new(pull, 0, NULL, error);
+	if (pull->first)
+		return pull;
+	pr_pull_unref(pull);
+	return NULL;
 }
 
 /* With the lock held: there may be something to do for them. */
@@ -554,10 +569,12 @@ gboolean pr_pull_wants_stripe(PrPull *pull, PrDataPath *path)
 	return wanted;
 }
 
-guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes)
+guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes, GError **error)
 {
-	PrPullThread *self = thread_new(pull, ++pull->last_id, bytes);
+	PrPullThread *self = thread_new(pull, ++pull->last_id, bytes, error);
 
+	if (!self)
+		return 0;
 	pr_worker_set_path(&self->worker, path);
 	return self->id;
 }

@@ -6,6 +6,7 @@
 #include "migration/params.h"
 #include "migration/ram.h"
 #include "transport/transport.h"
+#include "transport/watch.h"
 
 typedef struct PrPull PrPull;
 
@@ -18,11 +19,12 @@ typedef struct PrPullHooks {
 	/* The guest or the kernel failed us; once. From a pull thread, which goes on. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;
+	PrWatchdog *dog;
 } PrPullHooks;
 
 /* Starts the first thread, with no path. All arguments outlive it. */
 PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
-		      const PrPullHooks *hooks);
+		      const PrPullHooks *hooks, GError **error);
 /* As pr_fault_attach() and pr_fault_detach(), for the bulk lane of the path in use. Without one the stripes post
  * nothing. */
 void pr_pull_attach(PrPull *pull, PrDataPath *path);
@@ -46,7 +48,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrPull, pr_pull_unref)
 /* Whether there is a path in use, of the same kind, and capability multi-rail is on. */
 gboolean pr_pull_wants_stripe(PrPull *pull, PrDataPath *path);
 /* The path's bulk lane is the stripe's from now on. Adds to *bytes, atomically, what it pulls. Returns its id. */
-guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes);
+guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes, GError **error);
 /* FALSE: READs are outstanding, and for so long none has come back. */
 gboolean pr_pull_stripe_moves(PrPull *pull, guint id, gint64 within_us);
 /* Lets it post no more and waits for what is outstanding. FALSE: not every page has come in. */

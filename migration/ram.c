@@ -108,6 +108,11 @@ static gboolean make_state(PrRam *ram, GError **error)
 		block->received = (unsigned long *)(ram->state_map + offsets[i]);
 		block->inflight = pr_bitmap_new(block->n_pages);
 		block->waiting = pr_bitmap_new(block->n_pages);
+		if (!block->inflight || !block->waiting) {
+			errno = ENOMEM;
+			set_system_error(error, "its bitmaps", block->idstr);
+			return FALSE;
+		}
 	}
 	return TRUE;
 }
@@ -131,6 +136,11 @@ PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError 
 		ram->page_size_summary |= block->page_size;
 		if (role == PR_GUEST_SOURCE) {
 			block->dirty = pr_bitmap_new(block->n_pages);
+			if (!block->dirty) {
+				errno = ENOMEM;
+				set_system_error(error, "its dirty bitmap", block->idstr);
+				return NULL;
+			}
 			pr_bitmap_set(block->dirty, 0, block->n_pages);
 		}
 	}

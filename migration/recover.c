@@ -30,6 +30,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "transport/spare.h"
 
 typedef struct ResumeHandler {
 	const char *name;
@@ -56,6 +57,7 @@ static gboolean ram_resume_prepare(PrMigration *m, PrConn *conn, GError **error)
 			return FALSE;
 	}
 	g_mutex_lock(&m->lock);
+	/* Ended by the last bitmap, or by any failure. */
 	while (is_recovering(m) && m->bitmaps_due > 0)
 		g_cond_wait(&m->changed, &m->lock);
 	gboolean done = !m->failure && m->bitmaps_due == 0;
@@ -103,6 +105,7 @@ static gboolean final_handshake(PrMigration *m, PrConn *conn, GError **error)
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RESUME, NULL, error))
 		return FALSE;
 	g_mutex_lock(&m->lock);
+	/* Ended by RESUME_ACK, or by any failure. */
 	while (is_recovering(m))
 		g_cond_wait(&m->changed, &m->lock);
 	gboolean done = !m->failure;
@@ -143,6 +146,10 @@ gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *m
 	}
 	/* Stripes go on placing pages, and the encoder looks more than once. */
 	g_autofree unsigned long *received = pr_bitmap_snapshot(block->received, block->n_pages);
+	/* The encoded one and, if it is compressed, what it is compressed from. */
+	gsize bytes = 3 * pr_bitmap_words(block->n_pages) * sizeof(unsigned long);
+	if (!pr_spare_memory(received ? bytes : G_MAXSSIZE, "a received bitmap", error))
+		return FALSE;
 	uint16_t type = pr_recv_bitmap_encode(body, idstr, received, block->n_pages,
 					      (conn->peer_can & PR_HELLO_CAN_ZSTD) != 0);
 	return pr_send(conn, type, body, error);

@@ -14,15 +14,30 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "transport/spare.h"
 
 #define BACKOFF_MIN_US	   (100 * 1000) /* between automatic recoveries, doubling */
 #define BACKOFF_MAX_US	   (2 * G_USEC_PER_SEC)
 #define CAPABILITY_LOOK_US (200 * 1000) /* between two looks whether auto-recover was switched on */
 
+/* What the migration thread is at, and how long that may take; the lengths that users set end it. */
+static const PrWatchPoint preparing = {"preparing the guest", 1000};
+static const PrWatchPoint connecting = {"connecting", 15000};
+static const PrWatchPoint awaiting = {"waiting for the destination", 3000};
+static const PrWatchPoint stopping = {"stopping the guest", 1000};
+static const PrWatchPoint telling = {"telling the destination where guest RAM is", 2000};
+static const PrWatchPoint saving = {"saving the device state", 2000};
+static const PrWatchPoint resuming = {"letting the guest run on", 1000};
+static const PrWatchPoint exchanging = {"exchanging what has arrived", 3000};
+static const PrWatchPoint closing = {"closing a connection", 3000};
+
+static const PrWatchPoint hearing = {"taking a message of the destination", 500};
+
 /* Waits with the lock held until `*value` is `wanted` or the attempt has failed. */
 static gboolean wait_value(PrMigration *m, const uint32_t *value, uint32_t wanted, GError **error)
 {
 	g_mutex_lock(&m->lock);
+	/* Ended by the PONG, or by any failure, silence among them. */
 	while (!m->failure && *value != wanted)
 		g_cond_wait(&m->changed, &m->lock);
 	gboolean reached = !m->failure;
@@ -123,10 +138,13 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 static gpointer return_path_thread(gpointer opaque)
 {
 	PrConn *conn = opaque;
+	g_autoptr(PrWatch) watch = pr_watch_new(conn->m->dog, "return-path");
 
 	for (;;) {
 		g_autoptr(GError) error = NULL;
+		pr_watch_idle(watch);
 		g_autoptr(PrMsg) msg = pr_control_recv(conn->control, G_MAXUINT, &error);
+		pr_watch_busy(watch, &hearing);
 		if (!msg || !take_message(conn, msg, &error)) {
 			pr_conn_failed(error, conn);
 			return NULL;
@@ -202,8 +220,8 @@ static gboolean open_lanes(PrConn *conn, uint16_t data_port, GError **error)
 
 	if (!path || !pr_conn_set_path(conn, path, error))
 		return FALSE;
-	conn->return_path = g_thread_new("return-path", return_path_thread, conn);
-	return TRUE;
+	conn->return_path = pr_thread_try("return-path", return_path_thread, conn, error);
+	return conn->return_path != NULL;
 }
 
 static gboolean admit(PrConn *conn, PrResume resume, GError **error)
@@ -321,6 +339,7 @@ static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **err
 
 	*ret_completed = FALSE;
 	for (guint i = 0; i < uris->len; i++) {
+		pr_watch_busy(m->watch, &connecting);
 		const PrUri *uri = g_ptr_array_index(uris, i);
 		g_autoptr(GError) why = NULL;
 		gboolean anew = i >= n_standbys;
@@ -346,6 +365,8 @@ static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **err
 static gboolean prepare_guest(PrMigration *m, GError **error)
 {
 	guint n;
+
+	pr_watch_busy(m->watch, &preparing);
 	const PrGuestBlock *blocks = m->guest->ops->prepare(m->guest, PR_GUEST_SOURCE, &n, error);
 	PrRam *ram = blocks ? pr_ram_new(blocks, n, PR_GUEST_SOURCE, error) : NULL;
 
@@ -379,6 +400,7 @@ static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
+	pr_watch_busy(m->watch, &awaiting);
 	pr_advise_encode(body, m->ram->page_size_summary, PR_TARGET_PAGE);
 	return pr_send(conn, PR_CMD_POSTCOPY_ADVISE, body, error) &&
 	       pr_source_ping(conn, PR_PING_READY, error) && prepare_state(m, error) &&
@@ -412,6 +434,7 @@ static void log_downtime(const Downtime *times)
 
 static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **error)
 {
+	pr_watch_busy(m->watch, &stopping);
 	if (!pr_migration_step(m, PR_EVENT_STOP, "stopping the guest", error) ||
 	    !m->guest->ops->stop(m->guest, ret_was_running, error))
 		return FALSE;
@@ -461,14 +484,15 @@ static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_teller, GEr
 {
 	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
 
+	pr_watch_busy(m->watch, &telling);
 	if (!send_grants(conn, grants, error) || !check_attempt(m, error))
 		return FALSE;
 	if (!covers_holes(m, grants)) {
 		m->holes_told = pr_source_tell_ungranted(m, conn, grants, error);
 		return m->holes_told;
 	}
-	*ret_teller = g_thread_new("holes", hole_thread, conn);
-	return TRUE;
+	*ret_teller = pr_thread_try("holes", hole_thread, conn, error);
+	return *ret_teller != NULL;
 }
 
 typedef struct Package {
@@ -507,6 +531,8 @@ static gboolean send_device_state(PrMigration *m, PrConn *conn, gboolean was_run
 				  Downtime *times, GError **error)
 {
 	Package package = {.conn = conn, .was_running = was_running};
+
+	pr_watch_busy(m->watch, &saving);
 	gboolean ok = pr_send(conn, PR_CMD_POSTCOPY_LISTEN, NULL, error) &&
 		      m->guest->ops->save(m->guest, m->cancel, send_state, &package, error) &&
 		      send_chunk(&package, /* last= */ TRUE, NULL, 0, error) &&
@@ -574,8 +600,10 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 	g_autoptr(GError) error = NULL;
 
 	pr_attempt_failed(m, why);
+	pr_watch_busy(m->watch, &closing);
 	if (conn)
 		pr_conn_close(conn);
+	pr_watch_busy(m->watch, &resuming);
 	if (!m->guest->ops->resume(m->guest, &error))
 		g_critical("the guest could not be resumed: %s", error->message);
 	pr_migration_step(m, PR_EVENT_CLEANED_UP,
@@ -587,6 +615,7 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 static void wait_while_active(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
+	/* Ended by a change of state: SHUT, or any failure. */
 	while (m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit)
 		g_cond_wait(&m->changed, &m->lock);
 	g_mutex_unlock(&m->lock);
@@ -658,6 +687,7 @@ static PrConn *recover(PrMigration *m)
 		pr_migration_step(m, PR_EVENT_SHUT, "the destination had every page already", NULL);
 		return NULL;
 	}
+	pr_watch_busy(m->watch, &exchanging);
 	if (conn && (conn->granted || pr_source_send_grants(conn, &error)) &&
 	    tell_rest(m, conn, &error) && pr_source_recover(m, conn, &error))
 		return conn;
@@ -667,12 +697,25 @@ static PrConn *recover(PrMigration *m)
 	return NULL;
 }
 
+static void await_last_owner(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	GThread *before = g_steal_pointer(&m->before);
+	g_mutex_unlock(&m->lock);
+	if (before)
+		g_thread_join(before);
+}
+
 gpointer pr_source_thread(gpointer migration)
 {
 	PrMigration *m = migration;
 	g_autoptr(GError) error = NULL;
 	PrConn *conn = NULL;
+	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "migration");
 
+	pr_watch_busy(watch, &closing);
+	await_last_owner(m);
+	m->watch = watch;
 	if (!switch_over(m, &conn, &error)) {
 		undo(m, conn, error);
 		return NULL;
@@ -681,13 +724,19 @@ gpointer pr_source_thread(gpointer migration)
 		if (conn) {
 			attempts = 0;
 			pr_standby_keep(m);
+			/* From here on it is for the destination to get on; a channel that takes nothing is
+			 * silent, too. */
+			pr_watch_idle(watch);
 			if (pr_capability(m->params, PR_CAP_ZERO_PAGES))
 				pr_source_tell_zero_pages(m, conn);
 			wait_while_active(m);
+			pr_watch_busy(watch, &closing);
 			pr_conn_close(conn);
 		}
+		pr_watch_idle(watch);
 		wait_for_recovery(m, attempts);
 		if (is_over(m)) {
+			pr_watch_busy(watch, &closing);
 			pr_standby_stop(m);
 			return NULL;
 		}

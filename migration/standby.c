@@ -24,6 +24,7 @@
 #include <string.h>
 
 #include "migration/internal.h"
+#include "transport/spare.h"
 
 #define LOOK_US	     (200 * 1000) /* between two looks whether standbys are still wanted */
 #define STANDBYS_MAX 16		  /* that a source may have here */
@@ -177,6 +178,13 @@ static void add_keeper(PrMigration *m, const PrUri *uri)
 	g_ptr_array_add(m->keepers, keeper);
 }
 
+static void keeper_free(PrKeeper *keeper)
+{
+	g_object_unref(keeper->cancel);
+	pr_uri_free(keeper->uri);
+	g_free(keeper);
+}
+
 void pr_standby_keep(PrMigration *m)
 {
 	guint first = m->keepers->len;
@@ -186,10 +194,19 @@ void pr_standby_keep(PrMigration *m)
 		if (!has_keeper(m, m->uris->pdata[i]))
 			add_keeper(m, m->uris->pdata[i]);
 	g_mutex_unlock(&m->lock);
-	for (guint i = first; i < m->keepers->len; i++) {
+	for (guint i = first; i < m->keepers->len;) {
 		PrKeeper *keeper = m->keepers->pdata[i];
+		g_autoptr(GError) error = NULL;
 
-		keeper->thread = g_thread_new("standby", keeper_thread, keeper);
+		keeper->thread = pr_thread_try("standby", keeper_thread, keeper, &error);
+		if (keeper->thread) {
+			i++;
+			continue;
+		}
+		/* After the next recovery it is tried again. */
+		g_warning("path %s: no standby: %s", keeper->uri->text, error->message);
+		keeper_free(keeper);
+		g_ptr_array_remove_index(m->keepers, i);
 	}
 }
 
@@ -207,9 +224,7 @@ void pr_standby_stop(PrMigration *m)
 		PrKeeper *keeper = m->keepers->pdata[i];
 
 		g_thread_join(keeper->thread);
-		g_object_unref(keeper->cancel);
-		pr_uri_free(keeper->uri);
-		g_free(keeper);
+		keeper_free(keeper);
 	}
 	g_ptr_array_set_size(m->keepers, 0);
 }
@@ -597,6 +612,7 @@ void pr_standby_admit(PrMigration *m, PrControl *control, const PrHello *hello,
 {
 	g_autofree char *name = pr_destination_path_name(control, listener);
 	PrHelloAck ack = {.status = PR_HELLO_OK};
+	g_autoptr(GError) error = NULL;
 
 	g_mutex_lock(&m->lock);
 	judge(m, hello, &ack);
@@ -615,5 +631,14 @@ void pr_standby_admit(PrMigration *m, PrControl *control, const PrHello *hello,
 	self->conn = pr_conn_new(m, pr_listener_uri(listener), name, hello->epoch);
 	self->conn->control = control;
 	self->conn->cancel = g_cancellable_new();
-	g_thread_unref(g_thread_new("standby", standby_thread, self));
+	GThread *thread = pr_thread_try("standby", standby_thread, self, &error);
+	if (thread) {
+		g_thread_unref(thread);
+		return;
+	}
+	pr_refuse(&ack, "%s", error->message);
+	pr_control_answer(control, &ack, NULL);
+	pr_conn_free(self->conn);
+	standby_free(self);
+	pr_migration_thread_ends(m);
 }

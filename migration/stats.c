@@ -204,12 +204,14 @@ void pr_migration_query(PrMigration *m, PrMigrationInfo *ret)
 	query_ram(m, ret, now);
 	query_paths(m, ret, now);
 	g_mutex_unlock(&m->lock);
+	ret->stalls = pr_watchdog_stalls(m->dog, &ret->last_stall);
 }
 
 void pr_migration_info_clear(PrMigrationInfo *info)
 {
 	g_free(info->reason);
 	g_free(info->error_desc);
+	g_free(info->last_stall);
 	g_clear_pointer(&info->paths, g_ptr_array_unref);
 	g_clear_pointer(&info->blocktime.threads, g_array_unref);
 	memset(info, 0, sizeof(*info));

@@ -63,8 +63,15 @@ void pr_stripe_begin(PrConn *conn)
 	g_mutex_lock(&m->pull_lock);
 	PrPull *pull = pull_of(m);
 	if (pull && pr_pull_wants_stripe(pull, conn->path)) {
-		set_stripe(conn, pr_pull_add_stripe(pull, conn->path, bytes));
-		g_info("path %s: pulls, too", conn->name);
+		g_autoptr(GError) error = NULL;
+		guint id = pr_pull_add_stripe(pull, conn->path, bytes, &error);
+
+		if (id != 0) {
+			set_stripe(conn, id);
+			g_info("path %s: pulls, too", conn->name);
+		} else {
+			g_info("path %s: can't pull along: %s", conn->name, error->message);
+		}
 	}
 	g_mutex_unlock(&m->pull_lock);
 }

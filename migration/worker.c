@@ -5,14 +5,28 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-void pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, gpointer opaque)
+#include "transport/spare.h"
+
+gboolean pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, gpointer opaque,
+			 GError **error)
 {
 	worker->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (worker->wake_fd < 0)
-		g_error("eventfd for the %s thread: %s", name, g_strerror(errno));
+	if (worker->wake_fd < 0) {
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+			    "no eventfd for the %s thread: %s; raise the engine's limit of open "
+			    "files (ulimit -n)",
+			    name, g_strerror(errno));
+		return FALSE;
+	}
 	g_mutex_init(&worker->lock);
 	g_cond_init(&worker->changed);
-	worker->thread = g_thread_new(name, func, opaque);
+	worker->thread = pr_thread_try(name, func, opaque, error);
+	if (!worker->thread) {
+		g_mutex_clear(&worker->lock);
+		g_cond_clear(&worker->changed);
+		close(worker->wake_fd);
+	}
+	return worker->thread != NULL;
 }
 
 void pr_worker_kick(PrWorker *worker)
@@ -31,6 +45,7 @@ void pr_worker_set_path(PrWorker *worker, PrDataPath *path)
 	g_mutex_lock(&worker->lock);
 	worker->wanted = path;
 	pr_worker_kick(worker);
+	/* Ended by the worker's next round; what it may be blocked in, the caller has shut down. */
 	while (worker->current != path)
 		g_cond_wait(&worker->changed, &worker->lock);
 	g_mutex_unlock(&worker->lock);

@@ -20,7 +20,8 @@ typedef struct PrWorker {
 	gboolean stop;
 } PrWorker;
 
-void pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, gpointer opaque);
+gboolean pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, gpointer opaque,
+			 GError **error);
 /* NULL detaches. Returns when the worker uses the new path, and no longer the old one. */
 void pr_worker_set_path(PrWorker *worker, PrDataPath *path);
 void pr_worker_kick(PrWorker *worker);

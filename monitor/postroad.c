@@ -13,12 +13,15 @@
 #include "guest/guest.h"
 #include "migration/migration.h"
 #include "monitor/log.h"
+#include "monitor/loop-watch.h"
 #include "monitor/monitor.h"
 #include "monitor/sandbox.h"
+#include "transport/spare.h"
 #include "transport/tls.h"
 #include "transport/transport.h"
 
-#define EXIT_USAGE 2
+#define EXIT_USAGE    2
+#define LAST_WORDS_MS 1000 /* that the end waits for whoever reads the log */
 
 typedef struct Options {
 	char *guest;
@@ -329,7 +332,9 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 		return FALSE;
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);
+	pr_loop_watch(pr_migration_watchdog(migration), g_main_context_default());
 	g_main_loop_run(engine->loop);
+	pr_loop_watch(NULL, g_main_context_default());
 	return TRUE;
 }
 
@@ -398,21 +403,26 @@ int main(int argc, char **argv)
 		fprintf(stderr, "postroad: %s; see postroad --help\n", error->message);
 		return EXIT_USAGE;
 	}
-	pr_log_start(level);
+	if (!pr_log_start(level, STDERR_FILENO, &error)) {
+		fprintf(stderr, "postroad: no thread for the log: %s\n", error->message);
+		return 1;
+	}
 	prepare_process();
 	engine.sandbox = (PrSandbox){.user = options.user,
 				     .group = options.group,
 				     .filter = g_strcmp0(options.sandbox, "off") != 0};
-	if (!pr_sandbox_prepare(&engine.sandbox, &error)) {
-		fprintf(stderr, "postroad: %s\n", error->message);
+	if (!pr_sandbox_prepare(&engine.sandbox, &error) || !pr_spare_files(&error)) {
+		pr_log_last_words("postroad: %s\n", error->message);
 		return 1;
 	}
-	warming = g_thread_new("warm-up", warm_up, NULL);
+	warming = g_thread_try_new("warm-up", warm_up, NULL, NULL);
 	ok = run(&options, &engine, &error);
 	/* A library that is still setting itself up can't be unloaded. */
-	g_thread_join(warming);
+	if (warming)
+		g_thread_join(warming);
 	if (ok)
-		return 0;
-	fprintf(stderr, "postroad: %s\n", error->message);
-	return 1;
+		pr_log_flush(LAST_WORDS_MS);
+	else
+		pr_log_last_words("postroad: %s\n", error->message);
+	return ok ? 0 : 1;
 }

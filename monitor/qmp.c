@@ -22,14 +22,17 @@
 
 #define MAX_CLIENTS 64 /* each may have 1 MiB of a message and 1 MiB of answers in memory */
 #define BACKLOG	    16
+#define REST_MS	    100 /* between two looks whether there are descriptors again */
 
 /* Owned by the thread of the main context, as its clients are. */
 struct PrQmpServer {
 	PrMonitor *monitor;
 	char *path;
 	GSocket *socket;
-	GSource *source;
-	dev_t device; /* of the socket file, to remove no other's */
+	GSource *source;	 /* NULL: it rests */
+	GSource *rest;		 /* set: until this is due */
+	gboolean short_of_files; /* which was said */
+	dev_t device;		 /* of the socket file, to remove no other's */
 	ino_t inode;
 	GPtrArray *clients;
 };
@@ -382,17 +385,58 @@ static void turn_away(int fd, const char *why)
 	g_warning("QMP: a client was turned away: %s", why);
 }
 
+static void listen_on(PrQmpServer *server);
+
+static gboolean rested(gpointer opaque)
+{
+	PrQmpServer *server = opaque;
+
+	g_clear_pointer(&server->rest, g_source_unref);
+	listen_on(server);
+	return G_SOURCE_REMOVE;
+}
+
+/* There is no descriptor left. Who knocks would be announced over and over: it waits until there is one. */
+static void rest(PrQmpServer *server)
+{
+	if (!server->short_of_files)
+		g_warning(
+			"QMP: no client can be let in: %s; raise the engine's limit of open files "
+			"(ulimit -n)",
+			g_strerror(errno));
+	server->short_of_files = TRUE;
+	g_source_destroy(server->source);
+	g_clear_pointer(&server->source, g_source_unref);
+	server->rest = g_timeout_source_new(REST_MS);
+	g_source_set_callback(server->rest, rested, server, NULL);
+	g_source_attach(server->rest, server->monitor->context);
+}
+
 static gboolean on_connection(GSocket *socket, GIOCondition condition, gpointer opaque)
 {
 	PrQmpServer *server = opaque;
 	int fd = accept4(g_socket_get_fd(socket), NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-	g_autofree char *refusal = fd < 0 ? NULL : judge_peer(server, fd);
+	g_autofree char *refusal = NULL;
 
+	if (fd < 0) {
+		if (errno == EMFILE || errno == ENFILE)
+			rest(server);
+		return G_SOURCE_CONTINUE;
+	}
+	server->short_of_files = FALSE;
+	refusal = judge_peer(server, fd);
 	if (refusal)
 		turn_away(fd, refusal);
-	else if (fd >= 0)
+	else
 		add_client(server, fd);
 	return G_SOURCE_CONTINUE;
+}
+
+static void listen_on(PrQmpServer *server)
+{
+	server->source = g_socket_create_source(server->socket, G_IO_IN, NULL);
+	g_source_set_callback(server->source, G_SOURCE_FUNC(on_connection), server, NULL);
+	g_source_attach(server->source, server->monitor->context);
 }
 
 static void set_busy(const char *path, const char *what, GError **error)
@@ -475,10 +519,8 @@ PrQmpServer *pr_qmp_server_new(PrMonitor *monitor, const char *path, GError **er
 	server->device = st.st_dev;
 	server->inode = st.st_ino;
 	server->clients = g_ptr_array_new_with_free_func((GDestroyNotify)client_free);
-	server->source = g_socket_create_source(socket, G_IO_IN, NULL);
-	g_source_set_callback(server->source, G_SOURCE_FUNC(on_connection), server, NULL);
-	g_source_attach(server->source, monitor->context);
 	server->socket = g_steal_pointer(&socket);
+	listen_on(server);
 	return server;
 }
 
@@ -497,8 +539,9 @@ void pr_qmp_server_free(PrQmpServer *server)
 {
 	GStatBuf st;
 
-	g_source_destroy(server->source);
-	g_source_unref(server->source);
+	GSource *source = server->source ? server->source : server->rest;
+	g_source_destroy(source);
+	g_source_unref(source);
 	g_ptr_array_unref(server->clients);
 	if (g_lstat(server->path, &st) == 0 && st.st_dev == server->device &&
 	    st.st_ino == server->inode)

@@ -73,6 +73,9 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	json_object_set_int_member(extras, "pages-at-pause", info->pages_at_pause);
 	json_object_set_int_member(extras, "expected-ms", info->expected_ms);
 	json_object_set_int_member(extras, "rails", info->rails);
+	json_object_set_int_member(extras, "stalls", info->stalls);
+	if (info->last_stall)
+		json_object_set_string_member(extras, "last-stall", info->last_stall);
 	if (info->role == PR_ROLE_DESTINATION) {
 		json_object_set_int_member(extras, "faults", info->faults);
 		json_object_set_int_member(extras, "fault-latency-max", info->fault_latency_max_ns);
@@ -215,6 +218,7 @@ static const Row extra_rows[] = {
 	{"other-faults", "faults of other threads", NULL, 1},
 	{"fault-latency-max", "longest fault", "us", 1000},
 	{"expected-ms", "expected time left", "ms", 1},
+	{"stalls", "stalls of threads", NULL, 1},
 };
 
 static void show_blocktime(JsonObject *object, GString *text)
@@ -289,6 +293,9 @@ void pr_show_migrate(JsonNode *result, GString *text)
 			       json_object_get_string_member(extras, "role"),
 			       json_object_get_string_member(extras, "uuid"));
 	show_rows(extras, extra_rows, G_N_ELEMENTS(extra_rows), text);
+	if (json_object_has_member(extras, "last-stall"))
+		g_string_append_printf(text, "last stall: %s\n",
+				       json_object_get_string_member(extras, "last-stall"));
 	object = json_node_get_object(result);
 	if (json_object_has_member(object, "postcopy-latency-dist"))
 		show_latency(object, text);

@@ -116,6 +116,27 @@ def check_left_overs(names):
     ]
 
 
+# Waits without a limit of time.
+ENDLESS = re.compile(r"\b(g_cond_wait|pthread_cond_wait)\(|\bp?poll\(.*, -1\)")
+ENDED = re.compile(r"[Ee]nded (by|as)\b")
+LINES_ABOVE = 6
+WAITING_FOLDERS = ("guest/", "migration/", "monitor/", "transport/")
+
+
+def check_waits(names):
+    """doc/waits.md has the others."""
+    wrong = []
+    for name in names:
+        if not name.startswith(WAITING_FOLDERS) or not name.endswith(".c"):
+            continue
+        lines = read(name).splitlines()
+        for number, line in enumerate(lines, 1):
+            above = "\n".join(lines[max(0, number - 1 - LINES_ABOVE) : number])
+            if ENDLESS.search(line) and not ENDED.search(above):
+                wrong.append(f"{name}:{number}: no comment says by what this wait is ended: {line.strip()}")
+    return wrong
+
+
 CHECKS = {
     "sources are formatted": check_format,
     "files name their licence": check_licence,
@@ -123,6 +144,7 @@ CHECKS = {
     "includes are spelled from the root": check_includes_from_root,
     "files stay small": check_sizes,
     "nothing is left to do": check_left_overs,
+    "waits without a bound say what ends them": check_waits,
 }
 
 

@@ -160,14 +160,19 @@ static gboolean begin_body(PrControl *control, GError **error)
 	return TRUE;
 }
 
-/* Memory for the body grows with what has really come: a length may lie. */
+/* Memory for the body grows with what has really come: a length may lie. NULL: there is none. */
 static uint8_t *body_room(PrControl *control, gsize *ret_n)
 {
 	PrMsg *msg = control->coming;
 
 	if (control->filled == control->allocated) {
-		control->allocated = MIN(msg->length, MAX(BODY_FIRST, control->allocated * 2));
-		msg->body = g_realloc(msg->body, control->allocated);
+		gsize wanted = MIN(msg->length, MAX(BODY_FIRST, control->allocated * 2));
+		uint8_t *body = g_try_realloc(msg->body, wanted);
+
+		if (!body)
+			return NULL;
+		msg->body = body;
+		control->allocated = wanted;
 	}
 	*ret_n = control->allocated - control->filled;
 	return msg->body + control->filled;
@@ -187,6 +192,8 @@ static gssize receive_part(PrControl *control, GError **error)
 				      : control->header + control->header_filled;
 	gssize n;
 
+	if (!to)
+		return -ENOMEM;
 	do
 		n = recv(control->fd, to, room, MSG_DONTWAIT);
 	while (n < 0 && errno == EINTR);

@@ -10,6 +10,7 @@
 
 #include "transport/control-internal.h"
 #include "transport/dial.h"
+#include "transport/spare.h"
 
 #define FAREWELL_US 2000 /* that pr_control_farewell() waits at most */
 
@@ -195,6 +196,7 @@ static gboolean wait_for_room(PrControl *control)
 	if (control->handshake_deadline)
 		return pr_wait_fd(control->fd, POLLOUT, control->handshake_deadline,
 				  control->cancel) == PR_WAIT_READY;
+	/* Ended by room, or by the end of the channel. */
 	poll(fds, G_N_ELEMENTS(fds), -1);
 	return TRUE;
 }
@@ -209,6 +211,7 @@ static void write_failed(PrControl *control, int code)
 		if (!control->send_error)
 			control->send_error = g_steal_pointer(&reason);
 		signal_fd(control->wake_fd);
+		/* Ended by the reader, which declares the end at its next turn. */
 		while (!control->failure)
 			g_cond_wait(&control->changed, &control->lock);
 	}
@@ -330,8 +333,9 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
 	g_mutex_unlock(&control->send_lock);
 }
 
-void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint heartbeat_timeout_ms,
-		      PrPathFailed on_failed, void *opaque)
+gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
+			  guint heartbeat_timeout_ms, PrPathFailed on_failed, void *opaque,
+			  GError **error)
 {
 	pr_control_set_handshake(control, 0, NULL);
 	control->on_failed = on_failed;
@@ -341,7 +345,14 @@ void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint hea
 	g_mutex_lock(&control->lock);
 	control->started = TRUE;
 	g_mutex_unlock(&control->lock);
-	control->reader = g_thread_new("control", pr_control_reader, control);
+	control->reader = pr_thread_try("control", pr_control_reader, control, error);
+	if (!control->reader) {
+		/* There is nobody who would declare the end. */
+		g_mutex_lock(&control->lock);
+		control->started = FALSE;
+		g_mutex_unlock(&control->lock);
+	}
+	return control->reader != NULL;
 }
 
 /* Receiving: the engine's side */
@@ -349,6 +360,7 @@ void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint hea
 /* Under the lock, by the deadline (-1: none). */
 static gboolean wait_for_message(PrControl *control, gint64 deadline)
 {
+	/* Ended by a message, or by the end of the channel. */
 	while (g_queue_is_empty(&control->queue) && !(control->failure && control->reported)) {
 		if (deadline < 0)
 			g_cond_wait(&control->changed, &control->lock);

@@ -43,8 +43,9 @@ gboolean pr_control_check_ack(PrControl *control, const PrHelloAck *ack, GError 
 
 /* Starts the reader thread and the heartbeat. on_failed is called once, from the reader thread or from
  * whichever thread's send failed, before any pr_control_recv() returns the failure. */
-void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint heartbeat_timeout_ms,
-		      PrPathFailed on_failed, void *opaque);
+gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
+			  guint heartbeat_timeout_ms, PrPathFailed on_failed, void *opaque,
+			  GError **error);
 
 /* Sends one message; any thread. FALSE: the channel has failed. */
 gboolean pr_control_send(PrControl *control, uint16_t type, const void *body, gsize length,

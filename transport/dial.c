@@ -8,7 +8,10 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "transport/spare.h"
 #include "transport/transport.h"
+
+#define CANCEL_LOOK_MS 20
 
 char *pr_address_text(GSocketAddress *address)
 {
@@ -30,22 +33,22 @@ static int ms_left(gint64 deadline)
 	return left <= 0 ? 0 : MIN((left + 999) / 1000, G_MAXINT);
 }
 
+/* Looks at the cancellable now and then: GLib's descriptor for it ends the process where there is none left. */
 PrWait pr_wait_fd(int fd, short events, gint64 deadline, GCancellable *cancel)
 {
-	GPollFD fds[2] = {{.fd = fd, .events = events}};
-	guint n = 1;
-	int ready;
+	struct pollfd ready = {.fd = fd, .events = events};
 
-	if (cancel && g_cancellable_make_pollfd(cancel, &fds[1]))
-		n = 2;
-	do
-		ready = g_poll(fds, n, ms_left(deadline));
-	while (ready < 0 && errno == EINTR);
-	if (n == 2)
-		g_cancellable_release_fd(cancel);
-	if (g_cancellable_is_cancelled(cancel))
-		return PR_WAIT_CANCELLED;
-	return fds[0].revents ? PR_WAIT_READY : PR_WAIT_TIMEOUT;
+	for (;;) {
+		int left = ms_left(deadline);
+		int n = poll(&ready, 1, cancel ? MIN(left, CANCEL_LOOK_MS) : left);
+
+		if (g_cancellable_is_cancelled(cancel))
+			return PR_WAIT_CANCELLED;
+		if (n > 0)
+			return PR_WAIT_READY;
+		if (n == 0 && ms_left(deadline) == 0)
+			return PR_WAIT_TIMEOUT;
+	}
 }
 
 /*
@@ -119,6 +122,8 @@ static GPtrArray *look_up(const char *host, uint16_t port, gint64 deadline, GCan
 	g_autoptr(GPtrArray) addresses = NULL;
 	Lookup lookup = {.give_up = give_up};
 
+	if (!pr_spare_files(error))
+		return NULL;
 	lookup_run(&lookup, host, ms_left(deadline), cancel);
 	if (lookup.addresses)
 		addresses = lookup_addresses(&lookup, port);

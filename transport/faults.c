@@ -167,6 +167,7 @@ void pr_faults_attach(PrFaults *faults, PrFaultyHook *hook)
 void pr_faults_detach(PrFaults *faults, PrFaultyHook *hook)
 {
 	g_mutex_lock(&faults->lock);
+	/* Ended by whoever calls the hooks, none of which waits. */
 	while (faults->calling)
 		g_cond_wait(&faults->idle, &faults->lock);
 	g_ptr_array_remove(faults->hooks, hook);
@@ -179,6 +180,7 @@ static void call_hooks(PrFaults *faults, gboolean cut)
 	g_autoptr(GPtrArray) hooks = NULL;
 
 	g_mutex_lock(&faults->lock);
+	/* Ended as in pr_faults_detach(). */
 	while (faults->calling)
 		g_cond_wait(&faults->idle, &faults->lock);
 	faults->calling = TRUE;

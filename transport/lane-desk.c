@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "transport/spare.h"
+
 #define NOBODY_WAITS "it waits for no such migration"
 
 typedef struct Arrival {
@@ -88,6 +90,7 @@ static gpointer janitor_thread(gpointer opaque)
 		} else if (next) {
 			g_cond_wait_until(&desk->changed, &desk->lock, next);
 		} else {
+			/* Ended by an arrival, or by closing. */
 			g_cond_wait(&desk->changed, &desk->lock);
 		}
 	}
@@ -95,7 +98,7 @@ static gpointer janitor_thread(gpointer opaque)
 	return NULL;
 }
 
-PrLaneDesk *pr_lane_desk_new(PrDeskRefuse refuse, gpointer opaque)
+PrLaneDesk *pr_lane_desk_new(PrDeskRefuse refuse, gpointer opaque, GError **error)
 {
 	PrLaneDesk *desk = g_new0(PrLaneDesk, 1);
 
@@ -105,8 +108,11 @@ PrLaneDesk *pr_lane_desk_new(PrDeskRefuse refuse, gpointer opaque)
 	g_cond_init(&desk->changed);
 	g_queue_init(&desk->arrivals);
 	desk->expected = g_array_new(FALSE, FALSE, sizeof(PrBinding));
-	desk->janitor = g_thread_new("pr-lanes", janitor_thread, desk);
-	return desk;
+	desk->janitor = pr_thread_try("pr-lanes", janitor_thread, desk, error);
+	if (desk->janitor)
+		return desk;
+	pr_lane_desk_free(desk);
+	return NULL;
 }
 
 void pr_lane_desk_free(PrLaneDesk *desk)
@@ -117,7 +123,8 @@ void pr_lane_desk_free(PrLaneDesk *desk)
 	desk->closing = TRUE;
 	g_cond_broadcast(&desk->changed);
 	g_mutex_unlock(&desk->lock);
-	g_thread_join(desk->janitor);
+	if (desk->janitor)
+		g_thread_join(desk->janitor);
 	refuse_all(desk, &desk->arrivals);
 	g_array_unref(desk->expected);
 	g_mutex_clear(&desk->lock);

@@ -20,7 +20,7 @@ typedef struct PrLaneDesk PrLaneDesk;
  * lock held. */
 typedef void (*PrDeskRefuse)(gpointer arrival, const char *reason, gpointer opaque);
 
-PrLaneDesk *pr_lane_desk_new(PrDeskRefuse refuse, gpointer opaque);
+PrLaneDesk *pr_lane_desk_new(PrDeskRefuse refuse, gpointer opaque, GError **error);
 /* Refuses what is left. Nobody waits any more. */
 void pr_lane_desk_free(PrLaneDesk *desk);
 

@@ -29,6 +29,7 @@
 #include "transport/crowd.h"
 #include "transport/dial.h"
 #include "transport/listening.h"
+#include "transport/spare.h"
 
 #define STRANGERS_MAX	 32
 #define HELLOS_MAX	 32
@@ -322,6 +323,7 @@ static void cancel_shake(PrListener *listener)
 static void begin_shake(PrListener *listener, Stranger *from)
 {
 	Shake *shake = g_new0(Shake, 1);
+	g_autoptr(GError) error = NULL;
 
 	shake->listener = listener;
 	shake->stranger = g_new0(Stranger, 1);
@@ -338,7 +340,15 @@ static void begin_shake(PrListener *listener, Stranger *from)
 	g_queue_push_tail(&listener->shakes, shake);
 	listener->n_shakes++;
 	g_mutex_unlock(&listener->lock);
-	g_thread_unref(g_thread_new("tls-shake", shake_main, shake));
+	GThread *thread = pr_thread_try("tls-shake", shake_main, shake, &error);
+	if (thread) {
+		g_thread_unref(thread);
+		return;
+	}
+	/* Nobody will shake its hand: as if that had been cancelled. */
+	g_info("listener: %s", error->message);
+	g_cancellable_cancel(shake->cancel);
+	shake_main(shake);
 }
 
 /* Cancels all handshakes and waits for their threads. */
@@ -347,6 +357,7 @@ static void end_shakes(PrListener *listener)
 	g_mutex_lock(&listener->lock);
 	while (listener->shakes.length)
 		cancel_shake(listener);
+	/* Ended by those handshakes, which were just cancelled. */
 	while (listener->n_shakes)
 		g_cond_wait(&listener->changed, &listener->lock);
 	g_mutex_unlock(&listener->lock);
@@ -604,6 +615,7 @@ static Visitor *next_visitor(PrListener *listener)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&listener->lock);
 
+	/* Ended by a visitor, or by stop_threads(). */
 	while (!listener->stopping && g_queue_is_empty(&listener->visitors))
 		g_cond_wait(&listener->changed, &listener->lock);
 	return listener->stopping ? NULL : g_queue_pop_head(&listener->visitors);
@@ -687,8 +699,13 @@ PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint 
 		g_prefix_error(error, "cannot listen on %s: ", address);
 		return NULL;
 	}
-	listener->door_thread = g_thread_new("listener", door_main, listener);
-	listener->hello_thread = g_thread_new("hello", hello_main, listener);
+	listener->door_thread = pr_thread_try("listener", door_main, listener, error);
+	if (listener->door_thread)
+		listener->hello_thread = pr_thread_try("hello", hello_main, listener, error);
+	if (!listener->hello_thread) {
+		g_prefix_error(error, "cannot listen on %s: ", address);
+		return NULL;
+	}
 	return g_steal_pointer(&listener);
 }
 
@@ -711,7 +728,8 @@ static void stop_threads(PrListener *listener)
 	listener->stopping = TRUE;
 	g_cond_signal(&listener->changed);
 	g_mutex_unlock(&listener->lock);
-	g_thread_join(listener->hello_thread);
+	if (listener->hello_thread)
+		g_thread_join(listener->hello_thread);
 }
 
 void pr_listener_free(PrListener *listener)

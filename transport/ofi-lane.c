@@ -195,6 +195,7 @@ static int open_queues(PrOfiLane *lane)
 
 	if (!err)
 		err = fi_cq_open(lane->domain, &attr, &lane->cq, NULL);
+	lane->has_request = !err;
 	if (!err)
 		err = fi_endpoint(lane->domain, lane->info, &lane->ep, NULL);
 	if (!err)

@@ -17,6 +17,7 @@
 
 #include "transport/backends.h"
 #include "transport/lane-desk.h"
+#include "transport/spare.h"
 
 #define REQUEST_TIMEOUT_MS 100
 
@@ -153,6 +154,7 @@ static gpointer listener_thread(gpointer opaque)
 		if (pr_ofi_events_read(&listener->events, &event))
 			take_event(listener, &event);
 		else if (may_sleep(&listener->events))
+			/* Ended by a request, or by the waker when it closes. */
 			poll(&fd, 1, -1);
 	}
 	return NULL;
@@ -184,9 +186,11 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 	if (!pr_waker_init(&listener->waker, error) ||
 	    !pr_waker_watch(&listener->waker, pr_ofi_events_fd(&listener->events), error))
 		return NULL;
-	listener->desk = pr_lane_desk_new(refuse, listener);
-	listener->thread = g_thread_new("pr-ofi-listen", listener_thread, listener);
-	return &g_steal_pointer(&listener)->base;
+	listener->desk = pr_lane_desk_new(refuse, listener, error);
+	if (!listener->desk)
+		return NULL;
+	listener->thread = pr_thread_try("pr-ofi-listen", listener_thread, listener, error);
+	return listener->thread ? &g_steal_pointer(&listener)->base : NULL;
 }
 
 uint16_t pr_ofi_listener_port(PrDataListener *listener)

@@ -40,6 +40,7 @@
 #include <string.h>
 
 #include "transport/backends.h"
+#include "transport/spare.h"
 
 #define POST_TIMEOUT_MS 1000 /* a provider without resources for as long is dead */
 #define POLL_BATCH	16
@@ -147,8 +148,12 @@ static gboolean accept_one(OfiPath *path, PrDataListener *listener, const PrPath
 		pr_ofi_listener_reject(listener, info);
 		return TRUE;
 	}
-	return pr_ofi_lane_open(lane, info, setup, FI_READ, error) &&
-	       pr_ofi_lane_accept(lane, setup, deadline, error);
+	if (pr_ofi_lane_open(lane, info, setup, FI_READ, error))
+		return pr_ofi_lane_accept(lane, setup, deadline, error);
+	/* Else the request's socket stays open, and its source waits for an answer. */
+	if (!lane->has_request)
+		pr_ofi_listener_reject(listener, g_steal_pointer(&lane->info));
+	return FALSE;
 }
 
 static void ofi_expect(PrDataListener *listener, const PrBinding *binding)
@@ -187,6 +192,7 @@ static void sleep_for_request(OfiLane *lane)
 			return;
 		sched_yield();
 	}
+	/* Ended by what comes in, or by stop_lanes(). */
 	poll(&fd, 1, -1);
 }
 
@@ -208,6 +214,8 @@ static gpointer progress_thread(gpointer opaque)
 	return NULL;
 }
 
+static void ofi_destroy(PrDataPath *base);
+
 static PrDataPath *ofi_connect(const PrPathSetup *setup, GError **error)
 {
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
@@ -226,9 +234,15 @@ static PrDataPath *ofi_connect(const PrPathSetup *setup, GError **error)
 		    !pr_ofi_lane_connect(lane, setup, i, deadline, error))
 			return NULL;
 	}
-	for (guint i = 0; i < PR_N_LANES; i++)
-		path->lanes[i].progress =
-			g_thread_new("pr-ofi-progress", progress_thread, &path->lanes[i]);
+	for (guint i = 0; i < PR_N_LANES; i++) {
+		OfiLane *lane = &path->lanes[i];
+
+		lane->progress = pr_thread_try("pr-ofi-progress", progress_thread, lane, error);
+		if (!lane->progress) {
+			ofi_destroy(&g_steal_pointer(&path)->base);
+			return NULL;
+		}
+	}
 	return &g_steal_pointer(&path)->base;
 }
 
@@ -378,7 +392,7 @@ typedef struct Target {
 	struct fid_mr *mr; /* NULL where the provider needs none */
 } Target;
 
-/* Where the READ is to land that the slot is for. */
+/* Where the READ is to land that the slot is for. NULL: there is no memory. */
 static void *aim(PrOfiSlot *slot, const Target *target, uint32_t length)
 {
 	slot->region = target->at ? NULL : target->region;
@@ -388,8 +402,8 @@ static void *aim(PrOfiSlot *slot, const Target *target, uint32_t length)
 		return target->at;
 	if (slot->capacity < length) {
 		g_free(slot->buffer);
-		slot->buffer = g_malloc(length);
-		slot->capacity = length;
+		slot->buffer = g_try_malloc(length);
+		slot->capacity = slot->buffer ? length : 0;
 	}
 	return slot->buffer;
 }
@@ -403,6 +417,10 @@ static gboolean read_into(OfiPath *path, OfiLane *lane, const PrGrant *grant, ui
 	void *at = aim(slot, &target, length);
 	ssize_t err;
 
+	if (!at) {
+		fail(path, "no memory for a READ");
+		return FALSE;
+	}
 	do {
 		err = fi_read(lane->ofi.ep, at, length, desc, 0, remote, grant->key,
 			      &slot->context);

@@ -67,7 +67,8 @@ typedef struct PrOfiLane {
 	uint8_t scratch; /* where a probe's byte lands */
 	struct fid_mr *scratch_mr;
 	PrWaker waker;
-	int completion_fd; /* the provider's own, without the waker's eventfd */
+	gboolean has_request; /* what info came with was given to an endpoint */
+	int completion_fd;    /* the provider's own, without the waker's eventfd */
 	PrOfiSlot slots[PR_OFI_READS_MAX];
 	guint16 free_slots[PR_OFI_READS_MAX]; /* a stack */
 	guint n_free;

@@ -42,7 +42,7 @@ PrDataListener *pr_tcp_listen(const PrUri *uri, GError **error)
 		return NULL;
 	listener = g_new0(TcpListener, 1);
 	listener->base.ops = &pr_transport_tcp;
-	listener->desk = pr_lane_desk_new(refuse, NULL);
+	listener->desk = pr_lane_desk_new(refuse, NULL, error);
 	return &listener->base;
 }
 

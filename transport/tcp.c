@@ -21,6 +21,7 @@
 #include <sys/uio.h>
 
 #include "transport/backends.h"
+#include "transport/spare.h"
 
 #define READS_MAX	64
 #define BATCH		8	     /* answers that one system call may receive */
@@ -148,14 +149,16 @@ static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup
 	for (guint i = 0; i < PR_N_LANES; i++) {
 		TcpLane *lane = &path->lanes[i];
 
-		lane->buffer = g_malloc(PR_READ_MAX);
+		lane->buffer = pr_try_alloc(PR_READ_MAX, "a data lane", error);
 		lane->fd = pr_tcp_configure(lane->connection);
-		if (!pr_waker_init(&lane->waker, error) ||
+		if (!lane->buffer || !pr_waker_init(&lane->waker, error) ||
 		    !pr_waker_watch(&lane->waker, lane->fd, error))
 			return NULL;
 	}
 	return &g_steal_pointer(&path)->base;
 }
+
+static void tcp_destroy(PrDataPath *base);
 
 static PrDataPath *tcp_connect(const PrPathSetup *setup, GError **error)
 {
@@ -173,9 +176,15 @@ static PrDataPath *tcp_connect(const PrPathSetup *setup, GError **error)
 			return NULL;
 		lane->fd = g_socket_get_fd(g_socket_connection_get_socket(lane->connection));
 	}
-	for (guint i = 0; i < PR_N_LANES; i++)
-		path->lanes[i].server =
-			g_thread_new("pr-tcp-serve", server_thread, &path->lanes[i]);
+	for (guint i = 0; i < PR_N_LANES; i++) {
+		TcpLane *lane = &path->lanes[i];
+
+		lane->server = pr_thread_try("pr-tcp-serve", server_thread, lane, error);
+		if (!lane->server) {
+			tcp_destroy(&g_steal_pointer(&path)->base);
+			return NULL;
+		}
+	}
 	return &g_steal_pointer(&path)->base;
 }
 

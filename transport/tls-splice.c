@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "transport/tls-internal.h"
+#include "transport/spare.h"
 #include "transport/transport.h"
 
 #define BUFFER_BYTES (128 * 1024)
@@ -275,8 +276,10 @@ GSocketConnection *pr_tls_splice(GSocketConnection *connection, GIOStream *tls, 
 		return NULL;
 	}
 	g_socket_set_blocking(socket, FALSE);
+	splice->thread = pr_thread_try("tls", splice_main, splice, error);
+	if (!splice->thread)
+		return NULL;
 	given = g_socket_connection_factory_create_connection(socket);
-	splice->thread = g_thread_new("tls", splice_main, splice);
 	/* Freed with the connection, after its socket has been closed. */
 	g_object_set_data_full(G_OBJECT(given), "pr-tls-splice", g_steal_pointer(&splice),
 			       splice_free);

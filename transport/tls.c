@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "transport/dial.h"
+#include "transport/spare.h"
 #include "transport/transport.h"
 
 struct PrTls {
@@ -249,6 +250,8 @@ static void log_success(const Handshake *handshake)
 static gboolean shake(Handshake *handshake, const PrTls *tls, gint64 deadline, GCancellable *cancel,
 		      GError **error)
 {
+	if (!pr_spare_files(error))
+		return FALSE;
 	handshake->give_up = g_cancellable_new();
 	g_tls_connection_set_require_close_notify(handshake->tls, FALSE);
 	g_signal_connect(handshake->tls, "accept-certificate", G_CALLBACK(on_flaws), handshake);

@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "transport/spare.h"
 #include "transport/verbs.h"
 
 static void judge_connection(PrVerbsPath *path, const PrVerbsEvent *event)
@@ -169,8 +170,8 @@ gboolean pr_verbs_events_start(PrVerbsPath *path, GError **error)
 	if (!pr_waker_watch(&path->events_waker, path->channel->fd, error) ||
 	    !pr_waker_watch(&path->events_waker, path->rail.context->async_fd, error))
 		return FALSE;
-	path->events = g_thread_new("pr-rdma-events", event_thread, path);
-	return TRUE;
+	path->events = pr_thread_try("pr-rdma-events", event_thread, path, error);
+	return path->events != NULL;
 }
 
 void pr_verbs_events_join(PrVerbsPath *path)

@@ -306,11 +306,13 @@ static void run_job(Job *job)
 	GThread *threads[MAX_THREADS];
 	guint n = MIN(MAX_THREADS, job->todo->len);
 
+	/* Fewer of them do as well. */
 	for (guint i = 1; i < n; i++)
-		threads[i] = g_thread_new("pr-rdma-register", register_thread, job);
+		threads[i] = g_thread_try_new("pr-rdma-register", register_thread, job, NULL);
 	register_thread(job);
 	for (guint i = 1; i < n; i++)
-		g_thread_join(threads[i]);
+		if (threads[i])
+			g_thread_join(threads[i]);
 }
 
 /* Whether the kernel refuses to pin a read-only mapping: found out on one page. */

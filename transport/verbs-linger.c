@@ -134,7 +134,16 @@ void pr_verbs_release(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path))
 		g_message("%s: rail %s is down; its connection ends when it is up again, for which "
 			  "this process has to live",
 			  name, pr_verbs_rail_name(&path->rail));
-	thread = g_thread_new("pr-rdma-release", release_thread, remains);
+	thread = g_thread_try_new("pr-rdma-release", release_thread, remains, NULL);
+	if (!thread) {
+		/* What lingers stays for good then. */
+		if (!remains->linger)
+			release_thread(remains);
+		else
+			let_go(remains, TRUE);
+		let_go(remains, FALSE);
+		return;
+	}
 	freed = !remains->linger && wait_freed(remains);
 	if (!freed && !remains->linger)
 		g_info("%s: its device takes its time to let go of it", name);

@@ -13,6 +13,7 @@
 #include "transport/backends.h"
 #include "transport/dial.h"
 #include "transport/lane-desk.h"
+#include "transport/spare.h"
 #include "transport/verbs.h"
 
 #define BACKLOG	    16
@@ -221,9 +222,11 @@ PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
 	listener->channel = pr_verbs_open_channel(uri, error);
 	if (!listener->channel || !open_waker(listener, error) || !open_id(listener, error))
 		return NULL;
-	listener->desk = pr_lane_desk_new(request_reject, NULL);
-	listener->thread = g_thread_new("pr-rdma-listen", listener_thread, listener);
-	return &g_steal_pointer(&listener)->base;
+	listener->desk = pr_lane_desk_new(request_reject, NULL, error);
+	if (!listener->desk)
+		return NULL;
+	listener->thread = pr_thread_try("pr-rdma-listen", listener_thread, listener, error);
+	return listener->thread ? &g_steal_pointer(&listener)->base : NULL;
 }
 
 uint16_t pr_verbs_listener_port(PrDataListener *base)

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "transport/bytes.h"
+#include "transport/spare.h"
 #include "transport/wire-zstd.h"
 
 G_DEFINE_QUARK(pr_wire_error, pr_wire_error)
@@ -612,7 +613,9 @@ gboolean pr_recv_bitmap_decode(uint16_t type, const uint8_t *body, gsize len,
 	data = take(&cursor, length);
 	if (!get_end_mark(&cursor, type, len, idstr, error))
 		return FALSE;
-	bits = g_malloc(MAX(size, sizeof *bits));
+	bits = pr_try_alloc(MAX(size, sizeof *bits), "a received bitmap", error);
+	if (!bits)
+		return FALSE;
 	if (!(compressed ? pr_zstd_get_bitmap(data, length, n_bits, bits)
 			 : get_bitmap(data, n_bits, bits)))
 		return malformed(error, "%s of RAM block %s %s", pr_msg_name(type), idstr,

@@ -140,6 +140,7 @@ void *agent_worker_thread(void *opaque)
 		AgentJob job = agent->job;
 
 		if (!job.op) {
+			/* Ended by a job, or by pr_agent_free(). */
 			pthread_cond_wait(&agent->job_cond, &agent->lock);
 			continue;
 		}

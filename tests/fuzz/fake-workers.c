@@ -21,7 +21,7 @@ struct PrPull {
 };
 
 PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
-			      const PrFaultHooks *hooks)
+			      const PrFaultHooks *hooks, GError **error)
 {
 	g_assert(uffd >= 0 && times);
 	return g_new0(PrFaultThread, 1);
@@ -54,7 +54,7 @@ void pr_fault_stats(const PrFaultThread *self, PrFaultStats *ret)
 }
 
 PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
-		      const PrPullHooks *hooks)
+		      const PrPullHooks *hooks, GError **error)
 {
 	PrPull *self = g_new0(PrPull, 1);
 
@@ -115,7 +115,7 @@ gboolean pr_pull_wants_stripe(PrPull *self, PrDataPath *path)
 	return FALSE;
 }
 
-guint pr_pull_add_stripe(PrPull *self, PrDataPath *path, uint64_t *bytes)
+guint pr_pull_add_stripe(PrPull *self, PrDataPath *path, uint64_t *bytes, GError **error)
 {
 	g_assert_not_reached();
 }

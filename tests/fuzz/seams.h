@@ -9,6 +9,7 @@
 #include <gio/gio.h>
 
 #include "transport/dial.h"
+#include "transport/spare.h"
 #include "transport/transport.h"
 
 GThread *fuzz_thread_new(const char *name, GThreadFunc func, gpointer opaque);
@@ -20,10 +21,12 @@ GSocketConnection *fuzz_dial(const PrUri *uri, uint16_t port, gint64 deadline, G
 			     GError **error);
 const PrTransportOps *fuzz_transport_find(const char *scheme, GError **error);
 
-#define g_thread_new	  fuzz_thread_new
-#define g_thread_join	  fuzz_thread_join
-#define g_cond_wait	  fuzz_cond_wait
-#define g_cond_wait_until fuzz_cond_wait_until
-#define pr_wait_fd	  fuzz_wait_fd
-#define pr_dial		  fuzz_dial
-#define pr_transport_find fuzz_transport_find
+#define g_thread_new				    fuzz_thread_new
+#define g_thread_join				    fuzz_thread_join
+#define g_thread_try_new(name, func, opaque, error) fuzz_thread_new(name, func, opaque)
+#define pr_thread_try(name, func, opaque, error)    fuzz_thread_new(name, func, opaque)
+#define g_cond_wait				    fuzz_cond_wait
+#define g_cond_wait_until			    fuzz_cond_wait_until
+#define pr_wait_fd				    fuzz_wait_fd
+#define pr_dial					    fuzz_dial
+#define pr_transport_find			    fuzz_transport_find

@@ -51,7 +51,7 @@ gboolean failure_wait(Failure *failure, gint64 ms)
 
 void start(PrControl *control, Failure *failure)
 {
-	pr_control_start(control, INTERVAL_MS, TIMEOUT_MS, on_failed, failure);
+	assert_true(pr_control_start(control, INTERVAL_MS, TIMEOUT_MS, on_failed, failure, NULL));
 }
 
 void on_hello(PrControl *control, const PrHello *hello, PrListener *listener, void *opaque)

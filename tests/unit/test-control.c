@@ -601,7 +601,8 @@ static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
 
 	raw_join(raw);
 	/* No silence within this test. */
-	pr_control_start(control, INTERVAL_MS, 10 * LONG_MS, on_failed, &failure);
+	assert_true(
+		pr_control_start(control, INTERVAL_MS, 10 * LONG_MS, on_failed, &failure, NULL));
 	sending = g_thread_new("sender", sender_main, &sender);
 	receiving = g_thread_new("receiver", receiver_main, &receiver);
 	assert_false(failure_wait(&failure, 300));

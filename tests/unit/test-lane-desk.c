@@ -39,7 +39,7 @@ static int setup(void **state)
 	g_cond_init(&bench->changed);
 	bench->refused = g_ptr_array_new();
 	bench->uri = pr_uri_parse("tcp:127.0.0.1:1", FALSE, NULL);
-	bench->desk = pr_lane_desk_new(refuse, bench);
+	bench->desk = pr_lane_desk_new(refuse, bench, NULL);
 	*state = bench;
 	return 0;
 }

@@ -8,8 +8,11 @@ from .qmp import Qmp
 
 
 class Engine:
-    def __init__(self, lab, host, guest_option, incoming=None, name=None, settings=(), tls=None, options=()):
-        """tls: a directory of certificates; without, the network between the namespaces is trusted."""
+    def __init__(
+        self, lab, host, guest_option, incoming=None, name=None, settings=(), tls=None, options=(), wrapper=()
+    ):
+        """tls: a directory of certificates; without, the network between the namespaces is trusted.
+        wrapper: a command that execs the engine."""
         self.name = name or f"postroad-{host.name}"
         self.qmp_path = lab.path(f"{self.name}.qmp")
         self.ctl = lab.build_file("postroadctl")
@@ -19,7 +22,7 @@ class Engine:
         argv += options
         for setting in settings:
             argv += ["--set", setting]
-        self.process = lab.start(self.name, host.command(argv), lab.sanitizer_env)
+        self.process = lab.start(self.name, host.command([*wrapper, *argv]), lab.sanitizer_env)
         self.qmp = Qmp(self.qmp_path)
 
     def hmp(self, line, seconds=20):

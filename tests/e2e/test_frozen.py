@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Engines that stand still for a while: stopped by a signal, or because whoever reads their log does not."""
+
+import contextlib
+import fcntl
+import os
+import struct
+import time
+
+from harness.case import case
+from harness.light import Frozen, LightMove
+from harness.process import expect, wait_for
+
+FREEZE_SECONDS = 10
+F_SETPIPE_SZ = 1031
+SLOW = "2M"  # bytes a second: a guest of 64 MB outlasts a frozen engine
+
+
+def pairs_midway(lab, scheme):
+    """One pair for each side and kind of recovery, all in postcopy; (frozen engine, pair, auto-recover)."""
+    pairs = []
+    for side in ("source", "destination"):
+        for auto in ("on", "off"):
+            move = LightMove(
+                lab,
+                scheme=scheme,
+                settings=(f"auto-recover={auto}",),
+                port=4444 + len(pairs),
+                name=f"-{side}-{auto}",
+            )
+            move.slow_down(SLOW)
+            move.start()
+            pairs.append((getattr(move, side), move, auto == "on"))
+    for _, move, _ in pairs:
+        move.wait_midway(fraction=0.99)
+    return pairs
+
+
+def losses(engine):
+    """How often it has lost a path that was in use."""
+    states = engine.statuses()
+    return sum(1 for a, b in zip(states, states[1:]) if (a, b) == ("postcopy-active", "postcopy-paused"))
+
+
+def freeze_and_go_on(lab, scheme):
+    pairs = pairs_midway(lab, scheme)
+    began = time.monotonic()
+    with contextlib.ExitStack() as frozen:
+        for engine, _, _ in pairs:
+            frozen.enter_context(Frozen(engine))
+        for engine, move, _ in pairs:
+            other = move.destination if engine is move.source else move.source
+            wait_for(f"{other.name} notices", 5, lambda e=other: e.status() != "postcopy-active")
+        wait_for(
+            f"{FREEZE_SECONDS} s have passed", FREEZE_SECONDS + 1, lambda: time.monotonic() > began + FREEZE_SECONDS
+        )
+    for _, move, auto in pairs:
+        if not auto:
+            move.wait_paused()
+            move.resume(link=2)
+    for engine, move, _ in pairs:
+        wait_for(
+            f"{engine.name} goes on after it was frozen",
+            30,
+            lambda m=move: all(e.status() in ("postcopy-active", "completed") for e in m.engines),
+        )
+        move.full_speed()
+    for engine, move, _ in pairs:
+        move.wait_completed()
+        for either in move.engines:
+            expect(losses(either) <= 2, f"{either.name} paused over and over: {either.statuses()}")
+        expect(move.destination.query()["postroad"]["faults"] > 0, "the guest did not fault: this proves nothing")
+        said = engine.process.output()
+        expect("this engine stood still for" in said, f"{engine.name} does not say that it stood still: {said}")
+        move.expect_guest_sound()
+
+
+@case("engines-that-were-stopped-for-10-s-go-on-over-ofi")
+def freeze_ofi(lab):
+    freeze_and_go_on(lab, "ofi")
+
+
+@case("engines-that-were-stopped-for-10-s-go-on-over-tcp")
+def freeze_tcp(lab):
+    freeze_and_go_on(lab, "tcp")
+
+
+def move_with_full_log(lab, side, wrapper):
+    """A whole migration with a recovery, while one engine's log takes nothing."""
+    move = LightMove(lab, wrappers=[wrapper if side == s else () for s in ("source", "destination")])
+    move.slow_down("8M")
+    move.start()
+    move.wait_midway(fraction=0.9)
+    wait_for("link2 stands by", 15, lambda: any(path["state"] == "standby" for path in move.source.paths()))
+    move.network.link_down(1)
+    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    move.expect_midway()
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+    return move
+
+
+def log_into_a_full_pipe(lab, side):
+    """Of a pipe that is full and that nobody reads, until all is over."""
+    fifo = lab.path("log.fifo")
+    os.mkfifo(fifo)
+    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, 4096)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(pipe, b"."):
+                pass
+        move = move_with_full_log(lab, side, ("sh", "-c", f'exec "$@" 2>{fifo}', "sh"))
+        got = bytearray()
+
+        def all_is_said():
+            with contextlib.suppress(BlockingIOError):
+                got.extend(os.read(pipe, 65536))
+            return b"-> completed" in got
+
+        wait_for(f"what the {side} had to say comes when the pipe is read", 10, all_is_said)
+        expect(b"postcopy-active -> postcopy-paused" in got, f"lines are missing: {got.decode()}")
+        # At its end nobody reads any more, and that does not hold it up.
+        with contextlib.suppress(BlockingIOError):
+            while os.write(pipe, b"."):
+                pass
+        engine = getattr(move, side).process
+        engine.popen.terminate()
+        engine.wait(4)
+    finally:
+        os.close(pipe)
+
+
+@case("log-into-a-pipe-that-nobody-reads-holds-up-no-source")
+def full_pipe_source(lab):
+    log_into_a_full_pipe(lab, "source")
+
+
+@case("log-into-a-pipe-that-nobody-reads-holds-up-no-destination")
+def full_pipe_destination(lab):
+    log_into_a_full_pipe(lab, "destination")
+
+
+@case("log-on-a-full-disk-holds-up-nobody-and-what-is-missing-is-said")
+def full_disk(lab):
+    disk = lab.path("disk")
+    os.mkdir(disk)
+    fill = f"mount -t tmpfs -o size=64k none {disk} && (cat /dev/zero >{disk}/rest 2>/dev/null; true)"
+    wrapper = ("unshare", "--mount", "sh", "-c", f'{fill} && exec "$@" 2>>{disk}/log', "sh")
+    move = move_with_full_log(lab, "source", wrapper)
+    inside = f"/proc/{move.source.process.pid}/root{disk}"
+    with open(f"{inside}/log") as log:
+        expect(not log.read(), "the disk was not full: this proves nothing")
+    os.unlink(f"{inside}/rest")
+    move.source.hmp("quit")
+    # Its mount is gone with it, unless somebody holds the file.
+    with open(f"{inside}/log") as log:
+        move.source.process.wait(5)
+        said = log.read()
+    expect("lines of the log are missing here" in said, f"the log does not say what is missing: {said!r}")
+    expect("No space left on device" in said, f"the log does not say why: {said!r}")
+
+
+def guest_does_not_answer(lab, side):
+    """The engine says for whom it waits, while it waits; its monitor answers all the time."""
+    move = LightMove(lab)
+    engine = getattr(move, side)
+    word = 'thread "migration": preparing the guest for' if side == "source" else 'thread "load": preparing the guest'
+    with Frozen(getattr(move, f"{side}_guest")):
+        began = time.monotonic()
+        move.start()
+        wait_for(f"{engine.name} says what it waits for", 3, lambda: word in engine.process.output())
+        took = time.monotonic() - began
+        expect(took >= 1, f"it was said after {took:.1f} s, when it might have answered yet")
+        expect(engine.query()["postroad"]["stalls"] == 1, f"it is not counted: {engine.query()['postroad']}")
+        expect("preparing the guest" in engine.hmp("info migrate"), "info migrate does not show it")
+    wait_for("it says that it goes on", 3, lambda: "goes on after" in engine.process.output())
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("guest-that-does-not-answer-is-named-at-the-source")
+def mute_guest_source(lab):
+    guest_does_not_answer(lab, "source")
+
+
+@case("guest-that-does-not-answer-is-named-at-the-destination")
+def mute_guest_destination(lab):
+    guest_does_not_answer(lab, "destination")
+
+
+@case("watchdog-says-nothing-in-a-healthy-migration-with-a-recovery")
+def healthy(lab):
+    move = LightMove(lab)
+    move.slow_down("8M")
+    move.start()
+    move.wait_midway(fraction=0.9)
+    move.network.link_down(1)
+    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+    for engine in move.engines:
+        extras = engine.query()["postroad"]
+        expect(extras["stalls"] == 0, f"{engine.name}: {extras.get('last-stall')}")
+        expect("stood still" not in engine.process.output(), f"{engine.name}: {engine.process.output()}")
+
+
+YEAR = 365 * 24 * 3600
+
+
+@case("wall-clock-that-jumps-pauses-nobody")
+def clock_jumps(lab):
+    """Both engines' clocks go forth and back by years; nothing that is measured goes by them."""
+    clock = lab.path("clock")
+
+    def jump(seconds):
+        with open(clock, "r+b" if os.path.exists(clock) else "wb") as file:
+            file.write(struct.pack("=q", seconds))
+
+    jump(0)
+    shim = ("env", f"LD_PRELOAD={lab.build_file('libclock-shim.so')}", f"CLOCK_SHIM={clock}")
+    move = LightMove(lab, wrappers=(shim, shim))
+    move.slow_down("4M")
+    move.start()
+    move.wait_midway(fraction=0.95)
+    for seconds in (3600, -3600, 20 * YEAR, -10 * YEAR, 20 * YEAR):
+        jump(seconds)
+        left = move.expect_midway()
+        wait_for("pages come in all the same", 10, lambda before=left: move.destination.remaining() < before - (1 << 20))
+    move.expect_midway()
+    move.full_speed()
+    move.wait_completed()
+    for engine in move.engines:
+        expect(losses(engine) == 0, f"{engine.name} has paused: {engine.statuses()}")
+        total = engine.query()["total-time"]
+        expect(total < 60000, f"{engine.name} says that it took {total} ms")
+        last = next(line for line in engine.process.output().splitlines() if "-> completed" in line)
+        expect(int(last[:4]) >= time.localtime().tm_year + 19, f"the clock did not jump, this proves nothing: {last}")
+    move.expect_guest_sound()

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Engines that run out of descriptors and memory: refused in words before the guest has left, paused after it."""
+
+import contextlib
+import os
+import resource
+
+from harness.case import case
+from harness.light import LightMove, TestGuest
+from harness.process import expect, wait_for
+from harness.qmp import Qmp, QmpError
+
+MIB = 1 << 20
+SETTLED_FILES = 4  # that an engine opens in its first migration and keeps
+# A peer that can't answer is given up soon.
+IMPATIENT = ("handshake-timeout=400", "connect-timeout=400")
+
+
+def open_files(engine):
+    return len(os.listdir(f"/proc/{engine.process.pid}/fd"))
+
+
+def address_space(engine):
+    with open(f"/proc/{engine.process.pid}/statm") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+@contextlib.contextmanager
+def limited(engine, what, value):
+    before = resource.prlimit(engine.process.pid, what)
+    resource.prlimit(engine.process.pid, what, (value, before[1]))
+    try:
+        yield
+    finally:
+        if engine.process.alive():
+            resource.prlimit(engine.process.pid, what, before)
+
+
+def attempt(move, limit):
+    """One migration. Returns whether it worked; if not, the reason was given and the guest is where it was."""
+    try:
+        move.source.qmp.command("migrate", uri=move.uri(link=1))
+    except QmpError as refusal:
+        expect("raise the engine's limits" in str(refusal), f"with {limit} it is refused: {refusal}")
+        return False
+    info = wait_for(
+        f"the migration ends, with {limit}",
+        20,
+        lambda: next((i for i in [move.source.query()] if i["status"] in ("completed", "failed")), None),
+    )
+    for engine in move.engines:
+        expect(engine.process.alive(), f"{engine.name} did not survive {limit}: {engine.process.output()[-600:]}")
+    if info["status"] == "completed":
+        return True
+    expect(info.get("error-desc"), f"no reason is given, with {limit}")
+    wait_for(
+        f"the destination is ready for another try, with {limit}",
+        20,
+        lambda: move.destination.status() in ("none", "failed", "cancelled"),
+    )
+    return False
+
+
+def walk(lab, scheme, side, what, values):
+    """Tries the values until one is enough."""
+    move = LightMove(lab, scheme=scheme, size="16M", settings=IMPATIENT)
+    engine = getattr(move, side)
+    before = [open_files(e) for e in move.engines]
+    refused = 0
+    for value, name in values(engine):
+        with limited(engine, what, value):
+            worked = attempt(move, name)
+        if worked:
+            break
+        refused += 1
+        expect(move.source_guest.lines()[-1][0] == "running", f"the guest has stopped, with {name}")
+        wait_for(
+            "what was opened for nothing is closed again",
+            10,
+            lambda: all(open_files(e) <= n + SETTLED_FILES for e, n in zip(move.engines, before)),
+        )
+    else:
+        expect(False, "no limit was high enough")
+    expect(refused, f"the lowest limit was enough: {name}")
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+def files(engine):
+    before = open_files(engine)
+    return ((before + more, f"room for {more} descriptors at the {engine.name}") for more in range(100))
+
+
+def memory(engine):
+    before = address_space(engine)
+    steps = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
+    return ((before + more * MIB, f"room for {more} MiB at the {engine.name}") for more in steps)
+
+
+@case("too-few-descriptors-at-the-source-are-refused-in-words-over-ofi")
+def few_files_source_ofi(lab):
+    walk(lab, "ofi", "source", resource.RLIMIT_NOFILE, files)
+
+
+@case("too-few-descriptors-at-the-source-are-refused-in-words-over-tcp")
+def few_files_source_tcp(lab):
+    walk(lab, "tcp", "source", resource.RLIMIT_NOFILE, files)
+
+
+@case("too-few-descriptors-at-the-destination-are-refused-in-words-over-ofi")
+def few_files_destination_ofi(lab):
+    walk(lab, "ofi", "destination", resource.RLIMIT_NOFILE, files)
+
+
+@case("too-few-descriptors-at-the-destination-are-refused-in-words-over-tcp")
+def few_files_destination_tcp(lab):
+    walk(lab, "tcp", "destination", resource.RLIMIT_NOFILE, files)
+
+
+@case("too-little-memory-at-the-source-is-refused-in-words")
+def little_memory_source(lab):
+    walk(lab, "ofi", "source", resource.RLIMIT_AS, memory)
+
+
+@case("too-little-memory-at-the-destination-is-refused-in-words")
+def little_memory_destination(lab):
+    walk(lab, "ofi", "destination", resource.RLIMIT_AS, memory)
+
+
+def serves(lab, engine, path):
+    """Whether it came so far as to serve its monitor; else it has ended."""
+    wait_for("the engine serves or ends", 10, lambda: os.path.exists(path) or not engine.alive())
+    if not engine.alive():
+        return False
+    Qmp(path).command("quit")
+    engine.wait(10)
+    return True
+
+
+@case("too-few-descriptors-to-start-are-refused-in-words")
+def few_files_at_start(lab):
+    host = lab.network.source
+    guest = TestGuest(lab, host, "guest", "16M")
+    guest.wait_running()
+    for limit in range(4, 100):
+        path = lab.path(f"limit-{limit}.qmp")
+        argv = ["prlimit", f"--nofile={limit}", lab.engine_file(), "--guest", guest.option(), "--qmp", path]
+        engine = lab.start(f"limit-{limit}", host.command(argv))
+        if serves(lab, engine, path):
+            break
+        said = engine.output()
+        expect(engine.exit_code() in (1, 127), f"with {limit} descriptors it ended with {engine.exit_code()}: {said}")
+        expect("open" in said, f"with {limit} descriptors it said: {said}")
+    expect(limit > 10, f"{limit} descriptors were enough: this proves nothing")
+    guest.wait_goes_on()
+    guest.expect_sound()
+
+
+def recovery_lacks(lab, side, what, now):
+    """A recovery that lacks something goes back to paused, over and over, until it has it."""
+    move = LightMove(lab, settings=("standby-paths=off", *IMPATIENT))
+    engine = getattr(move, side)
+    move.slow_down("8M")
+    move.start()
+    move.wait_midway(fraction=0.9)
+    with limited(engine, what, now(engine)):
+        move.network.link_down(1)
+        wait_for(
+            "several recoveries have failed",
+            30,
+            lambda: move.source.statuses().count("postcopy-recover-setup") >= 4,
+        )
+        move.expect_midway()
+        states = {e.name: e.status() for e in move.engines}
+        expect("completed" not in states.values(), f"it went on without: {states}")
+        expect(move.source.query()["postroad"]["recoveries"] == 0, "it recovered without")
+    wait_for("it recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("recovery-without-descriptors-at-the-source-stays-paused-until-there-are-some")
+def recovery_files_source(lab):
+    recovery_lacks(lab, "source", resource.RLIMIT_NOFILE, lambda engine: open_files(engine) - 8)
+
+
+@case("recovery-without-descriptors-at-the-destination-stays-paused-until-there-are-some")
+def recovery_files_destination(lab):
+    recovery_lacks(lab, "destination", resource.RLIMIT_NOFILE, lambda engine: open_files(engine) - 8)
+
+
+def recovery_with_no_more_memory(lab, side):
+    """What the threads of the lost path have left may be enough for the next; if not, that is no end."""
+    move = LightMove(lab, settings=("standby-paths=off", *IMPATIENT))
+    engine = getattr(move, side)
+    move.slow_down("8M")
+    move.start()
+    move.wait_midway(fraction=0.9)
+    with limited(engine, resource.RLIMIT_AS, address_space(engine) - 64 * MIB):
+        move.network.link_down(1)
+        wait_for(
+            "a recovery works, or several have failed",
+            30,
+            lambda: move.source.statuses().count("postcopy-recover-setup") >= 4
+            or move.source.query()["postroad"]["recoveries"],
+        )
+        move.expect_midway()
+    wait_for("it recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("recovery-with-no-more-memory-at-the-source-is-survived")
+def recovery_memory_source(lab):
+    recovery_with_no_more_memory(lab, "source")
+
+
+@case("recovery-with-no-more-memory-at-the-destination-is-survived")
+def recovery_memory_destination(lab):
+    recovery_with_no_more_memory(lab, "destination")

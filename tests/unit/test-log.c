@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Whoever logs does not wait for whoever reads the log, and what was dropped is said. */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "monitor/log.h"
+
+#define LINES	  20000
+#define PATIENCE  20000 /* ms; for what has to come */
+#define PER_BURST 2000	/* ms; that LINES lines may take: nobody waits */
+
+/* One end stays with the log for the whole program; each test makes it lead somewhere else. */
+static int log_fd;
+
+static void lead_to(int fd)
+{
+	assert_int_equal(dup2(fd, log_fd), log_fd);
+}
+
+static void log_many(void)
+{
+	gint64 began = g_get_monotonic_time();
+
+	for (guint i = 0; i < LINES; i++)
+		g_message("line %u of many", i);
+	assert_in_range(g_get_monotonic_time() - began, 0, PER_BURST * 1000);
+}
+
+/* Reads until the text has come, and returns all up to there. */
+static char *read_until(int fd, const char *wanted)
+{
+	g_autoptr(GString) got = g_string_new(NULL);
+	gint64 deadline = g_get_monotonic_time() + PATIENCE * 1000;
+	char chunk[4096];
+
+	while (!strstr(got->str, wanted)) {
+		struct pollfd ready = {.fd = fd, .events = POLLIN};
+
+		assert_true(g_get_monotonic_time() < deadline);
+		poll(&ready, 1, 100);
+		ssize_t n = ready.revents ? read(fd, chunk, sizeof(chunk)) : 0;
+		if (n > 0)
+			g_string_append_len(got, chunk, n);
+	}
+	return g_string_free(g_steal_pointer(&got), FALSE);
+}
+
+static guint count(const char *text, const char *word)
+{
+	guint n = 0;
+
+	for (const char *at = text; (at = strstr(at, word)); at += strlen(word))
+		n++;
+	return n;
+}
+
+/* The number in front of the word, which is there once. */
+static guint number_before(const char *text, const char *word)
+{
+	const char *at = strstr(text, word);
+
+	assert_non_null(at);
+	assert_int_equal(count(text, word), 1);
+	while (at > text && g_ascii_isdigit(at[-1]))
+		at--;
+	return (guint)g_ascii_strtoull(at, NULL, 10);
+}
+
+static void lines_come_whole_and_in_order(void **state)
+{
+	int ends[2];
+
+	assert_int_equal(pipe(ends), 0);
+	lead_to(ends[1]);
+	g_message("the first");
+	g_warning("the second");
+	g_debug("too unimportant");
+	g_message("the last");
+	g_autofree char *text = read_until(ends[0], "the last\n");
+	assert_true(strstr(text, "info: the first\n") < strstr(text, "warning: the second\n"));
+	assert_null(strstr(text, "unimportant"));
+	close(ends[0]);
+	close(ends[1]);
+}
+
+static void pipe_that_nobody_reads_holds_up_nobody(void **state)
+{
+	int ends[2];
+
+	assert_int_equal(pipe(ends), 0);
+	lead_to(ends[1]);
+	log_many();
+	/* The end of the program does not wait for ever either. */
+	assert_false(pr_log_flush(50));
+	g_autofree char *text =
+		read_until(ends[0], " lines of the log are missing here: nobody read");
+	g_message("after all that");
+	g_autofree char *rest = read_until(ends[0], "after all that\n");
+	g_autofree char *all = g_strconcat(text, rest, NULL);
+	guint missing = number_before(all, " lines of the log are missing here");
+	assert_int_equal(count(all, "of many\n") + missing, LINES);
+	assert_in_range(missing, 1, LINES - 1);
+	assert_true(pr_log_flush(PATIENCE));
+	close(ends[0]);
+	close(ends[1]);
+}
+
+static void pipe_whose_reader_is_gone_holds_up_nobody(void **state)
+{
+	int gone[2], ends[2];
+
+	assert_int_equal(pipe(gone), 0);
+	lead_to(gone[1]);
+	close(gone[0]);
+	close(gone[1]);
+	g_message("to nobody");
+	g_message("to nobody either");
+	assert_true(pr_log_flush(PATIENCE));
+	assert_int_equal(pipe(ends), 0);
+	lead_to(ends[1]);
+	g_message("to somebody");
+	g_autofree char *text = read_until(ends[0], "to somebody\n");
+	assert_int_equal(number_before(text, " lines of the log are missing here"), 2);
+	assert_non_null(strstr(text, "Broken pipe"));
+	close(ends[0]);
+	close(ends[1]);
+}
+
+/* In a file system of 64 KiB, which nobody else sees and which ends with this process. -1: this machine does
+ * not let us have one. */
+static int open_small_file(void)
+{
+	if (unshare(CLONE_NEWNS) != 0 || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
+	    mount("none", "/tmp", "tmpfs", 0, "size=64k") != 0)
+		return -1;
+	return open("/tmp/log", O_RDWR | O_CREAT | O_APPEND, 0600);
+}
+
+static void full_disk_holds_up_nobody_and_is_said_when_there_is_room(void **state)
+{
+	int fd = open_small_file();
+	char text[8192];
+
+	if (fd < 0) {
+		print_message("skipped: a small tmpfs: %s\n", g_strerror(errno));
+		skip();
+	}
+	lead_to(fd);
+	log_many();
+	assert_true(pr_log_flush(PATIENCE));
+	assert_int_equal(ftruncate(fd, 0), 0);
+	g_message("there is room again");
+	assert_true(pr_log_flush(PATIENCE));
+	ssize_t n = pread(fd, text, sizeof(text) - 1, 0);
+	assert_true(n > 0);
+	text[n] = '\0';
+	assert_true(number_before(text, " lines of the log are missing here: they could") > 1000);
+	assert_non_null(strstr(text, "No space left on device"));
+	assert_non_null(strstr(text, "there is room again\n"));
+	lead_to(STDERR_FILENO);
+	close(fd);
+}
+
+static int start_log(void **state)
+{
+	g_autoptr(GError) error = NULL;
+
+	signal(SIGPIPE, SIG_IGN);
+	log_fd = dup(STDERR_FILENO);
+	return pr_log_start(G_LOG_LEVEL_INFO, log_fd, &error) ? 0 : -1;
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(lines_come_whole_and_in_order),
+		cmocka_unit_test(pipe_that_nobody_reads_holds_up_nobody),
+		cmocka_unit_test(pipe_whose_reader_is_gone_holds_up_nobody),
+		cmocka_unit_test(full_disk_holds_up_nobody_and_is_said_when_there_is_room),
+	};
+
+	return cmocka_run_group_tests(tests, start_log, NULL);
+}

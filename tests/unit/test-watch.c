@@ -1,0 +1,228 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "monitor/loop-watch.h"
+#include "transport/watch.h"
+
+#define MS	 1000
+#define LOOK	 (PR_WATCH_LOOK_MS * MS)
+#define START	 (1000 * MS)
+#define SLOW_US	 300000	 /* that a callback holds the main loop up */
+#define PATIENCE 5000000 /* us; for the watchdog's thread */
+
+static const PrWatchPoint cooking = {"cooking", 200};
+static const PrWatchPoint eating = {"eating", 400};
+
+/* A watchdog without a thread of its own; time is passed in. */
+typedef struct Bench {
+	PrWatchdog *dog;
+	PrWatch *watch;
+	gint64 now;
+	GString *said; /* since the last look at it */
+} Bench;
+
+static int set_up(void **state)
+{
+	Bench *bench = g_new0(Bench, 1);
+
+	bench->dog = pr_watchdog_new();
+	bench->watch = pr_watch_new(bench->dog, "cook");
+	bench->now = START;
+	bench->said = g_string_new(NULL);
+	*state = bench;
+	return 0;
+}
+
+static int tear_down(void **state)
+{
+	Bench *bench = *state;
+
+	pr_watch_free(bench->watch);
+	pr_watchdog_free(bench->dog);
+	g_string_free(bench->said, TRUE);
+	g_free(bench);
+	return 0;
+}
+
+static void look(Bench *bench)
+{
+	g_autoptr(GArray) words = pr_watchdog_look(bench->dog, bench->now);
+
+	for (guint i = 0; i < words->len; i++)
+		g_string_append_printf(bench->said, "%s\n",
+				       g_array_index(words, PrWatchWord, i).text);
+}
+
+/* Looks as its thread would, for so long. */
+static void pass(Bench *bench, guint ms)
+{
+	for (gint64 until = bench->now + (gint64)ms * MS; bench->now < until; look(bench))
+		bench->now += LOOK;
+}
+
+static guint count_said(Bench *bench, const char *what)
+{
+	guint n = 0;
+
+	for (const char *at = bench->said->str; (at = strstr(at, what)); at++)
+		n++;
+	g_string_set_size(bench->said, 0);
+	return n;
+}
+
+static guint64 stalls(Bench *bench)
+{
+	g_autofree char *last = NULL;
+
+	return pr_watchdog_stalls(bench->dog, &last);
+}
+
+static void who_moves_or_is_idle_is_not_mentioned(void **state)
+{
+	Bench *bench = *state;
+
+	pass(bench, 1000);
+	for (guint i = 0; i < 20; i++) {
+		pr_watch_busy_at(bench->watch, &cooking, bench->now);
+		pass(bench, 150);
+	}
+	pr_watch_idle(bench->watch);
+	pass(bench, 100000);
+	assert_string_equal(bench->said->str, "");
+	assert_int_equal(stalls(bench), 0);
+}
+
+static void who_is_slow_is_named_with_the_point_and_the_time(void **state)
+{
+	Bench *bench = *state;
+	g_autofree char *last = NULL;
+
+	pass(bench, 100);
+	pr_watch_busy_at(bench->watch, &cooking, bench->now);
+	pass(bench, 200);
+	assert_string_equal(bench->said->str, "");
+	pass(bench, 50);
+	assert_int_equal(count_said(bench, "thread \"cook\": cooking for 250 ms (200 is usual)"),
+			 1);
+	assert_int_equal(pr_watchdog_stalls(bench->dog, &last), 1);
+	assert_string_equal(last, "thread \"cook\": cooking for 250 ms");
+}
+
+static void it_is_said_again_at_doubling_intervals_and_when_it_goes_on(void **state)
+{
+	Bench *bench = *state;
+
+	pass(bench, 100);
+	pr_watch_busy_at(bench->watch, &cooking, bench->now);
+	pass(bench, 250);
+	assert_int_equal(count_said(bench, "cooking for"), 1);
+	pass(bench, 100);
+	assert_int_equal(count_said(bench, "cooking for"), 0);
+	/* At 0.4, 0.8, 1.6, 3.2, 6.4 s. */
+	pass(bench, 6400);
+	assert_int_equal(count_said(bench, "cooking for"), 5);
+	pr_watch_busy_at(bench->watch, &eating, bench->now);
+	pass(bench, 50);
+	assert_int_equal(count_said(bench, "goes on after 6800 ms: it was cooking"), 1);
+	assert_int_equal(stalls(bench), 1);
+	pass(bench, 400);
+	assert_int_equal(count_said(bench, "eating for 450 ms"), 1);
+	assert_int_equal(stalls(bench), 2);
+	pr_watch_idle(bench->watch);
+	pass(bench, 1000);
+	assert_int_equal(count_said(bench, "goes on"), 1);
+}
+
+static void nobody_is_blamed_when_the_whole_process_stood_still(void **state)
+{
+	Bench *bench = *state;
+
+	pass(bench, 100);
+	pr_watch_busy_at(bench->watch, &cooking, bench->now);
+	bench->now += 10000 * MS;
+	look(bench);
+	assert_int_equal(count_said(bench, "this engine stood still for 9950 ms"), 1);
+	pass(bench, 150);
+	assert_string_equal(bench->said->str, "");
+	/* What comes after it counts. */
+	pass(bench, 150);
+	assert_int_equal(count_said(bench, "cooking for"), 1);
+}
+
+static void thread_that_has_ended_is_forgotten(void **state)
+{
+	Bench *bench = *state;
+
+	pass(bench, 100);
+	pr_watch_busy_at(bench->watch, &cooking, bench->now);
+	g_clear_pointer(&bench->watch, pr_watch_free);
+	pass(bench, 1000);
+	assert_string_equal(bench->said->str, "");
+}
+
+static gboolean be_slow(gpointer loop)
+{
+	g_usleep(SLOW_US);
+	g_main_loop_quit(loop);
+	return G_SOURCE_REMOVE;
+}
+
+static gboolean end_idle(gpointer loop)
+{
+	g_main_loop_quit(loop);
+	return G_SOURCE_REMOVE;
+}
+
+static void main_loop_that_does_not_turn_is_named(void **state)
+{
+	g_autoptr(GMainContext) context = g_main_context_new();
+	g_autoptr(GMainLoop) loop = g_main_loop_new(context, FALSE);
+	g_autoptr(GSource) rests = g_timeout_source_new(SLOW_US / 1000);
+	g_autoptr(GSource) holds_up = g_timeout_source_new(0);
+	PrWatchdog *dog = pr_watchdog_new();
+	gint64 until = g_get_monotonic_time() + PATIENCE;
+	g_autofree char *last = NULL;
+
+	pr_watchdog_start(dog);
+	pr_loop_watch(dog, context);
+	/* It waits. */
+	g_source_set_callback(rests, end_idle, loop, NULL);
+	g_source_attach(rests, context);
+	g_main_loop_run(loop);
+	assert_int_equal(pr_watchdog_stalls(dog, &last), 0);
+	/* It is held up. */
+	g_source_set_callback(holds_up, be_slow, loop, NULL);
+	g_source_attach(holds_up, context);
+	g_main_loop_run(loop);
+	while (pr_watchdog_stalls(dog, &last) == 0 && g_get_monotonic_time() < until)
+		g_clear_pointer(&last, g_free);
+	assert_non_null(last);
+	assert_non_null(strstr(last, "thread \"main loop\": answering the monitor"));
+	pr_loop_watch(NULL, context);
+	pr_watchdog_free(dog);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test_setup_teardown(who_moves_or_is_idle_is_not_mentioned, set_up,
+						tear_down),
+		cmocka_unit_test_setup_teardown(who_is_slow_is_named_with_the_point_and_the_time,
+						set_up, tear_down),
+		cmocka_unit_test_setup_teardown(
+			it_is_said_again_at_doubling_intervals_and_when_it_goes_on, set_up,
+			tear_down),
+		cmocka_unit_test_setup_teardown(nobody_is_blamed_when_the_whole_process_stood_still,
+						set_up, tear_down),
+		cmocka_unit_test_setup_teardown(thread_that_has_ended_is_forgotten, set_up,
+						tear_down),
+		cmocka_unit_test(main_loop_that_does_not_turn_is_named),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Threads, descriptors and memory that may not be there. GLib ends the process where it gets none, so what is
+ * wanted after RUN, when only a pause may come of it, is asked for here. Errors are PR_PATH_ERROR_CONNECT: they
+ * pause, and name the limit.
+ */
+#pragma once
+
+#include <gio/gio.h>
+
+/* As g_thread_try_new(). */
+GThread *pr_thread_try(const char *name, GThreadFunc func, gpointer opaque, GError **error);
+
+/* Whether there are descriptors for a main context and what GIO opens for it. Who asks at the same time as
+ * others may be told that there are enough for both when there are not; PR_SPARE_FILES is several times what one needs. */
+#define PR_SPARE_FILES 16
+gboolean pr_spare_files(GError **error);
+
+/* A zeroed buffer for `what`, to be freed with g_free(). */
+void *pr_try_alloc(gsize bytes, const char *what, GError **error);
+/* Whether that much could be had now, for what GLib will allocate. */
+gboolean pr_spare_memory(gsize bytes, const char *what, GError **error);
