@@ -13,6 +13,7 @@ PrConn *pr_conn_new(PrMigration *m, const PrUri *uri, const char *name, uint64_t
 	conn->name = g_strdup(name ? name : uri->text);
 	conn->epoch = conn->lanes_epoch = epoch;
 	conn->grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+	g_mutex_init(&conn->told_lock);
 	return conn;
 }
 
@@ -24,6 +25,7 @@ void pr_conn_free(PrConn *conn)
 	g_clear_error(&conn->failure);
 	g_free(conn->ack);
 	g_array_unref(conn->grants);
+	g_mutex_clear(&conn->told_lock);
 	pr_uri_free(conn->uri);
 	g_free(conn->name);
 	g_free(conn);

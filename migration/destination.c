@@ -94,6 +94,15 @@ static void on_complete(void *opaque)
 	pr_destination_check_complete(opaque);
 }
 
+static void on_want(guint block, uint64_t page, void *opaque)
+{
+	PrMigration *m = opaque;
+	PrConn *conn = current_conn(m);
+
+	if (conn)
+		pr_told_ask(m, conn, block, page);
+}
+
 static void on_broken(const GError *error, void *opaque)
 {
 	pr_migration_failed(opaque, NULL, error);
@@ -140,9 +149,9 @@ void pr_destination_use_grants(PrConn *conn)
 	conn->granted = TRUE;
 }
 
-static gboolean start_workers(PrMigration *m, GError **error)
+static gboolean start_workers(PrMigration *m, PrConn *conn, GError **error)
 {
-	PrFaultHooks fault_hooks = {on_complete, on_broken, m, m->dog};
+	PrFaultHooks fault_hooks = {on_complete, on_want, on_broken, m, m->dog};
 	PrPullHooks pull_hooks = {on_progress, on_complete, on_broken, m, m->dog};
 
 	m->uffd = m->guest->ops->fault_on(m->guest, error);
@@ -164,6 +173,8 @@ static gboolean start_workers(PrMigration *m, GError **error)
 	m->faults = faults;
 	m->pull = pull;
 	g_mutex_unlock(&m->lock);
+	if (conn->path->piecewise)
+		pr_told_begin(m, conn);
 	return TRUE;
 }
 
@@ -185,12 +196,12 @@ static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	pr_conn_binding(conn, &binding);
 	pr_ram_set_identity(m->ram, &binding);
 	return (!m->guest->ops->prepare_state || m->guest->ops->prepare_state(m->guest, error)) &&
-	       start_workers(m, error) &&
+	       start_workers(m, conn, error) &&
 	       m->guest->ops->keep_state(m->guest, m->ram->state_fd, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "ready for RAM and device state", error);
 }
 
-static gboolean take_zero(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+gboolean pr_destination_take_zero(PrMigration *m, const PrMsg *msg, GError **error)
 {
 	uint32_t index;
 	g_autofree PrWireRange *ranges = NULL;
@@ -215,6 +226,13 @@ static gboolean take_zero(PrMigration *m, PrConn *conn, const PrMsg *msg, GError
 		if (pr_bitmap_clear(block->waiting, page, pages) > 0)
 			pr_fault_notify(m->faults);
 	}
+	return TRUE;
+}
+
+static gboolean take_zero(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	if (!pr_destination_take_zero(m, msg, error))
+		return FALSE;
 	pr_destination_check_complete(m);
 	return TRUE;
 }
@@ -223,7 +241,8 @@ static gboolean take_listen(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 {
 	if (!pr_migration_step(m, PR_EVENT_STOP, "the source's guest is stopped", error))
 		return FALSE;
-	pr_destination_use_grants(conn);
+	if (!conn->granted)
+		pr_destination_use_grants(conn);
 	/* Loading touches RAM. The bulk of it has to wait: it would slow down what the guest stands still
 	 * for. */
 	pr_fault_attach(m->faults, conn->path);
@@ -463,13 +482,16 @@ static void fence(PrMigration *m, PrConn *conn)
 {
 	pr_watch_busy(m->watch, &fencing);
 	pr_conn_shutdown(conn);
+	pr_told_end(conn);
 	if (m->faults) {
 		pr_fault_detach(m->faults);
 		pr_pull_detach(m->pull);
 	}
 	pr_conn_close(conn);
-	if (m->pull)
+	if (m->pull) {
+		pr_ram_drop_veil(m->ram);
 		pr_pull_forget_lost(m->pull);
+	}
 }
 
 /* Whether the newcomer is still wanted, now that its turn has come. */

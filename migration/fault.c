@@ -6,10 +6,12 @@
  * urgent lane; it also takes their completions, so that nothing stands between a page's arrival and
  * waking the vCPU that waits for it.
  *
- * A fault is one of three:
+ * A fault is one of four:
  *  - on a page that is in place (received bit set): resolved here at once, path or no path. So the
  *    guest runs on with what it has while the migration is paused, zero pages included.
  *  - on a page that nobody reads yet: claimed, posted, kept in `pending` until it lands.
+ *  - on a page that is veiled: the source has not told yet what it is (pr_ram_veil()). It is asked to look there first.
+ *    From then on the page is like one of the next kind: whoever takes the veil off notifies us.
  *  - on a page that a bulk READ covers: kept in `pending`, its `waiting` bit is set. The pull thread
  *    exposes the page, which wakes the vCPU, and notifies us so that we take the time. Both sides use
  *    sequentially consistent bit operations: either we see `received` after we set `waiting`, or the
@@ -55,6 +57,7 @@ G_STATIC_ASSERT(PR_READ_MAX / 4096 < AHEAD >> 40);
 typedef struct Pending {
 	uint64_t token;
 	PrPageWait wait;
+	gboolean asked;	 /* the source was asked what the page is */
 	gboolean posted; /* by us: its page is covered by our READ */
 } Pending;
 
@@ -180,6 +183,16 @@ static gboolean may_post(const PrFaultThread *self)
 	return path && self->outstanding < path->ops->max_reads(path, PR_LANE_URGENT);
 }
 
+/* Once for each page and path. */
+static void ask(PrFaultThread *self, Pending *entry, guint index, uint64_t page)
+{
+	if (entry->asked || !self->worker.current ||
+	    !pr_bitmap_test(self->ram->blocks[index].veiled, page))
+		return;
+	entry->asked = TRUE;
+	self->hooks.want(index, page, self->hooks.opaque);
+}
+
 /* Does for an entry what can be done now. TRUE: it is settled and gone. */
 static gboolean advance(PrFaultThread *self, Pending *entry)
 {
@@ -193,8 +206,10 @@ static gboolean advance(PrFaultThread *self, Pending *entry)
 		post_faulting(self, index, page);
 		return FALSE;
 	}
-	if (!entry->posted && !pr_bitmap_test(block->received, page))
+	if (!entry->posted && !pr_bitmap_test(block->received, page)) {
 		pr_bitmap_test_and_set(block->waiting, page);
+		ask(self, entry, index, page);
+	}
 	if (!pr_bitmap_test(block->received, page))
 		return FALSE;
 	resolve(self, block, page);
@@ -226,7 +241,7 @@ static gboolean locate(PrFaultThread *self, uint64_t address, uint64_t *ret_toke
  * go in between. */
 static gboolean add_pending(PrFaultThread *self, uint64_t token, uint32_t tid)
 {
-	gboolean posted = FALSE;
+	gboolean posted = FALSE, asked = FALSE;
 
 	for (guint i = 0; i < self->n_pending; i++) {
 		const Pending *other = &self->pending[i];
@@ -236,9 +251,10 @@ static gboolean add_pending(PrFaultThread *self, uint64_t token, uint32_t tid)
 		if (other->wait.tid == tid)
 			return FALSE;
 		posted = posted || other->posted;
+		asked = asked || other->asked;
 	}
 	Pending *entry = &self->pending[self->n_pending++];
-	*entry = (Pending){.token = token, .posted = posted};
+	*entry = (Pending){.token = token, .posted = posted, .asked = asked};
 	pr_blocktime_blocked(self->times, tid, now_ns(), &entry->wait);
 	return TRUE;
 }
@@ -426,7 +442,7 @@ static void restart(PrFaultThread *self)
 	self->ahead_pages = 0;
 	self->n_plans = 0;
 	for (guint i = 0; i < self->n_pending; i++)
-		self->pending[i].posted = FALSE;
+		self->pending[i].posted = self->pending[i].asked = FALSE;
 }
 
 /* FALSE: the thread is to end. */

@@ -14,6 +14,8 @@ typedef struct PrFaultThread PrFaultThread;
 typedef struct PrFaultHooks {
 	/* The last page has come in; any number of times. From the fault thread. */
 	void (*complete)(void *opaque);
+	/* A fault waits for a page that the source has not told about yet (pr_ram_veil()). From the fault thread. */
+	void (*want)(guint block, uint64_t page, void *opaque);
 	/* The guest or the kernel failed us; once. From the fault thread, which goes on. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;

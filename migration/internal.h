@@ -43,6 +43,10 @@ typedef struct PrConn {
 	gboolean granted;  /* all of them were sent, or given to the path */
 	guint stripe;	   /* destination: id of the stripe over it (pull.h), 0: none */
 
+	/* destination, of a piecewise path in use (told.c) */
+	GMutex told_lock; /* taken before all others; protects `telling`, and `grants` while that is set */
+	gboolean telling; /* the control's reader thread takes what the source tells of its RAM */
+
 	/* PrMigration.lock */
 	uint64_t epoch;	  /* the one of HELLO or ACTIVATE */
 	gboolean standby; /* listed in PrMigration.standbys */
@@ -131,6 +135,9 @@ struct PrMigration {
 	PrResume resume;     /* what kind of recovery RECOVER_SETUP is */
 	uint32_t pong;	     /* the last one received */
 	guint bitmaps_due;   /* RECV_BITMAP answers still missing */
+	GArray *asked; /* PrLook: where the destination wants us to look first, NULL: nowhere (look.c) */
+	gboolean
+		looking; /* the destination has not heard of all its RAM yet; nor may it wait for us */
 	PrProgress progress; /* as the destination last reported it */
 
 	/* destination */
@@ -273,11 +280,27 @@ gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error);
 
 /* zero.c: the source's; the guest has stopped. */
 gboolean pr_source_tell_holes(PrMigration *m, PrConn *conn, GError **error);
-/* For paths that grant what holds data and nothing else (PrTransportOps.grants): all the rest is holes, so that
- * nobody has to look for them once more. Sorts the grants. */
-gboolean pr_source_tell_ungranted(PrMigration *m, PrConn *conn, GArray *grants, GError **error);
+/* For piecewise paths: what of [start, end) is not in its grants, which are sorted, is holes. */
+gboolean pr_source_tell_ungranted(PrConn *conn, uint32_t block, uint64_t start, uint64_t end,
+				  const GArray *grants, GError **error);
 /* Looks through all RAM that is not known to be in place, ahead of the destination's pull. */
 void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn);
+
+/* look.c: the source, after the guest has stopped: what the destination may read over a piecewise path, and what is
+ * zero. A thread does it; pr_look_end() returns whether all was told. */
+GThread *pr_look_begin(PrMigration *m, PrConn *conn, GError **error);
+gboolean pr_look_end(PrMigration *m, GThread *looker);
+gboolean pr_source_take_look(PrMigration *m, const PrMsg *msg, GError **error);
+/* Waits until all was told, or the attempt has failed. */
+void pr_look_await(PrMigration *m);
+gboolean pr_source_tell_grants(PrConn *conn, const GArray *grants, GError **error);
+
+/* told.c: the destination's half of it. */
+void pr_told_begin(PrMigration *m, PrConn *conn);
+/* Returns when nobody takes anything over this connection any more. */
+void pr_told_end(PrConn *conn);
+/* Asks the source to look at a page first. */
+void pr_told_ask(PrMigration *m, PrConn *conn, guint block, uint64_t page);
 
 gpointer pr_source_thread(gpointer migration);
 gpointer pr_load_thread(gpointer migration);
@@ -310,6 +333,7 @@ gboolean pr_destination_take_grant(PrMigration *m, PrConn *conn, const PrMsg *ms
 /* Answers a HELLO with PR_HELLO_OK, publishes or lists the connection and waits for its lanes. */
 gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean standby,
 			       GError **error);
+gboolean pr_destination_take_zero(PrMigration *m, const PrMsg *msg, GError **error);
 void pr_destination_use_grants(PrConn *conn);
 void pr_destination_run(PrMigration *m);
 void pr_destination_check_complete(PrMigration *m);

@@ -502,6 +502,13 @@ void pr_pull_detach(PrPull *pull)
 	pr_worker_set_path(&pull->first->worker, NULL);
 }
 
+void pr_pull_notify(PrPull *pull)
+{
+	g_mutex_lock(&pull->lock);
+	kick_all(pull);
+	g_mutex_unlock(&pull->lock);
+}
+
 void pr_pull_forget_lost(PrPull *pull)
 {
 	g_autoptr(GArray) kept = g_array_new(FALSE, FALSE, sizeof(uint64_t));

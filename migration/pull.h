@@ -29,6 +29,8 @@ PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThrea
  * nothing. */
 void pr_pull_attach(PrPull *pull, PrDataPath *path);
 void pr_pull_detach(PrPull *pull);
+/* There may be something new to pull, or all is there now. */
+void pr_pull_notify(PrPull *pull);
 /* The path that was in use is fenced, fault thread and first pull thread are detached: forgets all claims but those
  * of the stripes. */
 void pr_pull_forget_lost(PrPull *pull);

@@ -107,6 +107,7 @@ static gboolean make_state(PrRam *ram, GError **error)
 		head->blocks[i].bitmap_offset = offsets[i];
 		block->received = (unsigned long *)(ram->state_map + offsets[i]);
 		block->inflight = pr_bitmap_new(block->n_pages);
+		block->veiled = pr_bitmap_new(block->n_pages);
 		block->waiting = pr_bitmap_new(block->n_pages);
 		if (!block->inflight || !block->waiting) {
 			errno = ENOMEM;
@@ -159,6 +160,7 @@ void pr_ram_free(PrRam *ram)
 			munmap(block->host, block->size);
 		g_free(block->idstr);
 		g_free(block->inflight);
+		g_free(block->veiled);
 		g_free(block->waiting);
 		g_free(block->dirty);
 	}
@@ -307,16 +309,51 @@ void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, g
 		__atomic_fetch_add(&ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
 }
 
+/* Returns which pages of a word were veiled, and are not any more. */
+static unsigned long take_veil(PrRamBlock *block, uint64_t index, unsigned long mask)
+{
+	return mask & __atomic_fetch_and(&block->veiled[index], ~mask, __ATOMIC_SEQ_CST);
+}
+
+void pr_ram_veil(PrRam *ram)
+{
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		PrRamBlock *block = &ram->blocks[i];
+
+		pr_bitmap_set(block->inflight, 0, block->n_pages);
+		pr_bitmap_set(block->veiled, 0, block->n_pages);
+	}
+}
+
+void pr_ram_unveil(PrRamBlock *block, uint64_t page, uint64_t n)
+{
+	uint64_t end = page + n;
+
+	for (uint64_t i = page / PR_LONG_BITS; i < pr_bitmap_words(end); i++) {
+		unsigned long mine = take_veil(block, i, pr_bitmap_span(i, page, end));
+
+		__atomic_fetch_and(&block->inflight[i], ~mine, __ATOMIC_SEQ_CST);
+	}
+}
+
+void pr_ram_drop_veil(PrRam *ram)
+{
+	for (guint i = 0; i < ram->n_blocks; i++)
+		pr_bitmap_clear(ram->blocks[i].veiled, 0, ram->blocks[i].n_pages);
+}
+
 uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
 {
 	uint64_t changed = 0, end = page + n;
 
-	/* A word at a time, as pr_ram_claim() and pr_ram_received() do it for a page: holes are large. */
+	/* A word at a time, as pr_ram_claim() and pr_ram_received() do it for a page: holes are large. The claim of
+	 * a veiled page is whoever's that takes the veil off. */
 	for (uint64_t i = page / PR_LONG_BITS; i < pr_bitmap_words(end); i++) {
 		unsigned long mask = pr_bitmap_span(i, page, end);
+		unsigned long veiled = mask & take_veil(block, i, mask);
 		unsigned long others =
 			__atomic_fetch_or(&block->inflight[i], mask, __ATOMIC_SEQ_CST);
-		unsigned long mine = mask & ~others;
+		unsigned long mine = (mask & ~others) | veiled;
 		unsigned long have = __atomic_load_n(&block->received[i], __ATOMIC_SEQ_CST);
 
 		__atomic_fetch_or(&block->received[i], mine, __ATOMIC_SEQ_CST);

@@ -36,6 +36,8 @@ typedef struct PrRamBlock {
 
 	unsigned long *received; /* destination; atomic, in the state memfd */
 	unsigned long *inflight; /* destination; atomic: claimed by a reader */
+	unsigned long *veiled;	 /* destination; atomic: the source has not told yet what it is; its
+				  * in-flight bit is set for so long */
 	unsigned long *waiting;	 /* destination; atomic: a fault waits for somebody else's READ */
 	unsigned long *dirty;	 /* source: not yet in place at the destination, as far as we know;
 				  * the migration thread's, the return-path thread's during recovery */
@@ -101,6 +103,13 @@ void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, g
 /* The source says that n pages are zero: those that nobody has or reads are marked received.
  * Returns how many. */
 uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n);
+/* Destination, before anybody reads: no page can be claimed until the source has told what it is, by pr_ram_unveil()
+ * or pr_ram_zero(). */
+void pr_ram_veil(PrRam *ram);
+/* n pages may be read now: those that were veiled may be claimed. */
+void pr_ram_unveil(PrRamBlock *block, uint64_t page, uint64_t n);
+/* Destination: nothing is veiled any more; pr_ram_forget_inflight() is to follow. */
+void pr_ram_drop_veil(PrRam *ram);
 /* Destination: the READ of these pages was lost, and its path is fenced: they may be claimed again. */
 void pr_ram_forget(PrRam *ram, uint64_t token);
 /* Destination: no READ is in flight any more but those of these tokens. */

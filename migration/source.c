@@ -19,6 +19,9 @@
 #define BACKOFF_MIN_US	   (100 * 1000) /* between automatic recoveries, doubling */
 #define BACKOFF_MAX_US	   (2 * G_USEC_PER_SEC)
 #define CAPABILITY_LOOK_US (200 * 1000) /* between two looks whether auto-recover was switched on */
+/* Device state that is sent while a piecewise path's RAM is looked at, bytes; well below what a control channel
+ * receives ahead. */
+#define STATE_BESIDE_LOOKING (8 * 1024 * 1024)
 
 /* What the migration thread is at, and how long that may take; the lengths that users set end it. */
 static const PrWatchPoint preparing = {"preparing the guest", 1000};
@@ -115,6 +118,8 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 		return take_progress(m, msg, error);
 	case PR_RP_RAILS:
 		return pr_stripe_take_rails(m, msg, error);
+	case PR_RP_LOOK:
+		return pr_source_take_look(m, msg, error);
 	case PR_RP_SHUT:
 		return take_shut(m, msg, error);
 	case PR_RP_PROBED:
@@ -154,9 +159,8 @@ static gpointer return_path_thread(gpointer opaque)
 
 /* ---- connecting ---- */
 
-static gboolean send_grants(PrConn *conn, const GArray *grants, GError **error)
+gboolean pr_source_tell_grants(PrConn *conn, const GArray *grants, GError **error)
 {
-
 	for (guint i = 0; i < grants->len;) {
 		g_autoptr(GByteArray) body = g_byte_array_new();
 		g_autofree PrWireGrant *wire = g_new(PrWireGrant, grants->len - i);
@@ -173,7 +177,6 @@ static gboolean send_grants(PrConn *conn, const GArray *grants, GError **error)
 		if (!pr_send(conn, PR_CMD_GRANT, body, error))
 			return FALSE;
 	}
-	conn->granted = TRUE;
 	return TRUE;
 }
 
@@ -182,7 +185,8 @@ gboolean pr_source_send_grants(PrConn *conn, GError **error)
 {
 	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
 
-	return send_grants(conn, grants, error);
+	conn->granted = pr_source_tell_grants(conn, grants, error);
+	return conn->granted;
 }
 
 static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHelloAck *ret_ack,
@@ -422,7 +426,7 @@ static gboolean mark(gint64 *ret_now)
 
 static void log_downtime(const Downtime *times)
 {
-	g_info("%.1f ms since the guest stopped: telling what is zero %.1f, saving and sending "
+	g_info("%.1f ms since the guest stopped: telling what may be read %.1f, saving and sending "
 	       "%" G_GSIZE_FORMAT " bytes of device state %.1f, loading them %.1f; before that "
 	       "%.1f until it had stopped",
 	       (double)(times->loaded - times->stopped) / 1e3,
@@ -445,20 +449,6 @@ static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **e
 	return TRUE;
 }
 
-/* Whether the destination can read holes, too: it gets zeros for them, until it knows. */
-static gboolean covers_holes(PrMigration *m, const GArray *grants)
-{
-	guint n_whole = 0;
-
-	for (guint i = 0; i < grants->len; i++) {
-		const PrGrant *grant = &g_array_index(grants, PrGrant, i);
-		gboolean first = i == 0 || grant[-1].block != grant->block;
-
-		n_whole += first && grant->length == m->ram->blocks[grant->block].size;
-	}
-	return grants->len == 0 || n_whole == m->ram->n_blocks;
-}
-
 static gpointer hole_thread(gpointer opaque)
 {
 	PrConn *conn = opaque;
@@ -478,21 +468,28 @@ static gboolean check_attempt(PrMigration *m, GError **error)
 	return !failed;
 }
 
-/* Tells the destination what it may read, and what it need not read. Looking for the holes takes the longer
- * the more RAM there is; where nobody has to wait for that, a thread does it. */
+/* Tells the destination what it may read, and what it need not read. Looking takes the longer the more RAM there is,
+ * so a thread does it, beside all that follows: where the destination may read holes too, it gets zeros for them
+ * until it knows; over a piecewise path it reads a page once it has heard of it. */
 static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_teller, GError **error)
 {
-	g_autoptr(GArray) grants = conn->path->ops->grants(conn->path);
-
 	pr_watch_busy(m->watch, &telling);
-	if (!send_grants(conn, grants, error) || !check_attempt(m, error))
-		return FALSE;
-	if (!covers_holes(m, grants)) {
-		m->holes_told = pr_source_tell_ungranted(m, conn, grants, error);
-		return m->holes_told;
+	if (conn->path->piecewise) {
+		*ret_teller = pr_look_begin(m, conn, error);
+		return *ret_teller != NULL;
 	}
+	if (!pr_source_send_grants(conn, error) || !check_attempt(m, error))
+		return FALSE;
 	*ret_teller = pr_thread_try("holes", hole_thread, conn, error);
 	return *ret_teller != NULL;
+}
+
+/* Whether all was told. */
+static gboolean join_teller(PrMigration *m, PrConn *conn, GThread *teller)
+{
+	if (conn->path->piecewise)
+		return pr_look_end(m, teller);
+	return GPOINTER_TO_INT(g_thread_join(teller));
 }
 
 typedef struct Package {
@@ -513,9 +510,13 @@ static gboolean send_chunk(Package *package, gboolean last, const void *data, gs
 /* PrGuestSink */
 static gboolean send_state(const void *data, gsize length, void *opaque, GError **error)
 {
+	Package *package = opaque;
 	const uint8_t *at = data;
 
-	((Package *)opaque)->bytes += length;
+	/* The destination takes what is told of RAM while it loads; but only what it has received. */
+	if (package->bytes > STATE_BESIDE_LOOKING)
+		pr_look_await(package->conn->m);
+	package->bytes += length;
 	while (length > 0) {
 		gsize chunk = MIN(length, PR_PACKAGED_CHUNK);
 		if (!send_chunk(opaque, /* last= */ FALSE, at, chunk, error))
@@ -574,7 +575,7 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 	else
 		pr_attempt_failed(m, *error); /* so that the thread does not wait for the peer */
 	if (teller)
-		m->holes_told = GPOINTER_TO_INT(g_thread_join(teller));
+		m->holes_told = join_teller(m, conn, teller);
 	return ok;
 }
 

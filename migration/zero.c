@@ -68,48 +68,22 @@ gboolean pr_source_tell_holes(PrMigration *m, PrConn *conn, GError **error)
 	return TRUE;
 }
 
-static int by_offset(gconstpointer a, gconstpointer b)
+gboolean pr_source_tell_ungranted(PrConn *conn, uint32_t block, uint64_t start, uint64_t end,
+				  const GArray *grants, GError **error)
 {
-	const PrGrant *x = a, *y = b;
+	g_autofree Ranges *ranges = g_new0(Ranges, 1);
+	uint64_t at = start;
 
-	if (x->block != y->block)
-		return x->block < y->block ? -1 : 1;
-	return x->offset < y->offset ? -1 : x->offset > y->offset;
-}
+	ranges->conn = conn;
+	ranges->block = block;
+	for (guint i = 0; i < grants->len; i++) {
+		const PrGrant *grant = &g_array_index(grants, PrGrant, i);
 
-/* What of a block lies outside of its grants, which begin with the i-th; leaves *i at the next block's. */
-static gboolean add_complement(Ranges *ranges, const PrRamBlock *block, const GArray *grants,
-			       guint *i, GError **error)
-{
-	uint64_t at = 0;
-
-	for (; *i < grants->len; ++*i) {
-		const PrGrant *grant = &g_array_index(grants, PrGrant, *i);
-
-		if (grant->block != ranges->block)
-			break;
 		if (grant->offset > at && !add_range(ranges, at, grant->offset - at, error))
 			return FALSE;
 		at = MAX(at, grant->offset + grant->length);
 	}
-	if (at < block->size && !add_range(ranges, at, block->size - at, error))
-		return FALSE;
-	return flush_ranges(ranges, error);
-}
-
-gboolean pr_source_tell_ungranted(PrMigration *m, PrConn *conn, GArray *grants, GError **error)
-{
-	g_autofree Ranges *ranges = g_new0(Ranges, 1);
-	guint next = 0;
-
-	ranges->conn = conn;
-	g_array_sort(grants, by_offset);
-	for (guint i = 0; i < m->ram->n_blocks; i++) {
-		ranges->block = i;
-		if (!add_complement(ranges, &m->ram->blocks[i], grants, &next, error))
-			return FALSE;
-	}
-	return TRUE;
+	return (at >= end || add_range(ranges, at, end - at, error)) && flush_ranges(ranges, error);
 }
 
 static gboolean scan_extent(PrMigration *m, Ranges *ranges, const PrRamBlock *block, uint64_t start,

@@ -48,6 +48,8 @@ struct PrControl {
 	GCond changed;
 	GQueue queue; /* PrMsg */
 	gsize queued_bytes;
+	PrControlEarly early; /* or NULL */
+	void *early_opaque;
 	gboolean handling; /* what was received last is being carried out */
 	gboolean started;
 	GError *failure;    /* the first reason, set once */

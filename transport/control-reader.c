@@ -110,6 +110,15 @@ static void enqueue(PrControl *control, PrMsg *msg)
 	g_cond_broadcast(&control->changed);
 }
 
+static gboolean taken_early(PrControl *control, const PrMsg *msg)
+{
+	g_mutex_lock(&control->lock);
+	PrControlEarly early = control->early;
+	void *opaque = control->early_opaque;
+	g_mutex_unlock(&control->lock);
+	return early && early(msg, opaque);
+}
+
 static void fail_malformed(PrControl *control, const char *what)
 {
 	g_autofree char *text =
@@ -142,7 +151,8 @@ static void deliver(PrControl *control, PrMsg *taken)
 
 		fail_malformed(control, what);
 	} else if (pr_control_admit(control, FALSE, msg->type) && pr_msg_is_known(msg->type)) {
-		enqueue(control, g_steal_pointer(&msg));
+		if (!taken_early(control, msg))
+			enqueue(control, g_steal_pointer(&msg));
 	}
 }
 

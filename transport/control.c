@@ -397,6 +397,14 @@ PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error)
 	return msg;
 }
 
+void pr_control_set_early(PrControl *control, PrControlEarly early, void *opaque)
+{
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
+
+	control->early = early;
+	control->early_opaque = opaque;
+}
+
 GSocketConnection *pr_control_take_connection(PrControl *control)
 {
 	control->fd = -1;

@@ -64,6 +64,12 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
  * the channel stays open. */
 PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error);
 
+/* Each message for the engine is shown to `early` by the reader thread as soon as it has come, before those that still
+ * wait to be received; TRUE: that was all that there is to do with it. It must not block and must not send. Any
+ * thread; the last one stays until the channel is freed. */
+typedef gboolean (*PrControlEarly)(const PrMsg *msg, void *opaque);
+void pr_control_set_early(PrControl *control, PrControlEarly early, void *opaque);
+
 /* Closes the channel with this reason (a copy is kept); any thread, idempotent; the first
  * reason stays. on_failed is not called. All sends and receives end. */
 void pr_control_shutdown(PrControl *control, const GError *reason);

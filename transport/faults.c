@@ -24,6 +24,8 @@ static const FaultOption fault_options[] = {
 	 "fail the N-th READ to complete, and the data path"},
 	{"delay-ms", G_STRUCT_OFFSET(PrFaultPlan, delay_ms), 60000,
 	 "report every READ so much later"},
+	{"piecewise-us", G_STRUCT_OFFSET(PrFaultPlan, piecewise_us), 60000,
+	 "grant guest RAM piece by piece, in so much time for each MiB (both sides)"},
 };
 
 void pr_faults_describe(GString *out)
@@ -283,6 +285,13 @@ PrFault pr_faults_on_completion(PrFaults *faults)
 		fault = PR_FAULT_CUT;
 	g_mutex_unlock(&faults->lock);
 	return fault;
+}
+
+guint64 pr_faults_piecewise_us(PrFaults *faults)
+{
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&faults->lock);
+
+	return faults->plan.piecewise_us;
 }
 
 guint64 pr_faults_delay_ms(PrFaults *faults)

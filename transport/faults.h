@@ -36,3 +36,4 @@ PrFault pr_faults_on_message(PrFaults *faults);
 PrFault pr_faults_on_read(PrFaults *faults);
 PrFault pr_faults_on_completion(PrFaults *faults);
 guint64 pr_faults_delay_ms(PrFaults *faults);
+guint64 pr_faults_piecewise_us(PrFaults *faults);

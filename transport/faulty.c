@@ -30,8 +30,13 @@ typedef struct FaultyPath {
 	PrFaultyHook hook; /* how faults.c reaches us */
 	PrFate fate;	   /* thread-safe */
 	PrFaults *faults;
-	PrDataPath *inner; /* constant once opened */
-	int stalled;	   /* atomic, once set stays */
+	PrDataPath *inner;	 /* constant once opened */
+	int stalled;		 /* atomic, once set stays */
+	const PrRegion *regions; /* constant, as is n_regions */
+	guint n_regions;
+	guint piece_us;	     /* not 0: we play a piecewise path; constant */
+	GMutex granted_lock; /* protects granted */
+	GArray *granted;     /* PrGrant: what may be read then */
 	FaultyLane lanes[PR_N_LANES];
 } FaultyPath;
 
@@ -162,6 +167,8 @@ static void path_free(FaultyPath *path)
 		g_array_unref(lane->stalled);
 	}
 	pr_faults_free(path->faults);
+	g_array_unref(path->granted);
+	g_mutex_clear(&path->granted_lock);
 	pr_fate_clear(&path->fate);
 	g_free(path);
 }
@@ -175,6 +182,11 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 	path->base.ops = &pr_transport_faulty;
 	path->faults = pr_faults_for_uri(setup->uri);
 	pr_fate_init(&path->fate, setup);
+	path->regions = setup->regions;
+	path->n_regions = setup->n_regions;
+	path->piece_us = (guint)pr_faults_piecewise_us(path->faults);
+	path->granted = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+	g_mutex_init(&path->granted_lock);
 	for (guint i = 0; i < PR_N_LANES; i++) {
 		FaultyLane *lane = &path->lanes[i];
 
@@ -189,6 +201,7 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 
 static PrDataPath *path_opened(FaultyPath *path)
 {
+	path->base.piecewise = path->inner->piecewise || path->piece_us;
 	path->hook.cut = cut_now;
 	path->hook.stall = stall_now;
 	pr_faults_attach(path->faults, &path->hook);
@@ -247,18 +260,95 @@ static PrDataPath *faulty_connect(const PrPathSetup *setup, GError **error)
 	return path->inner ? path_opened(g_steal_pointer(&path)) : NULL;
 }
 
+/* The data in a range of a region, as a transport would that cannot read holes. */
+static void grant_data(const PrRegion *region, uint32_t block, uint64_t from, uint64_t to,
+		       GArray *ret)
+{
+	off_t base = (off_t)region->memfd_offset;
+
+	while (from < to) {
+		off_t data = lseek(region->memfd, base + (off_t)from, SEEK_DATA);
+		off_t hole = data < 0 ? -1 : lseek(region->memfd, data, SEEK_HOLE);
+
+		if (hole < 0 || data - base >= (off_t)to)
+			return;
+		from = (uint64_t)(data - base);
+		PrGrant grant = {block, from, MIN((uint64_t)(hole - base), to) - from, 0, 0};
+		g_array_append_val(ret, grant);
+		from += grant.length;
+	}
+}
+
+static void faulty_grants_within(PrDataPath *base, uint32_t block, uint64_t offset, uint64_t length,
+				 GArray *ret)
+{
+	FaultyPath *path = (FaultyPath *)base;
+
+	if (!path->piece_us) {
+		path->inner->ops->grants_within(path->inner, block, offset, length, ret);
+		return;
+	}
+	g_usleep(path->piece_us * MAX(1, length >> 20));
+	grant_data(&path->regions[block], block, offset, offset + length, ret);
+}
+
 static GArray *faulty_grants(PrDataPath *base)
 {
-	PrDataPath *inner = ((FaultyPath *)base)->inner;
+	FaultyPath *path = (FaultyPath *)base;
+	GArray *grants;
 
-	return inner->ops->grants(inner);
+	if (!path->piece_us)
+		return path->inner->ops->grants(path->inner);
+	grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+	for (guint i = 0; i < path->n_regions; i++)
+		faulty_grants_within(base, i, 0, path->regions[i].size, grants);
+	return grants;
+}
+
+static void faulty_add_grants(PrDataPath *base, const PrGrant *grants, guint n)
+{
+	FaultyPath *path = (FaultyPath *)base;
+
+	if (!path->piece_us) {
+		path->inner->ops->add_grants(path->inner, grants, n);
+		return;
+	}
+	g_mutex_lock(&path->granted_lock);
+	g_array_append_vals(path->granted, grants, n);
+	g_mutex_unlock(&path->granted_lock);
 }
 
 static void faulty_set_grants(PrDataPath *base, const PrGrant *grants, guint n)
 {
-	PrDataPath *inner = ((FaultyPath *)base)->inner;
+	FaultyPath *path = (FaultyPath *)base;
 
-	inner->ops->set_grants(inner, grants, n);
+	if (path->piece_us)
+		faulty_add_grants(base, grants, n);
+	else
+		path->inner->ops->set_grants(path->inner, grants, n);
+}
+
+/* Whether a READ keeps to what was granted. */
+static gboolean is_granted(FaultyPath *path, uint32_t block, uint64_t at, uint64_t end)
+{
+	gboolean found = TRUE;
+
+	if (!path->piece_us)
+		return TRUE;
+	g_mutex_lock(&path->granted_lock);
+	while (found && at < end) {
+		found = FALSE;
+		for (guint i = 0; i < path->granted->len && !found; i++) {
+			const PrGrant *grant = &g_array_index(path->granted, PrGrant, i);
+
+			found = grant->block == block && at >= grant->offset &&
+				at - grant->offset < grant->length;
+			if (found)
+				at = grant->offset + grant->length;
+		}
+	}
+	g_mutex_unlock(&path->granted_lock);
+	return found;
 }
 
 static guint faulty_max_reads(PrDataPath *base, PrLaneId id)
@@ -275,6 +365,12 @@ static gboolean faulty_post_read(PrDataPath *base, PrLaneId id, uint32_t block, 
 
 	if (!pr_fate_is_up(&path->fate))
 		return FALSE;
+	if (!is_granted(path, block, offset, offset + length)) {
+		g_critical("a READ at %" G_GUINT64_FORMAT " of RAM block %u: not granted", offset,
+			   block);
+		fail(path, "a READ of what was not granted");
+		return FALSE;
+	}
 	switch (pr_faults_on_read(path->faults)) {
 	case PR_FAULT_CUT:
 		fail(path, "cut by fault injection, at a READ");
@@ -462,7 +558,9 @@ const PrTransportOps pr_transport_faulty = {
 	.accept = faulty_accept,
 	.connect = faulty_connect,
 	.grants = faulty_grants,
+	.grants_within = faulty_grants_within,
 	.set_grants = faulty_set_grants,
+	.add_grants = faulty_add_grants,
 	.max_reads = faulty_max_reads,
 	.post_read = faulty_post_read,
 	.post_probe = faulty_post_probe,

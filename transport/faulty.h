@@ -20,6 +20,7 @@ typedef struct PrFaultPlan {
 	guint64 stall_after_reads; /* READs after the N-th stay without an answer until shutdown */
 	guint64 error_read;	   /* the N-th READ to complete fails, and the path with it */
 	guint64 delay_ms;	   /* every completion comes so much later */
+	guint64 piecewise_us; /* the path is piecewise (transport.h), and a MiB takes so long; for both sides */
 } PrFaultPlan;
 
 /* Thread-safe. */

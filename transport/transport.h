@@ -70,6 +70,8 @@ typedef void (*PrPathFailed)(const GError *reason, void *opaque);
 typedef struct PrTransportOps PrTransportOps;
 typedef struct PrDataPath {
 	const PrTransportOps *ops;
+	gboolean
+		piecewise; /* constant: what is not granted cannot be read, and grants may come beside READs */
 } PrDataPath;
 typedef struct PrDataListener {
 	const PrTransportOps *ops;
@@ -123,6 +125,12 @@ struct PrTransportOps {
 	 * granted, before the first READ. */
 	GArray *(*grants)(PrDataPath *path);
 	void (*set_grants)(PrDataPath *path, const PrGrant *grants, guint n);
+	/* Where the path is piecewise, else NULL. Source, after the guest has stopped: the same for a range (on page
+	 * boundaries), appended to `ret`, in order; all else in it is zero. By any thread, by one at a time. Destination,
+	 * after set_grants() and beside READs: more of them. */
+	void (*grants_within)(PrDataPath *path, uint32_t block, uint64_t offset, uint64_t length,
+			      GArray *ret);
+	void (*add_grants)(PrDataPath *path, const PrGrant *grants, guint n);
 
 	/* Destination. READs `length` bytes (at most PR_READ_MAX, within one block) at `offset` of
 	 * block `block` into the same place of our region. At most max_reads() may be outstanding

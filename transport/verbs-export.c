@@ -6,17 +6,26 @@
  * protection domain, and ends with it. Registering pins, and pinning a hole would fill it: so only
  * extents that hold data (SEEK_DATA) are registered, in pieces of up to CHUNK bytes, by several threads.
  *
- * The guest may still run while connect() registers. What it has touched since is found and
- * registered by grants(), which is to be called once more when the guest has stopped; by then little
- * is left to do. Two things can have happened:
+ * The guest may still run while connect() registers, so that when it has stopped not all of that is right any
+ * more. Two things can have happened:
  *  - a hole has become data: a new extent.
  *  - the guest gave memory back (a balloon, free page reporting: the memfd got a hole) and perhaps took it
  *    again. Our pin then keeps the old page, which is no longer the guest's; the destination would read
  *    what is long gone. Punching a hole also takes the page out of every mapping of the memfd. So each piece
  *    has one that is there for nothing else: it is filled before the piece is pinned and never touched
- *    again. A page that is not present there (/proc/self/pagemap) may have been exchanged, and its piece is
- *    registered anew. It has to be a mapping for each piece, since filling one also brings in whatever
- *    lies around in the same mapping, and not the one that is registered, since pinning does the same.
+ *    again. A page that is not present there (/proc/self/pagemap) may have been exchanged. It has to be a
+ *    mapping for each piece, since filling one also brings in whatever lies around in the same mapping, and
+ *    not the one that is registered, since pinning does the same.
+ *
+ * That a READ never meets a page that was exchanged rests on the order, page by page: nothing is granted before the
+ * guest has stopped, when the memfd changes no more. Then pr_verbs_export_within() looks at a range, as often and in
+ * whatever pieces the caller likes. A page that is present in its piece's own mapping has been there since before it
+ * was pinned: what is pinned is the guest's page, now and for good; it is granted. Every other page is looked for in
+ * the memfd, with SEEK_DATA: a hole is not granted, the engine says that it is zero; data is registered anew,
+ * and granted with the new key. So the looking may go on while other READs are under way: the destination can read
+ * what was granted, and that is right already. The piece with the old pages stays registered until the path ends:
+ * nobody has been told its key for them. A page that the kernel took out of the mapping for reasons of its own costs
+ * one more registration, and that is all.
  *
  * A device has only so many memory regions, and each costs a system call. When there are more than
  * EXTENTS_MAX extents, or half of what the device has, those with small holes between them are taken together,
@@ -178,7 +187,7 @@ static uint8_t *host(const PrVerbsPath *path, uint32_t block)
 	return writable ? writable : path->regions[block].addr;
 }
 
-/* ---- pages that were exchanged ---- */
+/* ---- a mapping that shows which pages were exchanged ---- */
 
 static uint8_t *watched(const PrVerbsExport *export)
 {
@@ -218,50 +227,10 @@ static void unwatch(PrVerbsExport *export)
 	export->watch = (PrVerbsMapping){NULL, 0};
 }
 
-/* FALSE also where that cannot be told. */
-static gboolean all_present(int pagemap, const uint8_t *at, uint64_t length)
-{
-	const uint64_t present = 1ull << 63;
-	g_autofree uint64_t *entries = g_new(uint64_t, PAGES_AT_ONCE);
-	uint64_t page = (uintptr_t)at / page_size(), left = length / page_size();
-
-	while (left) {
-		uint64_t n = MIN(left, PAGES_AT_ONCE);
-		ssize_t size = (ssize_t)(n * sizeof(*entries));
-
-		if (pread(pagemap, entries, (size_t)size, (off_t)(page * sizeof(*entries))) != size)
-			return FALSE;
-		for (uint64_t i = 0; i < n; i++)
-			if (!(entries[i] & present))
-				return FALSE;
-		page += n;
-		left -= n;
-	}
-	return TRUE;
-}
-
 static void drop(PrVerbsExport *export)
 {
 	ibv_dereg_mr(export->mr);
 	unwatch(export);
-}
-
-/* Drops the exports that may hold pages which are no longer the guest's. */
-static void drop_exchanged(PrVerbsPath *path)
-{
-	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-
-	for (guint i = path->exports->len; i-- > 0;) {
-		PrVerbsExport *export = &g_array_index(path->exports, PrVerbsExport, i);
-
-		if (path->regions[export->block].memfd < 0 ||
-		    (export->watch.addr && all_present(pagemap, watched(export), export->length)))
-			continue;
-		drop(export);
-		g_array_remove_index(path->exports, i);
-	}
-	if (pagemap >= 0)
-		close(pagemap);
 }
 
 /* ---- registering ---- */
@@ -379,11 +348,198 @@ static gboolean register_all(PrVerbsPath *path, GArray *todo, GCancellable *canc
 
 gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error)
 {
-	g_autoptr(GArray) todo = NULL;
+	g_autoptr(GArray) todo = scan(path);
 
-	drop_exchanged(path);
-	todo = scan(path);
 	return register_all(path, todo, cancel, error);
+}
+
+/* ---- what may be granted: the guest has stopped ---- */
+
+static PrGrant grant_of(const PrVerbsExport *export, uint64_t start, uint64_t end)
+{
+	return (PrGrant){
+		.block = export->block,
+		.offset = start,
+		.length = end - start,
+		.addr = (uintptr_t) export->mr->addr + (start - export->offset),
+		.key = export->mr->rkey,
+	};
+}
+
+/* Adds the runs of pages in [start, end) of a piece that are its own mapping's still. Where that cannot be told, there
+ * are none. */
+static void add_kept_runs(GArray *kept, int pagemap, const PrVerbsExport *export, uint64_t start,
+			  uint64_t end)
+{
+	const uint64_t present = 1ull << 63, bytes = page_size();
+	g_autofree uint64_t *entries = g_new(uint64_t, PAGES_AT_ONCE);
+	uint64_t run = end; /* where one begins; `end`: there is none */
+
+	for (uint64_t at = start; at < end;) {
+		uint64_t n = MIN((end - at) / bytes, PAGES_AT_ONCE);
+		ssize_t size = (ssize_t)(n * sizeof(*entries));
+		uint64_t first = ((uintptr_t)watched(export) + at - export->offset) / bytes;
+
+		if (pread(pagemap, entries, (size_t)size, (off_t)(first * sizeof(*entries))) !=
+		    size)
+			memset(entries, 0, (size_t)size);
+		for (uint64_t i = 0; i < n; i++, at += bytes) {
+			gboolean here = (entries[i] & present) != 0;
+
+			if (here && run == end)
+				run = at;
+			if (here || run == end)
+				continue;
+			g_array_append_vals(kept, &(PrGrant[]){grant_of(export, run, at)}, 1);
+			run = end;
+		}
+	}
+	if (run < end)
+		g_array_append_vals(kept, &(PrGrant[]){grant_of(export, run, end)}, 1);
+}
+
+static int by_offset(gconstpointer a, gconstpointer b)
+{
+	const PrGrant *x = a, *y = b;
+
+	return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+/* What of a range is registered, and still the guest's: sorted. */
+static GArray *find_kept(PrVerbsPath *path, uint32_t block, uint64_t start, uint64_t end)
+{
+	GArray *kept = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+
+	for (guint i = 0; i < path->exports->len; i++) {
+		const PrVerbsExport *export = &g_array_index(path->exports, PrVerbsExport, i);
+		uint64_t from = MAX(start, export->offset);
+		uint64_t to = MIN(end, export->offset + export->length);
+
+		if (export->block != block || from >= to)
+			continue;
+		if (path->regions[block].memfd < 0)
+			g_array_append_vals(kept, &(PrGrant[]){grant_of(export, from, to)}, 1);
+		else if (export->watch.addr)
+			add_kept_runs(kept, pagemap, export, from, to);
+	}
+	if (pagemap >= 0)
+		close(pagemap);
+	g_array_sort(kept, by_offset);
+	return kept;
+}
+
+static void add_data(const PrRegion *region, GArray *fresh, uint64_t start, uint64_t end)
+{
+	Extent extent = {.end = start};
+
+	while (extent.end < end && next_data(region, extent.end, &extent) && extent.start < end) {
+		Extent within = {extent.start, MIN(extent.end, end)};
+
+		g_array_append_val(fresh, within);
+	}
+}
+
+/* The data in what is left of the range; sorted. */
+static GArray *find_fresh(const PrRegion *region, const GArray *kept, uint64_t start, uint64_t end)
+{
+	GArray *fresh = g_array_new(FALSE, FALSE, sizeof(Extent));
+	uint64_t at = start;
+
+	for (guint i = 0; i < kept->len; i++) {
+		const PrGrant *run = &g_array_index(kept, PrGrant, i);
+
+		if (run->offset > at)
+			add_data(region, fresh, at, run->offset);
+		at = MAX(at, run->offset + run->length);
+	}
+	if (at < end)
+		add_data(region, fresh, at, end);
+	return fresh;
+}
+
+/* Takes extents with less than `gap` between them together: holes are filled, kept pages are registered twice. */
+static void join(GArray *extents, uint64_t gap)
+{
+	guint n = 0;
+
+	for (guint i = 0; i < extents->len; i++) {
+		Extent next = g_array_index(extents, Extent, i);
+		Extent *last = n > 0 ? &g_array_index(extents, Extent, n - 1) : NULL;
+
+		if (last && next.start - last->end < gap)
+			last->end = next.end;
+		else
+			g_array_index(extents, Extent, n++) = next;
+	}
+	g_array_set_size(extents, n);
+}
+
+/* How many memory regions a range of so many bytes may take of those that are left. */
+static guint share(const PrVerbsPath *path, uint64_t bytes)
+{
+	guint max = MIN(EXTENTS_MAX, (guint)path->rail.caps.max_mr / 2);
+	guint left = max - MIN(max, path->exports->len);
+	uint64_t all = 0;
+
+	for (guint i = 0; i < path->n_regions; i++)
+		all += path->regions[i].size;
+	return MAX(4, (guint)((double)left * (double)bytes / (double)all));
+}
+
+/* Appends what was found, in order, each byte once and neighbours together. */
+static void merge_grants(GArray *found, GArray *ret)
+{
+	uint64_t at = 0;
+	PrGrant *last = NULL;
+
+	g_array_sort(found, by_offset);
+	for (guint i = 0; i < found->len; i++) {
+		PrGrant next = g_array_index(found, PrGrant, i);
+		uint64_t end = next.offset + next.length;
+		uint64_t cut = at > next.offset ? at - next.offset : 0;
+
+		if (cut >= next.length)
+			continue;
+		next.offset += cut;
+		next.addr += cut;
+		next.length -= cut;
+		at = end;
+		if (last && last->key == next.key && last->offset + last->length == next.offset &&
+		    last->addr + last->length == next.addr) {
+			last->length += next.length;
+			continue;
+		}
+		g_array_append_val(ret, next);
+		last = &g_array_index(ret, PrGrant, ret->len - 1);
+	}
+}
+
+gboolean pr_verbs_export_within(PrVerbsPath *path, uint32_t block, uint64_t offset, uint64_t length,
+				GArray *ret, GError **error)
+{
+	g_autoptr(GArray) found = find_kept(path, block, offset, offset + length);
+	g_autoptr(GArray) fresh = find_fresh(&path->regions[block], found, offset, offset + length);
+	g_autoptr(GArray) todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+	guint most = share(path, length);
+
+	for (uint64_t gap = SMALLEST_HOLE; fresh->len > most; gap *= 4)
+		join(fresh, gap);
+	for (guint i = 0; i < fresh->len; i++) {
+		const Extent *extent = &g_array_index(fresh, Extent, i);
+
+		add_chunks(path, todo, block, extent->start, extent->end);
+	}
+	if (!register_all(path, todo, NULL, error))
+		return FALSE;
+	for (guint i = 0; i < todo->len; i++) {
+		const PrVerbsExport *export = &g_array_index(todo, PrVerbsExport, i);
+		PrGrant grant = grant_of(export, export->offset, export->offset + export->length);
+
+		g_array_append_val(found, grant);
+	}
+	merge_grants(found, ret);
+	return TRUE;
 }
 
 void pr_verbs_export_free(PrVerbsPath *path)

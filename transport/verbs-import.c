@@ -13,31 +13,40 @@
  *    vCPU waits for it, and filling a chunk takes much longer than a READ.
  * A chunk stays registered as long as the path lives.
  *
+ * Grants may come while the lanes read already: one thread adds to the chunks' lists, the lanes look, nobody waits
+ * for anybody.
+ *
  * A guest that gives a page back before it was read (a balloon) leaves us pinning a page that is no longer
  * its. The READ then lands nowhere, and the engine resolves the guest's next access with a zero page, which
  * is all that such a guest may expect.
  */
 #include <errno.h>
-#include <string.h>
 
 #include "transport/verbs.h"
 
 #define CHUNK (2ull * 1024 * 1024)
 
-static int compare(gconstpointer a, gconstpointer b)
+static guint64 n_chunks(const PrRegion *region)
 {
-	const PrGrant *x = a, *y = b;
-
-	if (x->block != y->block)
-		return x->block < y->block ? -1 : 1;
-	return x->offset < y->offset ? -1 : x->offset > y->offset;
+	return (region->size + CHUNK - 1) / CHUNK;
 }
 
-static void add_grant(GArray *imports, const PrGrant *grant, uint64_t from)
+/* Behind what is there already: of ranges that overlap, the first one counts. */
+static void add_import(PrVerbsPath *path, const PrVerbsImport *import)
+{
+	PrVerbsImport **at = &path->imports[import->block][import->offset / CHUNK];
+
+	while (*at)
+		at = &(*at)->next;
+	/* Lanes may be looking: they find it whole. */
+	g_atomic_pointer_set(at, g_memdup2(import, sizeof(*import)));
+}
+
+static void add_grant(PrVerbsPath *path, const PrGrant *grant)
 {
 	uint64_t end = grant->offset + grant->length;
 
-	while (from < end) {
+	for (uint64_t from = grant->offset; from < end;) {
 		uint64_t length = MIN(end, (from / CHUNK + 1) * CHUNK) - from;
 		PrVerbsImport import = {
 			.block = grant->block,
@@ -47,61 +56,38 @@ static void add_grant(GArray *imports, const PrGrant *grant, uint64_t from)
 			.remote = grant->addr + (from - grant->offset),
 		};
 
-		g_array_append_val(imports, import);
+		add_import(path, &import);
 		from += length;
 	}
 }
 
+void pr_verbs_import_add(PrVerbsPath *path, const PrGrant *grants, guint n)
+{
+	for (guint i = 0; i < n; i++)
+		add_grant(path, &grants[i]);
+	if (n && !g_atomic_int_get(&path->probe_key))
+		g_atomic_int_set(&path->probe_key, (gint)grants[0].key);
+}
+
 void pr_verbs_import_set(PrVerbsPath *path, const PrGrant *grants, guint n)
 {
-	g_autofree PrGrant *sorted = g_memdup2(grants, n * sizeof(*grants));
-	GArray *imports = g_array_new(FALSE, FALSE, sizeof(PrVerbsImport));
-	uint64_t done = 0;
-
 	pr_verbs_import_free(path);
-	if (n)
-		qsort(sorted, n, sizeof(*sorted), compare);
-	for (guint i = 0; i < n; i++) {
-		const PrGrant *grant = &sorted[i];
-
-		if (i && grant->block != sorted[i - 1].block)
-			done = 0;
-		/* Of ranges that overlap, the first one counts. */
-		add_grant(imports, grant, MAX(grant->offset, done));
-		done = MAX(done, grant->offset + grant->length);
-	}
-	g_atomic_int_set(&path->probe_key, imports->len ? (gint)sorted[0].key : 0);
-	path->n_imports = imports->len;
-	path->imports = (PrVerbsImport *)(gpointer)g_array_free(imports, FALSE);
+	path->imports = g_new0(PrVerbsImport **, path->n_regions);
+	for (guint i = 0; i < path->n_regions; i++)
+		path->imports[i] = g_new0(PrVerbsImport *, n_chunks(&path->regions[i]));
+	g_atomic_int_set(&path->probe_key, 0);
+	pr_verbs_import_add(path, grants, n);
 }
 
-static gboolean has(const PrVerbsImport *import, uint32_t block, uint64_t offset)
+PrVerbsImport *pr_verbs_import_find(PrVerbsPath *path, uint32_t block, uint64_t offset)
 {
-	return import->block == block && offset >= import->offset &&
-	       offset - import->offset < import->length;
-}
+	PrVerbsImport *import = NULL;
 
-PrVerbsImport *pr_verbs_import_find(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block,
-				    uint64_t offset)
-{
-	guint low = 0, high = path->n_imports;
-
-	if (lane->import_hint < high && has(&path->imports[lane->import_hint], block, offset))
-		return &path->imports[lane->import_hint];
-	while (low < high) {
-		guint middle = low + (high - low) / 2;
-		PrVerbsImport *import = &path->imports[middle];
-
-		if (has(import, block, offset)) {
-			lane->import_hint = middle;
-			return import;
-		}
-		if (import->block < block || (import->block == block && import->offset < offset))
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return NULL;
+	if (path->imports)
+		import = g_atomic_pointer_get(&path->imports[block][offset / CHUNK]);
+	while (import && (offset < import->offset || offset - import->offset >= import->length))
+		import = g_atomic_pointer_get(&import->next);
+	return import;
 }
 
 static struct ibv_mr *register_range(PrVerbsPath *path, uint32_t block, uint64_t offset,
@@ -149,11 +135,24 @@ gboolean pr_verbs_import_key(PrVerbsPath *path, PrVerbsImport *import, gboolean 
 	return mr != NULL;
 }
 
+static void free_list(PrVerbsImport *import)
+{
+	while (import) {
+		PrVerbsImport *next = import->next;
+
+		if (import->mr)
+			ibv_dereg_mr(import->mr);
+		g_free(import);
+		import = next;
+	}
+}
+
 void pr_verbs_import_free(PrVerbsPath *path)
 {
-	for (guint i = 0; i < path->n_imports; i++)
-		if (path->imports[i].mr)
-			ibv_dereg_mr(path->imports[i].mr);
+	for (guint i = 0; path->imports && i < path->n_regions; i++) {
+		for (guint64 j = 0; j < n_chunks(&path->regions[i]); j++)
+			free_list(path->imports[i][j]);
+		g_free(path->imports[i]);
+	}
 	g_clear_pointer(&path->imports, g_free);
-	path->n_imports = 0;
 }

@@ -436,7 +436,7 @@ static gboolean post_wr(PrVerbsPath *path, PrVerbsLane *lane, struct ibv_send_wr
 static uint32_t post_piece(PrVerbsPath *path, PrVerbsLane *lane, PrVerbsSlot *slot, uint32_t block,
 			   uint64_t offset, uint32_t length)
 {
-	PrVerbsImport *import = pr_verbs_import_find(path, lane, block, offset);
+	PrVerbsImport *import = pr_verbs_import_find(path, block, offset);
 	struct ibv_sge sge = {.addr = (uintptr_t)path->regions[block].addr + offset};
 	struct ibv_send_wr wr = {.sg_list = &sge, .num_sge = 1, .opcode = IBV_WR_RDMA_READ};
 	gboolean last, alone;

@@ -93,6 +93,7 @@ static PrVerbsPath *path_new(const PrPathSetup *setup)
 	PrVerbsPath *path = g_new0(PrVerbsPath, 1);
 
 	path->base.ops = pr_transport_rdma;
+	path->base.piecewise = TRUE;
 	path->uri = pr_uri_copy(setup->uri);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
@@ -201,34 +202,34 @@ static void verbs_offer(PrDataListener *listener, GSocketConnection *connection,
 	g_object_unref(connection);
 }
 
+static void verbs_grants_within(PrDataPath *base, uint32_t block, uint64_t offset, uint64_t length,
+				GArray *ret)
+{
+	PrVerbsPath *path = (PrVerbsPath *)base;
+	g_autoptr(GError) error = NULL;
+
+	if (path->exports && !pr_verbs_export_within(path, block, offset, length, ret, &error))
+		pr_verbs_fail(path, "%s", error->message);
+}
+
 static GArray *verbs_grants(PrDataPath *base)
 {
 	PrVerbsPath *path = (PrVerbsPath *)base;
 	GArray *grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
-	g_autoptr(GError) error = NULL;
 
-	if (!path->exports)
-		return grants;
-	if (!pr_verbs_export(path, NULL, &error))
-		pr_verbs_fail(path, "%s", error->message);
-	for (guint i = 0; i < path->exports->len; i++) {
-		const PrVerbsExport *export = &g_array_index(path->exports, PrVerbsExport, i);
-		PrGrant grant = {
-			.block = export->block,
-			.offset = export->offset,
-			.length = export->length,
-			.addr = (uintptr_t) export->mr->addr,
-			.key = export->mr->rkey,
-		};
-
-		g_array_append_val(grants, grant);
-	}
+	for (guint i = 0; i < path->n_regions; i++)
+		verbs_grants_within(base, i, 0, path->regions[i].size, grants);
 	return grants;
 }
 
 static void verbs_set_grants(PrDataPath *base, const PrGrant *grants, guint n)
 {
 	pr_verbs_import_set((PrVerbsPath *)base, grants, n);
+}
+
+static void verbs_add_grants(PrDataPath *base, const PrGrant *grants, guint n)
+{
+	pr_verbs_import_add((PrVerbsPath *)base, grants, n);
 }
 
 static guint verbs_max_reads(PrDataPath *base, PrLaneId lane)
@@ -334,7 +335,9 @@ static const PrTransportOps verbs_ops = {
 	.accept = verbs_accept,
 	.connect = verbs_connect,
 	.grants = verbs_grants,
+	.grants_within = verbs_grants_within,
 	.set_grants = verbs_set_grants,
+	.add_grants = verbs_add_grants,
 	.max_reads = verbs_max_reads,
 	.post_read = verbs_post_read,
 	.post_probe = verbs_post_probe,

@@ -103,14 +103,14 @@ typedef struct PrVerbsLane {
 	uint16_t free_slots[PR_VERBS_SLOTS]; /* a stack */
 	guint n_free;
 	guint n_reads, n_probes;	    /* outstanding */
-	guint import_hint;		    /* where the last READ was: see verbs-import.c */
 	PrCompletion early[PR_VERBS_SLOTS]; /* reaped while looking for something else */
 	guint n_early;
 	GPtrArray *retired; /* struct ibv_mr* of completed READs, to be freed when there is time */
 } PrVerbsLane;
 
-/* A range of a block that the destination may read, and how. */
+/* A range of a block, within one of its chunks (verbs-import.c), that the destination may read, and how. */
 typedef struct PrVerbsImport {
+	struct PrVerbsImport *next; /* in the same chunk; atomic */
 	uint32_t block;
 	uint32_t rkey;
 	uint64_t offset, length; /* bytes within the block */
@@ -152,12 +152,12 @@ typedef struct PrVerbsPath {
 	gint removed;	      /* the device is about to go and waits for us; atomic */
 
 	/* destination */
-	PrVerbsImport *imports; /* sorted; set before the first READ */
-	guint n_imports;
+	PrVerbsImport **
+		*imports;   /* for each region and chunk: a list; atomic, added to by one thread */
 	GMutex import_lock; /* PrVerbsImport.mr is set under it */
 	gint probe_key;	    /* the remote key of some grant, 0: none; atomic */
 
-	/* source; the thread that calls connect() and grants() */
+	/* source; the thread that calls connect(), grants() and grants_within(): one at a time */
 	GArray *exports;	  /* PrVerbsExport, sorted */
 	PrVerbsMapping *writable; /* per region; see verbs-export.c */
 } PrVerbsPath;
@@ -201,15 +201,20 @@ void pr_verbs_reject(struct rdma_cm_id *id, const char *reason);
 /* verbs-export.c */
 /* Registers all that holds data and is not registered yet. */
 gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error);
+/* Of a range, after the guest has stopped: appends what may be granted (PrGrant), in order; has the rest registered
+ * that needs it. What is not granted is zero. */
+gboolean pr_verbs_export_within(PrVerbsPath *path, uint32_t block, uint64_t offset, uint64_t length,
+				GArray *ret, GError **error);
 /* How much data there is; for RLIMIT_MEMLOCK. */
 uint64_t pr_verbs_export_bytes(const PrRegion *regions, guint n);
 void pr_verbs_export_free(PrVerbsPath *path);
 
 /* verbs-import.c */
 void pr_verbs_import_set(PrVerbsPath *path, const PrGrant *grants, guint n);
+/* Beside the lanes. */
+void pr_verbs_import_add(PrVerbsPath *path, const PrGrant *grants, guint n);
 /* The import that has the byte at `offset`, or NULL. */
-PrVerbsImport *pr_verbs_import_find(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block,
-				    uint64_t offset);
+PrVerbsImport *pr_verbs_import_find(PrVerbsPath *path, uint32_t block, uint64_t offset);
 /* The local key for a range of an import. `alone`: if the import is not registered, the range is, by
  * itself; its memory region is then the caller's, in *ret_own. FALSE: the path has failed. */
 gboolean pr_verbs_import_key(PrVerbsPath *path, PrVerbsImport *import, gboolean alone,

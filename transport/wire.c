@@ -69,6 +69,7 @@ static const MsgInfo messages[] = {
 	{PR_RP_ACTIVATED, "RP_ACTIVATED", ACK_BYTES_MAX},
 	{PR_RP_PROBED, "RP_PROBED", 16},
 	{PR_RP_RAILS, "RP_RAILS", 4 + PR_RAILS_MAX *RAIL_BYTES},
+	{PR_RP_LOOK, "RP_LOOK", RANGES_BYTES_MAX},
 };
 
 static const MsgInfo *msg_info(uint16_t type)

@@ -29,6 +29,7 @@
  *	ACTIVATE	be64 epoch, u8 resume
  *	ACTIVATED	as HELLO_ACK
  *	PROBED		be64 count, be64 round trip in microseconds
+ *	LOOK		as RAM_ZERO
  *
  *	source                                         destination
  *	  HELLO (uuid, epoch, secret, role, blocks) ──▶
@@ -47,6 +48,9 @@
  *	  CMD_RAM_ZERO … (zero pages found later)   ──▶
  *	                                            ◀── RP_RAILS (if there are standbys), RP_PROGRESS …
  *	                                            ◀── RP_SHUT
+ *
+ * Over rdma: GRANT and RAM_ZERO may come any time after LISTEN, RUN included, until each page was in one of them:
+ *	                                            ◀── RP_LOOK (a fault waits for one)
  *
  * Recovery, on a new connection with a higher epoch:
  *	  HELLO, HELLO_ACK, lanes, GRANT as above
@@ -121,6 +125,7 @@ typedef enum PrMsgType {
 	PR_RP_PROBED = 0x0283,		 /* a standby path's lanes have answered */
 	PR_RP_RECV_BITMAP_ZSTD = 0x0284, /* RECV_BITMAP, the bitmap compressed */
 	PR_RP_RAILS = 0x0285,		 /* what the standby paths have carried */
+	PR_RP_LOOK = 0x0286,		 /* ranges that faults wait to hear of: first, please */
 } PrMsgType;
 
 typedef enum PrWireError {

@@ -85,6 +85,10 @@ void pr_pull_detach(PrPull *self)
 	self->path = NULL;
 }
 
+void pr_pull_notify(PrPull *self)
+{
+}
+
 void pr_pull_forget_lost(PrPull *self)
 {
 	g_assert(!self->path);

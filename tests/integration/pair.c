@@ -96,7 +96,11 @@ static char *incoming_uris(const PairConfig *config)
 {
 	GString *uris = g_string_new(NULL);
 
-	g_string_printf(uris, "%s:127.0.0.1:0", config->scheme);
+	if (config->piecewise_us)
+		g_string_printf(uris, "faulty+%s:127.0.0.1:0?piecewise-us=%u", config->scheme,
+				config->piecewise_us);
+	else
+		g_string_printf(uris, "%s:127.0.0.1:0", config->scheme);
 	for (guint i = 0; i < G_N_ELEMENTS(config->more) && config->more[i]; i++)
 		g_string_append_printf(uris, ",%s:127.0.0.1:0", config->more[i]);
 	return g_string_free(uris, FALSE);
@@ -160,7 +164,8 @@ Pair *pair_new(const PairConfig *config)
 	g_assert_no_error(error);
 	g_autofree char *listening = listening_uri(&pair->destination);
 	pair->faults = pr_faults_new(id);
-	pair->uri = g_strdup_printf("faulty+%s?fault-id=%s", listening, id);
+	pair->uri = config->piecewise_us ? g_strdup_printf("%s&fault-id=%s", listening, id)
+					 : g_strdup_printf("faulty+%s?fault-id=%s", listening, id);
 	return pair;
 }
 

@@ -40,6 +40,7 @@ typedef struct PairConfig {
 	guint pace_us;
 	uint64_t bandwidth;  /* of the bulk pull, bytes a second; 0: unlimited */
 	const char *more[3]; /* schemes of further listeners */
+	guint piecewise_us;  /* the paths are piecewise (transport.h), and each MiB takes so long */
 	gboolean paused;     /* the guest does not run; compared byte for byte at the end */
 } PairConfig;
 

@@ -156,10 +156,8 @@ static gboolean open_path(Side *side, char **words, GString *ret, GError **error
 	return side->path != NULL;
 }
 
-static gboolean tell_grants(Side *side, char **words, GString *ret, GError **error)
+static void print_grants(GArray *grants, GString *ret)
 {
-	g_autoptr(GArray) grants = side->ops->grants(side->path);
-
 	for (guint i = 0; i < grants->len; i++) {
 		const PrGrant *grant = &g_array_index(grants, PrGrant, i);
 
@@ -167,9 +165,28 @@ static gboolean tell_grants(Side *side, char **words, GString *ret, GError **err
 				       grant->block, grant->offset, grant->length, grant->addr,
 				       grant->key);
 	}
+}
+
+static gboolean tell_grants(Side *side, char **words, GString *ret, GError **error)
+{
+	g_autoptr(GArray) grants = side->ops->grants(side->path);
+
+	print_grants(grants, ret);
 	return TRUE;
 }
 
+/* BLOCK OFFSET LENGTH */
+static gboolean tell_grants_within(Side *side, char **words, GString *ret, GError **error)
+{
+	g_autoptr(GArray) grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+
+	side->ops->grants_within(side->path, number(words[1]), number(words[2]), number(words[3]),
+				 grants);
+	print_grants(grants, ret);
+	return TRUE;
+}
+
+/* set-grants or add-grants, and them. */
 static gboolean take_grants(Side *side, char **words, GString *ret, GError **error)
 {
 	guint n = g_strv_length(words + 1);
@@ -183,7 +200,10 @@ static gboolean take_grants(Side *side, char **words, GString *ret, GError **err
 			   &grant->key) != 5)
 			return complain(error, words[i + 1]);
 	}
-	side->ops->set_grants(side->path, grants, n);
+	if (strcmp(words[0], "add-grants") == 0)
+		side->ops->add_grants(side->path, grants, n);
+	else
+		side->ops->set_grants(side->path, grants, n);
 	return TRUE;
 }
 
@@ -520,7 +540,9 @@ static const Command commands[] = {
 	{"touch", 3, FALSE, touch},
 	{"open", 2, FALSE, open_path},
 	{"grants", 0, TRUE, tell_grants},
+	{"grants-within", 0, TRUE, tell_grants_within},
 	{"set-grants", 0, TRUE, take_grants},
+	{"add-grants", 0, TRUE, take_grants},
 	{"check", 6, TRUE, check},
 	{"probe", 2, TRUE, probe},
 	{"neglect", 2, TRUE, neglect},

@@ -247,6 +247,47 @@ def exchanged(pair):
     pair.close()
 
 
+def covered(grants):
+    """The bytes that grants of one block let be read, as (begin, end), neighbours together."""
+    spans = []
+    for begin, length in sorted((at, n) for _, at, n, *_ in grants):
+        expect(not spans or spans[-1][1] <= begin, f"granted twice: {grants}")
+        if spans and spans[-1][1] == begin:
+            spans[-1] = (spans[-1][0], begin + length)
+        else:
+            spans.append((begin, begin + length))
+    return spans
+
+
+@case("grants-that-come-piece-by-piece-never-name-a-page-that-was-exchanged")
+def piecewise(pair):
+    """In each MiB the guest gives 128 KiB back that were registered, and takes half of it again. Then the source looks at
+    its RAM in an order of the destination's choice, and what it grants is read before it looks at the rest."""
+    pair.fill(0, 0, 16 * MIB)
+    pair.open()
+    for at in range(0, 16 * MIB, MIB):
+        pair.source.do("punch", 0, at + 64 * KIB, 128 * KIB)
+        pair.fill(0, at + 64 * KIB, 64 * KIB, seed=2)
+    pair.fill(0, 20 * MIB, 4 * KIB, seed=3)
+    pair.destination.do("set-grants")
+    for at in (10 * MIB, 0, 14 * MIB, 6 * MIB, 2 * MIB, 20 * MIB, 4 * MIB, 8 * MIB, 12 * MIB, 30 * MIB):
+        words = pair.source.do("grants-within", 0, at, 2 * MIB)
+        pair.destination.do("add-grants", words)
+        spans = covered([tuple(map(int, word.split(":"))) for word in words.split()])
+        if at >= 16 * MIB:
+            expect(spans == ([(at, at + 4 * KIB)] if at == 20 * MIB else []), f"granted: {spans}")
+            continue
+        first, second = at + MIB, at + 2 * MIB
+        wanted = [(at, at + 128 * KIB), (at + 192 * KIB, first + 128 * KIB), (first + 192 * KIB, second)]
+        expect(spans == wanted, f"granted: {spans}, instead of {wanted}")
+        for mib in (at, first):
+            pair.check(0, mib, 64 * KIB)
+            pair.check(0, mib + 64 * KIB, 64 * KIB, seed=2, lane=0, size=4 * KIB)
+            pair.check(0, mib + 192 * KIB, MIB - 192 * KIB)
+    pair.check(0, 20 * MIB, 4 * KIB, seed=3, lane=0)
+    pair.close()
+
+
 @case("probe-is-answered-without-grants-and-beside-a-full-window-and-fails-with-its-path")
 def probes(pair):
     pair.open()

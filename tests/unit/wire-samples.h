@@ -325,6 +325,7 @@ static const struct Kind {
 	{PR_RP_ACTIVATED, sample_hello_ack, decode_hello_ack},
 	{PR_RP_PROBED, sample_probed, decode_probed},
 	{PR_RP_RAILS, sample_rails, decode_rails},
+	{PR_RP_LOOK, sample_ranges, decode_ranges},
 };
 
 static GByteArray *sample_of(const struct Kind *kind)

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Paths over which the source tells what may be read while the guest runs at the destination already, as rdma: does. The
+ * path itself complains of every READ that was not granted. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <string.h>
+
+#include "tests/integration/pair.h"
+
+#define MIB	 (1024ull * 1024)
+#define SIZE	 (256 * MIB)
+#define US_A_MIB 3000
+
+/* All of it takes 0.8 s to be told. */
+static const PairConfig slow = {
+	.scheme = "tcp", .size = SIZE, .piecewise_us = US_A_MIB, .pace_us = 1000};
+
+/* From the source's stop to when the guest may run, us. */
+static gint64 down_us(Pair *pair)
+{
+	return side_told_at(&pair->destination, PR_STATE_POSTCOPY_ACTIVE) -
+	       side_told_at(&pair->destination, PR_STATE_DEVICE);
+}
+
+/* Loading touches RAM (PairConfig), which is told first then; the guest does not wait for the rest. */
+static void guest_runs_before_its_ram_was_told(void **state)
+{
+	g_autoptr(Pair) pair = pair_new(&slow);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	gint64 telling = side_told_at(&pair->destination, PR_STATE_COMPLETED) -
+			 side_told_at(&pair->destination, PR_STATE_DEVICE);
+	assert_true(telling >= (gint64)(SIZE / MIB) * US_A_MIB);
+	assert_true(down_us(pair) < telling * 3 / 4);
+}
+
+static void moves_a_paused_guest_byte_for_byte(void **state)
+{
+	PairConfig config = {
+		.scheme = "tcp", .size = 64 * MIB, .paused = TRUE, .piecewise_us = 300};
+	g_autoptr(Pair) pair = pair_new(&config);
+	g_autofree char *difference = NULL;
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+	if (!testguest_equal(pair->source.guest, pair->destination.guest, &difference))
+		fail_msg("%s", difference);
+}
+
+static void path_that_is_lost_while_ram_is_told_is_recovered_from(void **state)
+{
+	g_autoptr(Pair) pair = pair_new(&slow);
+
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	pr_faults_cut_paths(pair->faults);
+	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
+	g_auto(PrMigrationInfo) info = {0};
+	pr_migration_query(pair->destination.engine, &info);
+	assert_true(info.remaining > 0);
+	pair_resume(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+}
+
+static void path_that_is_lost_before_run_leaves_the_guest_at_the_source(void **state)
+{
+	g_autoptr(Pair) pair = pair_new(&slow);
+
+	pair_migrate(pair);
+	side_wait(&pair->destination, PR_STATE_DEVICE);
+	pr_faults_cut_next_message(pair->faults);
+	PrState end = side_wait_any(&pair->source,
+				    1u << PR_STATE_FAILED | 1u << PR_STATE_POSTCOPY_PAUSED);
+	if (end == PR_STATE_POSTCOPY_PAUSED) { /* the message was one behind RUN */
+		side_wait(&pair->destination, PR_STATE_POSTCOPY_PAUSED);
+		pair_resume(pair);
+		pair_wait(pair, PR_STATE_COMPLETED);
+		pair_check_completed(pair);
+		return;
+	}
+	pair_check_undone(pair);
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(guest_runs_before_its_ram_was_told),
+		cmocka_unit_test(moves_a_paused_guest_byte_for_byte),
+		cmocka_unit_test(path_that_is_lost_while_ram_is_told_is_recovered_from),
+		cmocka_unit_test(path_that_is_lost_before_run_leaves_the_guest_at_the_source),
+	};
+
+	return cmocka_run_group_tests_name("piecewise", tests, NULL, NULL);
+}
