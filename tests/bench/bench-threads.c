@@ -22,6 +22,23 @@ static const char *const kinds[] = {"ceiling", "ofi", "tcp"};
 #define N_COUNTS G_N_ELEMENTS(thread_counts)
 #define N_KINDS	 G_N_ELEMENTS(kinds)
 
+static gint only_threads;
+static char *only_kind;
+
+static const GOptionEntry options[] = {
+	{"threads", 't', 0, G_OPTION_ARG_INT, &only_threads, "measure so many threads alone", "N"},
+	{"kind", 'k', 0, G_OPTION_ARG_STRING, &only_kind, "measure this alone: ceiling, ofi, tcp",
+	 "KIND"},
+	{NULL},
+};
+
+/* kind NULL: any. */
+static gboolean is_wanted(guint count, const char *kind)
+{
+	return (only_threads == 0 || (guint)only_threads == count) &&
+	       (!kind || !only_kind || strcmp(only_kind, kind) == 0);
+}
+
 /* Over the rounds; latencies in us, as the threads saw them. */
 typedef struct Figures {
 	Series rate; /* faults a second */
@@ -162,13 +179,16 @@ static void report(const Bench *bench, Figures figures[N_COUNTS][N_KINDS])
 		  "p50 us", "p99 us", "max us", "n", "rate/ceil.", "mean/ceil.");
 	bench_json_object(bench, "threads");
 	for (guint i = 0; i < N_COUNTS; i++) {
+		if (!is_wanted(thread_counts[i], NULL))
+			continue;
 		g_autofree char *name = g_strdup_printf("%u", thread_counts[i]);
 
 		bench_say(bench, " %u thread%s\n", thread_counts[i],
 			  thread_counts[i] > 1 ? "s" : "");
 		bench_json_object(bench, name);
 		for (guint k = 0; k < N_KINDS; k++)
-			report_kind(bench, kinds[k], &figures[i][k], &figures[i][0]);
+			if (figures[i][k].rate.n > 0)
+				report_kind(bench, kinds[k], &figures[i][k], &figures[i][0]);
 		bench_json_end_object(bench);
 	}
 	bench_json_end_object(bench);
@@ -179,7 +199,7 @@ int main(int argc, char **argv)
 	static Figures figures[N_COUNTS][N_KINDS];
 	Bench bench;
 
-	bench_begin(&bench, "bench-threads", "- many threads that fault at once", NULL, &argc,
+	bench_begin(&bench, "bench-threads", "- many threads that fault at once", options, &argc,
 		    &argv);
 	for (guint i = 0; i < N_COUNTS; i++)
 		for (guint k = 0; k < N_KINDS; k++)
@@ -187,8 +207,10 @@ int main(int argc, char **argv)
 	for (int round = 0; round < bench.rounds; round++)
 		for (guint i = 0; i < N_COUNTS; i++)
 			for (guint k = 0; k < N_KINDS; k++)
-				measure(&bench, kinds[k], thread_counts[i],
-					bench.quick ? QUICK_TOUCHES : TOUCHES, &figures[i][k]);
+				if (is_wanted(thread_counts[i], kinds[k]))
+					measure(&bench, kinds[k], thread_counts[i],
+						bench.quick ? QUICK_TOUCHES : TOUCHES,
+						&figures[i][k]);
 	report(&bench, figures);
 	for (guint i = 0; i < N_COUNTS; i++)
 		for (guint k = 0; k < N_KINDS; k++)
