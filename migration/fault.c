@@ -47,7 +47,7 @@
 #include "migration/worker.h"
 
 #define MAX_PENDING 4096
-#define BATCH	    32
+#define BATCH	    64
 #define MAX_PLANS   8
 #define AHEAD	    (1ull << 55) /* marks the token of a READ ahead; the number of pages stays below */
 G_STATIC_ASSERT(PR_READ_MAX / 4096 < AHEAD >> 40);
@@ -357,26 +357,47 @@ static void read_ahead(PrFaultThread *self)
 	}
 }
 
-static void take_page(PrFaultThread *self, uint64_t token)
+/* Neighbouring pages that have been received and are to be exposed by one call. */
+typedef struct Arrived {
+	guint index; /* of the block */
+	uint64_t page, n;
+} Arrived;
+
+static void expose(PrFaultThread *self, Arrived *run)
 {
 	GError *error = NULL;
+
+	if (run->n == 0)
+		return;
+	if (!pr_place_expose(self->uffd, &self->ram->blocks[run->index], run->page, run->n, &error))
+		note_broken(self, error);
+	settle_all(self, run->index, run->page, run->n);
+	run->n = 0;
+}
+
+/* Exposes what came before, unless these pages go on there. */
+static void take_pages(PrFaultThread *self, uint64_t token, Arrived *run)
+{
 	guint index;
 	uint64_t page, n;
 
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
-	if (!pr_place_expose(self->uffd, block, page, n, &error))
-		note_broken(self, error);
+	if (index != run->index || page != run->page + run->n)
+		expose(self, run);
+	if (run->n == 0)
+		*run = (Arrived){.index = index, .page = page};
+	run->n += n;
 	uint64_t waited = pr_bitmap_clear(block->waiting, page, n);
 	if (token & AHEAD)
 		add(&self->stats.ahead_waited, waited);
-	settle_all(self, index, page, n);
 }
 
 static guint take_completions(PrFaultThread *self)
 {
 	PrCompletion done[BATCH];
+	Arrived run = {0};
 	PrDataPath *path = self->worker.current;
 
 	if (!path || self->outstanding == 0)
@@ -386,8 +407,9 @@ static guint take_completions(PrFaultThread *self)
 		if (done[i].token & AHEAD)
 			self->ahead_pages -= (done[i].token & ~AHEAD) >> 40 & 0xffff;
 		if (done[i].ok)
-			take_page(self, done[i].token);
+			take_pages(self, done[i].token, &run);
 	}
+	expose(self, &run);
 	self->outstanding -= n;
 	if (n > 0 && self->n_pending > 0)
 		advance_all(self);
