@@ -29,6 +29,10 @@
  *    completion queue has room.
  *  - A READ that is posted after the end fails in the provider's send, and completes with an error.
  *
+ * The providers send each READ, and each answer, by a system call of its own. They go over the network together
+ * where there are several on the urgent lane: their socket, which libfabric does not tell and which is therefore
+ * looked for, is corked meanwhile. The first READ after a poll() goes at once.
+ *
  * Where the provider copies (it needs no registered memory), READs land in a buffer of their slot and are stored
  * from there (pr_region_store()); slots are used last in, first out, so that the buffers stay in the cache.
  */
@@ -195,11 +199,15 @@ static gpointer progress_thread(gpointer opaque)
 {
 	OfiLane *lane = opaque;
 	OfiPath *path = lane->path;
+	gboolean urgent = lane == &path->lanes[PR_LANE_URGENT];
 	struct fi_cq_entry entry;
 
 	while (pr_fate_is_up(&path->fate)) {
+		if (urgent && pr_ofi_lane_has_requests(&lane->ofi))
+			pr_ofi_lane_cork(&lane->ofi);
 		/* Answers what has come in; completes nothing, as we post nothing. */
 		fi_cq_read(lane->ofi.cq, &entry, 1);
+		pr_ofi_lane_push(&lane->ofi);
 		if (pr_ofi_lane_may_sleep(&lane->ofi))
 			sleep_for_request(lane);
 		else
@@ -360,6 +368,7 @@ static guint reap(OfiPath *path, PrOfiLane *lane, PrCompletion *ret, guint max)
 /* After -FI_EAGAIN: makes room for a READ. FALSE: there will be none. */
 static gboolean wait_for_room(OfiPath *path, OfiLane *lane, gint64 deadline)
 {
+	pr_ofi_lane_push(&lane->ofi);
 	guint n = reap(path, &lane->ofi, lane->early + lane->n_early,
 		       PR_OFI_READS_MAX - lane->n_early);
 
@@ -427,6 +436,8 @@ static gboolean post(OfiPath *path, OfiLane *lane, const PrGrant *grant, uint64_
 	slot = &lane->ofi.slots[lane->ofi.free_slots[--lane->ofi.n_free]];
 	slot->token = token;
 	slot->busy = TRUE;
+	if (++lane->ofi.n_posted == 2 && lane == &path->lanes[PR_LANE_URGENT])
+		pr_ofi_lane_cork(&lane->ofi);
 	if (read_into(path, lane, grant, offset, length, target, slot))
 		return TRUE;
 	slot->busy = FALSE;
@@ -471,6 +482,7 @@ static guint ofi_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint ma
 	OfiLane *lane = &path->lanes[id];
 	guint n = MIN(lane->n_early, max);
 
+	pr_ofi_lane_push(&lane->ofi);
 	if (n) {
 		memcpy(ret, lane->early, n * sizeof(*ret));
 		lane->n_early -= n;
@@ -489,6 +501,7 @@ static gboolean ofi_arm(PrDataPath *base, PrLaneId id)
 	OfiPath *path = (OfiPath *)base;
 	OfiLane *lane = &path->lanes[id];
 
+	pr_ofi_lane_push(&lane->ofi);
 	if (lane->n_early || !pr_fate_is_up(&path->fate))
 		return FALSE;
 	if (pr_ofi_lane_may_sleep(&lane->ofi))
