@@ -70,9 +70,15 @@ static gboolean same_bytes(const uint8_t *a, const uint8_t *b, gsize n)
 	return !diff;
 }
 
+guint pr_backend_n_lanes(const PrPathSetup *setup)
+{
+	g_assert(setup->n_lanes <= PR_LANES_MAX);
+	return MAX(setup->n_lanes, PR_LANES_MIN);
+}
+
 gboolean pr_backend_binding_matches(const PrBinding *binding, const PrLaneHello *hello)
 {
-	return hello->lane < PR_N_LANES && hello->epoch == binding->epoch &&
+	return hello->lane < PR_LANES_MAX && hello->epoch == binding->epoch &&
 	       same_bytes(hello->uuid, binding->uuid, PR_UUID_BYTES) &&
 	       same_bytes(hello->secret, binding->secret, PR_SECRET_BYTES);
 }

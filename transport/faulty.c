@@ -30,9 +30,9 @@ typedef struct FaultyPath {
 	PrFaultyHook hook; /* how faults.c reaches us */
 	PrFate fate;	   /* thread-safe */
 	PrFaults *faults;
-	PrDataPath *inner; /* constant once opened */
-	int stalled;	   /* atomic, once set stays */
-	FaultyLane lanes[PR_N_LANES];
+	PrDataPath *inner;		/* constant once opened */
+	int stalled;			/* atomic, once set stays */
+	FaultyLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
 } FaultyPath;
 
 typedef struct FaultyListener {
@@ -112,7 +112,7 @@ static void faulty_listener_close(PrDataListener *base)
 
 static void wake_lanes(FaultyPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_waker_wake(&path->lanes[i].waker);
 }
 
@@ -152,7 +152,7 @@ static void path_free(FaultyPath *path)
 	if (path->hook.cut)
 		pr_faults_detach(path->faults, &path->hook);
 	pr_data_path_destroy(path->inner);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		FaultyLane *lane = &path->lanes[i];
 
 		pr_waker_clear(&lane->waker);
@@ -173,9 +173,10 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 	gboolean ok = TRUE;
 
 	path->base.ops = &pr_transport_faulty;
+	path->base.n_lanes = pr_backend_n_lanes(setup);
 	path->faults = pr_faults_for_uri(setup->uri);
 	pr_fate_init(&path->fate, setup);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		FaultyLane *lane = &path->lanes[i];
 
 		lane->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
@@ -223,7 +224,7 @@ static PrDataPath *faulty_accept(PrDataListener *base, const PrPathSetup *setup,
 	path->inner = listener->ops->accept(listener, &inner, error);
 	if (!path->inner)
 		return NULL;
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (!pr_waker_watch(&path->lanes[i].waker,
 				    path->inner->ops->wait_fd(path->inner, i), error))
 			return NULL;
@@ -419,7 +420,7 @@ static gboolean faulty_drain(PrDataPath *base, guint timeout_ms)
 	FaultyPath *path = (FaultyPath *)base;
 
 	faulty_shutdown(base);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		g_array_set_size(path->lanes[i].held, 0);
 		g_array_set_size(path->lanes[i].stalled, 0);
 	}
