@@ -109,7 +109,7 @@ struct PrMigration {
 
 	/* The owner sets the pointers under the lock; what they point to has its own rules. */
 	PrRam *ram;
-	PrFaultThread *faults;
+	PrFaultService *faults;
 	PrPull *pull;
 	PrFaultStats fault_stats; /* of a fault thread that has ended */
 	PrBlocktime *times;	  /* destination; outlives the fault thread */
