@@ -9,7 +9,7 @@
  * that the kernel took on a vCPU's behalf (KVM's asynchronous faults), counts among the others.
  *
  * No I/O; times are passed in: nanoseconds of any clock that never goes back, above 0. All memory is
- * allocated by pr_blocktime_new(). One thread writes: blocked(), woken(), close(). Others may read()
+ * allocated by pr_blocktime_new(). One thread at a time writes: blocked(), woken(), close(). Others may read()
  * at the same time: every counter is atomic. A reader may miss a wait that ends at that moment; it
  * never counts one twice.
  */

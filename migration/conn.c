@@ -51,6 +51,7 @@ PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_
 		.binding = *binding,
 		.regions = m->ram->regions,
 		.n_regions = m->ram->n_blocks,
+		.n_lanes = conn->n_lanes,
 		.timeout_ms = (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
 		.cancel = conn->cancel,
 		.on_failed = pr_conn_failed,

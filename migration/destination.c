@@ -2,7 +2,7 @@
 /*
  * The destination's story. The load thread waits for a newcomer, a source whose HELLO was found good,
  * answers it, and carries out its commands until the connection ends; then it fences the connection and
- * either waits for the next newcomer (paused) or tidies up. Beside it work the fault thread and the
+ * either waits for the next newcomer (paused) or tidies up. Beside it work the fault threads and the
  * pull thread, from the moment the source's guest is stopped.
  *
  * Fence: the workers let go of the path, every READ that was posted has come back, the path is
@@ -160,7 +160,7 @@ static gboolean start_workers(PrMigration *m, PrConn *conn, GError **error)
 	/* Now that every access faults, what the memfds held before can go. */
 	if (!pr_ram_punch(m->ram, error))
 		return FALSE;
-	PrFaultThread *faults =
+	PrFaultService *faults =
 		pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks, error);
 	PrPull *pull =
 		faults ? pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks, error)
@@ -221,7 +221,7 @@ gboolean pr_destination_take_zero(PrMigration *m, const PrMsg *msg, GError **err
 		uint64_t page = ranges[i].offset / block->page_size;
 		uint64_t pages = ranges[i].length / block->page_size;
 		pr_ram_zero(m->ram, block, page, pages);
-		/* The fault thread wakes whoever waits (fault.c); a call to the kernel for each range would
+		/* The fault threads wake whoever waits (fault.c); a call to the kernel for each range would
 		 * cost more than the pages. */
 		if (pr_bitmap_clear(block->waiting, page, pages) > 0)
 			pr_fault_notify(m->faults);
@@ -450,13 +450,17 @@ static gboolean admit(PrMigration *m, PrConn *conn, const PrHello *hello, GError
 gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean standby, GError **error)
 {
 	PrDataListener *data = pr_listener_data(listener);
+	guint more = MIN(pr_params_fault_threads(conn->m->params) - 1,
+			 pr_hello_get_more_lanes(conn->peer_can));
 	PrHelloAck ack = {
 		.status = PR_HELLO_OK,
+		.capabilities = pr_hello_more_lanes(more),
 		.data_port = data->ops->listener_port(data),
 	};
 	PrBinding binding;
 	PrDataPath *path;
 
+	conn->n_lanes = PR_LANES_MIN + more;
 	pr_conn_binding(conn, &binding);
 	data->ops->expect(data, &binding);
 	if (!pr_control_answer(conn->control, &ack, error) ||
@@ -569,7 +573,7 @@ static void stop_workers(PrMigration *m)
 	g_mutex_lock(&m->pull_lock);
 	g_mutex_lock(&m->lock);
 	PrPull *pull = g_steal_pointer(&m->pull);
-	PrFaultThread *faults = m->faults;
+	PrFaultService *faults = m->faults;
 	g_mutex_unlock(&m->lock);
 	pr_pull_stop(pull);
 	g_mutex_unlock(&m->pull_lock);

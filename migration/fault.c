@@ -2,9 +2,18 @@
 /*
  * Theory of operation
  *
- * One thread reads faults from the guest's userfaultfd and posts READs of the missing pages on the
+ * A thread reads faults from the guest's userfaultfd and posts READs of the missing pages on its
  * urgent lane; it also takes their completions, so that nothing stands between a page's arrival and
  * waking the vCPU that waits for it.
+ *
+ * There may be several such threads. The first one always looks for faults. The others are its helpers: they
+ * sleep until a thread finds more than one fault unread (then vCPUs wait for a thread, not for pages), and from then
+ * on look for faults, too, each served by whoever reads it, until there has been nothing to do for fault-spin
+ * microseconds. So faults that come one at a time cost what they cost with one thread, and nobody is woken to find
+ * that another thread was faster. Each helper has a lane of its own, or else it stays out: where the path
+ * has fewer urgent lanes, and where there is no path, which is when the first one takes what a helper has pending.
+ * The threads share a lock for the books (readahead.h, blocktime.h), and otherwise only what they share
+ * with the pull threads: the bitmaps.
  *
  * A fault is one of four:
  *  - on a page that is in place (received bit set): resolved here at once, path or no path. So the
@@ -12,10 +21,11 @@
  *  - on a page that nobody reads yet: claimed, posted, kept in `pending` until it lands.
  *  - on a page that is veiled: the source has not told yet what it is (pr_ram_veil()). It is asked to look there first.
  *    From then on the page is like one of the next kind: whoever takes the veil off notifies us.
- *  - on a page that a bulk READ covers: kept in `pending`, its `waiting` bit is set. The pull thread
- *    exposes the page, which wakes the vCPU, and notifies us so that we take the time. Both sides use
- *    sequentially consistent bit operations: either we see `received` after we set `waiting`, or the
- *    pull thread sees `waiting` after it set `received`.
+ *  - on a page that another thread's READ covers, a pull thread's or another fault thread's: kept in `pending`,
+ *    its `waiting` bit is set. The other thread exposes the page, which wakes the vCPU, and notifies us so that we
+ *    take the time. Both sides use sequentially consistent bit operations: either we see `received` after we set
+ *    `waiting`, or the other thread sees `waiting` after it set `received`. It notifies those threads alone that
+ *    have something pending, and there is something pending from before the bit is set.
  *
  * Read-ahead: where a thread's faults show a pattern (readahead.h), up to fault-readahead further pages
  * are read on the urgent lane. Never before a fault: its READ is posted first, and the rest only when no
@@ -30,9 +40,10 @@
  * counts (blocktime.h). Thread ids serve the statistics and nothing else.
  *
  * `pending` is bounded; when it is full, faults stay unread in the kernel, and their vCPUs asleep,
- * until there is room. The fault path allocates nothing and takes no lock.
+ * until there is room. The fault path allocates nothing. With one thread it takes no lock; with several, the
+ * books' lock for a moment.
  *
- * The thread polls without sleeping for fault-spin microseconds after the last event: a page is about to
+ * A thread polls without sleeping for fault-spin microseconds after the last event: a page is about to
  * come in, or the vCPU that was just woken is about to fault again.
  */
 #include "migration/fault.h"
@@ -49,7 +60,7 @@
 #include "migration/worker.h"
 
 #define MAX_PENDING 4096
-#define BATCH	    32
+#define BATCH	    64
 #define MAX_PLANS   8
 #define AHEAD	    (1ull << 55) /* marks the token of a READ ahead; the number of pages stays below */
 G_STATIC_ASSERT(PR_READ_MAX / 4096 < AHEAD >> 40);
@@ -61,27 +72,48 @@ typedef struct Pending {
 	gboolean posted; /* by us: its page is covered by our READ */
 } Pending;
 
-struct PrFaultThread {
+typedef struct PrFaultThread {
+	PrFaultService *service;
+	guint index; /* constant, as is lane; 0: the first */
+	PrLaneId lane;
+	/* constant, as in PrFaultService */
 	PrRam *ram;
 	int uffd;
-	PrBlocktime *times;
 	const PrParams *params;
-	PrFaultHooks hooks;
 	PrWorker worker;
+	int asleep; /* atomic: a helper that is to be woken when there are many faults */
 
-	/* the fault thread's own */
+	/* the thread's own */
 	Pending pending[MAX_PENDING];
-	guint n_pending;
-	guint outstanding; /* READs on the current path */
-	PrReadahead readahead;
+	guint n_pending;		 /* atomic: others look whether there are any */
+	guint outstanding;		 /* READs on the current path */
 	PrReadaheadRun plans[MAX_PLANS]; /* to be read ahead, oldest first */
 	guint n_plans;
 	uint64_t ahead_pages; /* on their way */
 	PrWatch *watch;
 	gboolean uffd_dead;
-	gboolean broken;
 
 	PrFaultStats stats; /* written by the thread, atomic */
+} PrFaultThread;
+
+struct PrFaultService {
+	/* constant */
+	PrRam *ram;
+	int uffd;
+	const PrParams *params;
+	PrFaultHooks hooks;
+	guint n_threads;
+	PrFaultThread *threads;
+
+	int broken; /* atomic: the hook was told */
+
+	GMutex lock;  /* protects what follows; taken last */
+	GArray *left; /* Pending, by helpers without a lane, for the first thread to take over */
+	guint n_left; /* of them; atomic, written under the lock */
+
+	GMutex books; /* protects what follows where there are several threads; taken last */
+	PrBlocktime *times;
+	PrReadahead readahead;
 };
 
 static const PrWatchPoint serving = {"serving faults", 500};
@@ -101,10 +133,29 @@ static void add(uint64_t *counter, uint64_t value)
 
 static void note_broken(PrFaultThread *self, GError *error)
 {
-	if (!self->broken)
-		self->hooks.broken(error, self->hooks.opaque);
-	self->broken = TRUE;
+	PrFaultService *service = self->service;
+
+	if (!__atomic_exchange_n(&service->broken, TRUE, __ATOMIC_RELAXED))
+		service->hooks.broken(error, service->hooks.opaque);
 	g_error_free(error);
+}
+
+static void lock_books(PrFaultService *service)
+{
+	if (service->n_threads > 1)
+		g_mutex_lock(&service->books);
+}
+
+static void unlock_books(PrFaultService *service)
+{
+	if (service->n_threads > 1)
+		g_mutex_unlock(&service->books);
+}
+
+/* Before a waiting bit is set for the last entry. */
+static void set_n_pending(PrFaultThread *self, guint n)
+{
+	__atomic_store_n(&self->n_pending, n, __ATOMIC_SEQ_CST);
 }
 
 static void note_latency(PrFaultThread *self, gint64 ns)
@@ -125,8 +176,11 @@ static void settle(PrFaultThread *self, Pending *entry)
 	gint64 now = now_ns();
 
 	note_latency(self, now - entry->wait.since_ns);
-	pr_blocktime_woken(self->times, &entry->wait, now);
-	*entry = self->pending[--self->n_pending];
+	lock_books(self->service);
+	pr_blocktime_woken(self->service->times, &entry->wait, now);
+	unlock_books(self->service);
+	*entry = self->pending[self->n_pending - 1];
+	set_n_pending(self, self->n_pending - 1);
 }
 
 static gboolean lies_in(uint64_t token, guint index, uint64_t first, uint64_t n)
@@ -161,7 +215,7 @@ static gboolean post(PrFaultThread *self, guint index, uint64_t page, uint64_t n
 	uint64_t page_size = self->ram->blocks[index].page_size;
 	PrDataPath *path = self->worker.current;
 
-	if (!path->ops->post_read(path, PR_LANE_URGENT, index, page * page_size,
+	if (!path->ops->post_read(path, self->lane, index, page * page_size,
 				  (uint32_t)(n * page_size), pr_token_pack(index, page, n) | flag))
 		return FALSE;
 	self->outstanding++;
@@ -180,7 +234,7 @@ static gboolean may_post(const PrFaultThread *self)
 {
 	PrDataPath *path = self->worker.current;
 
-	return path && self->outstanding < path->ops->max_reads(path, PR_LANE_URGENT);
+	return path && self->outstanding < path->ops->max_reads(path, self->lane);
 }
 
 /* Once for each page and path. */
@@ -190,7 +244,7 @@ static void ask(PrFaultThread *self, Pending *entry, guint index, uint64_t page)
 	    !pr_bitmap_test(self->ram->blocks[index].veiled, page))
 		return;
 	entry->asked = TRUE;
-	self->hooks.want(index, page, self->hooks.opaque);
+	self->service->hooks.want(index, page, self->service->hooks.opaque);
 }
 
 /* Does for an entry what can be done now. TRUE: it is settled and gone. */
@@ -253,9 +307,12 @@ static gboolean add_pending(PrFaultThread *self, uint64_t token, uint32_t tid)
 		posted = posted || other->posted;
 		asked = asked || other->asked;
 	}
-	Pending *entry = &self->pending[self->n_pending++];
+	Pending *entry = &self->pending[self->n_pending];
 	*entry = (Pending){.token = token, .posted = posted, .asked = asked};
-	pr_blocktime_blocked(self->times, tid, now_ns(), &entry->wait);
+	lock_books(self->service);
+	pr_blocktime_blocked(self->service->times, tid, now_ns(), &entry->wait);
+	unlock_books(self->service);
+	set_n_pending(self, self->n_pending + 1);
 	return TRUE;
 }
 
@@ -265,8 +322,12 @@ static void plan_ahead(PrFaultThread *self, uint32_t tid, guint index, uint64_t 
 	guint limit = (guint)pr_param(self->params, PR_PARAM_FAULT_READAHEAD);
 	PrReadaheadRun run;
 
-	pr_readahead_fault(&self->readahead, tid, index, page, self->ram->blocks[index].n_pages,
-			   limit, &run);
+	if (limit == 0)
+		return;
+	lock_books(self->service);
+	pr_readahead_fault(&self->service->readahead, tid, index, page,
+			   self->ram->blocks[index].n_pages, limit, &run);
+	unlock_books(self->service);
 	if (run.n == 0)
 		return;
 	if (self->n_plans == MAX_PLANS)
@@ -302,16 +363,47 @@ static gboolean has_room(const PrFaultThread *self)
 	return self->n_pending + BATCH <= MAX_PENDING;
 }
 
+static gboolean may_read_faults(const PrFaultThread *self)
+{
+	return self->index == 0 || self->worker.current;
+}
+
+/* The next one in the row, which does likewise. */
+static void wake_helper(PrFaultThread *self)
+{
+	PrFaultService *service = self->service;
+
+	for (guint i = 1; i < service->n_threads; i++) {
+		PrFaultThread *helper = &service->threads[i];
+
+		if (__atomic_load_n(&helper->asleep, __ATOMIC_RELAXED) &&
+		    __atomic_exchange_n(&helper->asleep, FALSE, __ATOMIC_ACQ_REL)) {
+			pr_worker_kick(&helper->worker);
+			return;
+		}
+	}
+}
+
+/* How many faults are read at a time: of several threads none takes them all. */
+static guint fault_batch(const PrFaultThread *self)
+{
+	return BATCH / self->service->n_threads;
+}
+
 static guint take_faults(PrFaultThread *self)
 {
 	struct uffd_msg msgs[BATCH];
 
-	if (self->uffd_dead || !has_room(self))
+	if (self->uffd_dead || !has_room(self) || !may_read_faults(self))
 		return 0;
-	ssize_t got = read(self->uffd, msgs, sizeof(msgs));
+	ssize_t got = read(self->uffd, msgs, fault_batch(self) * sizeof(msgs[0]));
 	if (got <= 0)
 		return 0;
 	guint n = (guint)((gsize)got / sizeof(msgs[0]));
+	if (self->index > 0)
+		add(&self->stats.helped, n);
+	if (n > 1)
+		wake_helper(self);
 	for (guint i = 0; i < n; i++)
 		take_fault(self, &msgs[i]);
 	return n;
@@ -349,7 +441,7 @@ static uint64_t room_ahead(const PrFaultThread *self)
 	PrDataPath *path = self->worker.current;
 	uint64_t limit = pr_param(self->params, PR_PARAM_FAULT_READAHEAD);
 
-	if (!path || self->outstanding >= path->ops->max_reads(path, PR_LANE_URGENT) / 2)
+	if (!path || self->outstanding >= path->ops->max_reads(path, self->lane) / 2)
 		return 0;
 	return limit - MIN(limit, self->ahead_pages);
 }
@@ -376,59 +468,101 @@ static void read_ahead(PrFaultThread *self)
 	}
 }
 
-static void take_page(PrFaultThread *self, uint64_t token)
+static void notify_others(PrFaultService *service, const PrFaultThread *but)
+{
+	for (guint i = 0; i < service->n_threads; i++) {
+		PrFaultThread *self = &service->threads[i];
+
+		if (self != but && __atomic_load_n(&self->n_pending, __ATOMIC_SEQ_CST) > 0)
+			pr_worker_kick(&self->worker);
+	}
+}
+
+/* Neighbouring pages that have been received and are to be exposed by one call. */
+typedef struct Arrived {
+	guint index; /* of the block */
+	uint64_t page, n;
+	uint64_t
+		waited; /* of the pages, those that an entry waits for which was not posted with them */
+} Arrived;
+
+static void expose(PrFaultThread *self, Arrived *run)
 {
 	GError *error = NULL;
+
+	if (run->n == 0)
+		return;
+	if (!pr_place_expose(self->uffd, &self->ram->blocks[run->index], run->page, run->n, &error))
+		note_broken(self, error);
+	settle_all(self, run->index, run->page, run->n);
+	if (run->waited > 0)
+		notify_others(self->service, self);
+	*run = (Arrived){0};
+}
+
+/* Exposes what came before, unless these pages go on there. */
+static void take_pages(PrFaultThread *self, uint64_t token, Arrived *run)
+{
 	guint index;
 	uint64_t page, n;
 
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
-	if (!pr_place_expose(self->uffd, block, page, n, &error))
-		note_broken(self, error);
+	if (index != run->index || page != run->page + run->n)
+		expose(self, run);
+	if (run->n == 0)
+		*run = (Arrived){.index = index, .page = page};
+	run->n += n;
 	uint64_t waited = pr_bitmap_clear(block->waiting, page, n);
 	if (token & AHEAD)
 		add(&self->stats.ahead_waited, waited);
-	settle_all(self, index, page, n);
+	run->waited += waited;
 }
 
 static guint take_completions(PrFaultThread *self)
 {
 	PrCompletion done[BATCH];
+	Arrived run = {0};
 	PrDataPath *path = self->worker.current;
 
 	if (!path || self->outstanding == 0)
 		return 0;
-	guint n = path->ops->poll(path, PR_LANE_URGENT, done, BATCH);
+	guint n = path->ops->poll(path, self->lane, done, BATCH);
 	for (guint i = 0; i < n; i++) {
 		if (done[i].token & AHEAD)
 			self->ahead_pages -= (done[i].token & ~AHEAD) >> 40 & 0xffff;
 		if (done[i].ok)
-			take_page(self, done[i].token);
+			take_pages(self, done[i].token, &run);
 	}
+	expose(self, &run);
 	self->outstanding -= n;
 	if (n > 0 && self->n_pending > 0)
 		advance_all(self);
 	if (n > 0 && pr_ram_complete(self->ram))
-		self->hooks.complete(self->hooks.opaque);
+		self->service->hooks.complete(self->service->hooks.opaque);
 	return n;
 }
 
+/* Helpers do not wait for faults: see above. */
 static void sleep_until_event(PrFaultThread *self)
 {
 	PrDataPath *path = self->worker.current;
+	gboolean faults = self->index == 0 && !self->uffd_dead && has_room(self);
 	struct pollfd fds[3] = {
 		{.fd = self->worker.wake_fd, .events = POLLIN},
-		{.fd = self->uffd_dead || !has_room(self) ? -1 : self->uffd, .events = POLLIN},
-		{.fd = path ? path->ops->wait_fd(path, PR_LANE_URGENT) : -1, .events = POLLIN},
+		{.fd = faults ? self->uffd : -1, .events = POLLIN},
+		{.fd = path ? path->ops->wait_fd(path, self->lane) : -1, .events = POLLIN},
 	};
 
-	if (path && !path->ops->arm(path, PR_LANE_URGENT))
+	if (path && !path->ops->arm(path, self->lane))
 		return;
 	pr_watch_idle(self->watch);
+	__atomic_store_n(&self->asleep, self->index > 0 && path, __ATOMIC_RELEASE);
 	/* Ended by a fault, a completion, or a kick. */
-	if (poll(fds, G_N_ELEMENTS(fds), -1) < 0)
+	int ready = poll(fds, G_N_ELEMENTS(fds), -1);
+	__atomic_store_n(&self->asleep, FALSE, __ATOMIC_RELAXED);
+	if (ready < 0)
 		return;
 	/* Without POLLIN it can only be the end of the guest's address space. */
 	if ((fds[1].revents & (POLLERR | POLLHUP | POLLNVAL)) && !(fds[1].revents & POLLIN))
@@ -445,6 +579,40 @@ static void restart(PrFaultThread *self)
 		self->pending[i].posted = self->pending[i].asked = FALSE;
 }
 
+/* A helper has no lane any more, so the first thread has to see to what it has pending. */
+static void leave_pending(PrFaultThread *self)
+{
+	PrFaultService *service = self->service;
+
+	g_mutex_lock(&service->lock);
+	g_array_append_vals(service->left, self->pending, self->n_pending);
+	__atomic_store_n(&service->n_left, service->left->len, __ATOMIC_RELEASE);
+	g_mutex_unlock(&service->lock);
+	set_n_pending(self, 0);
+	pr_worker_kick(&service->threads[0].worker);
+}
+
+/* As many as there is room for. */
+static void take_over_pending(PrFaultThread *self)
+{
+	PrFaultService *service = self->service;
+
+	g_mutex_lock(&service->lock);
+	guint n = MIN(service->left->len, MAX_PENDING - self->n_pending);
+	memcpy(self->pending + self->n_pending, service->left->data, n * sizeof(Pending));
+	set_n_pending(self, self->n_pending + n);
+	g_array_remove_range(service->left, 0, n);
+	__atomic_store_n(&service->n_left, service->left->len, __ATOMIC_RELEASE);
+	g_mutex_unlock(&service->lock);
+	advance_all(self);
+}
+
+static gboolean may_take_over(const PrFaultThread *self)
+{
+	return self->index == 0 && self->n_pending < MAX_PENDING &&
+	       __atomic_load_n(&self->service->n_left, __ATOMIC_ACQUIRE) > 0;
+}
+
 /* FALSE: the thread is to end. */
 static gboolean obey(PrFaultThread *self)
 {
@@ -453,6 +621,8 @@ static gboolean obey(PrFaultThread *self)
 
 	if (switched)
 		restart(self);
+	if (self->index > 0 && !self->worker.current && self->n_pending > 0)
+		leave_pending(self);
 	advance_all(self);
 	return go_on;
 }
@@ -461,20 +631,24 @@ static gpointer fault_thread(gpointer opaque)
 {
 	PrFaultThread *self = opaque;
 	gint64 busy_ns = now_ns();
-	g_autoptr(PrWatch) watch = pr_watch_new(self->hooks.dog, "fault");
+	g_autoptr(PrWatch) watch = pr_watch_new(self->service->hooks.dog, "fault");
 
 	self->watch = watch;
 	for (gint64 now = busy_ns;;) {
+		gboolean kicked = pr_worker_was_kicked(&self->worker);
 		pr_watch_busy_at(watch, &serving, now / 1000);
-		if (pr_worker_was_kicked(&self->worker) && !obey(self))
+		if (kicked && !obey(self))
 			return NULL;
+		if (may_take_over(self))
+			take_over_pending(self);
 		guint completions = take_completions(self), faults = take_faults(self);
 		guint work = completions + faults;
 		/* A short batch was all that there was to read. */
-		if (faults < BATCH && self->n_plans > 0)
+		if (faults < fault_batch(self) && self->n_plans > 0)
 			read_ahead(self);
 		now = now_ns();
-		if (work > 0)
+		/* A helper was not woken for nothing, even if others have read those faults. */
+		if (work > 0 || (kicked && self->index > 0))
 			busy_ns = now;
 		gint64 spin_ns = (gint64)pr_param(self->params, PR_PARAM_FAULT_SPIN) * 1000;
 		if (work == 0 && now - busy_ns > spin_ns)
@@ -484,56 +658,104 @@ static gpointer fault_thread(gpointer opaque)
 	}
 }
 
-PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
-			      const PrFaultHooks *hooks, GError **error)
+static gboolean thread_start(PrFaultService *service, guint index, GError **error)
 {
-	PrFaultThread *self = g_new0(PrFaultThread, 1);
+	PrFaultThread *self = &service->threads[index];
 
-	self->ram = ram;
-	self->uffd = uffd;
-	self->times = times;
-	self->params = params;
-	self->hooks = *hooks;
-	if (pr_worker_start(&self->worker, "fault", fault_thread, self, error))
-		return self;
-	g_free(self);
-	return NULL;
+	self->service = service;
+	self->index = index;
+	self->lane = pr_lane_urgent(index);
+	self->ram = service->ram;
+	self->uffd = service->uffd;
+	self->params = service->params;
+	return pr_worker_start(&self->worker, "fault", fault_thread, self, error);
 }
 
-void pr_fault_attach(PrFaultThread *self, PrDataPath *path)
+/* Ends those from `first` on, and all else. */
+static void service_end(PrFaultService *service, guint first)
 {
-	pr_worker_set_path(&self->worker, path);
+	/* They kick each other. */
+	for (guint i = first; i < service->n_threads; i++)
+		pr_worker_end(&service->threads[i].worker);
+	for (guint i = first; i < service->n_threads; i++)
+		pr_worker_clear(&service->threads[i].worker);
+	g_array_unref(service->left);
+	g_mutex_clear(&service->lock);
+	g_mutex_clear(&service->books);
+	g_free(service->threads);
+	g_free(service);
 }
 
-void pr_fault_detach(PrFaultThread *self)
+PrFaultService *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
+			       const PrFaultHooks *hooks, GError **error)
 {
-	pr_worker_set_path(&self->worker, NULL);
+	PrFaultService *service = g_new0(PrFaultService, 1);
+
+	service->ram = ram;
+	service->uffd = uffd;
+	service->times = times;
+	service->params = params;
+	service->hooks = *hooks;
+	service->n_threads = pr_params_fault_threads(params);
+	service->threads = g_new0(PrFaultThread, service->n_threads);
+	service->left = g_array_new(FALSE, FALSE, sizeof(Pending));
+	g_mutex_init(&service->lock);
+	g_mutex_init(&service->books);
+	/* The helpers first: nobody wakes or notifies one that is not there. */
+	for (guint i = service->n_threads; i > 0; i--)
+		if (!thread_start(service, i - 1, error)) {
+			service_end(service, i);
+			return NULL;
+		}
+	return service;
 }
 
-void pr_fault_notify(PrFaultThread *self)
+void pr_fault_attach(PrFaultService *service, PrDataPath *path)
 {
-	pr_worker_kick(&self->worker);
+	for (guint i = 0; i < service->n_threads; i++)
+		if (service->threads[i].lane < path->n_lanes)
+			pr_worker_set_path(&service->threads[i].worker, path);
 }
 
-void pr_fault_stop(PrFaultThread *self)
+void pr_fault_detach(PrFaultService *service)
 {
-	if (!self)
+	for (guint i = service->n_threads; i > 0; i--)
+		pr_worker_set_path(&service->threads[i - 1].worker, NULL);
+}
+
+void pr_fault_notify(PrFaultService *service)
+{
+	notify_others(service, /* but= */ NULL);
+}
+
+void pr_fault_stop(PrFaultService *service)
+{
+	if (!service)
 		return;
-	pr_worker_stop(&self->worker);
-	pr_blocktime_close(self->times, now_ns());
-	g_free(self);
+	PrBlocktime *times = service->times;
+	service_end(service, 0);
+	pr_blocktime_close(times, now_ns());
 }
 
-void pr_fault_stats(const PrFaultThread *self, PrFaultStats *ret)
+static uint64_t get(const uint64_t *counter)
 {
-	const PrFaultStats *from = &self->stats;
+	return __atomic_load_n(counter, __ATOMIC_RELAXED);
+}
 
-	ret->requests = __atomic_load_n(&from->requests, __ATOMIC_RELAXED);
-	ret->resolved = __atomic_load_n(&from->resolved, __ATOMIC_RELAXED);
-	ret->total_ns = __atomic_load_n(&from->total_ns, __ATOMIC_RELAXED);
-	ret->ahead_pages = __atomic_load_n(&from->ahead_pages, __ATOMIC_RELAXED);
-	ret->ahead_waited = __atomic_load_n(&from->ahead_waited, __ATOMIC_RELAXED);
-	ret->max_ns = __atomic_load_n(&from->max_ns, __ATOMIC_RELAXED);
-	for (guint i = 0; i < PR_LATENCY_BUCKETS; i++)
-		ret->dist[i] = __atomic_load_n(&from->dist[i], __ATOMIC_RELAXED);
+void pr_fault_stats(const PrFaultService *service, PrFaultStats *ret)
+{
+	*ret = (PrFaultStats){0};
+	for (guint i = 0; i < service->n_threads; i++) {
+		const PrFaultStats *from = &service->threads[i].stats;
+
+		ret->requests += get(&from->requests);
+		ret->helped += get(&from->helped);
+		ret->resolved += get(&from->resolved);
+		ret->total_ns += get(&from->total_ns);
+		ret->ahead_pages += get(&from->ahead_pages);
+		ret->ahead_waited += get(&from->ahead_waited);
+		ret->max_ns = MAX(ret->max_ns, get(&from->max_ns));
+		for (guint j = 0; j < PR_LATENCY_BUCKETS; j++)
+			ret->dist[j] += get(&from->dist[j]);
+	}
 }

@@ -34,6 +34,7 @@ typedef struct PrConn {
 	char *name; /* of the path, for the operator: at the destination with the address that was called */
 	GCancellable *cancel; /* of the waits before it is up */
 	uint64_t lanes_epoch; /* what the lanes are bound to */
+	guint n_lanes;	      /* agreed on in HELLO and HELLO_ACK; constant afterwards */
 	PrControl *control;   /* set before publication */
 	PrDataPath *path;     /* set under the lock when the lanes are up */
 	GThread *return_path; /* source; of whoever made the connection, then the owner's */
@@ -119,7 +120,7 @@ struct PrMigration {
 
 	/* The owner sets the pointers under the lock; what they point to has its own rules. */
 	PrRam *ram;
-	PrFaultThread *faults;
+	PrFaultService *faults;
 	PrPull *pull;
 	PrFaultStats fault_stats; /* of a fault thread that has ended */
 	PrBlocktime *times;	  /* destination; outlives the fault thread */

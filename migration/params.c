@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "migration/readahead.h"
+#include "transport/transport.h"
 
 G_DEFINE_QUARK(pr_params_error, pr_params_error)
 
@@ -35,6 +36,11 @@ static const PrParamInfo param_table[PR_N_PARAMS] = {
 	[PR_PARAM_FAULT_READAHEAD] = {"fault-readahead", 0, 0, PR_READAHEAD_MAX, "pages",
 				      "pages to be read ahead of regular faults at most, beside "
 				      "max-postcopy-bandwidth; 0: none"},
+	[PR_PARAM_FAULT_THREADS] =
+		{"fault-threads", 0, 0, PR_URGENT_LANES_MAX, "threads",
+		 "destination: threads that serve faults, each with a lane of its "
+		 "own, from the next migration on; 0: 1, with 4 CPUs 2, with 16 "
+		 "CPUs 4"},
 	[PR_PARAM_PROBE_INTERVAL] = {"probe-interval", 1000, 10, 60000, "ms",
 				     "time between two probes of a standby path"},
 };
@@ -77,6 +83,16 @@ uint64_t pr_param(const PrParams *params, PrParam param)
 gboolean pr_capability(const PrParams *params, PrCapability cap)
 {
 	return __atomic_load_n(&params->capability[cap], __ATOMIC_RELAXED);
+}
+
+guint pr_params_fault_threads(const PrParams *params)
+{
+	uint64_t wanted = pr_param(params, PR_PARAM_FAULT_THREADS);
+	guint cpus = g_get_num_processors();
+
+	if (wanted > 0)
+		return (guint)wanted;
+	return cpus < 4 ? 1 : cpus < 16 ? 2 : 4;
 }
 
 void pr_params_init(PrParams *params)

@@ -19,6 +19,7 @@ typedef enum PrParam {
 	PR_PARAM_BULK_WINDOW,
 	PR_PARAM_FAULT_SPIN,
 	PR_PARAM_FAULT_READAHEAD,
+	PR_PARAM_FAULT_THREADS,
 	PR_PARAM_PROBE_INTERVAL,
 	PR_N_PARAMS
 } PrParam;
@@ -67,6 +68,9 @@ const PrParamInfo *pr_param_info(PrParam param);
 const PrCapabilityInfo *pr_capability_info(PrCapability cap);
 uint64_t pr_param(const PrParams *params, PrParam param);
 gboolean pr_capability(const PrParams *params, PrCapability cap);
+
+/* How many fault threads the destination is to have: the parameter, or by the number of CPUs. */
+guint pr_params_fault_threads(const PrParams *params);
 
 /* Sets a parameter by name. The error names the parameter, the value found and the range. */
 gboolean pr_params_set(PrParams *params, const char *name, uint64_t value, GError **error);

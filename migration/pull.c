@@ -6,7 +6,7 @@
  * standby that pulls along. A thread keeps a window of READs outstanding on its path's bulk lane, each of up
  * to bulk-read-size bytes of neighbouring pages that are neither in place nor covered by another READ. All
  * share one walk through the blocks, from the beginning and around: so each rail takes as much as it can
- * carry, and no page is planned for a rail that may die. When the fault thread leaves a hint (the page it read
+ * carry, and no page is planned for a rail that may die. When a fault thread leaves a hint (the page it read
  * last) the walk goes on right behind it, because guests touch neighbours next.
  *
  * What to read next is decided by one thread at a time, under PrPull.lock: else two would claim the pages of one
@@ -18,13 +18,13 @@
  * the rail carries (window.h), up to bulk-window.
  *
  * When a READ is in: the pages are marked received, exposed in one call, and if a fault waits in
- * their midst the fault thread is told (fault.c).
+ * their midst the fault threads are told (fault.c).
  *
  * Every READ's claim is in its thread's list from before it is posted until its data is in place. A READ that is
  * lost leaves its claim there, because data may still land. Once the path is fenced exactly these are forgotten:
  *  - a standby's that died: pr_pull_forget_stripe(). The others have gone on meanwhile, and now they, or the
- *    fault thread, claim the pages again.
- *  - those of the path in use, and the fault thread's: pr_pull_forget_lost(), which spares the stripes' claims.
+ *    fault threads, claim the pages again.
+ *  - those of the path in use, and the fault threads': pr_pull_forget_lost(), which spares the stripes' claims.
  *    Their paths are alive, and their READs may land at any time, as those of a running migration do.
  * While no path is in use stripes post nothing. What they have posted lands as ever: it is claimed, so nobody
  * else reads or zeroes the page, and a page that comes in after its bitmap was sent to the source is only one
@@ -56,7 +56,7 @@ struct PrPull {
 	PrRam *ram;
 	int uffd;
 	const PrParams *params;
-	PrFaultThread *faults;
+	PrFaultService *faults;
 	PrPullHooks hooks;
 	PrPullThread *first; /* over the path in use; set before any stripe comes */
 
@@ -451,7 +451,7 @@ static void end(PrPullThread *self)
 		pr_worker_stop(&self->worker);
 }
 
-PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
+PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultService *faults,
 		      const PrPullHooks *hooks, GError **error)
 {
 	PrPull *pull = g_new0(PrPull, 1);

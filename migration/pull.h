@@ -23,7 +23,7 @@ typedef struct PrPullHooks {
 } PrPullHooks;
 
 /* Starts the first thread, with no path. All arguments outlive it. */
-PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
+PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultService *faults,
 		      const PrPullHooks *hooks, GError **error);
 /* As pr_fault_attach() and pr_fault_detach(), for the bulk lane of the path in use. Without one the stripes post
  * nothing. */
@@ -31,7 +31,7 @@ void pr_pull_attach(PrPull *pull, PrDataPath *path);
 void pr_pull_detach(PrPull *pull);
 /* There may be something new to pull, or all is there now. */
 void pr_pull_notify(PrPull *pull);
-/* The path that was in use is fenced, fault thread and first pull thread are detached: forgets all claims but those
+/* The path that was in use is fenced, fault threads and first pull thread are detached: forgets all claims but those
  * of the stripes. */
 void pr_pull_forget_lost(PrPull *pull);
 /* Ends all threads, the stripes' too, and gives up the starter's reference. */

@@ -198,7 +198,7 @@ static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHel
 		.role = PR_HELLO_SOURCE,
 		.epoch = conn->epoch,
 		.resume = resume,
-		.capabilities = PR_HELLO_CAN_ZSTD,
+		.capabilities = PR_HELLO_CAN_ZSTD | pr_hello_more_lanes(PR_URGENT_LANES_MAX - 1),
 		.n_blocks = m->ram->n_blocks,
 		.blocks = blocks,
 	};
@@ -212,14 +212,30 @@ static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHel
 				  conn->cancel, ret_ack, error);
 }
 
+static gboolean count_lanes(PrConn *conn, const PrHelloAck *ack, GError **error)
+{
+	guint more = pr_hello_get_more_lanes(ack->capabilities);
+
+	conn->n_lanes = PR_LANES_MIN + more;
+	if (conn->n_lanes <= PR_LANES_MAX)
+		return TRUE;
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		    "path %s: the destination asks for %u urgent lanes, of %u that were offered; "
+		    "use the same version of Postroad on both sides",
+		    conn->name, more + 1, PR_URGENT_LANES_MAX);
+	return FALSE;
+}
+
 /* Brings up a published connection's lanes and return path. */
-static gboolean open_lanes(PrConn *conn, uint16_t data_port, GError **error)
+static gboolean open_lanes(PrConn *conn, const PrHelloAck *ack, GError **error)
 {
 	const PrTransportOps *ops = pr_transport_find(conn->uri->scheme, error);
 	PrBinding binding;
 
+	if (!count_lanes(conn, ack, error))
+		return FALSE;
 	pr_conn_binding(conn, &binding);
-	PrPathSetup setup = pr_conn_setup(conn, &binding, data_port);
+	PrPathSetup setup = pr_conn_setup(conn, &binding, ack->data_port);
 	PrDataPath *path = ops ? ops->connect(&setup, error) : NULL;
 
 	if (!path || !pr_conn_set_path(conn, path, error))
@@ -258,7 +274,7 @@ PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCa
 	}
 	if (!admit(conn, resume, error))
 		return NULL;
-	if (open_lanes(conn, ack.data_port, error))
+	if (open_lanes(conn, &ack, error))
 		return g_steal_pointer(&conn);
 	pr_conn_close(g_steal_pointer(&conn));
 	return NULL;

@@ -454,13 +454,17 @@ static gboolean probe(Standby *self, GError **error)
 	if (!pr_stripe_review(conn, error))
 		return FALSE;
 	gint64 began = g_get_monotonic_time();
-	/* The bulk lane of a standby that pulls is in use, and shows by that how it is. */
-	guint n_lanes = conn->stripe ? PR_LANE_BULK : PR_N_LANES;
-	for (PrLaneId lane = 0; lane < n_lanes; lane++)
+	guint n_probed = 0;
+	for (PrLaneId lane = 0; lane < conn->path->n_lanes; lane++) {
+		/* The bulk lane of a standby that pulls is in use, and shows by that how it is. */
+		if (lane == PR_LANE_BULK && conn->stripe)
+			continue;
 		if (!probe_lane(conn, lane, began + bound, error))
 			return FALSE;
+		n_probed++;
+	}
 	gint64 now = g_get_monotonic_time();
-	PrProbed probed = {.count = ++self->probes, .rtt_us = (now - began) / n_lanes};
+	PrProbed probed = {.count = ++self->probes, .rtt_us = (now - began) / n_probed};
 	self->probe_at = now + (gint64)pr_param(m->params, PR_PARAM_PROBE_INTERVAL) * 1000;
 	g_mutex_lock(&m->lock);
 	conn->rtt_us = probed.rtt_us;
@@ -630,6 +634,7 @@ void pr_standby_admit(PrMigration *m, PrControl *control, const PrHello *hello,
 	pr_hello_copy(&self->hello, hello);
 	self->conn = pr_conn_new(m, pr_listener_uri(listener), name, hello->epoch);
 	self->conn->control = control;
+	self->conn->peer_can = hello->capabilities;
 	self->conn->cancel = g_cancellable_new();
 	GThread *thread = pr_thread_try("standby", standby_thread, self, &error);
 	if (thread) {

@@ -5,7 +5,7 @@
  * The destination pulls over its fit standbys at the same time as over the path in use, when they are of the same
  * transport (a plain socket that is listed as a last resort is no rail) and capability multi-rail is on. Faults are
  * served over the path in use alone. A standby that pulls stays a standby in everything else: its control channel
- * and its urgent lane, which is probed, are its thread's (standby.c); its bulk lane is its stripe's (pull.c).
+ * and its urgent lanes, which are probed, are its thread's (standby.c); its bulk lane is its stripe's (pull.c).
  *
  * The thread that has the standby begins its stripe after a probe was answered, and ends it before it gives the
  * connection away or closes it:

@@ -51,16 +51,26 @@ void pr_worker_set_path(PrWorker *worker, PrDataPath *path)
 	g_mutex_unlock(&worker->lock);
 }
 
-void pr_worker_stop(PrWorker *worker)
+void pr_worker_end(PrWorker *worker)
 {
 	g_mutex_lock(&worker->lock);
 	worker->stop = TRUE;
 	pr_worker_kick(worker);
 	g_mutex_unlock(&worker->lock);
 	g_thread_join(worker->thread);
+}
+
+void pr_worker_clear(PrWorker *worker)
+{
 	close(worker->wake_fd);
 	g_mutex_clear(&worker->lock);
 	g_cond_clear(&worker->changed);
+}
+
+void pr_worker_stop(PrWorker *worker)
+{
+	pr_worker_end(worker);
+	pr_worker_clear(worker);
 }
 
 gboolean pr_worker_was_kicked(PrWorker *worker)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A thread of the destination that uses one lane of whichever data path is attached: the fault
- * thread and the pull thread. Others attach and detach paths; the worker sleeps on wake_fd beside
+ * A thread of the destination that uses one lane of whichever data path is attached: a fault
+ * thread or a pull thread. Others attach and detach paths; the worker sleeps on wake_fd beside
  * whatever else it waits for, and takes changes over when it was kicked.
  */
 #pragma once
@@ -25,8 +25,11 @@ gboolean pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, g
 /* NULL detaches. Returns when the worker uses the new path, and no longer the old one. */
 void pr_worker_set_path(PrWorker *worker, PrDataPath *path);
 void pr_worker_kick(PrWorker *worker);
-/* Ends and joins the thread. */
+/* Ends and joins the thread; nobody kicks it any more. */
 void pr_worker_stop(PrWorker *worker);
+/* The same in two steps: after the first it may still be kicked, to no effect. */
+void pr_worker_end(PrWorker *worker);
+void pr_worker_clear(PrWorker *worker);
 
 /* For the worker itself. Whether it was kicked since the last call. */
 gboolean pr_worker_was_kicked(PrWorker *worker);

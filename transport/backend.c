@@ -70,6 +70,12 @@ static gboolean same_bytes(const uint8_t *a, const uint8_t *b, gsize n)
 	return !diff;
 }
 
+guint pr_backend_n_lanes(const PrPathSetup *setup)
+{
+	g_assert(setup->n_lanes <= PR_LANES_MAX);
+	return MAX(setup->n_lanes, PR_LANES_MIN);
+}
+
 /*
  * What a lane shows in place of the secret, because data paths are not encrypted: HMAC-SHA256, keyed with the
  * secret, of all that it is to be good for. An epoch is of one connection, over one transport; so whoever reads
@@ -97,7 +103,7 @@ gboolean pr_backend_binding_matches(const PrBinding *binding, const PrLaneHello 
 {
 	uint8_t token[PR_TOKEN_BYTES];
 
-	if (hello->lane >= PR_N_LANES || hello->epoch != binding->epoch ||
+	if (hello->lane >= PR_LANES_MAX || hello->epoch != binding->epoch ||
 	    !same_bytes(hello->uuid, binding->uuid, PR_UUID_BYTES))
 		return FALSE;
 	make_token(token, binding, hello->lane);

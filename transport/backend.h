@@ -27,7 +27,9 @@ gboolean pr_backend_number(const PrUri *uri, const char *option, guint64 min, gu
  * share one (measured: without that, 115 us for a READ instead of 12). */
 #define PR_BACKEND_SPIN_US 50
 
-/* Whether a lane that came in belongs to the incarnation that is waited for. */
+/* PrDataPath.n_lanes of a new path. */
+guint pr_backend_n_lanes(const PrPathSetup *setup);
+/* Whether a lane that came in belongs to the incarnation that is waited for. The path may have fewer lanes. */
 gboolean pr_backend_binding_matches(const PrBinding *binding, const PrLaneHello *hello);
 void pr_backend_lane_hello(PrLaneHello *ret, const PrBinding *binding, PrLaneId lane);
 

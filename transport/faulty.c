@@ -34,10 +34,10 @@ typedef struct FaultyPath {
 	int stalled;		 /* atomic, once set stays */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
-	guint piece_us;	     /* not 0: we play a piecewise path; constant */
-	GMutex granted_lock; /* protects granted */
-	GArray *granted;     /* PrGrant: what may be read then */
-	FaultyLane lanes[PR_N_LANES];
+	guint piece_us;			/* not 0: we play a piecewise path; constant */
+	GMutex granted_lock;		/* protects granted */
+	GArray *granted;		/* PrGrant: what may be read then */
+	FaultyLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
 } FaultyPath;
 
 typedef struct FaultyListener {
@@ -117,7 +117,7 @@ static void faulty_listener_close(PrDataListener *base)
 
 static void wake_lanes(FaultyPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_waker_wake(&path->lanes[i].waker);
 }
 
@@ -157,7 +157,7 @@ static void path_free(FaultyPath *path)
 	if (path->hook.cut)
 		pr_faults_detach(path->faults, &path->hook);
 	pr_data_path_destroy(path->inner);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		FaultyLane *lane = &path->lanes[i];
 
 		pr_waker_clear(&lane->waker);
@@ -180,6 +180,7 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 	gboolean ok = TRUE;
 
 	path->base.ops = &pr_transport_faulty;
+	path->base.n_lanes = pr_backend_n_lanes(setup);
 	path->faults = pr_faults_for_uri(setup->uri);
 	pr_fate_init(&path->fate, setup);
 	path->regions = setup->regions;
@@ -187,7 +188,7 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 	path->piece_us = (guint)pr_faults_piecewise_us(path->faults);
 	path->granted = g_array_new(FALSE, FALSE, sizeof(PrGrant));
 	g_mutex_init(&path->granted_lock);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		FaultyLane *lane = &path->lanes[i];
 
 		lane->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
@@ -236,7 +237,7 @@ static PrDataPath *faulty_accept(PrDataListener *base, const PrPathSetup *setup,
 	path->inner = listener->ops->accept(listener, &inner, error);
 	if (!path->inner)
 		return NULL;
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (!pr_waker_watch(&path->lanes[i].waker,
 				    path->inner->ops->wait_fd(path->inner, i), error))
 			return NULL;
@@ -515,7 +516,7 @@ static gboolean faulty_drain(PrDataPath *base, guint timeout_ms)
 	FaultyPath *path = (FaultyPath *)base;
 
 	faulty_shutdown(base);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		g_array_set_size(path->lanes[i].held, 0);
 		g_array_set_size(path->lanes[i].stalled, 0);
 	}

@@ -2,11 +2,17 @@
 /* One lane of ofi: its own fabric, domain, queues and endpoint. The why is in ofi.c. */
 #include "transport/ofi.h"
 
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <rdma/fi_errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
 
-#define PROVIDER_NET "net"
+#define PROVIDER_NET	  "net"
+#define REQUEST_BYTES_MIN 40 /* what net and tcp send for a READ */
 
 static const char *const providers[] = {PROVIDER_NET, "tcp"}; /* in order of preference */
 
@@ -245,6 +251,7 @@ gboolean pr_ofi_lane_open(PrOfiLane *lane, struct fi_info *info, const PrPathSet
 	int err;
 
 	lane->info = info;
+	lane->socket = -1;
 	for (guint i = 0; i < PR_OFI_READS_MAX; i++)
 		lane->free_slots[i] = i;
 	lane->n_free = PR_OFI_READS_MAX;
@@ -287,6 +294,68 @@ static gboolean event_error(const PrPathSetup *setup, const PrOfiEvent *event, G
 			    event->error ? event->error : FI_ECONNRESET, error);
 }
 
+static gboolean is_connected(int fd, const struct sockaddr_storage ends[2], const size_t sizes[2])
+{
+	struct sockaddr_storage own, peer;
+	socklen_t own_size = sizeof(own), peer_size = sizeof(peer), size = sizeof(int);
+	int protocol = 0;
+
+	return getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &size) == 0 &&
+	       protocol == IPPROTO_TCP &&
+	       getsockname(fd, (struct sockaddr *)&own, &own_size) == 0 && own_size == sizes[0] &&
+	       !memcmp(&own, &ends[0], own_size) &&
+	       getpeername(fd, (struct sockaddr *)&peer, &peer_size) == 0 &&
+	       peer_size == sizes[1] && !memcmp(&peer, &ends[1], peer_size);
+}
+
+/* libfabric does not tell: the one socket of this process with these two ends. */
+static int find_socket(PrOfiLane *lane)
+{
+	g_autoptr(GDir) dir = g_dir_open("/proc/self/fd", 0, NULL);
+	struct sockaddr_storage ends[2];
+	size_t sizes[2] = {sizeof(ends[0]), sizeof(ends[1])};
+	const char *name;
+
+	if (fi_getname(&lane->ep->fid, &ends[0], &sizes[0]) ||
+	    fi_getpeer(lane->ep, &ends[1], &sizes[1]))
+		return -1;
+	while (dir && (name = g_dir_read_name(dir))) {
+		int fd = (int)g_ascii_strtoll(name, NULL, 10);
+
+		if (is_connected(fd, ends, sizes))
+			return fd;
+	}
+	return -1;
+}
+
+static void set_cork(PrOfiLane *lane, int on)
+{
+	/* Without it all goes out one by one, as ever. */
+	(void)setsockopt(lane->socket, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
+	lane->corked = on;
+}
+
+void pr_ofi_lane_cork(PrOfiLane *lane)
+{
+	if (lane->socket >= 0 && !lane->corked)
+		set_cork(lane, TRUE);
+}
+
+void pr_ofi_lane_push(PrOfiLane *lane)
+{
+	lane->n_posted = 0;
+	if (lane->corked)
+		set_cork(lane, FALSE);
+}
+
+gboolean pr_ofi_lane_has_requests(const PrOfiLane *lane)
+{
+	int bytes = 0;
+
+	return lane->socket >= 0 && ioctl(lane->socket, SIOCINQ, &bytes) == 0 &&
+	       bytes >= 2 * REQUEST_BYTES_MIN;
+}
+
 static gboolean wait_connected(PrOfiLane *lane, const PrPathSetup *setup, gint64 deadline,
 			       GError **error)
 {
@@ -301,7 +370,10 @@ static gboolean wait_connected(PrOfiLane *lane, const PrPathSetup *setup, gint64
 			return FALSE;
 		}
 	}
-	return event_error(setup, &event, error);
+	if (!event_error(setup, &event, error))
+		return FALSE;
+	lane->socket = find_socket(lane);
+	return TRUE;
 }
 
 gboolean pr_ofi_lane_connect(PrOfiLane *lane, const PrPathSetup *setup, PrLaneId id,
@@ -334,6 +406,8 @@ void pr_ofi_lane_close_ep(PrOfiLane *lane)
 	if (lane->ep)
 		fi_close(&lane->ep->fid);
 	lane->ep = NULL;
+	lane->socket = -1;
+	lane->corked = FALSE;
 }
 
 void pr_ofi_lane_close(PrOfiLane *lane)

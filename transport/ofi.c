@@ -29,6 +29,10 @@
  *    completion queue has room.
  *  - A READ that is posted after the end fails in the provider's send, and completes with an error.
  *
+ * The providers send each READ, and each answer, by a system call of its own. They go over the network together
+ * where there are several on the urgent lane: their socket, which libfabric does not tell and which is therefore
+ * looked for, is corked meanwhile. The first READ after a poll() goes at once.
+ *
  * Where the provider copies (it needs no registered memory), READs land in a buffer of their slot and are stored
  * from there (pr_region_store()); slots are used last in, first out, so that the buffers stay in the cache.
  */
@@ -62,15 +66,20 @@ typedef struct OfiPath {
 	guint n_regions;
 	PrGrant *grants; /* destination: set before the first READ */
 	guint n_grants;
-	gboolean *stored; /* constant: for each region: by pr_region_store() */
-	OfiLane lanes[PR_N_LANES];
-	GMutex ep_lock; /* whoever shuts an endpoint down finds it open */
+	gboolean *stored;	     /* constant: for each region: by pr_region_store() */
+	OfiLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
+	GMutex ep_lock;		     /* whoever shuts an endpoint down finds it open */
 } OfiPath;
+
+static gboolean is_urgent(const OfiLane *lane)
+{
+	return pr_lane_is_urgent((PrLaneId)(lane - lane->path->lanes));
+}
 
 static void stop_lanes(OfiPath *path)
 {
 	g_mutex_lock(&path->ep_lock);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		PrOfiLane *lane = &path->lanes[i].ofi;
 
 		if (!lane->ep)
@@ -107,6 +116,7 @@ static OfiPath *path_new(const PrPathSetup *setup)
 	OfiPath *path = g_new0(OfiPath, 1);
 
 	path->base.ops = &pr_transport_ofi;
+	path->base.n_lanes = pr_backend_n_lanes(setup);
 	g_mutex_init(&path->ep_lock);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
@@ -114,7 +124,7 @@ static OfiPath *path_new(const PrPathSetup *setup)
 	for (guint i = 0; i < setup->n_regions; i++)
 		path->stored[i] = pr_region_is_writable_file(&setup->regions[i]);
 	pr_fate_init(&path->fate, setup);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].path = path;
 		path->lanes[i].ofi.waker = PR_WAKER_INIT;
 	}
@@ -123,7 +133,7 @@ static OfiPath *path_new(const PrPathSetup *setup)
 
 static void path_free(OfiPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_ofi_lane_close(&path->lanes[i].ofi);
 	pr_fate_clear(&path->fate);
 	g_mutex_clear(&path->ep_lock);
@@ -144,7 +154,7 @@ static gboolean accept_one(OfiPath *path, PrDataListener *listener, const PrPath
 	if (!info)
 		return FALSE;
 	lane = &path->lanes[id].ofi;
-	if (lane->info) {
+	if (id >= path->base.n_lanes || lane->info) {
 		pr_ofi_listener_reject(listener, info);
 		return TRUE;
 	}
@@ -166,6 +176,14 @@ static void ofi_forget(PrDataListener *listener, const PrBinding *binding)
 	pr_lane_desk_forget(pr_ofi_listener_desk(listener), binding);
 }
 
+static gboolean has_all_lanes(const OfiPath *path)
+{
+	for (guint i = 0; i < path->base.n_lanes; i++)
+		if (!path->lanes[i].ofi.info)
+			return FALSE;
+	return TRUE;
+}
+
 static PrDataPath *ofi_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
 {
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
@@ -174,7 +192,7 @@ static PrDataPath *ofi_accept(PrDataListener *listener, const PrPathSetup *setup
 	gboolean ok = TRUE;
 
 	pr_lane_desk_expect(desk, &setup->binding);
-	while (ok && (!path->lanes[PR_LANE_URGENT].ofi.info || !path->lanes[PR_LANE_BULK].ofi.info))
+	while (ok && !has_all_lanes(path))
 		ok = accept_one(path, listener, setup, deadline, error);
 	pr_lane_desk_forget(desk, &setup->binding);
 	return ok ? &g_steal_pointer(&path)->base : NULL;
@@ -183,8 +201,7 @@ static PrDataPath *ofi_accept(PrDataListener *listener, const PrPathSetup *setup
 /* Faults often come one after the other, and waking up takes longer than a READ does. */
 static void sleep_for_request(OfiLane *lane)
 {
-	gboolean urgent = lane == &lane->path->lanes[PR_LANE_URGENT];
-	gint64 awake_until = g_get_monotonic_time() + (urgent ? PR_BACKEND_SPIN_US : 0);
+	gint64 awake_until = g_get_monotonic_time() + (is_urgent(lane) ? PR_BACKEND_SPIN_US : 0);
 	struct pollfd fd = {.fd = lane->ofi.waker.epoll_fd, .events = POLLIN};
 
 	while (g_get_monotonic_time() < awake_until) {
@@ -201,11 +218,15 @@ static gpointer progress_thread(gpointer opaque)
 {
 	OfiLane *lane = opaque;
 	OfiPath *path = lane->path;
+	gboolean urgent = is_urgent(lane);
 	struct fi_cq_entry entry;
 
 	while (pr_fate_is_up(&path->fate)) {
+		if (urgent && pr_ofi_lane_has_requests(&lane->ofi))
+			pr_ofi_lane_cork(&lane->ofi);
 		/* Answers what has come in; completes nothing, as we post nothing. */
 		fi_cq_read(lane->ofi.cq, &entry, 1);
+		pr_ofi_lane_push(&lane->ofi);
 		if (pr_ofi_lane_may_sleep(&lane->ofi))
 			sleep_for_request(lane);
 		else
@@ -226,7 +247,7 @@ static PrDataPath *ofi_connect(const PrPathSetup *setup, GError **error)
 	if (!pr_ofi_check_options(setup->uri, &data_port, error))
 		return NULL;
 	path = path_new(setup);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		PrOfiLane *lane = &path->lanes[i].ofi;
 		struct fi_info *info = pr_ofi_getinfo(setup->uri, port, FALSE, error);
 
@@ -234,7 +255,7 @@ static PrDataPath *ofi_connect(const PrPathSetup *setup, GError **error)
 		    !pr_ofi_lane_connect(lane, setup, i, deadline, error))
 			return NULL;
 	}
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		OfiLane *lane = &path->lanes[i];
 
 		lane->progress = pr_thread_try("pr-ofi-progress", progress_thread, lane, error);
@@ -252,7 +273,7 @@ static GArray *ofi_grants(PrDataPath *base)
 {
 	OfiPath *path = (OfiPath *)base;
 	int mode = path->lanes[0].ofi.info->domain_attr->mr_mode;
-	guint n_keys = mode & FI_MR_PROV_KEY ? PR_N_LANES : 1;
+	guint n_keys = mode & FI_MR_PROV_KEY ? path->base.n_lanes : 1;
 	GArray *grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
 
 	for (guint i = 0; i < path->n_regions; i++) {
@@ -374,6 +395,7 @@ static guint reap(OfiPath *path, PrOfiLane *lane, PrCompletion *ret, guint max)
 /* After -FI_EAGAIN: makes room for a READ. FALSE: there will be none. */
 static gboolean wait_for_room(OfiPath *path, OfiLane *lane, gint64 deadline)
 {
+	pr_ofi_lane_push(&lane->ofi);
 	guint n = reap(path, &lane->ofi, lane->early + lane->n_early,
 		       PR_OFI_READS_MAX - lane->n_early);
 
@@ -445,6 +467,8 @@ static gboolean post(OfiPath *path, OfiLane *lane, const PrGrant *grant, uint64_
 	slot = &lane->ofi.slots[lane->ofi.free_slots[--lane->ofi.n_free]];
 	slot->token = token;
 	slot->busy = TRUE;
+	if (++lane->ofi.n_posted == 2 && is_urgent(lane))
+		pr_ofi_lane_cork(&lane->ofi);
 	if (read_into(path, lane, grant, offset, length, target, slot))
 		return TRUE;
 	slot->busy = FALSE;
@@ -489,6 +513,7 @@ static guint ofi_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint ma
 	OfiLane *lane = &path->lanes[id];
 	guint n = MIN(lane->n_early, max);
 
+	pr_ofi_lane_push(&lane->ofi);
 	if (n) {
 		memcpy(ret, lane->early, n * sizeof(*ret));
 		lane->n_early -= n;
@@ -507,6 +532,7 @@ static gboolean ofi_arm(PrDataPath *base, PrLaneId id)
 	OfiPath *path = (OfiPath *)base;
 	OfiLane *lane = &path->lanes[id];
 
+	pr_ofi_lane_push(&lane->ofi);
 	if (lane->n_early || !pr_fate_is_up(&path->fate))
 		return FALSE;
 	if (pr_ofi_lane_may_sleep(&lane->ofi))
@@ -545,7 +571,7 @@ static gboolean drain_lane(OfiPath *path, PrOfiLane *lane, gint64 deadline)
 /* After shutdown(): the threads end by themselves. */
 static void join_progress(OfiPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		g_clear_pointer(&path->lanes[i].progress, g_thread_join);
 }
 
@@ -557,7 +583,7 @@ static gboolean ofi_drain(PrDataPath *base, guint timeout_ms)
 
 	ofi_shutdown(base);
 	join_progress(path);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		drained &= drain_lane(path, &path->lanes[i].ofi, deadline);
 		g_mutex_lock(&path->ep_lock);
 		pr_ofi_lane_close_ep(&path->lanes[i].ofi);

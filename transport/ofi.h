@@ -69,6 +69,9 @@ typedef struct PrOfiLane {
 	PrWaker waker;
 	gboolean has_request; /* what info came with was given to an endpoint */
 	int completion_fd;    /* the provider's own, without the waker's eventfd */
+	int socket;	/* likewise, of the connection; -1: it has none, or not one of its own */
+	guint n_posted; /* READs since the last pr_ofi_lane_push() */
+	gboolean corked;
 	PrOfiSlot slots[PR_OFI_READS_MAX];
 	guint16 free_slots[PR_OFI_READS_MAX]; /* a stack */
 	guint n_free;
@@ -81,6 +84,11 @@ gboolean pr_ofi_lane_connect(PrOfiLane *lane, const PrPathSetup *setup, PrLaneId
 			     gint64 deadline, GError **error);
 gboolean pr_ofi_lane_accept(PrOfiLane *lane, const PrPathSetup *setup, gint64 deadline,
 			    GError **error);
+/* From now on what is sent may wait, for others to go with it, until pr_ofi_lane_push(). */
+void pr_ofi_lane_cork(PrOfiLane *lane);
+void pr_ofi_lane_push(PrOfiLane *lane);
+/* Whether more than one request has come in that is not answered. */
+gboolean pr_ofi_lane_has_requests(const PrOfiLane *lane);
 /* TRUE: nothing is pending, and whatever comes makes the waker's fd readable. */
 gboolean pr_ofi_lane_may_sleep(PrOfiLane *lane);
 /* Frees what there is, in any state; the connection ends if it has not yet. */

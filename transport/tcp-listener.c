@@ -52,18 +52,18 @@ void pr_tcp_offer(PrDataListener *listener, GSocketConnection *connection, const
 }
 
 static gboolean claim_lanes(PrLaneDesk *desk, const PrPathSetup *setup,
-			    GSocketConnection *lanes[PR_N_LANES], GError **error)
+			    GSocketConnection *lanes[PR_LANES_MAX], GError **error)
 {
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
 
-	for (guint n = 0; n < PR_N_LANES;) {
+	for (guint n = 0, n_lanes = pr_backend_n_lanes(setup); n < n_lanes;) {
 		PrLaneId lane;
 		GSocketConnection *connection =
 			pr_lane_desk_claim(desk, setup, deadline, &lane, error);
 
 		if (!connection)
 			return FALSE;
-		if (lanes[lane]) {
+		if (lane >= n_lanes || lanes[lane]) {
 			refuse(connection, NULL, NULL);
 			continue;
 		}
@@ -75,16 +75,16 @@ static gboolean claim_lanes(PrLaneDesk *desk, const PrPathSetup *setup,
 }
 
 gboolean pr_tcp_listener_claim(PrDataListener *listener, const PrPathSetup *setup,
-			       GSocketConnection *ret[PR_N_LANES], GError **error)
+			       GSocketConnection *ret[PR_LANES_MAX], GError **error)
 {
 	PrLaneDesk *desk = ((TcpListener *)listener)->desk;
-	GSocketConnection *lanes[PR_N_LANES] = {NULL};
+	GSocketConnection *lanes[PR_LANES_MAX] = {NULL};
 	gboolean ok;
 
 	pr_lane_desk_expect(desk, &setup->binding);
 	ok = claim_lanes(desk, setup, lanes, error);
 	pr_lane_desk_forget(desk, &setup->binding);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < pr_backend_n_lanes(setup); i++) {
 		if (ok)
 			ret[i] = lanes[i];
 		else

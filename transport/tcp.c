@@ -60,13 +60,13 @@ typedef struct TcpPath {
 	PrFate fate;		 /* thread-safe */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
-	gboolean *stored; /* constant: for each region: by pr_region_store() */
-	TcpLane lanes[PR_N_LANES];
+	gboolean *stored;	     /* constant: for each region: by pr_region_store() */
+	TcpLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
 } TcpPath;
 
 static void stop_lanes(TcpPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		shutdown(path->lanes[i].fd, SHUT_RDWR);
 		pr_waker_wake(&path->lanes[i].waker);
 	}
@@ -93,13 +93,14 @@ static TcpPath *path_new(const PrPathSetup *setup)
 	TcpPath *path = g_new0(TcpPath, 1);
 
 	path->base.ops = &pr_transport_tcp;
+	path->base.n_lanes = pr_backend_n_lanes(setup);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
 	path->stored = g_new(gboolean, setup->n_regions);
 	for (guint i = 0; i < setup->n_regions; i++)
 		path->stored[i] = pr_region_is_writable_file(&setup->regions[i]);
 	pr_fate_init(&path->fate, setup);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].path = path;
 		path->lanes[i].waker = PR_WAKER_INIT;
 	}
@@ -108,7 +109,7 @@ static TcpPath *path_new(const PrPathSetup *setup)
 
 static void path_free(TcpPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		TcpLane *lane = &path->lanes[i];
 
 		pr_waker_clear(&lane->waker);
@@ -125,7 +126,7 @@ static gpointer server_thread(gpointer opaque)
 {
 	TcpLane *lane = opaque;
 	TcpPath *path = lane->path;
-	guint spin_us = lane == &path->lanes[PR_LANE_URGENT] ? PR_BACKEND_SPIN_US : 0;
+	guint spin_us = pr_lane_is_urgent((PrLaneId)(lane - path->lanes)) ? PR_BACKEND_SPIN_US : 0;
 	g_autofree char *reason = pr_tcp_serve(lane->fd, path->regions, path->n_regions, spin_us);
 
 	fail(path, reason);
@@ -140,13 +141,13 @@ static uint16_t tcp_listener_port(PrDataListener *listener)
 static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
 {
 	g_autoptr(TcpPath) path = path_new(setup);
-	GSocketConnection *connections[PR_N_LANES];
+	GSocketConnection *connections[PR_LANES_MAX];
 
 	if (!pr_tcp_listener_claim(listener, setup, connections, error))
 		return NULL;
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		path->lanes[i].connection = connections[i];
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		TcpLane *lane = &path->lanes[i];
 
 		lane->buffer = pr_try_alloc(PR_READ_MAX, "a data lane", error);
@@ -168,7 +169,7 @@ static PrDataPath *tcp_connect(const PrPathSetup *setup, GError **error)
 	if (!pr_backend_check_options(setup->uri, (const char *const[]){NULL}, error))
 		return NULL;
 	path = path_new(setup);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		TcpLane *lane = &path->lanes[i];
 
 		lane->connection = pr_tcp_connect_lane(setup, i, deadline, error);
@@ -176,7 +177,7 @@ static PrDataPath *tcp_connect(const PrPathSetup *setup, GError **error)
 			return NULL;
 		lane->fd = g_socket_get_fd(g_socket_connection_get_socket(lane->connection));
 	}
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		TcpLane *lane = &path->lanes[i];
 
 		lane->server = pr_thread_try("pr-tcp-serve", server_thread, lane, error);
@@ -476,7 +477,7 @@ static gboolean tcp_drain(PrDataPath *base, guint timeout_ms)
 	TcpPath *path = (TcpPath *)base;
 
 	tcp_shutdown(base);
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		path->lanes[i].n = path->lanes[i].queued = 0;
 	return TRUE;
 }
@@ -486,7 +487,7 @@ static void tcp_destroy(PrDataPath *base)
 	TcpPath *path = (TcpPath *)base;
 
 	tcp_shutdown(base);
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (path->lanes[i].server)
 			g_thread_join(path->lanes[i].server);
 	path_free(path);

@@ -17,7 +17,7 @@ void pr_tcp_forget(PrDataListener *listener, const PrBinding *binding);
 void pr_tcp_listener_close(PrDataListener *listener);
 /* Waits for one connection per lane with the setup's binding and acknowledges each. */
 gboolean pr_tcp_listener_claim(PrDataListener *listener, const PrPathSetup *setup,
-			       GSocketConnection *ret[PR_N_LANES], GError **error);
+			       GSocketConnection *ret[PR_LANES_MAX], GError **error);
 
 /* tcp-server.c: answers the REQ_PAGES of one connection until it ends. Returns the reason, to be freed.
  * The socket blocks; shutdown(2) by another thread ends the call. Stays awake for spin_us after each

@@ -5,8 +5,9 @@
  * ops tables: rdma (libibverbs), ofi (libfabric), tcp (plain sockets), faulty (fault injection around
  * another one).
  *
- * A data path has PR_N_LANES lanes. A lane is used by one thread at a time: the destination's fault
- * thread owns the urgent one, its pull thread the bulk one. shutdown() may be called by anyone.
+ * A data path has a bulk lane and one or more urgent ones; how many is a property of the path, which the
+ * destination decides (wire.h). A lane is used by one thread at a time: the destination's fault threads
+ * own an urgent one each, its pull thread the bulk one. shutdown() may be called by anyone.
  *
  * Failure: one `on_failed` call per path, from any thread, with the reason in words; after that,
  * post_read() fails and every READ that was posted completes with an error. A failure of the path is
@@ -34,7 +35,21 @@ typedef enum PrPathError {
 #define PR_PATH_ERROR pr_path_error_quark()
 GQuark pr_path_error_quark(void);
 
-typedef enum PrLaneId { PR_LANE_URGENT, PR_LANE_BULK, PR_N_LANES } PrLaneId;
+/* The lanes from PR_LANES_MIN on are urgent, too. */
+typedef enum PrLaneId { PR_LANE_URGENT, PR_LANE_BULK, PR_LANES_MIN } PrLaneId;
+#define PR_URGENT_LANES_MAX 8
+#define PR_LANES_MAX	    (PR_URGENT_LANES_MAX + 1)
+
+static inline gboolean pr_lane_is_urgent(PrLaneId lane)
+{
+	return lane != PR_LANE_BULK;
+}
+
+/* The n-th urgent lane, from 0. */
+static inline PrLaneId pr_lane_urgent(guint n)
+{
+	return n == 0 ? PR_LANE_URGENT : (PrLaneId)(n + 1);
+}
 
 /* Binds a connection to one incarnation of one migration. */
 typedef struct PrBinding {
@@ -72,6 +87,7 @@ typedef struct PrDataPath {
 	const PrTransportOps *ops;
 	gboolean
 		piecewise; /* constant: what is not granted cannot be read, and grants may come beside READs */
+	guint n_lanes; /* constant */
 } PrDataPath;
 typedef struct PrDataListener {
 	const PrTransportOps *ops;
@@ -85,6 +101,7 @@ typedef struct PrPathSetup {
 	PrBinding binding;
 	const PrRegion *regions;
 	guint n_regions;
+	guint n_lanes; /* the same on both sides; 0: PR_LANES_MIN */
 	guint timeout_ms;
 	GCancellable *cancel;
 	PrPathFailed on_failed;

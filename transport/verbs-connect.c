@@ -150,7 +150,7 @@ static gboolean resolve_address(PrVerbsPath *path, PrVerbsLane *lane, const PrPa
 	if (rdma_create_id(path->channel, &lane->cm, NULL, RDMA_PS_TCP))
 		return pr_verbs_error(setup->uri, "no rdma_cm id", errno, error);
 	if (rdma_set_option(lane->cm, RDMA_OPTION_ID, RDMA_OPTION_ID_TOS,
-			    &path->options.tos[lane->id], sizeof(uint8_t)))
+			    &path->options.tos[pr_verbs_kind(lane->id)], sizeof(uint8_t)))
 		g_info("path %s: traffic class: %s", setup->uri->text, g_strerror(errno));
 	g_socket_address_to_native(to, &target, sizeof(target), NULL);
 	if (from)
@@ -217,7 +217,7 @@ static struct rdma_conn_param conn_param(const PrVerbsPath *path, const PrVerbsL
 	return (struct rdma_conn_param){
 		.responder_resources = depth,
 		.initiator_depth = depth,
-		.retry_count = path->options.retry[lane->id],
+		.retry_count = path->options.retry[pr_verbs_kind(lane->id)],
 		.rnr_retry_count = path->options.rnr_retry,
 		.qp_num = lane->qp->qp_num,
 	};

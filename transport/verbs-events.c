@@ -51,7 +51,7 @@ gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane)
 /* Some address of the port has changed: ours? */
 static void check_addresses(PrVerbsPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (!pr_verbs_has_address(path, &path->lanes[i]))
 			pr_verbs_fail(path, "rail %s: its address has gone (GID %u)",
 				      pr_verbs_rail_name(&path->rail), path->lanes[i].gid_index);
@@ -101,17 +101,20 @@ static gboolean next_device_event(PrVerbsPath *path, struct ibv_async_event *ret
 
 #define LOOKS 5
 
-/* The urgent lane as it was seen last. */
+/* An urgent lane as it was seen last. */
 typedef struct Watch {
-	gint64 next_us; /* when to look again */
-	gint64 oldest;	/* the READ, by when it was posted */
+	gint64 oldest; /* the READ, by when it was posted */
 	gint n_polls;
 	guint n_seen;
 } Watch;
 
-static void look_at_reads(PrVerbsPath *path, Watch *watch)
+typedef struct Watches {
+	gint64 next_us; /* when to look again */
+	Watch of[PR_LANES_MAX];
+} Watches;
+
+static void look_at_reads(PrVerbsPath *path, const PrVerbsLane *lane, Watch *watch)
 {
-	PrVerbsLane *lane = &path->lanes[PR_LANE_URGENT];
 	gint64 oldest = pr_verbs_lane_oldest(lane), age = g_get_monotonic_time() - oldest;
 	gint n_polls = g_atomic_int_get(&lane->n_polls);
 
@@ -130,17 +133,19 @@ static void look_at_reads(PrVerbsPath *path, Watch *watch)
 }
 
 /* Looks when it is time to. Returns for how many ms there is nothing to do, -1: for ever. */
-static int watch_reads(PrVerbsPath *path, Watch *watch)
+static int watch_reads(PrVerbsPath *path, Watches *watches)
 {
 	gint64 now = g_get_monotonic_time();
 
 	if (path->exports || !path->options.read_deadline_ms)
 		return -1;
-	if (now >= watch->next_us) {
-		look_at_reads(path, watch);
-		watch->next_us = now + (gint64)path->options.read_deadline_ms * 1000 / LOOKS;
+	if (now >= watches->next_us) {
+		for (guint i = 0; i < path->base.n_lanes; i++)
+			if (pr_lane_is_urgent(i))
+				look_at_reads(path, &path->lanes[i], &watches->of[i]);
+		watches->next_us = now + (gint64)path->options.read_deadline_ms * 1000 / LOOKS;
 	}
-	return (int)((watch->next_us - now) / 1000 + 1);
+	return (int)((watches->next_us - now) / 1000 + 1);
 }
 
 static gpointer event_thread(gpointer opaque)
@@ -149,7 +154,7 @@ static gpointer event_thread(gpointer opaque)
 	struct pollfd fd = {.fd = path->events_waker.epoll_fd, .events = POLLIN};
 	struct ibv_async_event device_event;
 	PrVerbsEvent event;
-	Watch watch = {0};
+	Watches watches = {0};
 
 	while (pr_fate_is_up(&path->fate)) {
 		int quiet_ms;
@@ -158,7 +163,7 @@ static gpointer event_thread(gpointer opaque)
 			judge_connection(path, &event);
 		while (next_device_event(path, &device_event))
 			judge_device(path, &device_event);
-		quiet_ms = watch_reads(path, &watch);
+		quiet_ms = watch_reads(path, &watches);
 		if (pr_fate_is_up(&path->fate))
 			poll(&fd, 1, quiet_ms);
 	}

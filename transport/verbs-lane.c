@@ -145,7 +145,7 @@ static gboolean to_send(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GErro
 	if (rdma_init_qp_attr(lane->cm, &attr, &mask))
 		return pr_verbs_error(path->uri, "cannot set the queue pair up", errno, error);
 	attr.timeout = path->options.ack_timeout;
-	attr.retry_cnt = path->options.retry[lane->id];
+	attr.retry_cnt = path->options.retry[pr_verbs_kind(lane->id)];
 	attr.rnr_retry = path->options.rnr_retry;
 	attr.max_rd_atomic = depth;
 	return modify(path, lane, &attr,
@@ -378,7 +378,7 @@ static gboolean spin(PrVerbsPath *path, PrVerbsLane *lane)
 {
 	gint64 until = g_get_monotonic_time() + lane->spin_us;
 
-	if (lane->id == PR_LANE_URGENT || lane->n_free == PR_VERBS_SLOTS)
+	if (pr_lane_is_urgent(lane->id) || lane->n_free == PR_VERBS_SLOTS)
 		return FALSE;
 	do {
 		if (reap_early(path, lane)) {
@@ -447,7 +447,7 @@ static uint32_t post_piece(PrVerbsPath *path, PrVerbsLane *lane, PrVerbsSlot *sl
 	}
 	sge.length = (uint32_t)MIN(length, import->offset + import->length - offset);
 	last = sge.length == length;
-	alone = lane->id == PR_LANE_URGENT && last && !slot->n_wrs;
+	alone = pr_lane_is_urgent(lane->id) && last && !slot->n_wrs;
 	if (!pr_verbs_import_key(path, import, alone, offset, sge.length, &sge.lkey, &slot->mr) ||
 	    !wait_for_room(path, lane))
 		return 0;

@@ -32,7 +32,7 @@ typedef struct Remains {
 
 static gboolean is_connected(const PrVerbsPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (path->lanes[i].cm)
 			return TRUE;
 	return FALSE;
@@ -50,7 +50,7 @@ gboolean pr_verbs_must_linger(PrVerbsPath *path)
 {
 	if (!path->rail.context || g_atomic_int_get(&path->removed) || !is_connected(path))
 		return FALSE;
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (path->lanes[i].cm && !pr_verbs_has_address(path, &path->lanes[i]))
 			return TRUE;
 	return !port_is_up(path);

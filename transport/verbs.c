@@ -42,7 +42,7 @@
 static void stop_lanes(PrVerbsPath *path)
 {
 	g_mutex_lock(&path->qp_lock);
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_verbs_lane_stop(&path->lanes[i]);
 	g_mutex_unlock(&path->qp_lock);
 	pr_waker_wake(&path->events_waker);
@@ -64,7 +64,7 @@ void pr_verbs_fail(PrVerbsPath *path, const char *format, ...)
 
 static void path_free(PrVerbsPath *path)
 {
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_verbs_lane_close(&path->lanes[i]);
 	pr_verbs_export_free(path);
 	pr_verbs_import_free(path);
@@ -94,6 +94,7 @@ static PrVerbsPath *path_new(const PrPathSetup *setup)
 
 	path->base.ops = pr_transport_rdma;
 	path->base.piecewise = TRUE;
+	path->base.n_lanes = pr_backend_n_lanes(setup);
 	path->uri = pr_uri_copy(setup->uri);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
@@ -101,7 +102,7 @@ static PrVerbsPath *path_new(const PrPathSetup *setup)
 	g_mutex_init(&path->qp_lock);
 	g_mutex_init(&path->import_lock);
 	pr_fate_init(&path->fate, setup);
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].id = i;
 		path->lanes[i].waker = PR_WAKER_INIT;
 		path->lanes[i].epoch_tag = (uint16_t)setup->binding.epoch;
@@ -145,11 +146,19 @@ static gboolean accept_one(PrVerbsPath *path, PrDataListener *listener, const Pr
 
 	if (!id)
 		return FALSE;
-	if (path->lanes[lane].cm) {
-		pr_verbs_reject(id, "this lane is connected already");
+	if (lane >= path->base.n_lanes || path->lanes[lane].cm) {
+		pr_verbs_reject(id, "this lane is connected already, or one too many");
 		return TRUE;
 	}
 	return pr_verbs_accept_lane(path, &path->lanes[lane], setup, id, depth, deadline, error);
+}
+
+static gboolean has_all_lanes(const PrVerbsPath *path)
+{
+	for (guint i = 0; i < path->base.n_lanes; i++)
+		if (!path->lanes[i].cm)
+			return FALSE;
+	return TRUE;
 }
 
 static gboolean accept_lanes(PrVerbsPath *path, PrDataListener *listener, const PrPathSetup *setup,
@@ -159,7 +168,7 @@ static gboolean accept_lanes(PrVerbsPath *path, PrDataListener *listener, const 
 	gboolean ok = TRUE;
 
 	pr_verbs_expect(listener, &setup->binding);
-	while (ok && (!path->lanes[PR_LANE_URGENT].cm || !path->lanes[PR_LANE_BULK].cm))
+	while (ok && !has_all_lanes(path))
 		ok = accept_one(path, listener, setup, deadline, error);
 	pr_verbs_forget(listener, &setup->binding);
 	return ok;
@@ -187,7 +196,7 @@ static PrDataPath *verbs_connect(const PrPathSetup *setup, GError **error)
 	if (!prepare(path, error) ||
 	    !check_memlock(path, pr_verbs_export_bytes(setup->regions, setup->n_regions), error))
 		return NULL;
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (!pr_verbs_connect_lane(path, &path->lanes[i], setup, deadline, error))
 			return NULL;
 	if (!pr_verbs_export(path, setup->cancel, error) || !pr_verbs_events_start(path, error))
@@ -296,14 +305,14 @@ static gboolean verbs_drain(PrDataPath *base, guint timeout_ms)
 
 	verbs_shutdown(base);
 	pr_verbs_events_join(path);
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		drained &= pr_verbs_lane_drain(path, &path->lanes[i], deadline);
 	path->fenced = TRUE;
 	/* Then that is the fence, and what is left takes the time that it takes. */
 	if (drained)
 		return TRUE;
 	g_mutex_lock(&path->qp_lock);
-	for (guint i = 0; i < PR_N_LANES; i++)
+	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_verbs_lane_fence(&path->lanes[i]);
 	g_mutex_unlock(&path->qp_lock);
 	return FALSE;

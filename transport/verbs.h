@@ -19,16 +19,23 @@
 
 /* Read from a URI; constant. */
 typedef struct PrVerbsOptions {
-	const char *device;	   /* the URI's, or NULL: whichever has the address */
-	uint8_t ack_timeout;	   /* 4.096 us * 2^n */
-	uint8_t retry[PR_N_LANES]; /* at most 6: soft-RoCE takes 7 for "for ever" */
+	const char *device;  /* the URI's, or NULL: whichever has the address */
+	uint8_t ack_timeout; /* 4.096 us * 2^n */
+	uint8_t retry
+		[PR_LANES_MIN]; /* by pr_verbs_kind(); at most 6: soft-RoCE takes 7 for "for ever" */
 	uint8_t rnr_retry;
-	uint8_t rnr_timer; /* a code, not a time: see ibv_modify_qp(3) */
-	uint8_t depth;	   /* READs outstanding on a lane; ORD and IRD */
-	uint8_t tos[PR_N_LANES];
-	guint connect_timeout_ms; /* of the first attempt to connect a lane */
-	guint read_deadline_ms;	  /* for READs on the urgent lane, 0: none */
+	uint8_t rnr_timer;	   /* a code, not a time: see ibv_modify_qp(3) */
+	uint8_t depth;		   /* READs outstanding on a lane; ORD and IRD */
+	uint8_t tos[PR_LANES_MIN]; /* likewise */
+	guint connect_timeout_ms;  /* of the first attempt to connect a lane */
+	guint read_deadline_ms;	   /* for READs on the urgent lane, 0: none */
 } PrVerbsOptions;
+
+/* What the options of a lane are: all urgent ones have the same. */
+static inline PrLaneId pr_verbs_kind(PrLaneId lane)
+{
+	return pr_lane_is_urgent(lane) ? PR_LANE_URGENT : PR_LANE_BULK;
+}
 
 /* Also checks that there are no others. */
 gboolean pr_verbs_parse_options(const PrUri *uri, PrVerbsOptions *ret, GError **error);
@@ -144,7 +151,7 @@ typedef struct PrVerbsPath {
 	struct rdma_event_channel *channel; /* read by the event thread */
 	PrVerbsRail rail;
 
-	PrVerbsLane lanes[PR_N_LANES];
+	PrVerbsLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
 	GMutex qp_lock;	 /* whoever moves a queue pair to the error state finds it alive */
 	gboolean fenced; /* by drain() */
 	GThread *events;

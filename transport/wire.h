@@ -8,7 +8,7 @@
  * the class. Bodies of QEMU's messages are QEMU's payloads unless said here.
  *
  *	HELLO		be32 magic, be16 version, u8 role, uuid, be64 epoch, u8 resume, secret,
- *			be64 capabilities, u8 length + scheme, be32 n, n times (u8 length + idstr,
+ *			be64 capabilities (the highest byte: lanes), u8 length + scheme, be32 n, n times (u8 length + idstr,
  *			be64 size, be32 page size)
  *	HELLO_ACK	be32 magic, be16 version, be32 status, be64 capabilities, be16 data port,
  *			PROGRESS, reason; the same in every version, so that a refusal can always be read
@@ -158,6 +158,18 @@ typedef enum PrResume {
 } PrResume;
 
 #define PR_HELLO_CAN_ZSTD 1u /* reads RECV_BITMAP_ZSTD */
+
+/* The capabilities' highest byte: how many urgent lanes beyond the first the source can serve (HELLO), and the
+ * destination wants to have (HELLO_ACK). A peer that does not know of them says 0. */
+static inline uint64_t pr_hello_more_lanes(guint n)
+{
+	return (uint64_t)n << 56;
+}
+
+static inline guint pr_hello_get_more_lanes(uint64_t capabilities)
+{
+	return (guint)(capabilities >> 56);
+}
 
 typedef struct PrWireBlock {
 	char idstr[PR_IDSTR_MAX + 1];

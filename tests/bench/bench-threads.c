@@ -3,6 +3,7 @@
  * Many vCPUs that fault at once: 1 to 64 threads touch random pages of the guest at the destination, each of a
  * slice of its own, while the bulk pull all but stands still. Beside it, in the same round, what the kernel
  * lets through at most: as many threads, their faults continued at once by a bare loop, the data being there.
+ * Each with one fault thread and with several; the bare loop then runs in as many threads.
  */
 #include <math.h>
 #include <string.h>
@@ -10,6 +11,7 @@
 #include "tests/bench/bench.h"
 #include "tests/bench/touch.h"
 #include "tests/integration/pair.h"
+#include "transport/transport.h"
 
 #define PAGE	      4096ull
 #define TOUCHES	      16000 /* of all threads together, in each measurement */
@@ -21,6 +23,32 @@ static const guint thread_counts[] = {1, 2, 4, 8, 16, 32, 64};
 static const char *const kinds[] = {"ceiling", "ofi", "tcp"};
 #define N_COUNTS G_N_ELEMENTS(thread_counts)
 #define N_KINDS	 G_N_ELEMENTS(kinds)
+#define N_ROWS	 (2 * N_KINDS) /* each kind with one fault thread, then with more */
+
+static gint only_threads;
+static gint more_fault_threads = 2;
+static char *only_kind;
+
+static const GOptionEntry options[] = {
+	{"threads", 't', 0, G_OPTION_ARG_INT, &only_threads, "measure so many threads alone", "N"},
+	{"fault-threads", 'f', 0, G_OPTION_ARG_INT, &more_fault_threads,
+	 "beside one fault thread, so many (default 2, at most 8; 1: leave that out)", "N"},
+	{"kind", 'k', 0, G_OPTION_ARG_STRING, &only_kind, "measure this alone: ceiling, ofi, tcp",
+	 "KIND"},
+	{NULL},
+};
+
+static guint fault_threads_of(guint row)
+{
+	return row < N_KINDS ? 1 : (guint)more_fault_threads;
+}
+
+/* kind NULL: any. */
+static gboolean is_wanted(guint count, const char *kind)
+{
+	return (only_threads == 0 || (guint)only_threads == count) &&
+	       (!kind || !only_kind || strcmp(only_kind, kind) == 0);
+}
 
 /* Over the rounds; latencies in us, as the threads saw them. */
 typedef struct Figures {
@@ -58,11 +86,12 @@ static void touch(const void *map, uint64_t n_pages, guint n_threads, guint n_to
 	touch_finish(running, /* now= */ FALSE, ret);
 }
 
-static void measure_ceiling(guint n_threads, guint n_touches, uint64_t n_pages, Figures *figures)
+static void measure_ceiling(guint n_fault_threads, guint n_threads, guint n_touches,
+			    uint64_t n_pages, Figures *figures)
 {
 	guint spin_us = (guint)pr_param_info(PR_PARAM_FAULT_SPIN)->def;
 	g_autoptr(GError) error = NULL;
-	g_autoptr(RawGuest) guest = raw_guest_new(n_pages, spin_us, &error);
+	g_autoptr(RawGuest) guest = raw_guest_new(n_pages, n_fault_threads, spin_us, &error);
 	g_auto(TouchResult) result = {0};
 
 	if (!guest)
@@ -71,8 +100,8 @@ static void measure_ceiling(guint n_threads, guint n_touches, uint64_t n_pages, 
 	take(figures, &result, "ceiling");
 }
 
-static void measure_engine(const Bench *bench, const char *scheme, guint n_threads, guint n_touches,
-			   uint64_t n_pages, Figures *figures)
+static void measure_engine(const Bench *bench, const char *scheme, guint n_fault_threads,
+			   guint n_threads, guint n_touches, uint64_t n_pages, Figures *figures)
 {
 	/* One bulk READ, and hours until the next. */
 	PairConfig config = {.scheme = scheme,
@@ -85,6 +114,7 @@ static void measure_engine(const Bench *bench, const char *scheme, guint n_threa
 
 	bench_apply_settings(bench, &pair->source.params);
 	bench_apply_settings(bench, &pair->destination.params);
+	pr_params_set(&pair->destination.params, "fault-threads", n_fault_threads, NULL);
 	pr_params_set_capability(&pair->source.params, "zero-pages", FALSE, NULL);
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
@@ -95,15 +125,16 @@ static void measure_engine(const Bench *bench, const char *scheme, guint n_threa
 	pair_wait(pair, PR_STATE_COMPLETED);
 }
 
-static void measure(const Bench *bench, const char *kind, guint n_threads, guint n_touches,
-		    Figures *figures)
+static void measure(const Bench *bench, const char *kind, guint n_fault_threads, guint n_threads,
+		    guint n_touches, Figures *figures)
 {
 	uint64_t n_pages = n_touches * 2ull; /* 14 of 16 may be touched */
 
 	if (strcmp(kind, "ceiling") == 0)
-		measure_ceiling(n_threads, n_touches, n_pages, figures);
+		measure_ceiling(n_fault_threads, n_threads, n_touches, n_pages, figures);
 	else
-		measure_engine(bench, kind, n_threads, n_touches, n_pages, figures);
+		measure_engine(bench, kind, n_fault_threads, n_threads, n_touches, n_pages,
+			       figures);
 }
 
 /* The part of the faults that took at least as long, at eight points for each doubling. */
@@ -126,19 +157,23 @@ static void report_distribution(const Bench *bench, Figures *figures)
 	bench_json_end_array(bench);
 }
 
-static void report_kind(const Bench *bench, const char *kind, Figures *f, const Figures *ceiling)
+static void report_kind(const Bench *bench, const char *kind, guint n_fault_threads, Figures *f,
+			const Figures *ceiling)
 {
 	double rate = series_ratio(&f->rate, &ceiling->rate);
 	double mean = series_ratio(&f->mean, &ceiling->mean);
+	g_autofree char *name = n_fault_threads > 1
+					? g_strdup_printf("%s-%u", kind, n_fault_threads)
+					: g_strdup(kind);
 
-	bench_say(bench, "  %-8s %10.0f %9.1f %9.1f %9.1f %10.1f %9u", kind,
+	bench_say(bench, "  %-8s %5u %10.0f %9.1f %9.1f %9.1f %10.1f %9u", kind, n_fault_threads,
 		  series_median(&f->rate), series_median(&f->mean), series_median(&f->p50),
 		  series_median(&f->p99), series_median(&f->max), f->faults->len);
 	if (f == ceiling)
 		bench_say(bench, "\n");
 	else
 		bench_say(bench, " %10.2f %10.2f\n", rate, mean);
-	bench_json_object(bench, kind);
+	bench_json_object(bench, name);
 	bench_json_number(bench, "n", f->faults->len);
 	bench_json_number(bench, "faults_per_s", series_median(&f->rate));
 	bench_json_number(bench, "mean_us", series_median(&f->mean));
@@ -151,24 +186,29 @@ static void report_kind(const Bench *bench, const char *kind, Figures *f, const 
 	bench_json_end_object(bench);
 }
 
-static void report(const Bench *bench, Figures figures[N_COUNTS][N_KINDS])
+static void report(const Bench *bench, Figures figures[N_COUNTS][N_ROWS])
 {
 	bench_say(
 		bench,
 		"\nThreads that touch random pages, medians of %d; ceiling: the data is there, and a "
 		"bare loop continues each fault\n",
 		bench->rounds);
-	bench_say(bench, "  %-8s %10s %9s %9s %9s %10s %9s %10s %10s\n", "", "faults/s", "mean us",
-		  "p50 us", "p99 us", "max us", "n", "rate/ceil.", "mean/ceil.");
+	bench_say(bench, "  %-8s %5s %10s %9s %9s %9s %10s %9s %10s %10s\n", "", "f.thr",
+		  "faults/s", "mean us", "p50 us", "p99 us", "max us", "n", "rate/ceil.",
+		  "mean/ceil.");
 	bench_json_object(bench, "threads");
 	for (guint i = 0; i < N_COUNTS; i++) {
+		if (!is_wanted(thread_counts[i], NULL))
+			continue;
 		g_autofree char *name = g_strdup_printf("%u", thread_counts[i]);
 
 		bench_say(bench, " %u thread%s\n", thread_counts[i],
 			  thread_counts[i] > 1 ? "s" : "");
 		bench_json_object(bench, name);
-		for (guint k = 0; k < N_KINDS; k++)
-			report_kind(bench, kinds[k], &figures[i][k], &figures[i][0]);
+		for (guint row = 0; row < N_ROWS; row++)
+			if (figures[i][row].rate.n > 0)
+				report_kind(bench, kinds[row % N_KINDS], fault_threads_of(row),
+					    &figures[i][row], &figures[i][row - row % N_KINDS]);
 		bench_json_end_object(bench);
 	}
 	bench_json_end_object(bench);
@@ -176,23 +216,31 @@ static void report(const Bench *bench, Figures figures[N_COUNTS][N_KINDS])
 
 int main(int argc, char **argv)
 {
-	static Figures figures[N_COUNTS][N_KINDS];
+	static Figures figures[N_COUNTS][N_ROWS];
+	guint n_rows;
 	Bench bench;
 
-	bench_begin(&bench, "bench-threads", "- many threads that fault at once", NULL, &argc,
+	bench_begin(&bench, "bench-threads", "- many threads that fault at once", options, &argc,
 		    &argv);
+	if (more_fault_threads < 1 || more_fault_threads > PR_URGENT_LANES_MAX)
+		bench_usage_error(&bench, "--fault-threads %d: 1 to %d", more_fault_threads,
+				  PR_URGENT_LANES_MAX);
+	n_rows = more_fault_threads > 1 ? N_ROWS : N_KINDS;
 	for (guint i = 0; i < N_COUNTS; i++)
-		for (guint k = 0; k < N_KINDS; k++)
-			figures[i][k].faults = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+		for (guint row = 0; row < N_ROWS; row++)
+			figures[i][row].faults = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 	for (int round = 0; round < bench.rounds; round++)
 		for (guint i = 0; i < N_COUNTS; i++)
-			for (guint k = 0; k < N_KINDS; k++)
-				measure(&bench, kinds[k], thread_counts[i],
-					bench.quick ? QUICK_TOUCHES : TOUCHES, &figures[i][k]);
+			for (guint row = 0; row < n_rows; row++)
+				if (is_wanted(thread_counts[i], kinds[row % N_KINDS]))
+					measure(&bench, kinds[row % N_KINDS], fault_threads_of(row),
+						thread_counts[i],
+						bench.quick ? QUICK_TOUCHES : TOUCHES,
+						&figures[i][row]);
 	report(&bench, figures);
 	for (guint i = 0; i < N_COUNTS; i++)
-		for (guint k = 0; k < N_KINDS; k++)
-			g_array_unref(figures[i][k].faults);
+		for (guint row = 0; row < N_ROWS; row++)
+			g_array_unref(figures[i][row].faults);
 	bench_end(&bench);
 	return 0;
 }

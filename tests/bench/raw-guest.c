@@ -13,23 +13,25 @@
 #include "tests/bench/raw-memory.h"
 #include "tests/bench/raw.h"
 
-#define PAGE  4096
-#define BATCH 32
+#define PAGE	    4096
+#define BATCH	    64
+#define THREADS_MAX 8
 
 struct RawGuest {
 	RawMemory memory;
 	uint8_t *map; /* the second mapping, with the userfaultfd */
 	int uffd;
 	int stop_fd;
-	guint spin_us; /* constant */
-	gint stop;     /* atomic */
-	GThread *thread;
+	guint spin_us;	 /* constant */
+	gint stop;	 /* atomic */
+	guint n_threads; /* constant */
+	GThread *threads[THREADS_MAX];
 };
 
 static gboolean continue_some(RawGuest *guest)
 {
 	struct uffd_msg msgs[BATCH];
-	ssize_t got = read(guest->uffd, msgs, sizeof(msgs));
+	ssize_t got = read(guest->uffd, msgs, sizeof(msgs) / guest->n_threads);
 
 	for (gsize i = 0; got > 0 && i < (gsize)got / sizeof(msgs[0]); i++) {
 		struct uffdio_continue go = {
@@ -82,15 +84,20 @@ static gboolean set_up(RawGuest *guest, uint64_t size, GError **error)
 	return guest->stop_fd >= 0 || raw_errno("eventfd", error);
 }
 
-RawGuest *raw_guest_new(uint64_t n_pages, guint spin_us, GError **error)
+RawGuest *raw_guest_new(uint64_t n_pages, guint n_threads, guint spin_us, GError **error)
 {
 	g_autoptr(RawGuest) guest = g_new0(RawGuest, 1);
 
-	*guest = (RawGuest){
-		.memory = RAW_MEMORY_INIT, .uffd = -1, .stop_fd = -1, .spin_us = spin_us};
+	*guest = (RawGuest){.memory = RAW_MEMORY_INIT,
+			    .uffd = -1,
+			    .stop_fd = -1,
+			    .spin_us = spin_us,
+			    .n_threads = n_threads};
+	g_assert(n_threads >= 1 && n_threads <= THREADS_MAX);
 	if (!set_up(guest, n_pages * PAGE, error))
 		return NULL;
-	guest->thread = g_thread_new("continue", continue_thread, guest);
+	for (guint i = 0; i < n_threads; i++)
+		guest->threads[i] = g_thread_new("continue", continue_thread, guest);
 	return g_steal_pointer(&guest);
 }
 
@@ -106,8 +113,9 @@ void raw_guest_free(RawGuest *guest)
 	g_atomic_int_set(&guest->stop, TRUE);
 	if (guest->stop_fd >= 0)
 		eventfd_write(guest->stop_fd, 1);
-	if (guest->thread)
-		g_thread_join(guest->thread);
+	for (guint i = 0; i < THREADS_MAX; i++)
+		if (guest->threads[i])
+			g_thread_join(guest->threads[i]);
 	if (guest->uffd >= 0)
 		close(guest->uffd);
 	if (guest->stop_fd >= 0)

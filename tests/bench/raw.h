@@ -44,7 +44,7 @@ gboolean raw_minor_fault(guint n, RawWait wait, RawLatency *ret, GError **error)
 /* The same for any number of threads: a mapping of n pages, filled, whose faults a thread continues at once.
  * It polls for spin_us after the last fault before it sleeps. */
 typedef struct RawGuest RawGuest;
-RawGuest *raw_guest_new(uint64_t n_pages, guint spin_us, GError **error);
+RawGuest *raw_guest_new(uint64_t n_pages, guint n_threads, guint spin_us, GError **error);
 const uint8_t *raw_guest_map(const RawGuest *guest);
 void raw_guest_free(RawGuest *guest);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(RawGuest, raw_guest_free)

@@ -467,7 +467,7 @@ void fuzz_engine_free(FuzzEngine *self)
 typedef struct Path {
 	PrDataPath parent;
 	gboolean granted, shut, drained;
-	guint probes[PR_N_LANES];
+	guint probes[PR_LANES_MAX];
 } Path;
 
 static uint16_t transport_listener_port(PrDataListener *listener)
@@ -507,6 +507,7 @@ static PrDataPath *transport_connect(const PrPathSetup *setup, GError **error)
 	}
 	path = g_new0(Path, 1);
 	path->parent.ops = &fuzz_transport;
+	path->parent.n_lanes = MAX(setup->n_lanes, PR_LANES_MIN);
 	engine->n_paths++;
 	return &path->parent;
 }

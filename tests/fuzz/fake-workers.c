@@ -9,7 +9,7 @@
 
 #define PULLED_AT_ONCE 3
 
-struct PrFaultThread {
+struct PrFaultService {
 	PrDataPath *path;
 };
 
@@ -20,40 +20,40 @@ struct PrPull {
 	PrDataPath *path;
 };
 
-PrFaultThread *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
-			      const PrFaultHooks *hooks, GError **error)
+PrFaultService *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const PrParams *params,
+			       const PrFaultHooks *hooks, GError **error)
 {
 	g_assert(uffd >= 0 && times);
-	return g_new0(PrFaultThread, 1);
+	return g_new0(PrFaultService, 1);
 }
 
-void pr_fault_attach(PrFaultThread *self, PrDataPath *path)
+void pr_fault_attach(PrFaultService *self, PrDataPath *path)
 {
 	g_assert(!self->path && path);
 	self->path = path;
 }
 
-void pr_fault_detach(PrFaultThread *self)
+void pr_fault_detach(PrFaultService *self)
 {
 	self->path = NULL;
 }
 
-void pr_fault_notify(PrFaultThread *self)
+void pr_fault_notify(PrFaultService *self)
 {
 }
 
-void pr_fault_stop(PrFaultThread *self)
+void pr_fault_stop(PrFaultService *self)
 {
 	g_assert(!self || !self->path);
 	g_free(self);
 }
 
-void pr_fault_stats(const PrFaultThread *self, PrFaultStats *ret)
+void pr_fault_stats(const PrFaultService *self, PrFaultStats *ret)
 {
 	*ret = (PrFaultStats){.requests = 1};
 }
 
-PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultThread *faults,
+PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultService *faults,
 		      const PrPullHooks *hooks, GError **error)
 {
 	PrPull *self = g_new0(PrPull, 1);

@@ -41,7 +41,8 @@ typedef struct Side {
 	PrDataListener *listener;
 	PrDataPath *path;
 	PrRegion regions[BLOCKS];
-	Puller pullers[PR_N_LANES];
+	guint n_lanes; /* of the next path; 0: as many as there always are */
+	Puller pullers[PR_LANES_MAX];
 
 	GMutex lock;
 	GCond changed;
@@ -130,6 +131,7 @@ static PrPathSetup path_setup(Side *side, char **words)
 		.binding.epoch = number(words[1]),
 		.regions = side->regions,
 		.n_regions = BLOCKS,
+		.n_lanes = side->n_lanes,
 		.timeout_ms = (guint)number(words[2]),
 		.on_failed = on_failed,
 		.opaque = side,
@@ -140,6 +142,12 @@ static PrPathSetup path_setup(Side *side, char **words)
 	memset(setup.binding.uuid, words[3] && words[4] ? (int)number(words[4]) : 0x11,
 	       sizeof(setup.binding.uuid));
 	return setup;
+}
+
+static gboolean set_lanes(Side *side, char **words, GString *ret, GError **error)
+{
+	side->n_lanes = (guint)number(words[1]);
+	return TRUE;
 }
 
 /* EPOCH MS [SECRET [UUID]] */
@@ -296,7 +304,7 @@ static gboolean attributes(Side *side, char **words, GString *ret, GError **erro
 {
 	PrVerbsPath *path = (PrVerbsPath *)side->path;
 
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < side->path->n_lanes; i++) {
 		struct ibv_qp_attr a = {0};
 		struct ibv_qp_init_attr init;
 		int err = ibv_query_qp(path->lanes[i].qp, &a,
@@ -346,11 +354,11 @@ static gpointer pull_thread(gpointer opaque)
 
 static gboolean start_pull(Side *side, char **words, GString *ret, GError **error)
 {
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < side->path->n_lanes; i++) {
 		side->pullers[i] = (Puller){
 			.side = side,
 			.lane = i,
-			.length = i == PR_LANE_URGENT ? 4096 : 65536,
+			.length = pr_lane_is_urgent(i) ? 4096 : 65536,
 		};
 		side->pullers[i].thread = g_thread_new("pull", pull_thread, &side->pullers[i]);
 	}
@@ -360,7 +368,7 @@ static gboolean start_pull(Side *side, char **words, GString *ret, GError **erro
 /* Answers: for each lane READs posted, in place, failed. */
 static gboolean join_pull(Side *side, char **words, GString *ret, GError **error)
 {
-	for (guint i = 0; i < PR_N_LANES; i++) {
+	for (guint i = 0; i < side->path->n_lanes; i++) {
 		Puller *puller = &side->pullers[i];
 
 		g_thread_join(puller->thread);
@@ -538,6 +546,7 @@ static const Command commands[] = {
 	{"fill", 4, FALSE, fill},
 	{"punch", 3, FALSE, punch},
 	{"touch", 3, FALSE, touch},
+	{"lanes", 1, FALSE, set_lanes},
 	{"open", 2, FALSE, open_path},
 	{"grants", 0, TRUE, tell_grants},
 	{"grants-within", 0, TRUE, tell_grants_within},

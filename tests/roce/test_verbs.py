@@ -349,6 +349,33 @@ def chosen_attributes(pair):
     expect_attributes(pair, (15, 5, 14, 8), (2, 8), (4, 16))
 
 
+@case("several-urgent-lanes-are-set-alike-and-read-and-end-together")
+def urgent_lanes(pair):
+    for side in pair.sides:
+        side.do("lanes", 4)
+    pair.fill(0, 0, 16 * MIB)
+    expect_attributes(pair, (14, 6, 12, 16), (3, 184), (5, 104), (3, 184), (3, 184))
+    pair.connect()
+    for lane in range(4):
+        pair.destination.do("probe", lane, 4)
+        pair.check(0, (3 + 3 * lane) * MIB - 4 * KIB, 256 * KIB, size=4 * KIB, lane=lane)
+    break_rail(pair, lambda lab: lab.inject("blackhole", 1, "b"), TIMED_OUT, lambda pair: pair.destination)
+
+
+@case("urgent-read-that-takes-too-long-on-another-lane-fails-the-path-too", "ack-timeout=20&retry=6&read-deadline-ms=600")
+def late_read_on_another_lane(pair):
+    for side in pair.sides:
+        side.do("lanes", 3)
+    pair.fill(0, 0, MIB)
+    pair.connect()
+    pair.check(0, 0, MIB)
+    pair.lab.inject("blackhole", 1, "b")
+    expect("the READ failed" in pair.destination.refuses("check", 2, 0, 0, 4096, 4096, 1), "it came back")
+    reason = pair.destination.do("await-failure", 1000)
+    expect("an urgent READ has not come back for" in reason, f"the reason is: {reason}")
+    pair.close()
+
+
 # The device's own timers would take 30 s to notice anything.
 PATIENT_DEVICE = "ack-timeout=20&retry=6&bulk-retry=6&read-deadline-ms=600"
 
@@ -599,7 +626,7 @@ def break_rail(pair, inject, reason, own):
         expect(seconds < NOTICED_SECONDS, f"{side.name} noticed after {seconds:.2f} s")
         expect(side is pair.source or any(r in text for r in reason), f"the reason is: {text}")
     counts = list(map(int, pair.destination.do("join-pull").split()))
-    for posted, ok, failed in (counts[:3], counts[3:]):
+    for posted, ok, failed in zip(counts[::3], counts[1::3], counts[2::3]):
         expect(posted == ok + failed and ok, f"READs posted, in place, failed: {counts}")
     drained = pair.close()
     expect(max(drained) < 1500 * 1000, f"closing took {drained} us")

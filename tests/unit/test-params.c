@@ -43,6 +43,7 @@ static void the_contract_names_these_defaults(void **state)
 		{PR_PARAM_BULK_WINDOW, "bulk-window", 32},
 		{PR_PARAM_FAULT_SPIN, "fault-spin", 50},
 		{PR_PARAM_FAULT_READAHEAD, "fault-readahead", 0},
+		{PR_PARAM_FAULT_THREADS, "fault-threads", 0},
 		{PR_PARAM_PROBE_INTERVAL, "probe-interval", 1000},
 	};
 

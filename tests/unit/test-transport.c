@@ -43,7 +43,7 @@ static void reads_of_every_size_bring_the_right_bytes(void **state)
 	g_autoptr(Rig) rig = new_rig(state);
 
 	rig_connect(rig);
-	for (guint lane = 0; lane < PR_N_LANES; lane++) {
+	for (guint lane = 0; lane < RIG_LANES; lane++) {
 		for (guint i = 0; i < G_N_ELEMENTS(sizes); i++) {
 			uint64_t last = RIG_REGION_BYTES - sizes[i];
 			uint64_t offsets[] = {0, 4096, last / 2 & ~4095ull, last};
@@ -100,7 +100,7 @@ static void a_probe_is_answered_and_touches_nothing(void **state)
 	rig_connect(rig);
 	for (guint i = 0; i < RIG_REGIONS; i++)
 		memset(rig->destination.regions[i].addr, 0xee, RIG_REGION_BYTES);
-	for (guint lane = 0; lane < PR_N_LANES; lane++) {
+	for (guint lane = 0; lane < RIG_LANES; lane++) {
 		PrCompletion done;
 
 		assert_true(rig->ops->post_probe(rig->destination.path, lane, 4711 + lane));
@@ -367,7 +367,7 @@ static void await_failure_on(Rig *rig, PrLaneId lane)
 
 static void an_idle_lane_notices_that_the_source_is_gone(void **state)
 {
-	for (guint lane = 0; lane < PR_N_LANES; lane++) {
+	for (guint lane = 0; lane < RIG_LANES; lane++) {
 		g_autoptr(Rig) rig = new_rig(state);
 
 		rig_connect(rig);

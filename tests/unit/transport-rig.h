@@ -12,6 +12,7 @@
 #include "transport/transport.h"
 
 #define RIG_REGIONS	 2
+#define RIG_LANES	 3 /* one more than there always are */
 #define RIG_REGION_BYTES (8u * 1024 * 1024)
 #define RIG_TIMEOUT_MS	 10000 /* for what must succeed */
 

@@ -144,6 +144,16 @@ for chain, its_faults in CHAINS.items():
     CASES.append((chain, partial(fail_over_again_and_again, faults=its_faults)))
 
 
+@case("each-fault-thread-has-a-queue-pair-and-a-rail-that-dies-forgets-nobody")
+def fault_threads(stage):
+    move = stage.move(size_mb=32, pace_us=500000, settings=("fault-threads=2",))
+    move.start_slowly(*both_rails(move), bandwidth="512K")
+    for rail, fault in ((1, "cut"), (2, "blackhole")):
+        fail_over(move, fault, rail, None)
+        stage.lab.restore(rail)
+    move.finish()
+
+
 # No path, for a while or for good
 
 
