@@ -240,8 +240,10 @@ static GSocket *finish_try(Tries *tries, GError **error)
 	struct epoll_event event;
 	GSocket *socket;
 
-	if (epoll_wait(tries->epoll_fd, &event, 1, 0) != 1)
+	if (epoll_wait(tries->epoll_fd, &event, 1, 0) != 1) {
+		g_set_error_literal(error, G_IO_ERROR, G_IO_ERROR_TIMED_OUT, "no answer in time");
 		return NULL;
+	}
 	socket = tries->sockets[event.data.u32];
 	return g_socket_check_connect_result(socket, error) ? socket : NULL;
 }

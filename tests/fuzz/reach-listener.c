@@ -46,11 +46,15 @@ static void receive_visitor(PrListener *listener)
 
 void reach_listener_let_in(PrListener *listener, int fd)
 {
+	/* Those whose turn this one's comes in: they wait in theirs. */
+	guint others = listener->strangers->len;
+
 	let_in(listener, fd);
-	while (listener->strangers->len) {
+	while (listener->strangers->len > others) {
 		/* It has said nothing yet: here it goes on. */
 		fuzz_wait_fd(fd, POLLIN, 0, NULL);
-		hear_all(listener);
+		if (hear(listener, listener->strangers->pdata[others]))
+			g_ptr_array_remove_index(listener->strangers, others);
 	}
 	receive_visitor(listener);
 }

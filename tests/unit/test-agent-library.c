@@ -260,6 +260,9 @@ static void huge_pages_are_served(void **state)
 	if (!region.base || region.base == MAP_FAILED) {
 		pr_agent_free(agent);
 		rmdir(dir);
+		/* skip() does not come back. */
+		g_clear_pointer(&dir, g_free);
+		g_clear_pointer(&path, g_free);
 		print_message("skipped: no huge page is free (vm.nr_hugepages)\n");
 		skip();
 	}
