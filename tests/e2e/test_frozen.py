@@ -173,8 +173,8 @@ def guest_does_not_answer(lab, side):
         wait_for(f"{engine.name} says what it waits for", 3, lambda: word in engine.process.output())
         took = time.monotonic() - began
         expect(took >= 1, f"it was said after {took:.1f} s, when it might have answered yet")
-        expect(engine.query()["postroad"]["stalls"] == 1, f"it is not counted: {engine.query()['postroad']}")
-        expect("preparing the guest" in engine.hmp("info migrate"), "info migrate does not show it")
+        expect(engine.query()["postroad"]["stalls"] >= 1, f"it is not counted: {engine.query()['postroad']}")
+        wait_for("info migrate shows it", 3, lambda: "preparing the guest" in engine.hmp("info migrate"))
     wait_for("it says that it goes on", 3, lambda: "goes on after" in engine.process.output())
     move.wait_completed()
     move.expect_guest_sound()
