@@ -29,6 +29,9 @@
 #define LOOK_US	     (200 * 1000) /* between two looks whether standbys are still wanted */
 #define STANDBYS_MAX 16		  /* that a source may have here */
 
+static const PrWatchPoint connecting = {"connecting a standby path", 15000};
+static const PrWatchPoint attending = {"attending to a standby path", 2000};
+
 struct PrKeeper {
 	PrMigration *m;
 	PrUri *uri; /* constant */
@@ -138,12 +141,17 @@ static gpointer keeper_thread(gpointer opaque)
 	PrMigration *m = keeper->m;
 	gboolean completed;
 
-	while (wait_until_due(keeper)) {
+	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "standby");
+
+	while (pr_watch_idle(watch), wait_until_due(keeper)) {
 		g_autoptr(GError) error = NULL;
+
+		pr_watch_busy(watch, &connecting);
 		PrConn *conn = pr_source_connect(m, keeper->uri, PR_RESUME_STANDBY, keeper->cancel,
 						 &completed, &error);
 
 		if (conn && pr_source_send_grants(conn, &error)) {
+			pr_watch_idle(watch);
 			offer(keeper, conn);
 			continue;
 		}
@@ -405,7 +413,8 @@ void pr_standby_tell_lost(PrMigration *m, uint64_t epoch, const GError *error)
 typedef struct Standby {
 	PrConn *conn;
 	PrListener *listener;
-	PrHello hello;	 /* owned */
+	PrHello hello; /* owned */
+	PrWatch *watch;
 	uint64_t probes; /* that were answered */
 	gint64 probe_at; /* the next one is due; monotonic */
 } Standby;
@@ -546,10 +555,12 @@ static gboolean serve(Standby *self, GError **error)
 	self->probe_at = G_MAXINT64;
 	while (!taken) {
 		g_autoptr(GError) local = NULL;
+		pr_watch_idle(self->watch);
 		g_autoptr(PrMsg) msg =
 			pr_control_recv(self->conn->control, ms_until(self->probe_at), &local);
 		gboolean ok;
 
+		pr_watch_busy(self->watch, &attending);
 		if (msg)
 			ok = take_message(self, msg, &taken, &local);
 		else if (g_error_matches(local, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
@@ -584,13 +595,17 @@ static gpointer standby_thread(gpointer opaque)
 	PrConn *conn = self->conn;
 	PrMigration *m = conn->m;
 	g_autoptr(GError) error = NULL;
+	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "standby");
 
+	self->watch = watch;
+	pr_watch_busy(watch, &connecting);
 	if (!bring_up(self, &error) || !serve(self, &error)) {
 		g_info("standby path %s: %s", conn->name, error->message);
 		note_end(conn, error);
 		pr_conn_close(conn);
 	}
 	standby_free(self);
+	g_clear_pointer(&watch, pr_watch_free); /* the migration may be gone after this */
 	pr_migration_thread_ends(m);
 	return NULL;
 }

@@ -38,6 +38,7 @@ struct PrControl {
 	PrPathFailed on_failed;
 	void *opaque;
 	GThread *reader;
+	PrWatchdog *dog;	   /* constant once it is started */
 	gint64 handshake_deadline; /* bounds reads and writes until the start, then 0 */
 	GCancellable *cancel;	   /* the caller's, until the start */
 

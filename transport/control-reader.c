@@ -17,6 +17,9 @@
 #define LAST_WORDS_MS	1000
 #define READ_AT_ONCE	(8 * 1024 * 1024) /* bytes, before the heartbeat is looked at again */
 
+static const PrWatchPoint reading = {"reading the control channel", 300};
+static const PrWatchPoint ending = {"telling the end of the control channel", LAST_WORDS_MS + 2000};
+
 /* Reader, under send_lock. Never waits: a heartbeat that the socket has no room for is not needed,
  * because what fills the socket is on its way to the peer. */
 static int write_heartbeat(PrControl *control, const uint8_t *frame, gsize length)
@@ -406,12 +409,16 @@ gpointer pr_control_reader(gpointer opaque)
 {
 	PrControl *control = opaque;
 	gint64 now = g_get_monotonic_time();
+	g_autoptr(PrWatch) watch = pr_watch_new(control->dog, "control");
 	gboolean wait;
 
 	while (!pr_control_has_ended(control)) {
+		pr_watch_busy_at(watch, &reading, now);
 		reader_turn(control, now);
+		pr_watch_idle(watch);
 		now = reader_sleep(control);
 	}
+	pr_watch_busy(watch, &ending);
 	if (await_last_words(control))
 		report(control);
 	g_mutex_lock(&control->lock);

@@ -333,6 +333,11 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
 	g_mutex_unlock(&control->send_lock);
 }
 
+void pr_control_set_watchdog(PrControl *control, PrWatchdog *dog)
+{
+	control->dog = dog;
+}
+
 gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
 			  guint heartbeat_timeout_ms, PrPathFailed on_failed, void *opaque,
 			  GError **error)

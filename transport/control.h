@@ -15,6 +15,7 @@
 #include "transport/path.h"
 #include "transport/tls.h"
 #include "transport/transport.h"
+#include "transport/watch.h"
 #include "transport/wire.h"
 
 typedef struct PrControl PrControl;
@@ -40,6 +41,9 @@ gboolean pr_control_answer(PrControl *control, const PrHelloAck *ack, GError **e
 
 /* FALSE with PR_PATH_ERROR_REFUSED or _HELD and the peer's reason, if that is what it says. */
 gboolean pr_control_check_ack(PrControl *control, const PrHelloAck *ack, GError **error);
+
+/* Before it is started: who looks after its reader. */
+void pr_control_set_watchdog(PrControl *control, PrWatchdog *dog);
 
 /* Starts the reader thread and the heartbeat. on_failed is called once, from the reader thread or from
  * whichever thread's send failed, before any pr_control_recv() returns the failure. */

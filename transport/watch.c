@@ -6,8 +6,9 @@
 
 #include "transport/spare.h"
 
-#define LATE_US	      (100 * 1000)   /* that the watchdog wakes up: something held the process up */
-#define STANDSTILL_US G_USEC_PER_SEC /* so late is worth a word */
+#define LATE_US		(100 * 1000) /* that the watchdog wakes up: something held the process up */
+#define STANDSTILL_US	G_USEC_PER_SEC /* so late is worth a word */
+#define RUNNABLE_FACTOR 4	       /* who only lacks a CPU may take so much longer */
 
 struct PrWatch {
 	PrWatchdog *dog;
@@ -50,8 +51,8 @@ static void say(GArray *words, GLogLevelFlags level, char *text)
 	g_array_append_val(words, word);
 }
 
-/* What the scheduler says of a thread: whether it sleeps, or only gets no CPU. */
-static const char *scheduler_word(pid_t tid)
+/* Whether the scheduler says that a thread runs, or would if it got a CPU; else it sleeps. */
+static gboolean is_runnable(pid_t tid)
 {
 	char path[64], line[512], state = '?';
 	FILE *file;
@@ -64,7 +65,7 @@ static const char *scheduler_word(pid_t tid)
 	}
 	if (file)
 		fclose(file);
-	return state == 'R' ? "it runs, or waits for a CPU" : "it is blocked";
+	return state == 'R';
 }
 
 /* The doubling intervals start anew with each stall. */
@@ -73,8 +74,10 @@ static void blame(PrWatch *watch, const PrWatchPoint *point, gint64 since, gint6
 {
 	PrWatchdog *dog = watch->dog;
 	gboolean again = watch->blamed_since == since;
+	gboolean runnable = is_runnable(watch->tid);
 
-	if (again && lasts < watch->say_again)
+	if (again ? lasts < watch->say_again
+		  : runnable && lasts < (gint64)point->ms * 1000 * RUNNABLE_FACTOR)
 		return;
 	if (!again)
 		dog->stalls++;
@@ -86,7 +89,7 @@ static void blame(PrWatch *watch, const PrWatchPoint *point, gint64 since, gint6
 				    (int)(lasts / 1000));
 	say(words, G_LOG_LEVEL_WARNING,
 	    g_strdup_printf("%s (%u is usual): %s", dog->last, point->ms,
-			    scheduler_word(watch->tid)));
+			    runnable ? "it runs, or waits for a CPU" : "it is blocked"));
 }
 
 static void look_at(PrWatch *watch, gint64 now, GArray *words)

@@ -5,6 +5,7 @@
  * idle. A thread of the watchdog's own looks at them all, and logs who has been at one point for longer than that
  * point allows, again at doubling intervals, and that it goes on again.
  *
+ * Who is not blocked but runs, or waits for a CPU, is given four times as long.
  * When the watchdog itself was late, because the process was stopped or got no CPU, nobody is blamed for that
  * time. It takes its lock to look, for which threads come only to begin and to end, and logs without it.
  */

@@ -3,6 +3,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import struct
 import time
@@ -16,21 +17,22 @@ F_SETPIPE_SZ = 1031
 SLOW = "2M"  # bytes a second: a guest of 64 MB outlasts a frozen engine
 
 
-def pairs_midway(lab, scheme):
-    """One pair for each side and kind of recovery, all in postcopy; (frozen engine, pair, auto-recover)."""
+def pairs_midway(lab):
+    """One pair for each transport, side and kind of recovery, all in postcopy; (frozen engine, pair, auto-recover)."""
     pairs = []
-    for side in ("source", "destination"):
-        for auto in ("on", "off"):
-            move = LightMove(
-                lab,
-                scheme=scheme,
-                settings=(f"auto-recover={auto}",),
-                port=4444 + len(pairs),
-                name=f"-{side}-{auto}",
-            )
-            move.slow_down(SLOW)
-            move.start()
-            pairs.append((getattr(move, side), move, auto == "on"))
+    for scheme, side, auto in itertools.product(("ofi", "tcp"), ("source", "destination"), ("on", "off")):
+        move = LightMove(
+            lab,
+            scheme=scheme,
+            settings=(f"auto-recover={auto}",),
+            port=4444 + len(pairs),
+            name=f"-{scheme}-{side}-{auto}",
+        )
+        move.slow_down(SLOW)
+        pairs.append((getattr(move, side), move, auto == "on"))
+    # Together: the guests' own faults bring their memory in, too.
+    for _, move, _ in pairs:
+        move.start()
     for _, move, _ in pairs:
         move.wait_midway(fraction=0.99)
     return pairs
@@ -42,8 +44,9 @@ def losses(engine):
     return sum(1 for a, b in zip(states, states[1:]) if (a, b) == ("postcopy-active", "postcopy-paused"))
 
 
-def freeze_and_go_on(lab, scheme):
-    pairs = pairs_midway(lab, scheme)
+@case("engines-that-were-stopped-for-10-s-go-on")
+def freeze(lab):
+    pairs = pairs_midway(lab)
     began = time.monotonic()
     with contextlib.ExitStack() as frozen:
         for engine, _, _ in pairs:
@@ -73,16 +76,6 @@ def freeze_and_go_on(lab, scheme):
         said = engine.process.output()
         expect("this engine stood still for" in said, f"{engine.name} does not say that it stood still: {said}")
         move.expect_guest_sound()
-
-
-@case("engines-that-were-stopped-for-10-s-go-on-over-ofi")
-def freeze_ofi(lab):
-    freeze_and_go_on(lab, "ofi")
-
-
-@case("engines-that-were-stopped-for-10-s-go-on-over-tcp")
-def freeze_tcp(lab):
-    freeze_and_go_on(lab, "tcp")
 
 
 def move_with_full_log(lab, side, wrapper):
@@ -173,8 +166,8 @@ def guest_does_not_answer(lab, side):
         wait_for(f"{engine.name} says what it waits for", 3, lambda: word in engine.process.output())
         took = time.monotonic() - began
         expect(took >= 1, f"it was said after {took:.1f} s, when it might have answered yet")
-        expect(engine.query()["postroad"]["stalls"] == 1, f"it is not counted: {engine.query()['postroad']}")
-        expect("preparing the guest" in engine.hmp("info migrate"), "info migrate does not show it")
+        expect(engine.query()["postroad"]["stalls"] >= 1, f"it is not counted: {engine.query()['postroad']}")
+        wait_for("info migrate shows it", 3, lambda: "preparing the guest" in engine.hmp("info migrate"))
     wait_for("it says that it goes on", 3, lambda: "goes on after" in engine.process.output())
     move.wait_completed()
     move.expect_guest_sound()

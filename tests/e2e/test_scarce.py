@@ -61,9 +61,9 @@ def attempt(move, limit):
     return False
 
 
-def walk(lab, scheme, side, what, values):
+def walk(lab, scheme, side, what, values, tls=False):
     """Tries the values until one is enough."""
-    move = LightMove(lab, scheme=scheme, size="16M", settings=IMPATIENT)
+    move = LightMove(lab, scheme=scheme, size="16M", settings=IMPATIENT, tls=tls)
     engine = getattr(move, side)
     before = [open_files(e) for e in move.engines]
     refused = 0
@@ -115,6 +115,16 @@ def few_files_destination_ofi(lab):
 @case("too-few-descriptors-at-the-destination-are-refused-in-words-over-tcp")
 def few_files_destination_tcp(lab):
     walk(lab, "tcp", "destination", resource.RLIMIT_NOFILE, files)
+
+
+@case("too-few-descriptors-at-the-source-are-refused-in-words-over-tls")
+def few_files_source_tls(lab):
+    walk(lab, "tcp", "source", resource.RLIMIT_NOFILE, files, tls=True)
+
+
+@case("too-few-descriptors-at-the-destination-are-refused-in-words-over-tls")
+def few_files_destination_tls(lab):
+    walk(lab, "tcp", "destination", resource.RLIMIT_NOFILE, files, tls=True)
 
 
 @case("too-little-memory-at-the-source-is-refused-in-words")

@@ -3,6 +3,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -18,20 +19,62 @@
 static const PrWatchPoint cooking = {"cooking", 200};
 static const PrWatchPoint eating = {"eating", 400};
 
-/* A watchdog without a thread of its own; time is passed in. */
+/* A watchdog without a thread of its own; time is passed in. What it watches is a thread that sleeps; what that has to
+ * say the test says for it. */
 typedef struct Bench {
 	PrWatchdog *dog;
 	PrWatch *watch;
+	GThread *cook;
+	pid_t tid; /* lock; the cook's */
+	GMutex lock;
+	GCond changed;
+	gboolean end; /* lock; as watch is, to begin with */
 	gint64 now;
 	GString *said; /* since the last look at it */
 } Bench;
+
+static gpointer cook_thread(gpointer opaque)
+{
+	Bench *bench = opaque;
+
+	g_mutex_lock(&bench->lock);
+	bench->tid = gettid();
+	bench->watch = pr_watch_new(bench->dog, "cook");
+	g_cond_broadcast(&bench->changed);
+	while (!bench->end)
+		g_cond_wait(&bench->changed, &bench->lock);
+	g_mutex_unlock(&bench->lock);
+	return NULL;
+}
+
+static void wait_until_it_sleeps(pid_t tid)
+{
+	g_autofree char *path = g_strdup_printf("/proc/self/task/%d/stat", (int)tid);
+	gint64 until = g_get_monotonic_time() + PATIENCE;
+
+	for (;;) {
+		g_autofree char *stat = NULL;
+
+		assert_true(g_get_monotonic_time() < until);
+		assert_true(g_file_get_contents(path, &stat, NULL, NULL));
+		if (strstr(stat, ") S "))
+			return;
+	}
+}
 
 static int set_up(void **state)
 {
 	Bench *bench = g_new0(Bench, 1);
 
 	bench->dog = pr_watchdog_new();
-	bench->watch = pr_watch_new(bench->dog, "cook");
+	g_mutex_init(&bench->lock);
+	g_cond_init(&bench->changed);
+	g_mutex_lock(&bench->lock);
+	bench->cook = g_thread_new("cook", cook_thread, bench);
+	while (!bench->watch)
+		g_cond_wait(&bench->changed, &bench->lock);
+	g_mutex_unlock(&bench->lock);
+	wait_until_it_sleeps(bench->tid);
 	bench->now = START;
 	bench->said = g_string_new(NULL);
 	*state = bench;
@@ -42,8 +85,15 @@ static int tear_down(void **state)
 {
 	Bench *bench = *state;
 
+	g_mutex_lock(&bench->lock);
+	bench->end = TRUE;
+	g_cond_broadcast(&bench->changed);
+	g_mutex_unlock(&bench->lock);
+	g_thread_join(bench->cook);
 	pr_watch_free(bench->watch);
 	pr_watchdog_free(bench->dog);
+	g_mutex_clear(&bench->lock);
+	g_cond_clear(&bench->changed);
 	g_string_free(bench->said, TRUE);
 	g_free(bench);
 	return 0;
@@ -154,6 +204,20 @@ static void nobody_is_blamed_when_the_whole_process_stood_still(void **state)
 	assert_int_equal(count_said(bench, "cooking for"), 1);
 }
 
+static void who_runs_is_given_longer(void **state)
+{
+	Bench *bench = *state;
+	g_autoptr(PrWatch) own = pr_watch_new(bench->dog, "own");
+
+	pass(bench, 100);
+	pr_watch_busy_at(own, &cooking, bench->now);
+	pass(bench, 750);
+	assert_string_equal(bench->said->str, "");
+	pass(bench, 100);
+	assert_int_equal(
+		count_said(bench, "thread \"own\": cooking for 800 ms (200 is usual): it runs"), 1);
+}
+
 static void thread_that_has_ended_is_forgotten(void **state)
 {
 	Bench *bench = *state;
@@ -219,6 +283,7 @@ int main(void)
 			tear_down),
 		cmocka_unit_test_setup_teardown(nobody_is_blamed_when_the_whole_process_stood_still,
 						set_up, tear_down),
+		cmocka_unit_test_setup_teardown(who_runs_is_given_longer, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(thread_that_has_ended_is_forgotten, set_up,
 						tear_down),
 		cmocka_unit_test(main_loop_that_does_not_turn_is_named),

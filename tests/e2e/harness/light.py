@@ -59,7 +59,7 @@ class TestGuest:
 class LightMove(Move):
     """As Move, without a QEMU. wrappers: what the (source, destination) engines are started with, as `nice` is."""
 
-    def __init__(self, lab, scheme="ofi", size="64M", settings=(), port=4444, name="", wrappers=((), ())):
+    def __init__(self, lab, scheme="ofi", size="64M", settings=(), port=4444, name="", wrappers=((), ()), tls=False):
         # pylint: disable=super-init-not-called
         self.lab = lab
         self.scheme = scheme
@@ -71,6 +71,7 @@ class LightMove(Move):
         )
         for guest in (self.source_guest, self.destination_guest):
             wait_for("the guest's agent listens", 10, lambda g=guest: os.path.exists(g.socket))
+        certs = lab.certificates() if tls else (None, None)
         self.source = Engine(
             lab,
             self.network.source,
@@ -78,6 +79,7 @@ class LightMove(Move):
             name=f"postroad-source{name}",
             settings=settings,
             wrapper=wrappers[0],
+            tls=certs[0],
         )
         self.destination = Engine(
             lab,
@@ -87,6 +89,7 @@ class LightMove(Move):
             name=f"postroad-destination{name}",
             settings=settings,
             wrapper=wrappers[1],
+            tls=certs[1],
         )
         self.engines = (self.source, self.destination)
         self.source_guest.wait_running()
