@@ -314,6 +314,11 @@ static gboolean take_reason(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	return pr_take_reason(msg, "source", error);
 }
 
+static gboolean take_note(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	return pr_take_note(m, msg, "source", error);
+}
+
 /* Over a connection that was a standby until just now. */
 static gboolean take_lost(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
 {
@@ -342,6 +347,7 @@ static const struct Command {
 	{PR_CMD_POSTCOPY_RUN, IN_POSTCOPY, take_run},
 	{PR_CMD_RECV_BITMAP, IN(POSTCOPY_RECOVER), take_recv_bitmap},
 	{PR_CMD_POSTCOPY_RESUME, IN(POSTCOPY_RECOVER), take_resume},
+	{PR_MSG_NOTE, IN_ANY, take_note},
 	{PR_MSG_LOST, IN_ANY, take_lost},
 	{PR_MSG_PAUSE, IN_ANY, take_reason},
 	{PR_MSG_HOLD, IN_ANY, take_reason},

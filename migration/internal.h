@@ -136,6 +136,7 @@ struct PrMigration {
 	gboolean guest_started;	    /* RUN has been carried out: what remains is its memory */
 
 	uint64_t pages_at_pause;
+	char *guest_gone; /* why this side's guest process is; NULL: it is there */
 	gboolean held; /* either side: a human has paused; automatic recovery waits for a human */
 
 	/* destination, the load thread's own: no lock */
@@ -262,6 +263,11 @@ void pr_migration_sample_rate(PrMigration *m, uint64_t bytes, gint64 now);
 
 /* The peer's PAUSE, HOLD or ERROR as an error; always FALSE. `peer`: "source" or "destination". */
 gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error);
+/* Something that the operator has to know, and that changes nothing. With the lock held; pr_migration_tell()
+ * afterwards. */
+void pr_migration_note_locked(PrMigration *m, const char *what);
+/* The peer's NOTE. */
+gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError **error);
 /* The last word on a connection, if it can be said without waiting. */
 void pr_migration_farewell(PrConn *conn, uint16_t type, const char *reason);
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);

@@ -254,20 +254,53 @@ gboolean pr_attempt_has_failed(PrMigration *m)
 	return failed;
 }
 
+/* The source's guest is needed no more, only its RAM, and that is mapped here. With the lock held. */
+static void source_guest_died(PrMigration *m, const char *reason)
+{
+	g_autofree char *here = g_strdup_printf(
+		"%s; its RAM is kept by this engine, which must not end: the migration goes on",
+		reason);
+	g_autofree char *there = g_strdup_printf(
+		"the source's guest process is gone, its RAM is in its engine alone: %s", reason);
+
+	pr_migration_note_locked(m, here);
+	if (m->conn)
+		pr_migration_farewell(m->conn, PR_MSG_NOTE, there);
+}
+
+/* The destination's is all there was of the guest. A recovery would bring memory that nobody needs: both sides
+ * are held, for a human. With the lock held. */
+static void destination_guest_died(PrMigration *m, const char *reason)
+{
+	g_autoptr(GError) error = g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
+					      "the guest is gone at the destination: %s", reason);
+
+	pr_migration_set_held(m, TRUE);
+	g_free(m->error_desc);
+	m->error_desc = g_strdup(error->message);
+	if (pr_migration_failed_locked(m, error) == PR_ACTION_IGNORE)
+		pr_migration_note_locked(m, error->message);
+}
+
 static void guest_died(const char *reason, void *opaque)
 {
 	PrMigration *m = opaque;
-
-	g_mutex_lock(&m->lock);
-	gboolean kept = m->sm.role == PR_ROLE_SOURCE && pr_state_is_postcopy(m->sm.state);
-	g_mutex_unlock(&m->lock);
-	if (kept) {
-		g_warning("%s; its RAM is kept here, the migration goes on", reason);
-		return;
-	}
 	g_autoptr(GError) error =
 		g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, "the guest is gone: %s", reason);
-	pr_migration_failed(m, NULL, error);
+
+	g_mutex_lock(&m->lock);
+	g_free(m->guest_gone);
+	m->guest_gone = g_strdup(reason);
+	if (pr_state_is_over(m->sm.state))
+		g_message("%s", error->message);
+	else if (!pr_state_is_postcopy(m->sm.state))
+		pr_migration_failed_locked(m, error);
+	else if (m->sm.role == PR_ROLE_SOURCE)
+		source_guest_died(m, reason);
+	else
+		destination_guest_died(m, reason);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
 }
 
 /* ---- connections ---- */
@@ -284,6 +317,27 @@ void pr_migration_begin_attempt(PrMigration *m)
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error)
 {
 	return pr_control_send_bytes(conn->control, type, body, error);
+}
+
+void pr_migration_note_locked(PrMigration *m, const char *what)
+{
+	g_warning("%s", what);
+	note_state(m, m->sm.state, what);
+}
+
+gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError **error)
+{
+	char reason[PR_REASON_MAX + 1];
+	g_autofree char *what = NULL;
+
+	if (!pr_reason_decode(msg->body, msg->length, reason, error))
+		return FALSE;
+	what = g_strdup_printf("the %s says: %s", peer, reason);
+	g_mutex_lock(&m->lock);
+	pr_migration_note_locked(m, what);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+	return TRUE;
 }
 
 gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error)
@@ -386,6 +440,7 @@ void pr_migration_free(PrMigration *m)
 	g_queue_clear_full(&m->notices, (GDestroyNotify)notice_free);
 	g_free(m->reason);
 	g_free(m->error_desc);
+	g_free(m->guest_gone);
 	g_free(m->last_path);
 	g_free(m->claimed);
 	g_mutex_clear(&m->pull_lock);

@@ -107,6 +107,8 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 		return pr_standby_take_probed(conn, msg, error);
 	case PR_RP_ACTIVATED:
 		return pr_standby_take_activated(conn, msg, error);
+	case PR_MSG_NOTE:
+		return pr_take_note(m, msg, "destination", error);
 	case PR_MSG_LOST:
 		return pr_standby_take_lost(m, msg, "destination", error);
 	case PR_MSG_PAUSE:
@@ -660,6 +662,17 @@ static gboolean tell_rest(PrMigration *m, PrConn *conn, GError **error)
 	return m->holes_told;
 }
 
+/* Once more for each connection: the destination's engine may be another one. */
+static void tell_guest_gone(PrMigration *m, PrConn *conn)
+{
+	g_mutex_lock(&m->lock);
+	if (m->guest_gone)
+		pr_migration_farewell(
+			conn, PR_MSG_NOTE,
+			"the source's guest process is gone, its RAM is in its engine alone");
+	g_mutex_unlock(&m->lock);
+}
+
 /* One recovery: from recover-setup to postcopy-active, or back to paused. */
 static PrConn *recover(PrMigration *m)
 {
@@ -682,6 +695,7 @@ static PrConn *recover(PrMigration *m)
 	if (conn && (conn->granted || pr_source_send_grants(conn, &error)) &&
 	    tell_rest(m, conn, &error) && pr_source_recover(m, conn, &error)) {
 		pr_source_note_changes(m);
+		tell_guest_gone(m, conn);
 		pr_kill_point(PR_KILL_SOURCE_RECOVERED);
 		return conn;
 	}

@@ -100,6 +100,7 @@ def lead_there(twins, point, plan):
         engines = [engine, start_to_be_killed(twins, other, OTHER_DIES_AT[point])]
         twins.migrate()
         return engines
+    twins.full_speed()
     twins.migrate()
     return [engine]
 

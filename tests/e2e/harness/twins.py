@@ -2,6 +2,7 @@
 """Two test guests without a VMM (tests/guest/workload.c), each with an engine that can be killed. They start in no
 time, and check every page all the time."""
 
+import os
 import re
 
 from .engine import Engine
@@ -9,6 +10,7 @@ from .process import Failure, expect, wait_for
 
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 OVER = ("none", "failed", "cancelled")
+SLOW = "1M"
 
 
 class Guest:
@@ -19,7 +21,11 @@ class Guest:
         self.socket = lab.path(f"{self.name}.agent")
         argv = [lab.build_file("workload"), "--socket", self.socket, "--size", size, "--report", "20"]
         argv += ["--threads", "3", "--pace", "2000"] + (["--incoming"] if incoming else [])
-        self.process = lab.start(self.name, host.command(argv))
+        self.lab, self.argv = lab, host.command(argv)
+        self.start_again()
+
+    def start_again(self):
+        self.process = self.lab.start(self.name, self.argv)
 
     def last(self):
         lines = LINE.findall(self.process.output())
@@ -59,10 +65,12 @@ class Guest:
 
 
 class Twins:
-    """A guest at the source, and the steps of its migration."""
+    """A guest at the source, and the steps of its migration. Its memory travels slowly, also by engines that come
+    later, until full_speed()."""
 
     def __init__(self, lab, scheme="tcp", size="8M", settings=("auto-recover=off",), program="killable-postroad"):
         self.lab, self.scheme, self.network = lab, scheme, lab.network
+        settings = (*settings, f"max-postcopy-bandwidth={SLOW}")
         self.source_guest = Guest(lab, lab.network.source, size, incoming=False)
         self.destination_guest = Guest(lab, lab.network.destination, size, incoming=True)
         self.guests = (self.source_guest, self.destination_guest)
@@ -81,18 +89,14 @@ class Twins:
     def uri(self, link=1, port=4444):
         return f"{self.scheme}:{self.network.destination.address(link)}:{port}"
 
-    def slow_down(self, bandwidth=1 << 20):
-        self.destination.qmp.command("migrate-set-parameters", **{"max-postcopy-bandwidth": bandwidth})
-
     def full_speed(self):
-        self.slow_down(0)
+        self.destination.qmp.command("migrate-set-parameters", **{"max-postcopy-bandwidth": 0})
 
     def migrate(self, resume=False):
         self.source.qmp.command("migrate", uri=self.uri(), resume=resume)
 
     def start_midway(self):
         """In postcopy, with some of the pages in place."""
-        self.slow_down()
         self.migrate()
         at_start = wait_for("the guest is on its way", 20, self._remaining)
         wait_for("part of the pages is in place", 30, lambda: self.destination.remaining() < at_start * 0.9)
@@ -100,6 +104,15 @@ class Twins:
 
     def _remaining(self):
         return self.destination.status() == "postcopy-active" and self.destination.remaining()
+
+    def record(self):
+        """What the source has written down."""
+        directory = self.lab.path(f"state-{self.source.name}")
+        text = ""
+        for name in os.listdir(directory):
+            with open(os.path.join(directory, name)) as file:
+                text += file.read()
+        return text
 
     def expect_midway(self):
         expect(self.destination.remaining() > 0, "all pages had arrived: the test proves nothing")
