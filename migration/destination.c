@@ -264,18 +264,25 @@ static gboolean take_ping(PrMigration *m, PrConn *conn, const PrMsg *msg, GError
 	return pr_send(conn, PR_RP_PONG, body, error);
 }
 
+gboolean pr_destination_try_run(PrMigration *m, GError **error)
+{
+	pr_kept_set_stage(m->ram->kept, PR_KEPT_RUN);
+	pr_kill_point(PR_KILL_DESTINATION_RUN_NOTED);
+	if (m->guest_was_running && !m->guest->ops->run(m->guest, error))
+		return FALSE;
+	pr_kill_point(PR_KILL_DESTINATION_RUNNING);
+	pr_kept_set_stage(m->ram->kept, PR_KEPT_STARTED);
+	pr_kill_point(PR_KILL_DESTINATION_STARTED_NOTED);
+	return TRUE;
+}
+
 void pr_destination_run(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
-	pr_kept_set_stage(m->ram->kept, PR_KEPT_RUN);
-	pr_kill_point(PR_KILL_DESTINATION_RUN_NOTED);
-	if (m->guest_was_running && !m->guest->ops->run(m->guest, &error))
+	if (!pr_destination_try_run(m, &error))
 		g_critical("the guest has arrived but could not be started, start it by hand: %s",
 			   error->message);
-	pr_kill_point(PR_KILL_DESTINATION_RUNNING);
-	pr_kept_set_stage(m->ram->kept, PR_KEPT_STARTED);
-	pr_kill_point(PR_KILL_DESTINATION_STARTED_NOTED);
 	g_mutex_lock(&m->lock);
 	m->guest_started = TRUE;
 	g_mutex_unlock(&m->lock);

@@ -330,5 +330,8 @@ gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean stan
 void pr_destination_use_grants(PrConn *conn);
 /* Turns the fault mode on, or goes on with it; fresh: nothing was received yet. */
 gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **error);
+/* Lets the guest run; by hand, if that is what it takes. */
 void pr_destination_run(PrMigration *m);
+/* As above, if it can be done now. */
+gboolean pr_destination_try_run(PrMigration *m, GError **error);
 void pr_destination_check_complete(PrMigration *m);

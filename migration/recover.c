@@ -168,6 +168,7 @@ gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
 		pr_migration_step_locked(m, PR_EVENT_RESUMED, PR_ROLE_DESTINATION, "recovered");
 	if (action == PR_ACTION_REFUSE)
 		pr_migration_copy_failure(m, error);
+	gboolean run = action == PR_ACTION_RUN || !m->guest_started;
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
 	if (action == PR_ACTION_REFUSE)
@@ -175,7 +176,7 @@ gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
 
 	pr_fault_attach(m->faults, conn->path);
 	pr_pull_attach(m->pull, conn->path);
-	if (action == PR_ACTION_RUN)
+	if (run)
 		pr_destination_run(m);
 	pr_destination_check_complete(m);
 	return TRUE;

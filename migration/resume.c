@@ -230,6 +230,21 @@ static gboolean adopt_ram(PrMigration *m, PrKept *kept, GError **error)
 	return TRUE;
 }
 
+/* A VMM that waits for a page does not do it now; the recovery that brings the page tries again. */
+static void let_run(PrMigration *m)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (!pr_destination_try_run(m, &error)) {
+		g_warning("the guest can't be started before the migration has recovered: %s",
+			  error->message);
+		return;
+	}
+	g_mutex_lock(&m->lock);
+	m->guest_started = TRUE;
+	g_mutex_unlock(&m->lock);
+}
+
 /* Takes kept. */
 static gboolean resume_destination(PrMigration *m, PrKept *kept, GError **error)
 {
@@ -247,7 +262,7 @@ static gboolean resume_destination(PrMigration *m, PrKept *kept, GError **error)
 				       : !serve_faults(m, error))
 		return FALSE;
 	if (stage == PR_KEPT_RUN)
-		pr_destination_run(m);
+		let_run(m);
 	g_message("going on as the destination of a migration that is %s: %" G_GUINT64_FORMAT
 		  " of %" G_GUINT64_FORMAT " pages are here",
 		  pr_state_name(m->sm.state), pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE,

@@ -116,6 +116,24 @@ def qemu_saved(lab):
     qemu_runs_on(lab, "source-loaded")
 
 
+@case("killed-before-qemu-is-let-run-at-the-destination")
+def qemu_not_started(lab):
+    """RUN was seen: the next engine lets it run, whatever the source does. QEMU's monitor may not answer from then on:
+    the guest waits for pages."""
+    move = Move(lab, settings=("auto-recover=off",), program="killable-postroad")
+    move.destination.process.stop()
+    move.destination.restart(kill_at="destination-run-noted")
+    move.destination.connect()
+    move.start()
+    move.destination.note_killed()
+    expect(move.destination_vm.status() != "running", "the guest was to be stopped when the engine died")
+    move.destination.resume()
+    said = move.destination.process.output()
+    expect("can't be started" not in said, f"the next engine did not let it run: {said[-500:]}")
+    move.source.wait_status("postcopy-paused")
+    move.finish_over(link=1)
+
+
 # Guests that die
 
 
