@@ -295,6 +295,8 @@ void pr_source_note_taken_back(PrMigration *m);
 void pr_source_note_stays(PrMigration *m);
 void pr_source_note_completed(PrMigration *m);
 void pr_source_note_changes(PrMigration *m);
+/* At the end: nothing needs to be known of a guest that has moved, and whose process is gone. */
+void pr_source_forget(PrMigration *m);
 
 gpointer pr_source_thread(gpointer migration);
 /* From postcopy-paused on. */

@@ -405,8 +405,9 @@ static void quit(PrMigration *m)
 
 	g_mutex_lock(&m->lock);
 	m->quit = TRUE;
-	if (pr_migration_failed_locked(m, cancelled) == PR_ACTION_REFUSE)
-		pr_migration_failed_locked(m, left);
+	/* A destination that is paused before it has seen RUN could be cancelled. But RUN may have been lost, and
+	 * then nobody else has the guest: that is for a human to say, not for who ends an engine. */
+	pr_migration_failed_locked(m, pr_state_is_postcopy(m->sm.state) ? left : cancelled);
 	g_cond_broadcast(&m->changed);
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
@@ -428,6 +429,7 @@ void pr_migration_free(PrMigration *m)
 	pr_newcomer_free(m->newcomer);
 	pr_migration_await_threads(m);
 	pr_ram_free(m->ram);
+	pr_source_forget(m);
 	pr_record_free(m->record);
 	pr_blocktime_free(m->times);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);

@@ -138,6 +138,12 @@ void pr_source_note_completed(PrMigration *m)
 	pr_kill_point(PR_KILL_SOURCE_COMPLETED_NOTED);
 }
 
+void pr_source_forget(PrMigration *m)
+{
+	if (m->record && m->record->stage == PR_RECORD_COMPLETED && m->guest_gone)
+		pr_record_remove(m->record, NULL);
+}
+
 /* Paths that were named since, and a human's wish that it stays paused. */
 void pr_source_note_changes(PrMigration *m)
 {

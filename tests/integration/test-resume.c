@@ -108,7 +108,7 @@ static void engines_follow_each_other(void **state)
 
 	start_midway(rig);
 	for (guint i = 0; i < 6; i++) {
-		g_auto(PrMigrationInfo) info = {0};
+		g_auto(PrMigrationInfo) there = {0}, here = {0};
 
 		if (i % 3 != 1)
 			replace_destination(rig);
@@ -117,12 +117,12 @@ static void engines_follow_each_other(void **state)
 		pair_wait(rig->pair, PR_STATE_POSTCOPY_PAUSED);
 		pair_resume(rig->pair);
 		pair_wait(rig->pair, PR_STATE_POSTCOPY_ACTIVE);
-		pr_migration_query(rig->pair->source.engine, &info);
-		assert_true(info.epoch > epoch);
-		epoch = info.epoch;
-		pr_migration_query(rig->pair->destination.engine, &info);
-		assert_true(info.remaining < info.total - 4 * MIB);
-		assert_int_not_equal(info.remaining, 0);
+		pr_migration_query(rig->pair->source.engine, &there);
+		assert_true(there.epoch > epoch);
+		epoch = there.epoch;
+		pr_migration_query(rig->pair->destination.engine, &here);
+		assert_true(here.remaining < here.total - 4 * MIB);
+		assert_int_not_equal(here.remaining, 0);
 	}
 	full_speed(rig);
 	pair_wait(rig->pair, PR_STATE_COMPLETED);
@@ -171,8 +171,9 @@ static void an_engine_does_not_begin_anew_unasked(void **state)
 	side_begin_engine(&pair->destination);
 	g_autoptr(GError) error = NULL;
 	PrRole role;
-	assert_true(pr_migration_resume(pair->destination.engine, FALSE, &role, &error));
+	pr_migration_resume(pair->destination.engine, /* asked= */ FALSE, &role, &error);
 	g_assert_no_error(error);
+	assert_int_equal(role, PR_ROLE_NONE);
 }
 
 static void a_completed_side_tells_who_asks(void **state)
@@ -195,7 +196,8 @@ static void a_completed_side_tells_who_asks(void **state)
 /* What the hook sees: there is one at a time. */
 static struct {
 	Rig *rig;
-	guint cancelled, taken_back; /* times; of the source's thread, read when it is over */
+	guint cancelled, taken_back,
+		paused; /* times; of the source's thread, read when it is over */
 } seen;
 
 static void cancel_when_noted(PrKillPoint point)
@@ -242,6 +244,37 @@ static void what_was_not_sent_is_taken_back_before_the_guest_runs(void **state)
 	pair_check_undone(rig->pair);
 }
 
+static void pause_before_run(PrKillPoint point)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (point == PR_KILL_SOURCE_ACTIVE)
+		pr_migration_pause(seen.rig->pair->source.engine, &error);
+}
+
+/* RUN was never sent, and the source has handed the guest over all the same: who ends the engines must not lose it. */
+static void engines_that_end_before_run_lose_nothing(void **state)
+{
+	PairConfig config = {.scheme = "tcp", .size = 8 * MIB};
+	g_autoptr(Rig) rig = rig_new(&config);
+
+	memset(&seen, 0, sizeof(seen));
+	seen.rig = rig;
+	pr_kill_hook = pause_before_run;
+	pair_migrate(rig->pair);
+	pair_wait(rig->pair, PR_STATE_POSTCOPY_PAUSED);
+	pr_kill_hook = NULL;
+	assert_false(testguest_running(rig->pair->destination.guest));
+	replace_destination(rig);
+	replace_source(rig);
+	pair_wait(rig->pair, PR_STATE_POSTCOPY_PAUSED);
+	assert_false(testguest_running(rig->pair->source.guest));
+	assert_false(testguest_running(rig->pair->destination.guest));
+	pair_resume_until_completed(rig->pair, 3);
+	pair_check_completed(rig->pair);
+	assert_true(testguest_running(rig->pair->destination.guest));
+}
+
 static void a_guest_does_not_leave_unrecorded(void **state)
 {
 	PairConfig config = {.scheme = "tcp", .size = 4 * MIB};
@@ -271,6 +304,7 @@ int main(void)
 		cmocka_unit_test(an_engine_does_not_begin_anew_unasked),
 		cmocka_unit_test(a_completed_side_tells_who_asks),
 		cmocka_unit_test(what_was_not_sent_is_taken_back_before_the_guest_runs),
+		cmocka_unit_test(engines_that_end_before_run_lose_nothing),
 		cmocka_unit_test(a_guest_does_not_leave_unrecorded),
 	};
 
