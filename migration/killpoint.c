@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "migration/killpoint.h"
 
-void (*pr_kill_hook)(PrKillPoint point);
+PrKillHook pr_kill_hook;
 
 const char *pr_kill_point_name(PrKillPoint point)
 {

@@ -55,12 +55,14 @@
 typedef enum PrKillPoint { PR_KILL_POINTS(PR_KILL_POINT_ID) PR_N_KILL_POINTS } PrKillPoint;
 #undef PR_KILL_POINT_ID
 
-/* Set before there are threads, or never. */
-extern void (*pr_kill_hook)(PrKillPoint point);
+typedef void (*PrKillHook)(PrKillPoint point);
+extern PrKillHook pr_kill_hook; /* atomic; NULL but in tests */
 const char *pr_kill_point_name(PrKillPoint point);
 
 static inline void pr_kill_point(PrKillPoint point)
 {
-	if (G_UNLIKELY(pr_kill_hook))
-		pr_kill_hook(point);
+	PrKillHook hook = __atomic_load_n(&pr_kill_hook, __ATOMIC_ACQUIRE);
+
+	if (G_UNLIKELY(hook))
+		hook(point);
 }
