@@ -25,7 +25,7 @@ def kill_and_recover(lab, scheme, *sides):
 for _scheme in ("tcp", "ofi"):
     for _sides in (("destination",), ("source",), ("source", "destination")):
         _name = "both-engines" if len(_sides) == 2 else f"the-{_sides[0]}-engine"
-        case(f"killed-in-mid-pull-{_name}-over-{_scheme}")(
+        case(f"killed-in-mid-pull-{_name}-over-{_scheme}", light=True)(
             lambda lab, scheme=_scheme, sides=_sides: kill_and_recover(lab, scheme, *sides)
         )
 
@@ -41,30 +41,15 @@ def move_midway(lab, scheme="ofi"):
     return move
 
 
-def kill_and_recover_qemu(lab, *sides):
+@case("killed-beside-both-qemus")
+def qemu_both(lab):
     move = move_midway(lab)
-    victims = [getattr(move, side) for side in sides]
-    for engine in victims:
+    for engine in move.engines:
         engine.kill()
-    for engine in victims:
+    for engine in move.engines:
         engine.resume()
     move.wait_paused()
     move.finish_over(link=1)
-
-
-@case("killed-beside-a-destination-qemu")
-def qemu_destination(lab):
-    kill_and_recover_qemu(lab, "destination")
-
-
-@case("killed-beside-a-source-qemu")
-def qemu_source(lab):
-    kill_and_recover_qemu(lab, "source")
-
-
-@case("killed-beside-both-qemus")
-def qemu_both(lab):
-    kill_and_recover_qemu(lab, "source", "destination")
 
 
 @case("killed-while-the-main-loop-of-qemu-is-stuck")
@@ -90,11 +75,12 @@ def qemu_stuck(lab):
     move.expect_guest_sound()
 
 
-def qemu_runs_on(lab, kill_at):
-    """The source engine dies when it has stopped its QEMU, and has not let it go."""
+@case("killed-when-the-source-qemu-is-stopped-and-it-runs-on")
+def qemu_runs_on(lab):
+    """The source engine dies when it has stopped its QEMU, saved it, and has not let it go."""
     move = Move(lab, settings=("auto-recover=off",), program="killable-postroad")
     move.source.process.stop()
-    move.source.restart(kill_at=kill_at)
+    move.source.restart(kill_at="source-loaded")
     move.source.connect()
     move.start()
     move.source.note_killed()
@@ -102,18 +88,6 @@ def qemu_runs_on(lab, kill_at):
     move.source.resume()
     expect("it runs on here" in move.source.process.output(), "the engine does not say what happened")
     move.expect_source_runs()
-    if move.destination.status() == "postcopy-paused":
-        move.destination.hmp("migrate_cancel")
-
-
-@case("killed-when-qemu-is-stopped-and-it-runs-on")
-def qemu_stopped(lab):
-    qemu_runs_on(lab, "source-ram-told")
-
-
-@case("killed-when-qemu-is-saved-and-it-runs-on")
-def qemu_saved(lab):
-    qemu_runs_on(lab, "source-loaded")
 
 
 @case("killed-before-qemu-is-let-run-at-the-destination")
@@ -197,7 +171,7 @@ def start_refused(twins, engine, *options):
     return engine.process.output()[before:]
 
 
-@case("resume-has-to-be-asked-for-on-both-sides")
+@case("resume-has-to-be-asked-for-on-both-sides", light=True)
 def unasked(lab):
     twins = Twins(lab)
     twins.start_midway()
@@ -217,7 +191,7 @@ def unasked(lab):
     twins.finish()
 
 
-@case("second-engine-beside-a-guest-that-is-served-is-refused-on-both-sides")
+@case("second-engine-beside-a-guest-that-is-served-is-refused-on-both-sides", light=True)
 def second_engines(lab):
     twins = Twins(lab)
     twins.start_midway()
@@ -230,7 +204,7 @@ def second_engines(lab):
     twins.finish()
 
 
-@case("resume-of-nothing-begins-anew")
+@case("resume-of-nothing-begins-anew", light=True)
 def nothing_to_resume(lab):
     """So that whoever starts engines may always ask for it."""
     twins = Twins(lab)
@@ -242,7 +216,7 @@ def nothing_to_resume(lab):
     twins.finish()
 
 
-@case("record-of-a-guest-that-is-gone-says-nothing-about-the-next-one")
+@case("record-of-a-guest-that-is-gone-says-nothing-about-the-next-one", light=True)
 def stale_record(lab):
     twins = Twins(lab)
     twins.start_midway()
@@ -257,7 +231,7 @@ def stale_record(lab):
     twins.source_guest.wait_working()
 
 
-@case("killed-several-times-in-a-row")
+@case("killed-several-times-in-a-row", light=True)
 def several_times(lab):
     twins = Twins(lab, size="16M")
     twins.start_midway()
@@ -271,7 +245,7 @@ def several_times(lab):
     twins.finish()
 
 
-@case("killed-engines-recover-by-themselves-over-the-listed-paths")
+@case("killed-engines-recover-by-themselves-over-the-listed-paths", light=True)
 def by_themselves(lab):
     """Whoever starts an engine again, nobody has to ask for the recovery."""
     twins = Twins(lab, settings=())
@@ -289,7 +263,7 @@ def by_themselves(lab):
     twins.finish()
 
 
-@case("pause-by-hand-outlives-the-engines")
+@case("pause-by-hand-outlives-the-engines", light=True)
 def held(lab):
     """Only a human ends it: not two listed paths, and not new engines."""
     twins = Twins(lab, settings=())
