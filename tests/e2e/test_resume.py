@@ -229,6 +229,7 @@ def stale_record(lab):
     expect("is about a guest that is gone" in said, f"the engine does not say so: {said[-500:]}")
     expect(twins.source.status() == "none", f"the source is {twins.source.status()}")
     twins.source_guest.wait_working()
+    twins.destination_guest.process.kill()  # it waits for pages for ever
 
 
 @case("killed-several-times-in-a-row", light=True)
@@ -250,7 +251,7 @@ def by_themselves(lab):
     """Whoever starts an engine again, nobody has to ask for the recovery."""
     twins = Twins(lab, settings=())
     twins.source.qmp.command("migrate", uri=f"{twins.uri(1)},{twins.uri(2)}")
-    wait_for("the guest is on its way", 20, lambda: twins.destination.status() == "postcopy-active")
+    twins.wait_active()
     for engine in (twins.destination, twins.source):
         engine.kill()
         engine.resume()
@@ -268,7 +269,7 @@ def held(lab):
     """Only a human ends it: not two listed paths, and not new engines."""
     twins = Twins(lab, settings=())
     twins.source.qmp.command("migrate", uri=f"{twins.uri(1)},{twins.uri(2)}")
-    wait_for("the guest is on its way", 20, lambda: twins.destination.status() == "postcopy-active")
+    twins.wait_active()
     twins.source.hmp("migrate_pause")
     twins.destination.wait_status("postcopy-paused")
     wait_for("the source has noted it", 5, lambda: "held=true" in twins.record())

@@ -117,6 +117,10 @@ class Twins:
     def expect_midway(self):
         expect(self.destination.remaining() > 0, "all pages had arrived: the test proves nothing")
 
+    def wait_active(self):
+        for engine in self.engines:
+            engine.wait_status("postcopy-active")
+
     def recover(self):
         """migrate -r, and back in postcopy on both sides."""
         for engine in self.engines:

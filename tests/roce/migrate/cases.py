@@ -216,8 +216,7 @@ def by_hand(stage):
 @case("engines-that-are-killed-are-followed-by-others")
 def killed(stage):
     """The kernel ends the dead one's queue pairs, and nothing of them lands in what the next one has placed."""
-    speed = ("max-postcopy-bandwidth=1M",)
-    move = stage.move(settings=("auto-recover=off", *speed))
+    move = stage.move(settings=("auto-recover=off", "max-postcopy-bandwidth=1M", "handshake-timeout=20000"))
     move.start(move.uri(1))
     move.wait_midway()
     for engine in (move.destination, move.source, move.destination):
