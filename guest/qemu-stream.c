@@ -24,10 +24,11 @@
 #include "guest/json.h"
 #include "guest/kinds.h"
 
-#define FD_NAME	       "postroad"
-#define SAVE_CHUNK     (256 * 1024) /* bytes */
-#define CANCEL_LOOK_MS 20
-#define NO_BANDWIDTH   (1ll << 50) /* bytes/s: a limit that does not limit */
+#define FD_NAME		  "postroad"
+#define SAVE_CHUNK	  (256 * 1024) /* bytes */
+#define CANCEL_LOOK_MS	  20
+#define NO_BANDWIDTH	  (1ll << 50)	/* bytes/s: a limit that does not limit */
+#define DEFAULT_BANDWIDTH (128ll << 20) /* bytes/s: QEMU's own limit */
 /* A guest that rewrites its private RAM all the time could keep QEMU from stopping it. */
 #define EARLY_MAX     (64 << 20) /* bytes of device state before the stop */
 #define STOP_AFTER_US G_USEC_PER_SEC
@@ -607,6 +608,18 @@ static gboolean cancel_migration(PrQemuStream *stream, GError **error)
 		return FALSE;
 	end = wait_for_end(stream, 1, NULL, error);
 	return end != NULL;
+}
+
+void pr_qemu_stream_follow(PrQemuStream *stream)
+{
+	g_autoptr(JsonArray) defaults = json_array_new();
+
+	add_capability(defaults, "x-ignore-shared", FALSE);
+	g_mutex_lock(&stream->lock);
+	g_clear_pointer(&stream->old_caps, json_array_unref);
+	stream->old_caps = g_steal_pointer(&defaults);
+	stream->old_bandwidth = DEFAULT_BANDWIDTH;
+	g_mutex_unlock(&stream->lock);
 }
 
 gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error)

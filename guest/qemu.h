@@ -37,6 +37,9 @@ gboolean pr_qemu_stream_stop(PrQemuStream *stream, GError **error);
 /* Goes on with the save, or begins that of a guest that does not run. */
 gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuestSink sink,
 			     void *opaque, GError **error);
+/* As if this one had saved, or begun to: for the traces of an engine that has died. What QEMU was set to before
+ * is not known; undo() sets its defaults. */
+void pr_qemu_stream_follow(PrQemuStream *stream);
 /* Ends a save in progress and undoes what it, or preparing it, changed in QEMU. Harmless when there was none. */
 gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error);
 

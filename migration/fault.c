@@ -55,6 +55,7 @@
 #include <unistd.h>
 
 #include "migration/bitmap.h"
+#include "migration/killpoint.h"
 #include "migration/place.h"
 #include "migration/readahead.h"
 #include "migration/worker.h"
@@ -508,7 +509,9 @@ static void take_pages(PrFaultThread *self, uint64_t token, Arrived *run)
 
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
+	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
+	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);
 	if (index != run->index || page != run->page + run->n)
 		expose(self, run);
 	if (run->n == 0)

@@ -16,6 +16,7 @@
 #include "migration/migration.h"
 #include "migration/pull.h"
 #include "migration/ram.h"
+#include "migration/record.h"
 #include "migration/state.h"
 #include "transport/control.h"
 #include "transport/crowd.h"
@@ -126,6 +127,8 @@ struct PrMigration {
 	PrBlocktime *times;	  /* destination; outlives the fault thread */
 
 	/* source */
+	PrRecord *
+		record; /* NULL: nothing is written down; the owner's, before that resume.c's: no lock */
 	GPtrArray *uris;     /* PrUri*: all known paths, the preferred ones first; replaced, never
 			      * changed */
 	guint n_asked;	     /* so many of them were named by the last command */
@@ -148,12 +151,18 @@ struct PrMigration {
 	gboolean guest_started;	    /* RUN has been carried out: what remains is its memory */
 
 	uint64_t pages_at_pause;
+	char *guest_gone; /* why this side's guest process is; NULL: it is there */
 	gboolean held; /* either side: a human has paused; automatic recovery waits for a human */
 
 	/* destination, the load thread's own: no lock */
 	int uffd;
 };
 
+/* Starts in this state, as what another engine has left. With the lock held. */
+void pr_migration_restore_locked(PrMigration *m, PrRole role, PrState state, gboolean run,
+				 const char *reason);
+/* A human has paused it, or lets it go on. With the lock held. */
+void pr_migration_set_held(PrMigration *m, gboolean held);
 /* Steps the machine with the lock held; records the reason, queues the notice. */
 PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, const char *reason);
 /* As above without the lock; TRUE unless the step was refused, then `error` tells why: the failure
@@ -269,6 +278,11 @@ void pr_migration_sample_rate(PrMigration *m, uint64_t bytes, gint64 now);
 
 /* The peer's PAUSE, HOLD or ERROR as an error; always FALSE. `peer`: "source" or "destination". */
 gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error);
+/* Something that the operator has to know, and that changes nothing. With the lock held; pr_migration_tell()
+ * afterwards. */
+void pr_migration_note_locked(PrMigration *m, const char *what);
+/* The peer's NOTE. */
+gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError **error);
 /* The last word on a connection, if it can be said without waiting. */
 void pr_migration_farewell(PrConn *conn, uint16_t type, const char *reason);
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
@@ -302,8 +316,21 @@ void pr_told_begin(PrMigration *m, PrConn *conn);
 void pr_told_end(PrConn *conn);
 /* Asks the source to look at a page first. */
 void pr_told_ask(PrMigration *m, PrConn *conn, guint block, uint64_t page);
+/* resume.c: what the source writes down; of the owner. Each is durable when it returns. */
+gboolean pr_source_note_stopping(PrMigration *m, GError **error);
+gboolean pr_source_note_handed_over(PrMigration *m, GError **error);
+/* RUN was not sent after all; before the guest may run. */
+void pr_source_note_taken_back(PrMigration *m);
+/* The guest runs on here. */
+void pr_source_note_stays(PrMigration *m);
+void pr_source_note_completed(PrMigration *m);
+void pr_source_note_changes(PrMigration *m);
+/* At the end: nothing needs to be known of a guest that has moved, and whose process is gone. */
+void pr_source_forget(PrMigration *m);
 
 gpointer pr_source_thread(gpointer migration);
+/* From postcopy-paused on. */
+gpointer pr_source_resumed_thread(gpointer migration);
 gpointer pr_load_thread(gpointer migration);
 
 /* recover.c: the source's and the destination's half of a recovery. */
@@ -336,5 +363,10 @@ gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean stan
 			       GError **error);
 gboolean pr_destination_take_zero(PrMigration *m, const PrMsg *msg, GError **error);
 void pr_destination_use_grants(PrConn *conn);
+/* Turns the fault mode on, or goes on with it; fresh: nothing was received yet. */
+gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **error);
+/* Lets the guest run; by hand, if that is what it takes. */
 void pr_destination_run(PrMigration *m);
+/* As above, if it can be done now. */
+gboolean pr_destination_try_run(PrMigration *m, GError **error);
 void pr_destination_check_complete(PrMigration *m);

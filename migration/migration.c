@@ -35,6 +35,18 @@ static gint64 now_us(void)
 
 /* ---- changes of state ---- */
 
+static void note_state(PrMigration *m, PrState old, const char *reason)
+{
+	PrNotice *notice = g_new(PrNotice, 1);
+
+	g_info("%s -> %s (%s)", pr_state_name(old), pr_state_name(m->sm.state), reason);
+	g_free(m->reason);
+	m->reason = g_strdup(reason);
+	*notice = (PrNotice){.state = m->sm.state, .reason = g_strdup(reason)};
+	g_queue_push_tail(&m->notices, notice);
+	g_cond_broadcast(&m->changed);
+}
+
 PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, const char *reason)
 {
 	PrState old = m->sm.state;
@@ -49,14 +61,15 @@ PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, co
 		m->pages_at_pause = (m->sm.role == PR_ROLE_DESTINATION
 					     ? pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE
 					     : m->progress.received_pages);
-	g_info("%s -> %s (%s)", pr_state_name(old), pr_state_name(m->sm.state), reason);
-	g_free(m->reason);
-	m->reason = g_strdup(reason);
-	PrNotice *notice = g_new(PrNotice, 1);
-	*notice = (PrNotice){.state = m->sm.state, .reason = g_strdup(reason)};
-	g_queue_push_tail(&m->notices, notice);
-	g_cond_broadcast(&m->changed);
+	note_state(m, old, reason);
 	return action;
+}
+
+void pr_migration_restore_locked(PrMigration *m, PrRole role, PrState state, gboolean run,
+				 const char *reason)
+{
+	pr_state_restore(&m->sm, role, state, run, now_us());
+	note_state(m, PR_STATE_NONE, reason);
 }
 
 void pr_migration_note_path(PrMigration *m, const PrPathRecord *record, const char *reason)
@@ -185,6 +198,13 @@ static void cut(PrMigration *m, PrAction action, const GError *error)
 		m->conn->path->ops->shutdown(m->conn->path);
 }
 
+void pr_migration_set_held(PrMigration *m, gboolean held)
+{
+	m->held = held;
+	if (m->sm.role == PR_ROLE_DESTINATION && m->ram && m->ram->kept)
+		pr_kept_set_held(m->ram->kept, held);
+}
+
 PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 {
 	PrEvent event = event_of(error);
@@ -192,7 +212,7 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 
 	if (action != PR_ACTION_REFUSE &&
 	    g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD)) {
-		m->held = TRUE;
+		pr_migration_set_held(m, TRUE);
 		g_cond_broadcast(&m->changed);
 	}
 	if (action != PR_ACTION_UNDO && action != PR_ACTION_PAUSE)
@@ -235,20 +255,53 @@ gboolean pr_attempt_has_failed(PrMigration *m)
 	return failed;
 }
 
+/* The source's guest is needed no more, only its RAM, and that is mapped here. With the lock held. */
+static void source_guest_died(PrMigration *m, const char *reason)
+{
+	g_autofree char *here = g_strdup_printf(
+		"%s; its RAM is kept by this engine, which must not end: the migration goes on",
+		reason);
+	g_autofree char *there = g_strdup_printf(
+		"the source's guest process is gone, its RAM is in its engine alone: %s", reason);
+
+	pr_migration_note_locked(m, here);
+	if (m->conn)
+		pr_migration_farewell(m->conn, PR_MSG_NOTE, there);
+}
+
+/* The destination's is all there was of the guest. A recovery would bring memory that nobody needs: both sides
+ * are held, for a human. With the lock held. */
+static void destination_guest_died(PrMigration *m, const char *reason)
+{
+	g_autoptr(GError) error = g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
+					      "the guest is gone at the destination: %s", reason);
+
+	pr_migration_set_held(m, TRUE);
+	g_free(m->error_desc);
+	m->error_desc = g_strdup(error->message);
+	if (pr_migration_failed_locked(m, error) == PR_ACTION_IGNORE)
+		pr_migration_note_locked(m, error->message);
+}
+
 static void guest_died(const char *reason, void *opaque)
 {
 	PrMigration *m = opaque;
-
-	g_mutex_lock(&m->lock);
-	gboolean kept = m->sm.role == PR_ROLE_SOURCE && pr_state_is_postcopy(m->sm.state);
-	g_mutex_unlock(&m->lock);
-	if (kept) {
-		g_warning("%s; its RAM is kept here, the migration goes on", reason);
-		return;
-	}
 	g_autoptr(GError) error =
 		g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, "the guest is gone: %s", reason);
-	pr_migration_failed(m, NULL, error);
+
+	g_mutex_lock(&m->lock);
+	g_free(m->guest_gone);
+	m->guest_gone = g_strdup(reason);
+	if (pr_state_is_over(m->sm.state))
+		g_message("%s", error->message);
+	else if (!pr_state_is_postcopy(m->sm.state))
+		pr_migration_failed_locked(m, error);
+	else if (m->sm.role == PR_ROLE_SOURCE)
+		source_guest_died(m, reason);
+	else
+		destination_guest_died(m, reason);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
 }
 
 /* ---- connections ---- */
@@ -265,6 +318,27 @@ void pr_migration_begin_attempt(PrMigration *m)
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error)
 {
 	return pr_control_send_bytes(conn->control, type, body, error);
+}
+
+void pr_migration_note_locked(PrMigration *m, const char *what)
+{
+	g_warning("%s", what);
+	note_state(m, m->sm.state, what);
+}
+
+gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError **error)
+{
+	char reason[PR_REASON_MAX + 1];
+	g_autofree char *what = NULL;
+
+	if (!pr_reason_decode(msg->body, msg->length, reason, error))
+		return FALSE;
+	what = g_strdup_printf("the %s says: %s", peer, reason);
+	g_mutex_lock(&m->lock);
+	pr_migration_note_locked(m, what);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+	return TRUE;
 }
 
 gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error)
@@ -340,8 +414,9 @@ static void quit(PrMigration *m)
 
 	g_mutex_lock(&m->lock);
 	m->quit = TRUE;
-	if (pr_migration_failed_locked(m, cancelled) == PR_ACTION_REFUSE)
-		pr_migration_failed_locked(m, left);
+	/* A destination that is paused before it has seen RUN could be cancelled. But RUN may have been lost, and
+	 * then nobody else has the guest: that is for a human to say, not for who ends an engine. */
+	pr_migration_failed_locked(m, pr_state_is_postcopy(m->sm.state) ? left : cancelled);
 	g_cond_broadcast(&m->changed);
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
@@ -366,6 +441,8 @@ void pr_migration_free(PrMigration *m)
 	pr_migration_await_threads(m);
 	pr_watchdog_free(m->dog);
 	pr_ram_free(m->ram);
+	pr_source_forget(m);
+	pr_record_free(m->record);
 	pr_blocktime_free(m->times);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);
 	g_ptr_array_unref(m->listeners);
@@ -377,6 +454,7 @@ void pr_migration_free(PrMigration *m)
 	g_queue_clear_full(&m->notices, (GDestroyNotify)notice_free);
 	g_free(m->reason);
 	g_free(m->error_desc);
+	g_free(m->guest_gone);
 	g_free(m->last_path);
 	g_free(m->claimed);
 	g_mutex_clear(&m->refusals.lock);
@@ -432,7 +510,7 @@ static void become_source(PrMigration *m)
 	m->binding.epoch = 0;
 	memset(&m->progress, 0, sizeof(m->progress));
 	m->pages_at_pause = 0;
-	m->held = FALSE;
+	pr_migration_set_held(m, FALSE);
 	g_clear_pointer(&m->error_desc, g_free);
 }
 
@@ -500,7 +578,7 @@ static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 		return FALSE;
 	}
 	m->resume = PR_RESUME_ASKED;
-	m->held = FALSE;
+	pr_migration_set_held(m, FALSE);
 	prefer_uris(m, uris);
 	return TRUE;
 }
@@ -584,7 +662,9 @@ static gboolean add_listeners(PrMigration *m, const char *text, GError **error)
 gboolean pr_migration_incoming(PrMigration *m, const char *text, GError **error)
 {
 	g_mutex_lock(&m->lock);
-	gboolean fresh = m->sm.state == PR_STATE_NONE && m->listeners->len == 0;
+	/* A destination without a listener follows an engine that has died. */
+	gboolean fresh = m->listeners->len == 0 &&
+			 (m->sm.state == PR_STATE_NONE || m->sm.role == PR_ROLE_DESTINATION);
 	if (!fresh)
 		set_state_error(m, "migrate_incoming",
 				m->listeners->len > 0
@@ -622,7 +702,7 @@ gboolean pr_migration_pause(PrMigration *m, GError **error)
 	/* Pausing what is paused keeps it from recovering by itself. */
 	gboolean fit = pr_state_is_postcopy(m->sm.state) && !(paused && m->held);
 	if (fit) {
-		m->held = TRUE;
+		pr_migration_set_held(m, TRUE);
 		pr_migration_failed_locked(m, asked);
 	}
 	if (!fit)

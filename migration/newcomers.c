@@ -46,6 +46,14 @@ static void hold(PrHelloAck *ack)
 	ack->status = PR_HELLO_HELD;
 }
 
+/* With the lock held. */
+static void refuse_guest_gone(PrMigration *m, PrHelloAck *ack)
+{
+	pr_refuse(ack, "the guest is gone at the destination, there is nothing to resume: %s",
+		  m->guest_gone);
+	ack->status = PR_HELLO_HELD;
+}
+
 PrProgress pr_destination_progress(PrMigration *m, const PrFaultStats *stats)
 {
 	uint64_t received = pr_ram_received_bytes(m->ram), zero = pr_ram_zero_bytes(m->ram);
@@ -85,10 +93,12 @@ static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 			  "epoch %" G_GUINT64_FORMAT
 			  " is over; the current one is %" G_GUINT64_FORMAT,
 			  hello->epoch, m->binding.epoch);
+	else if (m->guest_gone)
+		refuse_guest_gone(m, ack);
 	else if (m->held && hello->resume == PR_RESUME_AUTOMATIC)
 		hold(ack);
 	if (ack->status == PR_HELLO_OK)
-		m->held = FALSE;
+		pr_migration_set_held(m, FALSE);
 	if (ack->status != PR_HELLO_OK || state == PR_STATE_POSTCOPY_PAUSED)
 		return;
 	superseded =

@@ -30,6 +30,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "migration/killpoint.h"
 #include "transport/spare.h"
 
 typedef struct ResumeHandler {
@@ -104,6 +105,7 @@ static gboolean final_handshake(PrMigration *m, PrConn *conn, GError **error)
 {
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RESUME, NULL, error))
 		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_RESUME_SENT);
 	g_mutex_lock(&m->lock);
 	/* Ended by RESUME_ACK, or by any failure. */
 	while (is_recovering(m))
@@ -121,12 +123,14 @@ gboolean pr_source_recover(PrMigration *m, PrConn *conn, GError **error)
 
 	if (!pr_migration_step(m, PR_EVENT_CONNECTED, reason, error))
 		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_RECONNECTED);
 	for (guint i = 0; i < G_N_ELEMENTS(resume_handlers); i++)
 		if (!resume_handlers[i].resume_prepare(m, conn, error)) {
 			g_prefix_error(error,
 				       "preparing %s for the resume: ", resume_handlers[i].name);
 			return FALSE;
 		}
+	pr_kill_point(PR_KILL_SOURCE_BITMAPS_TAKEN);
 	return final_handshake(m, conn, error);
 }
 
@@ -152,7 +156,10 @@ gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *m
 		return FALSE;
 	uint16_t type = pr_recv_bitmap_encode(body, idstr, received, block->n_pages,
 					      (conn->peer_can & PR_HELLO_CAN_ZSTD) != 0);
-	return pr_send(conn, type, body, error);
+	if (!pr_send(conn, type, body, error))
+		return FALSE;
+	pr_kill_point(PR_KILL_DESTINATION_BITMAP_SENT);
+	return TRUE;
 }
 
 gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
@@ -162,11 +169,13 @@ gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
 	pr_u32_encode(body, PR_RESUME_ACK_VALUE);
 	if (!pr_send(conn, PR_RP_RESUME_ACK, body, error))
 		return FALSE;
+	pr_kill_point(PR_KILL_DESTINATION_RESUME_ACKED);
 	g_mutex_lock(&m->lock);
 	PrAction action =
 		pr_migration_step_locked(m, PR_EVENT_RESUMED, PR_ROLE_DESTINATION, "recovered");
 	if (action == PR_ACTION_REFUSE)
 		pr_migration_copy_failure(m, error);
+	gboolean run = action == PR_ACTION_RUN || !m->guest_started;
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
 	if (action == PR_ACTION_REFUSE)
@@ -174,7 +183,7 @@ gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
 
 	pr_fault_attach(m->faults, conn->path);
 	pr_pull_attach(m->pull, conn->path);
-	if (action == PR_ACTION_RUN)
+	if (run)
 		pr_destination_run(m);
 	pr_destination_check_complete(m);
 	return TRUE;

@@ -102,6 +102,8 @@ typedef enum PrMsgType {
 	PR_MSG_ERROR = 0x0011, /* reason: the sender gives this migration up (before RUN only) */
 	PR_MSG_LOST =
 		0x0013, /* the sender has left the connection with this epoch, which is another one */
+	PR_MSG_NOTE =
+		0x0014, /* reason: for the peer's operator, who would not know else; nothing follows */
 	/* source to destination: QEMU's MIG_CMD_* */
 	PR_CMD_PING = 0x0102,
 	PR_CMD_POSTCOPY_ADVISE = 0x0103,

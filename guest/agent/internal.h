@@ -69,6 +69,8 @@ struct PrAgent {
 	AgentConn conns[PR_AGENT_CONNS];
 	uint64_t last_serial;
 	uid_t refused_uid; /* whom the log was told of last; 0, which never is: nobody */
+	/* The worker's: the guest ran when it was stopped first, and was not let run since. */
+	bool stopped_running;
 	pthread_t server;
 	pthread_t worker;
 };

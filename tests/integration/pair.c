@@ -65,21 +65,35 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	g_array_set_clear_func(side->path_news, clear_news);
 	side->guest = testguest_new(&guest, &error);
 	g_assert_no_error(error);
-	side->adapter = pr_guest_open(testguest_spec(side->guest), 20000, &error);
-	g_assert_no_error(error);
 	pr_params_init(&side->params);
 	/* Two engines, a guest and perhaps a sanitizer share few cores: silence means more here. */
 	g_assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
 	g_assert_true(
 		pr_params_set(&side->params, "max-postcopy-bandwidth", config->bandwidth, NULL));
+	side_begin_engine(side);
+}
+
+void side_begin_engine(Side *side)
+{
 	PrMigrationHooks hooks = {on_state, on_path, side};
+	g_autoptr(GError) error = NULL;
+
+	side->adapter = pr_guest_open(testguest_spec(side->guest), 20000, &error);
+	g_assert_no_error(error);
 	side->engine = pr_migration_new(side->adapter, &side->params, &hooks);
+}
+
+void side_end_engine(Side *side)
+{
+	pr_migration_free(side->engine);
+	pr_guest_close(side->adapter);
 }
 
 static void side_clear(Side *side)
 {
-	pr_migration_free(side->engine);
 	g_autoptr(GError) error = NULL;
+
+	pr_migration_free(side->engine);
 	if (!side->adapter->ops->fault_off(side->adapter, &error))
 		g_warning("%s: fault off: %s", side->name, error->message);
 	pr_guest_close(side->adapter);

@@ -61,6 +61,10 @@ Pair *pair_new(const PairConfig *config);
 void pair_free(Pair *pair);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Pair, pair_free)
 
+/* Ends a side's engine, whatever it is at, and makes another one that knows nothing. */
+void side_end_engine(Side *side);
+void side_begin_engine(Side *side);
+
 /* migrate, and migrate -r; asserts that they are accepted. */
 void pair_migrate(Pair *pair);
 void pair_resume(Pair *pair);

@@ -310,6 +310,7 @@ static const struct Kind {
 	{PR_RP_RESUME_ACK, sample_u32, decode_u32},
 	{PR_MSG_PAUSE, sample_reason, decode_reason},
 	{PR_MSG_HOLD, sample_reason, decode_reason},
+	{PR_MSG_NOTE, sample_reason, decode_reason},
 	{PR_MSG_ERROR, sample_reason, decode_reason},
 	{PR_CMD_POSTCOPY_ADVISE, sample_advise, decode_advise},
 	{PR_CMD_RAM_ZERO, sample_ranges, decode_ranges},

@@ -55,8 +55,8 @@ class Lab:
         """A program or library of the plain build, wherever meson has put it."""
         return find_built(self.build, name)
 
-    def engine_file(self):
-        return find_built(self.engine_build, "postroad")
+    def engine_file(self, program="postroad"):
+        return find_built(self.engine_build, program)
 
     def certificates(self):
         """Makes a CA and what each side needs of it; returns a directory for (source, destination)."""
@@ -134,6 +134,7 @@ class Move:
         settings=(),
         tls=False,
         options=(),
+        program="postroad",
     ):
         """tls: certificates are made, and both engines use them; options: of both engines."""
         self.lab = lab
@@ -151,6 +152,7 @@ class Move:
             settings=settings,
             tls=certs[0],
             options=options,
+            program=program,
         )
         self.destination = Engine(
             lab,
@@ -160,6 +162,7 @@ class Move:
             settings=settings,
             tls=certs[1],
             options=options,
+            program=program,
         )
         self.engines = (self.source, self.destination)
         self.source_vm.wait_booted()

@@ -223,6 +223,22 @@ def by_hand(stage):
     move.finish()
 
 
+@case("engines-that-are-killed-are-followed-by-others")
+def killed(stage):
+    """The kernel ends the dead one's queue pairs, and nothing of them lands in what the next one has placed."""
+    move = stage.move(settings=("auto-recover=off", "max-postcopy-bandwidth=1M", "handshake-timeout=20000"))
+    move.start(move.uri(1))
+    move.wait_midway()
+    for engine in (move.destination, move.source, move.destination):
+        move.replace(engine)
+        move.wait_all("postcopy-paused")
+        left = move.expect_midway()
+        move.source.hmp(f"migrate -d -r {move.uri(2)}")
+        move.wait_all("postcopy-active")
+        wait_for("more pages come", 60, lambda before=left: move.destination.remaining() < before)
+    move.finish()
+
+
 @case("stale-peer-and-strangers-queue-pair-do-not-disturb")
 def stale_and_strange(stage):
     lab = stage.lab

@@ -40,8 +40,20 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
         argv += ["--incoming", incoming] if incoming else []
         for setting in settings:
             argv += ["--set", setting]
+        self.argv = argv
         self.process = host.popen(*argv)
         self.qmp = None
+
+    def kill(self):
+        """kill -9."""
+        self.qmp.close()
+        self.process.signal(9)
+        code = self.process.wait(20)
+        expect(code == -9, f"{self.name} ended with {code}: {self.process.output()[-1000:]}")
+
+    def resume(self):
+        self.process = self.host.popen(*self.argv, "--resume")
+        self.connect()
 
     def connect(self):
         try:
@@ -97,6 +109,12 @@ class Move:
     def _keep(self, member):
         self.started.append((member, member.process))
         return member
+
+    def replace(self, engine):
+        """An engine is killed, another one takes its place."""
+        engine.kill()
+        engine.resume()
+        self._keep(engine)
 
     def close(self):
         for _, process in self.started:

@@ -1,0 +1,265 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The state memfd: what one engine leaves in it, the next one finds; what is not one is refused. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "guest/process.h"
+#include "migration/bitmap.h"
+#include "migration/migration.h"
+#include "migration/ram.h"
+
+#define N_BLOCKS 2
+
+static const PrBinding binding = {.uuid = {1, 2, 3}, .epoch = 77, .secret = {9, 8}};
+
+static void make_blocks(PrGuestBlock *blocks)
+{
+	static const uint64_t pages[N_BLOCKS] = {100, 70000};
+	static const char *const names[N_BLOCKS] = {"ram0", "ram1"};
+
+	for (guint i = 0; i < N_BLOCKS; i++) {
+		blocks[i] = (PrGuestBlock){.idstr = (char *)names[i],
+					   .size = pages[i] * 4096,
+					   .page_size = 4096,
+					   .base = 0x100000000ull * (i + 1),
+					   .memfd = memfd_create(names[i], MFD_CLOEXEC)};
+		assert_true(blocks[i].memfd >= 0);
+		assert_int_equal(ftruncate(blocks[i].memfd, (off_t)blocks[i].size), 0);
+	}
+}
+
+static void close_blocks(PrGuestBlock *blocks)
+{
+	for (guint i = 0; i < N_BLOCKS; i++)
+		close(blocks[i].memfd);
+}
+
+/* A descriptor of one as an engine has left it. */
+static int left_behind(const PrGuestBlock *blocks)
+{
+	g_autoptr(GError) error = NULL;
+	g_autoptr(PrRam) ram = pr_ram_new(blocks, N_BLOCKS, PR_GUEST_DESTINATION, &error);
+	const uint32_t vcpus[] = {11, 12, 13};
+	uint64_t page;
+
+	g_assert_no_error(error);
+	pr_kept_set_identity(ram->kept, &binding);
+	pr_kept_set_was_running(ram->kept, TRUE);
+	pr_kept_set_vcpus(ram->kept, vcpus, G_N_ELEMENTS(vcpus));
+	pr_kept_set_held(ram->kept, TRUE);
+	pr_kept_set_stage(ram->kept, PR_KEPT_STARTED);
+	assert_int_equal(pr_ram_claim_run(&ram->blocks[0], 10, 5, &page), 5);
+	pr_ram_received(ram, &ram->blocks[0], 10, 5, TRUE);
+	assert_int_equal(pr_ram_zero(ram, &ram->blocks[1], 60000, 10000), 10000);
+	/* Under way when it ended. */
+	assert_true(pr_ram_claim(&ram->blocks[1], 5));
+	return dup(pr_kept_fd(ram->kept));
+}
+
+static void what_was_received_is_found_again(void **state)
+{
+	PrGuestBlock blocks[N_BLOCKS];
+	g_autoptr(GError) error = NULL;
+	PrBinding found;
+	guint n;
+
+	make_blocks(blocks);
+	PrKept *kept = pr_kept_attach(left_behind(blocks), &error);
+	g_assert_no_error(error);
+	g_autofree PrGuestBlock *known = pr_kept_blocks(kept, &n);
+	assert_int_equal(n, N_BLOCKS);
+	for (guint i = 0; i < n; i++) {
+		assert_string_equal(known[i].idstr, blocks[i].idstr);
+		assert_int_equal(known[i].size, blocks[i].size);
+		assert_int_equal(known[i].base, blocks[i].base);
+	}
+	pr_kept_identity(kept, &found);
+	assert_memory_equal(&found, &binding, sizeof(found));
+	assert_int_equal(pr_kept_stage(kept), PR_KEPT_STARTED);
+	assert_true(pr_kept_held(kept));
+	assert_true(pr_kept_was_running(kept));
+	assert_int_equal(pr_kept_vcpus(kept, &n)[2], 13);
+	assert_int_equal(n, 3);
+
+	g_autoptr(PrRam) ram = pr_ram_adopt(blocks, N_BLOCKS, kept, &error);
+	g_assert_no_error(error);
+	assert_int_equal(pr_ram_received_bytes(ram), 10005 * 4096);
+	assert_int_equal(pr_ram_zero_bytes(ram), 10000 * 4096);
+	assert_false(pr_ram_claim(&ram->blocks[0], 12));
+	/* Its READ died with the engine. */
+	assert_true(pr_ram_claim(&ram->blocks[1], 5));
+	close_blocks(blocks);
+}
+
+/* Whatever one side writes the other one reads: there is no copy. */
+static void the_bitmap_is_the_memfd(void **state)
+{
+	PrGuestBlock blocks[N_BLOCKS];
+	g_autoptr(GError) error = NULL;
+
+	make_blocks(blocks);
+	g_autoptr(PrRam) ram = pr_ram_new(blocks, N_BLOCKS, PR_GUEST_DESTINATION, &error);
+	g_assert_no_error(error);
+	pr_kept_set_identity(ram->kept, &binding);
+	g_autoptr(PrKept) other = pr_kept_attach(dup(pr_kept_fd(ram->kept)), &error);
+	g_assert_no_error(error);
+	assert_true(pr_ram_claim(&ram->blocks[1], 4711));
+	assert_false(pr_bitmap_test(pr_kept_received(other, 1), 4711));
+	pr_ram_received(ram, &ram->blocks[1], 4711, 1, TRUE);
+	assert_true(pr_bitmap_test(pr_kept_received(other, 1), 4711));
+	close_blocks(blocks);
+}
+
+static int plain_memfd(gsize bytes)
+{
+	int fd = memfd_create("foreign", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	assert_int_equal(ftruncate(fd, (off_t)bytes), 0);
+	return fd;
+}
+
+static void assert_refused(int fd, const char *why)
+{
+	g_autoptr(GError) error = NULL;
+	g_autoptr(PrKept) kept = pr_kept_attach(fd, &error);
+
+	assert_null(kept);
+	assert_non_null(error);
+	if (!strstr(error->message, why))
+		fail_msg("\"%s\" does not say \"%s\"", error->message, why);
+}
+
+/* A copy of a good one with its first `bytes` bytes, and with one word changed. */
+static int spoilt(gsize bytes, gsize offset, uint64_t value)
+{
+	PrGuestBlock blocks[N_BLOCKS];
+	struct stat st;
+
+	make_blocks(blocks);
+	int good = left_behind(blocks);
+	close_blocks(blocks);
+	assert_int_equal(fstat(good, &st), 0);
+	bytes = MIN(bytes, (gsize)st.st_size);
+	g_autofree uint8_t *copy = g_malloc(bytes);
+	assert_int_equal(pread(good, copy, bytes, 0), bytes);
+	close(good);
+	if (offset < bytes)
+		memcpy(copy + offset, &value, sizeof(value));
+	int fd = plain_memfd(bytes);
+	assert_int_equal(pwrite(fd, copy, bytes, 0), bytes);
+	assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW), 0);
+	return fd;
+}
+
+static void what_is_not_whole_is_refused(void **state)
+{
+	int fd = plain_memfd(1 << 20);
+
+	assert_refused(plain_memfd(100), "bytes");
+	assert_refused(fd, "not sealed");
+	fd = plain_memfd(1 << 20);
+	assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW), 0);
+	assert_refused(fd, "its first bytes are 0x0");
+	assert_refused(spoilt(G_MAXSIZE, 8, 99), "version 99");
+	assert_refused(spoilt(7 * 4096, G_MAXSIZE, 0), "should have");
+	assert_refused(spoilt(G_MAXSIZE, 16, 5), "should have 5");
+	/* Not spoilt at all, the copy is as good as the original. */
+	g_autoptr(GError) error = NULL;
+	g_autoptr(PrKept) kept = pr_kept_attach(spoilt(G_MAXSIZE, G_MAXSIZE, 0), &error);
+	g_assert_no_error(error);
+}
+
+/* Any single word of the head may be anything: it is refused, or harmless. */
+static void no_word_of_the_head_leads_outside(void **state)
+{
+	static const uint64_t values[] = {0, 1, 4096, G_MAXUINT32, 1ull << 40, G_MAXUINT64};
+	PrGuestBlock blocks[N_BLOCKS];
+	guint refused = 0;
+
+	make_blocks(blocks);
+	int good = left_behind(blocks);
+	/* The head, as far as it says something: until the second block's end. */
+	for (gsize offset = 0; offset < 6144; offset += 8) {
+		for (guint i = 0; i < G_N_ELEMENTS(values); i++) {
+			uint64_t old;
+			g_autoptr(GError) error = NULL;
+
+			assert_int_equal(pread(good, &old, sizeof(old), (off_t)offset), 8);
+			assert_int_equal(pwrite(good, &values[i], 8, (off_t)offset), 8);
+			g_autoptr(PrKept) kept = pr_kept_attach(dup(good), &error);
+			refused += !kept;
+			for (guint b = 0; kept && b < N_BLOCKS; b++) {
+				guint n;
+				g_autofree PrGuestBlock *known = pr_kept_blocks(kept, &n);
+				if (b < n)
+					pr_bitmap_count(pr_kept_received(kept, b),
+							known[b].size / known[b].page_size);
+			}
+			assert_int_equal(pwrite(good, &old, 8, (off_t)offset), 8);
+		}
+	}
+	assert_true(refused > 50);
+	close(good);
+	close_blocks(blocks);
+}
+
+/* The last engine may be at its end still; it is waited for, and so long only. */
+static void the_last_engine_is_waited_for(void **state)
+{
+	PrGuestBlock blocks[N_BLOCKS];
+	g_autoptr(GError) error = NULL;
+
+	make_blocks(blocks);
+	pid_t child = fork();
+	if (child == 0) {
+		pause();
+		_exit(0);
+	}
+	g_autofree char *text = pr_process_text(child);
+	assert_true(pr_process_lives(text));
+	g_autoptr(PrKept) kept = pr_kept_new(blocks, N_BLOCKS, &error);
+	g_assert_no_error(error);
+	pr_kept_set_identity(kept, &binding);
+	/* As if it had been the child's: its text stands in the head. */
+	g_autofree char *own = pr_process_text(getpid());
+	uint8_t *head =
+		mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, pr_kept_fd(kept), 0);
+	assert_ptr_not_equal(head, MAP_FAILED);
+	uint8_t *at = memmem(head, 64 * 1024, own, strlen(own) + 1);
+	assert_non_null(at);
+	strcpy((char *)at, text);
+
+	assert_false(pr_kept_await_engine(kept, 20, &error));
+	assert_non_null(strstr(error->message, "has not ended yet"));
+	g_clear_error(&error);
+	kill(child, SIGKILL);
+	/* A zombie has let go of everything; nobody has waited for this one. */
+	assert_true(pr_kept_await_engine(kept, 10000, &error));
+	assert_false(pr_process_lives(text));
+	assert_int_equal(waitpid(child, NULL, 0), child);
+	assert_string_equal((char *)at, own);
+	munmap(head, 1 << 20);
+	close_blocks(blocks);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(what_was_received_is_found_again),
+		cmocka_unit_test(the_bitmap_is_the_memfd),
+		cmocka_unit_test(what_is_not_whole_is_refused),
+		cmocka_unit_test(no_word_of_the_head_leads_outside),
+		cmocka_unit_test(the_last_engine_is_waited_for),
+	};
+
+	return cmocka_run_group_tests_name("kept", tests, NULL, NULL);
+}

@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What a source writes down is there again, or is as it was before; never half of it. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <glib/gstdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "migration/killpoint.h"
+#include "migration/record.h"
+
+#define SPEC	"qemu:qmp=/run/vm/qmp,agent=/run/vm/agent"
+#define PROCESS "12 34 56 boot"
+
+typedef struct Fixture {
+	char *dir;
+	char *sub; /* not there yet */
+} Fixture;
+
+static int set_up(void **state)
+{
+	Fixture *fixture = g_new0(Fixture, 1);
+
+	fixture->dir = g_dir_make_tmp("record-XXXXXX", NULL);
+	fixture->sub = g_build_filename(fixture->dir, "state", NULL);
+	*state = fixture;
+	return fixture->dir ? 0 : -1;
+}
+
+static int tear_down(void **state)
+{
+	Fixture *fixture = *state;
+	g_autofree char *pattern = g_strdup_printf("rm -rf '%s'", fixture->dir);
+
+	if (!g_spawn_command_line_sync(pattern, NULL, NULL, NULL, NULL))
+		return -1;
+	g_free(fixture->dir);
+	g_free(fixture->sub);
+	g_free(fixture);
+	return 0;
+}
+
+static PrRecord *open_record(const Fixture *fixture, const char *process)
+{
+	g_autoptr(GError) error = NULL;
+	PrRecord *record = pr_record_open(fixture->sub, SPEC, process, &error);
+
+	g_assert_no_error(error);
+	return record;
+}
+
+static void fill(PrRecord *record)
+{
+	const PrGuestBlock blocks[] = {
+		{.idstr = (char *)"ram0",
+		 .size = 1 << 20,
+		 .page_size = 4096,
+		 .base = 0x7f0012345000},
+		{.idstr = (char *)"odd;=name\n",
+		 .size = 4 << 20,
+		 .page_size = 2 << 20,
+		 .base = 1ull << 46},
+	};
+
+	pr_record_set_blocks(record, blocks, G_N_ELEMENTS(blocks));
+	pr_record_set_uris(record, "rdma:10.0.1.2:4444,ofi:[fe80::1]:5555?bind=10.0.0.1");
+	memset(record->uuid, 0xa5, PR_UUID_BYTES);
+	memset(record->secret, 0x5a, PR_SECRET_BYTES);
+	record->was_running = TRUE;
+	record->held = TRUE;
+	record->incarnation = 3;
+}
+
+static void save(PrRecord *record, PrRecordStage stage)
+{
+	g_autoptr(GError) error = NULL;
+
+	pr_record_save(record, stage, &error);
+	g_assert_no_error(error);
+}
+
+static void what_was_saved_is_found(void **state)
+{
+	Fixture *fixture = *state;
+	g_autoptr(PrRecord) record = open_record(fixture, PROCESS);
+	struct stat st;
+
+	assert_int_equal(record->stage, PR_RECORD_NONE);
+	fill(record);
+	save(record, PR_RECORD_STOPPING);
+	save(record, PR_RECORD_HANDED_OVER);
+	g_autoptr(PrRecord) found = open_record(fixture, PROCESS);
+	assert_int_equal(found->stage, PR_RECORD_HANDED_OVER);
+	assert_memory_equal(found->uuid, record->uuid, PR_UUID_BYTES);
+	assert_memory_equal(found->secret, record->secret, PR_SECRET_BYTES);
+	assert_int_equal(found->incarnation, 3);
+	assert_true(found->was_running && found->held);
+	assert_string_equal(found->uris, record->uris);
+	assert_int_equal(found->n_blocks, 2);
+	assert_string_equal(found->blocks[1].idstr, "odd;=name\n");
+	assert_int_equal(found->blocks[1].base, 1ull << 46);
+	assert_int_equal(found->blocks[1].page_size, 2 << 20);
+	/* The secret is nobody else's. */
+	assert_int_equal(stat(found->path, &st), 0);
+	assert_int_equal(st.st_mode & 0777, 0600);
+	assert_int_equal(stat(fixture->sub, &st), 0);
+	assert_int_equal(st.st_mode & 0777, 0700);
+
+	assert_true(pr_record_remove(found, NULL));
+	g_autoptr(PrRecord) none = open_record(fixture, PROCESS);
+	assert_int_equal(none->stage, PR_RECORD_NONE);
+}
+
+/* Its sockets have the same names; it is another guest all the same. */
+static void another_process_has_no_record(void **state)
+{
+	g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+
+	fill(record);
+	save(record, PR_RECORD_HANDED_OVER);
+	g_autoptr(PrRecord) other = open_record(*state, "12 35 56 boot");
+	assert_int_equal(other->stage, PR_RECORD_NONE);
+}
+
+static void what_is_no_record_is_refused(void **state)
+{
+	static const char *const texts[] = {
+		"",
+		"rubbish",
+		"[postroad source]\nversion=1\n",
+		"[postroad source]\nversion=2\nprocess=" PROCESS "\nstage=handed-over\n",
+		"[postroad source]\nversion=1\nprocess=" PROCESS "\nstage=perhaps\n",
+		"[postroad source]\nversion=1\nprocess=" PROCESS "\nstage=stopping\nuuid=xy\n",
+	};
+	g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+	g_autofree char *whole = NULL;
+
+	fill(record);
+	save(record, PR_RECORD_HANDED_OVER);
+	assert_true(g_file_get_contents(record->path, &whole, NULL, NULL));
+	for (guint i = 0; i <= G_N_ELEMENTS(texts); i++) {
+		g_autoptr(GError) error = NULL;
+
+		/* The last one: cut off in the middle. */
+		if (i == G_N_ELEMENTS(texts))
+			whole[strlen(whole) / 2] = '\0';
+		assert_true(g_file_set_contents(
+			record->path, i < G_N_ELEMENTS(texts) ? texts[i] : whole, -1, NULL));
+		g_autoptr(PrRecord) found =
+			pr_record_open(((Fixture *)*state)->sub, SPEC, PROCESS, &error);
+		assert_null(found);
+		assert_non_null(strstr(error->message, record->path));
+	}
+}
+
+static PrKillPoint die_at;
+
+static void die_there(PrKillPoint point)
+{
+	if (point == die_at)
+		_exit(0);
+}
+
+/* Killed between any two steps of a change: the file is the old one or the new one. */
+static void a_change_is_whole_or_has_not_happened(void **state)
+{
+	static const struct {
+		PrKillPoint point;
+		PrRecordStage then;
+	} deaths[] = {{PR_KILL_RECORD_WRITTEN, PR_RECORD_STOPPING},
+		      {PR_KILL_RECORD_RENAMED, PR_RECORD_HANDED_OVER}};
+
+	for (guint i = 0; i < G_N_ELEMENTS(deaths); i++) {
+		g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+		int status;
+
+		fill(record);
+		save(record, PR_RECORD_STOPPING);
+		pid_t child = fork();
+		if (child == 0) {
+			die_at = deaths[i].point;
+			pr_kill_hook = die_there;
+			pr_record_save(record, PR_RECORD_HANDED_OVER, NULL);
+			_exit(1);
+		}
+		assert_int_equal(waitpid(child, &status, 0), child);
+		assert_int_equal(status, 0);
+		g_autoptr(PrRecord) found = open_record(*state, PROCESS);
+		assert_int_equal(found->stage, deaths[i].then);
+		assert_int_equal(found->n_blocks, 2);
+	}
+}
+
+static void a_directory_that_cannot_be_written_is_named(void **state)
+{
+	g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+	g_autoptr(GError) error = NULL;
+
+	fill(record);
+	assert_true(g_file_set_contents(((Fixture *)*state)->sub, "a file", -1, NULL));
+	assert_false(pr_record_save(record, PR_RECORD_STOPPING, &error));
+	assert_non_null(strstr(error->message, ((Fixture *)*state)->sub));
+	assert_non_null(strstr(error->message, "--state-dir"));
+	assert_int_equal(record->stage, PR_RECORD_NONE);
+}
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		TEST(what_was_saved_is_found),
+		TEST(another_process_has_no_record),
+		TEST(what_is_no_record_is_refused),
+		TEST(a_change_is_whole_or_has_not_happened),
+		TEST(a_directory_that_cannot_be_written_is_named),
+	};
+
+	return cmocka_run_group_tests_name("record", tests, NULL, NULL);
+}
