@@ -341,6 +341,7 @@ void pr_control_start(PrControl *control, guint heartbeat_interval_ms, guint hea
 	g_mutex_lock(&control->lock);
 	control->started = TRUE;
 	g_mutex_unlock(&control->lock);
+	control->reads_ahead = TRUE;
 	control->reader = g_thread_new("control", pr_control_reader, control);
 }
 
