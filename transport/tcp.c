@@ -149,7 +149,7 @@ static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup
 		TcpLane *lane = &path->lanes[i];
 
 		lane->buffer = g_malloc(PR_READ_MAX);
-		lane->fd = pr_tcp_configure(lane->connection);
+		lane->fd = pr_tcp_configure(lane->connection, i);
 		if (!pr_waker_init(&lane->waker, error) ||
 		    !pr_waker_watch(&lane->waker, lane->fd, error))
 			return NULL;
