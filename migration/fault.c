@@ -30,7 +30,7 @@
  * counts (blocktime.h). Thread ids serve the statistics and nothing else.
  *
  * `pending` is bounded; when it is full, faults stay unread in the kernel, and their vCPUs asleep,
- * until there is room. The fault path allocates nothing and takes no lock.
+ * until there is room. The fault path allocates nothing and takes no lock, unless it has to ask about a veiled page.
  *
  * The thread polls without sleeping for fault-spin microseconds after the last event: a page is about to
  * come in, or the vCPU that was just woken is about to fault again.
