@@ -18,6 +18,7 @@ void pr_window_resume(PrWindow *window, gint64 now_us)
 {
 	window->since_us = now_us;
 	window->bytes = 0;
+	window->n = 0;
 }
 
 /* What the rail carries, bytes per us; 0: not known yet. The best that was seen, which fades: a window that was too
@@ -97,6 +98,16 @@ static void double_it(PrWindow *window, double rate, uint64_t most_bytes, guint 
 	answer(window, most_bytes, most_reads);
 }
 
+static void move_slack(PrWindow *window, gboolean up)
+{
+	if (up)
+		window->slack_us = MIN(window->slack_us * 2, PR_WINDOW_MOST_US);
+	else
+		window->slack_us =
+			MAX(window->slack_us / (window->falling ? 4 : 2), PR_WINDOW_LEAST_US);
+	window->score = 0;
+}
+
 static void end_round(PrWindow *window, double probed)
 {
 	double plain = (double)window->plain_bytes / (double)MAX(window->plain_us, 1);
@@ -105,13 +116,14 @@ static void end_round(PrWindow *window, double probed)
 
 	gboolean leap = probed > plain * PR_WINDOW_LEAP;
 
-	if (leap || (gained && window->gained))
-		window->slack_us = MIN(window->slack_us * 2, PR_WINDOW_MOST_US);
-	else if (!gained)
-		window->slack_us =
-			MAX(window->slack_us / (window->falling ? 4 : 2), PR_WINDOW_LEAST_US);
+	/* Hosts that are busy make one probe look good and the next one bad. */
+	window->score = window->score * (gained ? 1 : -1) > 0 ? window->score : 0;
+	window->score += gained ? 1 : -1;
+	if (leap || window->score == PR_WINDOW_SURE)
+		move_slack(window, TRUE);
+	else if (window->score == -PR_WINDOW_SURE || (window->falling && !gained))
+		move_slack(window, FALSE);
 	window->falling = window->falling && !gained;
-	window->gained = gained;
 	window->best_before = MAX(window->best, window->best_before * PR_WINDOW_FADE);
 	/* More than was ever seen: a rail that has become faster. */
 	window->doubling = leap && probed > window->best_before * PR_WINDOW_GAIN;

@@ -9,8 +9,8 @@
  * begun and one more for rounding.
  *
  * So little keeps a rail busy where everybody is quick. Whether it does here is found out: of PR_WINDOW_ROUND looks, the
- * last one is with four times the slack. If that carries a tenth more twice in a row, the slack is doubled; if it does
- * not, it is halved.
+ * last one is with four times the slack. If that carries a tenth more twice in a row, the slack is doubled; if twice it
+ * does not, it is halved.
  *
  * In the beginning, and when a probe has carried half as much again and more than was ever seen, nothing is known: the
  * window is doubled from look to look until that carries no more.
@@ -27,8 +27,10 @@
 #define PR_WINDOW_MIN	      2 /* one that is carried, one that waits behind it */
 #define PR_WINDOW_LEAST_US    33
 #define PR_WINDOW_MOST_US     20000
-#define PR_WINDOW_LOOK_US     10000 /* or two round trips, if that is longer */
+#define PR_WINDOW_LOOK_US     10000 /* and until the window was emptied PR_WINDOW_TURNS times */
 #define PR_WINDOW_FIRST_US    2000  /* while it is doubled */
+#define PR_WINDOW_TURNS	      4
+#define PR_WINDOW_SURE	      2 /* probes that say the same */
 #define PR_WINDOW_ROUND	      8
 #define PR_WINDOW_GROW	      32  /* the part of the trip that is slack, too */
 #define PR_WINDOW_GAIN	      1.1 /* to be worth more slack */
@@ -41,7 +43,7 @@ typedef struct PrWindow {
 
 	gboolean doubling;
 	gboolean falling; /* from what was enough while it was doubled */
-	gboolean gained;  /* the last probe has carried more */
+	int score;	  /* so many probes in a row have carried more, or (below 0) have not */
 	guint slack_us;
 	gint64 trip_us;	     /* the shortest time that a READ took, 0: none has come back; */
 	uint64_t trip_bytes; /* and of how many bytes it was */
@@ -53,6 +55,7 @@ typedef struct PrWindow {
 	gint64 plain_us;      /* and how long they took */
 	gint64 since_us;      /* the look began */
 	uint64_t bytes;	      /* that came since then */
+	guint n;	      /* READs that were */
 } PrWindow;
 
 /* On a new path. */
