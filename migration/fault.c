@@ -40,8 +40,8 @@
  * counts (blocktime.h). Thread ids serve the statistics and nothing else.
  *
  * `pending` is bounded; when it is full, faults stay unread in the kernel, and their vCPUs asleep,
- * until there is room. The fault path allocates nothing. With one thread it takes no lock; with several, the
- * books' lock for a moment.
+ * until there is room. The fault path allocates nothing, and takes no lock but, with several threads, the books' for a
+ * moment, unless it has to ask about a veiled page.
  *
  * A thread polls without sleeping for fault-spin microseconds after the last event: a page is about to
  * come in, or the vCPU that was just woken is about to fault again.

@@ -27,7 +27,8 @@ static const PrParamInfo param_table[PR_N_PARAMS] = {
 	[PR_PARAM_GUEST_TIMEOUT] = {"guest-timeout", 10000, 100, 3600000, "ms",
 				    "time for each call to the guest"},
 	[PR_PARAM_BULK_READ_SIZE] = {"bulk-read-size", 128 * KIB, 4 * KIB, MIB, "bytes",
-				     "length of a bulk READ, a power of two"},
+				     "length of a bulk READ at most, a power of two; shorter where "
+				     "one would be long on the wire"},
 	[PR_PARAM_BULK_WINDOW] = {"bulk-window", 32, 1, 64, "READs",
 				  "bulk READs in flight over a path at most; fewer where it "
 				  "does not carry so much"},

@@ -3,8 +3,8 @@
  * Theory of operation
  *
  * One thread for each path that pulls: the first over the path in use, another one (a stripe) for each
- * standby that pulls along. A thread keeps a window of READs outstanding on its path's bulk lane, each of up
- * to bulk-read-size bytes of neighbouring pages that are neither in place nor covered by another READ. All
+ * standby that pulls along. A thread keeps a window of READs outstanding on its path's bulk lane, each of so many
+ * bytes as the window says (window.h), up to bulk-read-size, of neighbouring pages that are neither in place nor covered by another READ. All
  * share one walk through the blocks, from the beginning and around: so each rail takes as much as it can
  * carry, and no page is planned for a rail that may die. When a fault thread leaves a hint (the page it read
  * last) the walk goes on right behind it, because guests touch neighbours next.
@@ -86,6 +86,7 @@ struct PrPullThread {
 	guint outstanding; /* READs on the current path */
 	GArray *claims;	   /* Claim: READs that have not brought their pages (yet) */
 	PrWindow window;
+	gboolean held;	 /* there was nothing to post, or it was not to be */
 	gint64 moved_us; /* the last completion, or the first READ after none */
 
 	/* PrPull.lock */
@@ -154,10 +155,19 @@ static gboolean drop_claim(PrPullThread *self, uint64_t token, gint64 *ret_poste
 	return FALSE;
 }
 
+/* READs in flight at most. */
+static guint max_window(const PrPullThread *self)
+{
+	PrDataPath *path = self->worker.current;
+
+	return MIN((guint)pr_param(self->pull->params, PR_PARAM_BULK_WINDOW),
+		   path->ops->max_reads(path, PR_LANE_BULK));
+}
+
 /* A READ has brought its pages. With the lock held. */
 static void note_read(PrPullThread *self, uint64_t token, gint64 now)
 {
-	uint64_t page, n, full = pr_param(self->pull->params, PR_PARAM_BULK_READ_SIZE);
+	uint64_t page, n, most = pr_param(self->pull->params, PR_PARAM_BULK_READ_SIZE);
 	gint64 posted;
 	guint index;
 
@@ -165,7 +175,7 @@ static void note_read(PrPullThread *self, uint64_t token, gint64 now)
 		return;
 	pr_token_unpack(token, &index, &page, &n);
 	pr_window_completed(&self->window, n * self->pull->ram->blocks[index].page_size,
-			    now - posted, full, now);
+			    now - posted, most, max_window(self), now);
 }
 
 static void account(PrPullThread *self, const PrCompletion *done, guint n)
@@ -226,9 +236,11 @@ static void follow_hint(PrPull *pull)
 }
 
 /* Claims the next run of pages, walking around all blocks once; 0: there is none. */
-static uint64_t claim_next(PrPull *pull)
+static uint64_t claim_next(const PrPullThread *self)
 {
-	uint64_t bytes = pr_param(pull->params, PR_PARAM_BULK_READ_SIZE);
+	PrPull *pull = self->pull;
+	uint64_t bytes =
+		MIN(pr_param(pull->params, PR_PARAM_BULK_READ_SIZE), self->window.read_bytes);
 
 	follow_hint(pull);
 	for (guint tried = 0; tried <= pull->ram->n_blocks; tried++) {
@@ -274,12 +286,11 @@ static gboolean may_post(const PrPullThread *self, gint64 now)
 {
 	const PrPull *pull = self->pull;
 	PrDataPath *path = self->worker.current;
-	guint window = MIN(self->window.reads, (guint)pr_param(pull->params, PR_PARAM_BULK_WINDOW));
 
 	if (is_stripe(self) && (self->resting || !wants(pull, path->ops)))
 		return FALSE;
 	return !self->path_dead && now >= pull->allowed_us &&
-	       self->outstanding < MIN(window, path->ops->max_reads(path, PR_LANE_BULK));
+	       self->outstanding < MIN(self->window.reads, max_window(self));
 }
 
 /* ---- the thread ---- */
@@ -294,15 +305,19 @@ static uint64_t next_read(PrPullThread *self, gint64 now)
 	g_mutex_lock(&pull->lock);
 	follow_rate(pull, now);
 	if (may_post(self, now))
-		token = claim_next(pull);
+		token = claim_next(self);
+	/* The window is not full, and that is not its fault: nothing can be learned from that. */
+	if (!token && self->outstanding < MIN(self->window.reads, max_window(self)))
+		self->held = TRUE;
 	if (token) {
+		if (self->held)
+			pr_window_resume(&self->window, now);
+		self->held = FALSE;
 		pr_token_unpack(token, &index, &page, &n);
 		charge_limiter(pull, n * pull->ram->blocks[index].page_size, now);
 		g_array_append_val(self->claims, ((Claim){token, now}));
-		if (self->outstanding++ == 0) {
+		if (self->outstanding++ == 0)
 			self->moved_us = now;
-			pr_window_resume(&self->window, now);
-		}
 	}
 	self->allowed_us = pull->allowed_us;
 	g_mutex_unlock(&pull->lock);

@@ -24,6 +24,8 @@
 #include "transport/control.h"
 #include "transport/heartbeat.h"
 
+#define PR_AHEAD_BYTES 4096 /* several small messages */
+
 struct PrControl {
 	/* Constant; connection and fd once TLS is in place. */
 	GSocketConnection *connection;
@@ -68,6 +70,12 @@ struct PrControl {
 	gsize header_filled;
 	PrMsg *coming; /* its header is complete */
 	gsize filled, allocated;
+	/* What was received behind the part of a message that was wanted. Only once it is started: until then the
+	 * connection may be somebody else's next. */
+	gboolean reads_ahead;
+	uint8_t ahead[PR_AHEAD_BYTES];
+	gsize ahead_at, ahead_n;
+	gboolean drained; /* the last receive has emptied the socket */
 };
 
 /* Takes the connection (also when it fails), copies the URI. */

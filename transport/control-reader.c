@@ -196,7 +196,48 @@ static gboolean is_complete(const PrControl *control)
 	return control->coming && control->filled == control->coming->length;
 }
 
-/* One recv(2) of what is missing: bytes, 0 at the end of the stream, -errno; -EBADMSG with an error for a
+static gssize receive(PrControl *control, uint8_t *to, gsize room)
+{
+	gssize n;
+
+	do
+		n = recv(control->fd, to, room, MSG_DONTWAIT);
+	while (n < 0 && errno == EINTR);
+	control->drained = control->reads_ahead && n > 0 && (gsize)n < room;
+	return n < 0 ? -errno : n;
+}
+
+static gssize take_ahead(PrControl *control, uint8_t *to, gsize room)
+{
+	gsize n = MIN(room, control->ahead_n - control->ahead_at);
+
+	memcpy(to, control->ahead + control->ahead_at, n);
+	control->ahead_at += n;
+	return (gssize)n;
+}
+
+/* Small messages take a system call together, and none to find out that there are no more. */
+static gssize receive_ahead(PrControl *control, uint8_t *to, gsize room)
+{
+	gssize n;
+
+	if (control->ahead_at < control->ahead_n)
+		return take_ahead(control, to, room);
+	if (control->drained) {
+		control->drained = FALSE;
+		return -EAGAIN;
+	}
+	if (!control->reads_ahead || room >= PR_AHEAD_BYTES)
+		return receive(control, to, room);
+	n = receive(control, control->ahead, PR_AHEAD_BYTES);
+	if (n <= 0)
+		return n;
+	control->ahead_at = 0;
+	control->ahead_n = (gsize)n;
+	return take_ahead(control, to, room);
+}
+
+/* One receive of what is missing: bytes, 0 at the end of the stream, -errno; -EBADMSG with an error for a
  * header that makes no sense. */
 static gssize receive_part(PrControl *control, GError **error)
 {
@@ -207,11 +248,9 @@ static gssize receive_part(PrControl *control, GError **error)
 
 	if (!to)
 		return -ENOMEM;
-	do
-		n = recv(control->fd, to, room, MSG_DONTWAIT);
-	while (n < 0 && errno == EINTR);
+	n = receive_ahead(control, to, room);
 	if (n < 0)
-		return -errno;
+		return n;
 	if (control->coming) {
 		control->filled += n;
 		return n;
@@ -331,16 +370,20 @@ static void end_if_silent(PrControl *control, gint64 now)
 static gint64 reader_sleep(PrControl *control)
 {
 	gint64 sleep = pr_heartbeat_sleep(&control->heartbeat, g_get_monotonic_time());
-	struct timespec timeout = {sleep / G_USEC_PER_SEC, sleep % G_USEC_PER_SEC * 1000};
+	gboolean room = has_room(control);
+	/* What is here already, poll(2) does not see. */
+	gint64 at_most = room && control->ahead_at < control->ahead_n ? 0 : sleep;
+	struct timespec timeout = {at_most / G_USEC_PER_SEC, at_most % G_USEC_PER_SEC * 1000};
 	struct pollfd fds[] = {
-		{.fd = has_room(control) ? control->fd : -1, .events = POLLIN},
+		{.fd = room ? control->fd : -1, .events = POLLIN},
 		{.fd = control->wake_fd, .events = POLLIN},
 	};
 	eventfd_t count;
 	gint64 now;
 
 	ppoll(fds, G_N_ELEMENTS(fds), &timeout, NULL);
-	eventfd_read(control->wake_fd, &count);
+	if (fds[1].revents)
+		eventfd_read(control->wake_fd, &count);
 	now = g_get_monotonic_time();
 	pr_heartbeat_woke(&control->heartbeat, now);
 	return now;

@@ -350,6 +350,7 @@ gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
 	g_mutex_lock(&control->lock);
 	control->started = TRUE;
 	g_mutex_unlock(&control->lock);
+	control->reads_ahead = TRUE;
 	control->reader = pr_thread_try("control", pr_control_reader, control, error);
 	if (!control->reader) {
 		/* There is nobody who would declare the end. */

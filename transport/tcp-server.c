@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/pkt_sched.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -20,15 +21,19 @@
 #define BATCH		32   /* requests that are answered by one system call */
 #define USER_TIMEOUT_MS 5000 /* unacknowledged data ends the connection; heartbeats are faster */
 
-int pr_tcp_configure(GSocketConnection *connection)
+int pr_tcp_configure(GSocketConnection *connection, PrLaneId lane)
 {
 	GSocket *socket = g_socket_connection_get_socket(connection);
 	unsigned int timeout = USER_TIMEOUT_MS;
+	int interactive = TC_PRIO_INTERACTIVE;
 	int fd = g_socket_get_fd(socket);
 
 	pr_configure_socket(socket);
 	/* Only makes it faster to fail: a socket without it still works. */
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout, sizeof(timeout));
+	/* So that it overtakes bulk in this host's queues, where these know priorities. */
+	if (pr_lane_is_urgent(lane))
+		(void)setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &interactive, sizeof(interactive));
 	return fd;
 }
 
@@ -125,7 +130,7 @@ GSocketConnection *pr_tcp_connect_lane(const PrPathSetup *setup, PrLaneId lane, 
 
 	if (!connection)
 		return NULL;
-	pr_tcp_configure(connection);
+	pr_tcp_configure(connection, lane);
 	if (setup->tls && !secure(setup, &connection, deadline, error))
 		return NULL;
 	fd = g_socket_get_fd(g_socket_connection_get_socket(connection));

@@ -151,7 +151,7 @@ static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup
 		TcpLane *lane = &path->lanes[i];
 
 		lane->buffer = pr_try_alloc(PR_READ_MAX, "a data lane", error);
-		lane->fd = pr_tcp_configure(lane->connection);
+		lane->fd = pr_tcp_configure(lane->connection, i);
 		if (!lane->buffer || !pr_waker_init(&lane->waker, error) ||
 		    !pr_waker_watch(&lane->waker, lane->fd, error))
 			return NULL;

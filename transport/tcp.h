@@ -28,4 +28,4 @@ char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions, guint spin_
 GSocketConnection *pr_tcp_connect_lane(const PrPathSetup *setup, PrLaneId lane, gint64 deadline,
 				       GError **error);
 /* Sets what both sides want of their sockets; returns the socket's fd. */
-int pr_tcp_configure(GSocketConnection *connection);
+int pr_tcp_configure(GSocketConnection *connection, PrLaneId lane);

@@ -241,7 +241,8 @@ static void reads_of_slow_rails_outlive_the_path_in_use(void **state)
 	g_auto(Rails) rails = {0};
 	PrFaultPlan slow[] = {{0}, {.delay_ms = 5}, {.delay_ms = 1000}};
 
-	start(&rails, 3, state, 16 * MIB);
+	/* It lasts until the last rail has brought its first few READs, a second each. */
+	start(&rails, 3, state, 4 * MIB);
 	for (guint i = 1; i < 3; i++) {
 		pr_faults_set_plan(rails.faults[i], &slow[i]);
 		wait_carries(&rails, i, 128 * 1024);
