@@ -60,6 +60,7 @@ static void start_control(PrConn *conn)
 {
 	const PrParams *params = conn->m->params;
 
+	pr_hashes_listen(conn);
 	pr_control_start(conn->control, (guint)pr_param(params, PR_PARAM_HEARTBEAT_INTERVAL),
 			 (guint)pr_param(params, PR_PARAM_HEARTBEAT_TIMEOUT), pr_conn_failed, conn);
 }

@@ -142,6 +142,7 @@ static gboolean start_workers(PrMigration *m, GError **error)
 	/* Now that every access faults, what the memfds held before can go. */
 	if (!pr_ram_punch(m->ram, error))
 		return FALSE;
+	pr_destination_start_verify(m);
 	PrFaultThread *faults = pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks);
 	PrPull *pull = pr_pull_start(m->ram, m->uffd, m->params, faults, &pull_hooks);
 	g_mutex_lock(&m->lock);
@@ -208,6 +209,8 @@ static gboolean take_listen(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	if (!pr_migration_step(m, PR_EVENT_STOP, "the source's guest is stopped", error))
 		return FALSE;
 	pr_destination_use_grants(conn);
+	if (m->verify)
+		pr_verify_attach(m->verify);
 	/* Loading touches RAM. The bulk of it has to wait: it would slow down what the guest stands still
 	 * for. */
 	pr_fault_attach(m->faults, conn->path);
@@ -365,7 +368,7 @@ static void carry_out_commands(PrMigration *m, PrConn *conn)
 	}
 }
 
-static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error)
+static gboolean admit_guest(PrMigration *m, PrConn *conn, const PrHello *hello, GError **error)
 {
 	guint n;
 	const PrGuestBlock *blocks =
@@ -379,6 +382,10 @@ static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error
 	g_mutex_lock(&m->lock);
 	PrRam *old = m->ram;
 	m->ram = g_steal_pointer(&ram);
+	m->verifies = pr_capability(m->params, PR_CAP_VERIFY) &&
+		      (conn->peer_can & PR_HELLO_CAN_VERIFY) != 0;
+	m->verify_stats = (PrVerifyStats){0};
+	g_clear_pointer(&m->last_corrupt, g_free);
 	g_mutex_unlock(&m->lock);
 	pr_ram_free(old);
 	pr_migration_begin_times(m);
@@ -398,7 +405,7 @@ static gboolean admit(PrMigration *m, PrConn *conn, const PrHello *hello, GError
 		return FALSE;
 	}
 	if (!hello->resume)
-		return admit_guest(m, hello, error);
+		return admit_guest(m, conn, hello, error);
 	if (!pr_ram_check_blocks(m->ram, hello->blocks, hello->n_blocks, error))
 		return FALSE;
 	pr_conn_binding(conn, &binding);
@@ -413,6 +420,7 @@ gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean stan
 	PrHelloAck ack = {
 		.status = PR_HELLO_OK,
 		.data_port = data->ops->listener_port(data),
+		.capabilities = conn->m->verifies ? PR_HELLO_CAN_VERIFY : 0,
 	};
 	PrBinding binding;
 	PrDataPath *path;
@@ -444,6 +452,8 @@ static void fence(PrMigration *m, PrConn *conn)
 	if (m->faults) {
 		pr_fault_detach(m->faults);
 		pr_pull_detach(m->pull);
+		if (m->verify)
+			pr_verify_detach(m->verify);
 	}
 	pr_conn_close(conn);
 	if (m->pull)
@@ -523,6 +533,7 @@ static void stop_workers(PrMigration *m)
 	g_mutex_unlock(&m->lock);
 	pr_pull_stop(pull);
 	g_mutex_unlock(&m->pull_lock);
+	PrVerify *verify = pr_destination_stop_verify(m);
 
 	g_mutex_lock(&m->lock);
 	if (faults)
@@ -530,6 +541,9 @@ static void stop_workers(PrMigration *m)
 	m->faults = NULL;
 	g_mutex_unlock(&m->lock);
 	pr_fault_stop(faults);
+	if (verify)
+		m->ram->verify = NULL;
+	pr_verify_free(verify);
 }
 
 static void close_uffd(PrMigration *m)

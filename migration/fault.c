@@ -44,6 +44,7 @@
 #include "migration/bitmap.h"
 #include "migration/place.h"
 #include "migration/readahead.h"
+#include "migration/verify.h"
 #include "migration/worker.h"
 
 #define MAX_PENDING 4096
@@ -159,6 +160,9 @@ static gboolean post(PrFaultThread *self, guint index, uint64_t page, uint64_t n
 				  (uint32_t)(n * page_size), pr_token_pack(index, page, n) | flag))
 		return FALSE;
 	self->outstanding++;
+	if (self->ram->verify)
+		pr_verify_want(self->ram->verify, pr_token_pack(index, page, n),
+			       /* urgent= */ TRUE);
 	return TRUE;
 }
 
@@ -177,6 +181,20 @@ static gboolean may_post(const PrFaultThread *self)
 	return path && self->outstanding < path->ops->max_reads(path, PR_LANE_URGENT);
 }
 
+/* Where pages are verified, one that came in wrong is given up by the verify thread. */
+static gboolean was_given_up(const PrRamBlock *block, uint64_t page)
+{
+	return !pr_bitmap_test(block->inflight, page) && !pr_bitmap_test(block->received, page);
+}
+
+static void try_post(PrFaultThread *self, Pending *entry, guint index, uint64_t page)
+{
+	if (entry->posted || !may_post(self) || !pr_ram_claim(&self->ram->blocks[index], page))
+		return;
+	entry->posted = TRUE;
+	post_faulting(self, index, page);
+}
+
 /* Does for an entry what can be done now. TRUE: it is settled and gone. */
 static gboolean advance(PrFaultThread *self, Pending *entry)
 {
@@ -185,13 +203,14 @@ static gboolean advance(PrFaultThread *self, Pending *entry)
 
 	pr_token_unpack(entry->token, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
-	if (!entry->posted && may_post(self) && pr_ram_claim(block, page)) {
-		entry->posted = TRUE;
-		post_faulting(self, index, page);
-		return FALSE;
-	}
-	if (!entry->posted && !pr_bitmap_test(block->received, page))
+	if (entry->posted && was_given_up(block, page))
+		entry->posted = FALSE;
+	try_post(self, entry, index, page);
+	if (!entry->posted && !pr_bitmap_test(block->received, page)) {
 		pr_bitmap_test_and_set(block->waiting, page);
+		/* Whoever gave it up before that has not seen us. */
+		try_post(self, entry, index, page);
+	}
 	if (!pr_bitmap_test(block->received, page))
 		return FALSE;
 	resolve(self, block, page);
@@ -363,6 +382,10 @@ static void take_page(PrFaultThread *self, uint64_t token)
 	guint index;
 	uint64_t page, n;
 
+	if (self->ram->verify) {
+		pr_verify_landed(self->ram->verify, token & ~AHEAD, /* stripe= */ 0);
+		return;
+	}
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);

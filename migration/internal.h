@@ -17,6 +17,7 @@
 #include "migration/pull.h"
 #include "migration/ram.h"
 #include "migration/state.h"
+#include "migration/verify.h"
 #include "transport/control.h"
 #include "transport/health.h"
 #include "transport/transport.h"
@@ -39,8 +40,6 @@ typedef struct PrConn {
 	GArray *grants;	   /* destination: PrGrant, as they come */
 	uint64_t peer_can; /* destination: the source's capabilities */
 	gboolean granted;  /* all of them were sent, or given to the path */
-	guint stripe;	   /* destination: id of the stripe over it (pull.h), 0: none */
-
 	/* PrMigration.lock */
 	uint64_t epoch;	  /* the one of HELLO or ACTIVATE */
 	gboolean standby; /* listed in PrMigration.standbys */
@@ -48,6 +47,8 @@ typedef struct PrConn {
 	PrHelloAck *ack;  /* source: what the destination answered to ACTIVATE */
 	uint64_t rtt_us;  /* of the last probe of the lanes, 0: none yet */
 	gboolean pulls;	  /* a standby: the destination pulls over it, too */
+	guint stripe; /* destination: id of the stripe over it (pull.h), 0: none; written by the thread
+		       * that has the connection, which reads it without the lock */
 } PrConn;
 /* Frees one that was never up. */
 void pr_conn_free(PrConn *conn);
@@ -110,8 +111,12 @@ struct PrMigration {
 	PrRam *ram;
 	PrFaultThread *faults;
 	PrPull *pull;
-	PrFaultStats fault_stats; /* of a fault thread that has ended */
-	PrBlocktime *times;	  /* destination; outlives the fault thread */
+	PrVerify *verify;	    /* destination, if pages are verified */
+	PrVerifyStats verify_stats; /* of a verify thread that has ended */
+	gboolean verifies;	    /* both sides want pages verified */
+	char *last_corrupt;	    /* the last page that came in wrong, or NULL */
+	PrFaultStats fault_stats;   /* of a fault thread that has ended */
+	PrBlocktime *times;	    /* destination; outlives the fault thread */
 
 	/* source */
 	GPtrArray *uris;     /* PrUri*: all known paths, the preferred ones first; replaced, never
@@ -257,6 +262,17 @@ gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error);
 /* The last word on a connection, if it can be said without waiting. */
 void pr_migration_farewell(PrConn *conn, uint16_t type, const char *reason);
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
+
+/* hashes.c */
+/* Source, the return path: answers REQ_HASHES. */
+gboolean pr_source_tell_hashes(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
+void pr_source_note_verify(PrMigration *m, const PrHelloAck *ack);
+/* Destination: before a control channel starts: HASHES go to the verify thread at once. */
+void pr_hashes_listen(PrConn *conn);
+/* Destination, the owner, before and after the other workers. NULL: pages are not verified. */
+PrVerify *pr_destination_start_verify(PrMigration *m);
+/* To be freed when no worker is left. */
+PrVerify *pr_destination_stop_verify(PrMigration *m);
 
 /* source.c: for the keepers, too */
 PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCancellable *cancel,

@@ -366,6 +366,7 @@ void pr_migration_free(PrMigration *m)
 	g_free(m->reason);
 	g_free(m->error_desc);
 	g_free(m->last_path);
+	g_free(m->last_corrupt);
 	g_free(m->claimed);
 	g_mutex_clear(&m->pull_lock);
 	g_mutex_clear(&m->lock);

@@ -48,6 +48,8 @@ typedef struct PrRam {
 	uint64_t total_bytes;
 	uint64_t page_size_summary; /* OR of the page sizes, as in POSTCOPY_ADVISE */
 	int state_fd;		    /* destination: the state memfd; -1 on the source */
+	struct PrVerify *verify; /* destination: NULL: pages are placed as they land. Set before the
+				     * workers start, and stays until they have ended */
 	uint8_t *state_map;
 	gsize state_bytes;
 	uint64_t received_bytes; /* destination; atomic */

@@ -98,6 +98,8 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 		return take_resume_ack(m, msg, error);
 	case PR_RP_PROGRESS:
 		return take_progress(m, msg, error);
+	case PR_RP_REQ_HASHES:
+		return pr_source_tell_hashes(m, conn, msg, error);
 	case PR_RP_RAILS:
 		return pr_stripe_take_rails(m, msg, error);
 	case PR_RP_SHUT:
@@ -176,7 +178,8 @@ static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHel
 		.role = PR_HELLO_SOURCE,
 		.epoch = conn->epoch,
 		.resume = resume,
-		.capabilities = PR_HELLO_CAN_ZSTD,
+		.capabilities = PR_HELLO_CAN_ZSTD |
+				(pr_capability(m->params, PR_CAP_VERIFY) ? PR_HELLO_CAN_VERIFY : 0),
 		.n_blocks = m->ram->n_blocks,
 		.blocks = blocks,
 	};
@@ -234,6 +237,8 @@ PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCa
 		g_mutex_unlock(&m->lock);
 		return NULL;
 	}
+	if (resume == PR_RESUME_NO)
+		pr_source_note_verify(m, &ack);
 	if (!admit(conn, resume, error))
 		return NULL;
 	if (open_lanes(conn, ack.data_port, error))

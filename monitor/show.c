@@ -73,6 +73,13 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	json_object_set_int_member(extras, "pages-at-pause", info->pages_at_pause);
 	json_object_set_int_member(extras, "expected-ms", info->expected_ms);
 	json_object_set_int_member(extras, "rails", info->rails);
+	json_object_set_boolean_member(extras, "verify", info->verifies);
+	if (info->role == PR_ROLE_DESTINATION && info->verifies) {
+		json_object_set_int_member(extras, "verified-pages", info->verified_pages);
+		json_object_set_int_member(extras, "corrupt-reads", info->corrupt_reads);
+	}
+	if (info->last_corrupt)
+		json_object_set_string_member(extras, "last-corrupt-read", info->last_corrupt);
 	if (info->role == PR_ROLE_DESTINATION) {
 		json_object_set_int_member(extras, "faults", info->faults);
 		json_object_set_int_member(extras, "fault-latency-max", info->fault_latency_max_ns);
@@ -213,6 +220,8 @@ static const Row extra_rows[] = {
 	{"readahead-pages", "read ahead", "pages", 1},
 	{"readahead-waited", "waited for of these", "pages", 1},
 	{"other-faults", "faults of other threads", NULL, 1},
+	{"verified-pages", "verified pages", NULL, 1},
+	{"corrupt-reads", "corrupt reads", "pages", 1},
 	{"fault-latency-max", "longest fault", "us", 1000},
 	{"expected-ms", "expected time left", "ms", 1},
 };
@@ -289,6 +298,9 @@ void pr_show_migrate(JsonNode *result, GString *text)
 			       json_object_get_string_member(extras, "role"),
 			       json_object_get_string_member(extras, "uuid"));
 	show_rows(extras, extra_rows, G_N_ELEMENTS(extra_rows), text);
+	if (json_object_has_member(extras, "last-corrupt-read"))
+		g_string_append_printf(text, "last corrupt read: %s\n",
+				       json_object_get_string_member(extras, "last-corrupt-read"));
 	object = json_node_get_object(result);
 	if (json_object_has_member(object, "postcopy-latency-dist"))
 		show_latency(object, text);

@@ -37,6 +37,8 @@ struct PrControl {
 	/* Set before the reader starts. */
 	PrPathFailed on_failed;
 	void *opaque;
+	PrControlExpress express; /* or NULL */
+	void *express_opaque;
 	GThread *reader;
 	gint64 handshake_deadline; /* bounds reads and writes until the start, then 0 */
 	GCancellable *cancel;	   /* the caller's, until the start */

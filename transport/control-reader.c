@@ -129,6 +129,14 @@ static void deliver_heartbeat(PrControl *control, const PrMsg *msg)
 		fail_malformed(control, error->message);
 }
 
+static void deliver_express(PrControl *control, const PrMsg *msg)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (!control->express(msg, control->express_opaque, &error))
+		fail_malformed(control, error->message);
+}
+
 /* A whole message is there; takes it. May end the channel. */
 static void deliver(PrControl *control, PrMsg *taken)
 {
@@ -142,7 +150,10 @@ static void deliver(PrControl *control, PrMsg *taken)
 
 		fail_malformed(control, what);
 	} else if (pr_control_admit(control, FALSE, msg->type) && pr_msg_is_known(msg->type)) {
-		enqueue(control, g_steal_pointer(&msg));
+		if (control->express && pr_msg_is_express(msg->type))
+			deliver_express(control, msg);
+		else
+			enqueue(control, g_steal_pointer(&msg));
 	}
 }
 

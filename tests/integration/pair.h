@@ -41,6 +41,8 @@ typedef struct PairConfig {
 	uint64_t bandwidth;  /* of the bulk pull, bytes a second; 0: unlimited */
 	const char *more[3]; /* schemes of further listeners */
 	gboolean paused;     /* the guest does not run; compared byte for byte at the end */
+	gboolean verify;     /* capability verify, on both sides */
+	const char *landing; /* fault-id: the destination's paths are faulty, too */
 } PairConfig;
 
 /* For a configuration: the migration goes on for longer than anything that a test does meanwhile takes on
