@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Does what a plan says: each action is a context that is entered to do it and left to undo it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+from harness.network import LINKS
+from harness.process import Failure, die_with_parent, expect
+from harness.qmp import QmpError
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+POSTCOPY = ("postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover")
+
+
+class Stage:
+    """A running migration as the actions see it."""
+
+    def __init__(self, cast, uris):
+        self.cast = cast
+        self.network = cast.network
+        self.uris = uris
+        self.held = False  # somebody has paused it by hand
+        self.strangers = []
+        self.refused_cancels = 0
+
+    def engine(self, side):
+        return getattr(self.cast, side)
+
+    def link(self, which):
+        """The link of the path in use, or the other one."""
+        used = next((path["uri"] for path in self.cast.source.paths() if path["state"] == "active"), self.uris[0])
+        number = next((link for link in LINKS if f".{link}." in used.split(":")[1][5:]), LINKS[0])
+        return number if which != "other" else LINKS[-1] + LINKS[0] - number
+
+    def heal(self):
+        """All links carry everything again."""
+        for link in LINKS:
+            for host in self.network.hosts:
+                host.run("ip", "link", "set", f"link{link}", "up")
+                host.run("ip", "neighbour", "flush", "dev", f"link{link}", "nud", "permanent")
+
+    def excuse(self, engines, since):
+        for engine in engines:
+            self.cast.poller(engine).excused.append((since, time.monotonic() + 0.02))
+
+    def watch_strangers(self, all_of_them=False):
+        """Those that were turned away are forgotten. All of them have to be, in the end."""
+        for stranger in list(self.strangers):
+            if all_of_them:
+                stranger.wait(30)
+            if not stranger.alive():
+                said = stranger.output()
+                expect("still connected" not in said, f"{stranger.name} was never turned away: {said}")
+                self.strangers.remove(stranger)
+
+
+def perform(stage, action):
+    return ACTIONS[action.name](stage, action)
+
+
+@contextmanager
+def cut(stage, action):
+    stage.network.link_down(stage.link(action.path))
+    yield
+    stage.heal()
+
+
+@contextmanager
+def black_hole(stage, action):
+    stage.network.black_hole(stage.link(action.path))
+    yield
+    stage.heal()
+
+
+@contextmanager
+def one_way(stage, action):
+    """What this side sends is lost; it hears everything."""
+    stage.network.black_hole(stage.link(action.path), senders=(stage.cast.host(action.side),))
+    yield
+    stage.heal()
+
+
+@contextmanager
+def outage(stage, action):
+    del action
+    for link in LINKS:
+        stage.network.black_hole(link)
+    yield
+    stage.heal()
+
+
+@contextmanager
+def pause(stage, action):
+    try:
+        stage.engine(action.side).qmp.command("migrate-pause")
+        stage.held = True
+    except QmpError:
+        pass  # it is paused for another reason just now
+    yield
+
+
+@contextmanager
+def stall(stage, action):
+    engine = stage.engine(action.side)
+    since = time.monotonic()
+    os.kill(engine.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine.process.pid, signal.SIGCONT)
+        stage.excuse([engine], since)
+
+
+@contextmanager
+def cancel(stage, action):
+    """The guest has been handed over: there is nothing to cancel, on either side."""
+    engine = stage.engine(action.side)
+    try:
+        engine.qmp.command("migrate_cancel")
+        status = engine.status()
+        expect(status == "completed", f"{engine.name}: migrate_cancel was taken in {status}")
+    except QmpError:
+        stage.refused_cancels += 1
+    yield
+
+
+@contextmanager
+def stranger(stage, action):
+    address, port = stage.cast.port()
+    argv = [os.path.join(HERE, "stranger"), address, str(port), action.kind]
+    name = f"stranger-{action.kind}"
+    stage.strangers.append(stage.cast.lab.start(name, stage.cast.host("source").command(argv), gently=False))
+    yield
+    stage.watch_strangers()
+
+
+FLOOD_CLIENTS, FLOOD_LINES = 8, 200
+
+
+def flood_once(path):
+    """Many clients that ask much at once; some talk nonsense, and none of them waits for the answers."""
+    line = json.dumps({"execute": "query-migrate"}).encode() + b"\n"
+    clients = []
+    for number in range(FLOOD_CLIENTS):
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client.settimeout(0.2)
+        clients.append(client)
+        try:
+            client.connect(path)
+            client.sendall(b'{"execute": "qmp_capabilities"}\n')
+            client.sendall(line * FLOOD_LINES if number % 4 else b"\x00{[" * FLOOD_LINES + b"\n")
+        except OSError:
+            pass  # it does not take more
+    for client in clients:
+        client.close()
+
+
+@contextmanager
+def flood(stage, action):
+    path = stage.engine(action.side).qmp_path
+    over = threading.Event()
+
+    def run():
+        while not over.is_set():
+            flood_once(path)
+            over.wait(0.02)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def starve(stage, action):
+    """Each CPU has something else to do, of the same priority."""
+    del action
+    since = time.monotonic()
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=die_with_parent)
+        for _ in range(2 * os.cpu_count())
+    ]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+        stage.excuse([stage.cast.source, stage.cast.destination], since)
+
+
+ACTIONS = {
+    "cut": cut,
+    "black-hole": black_hole,
+    "one-way": one_way,
+    "outage": outage,
+    "pause": pause,
+    "stall": stall,
+    "cancel": cancel,
+    "stranger": stranger,
+    "flood": flood,
+    "starve": starve,
+}
+
+__all__ = ["Failure", "POSTCOPY", "Stage", "perform"]
