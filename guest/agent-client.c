@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "guest/kinds.h"
+#include "guest/process.h"
 
 typedef struct Reply {
 	PrAgentReply *head;	       /* PR_AGENT_REPLY_MAX bytes, with the regions behind it */
@@ -497,6 +498,59 @@ GArray *pr_agent_client_regions(PrAgentClient *client, GError **error)
 		g_array_append_val(blocks, block);
 	}
 	return g_steal_pointer(&blocks);
+}
+
+static gboolean is_known(const PrGuestBlock *region, const PrGuestBlock *known)
+{
+	return region->base == known->base && region->size == known->size &&
+	       region->page_size == known->page_size && region->memfd >= 0 &&
+	       (!*region->idstr || g_str_equal(region->idstr, known->idstr));
+}
+
+static gboolean adopt_one(GArray *regions, const PrGuestBlock *known, GArray *out)
+{
+	for (guint i = 0; i < regions->len; i++) {
+		PrGuestBlock *region = &g_array_index(regions, PrGuestBlock, i);
+		PrGuestBlock block = *region;
+
+		if (!is_known(region, known))
+			continue;
+		block.idstr = g_strdup(known->idstr);
+		region->memfd = -1; /* has gone over */
+		g_array_append_val(out, block);
+		return TRUE;
+	}
+	return FALSE;
+}
+
+GArray *pr_agent_client_adopt(PrAgentClient *client, const PrGuestBlock *known, guint n,
+			      GError **error)
+{
+	g_autoptr(GArray) regions = pr_agent_client_regions(client, error);
+	g_autoptr(GArray) out = pr_guest_blocks_new();
+
+	if (!regions)
+		return NULL;
+	for (guint i = 0; i < n; i++) {
+		if (adopt_one(regions, &known[i], out))
+			continue;
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "agent %s: RAM block '%s' (%" G_GUINT64_FORMAT
+			    " bytes at 0x%" G_GINT64_MODIFIER
+			    "x) of the migration that was under way is not in this process",
+			    client->path, known[i].idstr, known[i].size, known[i].base);
+		return NULL;
+	}
+	return g_steal_pointer(&out);
+}
+
+char *pr_agent_client_process(PrAgentClient *client)
+{
+	struct ucred peer = {0};
+	socklen_t len = sizeof(peer);
+
+	(void)getsockopt(client->fd, SOL_SOCKET, SO_PEERCRED, &peer, &len);
+	return pr_process_text(peer.pid);
 }
 
 gboolean pr_agent_client_probe(PrAgentClient *client, GError **error)

@@ -33,6 +33,13 @@ GArray *pr_guest_blocks_new(void);
 /* A GArray of PrGuestBlock, in the order of registration, checked for sense. */
 GArray *pr_agent_client_regions(PrAgentClient *client, GError **error);
 
+/* The same, those of them that another engine knew: with its names, in its order. Refused if one of them is not
+ * there any more. */
+GArray *pr_agent_client_adopt(PrAgentClient *client, const PrGuestBlock *known, guint n,
+			      GError **error);
+/* pr_process_text() of the process at the other end. */
+char *pr_agent_client_process(PrAgentClient *client);
+
 gboolean pr_agent_client_probe(PrAgentClient *client, GError **error);
 int pr_agent_client_fault_on(PrAgentClient *client, GError **error);
 gboolean pr_agent_client_fault_off(PrAgentClient *client, GError **error);

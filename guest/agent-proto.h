@@ -61,7 +61,7 @@ typedef struct PrAgentRequest {
 
 #define PR_AGENT_FLAG_CALLBACKS	  0x1u /* HELLO: stop, run, save and load are offered */
 #define PR_AGENT_FLAG_FAULT_ON	  0x2u /* HELLO: the fault mode is on already */
-#define PR_AGENT_FLAG_WAS_RUNNING 0x4u /* STOP */
+#define PR_AGENT_FLAG_WAS_RUNNING 0x4u /* STOP: when the guest was stopped first since it ran */
 
 #define PR_AGENT_TEXT_MAX	  511
 

@@ -11,7 +11,9 @@
 #include "guest/agent-client.h"
 #include "guest/kinds.h"
 
-#define SAVE_CHUNK (256 * 1024) /* bytes */
+#define SAVE_CHUNK   (256 * 1024) /* bytes */
+#define BUSY_MS	     10000	  /* for a callback that a dead engine asked for to end */
+#define BUSY_LOOK_US 5000
 
 typedef struct AgentGuest {
 	PrGuest parent;
@@ -103,6 +105,32 @@ static const PrGuestBlock *agent_prepare(PrGuest *guest, PrGuestRole role, guint
 	return (const PrGuestBlock *)self->blocks->data;
 }
 
+static char *agent_process(PrGuest *guest)
+{
+	return pr_agent_client_process(((AgentGuest *)guest)->client);
+}
+
+static const PrGuestBlock *agent_adopt(PrGuest *guest, const PrGuestBlock *known, guint n,
+				       GError **error)
+{
+	AgentGuest *self = (AgentGuest *)guest;
+	g_autoptr(GArray) blocks = pr_agent_client_adopt(self->client, known, n, error);
+	g_autoptr(GMutexLocker) locker = NULL;
+
+	if (!blocks)
+		return NULL;
+	locker = g_mutex_locker_new(&self->lock);
+	g_return_val_if_fail(!self->blocks, NULL);
+	self->blocks = g_steal_pointer(&blocks);
+	return (const PrGuestBlock *)self->blocks->data;
+}
+
+static gboolean agent_is_running(PrGuest *guest, gboolean *ret_running, GError **error)
+{
+	*ret_running = TRUE;
+	return TRUE;
+}
+
 static gboolean agent_stop(PrGuest *guest, gboolean *ret_was_running, GError **error)
 {
 	AgentGuest *self = (AgentGuest *)guest;
@@ -115,6 +143,26 @@ static gboolean agent_stop(PrGuest *guest, gboolean *ret_was_running, GError **e
 	g_mutex_unlock(&self->lock);
 	*ret_was_running = was_running;
 	return TRUE;
+}
+
+/* To stop it once more does no harm, and is how the agent is asked whether it ran (agent/worker.c). It may still
+ * be at what the last engine wanted. */
+static gboolean agent_take_stopped(PrGuest *guest, gboolean was_running, GError **error)
+{
+	gint64 deadline = g_get_monotonic_time() + BUSY_MS * G_TIME_SPAN_MILLISECOND;
+
+	for (;;) {
+		g_autoptr(GError) inner = NULL;
+
+		if (agent_stop(guest, &was_running, &inner))
+			return TRUE;
+		if (!g_error_matches(inner, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED) ||
+		    g_get_monotonic_time() > deadline) {
+			g_propagate_error(error, g_steal_pointer(&inner));
+			return FALSE;
+		}
+		g_usleep(BUSY_LOOK_US); /* between two looks whether it is done */
+	}
 }
 
 static gboolean agent_resume(PrGuest *guest, GError **error)
@@ -272,6 +320,10 @@ const PrGuestOps pr_guest_agent = {
 	.open = agent_open,
 	.close = agent_close,
 	.prepare = agent_prepare,
+	.process = agent_process,
+	.adopt = agent_adopt,
+	.is_running = agent_is_running,
+	.take_stopped = agent_take_stopped,
 	.stop = agent_stop,
 	.resume = agent_resume,
 	.save = agent_save,

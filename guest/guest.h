@@ -63,6 +63,22 @@ struct PrGuestOps {
 	const PrGuestBlock *(*prepare)(PrGuest *guest, PrGuestRole role, guint *ret_n,
 				       GError **error);
 
+	/* Who the guest's process is (process.h): for what is written down about it. g_free() it. */
+	char *(*process)(PrGuest *guest);
+
+	/* Instead of prepare(), for an engine that follows one that has died: the blocks as that one knew
+	 * them, found again in the guest's process without asking the VMM, whose main loop may be waiting
+	 * for a page that only this engine can bring. Refused if they are not the same. */
+	const PrGuestBlock *(*adopt)(PrGuest *guest, const PrGuestBlock *known, guint n,
+				     GError **error);
+
+	/* Source. is_running(): what stop() is about to say, so that it can be written down first.
+	 * take_stopped(): what an engine that has died since wrote down then; that one may have got no
+	 * further, or have begun to save. resume() undoes it. A kind whose process remembers
+	 * itself who was stopped says TRUE, and does not believe what it is told. */
+	gboolean (*is_running)(PrGuest *guest, gboolean *ret_running, GError **error);
+	gboolean (*take_stopped)(PrGuest *guest, gboolean was_running, GError **error);
+
 	/* Source, before stop(); destination, before load_begin(): readies what the device state needs, so
 	 * that it does not count as downtime. NULL: nothing to do. resume() undoes it. */
 	gboolean (*prepare_state)(PrGuest *guest, GError **error);
@@ -91,7 +107,8 @@ struct PrGuestOps {
 
 	/* Destination: turns the fault mode on for all blocks: a userfaultfd is made in the guest's
 	 * process, every block registered MISSING|MINOR, stale page table entries dropped. Returns
-	 * the descriptor (non-blocking, the caller's to close) or -1. The agent keeps a duplicate. */
+	 * the descriptor (non-blocking, the caller's to close) or -1. The agent keeps a duplicate; where the
+	 * fault mode is on already, by an engine that has died, it gives that one and changes nothing. */
 	int (*fault_on)(PrGuest *guest, GError **error);
 	/* Unregisters, wakes everybody, closes the agent's duplicate. Harmless when off. */
 	gboolean (*fault_off)(PrGuest *guest, GError **error);

@@ -22,9 +22,10 @@
 #include "guest/json.h"
 #include "guest/kinds.h"
 
-#define FD_NAME	     "postroad"
-#define SAVE_CHUNK   (256 * 1024) /* bytes */
-#define NO_BANDWIDTH (1ll << 50)  /* bytes/s: a limit that does not limit */
+#define FD_NAME		  "postroad"
+#define SAVE_CHUNK	  (256 * 1024)	/* bytes */
+#define NO_BANDWIDTH	  (1ll << 50)	/* bytes/s: a limit that does not limit */
+#define DEFAULT_BANDWIDTH (128ll << 20) /* bytes/s: QEMU's own limit */
 
 struct PrQemuStream {
 	PrQmp *qmp;	  /* constant */
@@ -453,6 +454,18 @@ static gboolean cancel_migration(PrQemuStream *stream, GError **error)
 		return FALSE;
 	end = wait_for_end(stream, 1, NULL, error);
 	return end != NULL;
+}
+
+void pr_qemu_stream_follow(PrQemuStream *stream)
+{
+	g_autoptr(JsonArray) defaults = json_array_new();
+
+	add_capability(defaults, "x-ignore-shared", FALSE);
+	g_mutex_lock(&stream->lock);
+	g_clear_pointer(&stream->old_caps, json_array_unref);
+	stream->old_caps = g_steal_pointer(&defaults);
+	stream->old_bandwidth = DEFAULT_BANDWIDTH;
+	g_mutex_unlock(&stream->lock);
 }
 
 gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error)

@@ -15,9 +15,15 @@
 
 typedef struct QemuGuest {
 	PrGuest parent;
-	PrQmp *qmp;	      /* constant */
 	PrAgentClient *agent; /* constant */
-	PrQemuStream *stream; /* constant */
+	char *qmp_path;	      /* constant */
+	guint timeout_ms;     /* constant */
+
+	/* Set once, under both locks, so that either is good for reading: by open(), or by the first call that
+	 * needs it (connect_qmp). Constant then. */
+	PrQmp *qmp;
+	PrQemuStream *stream;
+	GMutex connecting; /* taken before lock */
 
 	GMutex lock;
 	GArray *blocks;	      /* lock; PrGuestBlock; NULL before prepare() */
@@ -91,9 +97,10 @@ static void on_end(const char *reason, void *opaque)
 	PrGuestDied died = NULL;
 	void *died_opaque;
 
-	pr_qemu_stream_died(self->stream, reason);
 	g_mutex_lock(&self->telling);
 	g_mutex_lock(&self->lock);
+	if (self->stream)
+		pr_qemu_stream_died(self->stream, reason);
 	if (!self->dead) {
 		self->dead = TRUE;
 		self->death = g_strdup(reason);
@@ -115,6 +122,8 @@ static void qemu_close(PrGuest *guest)
 	g_clear_pointer(&self->stream, pr_qemu_stream_free);
 	g_clear_pointer(&self->blocks, g_array_unref);
 	g_free(self->death);
+	g_free(self->qmp_path);
+	g_mutex_clear(&self->connecting);
 	g_mutex_clear(&self->lock);
 	g_mutex_clear(&self->telling);
 	g_free(self);
@@ -142,6 +151,28 @@ static PrAgentClient *open_agent(const QemuSpec *spec, guint timeout_ms, GError 
 	return NULL;
 }
 
+/* An engine that follows another one must not wait for QMP: QEMU's main loop may itself be waiting, for a page
+ * that this engine is there to bring. So then it is connected when it is needed first. */
+static gboolean connect_qmp(QemuGuest *self, GError **error)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->connecting);
+	PrQmp *qmp;
+
+	if (self->qmp)
+		return TRUE;
+	qmp = pr_qmp_open(self->qmp_path, self->timeout_ms, on_event, self, error);
+	if (!qmp)
+		return FALSE;
+	g_mutex_lock(&self->lock);
+	self->qmp = qmp;
+	self->stream = pr_qemu_stream_new(qmp, self->timeout_ms);
+	if (self->dead)
+		pr_qemu_stream_died(self->stream, self->death);
+	g_mutex_unlock(&self->lock);
+	pr_qmp_on_death(qmp, on_end, self);
+	return TRUE;
+}
+
 static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 {
 	g_auto(QemuSpec) parsed = {0};
@@ -155,16 +186,14 @@ static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 	guest->ops = &pr_guest_qemu;
 	g_mutex_init(&self->lock);
 	g_mutex_init(&self->telling);
+	g_mutex_init(&self->connecting);
+	self->qmp_path = g_strdup(parsed.qmp);
+	self->timeout_ms = timeout_ms;
 	self->agent = open_agent(&parsed, timeout_ms, error);
 	if (!self->agent)
 		return NULL;
-	self->qmp = pr_qmp_open(parsed.qmp, timeout_ms, on_event, self, error);
-	if (!self->qmp)
+	if (!pr_agent_client_was_faulting(self->agent) && !connect_qmp(self, error))
 		return NULL;
-	g_mutex_lock(&self->lock);
-	self->stream = pr_qemu_stream_new(self->qmp, timeout_ms);
-	g_mutex_unlock(&self->lock);
-	pr_qmp_on_death(self->qmp, on_end, self);
 	pr_agent_client_on_death(self->agent, on_end, self);
 	return g_steal_pointer(&guest);
 }
@@ -178,7 +207,7 @@ static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint 
 	gboolean fresh;
 
 	fresh = role == PR_GUEST_SOURCE || !pr_agent_client_was_faulting(self->agent);
-	if (!pr_qemu_check(self->qmp, role, fresh, error))
+	if (!connect_qmp(self, error) || !pr_qemu_check(self->qmp, role, fresh, error))
 		return NULL;
 	blocks = pr_qemu_blocks(self->qmp, self->agent, error);
 	if (!blocks)
@@ -193,18 +222,63 @@ static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint 
 	return (const PrGuestBlock *)self->blocks->data;
 }
 
+static char *qemu_process(PrGuest *guest)
+{
+	return pr_agent_client_process(((QemuGuest *)guest)->agent);
+}
+
+static const PrGuestBlock *qemu_adopt(PrGuest *guest, const PrGuestBlock *known, guint n,
+				      GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+	g_autoptr(GArray) blocks = pr_agent_client_adopt(self->agent, known, n, error);
+	g_autoptr(GMutexLocker) locker = NULL;
+
+	if (!blocks)
+		return NULL;
+	locker = g_mutex_locker_new(&self->lock);
+	g_return_val_if_fail(!self->blocks, NULL);
+	self->blocks = g_steal_pointer(&blocks);
+	return (const PrGuestBlock *)self->blocks->data;
+}
+
 static gboolean qemu_prepare_state(PrGuest *guest, GError **error)
 {
-	return pr_qemu_stream_prepare(((QemuGuest *)guest)->stream, error);
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_stream_prepare(self->stream, error);
 }
 
 static gboolean query_running(QemuGuest *self, gboolean *ret_running, GError **error)
 {
-	g_autoptr(JsonObject) object = pr_qmp_query(self->qmp, "query-status", error);
+	g_autoptr(JsonObject) object = NULL;
 
+	if (!connect_qmp(self, error))
+		return FALSE;
+	object = pr_qmp_query(self->qmp, "query-status", error);
 	if (!object)
 		return FALSE;
 	*ret_running = pr_json_boolean(object, "running");
+	return TRUE;
+}
+
+static gboolean qemu_is_running(PrGuest *guest, gboolean *ret_running, GError **error)
+{
+	return query_running((QemuGuest *)guest, ret_running, error);
+}
+
+/* A save that the dead engine has left behind fails by itself: its socket is closed. */
+static gboolean qemu_take_stopped(PrGuest *guest, gboolean was_running, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	if (!connect_qmp(self, error))
+		return FALSE;
+	pr_qemu_stream_follow(self->stream);
+	g_mutex_lock(&self->lock);
+	self->stopped = TRUE;
+	self->was_running = was_running;
+	g_mutex_unlock(&self->lock);
 	return TRUE;
 }
 
@@ -256,6 +330,8 @@ static gboolean qemu_resume(PrGuest *guest, GError **error)
 	g_autoptr(GError) undo_error = NULL;
 	gboolean cont;
 
+	if (!connect_qmp(self, error))
+		return FALSE;
 	/* A guest that could run must not stay stopped because a capability could not be put back. */
 	if (!pr_qemu_stream_undo(self->stream, &undo_error))
 		g_info("putting QEMU's migration settings back: %s", undo_error->message);
@@ -273,12 +349,17 @@ static gboolean qemu_resume(PrGuest *guest, GError **error)
 static gboolean qemu_save(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
 			  GError **error)
 {
-	return pr_qemu_stream_save(((QemuGuest *)guest)->stream, cancel, sink, opaque, error);
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) &&
+	       pr_qemu_stream_save(self->stream, cancel, sink, opaque, error);
 }
 
 static gboolean qemu_load_begin(PrGuest *guest, GError **error)
 {
-	return pr_qemu_stream_load_begin(((QemuGuest *)guest)->stream, error);
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_stream_load_begin(self->stream, error);
 }
 
 static gboolean qemu_load_data(PrGuest *guest, const void *data, gsize len, GError **error)
@@ -293,17 +374,28 @@ static gboolean qemu_load_end(PrGuest *guest, GError **error)
 
 static void qemu_load_abort(PrGuest *guest)
 {
-	pr_qemu_stream_load_abort(((QemuGuest *)guest)->stream);
+	QemuGuest *self = (QemuGuest *)guest;
+	PrQemuStream *stream;
+
+	g_mutex_lock(&self->lock);
+	stream = self->stream;
+	g_mutex_unlock(&self->lock);
+	if (stream)
+		pr_qemu_stream_load_abort(stream);
 }
 
 static gboolean qemu_run(PrGuest *guest, GError **error)
 {
-	return pr_qmp_command(((QemuGuest *)guest)->qmp, "cont", NULL, -1, error);
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qmp_command(self->qmp, "cont", NULL, -1, error);
 }
 
 static GArray *qemu_vcpu_threads(PrGuest *guest, GError **error)
 {
-	return pr_qemu_vcpu_threads(((QemuGuest *)guest)->qmp, error);
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) ? pr_qemu_vcpu_threads(self->qmp, error) : NULL;
 }
 
 static int qemu_fault_on(PrGuest *guest, GError **error)
@@ -350,6 +442,10 @@ const PrGuestOps pr_guest_qemu = {
 	.open = qemu_open,
 	.close = qemu_close,
 	.prepare = qemu_prepare,
+	.process = qemu_process,
+	.adopt = qemu_adopt,
+	.is_running = qemu_is_running,
+	.take_stopped = qemu_take_stopped,
 	.prepare_state = qemu_prepare_state,
 	.stop = qemu_stop,
 	.resume = qemu_resume,

@@ -34,6 +34,9 @@ void pr_qemu_stream_died(PrQemuStream *stream, const char *reason);
 gboolean pr_qemu_stream_prepare(PrQemuStream *stream, GError **error);
 gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuestSink sink,
 			     void *opaque, GError **error);
+/* As if this one had saved, or begun to: for the traces of an engine that has died. What QEMU was set to before
+ * is not known; undo() sets its defaults. */
+void pr_qemu_stream_follow(PrQemuStream *stream);
 /* Ends a save in progress and undoes what it, or preparing it, changed in QEMU. Harmless when there was none. */
 gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error);
 

@@ -15,6 +15,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "migration/killpoint.h"
 
 #define SHUT_WAIT_MS 5000 /* for the source to close after SHUT */
 
@@ -68,14 +69,18 @@ void pr_destination_check_complete(PrMigration *m)
 	gboolean done = m->guest_started && m->sm.state == PR_STATE_POSTCOPY_ACTIVE &&
 			pr_migration_step_locked(m, PR_EVENT_SHUT, PR_ROLE_DESTINATION,
 						 "every page is in place") == PR_ACTION_RELEASE;
+	if (done)
+		pr_kept_set_stage(m->ram->kept, PR_KEPT_COMPLETED);
 	g_mutex_unlock(&m->lock);
 	if (!done)
 		return;
+	pr_kill_point(PR_KILL_DESTINATION_COMPLETED_NOTED);
 	if (conn) {
 		send_progress(m, conn);
 		pr_u32_encode(body, 0);
 		/* If it is lost, the source finds out when it comes to resume: PR_HELLO_COMPLETED. */
 		pr_send(conn, PR_RP_SHUT, body, NULL);
+		pr_kill_point(PR_KILL_DESTINATION_SHUT_SENT);
 	}
 	pr_migration_tell(m);
 }
@@ -131,7 +136,7 @@ void pr_destination_use_grants(PrConn *conn)
 	conn->granted = TRUE;
 }
 
-static gboolean start_workers(PrMigration *m, GError **error)
+gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **error)
 {
 	PrFaultHooks fault_hooks = {on_complete, on_broken, m};
 	PrPullHooks pull_hooks = {on_progress, on_complete, on_broken, m};
@@ -139,8 +144,9 @@ static gboolean start_workers(PrMigration *m, GError **error)
 	m->uffd = m->guest->ops->fault_on(m->guest, error);
 	if (m->uffd < 0)
 		return FALSE;
+	pr_kill_point(PR_KILL_DESTINATION_FAULTS_ON);
 	/* Now that every access faults, what the memfds held before can go. */
-	if (!pr_ram_punch(m->ram, error))
+	if (fresh && !pr_ram_punch(m->ram, error))
 		return FALSE;
 	pr_destination_start_verify(m);
 	PrFaultThread *faults = pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks);
@@ -149,6 +155,14 @@ static gboolean start_workers(PrMigration *m, GError **error)
 	m->faults = faults;
 	m->pull = pull;
 	g_mutex_unlock(&m->lock);
+	return TRUE;
+}
+
+static gboolean keep_state(PrMigration *m, GError **error)
+{
+	if (!m->guest->ops->keep_state(m->guest, pr_kept_fd(m->ram->kept), error))
+		return FALSE;
+	pr_kill_point(PR_KILL_DESTINATION_STATE_KEPT);
 	return TRUE;
 }
 
@@ -168,10 +182,11 @@ static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 		return FALSE;
 	}
 	pr_conn_binding(conn, &binding);
-	pr_ram_set_identity(m->ram, &binding);
+	pr_kept_set_verifies(m->ram->kept, m->verifies);
+	pr_kept_set_identity(m->ram->kept, &binding);
+	/* In this order: who finds the fault mode on finds out why. */
 	return (!m->guest->ops->prepare_state || m->guest->ops->prepare_state(m->guest, error)) &&
-	       start_workers(m, error) &&
-	       m->guest->ops->keep_state(m->guest, m->ram->state_fd, error) &&
+	       keep_state(m, error) && pr_destination_start_workers(m, /* fresh= */ TRUE, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "ready for RAM and device state", error);
 }
 
@@ -195,6 +210,7 @@ static gboolean take_zero(PrMigration *m, PrConn *conn, const PrMsg *msg, GError
 		uint64_t page = ranges[i].offset / block->page_size;
 		uint64_t pages = ranges[i].length / block->page_size;
 		pr_ram_zero(m->ram, block, page, pages);
+		pr_kill_point(PR_KILL_DESTINATION_ZERO_RECEIVED);
 		/* The fault thread wakes whoever waits (fault.c); a call to the kernel for each range would
 		 * cost more than the pages. */
 		if (pr_bitmap_clear(block->waiting, page, pages) > 0)
@@ -214,7 +230,17 @@ static gboolean take_listen(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	/* Loading touches RAM. The bulk of it has to wait: it would slow down what the guest stands still
 	 * for. */
 	pr_fault_attach(m->faults, conn->path);
+	pr_kill_point(PR_KILL_DESTINATION_LISTENING);
 	return m->guest->ops->load_begin(m->guest, error);
+}
+
+static gboolean note_loaded(PrMigration *m)
+{
+	pr_kill_point(PR_KILL_DESTINATION_LOADED);
+	pr_kept_set_was_running(m->ram->kept, m->guest_was_running);
+	pr_kept_set_stage(m->ram->kept, PR_KEPT_LOADED);
+	pr_kill_point(PR_KILL_DESTINATION_LOADED_NOTED);
+	return TRUE;
 }
 
 static gboolean take_packaged(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
@@ -227,7 +253,7 @@ static gboolean take_packaged(PrMigration *m, PrConn *conn, const PrMsg *msg, GE
 	if (!packaged.last)
 		return m->guest->ops->load_data(m->guest, packaged.data, packaged.length, error);
 	/* The source hands the guest over only after the PONG that answers the PING behind this. */
-	return m->guest->ops->load_end(m->guest, error) &&
+	return m->guest->ops->load_end(m->guest, error) && note_loaded(m) &&
 	       pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error);
 }
 
@@ -246,9 +272,14 @@ void pr_destination_run(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
+	pr_kept_set_stage(m->ram->kept, PR_KEPT_RUN);
+	pr_kill_point(PR_KILL_DESTINATION_RUN_NOTED);
 	if (m->guest_was_running && !m->guest->ops->run(m->guest, &error))
 		g_critical("the guest has arrived but could not be started, start it by hand: %s",
 			   error->message);
+	pr_kill_point(PR_KILL_DESTINATION_RUNNING);
+	pr_kept_set_stage(m->ram->kept, PR_KEPT_STARTED);
+	pr_kill_point(PR_KILL_DESTINATION_STARTED_NOTED);
 	g_mutex_lock(&m->lock);
 	m->guest_started = TRUE;
 	g_mutex_unlock(&m->lock);
@@ -410,7 +441,8 @@ static gboolean admit(PrMigration *m, PrConn *conn, const PrHello *hello, GError
 		return FALSE;
 	pr_conn_binding(conn, &binding);
 	binding.epoch = hello->epoch;
-	pr_ram_set_identity(m->ram, &binding);
+	pr_kept_set_identity(m->ram->kept, &binding);
+	pr_kill_point(PR_KILL_DESTINATION_READMITTED);
 	return pr_migration_step(m, PR_EVENT_CONNECTED, reason, error);
 }
 
@@ -557,13 +589,21 @@ static void close_uffd(PrMigration *m)
 static void tidy_up(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
+	PrState state = current_state(m);
+	gboolean undone = state == PR_STATE_FAILING || state == PR_STATE_CANCELLING;
 
 	stop_workers(m);
+	if (undone && m->ram && m->ram->kept) {
+		pr_kept_set_stage(m->ram->kept, PR_KEPT_ENDED);
+		pr_kill_point(PR_KILL_DESTINATION_ENDED_NOTED);
+	}
 	if (m->uffd >= 0 && !m->guest->ops->fault_off(m->guest, &error))
 		g_warning("turning the fault mode off: %s", error->message);
+	else if (undone)
+		m->guest->ops->keep_state(m->guest, -1, NULL);
+	pr_kill_point(PR_KILL_DESTINATION_RELEASED);
 	close_uffd(m);
-	PrState state = current_state(m);
-	if (state == PR_STATE_FAILING || state == PR_STATE_CANCELLING)
+	if (undone)
 		pr_migration_step(m, PR_EVENT_CLEANED_UP, "ready for another try", NULL);
 }
 

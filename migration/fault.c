@@ -42,6 +42,7 @@
 #include <unistd.h>
 
 #include "migration/bitmap.h"
+#include "migration/killpoint.h"
 #include "migration/place.h"
 #include "migration/readahead.h"
 #include "migration/verify.h"
@@ -388,7 +389,9 @@ static void take_page(PrFaultThread *self, uint64_t token)
 	}
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
+	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
+	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);
 	if (!pr_place_expose(self->uffd, block, page, n, &error))
 		note_broken(self, error);
 	uint64_t waited = pr_bitmap_clear(block->waiting, page, n);

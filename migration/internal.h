@@ -16,6 +16,7 @@
 #include "migration/migration.h"
 #include "migration/pull.h"
 #include "migration/ram.h"
+#include "migration/record.h"
 #include "migration/state.h"
 #include "migration/verify.h"
 #include "transport/control.h"
@@ -119,6 +120,8 @@ struct PrMigration {
 	PrBlocktime *times;	    /* destination; outlives the fault thread */
 
 	/* source */
+	PrRecord *
+		record; /* NULL: nothing is written down; the owner's, before that resume.c's: no lock */
 	GPtrArray *uris;     /* PrUri*: all known paths, the preferred ones first; replaced, never
 			      * changed */
 	guint n_asked;	     /* so many of them were named by the last command */
@@ -144,6 +147,11 @@ struct PrMigration {
 	int uffd;
 };
 
+/* Starts in this state, as what another engine has left. With the lock held. */
+void pr_migration_restore_locked(PrMigration *m, PrRole role, PrState state, gboolean run,
+				 const char *reason);
+/* A human has paused it, or lets it go on. With the lock held. */
+void pr_migration_set_held(PrMigration *m, gboolean held);
 /* Steps the machine with the lock held; records the reason, queues the notice. */
 PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, const char *reason);
 /* As above without the lock; TRUE unless the step was refused, then `error` tells why: the failure
@@ -288,7 +296,19 @@ gboolean pr_source_tell_ungranted(PrMigration *m, PrConn *conn, GArray *grants, 
 /* Looks through all RAM that is not known to be in place, ahead of the destination's pull. */
 void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn);
 
+/* resume.c: what the source writes down; of the owner. Each is durable when it returns. */
+gboolean pr_source_note_stopping(PrMigration *m, GError **error);
+gboolean pr_source_note_handed_over(PrMigration *m, GError **error);
+/* RUN was not sent after all; before the guest may run. */
+void pr_source_note_taken_back(PrMigration *m);
+/* The guest runs on here. */
+void pr_source_note_stays(PrMigration *m);
+void pr_source_note_completed(PrMigration *m);
+void pr_source_note_changes(PrMigration *m);
+
 gpointer pr_source_thread(gpointer migration);
+/* From postcopy-paused on. */
+gpointer pr_source_resumed_thread(gpointer migration);
 gpointer pr_load_thread(gpointer migration);
 
 /* recover.c: the source's and the destination's half of a recovery. */
@@ -318,5 +338,7 @@ gboolean pr_destination_take_grant(PrMigration *m, PrConn *conn, const PrMsg *ms
 gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean standby,
 			       GError **error);
 void pr_destination_use_grants(PrConn *conn);
+/* Turns the fault mode on, or goes on with it; fresh: nothing was received yet. */
+gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **error);
 void pr_destination_run(PrMigration *m);
 void pr_destination_check_complete(PrMigration *m);

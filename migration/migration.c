@@ -34,6 +34,18 @@ static gint64 now_us(void)
 
 /* ---- changes of state ---- */
 
+static void note_state(PrMigration *m, PrState old, const char *reason)
+{
+	PrNotice *notice = g_new(PrNotice, 1);
+
+	g_info("%s -> %s (%s)", pr_state_name(old), pr_state_name(m->sm.state), reason);
+	g_free(m->reason);
+	m->reason = g_strdup(reason);
+	*notice = (PrNotice){.state = m->sm.state, .reason = g_strdup(reason)};
+	g_queue_push_tail(&m->notices, notice);
+	g_cond_broadcast(&m->changed);
+}
+
 PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, const char *reason)
 {
 	PrState old = m->sm.state;
@@ -48,14 +60,15 @@ PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, co
 		m->pages_at_pause = (m->sm.role == PR_ROLE_DESTINATION
 					     ? pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE
 					     : m->progress.received_pages);
-	g_info("%s -> %s (%s)", pr_state_name(old), pr_state_name(m->sm.state), reason);
-	g_free(m->reason);
-	m->reason = g_strdup(reason);
-	PrNotice *notice = g_new(PrNotice, 1);
-	*notice = (PrNotice){.state = m->sm.state, .reason = g_strdup(reason)};
-	g_queue_push_tail(&m->notices, notice);
-	g_cond_broadcast(&m->changed);
+	note_state(m, old, reason);
 	return action;
+}
+
+void pr_migration_restore_locked(PrMigration *m, PrRole role, PrState state, gboolean run,
+				 const char *reason)
+{
+	pr_state_restore(&m->sm, role, state, run, now_us());
+	note_state(m, PR_STATE_NONE, reason);
 }
 
 void pr_migration_note_path(PrMigration *m, const PrPathRecord *record, const char *reason)
@@ -184,6 +197,13 @@ static void cut(PrMigration *m, PrAction action, const GError *error)
 		m->conn->path->ops->shutdown(m->conn->path);
 }
 
+void pr_migration_set_held(PrMigration *m, gboolean held)
+{
+	m->held = held;
+	if (m->sm.role == PR_ROLE_DESTINATION && m->ram && m->ram->kept)
+		pr_kept_set_held(m->ram->kept, held);
+}
+
 PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 {
 	PrEvent event = event_of(error);
@@ -191,7 +211,7 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 
 	if (action != PR_ACTION_REFUSE &&
 	    g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD)) {
-		m->held = TRUE;
+		pr_migration_set_held(m, TRUE);
 		g_cond_broadcast(&m->changed);
 	}
 	if (action != PR_ACTION_UNDO && action != PR_ACTION_PAUSE)
@@ -354,6 +374,7 @@ void pr_migration_free(PrMigration *m)
 	pr_newcomer_free(m->newcomer);
 	pr_migration_await_threads(m);
 	pr_ram_free(m->ram);
+	pr_record_free(m->record);
 	pr_blocktime_free(m->times);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);
 	g_ptr_array_unref(m->listeners);
@@ -420,7 +441,7 @@ static void become_source(PrMigration *m)
 	m->binding.epoch = 0;
 	memset(&m->progress, 0, sizeof(m->progress));
 	m->pages_at_pause = 0;
-	m->held = FALSE;
+	pr_migration_set_held(m, FALSE);
 	g_clear_pointer(&m->error_desc, g_free);
 }
 
@@ -488,7 +509,7 @@ static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 		return FALSE;
 	}
 	m->resume = PR_RESUME_ASKED;
-	m->held = FALSE;
+	pr_migration_set_held(m, FALSE);
 	prefer_uris(m, uris);
 	return TRUE;
 }
@@ -554,7 +575,9 @@ static gboolean add_listeners(PrMigration *m, const char *text, GError **error)
 gboolean pr_migration_incoming(PrMigration *m, const char *text, GError **error)
 {
 	g_mutex_lock(&m->lock);
-	gboolean fresh = m->sm.state == PR_STATE_NONE && m->listeners->len == 0;
+	/* A destination without a listener follows an engine that has died. */
+	gboolean fresh = m->listeners->len == 0 &&
+			 (m->sm.state == PR_STATE_NONE || m->sm.role == PR_ROLE_DESTINATION);
 	if (!fresh)
 		set_state_error(m, "migrate_incoming",
 				m->listeners->len > 0
@@ -591,7 +614,7 @@ gboolean pr_migration_pause(PrMigration *m, GError **error)
 	/* Pausing what is paused keeps it from recovering by itself. */
 	gboolean fit = pr_state_is_postcopy(m->sm.state) && !(paused && m->held);
 	if (fit) {
-		m->held = TRUE;
+		pr_migration_set_held(m, TRUE);
 		pr_migration_failed_locked(m, asked);
 	}
 	if (!fit)

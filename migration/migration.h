@@ -116,6 +116,21 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrMigration, pr_migration_free)
 /* Before the first command; without it connections are plain, and come in from this host only. */
 void pr_migration_secure(PrMigration *migration, const PrSecurity *security);
 
+/*
+ * An engine that follows one that has died (resume.c); both before the first command, from the thread that made the
+ * migration, and they may block for the guest's timeout.
+ *
+ * keep_record(): a source writes down, in a file of this directory, what the engine after it has to know; spec is the
+ * guest's, as in --guest. Without it nothing is written. Refuses a file that it does not understand.
+ *
+ * resume(): takes up what the last engine has left of this guest's migration. Not asked for, it refuses where there is
+ * something that must be taken up. *ret_role: what this side is now; PR_ROLE_NONE: there was nothing.
+ */
+gboolean pr_migration_keep_record(PrMigration *migration, const char *dir, const char *spec,
+				  GError **error);
+gboolean pr_migration_resume(PrMigration *migration, gboolean asked, PrRole *ret_role,
+			     GError **error);
+
 /* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is used. */
 gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean resume,
 			    GError **error);

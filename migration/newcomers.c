@@ -75,7 +75,7 @@ static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 	else if (m->held && hello->resume == PR_RESUME_AUTOMATIC)
 		hold(ack);
 	if (ack->status == PR_HELLO_OK)
-		m->held = FALSE;
+		pr_migration_set_held(m, FALSE);
 	if (ack->status != PR_HELLO_OK || state == PR_STATE_POSTCOPY_PAUSED)
 		return;
 	superseded =

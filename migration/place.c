@@ -101,3 +101,8 @@ gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GErr
 		return FALSE;
 	}
 }
+
+gboolean pr_place_wake_all(int uffd, const PrRamBlock *block, GError **error)
+{
+	return wake(uffd, block, 0, block->n_pages, error);
+}

@@ -13,6 +13,9 @@
 gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
 			 GError **error);
 
+/* Lets whoever waits anywhere in the block fault again. */
+gboolean pr_place_wake_all(int uffd, const PrRamBlock *block, GError **error);
+
 /* Resolves a fault on a page that is in place: maps what was read; what never travelled, or was given
  * back by the guest, becomes a zero page. */
 gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error);

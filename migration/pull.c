@@ -36,6 +36,7 @@
 #include <unistd.h>
 
 #include "migration/bitmap.h"
+#include "migration/killpoint.h"
 #include "migration/place.h"
 #include "migration/verify.h"
 #include "migration/window.h"
@@ -124,13 +125,16 @@ static void place(PrPullThread *self, uint64_t token)
 	PrRamBlock *block = &pull->ram->blocks[index];
 	if (self->bytes)
 		__atomic_fetch_add(self->bytes, n * block->page_size, __ATOMIC_RELAXED);
+	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
 	if (pull->ram->verify) {
 		pr_verify_landed(pull->ram->verify, token, self->id);
 		return;
 	}
 	pr_ram_received(pull->ram, block, page, n, /* travelled= */ TRUE);
+	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);
 	if (!pr_place_expose(pull->uffd, block, page, n, &error))
 		note_broken(pull, error);
+	pr_kill_point(PR_KILL_DESTINATION_PAGE_EXPOSED);
 	if (pr_bitmap_any(block->waiting, page, n)) {
 		pr_bitmap_clear(block->waiting, page, n);
 		pr_fault_notify(pull->faults);

@@ -10,29 +10,6 @@
 #include "migration/bitmap.h"
 #include "migration/migration.h"
 
-#define STATE_MAGIC   0x50524d5354415445ull /* "PRMSTATE" */
-#define STATE_VERSION 1
-#define STATE_ALIGN   4096
-
-/* Head of the state memfd; the received bitmaps follow, each at its block's bitmap_offset. */
-typedef struct StateBlock {
-	char idstr[PR_IDSTR_MAX + 1];
-	uint64_t size, page_size;
-	uint64_t bitmap_offset; /* bytes, page aligned */
-} StateBlock;
-
-typedef struct StateHead {
-	uint64_t magic, version;
-	PrBinding binding;
-	uint64_t n_blocks;
-	StateBlock blocks[PR_BLOCKS_MAX];
-} StateHead;
-
-static uint64_t align_up(uint64_t value)
-{
-	return (value + STATE_ALIGN - 1) & ~(uint64_t)(STATE_ALIGN - 1);
-}
-
 static void set_system_error(GError **error, const char *what, const char *idstr)
 {
 	int code = errno;
@@ -72,50 +49,29 @@ static gboolean map_block(PrRamBlock *block, const PrGuestBlock *from, PrGuestRo
 	return TRUE;
 }
 
-static gboolean make_state(PrRam *ram, GError **error)
+/* Takes kept. What it has received counts. */
+static void use_kept(PrRam *ram, PrKept *kept)
 {
-	uint64_t bytes = align_up(sizeof(StateHead));
-	uint64_t offsets[PR_BLOCKS_MAX];
-
-	for (guint i = 0; i < ram->n_blocks; i++) {
-		offsets[i] = bytes;
-		bytes += align_up(pr_bitmap_words(ram->blocks[i].n_pages) * sizeof(unsigned long));
-	}
-	ram->state_bytes = bytes;
-	ram->state_fd = memfd_create("postroad-state", MFD_CLOEXEC);
-	if (ram->state_fd < 0 || ftruncate(ram->state_fd, (off_t)bytes) < 0) {
-		set_system_error(error, "memfd for the received bitmap", "all");
-		return FALSE;
-	}
-	void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ram->state_fd, 0);
-	if (map == MAP_FAILED) {
-		set_system_error(error, "mmap of the received bitmap", "all");
-		return FALSE;
-	}
-	ram->state_map = map;
-
-	StateHead *head = map;
-	head->version = STATE_VERSION;
-	head->n_blocks = ram->n_blocks;
+	ram->kept = kept;
+	ram->zero_bytes = pr_kept_zero_bytes(kept);
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		PrRamBlock *block = &ram->blocks[i];
-		g_strlcpy(head->blocks[i].idstr, block->idstr, sizeof(head->blocks[i].idstr));
-		head->blocks[i].size = block->size;
-		head->blocks[i].page_size = block->page_size;
-		head->blocks[i].bitmap_offset = offsets[i];
-		block->received = (unsigned long *)(ram->state_map + offsets[i]);
+
+		block->received = pr_kept_received(kept, i);
 		block->inflight = pr_bitmap_new(block->n_pages);
 		block->waiting = pr_bitmap_new(block->n_pages);
+		ram->received_bytes +=
+			pr_bitmap_count(block->received, block->n_pages) * block->page_size;
 	}
-	return TRUE;
+	/* Its engine may have died between the bits and the statistics. */
+	*ram->zero_bytes = MIN(*ram->zero_bytes, ram->received_bytes);
 }
 
-PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError **error)
+static PrRam *map_blocks(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError **error)
 {
 	g_autoptr(PrRam) ram = g_new0(PrRam, 1);
 
 	g_assert(n <= PR_BLOCKS_MAX);
-	ram->state_fd = -1;
 	ram->blocks = g_new0(PrRamBlock, n);
 	ram->regions = g_new0(PrRegion, n);
 	for (guint i = 0; i < n; i++) {
@@ -132,9 +88,32 @@ PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError 
 			pr_bitmap_set(block->dirty, 0, block->n_pages);
 		}
 	}
-	if (role == PR_GUEST_DESTINATION && !make_state(ram, error))
-		return NULL;
 	return g_steal_pointer(&ram);
+}
+
+PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError **error)
+{
+	g_autoptr(PrRam) ram = map_blocks(blocks, n, role, error);
+
+	if (ram && role == PR_GUEST_DESTINATION) {
+		PrKept *kept = pr_kept_new(blocks, n, error);
+
+		if (!kept)
+			return NULL;
+		use_kept(ram, kept);
+	}
+	return g_steal_pointer(&ram);
+}
+
+PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrKept *kept, GError **error)
+{
+	PrRam *ram = map_blocks(blocks, n, PR_GUEST_DESTINATION, error);
+
+	if (ram)
+		use_kept(ram, kept);
+	else
+		pr_kept_free(kept);
+	return ram;
 }
 
 void pr_ram_free(PrRam *ram)
@@ -150,21 +129,10 @@ void pr_ram_free(PrRam *ram)
 		g_free(block->waiting);
 		g_free(block->dirty);
 	}
-	if (ram->state_map)
-		munmap(ram->state_map, ram->state_bytes);
-	if (ram->state_fd >= 0)
-		close(ram->state_fd);
+	pr_kept_free(ram->kept);
 	g_free(ram->blocks);
 	g_free(ram->regions);
 	g_free(ram);
-}
-
-void pr_ram_set_identity(PrRam *ram, const PrBinding *binding)
-{
-	StateHead *head = (StateHead *)ram->state_map;
-
-	head->binding = *binding;
-	__atomic_store_n(&head->magic, STATE_MAGIC, __ATOMIC_RELEASE);
 }
 
 PrWireBlock *pr_ram_wire_blocks(const PrRam *ram)
@@ -292,7 +260,7 @@ void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, g
 	pr_bitmap_clear(block->inflight, page, n);
 	__atomic_fetch_add(&ram->received_bytes, changed * block->page_size, __ATOMIC_SEQ_CST);
 	if (!travelled)
-		__atomic_fetch_add(&ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
+		__atomic_fetch_add(ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
 }
 
 uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
@@ -311,7 +279,7 @@ uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
 		__atomic_fetch_and(&block->inflight[i], ~mine, __ATOMIC_SEQ_CST);
 		changed += (uint64_t)__builtin_popcountl(mine & ~have);
 	}
-	__atomic_fetch_add(&ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
+	__atomic_fetch_add(ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&ram->received_bytes, changed * block->page_size, __ATOMIC_SEQ_CST);
 	return changed;
 }
@@ -363,7 +331,7 @@ uint64_t pr_ram_received_bytes(const PrRam *ram)
 
 uint64_t pr_ram_zero_bytes(const PrRam *ram)
 {
-	return __atomic_load_n(&ram->zero_bytes, __ATOMIC_RELAXED);
+	return ram->zero_bytes ? __atomic_load_n(ram->zero_bytes, __ATOMIC_RELAXED) : 0;
 }
 
 gboolean pr_ram_complete(const PrRam *ram)

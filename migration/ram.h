@@ -12,7 +12,7 @@
  * the engine or the path may die between any two steps: a clear bit means that the page was never
  * exposed and is read again; a set bit on a page that was never exposed costs one more fault.
  *
- * The received bitmap lives in a memfd, the state memfd, which the agent in the guest's process keeps.
+ * The received bitmap lives in the state memfd (kept.h), which the agent in the guest's process keeps.
  */
 #pragma once
 
@@ -20,6 +20,7 @@
 #include <stdint.h>
 
 #include "guest/guest.h"
+#include "migration/kept.h"
 #include "transport/transport.h"
 
 #define PR_TARGET_PAGE 4096u /* statistics count pages of this size, as QEMU's do on x86 */
@@ -47,13 +48,12 @@ typedef struct PrRam {
 	PrRegion *regions; /* the same, for the data path */
 	uint64_t total_bytes;
 	uint64_t page_size_summary; /* OR of the page sizes, as in POSTCOPY_ADVISE */
-	int state_fd;		    /* destination: the state memfd; -1 on the source */
+	PrKept *kept;		    /* destination: the state memfd; NULL on the source */
 	struct PrVerify *verify; /* destination: NULL: pages are placed as they land. Set before the
 				     * workers start, and stays until they have ended */
-	uint8_t *state_map;
-	gsize state_bytes;
 	uint64_t received_bytes; /* destination; atomic */
-	uint64_t zero_bytes;	 /* destination; atomic: of these, what never travelled */
+	uint64_t *
+		zero_bytes; /* destination; atomic, in the state memfd: of these, what never travelled */
 	uint64_t pull_hint; /* destination; atomic: token of the page that faulted last, 0: none;
 				  * from there the bulk pull goes on */
 } PrRam;
@@ -77,8 +77,9 @@ PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError 
 void pr_ram_free(PrRam *ram);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrRam, pr_ram_free)
 
-/* Writes who we are into the state memfd. */
-void pr_ram_set_identity(PrRam *ram, const PrBinding *binding);
+/* Destination: goes on with the bitmaps of an engine that has died. Takes kept. The blocks are the ones that it
+ * describes, in its order. */
+PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrKept *kept, GError **error);
 
 /* The block table as HELLO carries it; g_free() it. */
 PrWireBlock *pr_ram_wire_blocks(const PrRam *ram);

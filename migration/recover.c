@@ -30,6 +30,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "migration/killpoint.h"
 
 typedef struct ResumeHandler {
 	const char *name;
@@ -102,6 +103,7 @@ static gboolean final_handshake(PrMigration *m, PrConn *conn, GError **error)
 {
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RESUME, NULL, error))
 		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_RESUME_SENT);
 	g_mutex_lock(&m->lock);
 	while (is_recovering(m))
 		g_cond_wait(&m->changed, &m->lock);
@@ -118,12 +120,14 @@ gboolean pr_source_recover(PrMigration *m, PrConn *conn, GError **error)
 
 	if (!pr_migration_step(m, PR_EVENT_CONNECTED, reason, error))
 		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_RECONNECTED);
 	for (guint i = 0; i < G_N_ELEMENTS(resume_handlers); i++)
 		if (!resume_handlers[i].resume_prepare(m, conn, error)) {
 			g_prefix_error(error,
 				       "preparing %s for the resume: ", resume_handlers[i].name);
 			return FALSE;
 		}
+	pr_kill_point(PR_KILL_SOURCE_BITMAPS_TAKEN);
 	return final_handshake(m, conn, error);
 }
 
@@ -145,7 +149,10 @@ gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *m
 	g_autofree unsigned long *received = pr_bitmap_snapshot(block->received, block->n_pages);
 	uint16_t type = pr_recv_bitmap_encode(body, idstr, received, block->n_pages,
 					      (conn->peer_can & PR_HELLO_CAN_ZSTD) != 0);
-	return pr_send(conn, type, body, error);
+	if (!pr_send(conn, type, body, error))
+		return FALSE;
+	pr_kill_point(PR_KILL_DESTINATION_BITMAP_SENT);
+	return TRUE;
 }
 
 gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
@@ -155,6 +162,7 @@ gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
 	pr_u32_encode(body, PR_RESUME_ACK_VALUE);
 	if (!pr_send(conn, PR_RP_RESUME_ACK, body, error))
 		return FALSE;
+	pr_kill_point(PR_KILL_DESTINATION_RESUME_ACKED);
 	g_mutex_lock(&m->lock);
 	PrAction action =
 		pr_migration_step_locked(m, PR_EVENT_RESUMED, PR_ROLE_DESTINATION, "recovered");

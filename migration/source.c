@@ -14,6 +14,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "migration/killpoint.h"
 
 #define BACKOFF_MIN_US	   (100 * 1000) /* between automatic recoveries, doubling */
 #define BACKOFF_MAX_US	   (2 * G_USEC_PER_SEC)
@@ -356,8 +357,11 @@ static gboolean prepare_guest(PrMigration *m, GError **error)
 
 	if (!ram)
 		return FALSE;
-	/* What is left of the last migration's connections may use its RAM. */
+	/* What is left of the last migration's connections may use its RAM; and a guest that came here before
+	 * is on its way elsewhere now. */
 	pr_migration_await_threads(m);
+	if (m->ram && m->ram->kept)
+		m->guest->ops->keep_state(m->guest, -1, NULL);
 	g_mutex_lock(&m->lock);
 	PrRam *old = m->ram;
 	m->ram = ram;
@@ -403,6 +407,12 @@ static gboolean mark(gint64 *ret_now)
 	return TRUE;
 }
 
+static gboolean reached(PrKillPoint point)
+{
+	pr_kill_point(point);
+	return TRUE;
+}
+
 static void log_downtime(const Downtime *times)
 {
 	g_info("%.1f ms since the guest was to stop: stopping it %.1f, telling what is zero %.1f, "
@@ -417,8 +427,11 @@ static void log_downtime(const Downtime *times)
 
 static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **error)
 {
-	return pr_migration_step(m, PR_EVENT_STOP, "stopping the guest", error) &&
-	       m->guest->ops->stop(m->guest, ret_was_running, error);
+	if (!pr_migration_step(m, PR_EVENT_STOP, "stopping the guest", error) ||
+	    !m->guest->ops->stop(m->guest, ret_was_running, error))
+		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_STOPPED);
+	return TRUE;
 }
 
 /* Whether the destination can read holes, too: it gets zeros for them, until it knows. */
@@ -509,8 +522,10 @@ static gboolean send_device_state(PrMigration *m, PrConn *conn, gboolean was_run
 	gboolean ok = pr_send(conn, PR_CMD_POSTCOPY_LISTEN, NULL, error) &&
 		      m->guest->ops->save(m->guest, m->cancel, send_state, &package, error) &&
 		      send_chunk(&package, /* last= */ TRUE, NULL, 0, error) &&
-		      mark(&times->saved) && pr_source_ping(conn, PR_PING_LOADED, error) &&
-		      wait_value(m, &m->pong, PR_PING_LOADED, error) && mark(&times->loaded);
+		      mark(&times->saved) && reached(PR_KILL_SOURCE_STATE_SENT) &&
+		      pr_source_ping(conn, PR_PING_LOADED, error) &&
+		      wait_value(m, &m->pong, PR_PING_LOADED, error) && mark(&times->loaded) &&
+		      reached(PR_KILL_SOURCE_LOADED);
 
 	times->state_bytes = package.bytes;
 	return ok;
@@ -521,10 +536,14 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 {
 	g_autoptr(GError) lost = NULL;
 
-	if (!pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error))
+	/* The order is argued in resume.c. */
+	if (!pr_source_note_handed_over(m, error) ||
+	    !pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error))
 		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_ACTIVE);
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RUN, NULL, &lost))
 		pr_migration_failed(m, conn, lost);
+	pr_kill_point(PR_KILL_SOURCE_RUN_SENT);
 	return TRUE;
 }
 
@@ -536,9 +555,10 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 	Downtime times;
 
 	m->holes_told = FALSE;
-	mark(&times.began);
-	gboolean ok = stop_guest(m, &was_running, error) && mark(&times.stopped) &&
+	gboolean ok = pr_source_note_stopping(m, error) && mark(&times.began) &&
+		      stop_guest(m, &was_running, error) && mark(&times.stopped) &&
 		      tell_ram(m, conn, &teller, error) && mark(&times.told) &&
+		      reached(PR_KILL_SOURCE_RAM_TOLD) &&
 		      send_device_state(m, conn, was_running, &times, error) &&
 		      hand_over(m, conn, error);
 
@@ -575,8 +595,11 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 	pr_attempt_failed(m, why);
 	if (conn)
 		pr_conn_close(conn);
+	pr_source_note_taken_back(m);
 	if (!m->guest->ops->resume(m->guest, &error))
 		g_critical("the guest could not be resumed: %s", error->message);
+	else
+		pr_source_note_stays(m);
 	pr_migration_step(m, PR_EVENT_CLEANED_UP,
 			  error ? error->message : "the guest runs on at the source", NULL);
 }
@@ -617,7 +640,11 @@ static void wait_for_recovery(PrMigration *m, guint attempts)
 	while (m->sm.state == PR_STATE_POSTCOPY_PAUSED && !m->quit) {
 		gint64 look_again = g_get_monotonic_time() + CAPABILITY_LOOK_US;
 		if (!may_recover_alone(m)) {
-			g_cond_wait_until(&m->changed, &m->lock, look_again);
+			g_mutex_unlock(&m->lock);
+			pr_source_note_changes(m);
+			g_mutex_lock(&m->lock);
+			if (m->sm.state == PR_STATE_POSTCOPY_PAUSED && !m->quit)
+				g_cond_wait_until(&m->changed, &m->lock, look_again);
 		} else if (g_get_monotonic_time() >= due) {
 			m->resume = PR_RESUME_AUTOMATIC;
 			pr_migration_step_locked(m, PR_EVENT_RESUME, PR_ROLE_SOURCE,
@@ -658,24 +685,20 @@ static PrConn *recover(PrMigration *m)
 		return NULL;
 	}
 	if (conn && (conn->granted || pr_source_send_grants(conn, &error)) &&
-	    tell_rest(m, conn, &error) && pr_source_recover(m, conn, &error))
+	    tell_rest(m, conn, &error) && pr_source_recover(m, conn, &error)) {
+		pr_source_note_changes(m);
+		pr_kill_point(PR_KILL_SOURCE_RECOVERED);
 		return conn;
+	}
 	pr_attempt_failed(m, error);
 	if (conn)
 		pr_conn_close(conn);
 	return NULL;
 }
 
-gpointer pr_source_thread(gpointer migration)
+/* conn NULL: paused. */
+static void see_through(PrMigration *m, PrConn *conn)
 {
-	PrMigration *m = migration;
-	g_autoptr(GError) error = NULL;
-	PrConn *conn = NULL;
-
-	if (!switch_over(m, &conn, &error)) {
-		undo(m, conn, error);
-		return NULL;
-	}
 	for (guint attempts = 0;; attempts++) {
 		if (conn) {
 			attempts = 0;
@@ -688,8 +711,39 @@ gpointer pr_source_thread(gpointer migration)
 		wait_for_recovery(m, attempts);
 		if (is_over(m)) {
 			pr_standby_stop(m);
-			return NULL;
+			return;
 		}
 		conn = recover(m);
 	}
+}
+
+static void note_end(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	gboolean completed = m->sm.state == PR_STATE_COMPLETED;
+	g_mutex_unlock(&m->lock);
+	if (completed)
+		pr_source_note_completed(m);
+}
+
+gpointer pr_source_thread(gpointer migration)
+{
+	PrMigration *m = migration;
+	g_autoptr(GError) error = NULL;
+	PrConn *conn = NULL;
+
+	if (!switch_over(m, &conn, &error)) {
+		undo(m, conn, error);
+		return NULL;
+	}
+	see_through(m, conn);
+	note_end(m);
+	return NULL;
+}
+
+gpointer pr_source_resumed_thread(gpointer migration)
+{
+	see_through(migration, NULL);
+	note_end(migration);
+	return NULL;
 }

@@ -231,3 +231,23 @@ PrAction pr_state_step(PrStateMachine *sm, PrEvent event, PrRole role, gint64 no
 	note_times(sm, old, event, now);
 	return rule->action == PR_ACTION_RUN ? run_once(sm, now) : rule->action;
 }
+
+void pr_state_restore(PrStateMachine *sm, PrRole role, PrState state, gboolean run, gint64 now)
+{
+	g_assert(state == PR_STATE_POSTCOPY_PAUSED || state == PR_STATE_COMPLETED);
+	*sm = (PrStateMachine){
+		.role = role,
+		.state = state,
+		.run = run,
+		.started = now,
+		.stopped = now,
+		.loaded = now,
+		.running = run ? now : 0,
+	};
+	if (state == PR_STATE_COMPLETED) {
+		sm->ended = now;
+		return;
+	}
+	sm->pauses = 1;
+	sm->paused = now;
+}

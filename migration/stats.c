@@ -20,6 +20,8 @@ void pr_migration_begin_times(PrMigration *m)
 	m->times = times;
 	g_mutex_unlock(&m->lock);
 	pr_blocktime_free(old);
+	if (vcpus)
+		pr_kept_set_vcpus(m->ram->kept, (uint32_t *)vcpus->data, vcpus->len);
 }
 
 /* Bytes of guest RAM that travelled so far. */

@@ -12,6 +12,7 @@
 
 #include "guest/guest.h"
 #include "migration/migration.h"
+#include "migration/record.h"
 #include "monitor/log.h"
 #include "monitor/monitor.h"
 #include "transport/tls.h"
@@ -28,6 +29,8 @@ typedef struct Options {
 	char *tls_dir;
 	char **tls_allow;
 	gboolean insecure;
+	char *state_dir;
+	gboolean resume;
 	gboolean hmp;
 	gboolean version;
 } Options;
@@ -41,6 +44,7 @@ static void options_clear(Options *options)
 	g_free(options->log);
 	g_free(options->tls_dir);
 	g_strfreev(options->tls_allow);
+	g_free(options->state_dir);
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Options, options_clear)
 
@@ -134,6 +138,14 @@ static gboolean parse_options(Options *options, int *argc, char ***argv, GError 
 		 "CN|DN"},
 		{"insecure", 0, 0, G_OPTION_ARG_NONE, &options->insecure,
 		 "listen without TLS on addresses that other hosts can reach", NULL},
+		{"resume", 'r', 0, G_OPTION_ARG_NONE, &options->resume,
+		 "go on with the migration that an engine which has died has left behind; harmless when "
+		 "there is none",
+		 NULL},
+		{"state-dir", 0, 0, G_OPTION_ARG_FILENAME, &options->state_dir,
+		 "source: where to note what --resume needs (default: /run/postroad, or in "
+		 "$XDG_RUNTIME_DIR)",
+		 "DIR"},
 		{"version", 'v', 0, G_OPTION_ARG_NONE, &options->version, "show the version", NULL},
 		{NULL},
 	};
@@ -279,13 +291,37 @@ static void prepare_process(void)
 	}
 }
 
+/* Before anybody can give a command. */
+static gboolean take_up(const Options *options, PrMigration *migration, PrRole *ret_role,
+			GError **error)
+{
+	g_autofree char *dir =
+		options->state_dir ? g_strdup(options->state_dir) : pr_record_default_dir();
+
+	return pr_migration_keep_record(migration, dir, options->guest, error) &&
+	       pr_migration_resume(migration, options->resume, ret_role, error);
+}
+
+/* The same arguments serve whichever side an engine is on by now. */
+static gboolean wants_incoming(const Options *options, PrRole role)
+{
+	if (options->incoming && role == PR_ROLE_SOURCE)
+		g_message("--incoming has to wait: this engine is the source of a migration");
+	return options->incoming && role != PR_ROLE_SOURCE &&
+	       strcmp(options->incoming, "defer") != 0;
+}
+
 static gboolean serve(const Options *options, Engine *engine, PrMigration *migration,
 		      GError **error)
 {
+	PrRole role;
+
 	pr_monitor_attach(engine->monitor, migration);
+	if (!take_up(options, migration, &role, error))
+		return FALSE;
 	if (options->qmp && !pr_monitor_listen(engine->monitor, options->qmp, error))
 		return FALSE;
-	if (options->incoming && strcmp(options->incoming, "defer") &&
+	if (wants_incoming(options, role) &&
 	    !pr_migration_incoming(migration, options->incoming, error)) {
 		g_prefix_error(error, "--incoming: ");
 		return FALSE;

@@ -67,6 +67,8 @@ struct PrAgent {
 	struct stat socket_stat; /* of the socket file we made */
 	AgentConn conns[PR_AGENT_CONNS];
 	uint64_t last_serial;
+	/* The worker's: the guest ran when it was stopped first, and was not let run since. */
+	bool stopped_running;
 	pthread_t server;
 	pthread_t worker;
 };

@@ -2,6 +2,8 @@
 /*
  * The thread that calls the VMM: stop, run, save and load, one at a time. It is not the server thread,
  * since load() may wait for a page for as long as the path is down.
+ *
+ * STOP says whether the guest ran when it was stopped first: engines may die, and the next one asks again.
  */
 #include <errno.h>
 #include <string.h>
@@ -95,10 +97,12 @@ static void do_job(PrAgent *agent, const AgentJob *job, AgentResult *result, int
 	switch (job->op) {
 	case PR_AGENT_STOP:
 		err = agent->ops.stop(agent->opaque, &was_running);
-		result->flags = was_running ? PR_AGENT_FLAG_WAS_RUNNING : 0;
+		agent->stopped_running |= !err && was_running;
+		result->flags = agent->stopped_running ? PR_AGENT_FLAG_WAS_RUNNING : 0;
 		break;
 	case PR_AGENT_RUN:
 		err = agent->ops.run(agent->opaque);
+		agent->stopped_running &= err != 0;
 		break;
 	case PR_AGENT_SAVE:
 		err = do_save(agent, ret_fd);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The test guest as a program: `workload --socket PATH --size 64M …`. It prints a line a second; on SIGUSR1 it
- * verifies every page and says so; on SIGTERM or SIGINT, or after --seconds, likewise, and exits: 0, if none was
+ * The test guest as a program: `workload --socket PATH --size 64M …`. It prints a line each --report ms; on SIGUSR1
+ * it verifies every page and says so; on SIGTERM or SIGINT, or after --seconds, likewise, and exits: 0, if none was
  * ever wrong.
  */
 #include <glib-unix.h>
@@ -77,12 +77,12 @@ static int final_check(TestGuest *guest, gboolean has_memory)
 	return testguest_corrupt(guest) || corrupt ? 1 : 0;
 }
 
-static void run_until_told(Workload *work, int seconds)
+static void run_until_told(Workload *work, int seconds, int report_ms)
 {
 	g_autoptr(GMainLoop) loop = g_main_loop_new(NULL, FALSE);
 
 	work->loop = loop;
-	g_timeout_add_seconds(1, print_line, work);
+	g_timeout_add(report_ms, print_line, work);
 	g_unix_signal_add(SIGUSR1, verify, work);
 	g_unix_signal_add(SIGTERM, quit, work);
 	g_unix_signal_add(SIGINT, quit, work);
@@ -95,7 +95,7 @@ int main(int argc, char **argv)
 {
 	g_autofree char *socket = NULL;
 	g_autofree char *size = NULL;
-	int blocks = 2, threads = 4, pace_us = 0, seconds = 0, seed = 1;
+	int blocks = 2, threads = 4, pace_us = 0, seconds = 0, seed = 1, report_ms = 1000;
 	gboolean incoming = FALSE, paused = FALSE;
 	const GOptionEntry entries[] = {
 		{"socket", 0, 0, G_OPTION_ARG_FILENAME, &socket, "agent socket to serve", "PATH"},
@@ -104,6 +104,8 @@ int main(int argc, char **argv)
 		{"threads", 0, 0, G_OPTION_ARG_INT, &threads, "threads (4)", "N"},
 		{"pace", 0, 0, G_OPTION_ARG_INT, &pace_us, "rest between 16 pages (0)", "US"},
 		{"seed", 0, 0, G_OPTION_ARG_INT, &seed, "of the contents (1)", "N"},
+		{"report", 0, 0, G_OPTION_ARG_INT, &report_ms, "time between two lines (1000)",
+		 "MS"},
 		{"seconds", 0, 0, G_OPTION_ARG_INT, &seconds, "then verify and exit", "N"},
 		{"incoming", 0, 0, G_OPTION_ARG_NONE, &incoming, "wait to be loaded", NULL},
 		{"paused", 0, 0, G_OPTION_ARG_NONE, &paused, "fill memory, do not run", NULL},
@@ -120,7 +122,7 @@ int main(int argc, char **argv)
 		return 2;
 	}
 	if (!socket || (size && !parse_size(size, &config.size)) || blocks < 1 || threads < 1 ||
-	    pace_us < 0) {
+	    pace_us < 0 || report_ms < 1) {
 		fprintf(stderr, "workload: needs --socket PATH, a --size such as 64M, and --blocks "
 				"and --threads of at least 1\n");
 		return 2;
@@ -141,6 +143,6 @@ int main(int argc, char **argv)
 	if (!incoming)
 		testguest_start(guest);
 	work.guest = guest;
-	run_until_told(&work, seconds);
+	run_until_told(&work, seconds, report_ms);
 	return final_check(guest, !incoming || testguest_loaded(guest));
 }

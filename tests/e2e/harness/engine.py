@@ -8,18 +8,49 @@ from .qmp import Qmp
 
 
 class Engine:
-    def __init__(self, lab, host, guest_option, incoming=None, name=None, settings=(), tls=None):
+    def __init__(
+        self, lab, host, guest_option, incoming=None, name=None, settings=(), tls=None, program="postroad"
+    ):
         """tls: a directory of certificates; without, the network between the namespaces is trusted."""
+        self.lab = lab
         self.name = name or f"postroad-{host.name}"
         self.qmp_path = lab.path(f"{self.name}.qmp")
         self.ctl = lab.build_file("postroadctl")
-        argv = [lab.engine_file(), "--guest", guest_option, "--qmp", self.qmp_path, "--log", "debug"]
+        argv = [lab.engine_file(program), "--guest", guest_option, "--qmp", self.qmp_path, "--log", "debug"]
+        argv += ["--state-dir", lab.path(f"state-{self.name}")]
         argv += ["--incoming", incoming] if incoming else []
         argv += ["--tls-dir", tls] if tls else ["--insecure"]
         for setting in settings:
             argv += ["--set", setting]
-        self.process = lab.start(self.name, host.command(argv), lab.sanitizer_env)
+        self.argv = host.command(argv)
+        self.process = lab.start(self.name, self.argv, lab.sanitizer_env)
         self.qmp = Qmp(self.qmp_path)
+
+    def note_killed(self):
+        """It has been killed, and was to be: its exit code is no failure."""
+        self.process.wait(20)
+        expect(self.process.exit_code() == -9, f"{self.name} ended with {self.process.exit_code()}")
+        self.process.name = f"killed-{self.name}"
+        self.qmp.close()
+
+    def kill(self):
+        """kill -9."""
+        self.process.kill()
+        self.note_killed()
+
+    def restart(self, *options, kill_at=None):
+        """A new process with the same arguments and these; kill_at: a point where it is to kill itself."""
+        env = dict(self.lab.sanitizer_env, **({"POSTROAD_KILL": kill_at} if kill_at else {}))
+        self.process = self.lab.start(self.name, self.argv + list(options), env)
+
+    def connect(self):
+        """To the monitor of the new process."""
+        self.qmp = Qmp(self.qmp_path)
+
+    def resume(self):
+        """What an operator, or systemd, does after the engine has died."""
+        self.restart("--resume")
+        self.connect()
 
     def hmp(self, line, seconds=20):
         """What postroadctl prints for one HMP line; QEMU's words for a refusal are in the text."""

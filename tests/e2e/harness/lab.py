@@ -55,8 +55,8 @@ class Lab:
         """A program or library of the plain build, wherever meson has put it."""
         return find_built(self.build, name)
 
-    def engine_file(self):
-        return find_built(self.engine_build, "postroad")
+    def engine_file(self, program="postroad"):
+        return find_built(self.engine_build, program)
 
     def certificates(self):
         """Makes a CA and what each side needs of it; returns a directory for (source, destination)."""
@@ -124,7 +124,7 @@ class Move:
     """The usual cast: a running guest at the source, an empty QEMU at the destination, an engine beside
     each, and the steps of a migration as one call each."""
 
-    def __init__(self, lab, scheme="ofi", spec=None, destination_spec=None, incoming=None, settings=(), tls=False):
+    def __init__(self, lab, scheme="ofi", spec=None, destination_spec=None, incoming=None, settings=(), tls=False, program="postroad"):
         """tls: certificates are made, and both engines use them."""
         self.lab = lab
         self.scheme = scheme
@@ -135,7 +135,7 @@ class Move:
         incoming = incoming or f"{scheme}:0.0.0.0:4444"
         certs = lab.certificates() if tls else (None, None)
         self.source = Engine(
-            lab, self.network.source, self.source_vm.guest_option(), settings=settings, tls=certs[0]
+            lab, self.network.source, self.source_vm.guest_option(), settings=settings, tls=certs[0], program=program
         )
         self.destination = Engine(
             lab,
@@ -144,6 +144,7 @@ class Move:
             incoming,
             settings=settings,
             tls=certs[1],
+            program=program,
         )
         self.engines = (self.source, self.destination)
         self.source_vm.wait_booted()

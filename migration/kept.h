@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The state memfd: what a destination engine that follows a dead one has to know. The agent in the guest's
+ * process keeps it, so that it lives exactly as long as the memory that it describes.
+ *
+ * The engine maps it MAP_SHARED and works on it: the received bitmaps of ram.h are these very words. So nothing is
+ * copied, and what is set is kept from that instruction on, however the engine ends. A head with the block table,
+ * then a bitmap for each block. The file's size is sealed.
+ *
+ * What is not kept: claims, READs, faults that were read, connections. Whoever follows asks for every page that
+ * is not received. Why that is right, and nothing of the dead engine lands late:
+ *
+ *  - A page whose bit is clear has never been exposed: CONTINUE and ZEROPAGE come only after the bit is set
+ *    (ram.h), and without them a range that is registered MISSING|MINOR maps nothing, also not a page that lies in
+ *    the memfd already: that is a MINOR fault. So bytes that landed in it, whole or in part, are seen by nobody
+ *    before they are overwritten by the READ of the next engine.
+ *  - A page whose bit is set is never written by an engine again, and all of its bytes were there before the bit
+ *    (seq_cst; the page cache has no other view of it).
+ *  - tcp, ofi: bytes are copied into the memfd by a thread of the engine. They end with the process, before
+ *    anybody can learn of its death; its sockets go with it.
+ *  - rdma: the card writes. A queue pair belongs to an open file of the process, and to the process's mappings of
+ *    it; the kernel destroys the pair, and unpins the memory, when the last of both goes: in exit(), before the
+ *    process can be waited for. So the next engine first waits until the last one's process is gone
+ *    (pr_kept_await_engine). Second fence: the source puts its end of a connection to the error state before it
+ *    comes with a higher epoch (pr_conn_close), and a queue pair in that state answers no READ.
+ */
+#pragma once
+
+#include "guest/guest.h"
+#include "transport/transport.h"
+
+/* How far it has come. Only ever grows, until the memfd is forgotten. */
+typedef enum PrKeptStage {
+	PR_KEPT_SETUP,	 /* the guest is the source's, this process may hold half of it */
+	PR_KEPT_LOADED,	 /* the device state is in place: RUN may come */
+	PR_KEPT_RUN,	 /* RUN was seen: the guest lives here. It may not have been started yet */
+	PR_KEPT_STARTED, /* it was */
+	PR_KEPT_COMPLETED, /* every page is in place. The source may not know yet */
+	PR_KEPT_ENDED,	   /* given up before RUN; the fault mode may be on still */
+	PR_KEPT_N_STAGES
+} PrKeptStage;
+
+#define PR_KEPT_VCPUS_MAX 1024
+
+typedef struct PrKept PrKept;
+
+/* For these blocks; nothing received, PR_KEPT_SETUP. Errors: PR_MIGRATION_ERROR_SYSTEM. */
+PrKept *pr_kept_new(const PrGuestBlock *blocks, guint n, GError **error);
+/* What an agent gave back; takes the descriptor. Refuses, in words, what was not made by an engine of this layout,
+ * or is not whole. */
+PrKept *pr_kept_attach(int fd, GError **error);
+void pr_kept_free(PrKept *kept);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrKept, pr_kept_free)
+
+/* For the agent; stays ours. */
+int pr_kept_fd(const PrKept *kept);
+/* The received bitmap of a block. */
+unsigned long *pr_kept_received(const PrKept *kept, guint block);
+/* Atomic, for ram.c: bytes of zero pages, a statistic. */
+uint64_t *pr_kept_zero_bytes(const PrKept *kept);
+/* As they were when it was made: idstr, size, page_size and base. The caller's to g_free(); the names belong to kept. */
+PrGuestBlock *pr_kept_blocks(const PrKept *kept, guint *ret_n);
+
+void pr_kept_set_identity(PrKept *kept, const PrBinding *binding);
+void pr_kept_identity(const PrKept *kept, PrBinding *ret);
+/* Atomic; from any thread. */
+PrKeptStage pr_kept_stage(const PrKept *kept);
+void pr_kept_set_stage(PrKept *kept, PrKeptStage stage);
+gboolean pr_kept_held(const PrKept *kept);
+void pr_kept_set_held(PrKept *kept, gboolean held);
+/* Whether pages are verified. Set with the identity. */
+gboolean pr_kept_verifies(const PrKept *kept);
+void pr_kept_set_verifies(PrKept *kept, gboolean verifies);
+/* Whether the guest ran on the source. Set before PR_KEPT_LOADED. */
+gboolean pr_kept_was_running(const PrKept *kept);
+void pr_kept_set_was_running(PrKept *kept, gboolean was_running);
+/* Threads of the vCPUs, for statistics. */
+void pr_kept_set_vcpus(PrKept *kept, const uint32_t *vcpus, guint n);
+const uint32_t *pr_kept_vcpus(const PrKept *kept, guint *ret_n);
+
+/* Waits until the engine that worked on it last is gone, and takes its place. */
+gboolean pr_kept_await_engine(PrKept *kept, guint timeout_ms, GError **error);

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The moments at which it matters what an engine that dies leaves behind. A test program may hook itself in and kill
+ * the process there (tests/e2e/killable.c); in the engine as it is installed nobody does, and a point is one
+ * comparison.
+ */
+#pragma once
+
+#include <glib.h>
+
+/* What the names say has just been done. Those of the source, of the destination, of both. */
+#define PR_KILL_POINTS(POINT)                                                                      \
+	POINT(SOURCE_STOPPING_NOTED, "source-stopping-noted")                                      \
+	POINT(SOURCE_STOPPED, "source-stopped")                                                    \
+	POINT(SOURCE_RAM_TOLD, "source-ram-told")                                                  \
+	POINT(SOURCE_STATE_SENT, "source-state-sent")                                              \
+	POINT(SOURCE_LOADED, "source-loaded")                                                      \
+	POINT(SOURCE_HANDED_OVER_NOTED, "source-handed-over-noted")                                \
+	POINT(SOURCE_ACTIVE, "source-active")                                                      \
+	POINT(SOURCE_RUN_SENT, "source-run-sent")                                                  \
+	POINT(SOURCE_TAKEN_BACK_NOTED, "source-taken-back-noted")                                  \
+	POINT(SOURCE_RESUMED_GUEST, "source-resumed-guest")                                        \
+	POINT(SOURCE_COMPLETED, "source-completed")                                                \
+	POINT(SOURCE_COMPLETED_NOTED, "source-completed-noted")                                    \
+	POINT(SOURCE_INCARNATION_NOTED, "source-incarnation-noted")                                \
+	POINT(SOURCE_RECONNECTED, "source-reconnected")                                            \
+	POINT(SOURCE_BITMAPS_TAKEN, "source-bitmaps-taken")                                        \
+	POINT(SOURCE_RESUME_SENT, "source-resume-sent")                                            \
+	POINT(SOURCE_RECOVERED, "source-recovered")                                                \
+	POINT(DESTINATION_STATE_KEPT, "destination-state-kept")                                    \
+	POINT(DESTINATION_FAULTS_ON, "destination-faults-on")                                      \
+	POINT(DESTINATION_LISTENING, "destination-listening")                                      \
+	POINT(DESTINATION_LOADED, "destination-loaded")                                            \
+	POINT(DESTINATION_LOADED_NOTED, "destination-loaded-noted")                                \
+	POINT(DESTINATION_RUN_NOTED, "destination-run-noted")                                      \
+	POINT(DESTINATION_RUNNING, "destination-running")                                          \
+	POINT(DESTINATION_STARTED_NOTED, "destination-started-noted")                              \
+	POINT(DESTINATION_PAGE_LANDED, "destination-page-landed")                                  \
+	POINT(DESTINATION_PAGE_RECEIVED, "destination-page-received")                              \
+	POINT(DESTINATION_PAGE_EXPOSED, "destination-page-exposed")                                \
+	POINT(DESTINATION_ZERO_RECEIVED, "destination-zero-received")                              \
+	POINT(DESTINATION_READMITTED, "destination-readmitted")                                    \
+	POINT(DESTINATION_BITMAP_SENT, "destination-bitmap-sent")                                  \
+	POINT(DESTINATION_RESUME_ACKED, "destination-resume-acked")                                \
+	POINT(DESTINATION_COMPLETED_NOTED, "destination-completed-noted")                          \
+	POINT(DESTINATION_SHUT_SENT, "destination-shut-sent")                                      \
+	POINT(DESTINATION_RELEASED, "destination-released")                                        \
+	POINT(DESTINATION_ENDED_NOTED, "destination-ended-noted")                                  \
+	POINT(DESTINATION_ADOPTED, "destination-adopted")                                          \
+	POINT(DESTINATION_WOKEN, "destination-woken")                                              \
+	POINT(RECORD_WRITTEN, "record-written")                                                    \
+	POINT(RECORD_RENAMED, "record-renamed")
+
+#define PR_KILL_POINT_ID(id, name) PR_KILL_##id,
+typedef enum PrKillPoint { PR_KILL_POINTS(PR_KILL_POINT_ID) PR_N_KILL_POINTS } PrKillPoint;
+#undef PR_KILL_POINT_ID
+
+/* Set before there are threads, or never. */
+extern void (*pr_kill_hook)(PrKillPoint point);
+const char *pr_kill_point_name(PrKillPoint point);
+
+static inline void pr_kill_point(PrKillPoint point)
+{
+	if (G_UNLIKELY(pr_kill_hook))
+		pr_kill_hook(point);
+}

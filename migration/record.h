@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What a source writes down, so that the engine which follows it knows whose the guest is.
+ *
+ * One file for each guest, in the state directory; it holds the migration's secret and is for its owner only (0600).
+ * A change is durable when the call returns: written beside it, synced, renamed over it, the directory synced. So
+ * whatever moment the engine dies at, the file is the old one or the new one.
+ *
+ * It is about one process of a guest (process.h): the file of a guest that is gone says nothing about the one that
+ * has its sockets now.
+ */
+#pragma once
+
+#include "guest/guest.h"
+#include "transport/transport.h"
+
+typedef enum PrRecordStage {
+	PR_RECORD_NONE,	       /* no file */
+	PR_RECORD_STOPPING,    /* the guest may have been stopped; RUN was not sent */
+	PR_RECORD_HANDED_OVER, /* RUN may have been sent: the guest is the destination's */
+	PR_RECORD_COMPLETED,   /* and it has all of it */
+} PrRecordStage;
+
+typedef struct PrRecord {
+	char *path;    /* constant; of the file */
+	char *spec;    /* constant; of the guest, as in --guest */
+	char *process; /* constant; of the guest */
+
+	PrRecordStage stage;
+	gboolean was_running; /* the guest ran before it was stopped */
+	gboolean held;	      /* a human has paused it */
+	/* How often an engine has taken this migration up. The upper half of its epochs. */
+	uint32_t incarnation;
+	uint8_t uuid[PR_UUID_BYTES];
+	uint8_t secret[PR_SECRET_BYTES];
+	char *uris;
+	PrGuestBlock *blocks; /* n_blocks; idstr, size, page_size and base */
+	guint n_blocks;
+} PrRecord;
+
+/* Of a guest in a directory, as the file has it now; without a file, PR_RECORD_NONE. Refuses a file that is not a
+ * whole record, naming it. */
+PrRecord *pr_record_open(const char *dir, const char *spec, const char *process, GError **error);
+void pr_record_free(PrRecord *record);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrRecord, pr_record_free)
+
+void pr_record_set_blocks(PrRecord *record, const PrGuestBlock *blocks, guint n);
+void pr_record_set_uris(PrRecord *record, const char *uris);
+/* Durable when it returns TRUE; otherwise the file is as it was. The error names the directory. */
+gboolean pr_record_save(PrRecord *record, PrRecordStage stage, GError **error);
+/* PR_RECORD_NONE. */
+gboolean pr_record_remove(PrRecord *record, GError **error);
+
+/* Where records are by default: /run/postroad for root, else in $XDG_RUNTIME_DIR. g_free() it. */
+char *pr_record_default_dir(void);

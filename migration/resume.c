@@ -1,0 +1,432 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * An engine follows one that has died.
+ *
+ * The destination's facts are in the state memfd that the agent keeps (kept.h), the source's in a file (record.h).
+ * Both say how far the migration had come, and each step of them is durable before what it says may be seen by
+ * anybody else:
+ *
+ *	source                                             what who follows does
+ *	  no record                                         nothing: the guest has not been stopped
+ *	  STOPPING     before the guest is stopped          lets it run on, removes the record
+ *	  HANDED_OVER  before RUN can be sent               postcopy-paused; this guest never runs again
+ *	  (STOPPING    again, before a guest whose RUN was never sent may run: taken back)
+ *	  (removed     after it runs)
+ *	  COMPLETED    after the destination has said so    completed
+ *
+ *	destination
+ *	  SETUP        before the fault mode is on          gives it up: the guest is the source's
+ *	  LOADED       before PONG can be sent              postcopy-paused; runs when a recovery says so
+ *	  RUN          before the guest is let run          lets it run (again: harmless), postcopy-paused
+ *	  STARTED      after it                             postcopy-paused
+ *	  COMPLETED    before SHUT can be sent              completed, and tells a source that asks
+ *	  ENDED        before the fault mode is turned off  turns it off
+ *
+ * So the guest runs on one side at most: the source runs it only while its record says that RUN was never sent, and
+ * the destination only after it has seen RUN, or a RESUME, which a source sends only after HANDED_OVER. And on one
+ * side at least, once a human or the paths let the two sides meet: HANDED_OVER is only ever left for COMPLETED, and a
+ * destination that has LOADED waits for ever.
+ *
+ * RAM of the guest itself needs no durability: whatever loses it loses the guest's process, and the record or
+ * the memfd with it, as they are about that one process.
+ *
+ * Epochs. A destination takes no epoch that is not higher than those it knows. A source may have used any number
+ * of them since its record was written; so the upper half of an epoch is the incarnation, which is raised, durably,
+ * before the first epoch of a new engine is used.
+ *
+ * Two engines for one guest: the agent serves one connection at a time, and the kernel closes that of a process that
+ * ends. kept.h tells why nothing of the dead one lands late.
+ */
+#include <string.h>
+
+#include "migration/internal.h"
+#include "migration/killpoint.h"
+#include "migration/place.h"
+
+/* ---- what the source notes ---- */
+
+static char *join_uris(PrMigration *m)
+{
+	GString *text = g_string_new(NULL);
+
+	g_mutex_lock(&m->lock);
+	for (guint i = 0; m->uris && i < m->uris->len; i++)
+		g_string_append_printf(text, "%s%s", i > 0 ? "," : "",
+				       ((PrUri *)g_ptr_array_index(m->uris, i))->text);
+	g_mutex_unlock(&m->lock);
+	return g_string_free(text, FALSE);
+}
+
+static void note_blocks(PrRecord *record, const PrRam *ram)
+{
+	g_autofree PrGuestBlock *blocks = g_new0(PrGuestBlock, ram->n_blocks);
+
+	for (guint i = 0; i < ram->n_blocks; i++)
+		blocks[i] = (PrGuestBlock){.idstr = ram->blocks[i].idstr,
+					   .size = ram->blocks[i].size,
+					   .page_size = ram->blocks[i].page_size,
+					   .base = ram->blocks[i].base};
+	pr_record_set_blocks(record, blocks, ram->n_blocks);
+}
+
+gboolean pr_source_note_stopping(PrMigration *m, GError **error)
+{
+	PrRecord *record = m->record;
+	g_autofree char *uris = NULL;
+
+	if (!record)
+		return TRUE;
+	if (!m->guest->ops->is_running(m->guest, &record->was_running, error))
+		return FALSE;
+	uris = join_uris(m);
+	g_mutex_lock(&m->lock);
+	memcpy(record->uuid, m->binding.uuid, PR_UUID_BYTES);
+	memcpy(record->secret, m->binding.secret, PR_SECRET_BYTES);
+	g_mutex_unlock(&m->lock);
+	record->incarnation = 0;
+	record->held = FALSE;
+	pr_record_set_uris(record, uris);
+	note_blocks(record, m->ram);
+	if (!pr_record_save(record, PR_RECORD_STOPPING, error))
+		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_STOPPING_NOTED);
+	return TRUE;
+}
+
+gboolean pr_source_note_handed_over(PrMigration *m, GError **error)
+{
+	if (m->record && !pr_record_save(m->record, PR_RECORD_HANDED_OVER, error))
+		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_HANDED_OVER_NOTED);
+	return TRUE;
+}
+
+/* A full disk lets a file be removed, if it lets none be written. Without any record who follows would not let the
+ * guest run either, but could not resume it by a mistake. */
+void pr_source_note_taken_back(PrMigration *m)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (!m->record || m->record->stage != PR_RECORD_HANDED_OVER)
+		return;
+	if (!pr_record_save(m->record, PR_RECORD_STOPPING, &error) &&
+	    !pr_record_remove(m->record, NULL))
+		g_critical(
+			"%s; remove %s by hand: it says that this guest was handed over, and it was "
+			"not",
+			error->message, m->record->path);
+	pr_kill_point(PR_KILL_SOURCE_TAKEN_BACK_NOTED);
+}
+
+void pr_source_note_stays(PrMigration *m)
+{
+	g_autoptr(GError) error = NULL;
+
+	pr_kill_point(PR_KILL_SOURCE_RESUMED_GUEST);
+	if (m->record && m->record->stage != PR_RECORD_NONE && !pr_record_remove(m->record, &error))
+		g_warning("%s", error->message);
+}
+
+void pr_source_note_completed(PrMigration *m)
+{
+	g_autoptr(GError) error = NULL;
+
+	pr_kill_point(PR_KILL_SOURCE_COMPLETED);
+	/* HANDED_OVER says enough: a recovery would learn that it is complete. */
+	if (m->record && !pr_record_save(m->record, PR_RECORD_COMPLETED, &error))
+		g_warning("%s", error->message);
+	pr_kill_point(PR_KILL_SOURCE_COMPLETED_NOTED);
+}
+
+/* Paths that were named since, and a human's wish that it stays paused. */
+void pr_source_note_changes(PrMigration *m)
+{
+	PrRecord *record = m->record;
+	g_autoptr(GError) error = NULL;
+	g_autofree char *uris = NULL;
+
+	if (!record || record->stage != PR_RECORD_HANDED_OVER)
+		return;
+	uris = join_uris(m);
+	g_mutex_lock(&m->lock);
+	gboolean held = m->held;
+	g_mutex_unlock(&m->lock);
+	if (held == record->held && strcmp(uris, record->uris ? record->uris : "") == 0)
+		return;
+	record->held = held;
+	pr_record_set_uris(record, uris);
+	if (!pr_record_save(record, PR_RECORD_HANDED_OVER, &error))
+		g_warning("%s", error->message);
+}
+
+gboolean pr_migration_keep_record(PrMigration *m, const char *dir, const char *spec, GError **error)
+{
+	g_autofree char *process = m->guest->ops->process(m->guest);
+
+	m->record = pr_record_open(dir, spec, process, error);
+	return m->record != NULL;
+}
+
+/* ---- the destination ---- */
+
+static gboolean wake_all(PrMigration *m, GError **error)
+{
+	for (guint i = 0; i < m->ram->n_blocks; i++)
+		if (!pr_place_wake_all(m->uffd, &m->ram->blocks[i], error))
+			return FALSE;
+	pr_kill_point(PR_KILL_DESTINATION_WOKEN);
+	return TRUE;
+}
+
+/* The faults that the dead engine has read are lost; whoever waits is woken, and faults again. */
+static gboolean serve_faults(PrMigration *m, GError **error)
+{
+	return pr_destination_start_workers(m, /* fresh= */ FALSE, error) && wake_all(m, error);
+}
+
+/* Which parts of the state machine follow from the stage. */
+static void restore_destination(PrMigration *m, PrKeptStage stage)
+{
+	gboolean completed = stage == PR_KEPT_COMPLETED;
+	const char *reason =
+		completed ? "the guest had arrived when the last engine ended"
+		: stage == PR_KEPT_LOADED
+			? "the last engine ended when the device state had been loaded"
+			: "the last engine ended while the guest's memory was under way";
+
+	g_mutex_lock(&m->lock);
+	pr_kept_identity(m->ram->kept, &m->binding);
+	m->held = pr_kept_held(m->ram->kept);
+	m->verifies = pr_kept_verifies(m->ram->kept);
+	m->guest_was_running = pr_kept_was_running(m->ram->kept);
+	m->guest_started = stage == PR_KEPT_STARTED || completed;
+	m->pages_at_pause = pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE;
+	pr_migration_restore_locked(m, PR_ROLE_DESTINATION,
+				    completed ? PR_STATE_COMPLETED : PR_STATE_POSTCOPY_PAUSED,
+				    stage >= PR_KEPT_RUN, reason);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+}
+
+/* Takes kept. */
+static gboolean adopt_ram(PrMigration *m, PrKept *kept, GError **error)
+{
+	guint n, n_vcpus;
+	g_autofree PrGuestBlock *known = pr_kept_blocks(kept, &n);
+	const PrGuestBlock *blocks = m->guest->ops->adopt(m->guest, known, n, error);
+	PrRam *ram = NULL;
+
+	if (blocks)
+		ram = pr_ram_adopt(blocks, n, kept, error);
+	else
+		pr_kept_free(kept);
+	if (!ram)
+		return FALSE;
+	const uint32_t *vcpus = pr_kept_vcpus(kept, &n_vcpus);
+	g_mutex_lock(&m->lock);
+	m->ram = ram;
+	m->times = pr_blocktime_new(vcpus, n_vcpus);
+	g_mutex_unlock(&m->lock);
+	pr_kill_point(PR_KILL_DESTINATION_ADOPTED);
+	return TRUE;
+}
+
+/* Takes kept. */
+static gboolean resume_destination(PrMigration *m, PrKept *kept, GError **error)
+{
+	PrKeptStage stage = pr_kept_stage(kept);
+	guint timeout = (guint)pr_param(m->params, PR_PARAM_GUEST_TIMEOUT);
+
+	if (!pr_kept_await_engine(kept, timeout, error)) {
+		pr_kept_free(kept);
+		return FALSE;
+	}
+	if (!adopt_ram(m, kept, error))
+		return FALSE;
+	restore_destination(m, stage);
+	if (stage == PR_KEPT_COMPLETED ? !m->guest->ops->fault_off(m->guest, error)
+				       : !serve_faults(m, error))
+		return FALSE;
+	if (stage == PR_KEPT_RUN)
+		pr_destination_run(m);
+	g_message("going on as the destination of a migration that is %s: %" G_GUINT64_FORMAT
+		  " of %" G_GUINT64_FORMAT " pages are here",
+		  pr_state_name(m->sm.state), pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE,
+		  m->ram->total_bytes / PR_TARGET_PAGE);
+	g_mutex_lock(&m->lock);
+	m->owner = g_thread_new("load", pr_load_thread, m);
+	g_mutex_unlock(&m->lock);
+	return TRUE;
+}
+
+/* The guest had not come. What is left of it in the process is of no use to anybody. */
+static gboolean give_up_half(PrMigration *m, GError **error)
+{
+	if (!m->guest->ops->fault_off(m->guest, error) ||
+	    !m->guest->ops->keep_state(m->guest, -1, error))
+		return FALSE;
+	g_message("the last engine ended before the guest had come here: the guest is still the "
+		  "source's, and this side begins anew");
+	return TRUE;
+}
+
+/* ---- the source ---- */
+
+static GPtrArray *parse_recorded_uris(const PrRecord *record)
+{
+	g_autoptr(GError) error = NULL;
+	GPtrArray *uris = record->uris && *record->uris
+				  ? pr_uri_list_parse(record->uris, /* listening= */ FALSE, &error)
+				  : NULL;
+
+	if (error)
+		g_warning("%s: %s", record->path, error->message);
+	return uris ? uris : g_ptr_array_new_with_free_func((GDestroyNotify)pr_uri_free);
+}
+
+static void restore_source(PrMigration *m)
+{
+	const PrRecord *record = m->record;
+	gboolean completed = record->stage == PR_RECORD_COMPLETED;
+
+	g_mutex_lock(&m->lock);
+	memcpy(m->binding.uuid, record->uuid, PR_UUID_BYTES);
+	memcpy(m->binding.secret, record->secret, PR_SECRET_BYTES);
+	m->binding.epoch = (uint64_t)record->incarnation << 32;
+	m->uris = parse_recorded_uris(record);
+	m->n_asked = m->uris->len;
+	m->held = record->held;
+	pr_migration_begin_attempt(m);
+	pr_migration_restore_locked(
+		m, PR_ROLE_SOURCE, completed ? PR_STATE_COMPLETED : PR_STATE_POSTCOPY_PAUSED, FALSE,
+		completed ? "the guest had moved when the last engine ended"
+			  : "the last engine ended when the guest had been handed over");
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+}
+
+static gboolean resume_source(PrMigration *m, GError **error)
+{
+	PrRecord *record = m->record;
+	const PrGuestBlock *blocks;
+	PrRam *ram;
+
+	blocks = m->guest->ops->adopt(m->guest, record->blocks, record->n_blocks, error);
+	ram = blocks ? pr_ram_new(blocks, record->n_blocks, PR_GUEST_SOURCE, error) : NULL;
+	if (!ram)
+		return FALSE;
+	g_mutex_lock(&m->lock);
+	m->ram = ram;
+	g_mutex_unlock(&m->lock);
+	record->incarnation++;
+	if (!pr_record_save(record, record->stage, error))
+		return FALSE;
+	pr_kill_point(PR_KILL_SOURCE_INCARNATION_NOTED);
+	restore_source(m);
+	g_message("going on as the source of a migration that is %s; this guest belongs to the "
+		  "destination",
+		  pr_state_name(m->sm.state));
+	g_mutex_lock(&m->lock);
+	if (record->stage == PR_RECORD_HANDED_OVER)
+		m->owner = g_thread_new("migration", pr_source_resumed_thread, m);
+	g_mutex_unlock(&m->lock);
+	return TRUE;
+}
+
+static gboolean let_run_on(PrMigration *m, GError **error)
+{
+	if (!m->guest->ops->take_stopped(m->guest, m->record->was_running, error) ||
+	    !m->guest->ops->resume(m->guest, error)) {
+		g_prefix_error(error,
+			       "the last engine ended while it moved this guest, which is still "
+			       "the source's, but can't be let run: ");
+		return FALSE;
+	}
+	pr_source_note_stays(m);
+	g_message(
+		"the last engine ended before the guest was handed over: it runs on here, if it ran; "
+		"should the destination be postcopy-paused, cancel there (migrate_cancel)");
+	return TRUE;
+}
+
+/* ---- both ---- */
+
+static gboolean needs_resume(GError **error, const char *what)
+{
+	g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
+		    "%s; start this engine with --resume", what);
+	return FALSE;
+}
+
+static gboolean take_up_source(PrMigration *m, gboolean asked, GError **error)
+{
+	static const char *const words[] = {
+		[PR_RECORD_STOPPING] =
+			"the last engine of this guest ended while it was moving it, and "
+			"may have left it stopped",
+		[PR_RECORD_HANDED_OVER] =
+			"the last engine of this guest ended when it had handed it over: "
+			"it belongs to the destination, which needs its memory",
+		[PR_RECORD_COMPLETED] =
+			"this guest has moved to another host for good: quit its VMM; or",
+	};
+
+	if (!asked) {
+		needs_resume(error, words[m->record->stage]);
+		g_prefix_error(error, "%s: ", m->record->path);
+		return FALSE;
+	}
+	return m->record->stage == PR_RECORD_STOPPING ? let_run_on(m, error)
+						      : resume_source(m, error);
+}
+
+/* Takes kept. */
+static gboolean take_up_destination(PrMigration *m, PrKept *kept, gboolean asked, GError **error)
+{
+	PrKeptStage stage = pr_kept_stage(kept);
+	gboolean half = stage == PR_KEPT_SETUP || stage == PR_KEPT_ENDED;
+
+	if (!half && asked)
+		return resume_destination(m, kept, error);
+	pr_kept_free(kept);
+	if (half)
+		return give_up_half(m, error);
+	return stage == PR_KEPT_COMPLETED ||
+	       needs_resume(error, "the last engine of this guest ended in the middle of its "
+				   "migration to here");
+}
+
+/* FALSE with *ret NULL: the agent keeps nothing, or an error. */
+static gboolean fetch_kept(PrMigration *m, PrKept **ret, GError **error)
+{
+	g_autoptr(GError) inner = NULL;
+	int fd = m->guest->ops->fetch_state(m->guest, &inner);
+
+	*ret = NULL;
+	if (inner)
+		g_propagate_error(error, g_steal_pointer(&inner));
+	else if (fd >= 0)
+		*ret = pr_kept_attach(fd, error);
+	return *ret != NULL;
+}
+
+gboolean pr_migration_resume(PrMigration *m, gboolean asked, PrRole *ret_role, GError **error)
+{
+	g_autoptr(GError) inner = NULL;
+	PrKept *kept;
+	gboolean done = TRUE;
+
+	if (m->record && m->record->stage != PR_RECORD_NONE)
+		done = take_up_source(m, asked, error);
+	else if (fetch_kept(m, &kept, &inner))
+		done = take_up_destination(m, kept, asked, error);
+	else if (inner) {
+		g_propagate_error(error, g_steal_pointer(&inner));
+		done = FALSE;
+	} else if (asked)
+		g_message("nothing to resume: no engine has left a migration of this guest behind");
+	g_mutex_lock(&m->lock);
+	*ret_role = m->sm.role;
+	g_mutex_unlock(&m->lock);
+	return done;
+}
