@@ -15,6 +15,8 @@ from harness.network import LINKS
 from harness.process import Failure, die_with_parent, expect
 from harness.qmp import QmpError
 
+from watch import Poller
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 POSTCOPY = ("postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover")
 
@@ -29,6 +31,8 @@ class Stage:
         self.held = False  # somebody has paused it by hand
         self.strangers = []
         self.refused_cancels = 0
+        self.kills = 0
+        self.on_restart = None  # story's: an engine has come back
 
     def engine(self, side):
         return getattr(self.cast, side)
@@ -48,7 +52,7 @@ class Stage:
 
     def excuse(self, engines, since):
         for engine in engines:
-            self.cast.poller(engine).excused.append((since, time.monotonic() + 0.02))
+            self.cast.pollers(engine)[-1].excused.append((since, time.monotonic() + 0.02))
 
     def watch_strangers(self, all_of_them=False):
         """Those that were turned away are forgotten. All of them have to be, in the end."""
@@ -107,8 +111,23 @@ def pause(stage, action):
 
 
 @contextmanager
+def kill(stage, action):
+    """The engine dies; what an operator, or systemd, starts in its place goes on."""
+    engine = stage.engine(action.side)
+    engine.kill()
+    stage.kills += 1
+    yield
+    engine.resume()
+    stage.cast.pollers(engine).append(Poller(stage.cast.lab, engine))
+    stage.on_restart(engine)
+
+
+@contextmanager
 def stall(stage, action):
     engine = stage.engine(action.side)
+    if not engine.process.alive():
+        yield
+        return
     since = time.monotonic()
     os.kill(engine.process.pid, signal.SIGSTOP)
     try:
@@ -122,6 +141,9 @@ def stall(stage, action):
 def cancel(stage, action):
     """The guest has been handed over: there is nothing to cancel, on either side."""
     engine = stage.engine(action.side)
+    if not engine.process.alive():
+        yield
+        return
     try:
         engine.qmp.command("migrate_cancel")
         status = engine.status()
@@ -205,6 +227,7 @@ ACTIONS = {
     "one-way": one_way,
     "outage": outage,
     "pause": pause,
+    "kill": kill,
     "stall": stall,
     "cancel": cancel,
     "stranger": stranger,

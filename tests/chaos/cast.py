@@ -5,7 +5,7 @@ A cast has
   source, destination    the engines (harness.engine)
   lab, network           network: the links, as harness.network has them
   uris()                 the paths, as `migrate` takes them
-  poller(engine)         what watches its monitor
+  pollers(engine)        what watches its monitor, one for each incarnation
   verify()               the whole guest is right, at the destination"""
 
 import os
@@ -78,14 +78,14 @@ class Member:
             settings=SETTINGS,
             tls=tls,
         )
-        self.poller = Poller(lab, self.engine)
+        self.pollers = [Poller(lab, self.engine)]
 
     def end(self):
         """Both are asked to end, and have to be well."""
         self.engine.process.stop()
         code = self.engine.process.exit_code()
         expect(code in (0, -15), f"{self.engine.name} ended with {code}: {self.engine.process.output()[-2000:]}")
-        self.poller.process.stop()
+        self.pollers[-1].process.stop()
 
 
 class Chain:
@@ -126,8 +126,9 @@ class Chain:
     def host(self, side):
         return self.members[-1 if side == "destination" else -2].host
 
-    def poller(self, engine):
-        return next(member.poller for member in self.members if member.engine is engine)
+    def pollers(self, engine):
+        """All that have watched its incarnations, the present one's last."""
+        return next(member.pollers for member in self.members if member.engine is engine)
 
     def uris(self, scheme):
         host = self.members[-1].host
@@ -170,7 +171,7 @@ class Machines:
         self.move = Move(lab, spec=GuestSpec(), incoming=INCOMING, settings=SETTINGS, tls=tls)
         self.lab, self.network = lab, lab.network
         self.source, self.destination = self.move.engines
-        self.pollers = {engine.name: Poller(lab, engine) for engine in self.move.engines}
+        self.watching = {engine.name: [Poller(lab, engine)] for engine in self.move.engines}
 
     def next_round(self):
         pass
@@ -178,8 +179,8 @@ class Machines:
     def host(self, side):
         return getattr(self.network, side)
 
-    def poller(self, engine):
-        return self.pollers[engine.name]
+    def pollers(self, engine):
+        return self.watching[engine.name]
 
     def uris(self, scheme):
         schemes = {"both": ("ofi", "tcp")}.get(scheme, (scheme, scheme))

@@ -45,6 +45,8 @@ class Story:
         self.stage = Stage(cast, self.uris)
         self.where = "before its first step"
         self.times = []  # (when it began, what): each step
+        self.recovered = self.paused = 0  # by engines that have been killed since
+        self.stage.on_restart = self.restarted
 
     @property
     def engines(self):
@@ -52,15 +54,19 @@ class Story:
 
     # The beginning
 
-    def prepare(self):
+    def prepare(self, engines):
         settings = {"auto-recover": self.round.auto, "standby-paths": self.round.standbys}
         if self.options.has_verify:
             settings["verify"] = self.round.verify
         capabilities = [{"capability": name, "state": on} for name, on in settings.items()]
-        for engine in self.engines:
+        for engine in engines:
             engine.qmp.command("migrate-set-capabilities", capabilities=capabilities)
             engine.qmp.command("migrate-set-parameters", **{"bulk-read-size": self.round.read_size})
         self.set_speed(self.options.bandwidth)
+
+    def restarted(self, engine):
+        """It knows nothing of what its predecessor was told on the monitor."""
+        self.prepare([engine])
 
     def set_speed(self, bandwidth):
         self.cast.destination.qmp.command("migrate-set-parameters", **{"max-postcopy-bandwidth": bandwidth})
@@ -158,24 +164,39 @@ class Story:
             interval=0.01,
         )
 
+    @staticmethod
+    def answers(step):
+        """Whether the destination is not stopped, and alive, while the step is held."""
+        return not any(action.name in ("stall", "kill") and action.side == "destination" for action in step.actions)
+
     def do_step(self, step):
         before = self.recoveries()
+        self.note_counts(step)
         if step.burst:
             self.set_speed(BURST)
         with contextlib.ExitStack() as undo:
             for action in step.actions:
                 undo.enter_context(perform(self.stage, action))
+            if step.burst and self.answers(step):
+                self.set_speed(self.options.bandwidth)
             self.hold(step, before)
-        if step.burst:
+        if step.burst and not self.answers(step):
             self.set_speed(self.options.bandwidth)
         self.settle()
         self.tally.note(step)
         time.sleep(step.rest_ms / 1000)
 
+    def note_counts(self, step):
+        """What a source that is about to be killed has counted is lost with it."""
+        if any(action.name == "kill" and action.side == "source" for action in step.actions):
+            there = self.cast.source.query()["postroad"]
+            self.recovered += there["recoveries"]
+            self.paused += there["pauses"]
+
     def go_through(self, wanted):
         """wanted: FALSE: it is enough."""
         for number, step in enumerate(self.round.steps):
-            if self.is_over() or not wanted(self.recoveries()):
+            if self.is_over() or not wanted(self.recovered + self.recoveries()):
                 return
             self.where = f"in step {number}: {step}"
             self.times.append((time.monotonic(), self.where))
@@ -198,8 +219,9 @@ class Story:
             check_log(engine)
         there = self.cast.source.query()["postroad"]
         self.tally.rounds += 1
-        self.tally.recoveries += there["recoveries"]
-        self.tally.pauses += there["pauses"]
+        self.tally.recoveries += self.recovered + there["recoveries"]
+        self.tally.pauses += self.paused + there["pauses"]
+        self.tally.kills += self.stage.kills
         self.tally.bytes += info["ram"]["total"]
         self.tally.verified += info["postroad"].get("verified-pages", 0) * info["ram"]["page-size"]
         self.tally.refused_cancels += self.stage.refused_cancels
@@ -211,7 +233,7 @@ class Story:
 
     def run(self, wanted):
         try:
-            self.prepare()
+            self.prepare(self.engines)
             self.begin()
             self.go_through(wanted)
             self.finish()

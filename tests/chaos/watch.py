@@ -103,7 +103,7 @@ def settled(pid):
 class Leaks:
     """Compares what an engine holds after a migration with what it held after one without disturbances."""
 
-    PRIVATE_KB = 16 * 1024  # that may be more: arenas of threads that have ended, traces of paths
+    PRIVATE_KB = 8 * 1024  # that may be more: pieces between what lives on, the traces of paths
 
     def __init__(self):
         self.reference = {}  # role -> Resources
