@@ -42,6 +42,7 @@
 #include <unistd.h>
 
 #include "migration/bitmap.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
 #include "migration/readahead.h"
@@ -157,6 +158,7 @@ static gboolean post(PrFaultThread *self, guint index, uint64_t page, uint64_t n
 	uint64_t page_size = self->ram->blocks[index].page_size;
 	PrDataPath *path = self->worker.current;
 
+	pr_invariant_claimed(&self->ram->blocks[index], page, n, "a READ is posted for a fault");
 	if (!path->ops->post_read(path, PR_LANE_URGENT, index, page * page_size,
 				  (uint32_t)(n * page_size), pr_token_pack(index, page, n) | flag))
 		return FALSE;
@@ -389,6 +391,7 @@ static void take_page(PrFaultThread *self, uint64_t token)
 	}
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
+	pr_invariant_claimed(block, page, n, "an urgent READ has landed");
 	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
 	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);

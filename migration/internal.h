@@ -129,10 +129,11 @@ struct PrMigration {
 	char *claimed;	     /* text of the URI that the owner is connecting: no standby for it */
 	GPtrArray *keepers;  /* PrKeeper*; the owner's, no lock */
 	gboolean holes_told; /* the destination knows all holes; the owner's, no lock */
-	PrResume resume;     /* what kind of recovery RECOVER_SETUP is */
-	uint32_t pong;	     /* the last one received */
-	guint bitmaps_due;   /* RECV_BITMAP answers still missing */
-	PrProgress progress; /* as the destination last reported it */
+	gboolean run_may_be_seen; /* the owner's, no lock: this guest never runs here again */
+	PrResume resume;	  /* what kind of recovery RECOVER_SETUP is */
+	uint32_t pong;		  /* the last one received */
+	guint bitmaps_due;	  /* RECV_BITMAP answers still missing */
+	PrProgress progress;	  /* as the destination last reported it */
 
 	/* destination */
 	GPtrArray *listeners; /* PrListener*; only added to until free */

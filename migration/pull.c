@@ -36,6 +36,7 @@
 #include <unistd.h>
 
 #include "migration/bitmap.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
 #include "migration/verify.h"
@@ -125,6 +126,7 @@ static void place(PrPullThread *self, uint64_t token)
 	PrRamBlock *block = &pull->ram->blocks[index];
 	if (self->bytes)
 		__atomic_fetch_add(self->bytes, n * block->page_size, __ATOMIC_RELAXED);
+	pr_invariant_claimed(block, page, n, "a bulk READ has landed");
 	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
 	if (pull->ram->verify) {
 		pr_verify_landed(pull->ram->verify, token, self->id);
@@ -322,6 +324,7 @@ static gboolean post(PrPullThread *self, uint64_t token)
 
 	pr_token_unpack(token, &index, &page, &n);
 	uint32_t page_size = self->pull->ram->blocks[index].page_size;
+	pr_invariant_claimed(&self->pull->ram->blocks[index], page, n, "a bulk READ is posted");
 	if (self->pull->ram->verify)
 		pr_verify_want(self->pull->ram->verify, token, /* urgent= */ FALSE);
 	return path->ops->post_read(path, PR_LANE_BULK, index, page * page_size,

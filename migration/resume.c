@@ -40,6 +40,7 @@
 #include <string.h>
 
 #include "migration/internal.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
 
@@ -335,6 +336,7 @@ static gboolean resume_source(PrMigration *m, GError **error)
 
 static gboolean let_run_on(PrMigration *m, GError **error)
 {
+	pr_invariant_may_run(m->record->stage != PR_RECORD_STOPPING);
 	if (!m->guest->ops->take_stopped(m->guest, m->record->was_running, error) ||
 	    !m->guest->ops->resume(m->guest, error)) {
 		g_prefix_error(error,

@@ -14,6 +14,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 
 #define BACKOFF_MIN_US	   (100 * 1000) /* between automatic recoveries, doubling */
@@ -540,6 +541,7 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 	if (!pr_source_note_handed_over(m, error) ||
 	    !pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error))
 		return FALSE;
+	m->run_may_be_seen = TRUE;
 	pr_kill_point(PR_KILL_SOURCE_ACTIVE);
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RUN, NULL, &lost))
 		pr_migration_failed(m, conn, lost);
@@ -555,6 +557,7 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 	Downtime times;
 
 	m->holes_told = FALSE;
+	m->run_may_be_seen = FALSE;
 	gboolean ok = pr_source_note_stopping(m, error) && mark(&times.began) &&
 		      stop_guest(m, &was_running, error) && mark(&times.stopped) &&
 		      tell_ram(m, conn, &teller, error) && mark(&times.told) &&
@@ -596,6 +599,7 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 	if (conn)
 		pr_conn_close(conn);
 	pr_source_note_taken_back(m);
+	pr_invariant_may_run(m->run_may_be_seen);
 	if (!m->guest->ops->resume(m->guest, &error))
 		g_critical("the guest could not be resumed: %s", error->message);
 	else

@@ -29,6 +29,7 @@
 #include <xxhash.h>
 
 #include "migration/bitmap.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/migration.h"
 #include "migration/place.h"
@@ -319,6 +320,7 @@ static gboolean finish_range(PrVerify *verify, Range *range)
 
 	pr_token_unpack(range->token, &index, &page, &n);
 	PrRamBlock *block = &verify->ram->blocks[index];
+	pr_invariant_claimed(block, page, n, "what is verified has landed");
 	gboolean urgent = range->urgent;
 	g_autoptr(GArray) wrong = compare(verify, range);
 	g_mutex_lock(&verify->lock);
