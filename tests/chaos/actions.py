@@ -137,11 +137,19 @@ def stall(stage, action):
         stage.excuse([engine], since)
 
 
+def is_awake(engine):
+    """Alive, and not stopped."""
+    if not engine.process.alive():
+        return False
+    with open(f"/proc/{engine.process.pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "T"
+
+
 @contextmanager
 def cancel(stage, action):
     """The guest has been handed over: there is nothing to cancel, on either side."""
     engine = stage.engine(action.side)
-    if not engine.process.alive():
+    if not is_awake(engine):
         yield
         return
     try:
