@@ -15,9 +15,6 @@ from harness.network import LINKS
 from harness.process import Failure, die_with_parent, expect
 from harness.qmp import QmpError
 
-from watch import Poller
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 POSTCOPY = ("postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover")
 
 
@@ -26,7 +23,7 @@ class Stage:
 
     def __init__(self, cast, uris):
         self.cast = cast
-        self.network = cast.network
+        self.links = cast.links
         self.uris = uris
         self.held = False  # somebody has paused it by hand
         self.strangers = []
@@ -42,13 +39,6 @@ class Stage:
         used = next((path["uri"] for path in self.cast.source.paths() if path["state"] == "active"), self.uris[0])
         number = next((link for link in LINKS if f".{link}." in used.split(":")[1][5:]), LINKS[0])
         return number if which != "other" else LINKS[-1] + LINKS[0] - number
-
-    def heal(self):
-        """All links carry everything again."""
-        for link in LINKS:
-            for host in self.network.hosts:
-                host.run("ip", "link", "set", f"link{link}", "up")
-                host.run("ip", "neighbour", "flush", "dev", f"link{link}", "nud", "permanent")
 
     def excuse(self, engines, since):
         for engine in engines:
@@ -71,33 +61,33 @@ def perform(stage, action):
 
 @contextmanager
 def cut(stage, action):
-    stage.network.link_down(stage.link(action.path))
+    stage.links.cut(stage.link(action.path))
     yield
-    stage.heal()
+    stage.links.heal()
 
 
 @contextmanager
 def black_hole(stage, action):
-    stage.network.black_hole(stage.link(action.path))
+    stage.links.black_hole(stage.link(action.path))
     yield
-    stage.heal()
+    stage.links.heal()
 
 
 @contextmanager
 def one_way(stage, action):
     """What this side sends is lost; it hears everything."""
-    stage.network.black_hole(stage.link(action.path), senders=(stage.cast.host(action.side),))
+    stage.links.black_hole(stage.link(action.path), sender=stage.cast.host(action.side))
     yield
-    stage.heal()
+    stage.links.heal()
 
 
 @contextmanager
 def outage(stage, action):
     del action
     for link in LINKS:
-        stage.network.black_hole(link)
+        stage.links.black_hole(link)
     yield
-    stage.heal()
+    stage.links.heal()
 
 
 @contextmanager
@@ -118,7 +108,7 @@ def kill(stage, action):
     stage.kills += 1
     yield
     engine.resume()
-    stage.cast.pollers(engine).append(Poller(stage.cast.lab, engine))
+    stage.cast.watch(engine)
     stage.on_restart(engine)
 
 
@@ -163,10 +153,7 @@ def cancel(stage, action):
 
 @contextmanager
 def stranger(stage, action):
-    address, port = stage.cast.port()
-    argv = [os.path.join(HERE, "stranger"), address, str(port), action.kind]
-    name = f"stranger-{action.kind}"
-    stage.strangers.append(stage.cast.lab.start(name, stage.cast.host("source").command(argv), gently=False))
+    stage.strangers.append(stage.cast.knock(action.kind))
     yield
     stage.watch_strangers()
 

@@ -3,7 +3,7 @@
 
 A cast has
   source, destination    the engines (harness.engine)
-  lab, network           network: the links, as harness.network has them
+  lab, links             the links between their hosts
   uris()                 the paths, as `migrate` takes them
   pollers(engine)        what watches its monitor, one for each incarnation
   verify()               the whole guest is right, at the destination"""
@@ -20,6 +20,7 @@ from harness.vm import GuestSpec
 
 from watch import Poller
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 PORT, TCP_PORT = 4444, 4445
 # A path's silence is noticed soon, and what was lost is tried again soon: the more recoveries there are in a minute.
 SETTINGS = ("heartbeat-interval=20", "heartbeat-timeout=250", "probe-interval=100", "handshake-timeout=2000")
@@ -29,6 +30,27 @@ CLOSE_SECONDS = 20
 
 def uri(host, link, scheme):
     return f"{scheme}:{host.address(link)}:{TCP_PORT if scheme == 'tcp' else PORT}"
+
+
+class Links:
+    """Those of harness.network."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def cut(self, link):
+        self.network.link_down(link)
+
+    def black_hole(self, link, sender=None):
+        """sender: a host; what it sends is lost, the other one's is not."""
+        self.network.black_hole(link, senders=sender and (sender,))
+
+    def heal(self):
+        """All links carry everything again."""
+        for link in LINKS:
+            for host in self.network.hosts:
+                host.run("ip", "link", "set", f"link{link}", "up")
+                host.run("ip", "neighbour", "flush", "dev", f"link{link}", "nud", "permanent")
 
 
 class Workload:
@@ -93,7 +115,7 @@ class Chain:
 
     def __init__(self, lab, options, number, tls):
         self.lab = lab
-        self.network = lab.network
+        self.network, self.links = lab.network, Links(lab.network)
         self.options = options
         self.number = number
         self.members = []
@@ -135,8 +157,13 @@ class Chain:
         schemes = {"both": ("ofi", "tcp")}.get(scheme, (scheme, scheme))
         return [uri(host, link, each) for link, each in zip(LINKS, schemes)]
 
-    def port(self):
-        return self.members[-1].host.address(2), PORT
+    def knock(self, kind):
+        """A stranger of this kind comes to the destination's port."""
+        return knock(self.lab, self.members[-2].host, self.members[-1].host.address(2), kind)
+
+    def watch(self, engine):
+        """An engine has come back."""
+        self.pollers(engine).append(Poller(self.lab, engine))
 
     def expect_source_runs(self):
         self.members[-2].guest.wait_running()
@@ -169,7 +196,7 @@ class Machines:
     def __init__(self, lab, options, number, tls):
         del options, number
         self.move = Move(lab, spec=GuestSpec(), incoming=INCOMING, settings=SETTINGS, tls=tls)
-        self.lab, self.network = lab, lab.network
+        self.lab, self.network, self.links = lab, lab.network, Links(lab.network)
         self.source, self.destination = self.move.engines
         self.watching = {engine.name: [Poller(lab, engine)] for engine in self.move.engines}
 
@@ -186,8 +213,11 @@ class Machines:
         schemes = {"both": ("ofi", "tcp")}.get(scheme, (scheme, scheme))
         return [uri(self.network.destination, link, each) for link, each in zip(LINKS, schemes)]
 
-    def port(self):
-        return self.network.destination.address(2), PORT
+    def knock(self, kind):
+        return knock(self.lab, self.network.source, self.network.destination.address(2), kind)
+
+    def watch(self, engine):
+        self.pollers(engine).append(Poller(self.lab, engine))
 
     def expect_source_runs(self):
         self.move.expect_source_runs()
@@ -204,10 +234,15 @@ class Machines:
             expect(engine.process.exit_code() in (0, -15), f"{engine.name} ended with {engine.process.exit_code()}")
 
 
+def knock(lab, host, address, kind):
+    argv = [os.path.join(HERE, "stranger"), address, str(PORT), kind]
+    return lab.start(f"stranger-{kind}", host.command(argv), gently=False)
+
+
 def make_certificates(lab, number):
     """For engines that are both: one directory has all."""
     directory = lab.path(f"tls-{number}")
-    make_certs = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tls", "make-certs")
+    make_certs = os.path.join(HERE, "..", "tls", "make-certs")
     addresses = [host.address(link) for host in lab.network.hosts for link in LINKS]
     run([make_certs, directory, "ca"])
     run([make_certs, directory, "client", "engine"])
