@@ -26,6 +26,7 @@ class Stage:
         self.links = cast.links
         self.uris = uris
         self.held = False  # somebody has paused it by hand
+        self.stopped = set()  # names of engines
         self.strangers = []
         self.refused_cancels = 0
         self.kills = 0
@@ -37,12 +38,13 @@ class Stage:
     def link(self, which):
         """The link of the path in use, or the other one."""
         used = next((path["uri"] for path in self.cast.source.paths() if path["state"] == "active"), self.uris[0])
-        number = next((link for link in LINKS if f".{link}." in used.split(":")[1][5:]), LINKS[0])
+        number = int(used.split(":")[1].split(".")[2])
         return number if which != "other" else LINKS[-1] + LINKS[0] - number
 
     def excuse(self, engines, since):
         for engine in engines:
-            self.cast.pollers(engine)[-1].excused.append((since, time.monotonic() + 0.02))
+            for poller in self.cast.pollers(engine)[-1:]:
+                poller.excused.append((since, time.monotonic() + 0.02))
 
     def watch_strangers(self, all_of_them=False):
         """Those that were turned away are forgotten. All of them have to be, in the end."""
@@ -119,27 +121,21 @@ def stall(stage, action):
         yield
         return
     since = time.monotonic()
-    os.kill(engine.process.pid, signal.SIGSTOP)
+    stage.cast.signal(engine, signal.SIGSTOP)
+    stage.stopped.add(engine.name)
     try:
         yield
     finally:
-        os.kill(engine.process.pid, signal.SIGCONT)
+        stage.cast.signal(engine, signal.SIGCONT)
+        stage.stopped.discard(engine.name)
         stage.excuse([engine], since)
-
-
-def is_awake(engine):
-    """Alive, and not stopped."""
-    if not engine.process.alive():
-        return False
-    with open(f"/proc/{engine.process.pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0] != "T"
 
 
 @contextmanager
 def cancel(stage, action):
     """The guest has been handed over: there is nothing to cancel, on either side."""
     engine = stage.engine(action.side)
-    if not is_awake(engine):
+    if engine.name in stage.stopped or not engine.process.alive():
         yield
         return
     try:

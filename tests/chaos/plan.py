@@ -71,14 +71,16 @@ def make_action(rng, name):
     return action
 
 
-def make_step(rng, kills):
-    weights = dict(BREAKING)
-    if not kills:
-        del weights["kill"]
-    first = make_action(rng, pick(rng, weights if rng.random() < 0.75 else SHAKING))
+def leave_out(weights, without):
+    return {name: weight for name, weight in weights.items() if name not in without}
+
+
+def make_step(rng, without):
+    breaking, shaking = leave_out(BREAKING, without), leave_out(SHAKING, without)
+    first = make_action(rng, pick(rng, breaking if rng.random() < 0.75 else shaking))
     actions = [first]
     if rng.random() < 0.3:
-        second = make_action(rng, rng.choice(BESIDE))
+        second = make_action(rng, rng.choice([name for name in BESIDE if name not in without]))
         if second.name != first.name:
             actions.append(second)
     names = {action.name for action in actions}
@@ -95,7 +97,8 @@ def make_step(rng, kills):
     )
 
 
-def make_round(seed, number, n_steps, scheme=None, kills=False, verify=None):
+def make_round(seed, number, n_steps, scheme=None, without=(), verify=None):
+    """without: names of actions."""
     rng = random.Random(f"{seed}/{number}")
     round_ = Round(
         number,
@@ -106,7 +109,7 @@ def make_round(seed, number, n_steps, scheme=None, kills=False, verify=None):
         read_size=rng.choice((4096, 16384, 131072)),
         cancelled=[rng.randrange(0, 60) for _ in range(rng.choice((0, 0, 1, 2)))],
     )
-    round_.steps = [make_step(rng, kills) for _ in range(n_steps)]
+    round_.steps = [make_step(rng, without) for _ in range(n_steps)]
     if scheme:
         round_.scheme = scheme
     if verify is not None:

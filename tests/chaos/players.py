@@ -165,6 +165,9 @@ class Chain:
         """An engine has come back."""
         self.pollers(engine).append(Poller(self.lab, engine))
 
+    def signal(self, engine, number):
+        os.kill(engine.process.pid, number)
+
     def expect_source_runs(self):
         self.members[-2].guest.wait_running()
 
@@ -218,6 +221,9 @@ class Machines:
 
     def watch(self, engine):
         self.pollers(engine).append(Poller(self.lab, engine))
+
+    def signal(self, engine, number):
+        os.kill(engine.process.pid, number)
 
     def expect_source_runs(self):
         self.move.expect_source_runs()
