@@ -128,7 +128,7 @@ typedef enum PrMsgType {
 	PR_RP_PROBED = 0x0283,		 /* a standby path's lanes have answered */
 	PR_RP_RECV_BITMAP_ZSTD = 0x0284, /* RECV_BITMAP, the bitmap compressed */
 	PR_RP_RAILS = 0x0285,		 /* what the standby paths have carried */
-	PR_RP_REQ_HASHES = 0x0286,	 /* what these pages have to be */
+	PR_RP_REQ_HASHES = 0x0287,	 /* what these pages have to be */
 } PrMsgType;
 
 typedef enum PrWireError {
