@@ -22,6 +22,13 @@ FUZZ_SECONDS ?= 60
 fuzz: deps
 	@tests/fuzz/run --seconds $(FUZZ_SECONDS)
 
+# A night's worth of everything that can go wrong, in an order that SEED decides (a random one): RECOVERIES of them, or as many as
+# come in SECONDS or ROUNDS. More options: tests/chaos/run --help.
+RECOVERIES ?= $(if $(SECONDS)$(ROUNDS),,1000)
+chaos: all
+	@tests/chaos/run --build build $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(RECOVERIES),--recoveries $(RECOVERIES))
+
 # A guest moves, loses its path, and recovers: told on the terminal in a minute.
 demo: all linux-guest
 	@tests/demo.py --build build
@@ -61,4 +68,4 @@ format: deps
 clean:
 	rm -rf build build-asan build-tsan build-fuzz
 
-.PHONY: all deps check check-roce fuzz demo demo-roce bench bench-smoke bench-roce linux-guest install format clean
+.PHONY: all deps check check-roce chaos fuzz demo demo-roce bench bench-smoke bench-roce linux-guest install format clean

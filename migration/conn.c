@@ -63,6 +63,7 @@ static gboolean start_control(PrConn *conn, GError **error)
 {
 	const PrParams *params = conn->m->params;
 
+	pr_hashes_listen(conn);
 	pr_control_set_watchdog(conn->control, conn->m->dog);
 	return pr_control_start(conn->control, (guint)pr_param(params, PR_PARAM_HEARTBEAT_INTERVAL),
 				(guint)pr_param(params, PR_PARAM_HEARTBEAT_TIMEOUT), pr_conn_failed,

@@ -166,6 +166,7 @@ gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **e
 	/* Now that every access faults, what the memfds held before can go. */
 	if (fresh && !pr_ram_punch(m->ram, error))
 		return FALSE;
+	pr_destination_start_verify(m);
 	PrFaultService *faults =
 		pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks, error);
 	PrPull *pull =
@@ -213,6 +214,7 @@ static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 		return FALSE;
 	}
 	pr_conn_binding(conn, &binding);
+	pr_kept_set_verifies(m->ram->kept, m->verifies);
 	pr_kept_set_identity(m->ram->kept, &binding);
 	/* In this order: who finds the fault mode on finds out why. */
 	return (!m->guest->ops->prepare_state || m->guest->ops->prepare_state(m->guest, error)) &&
@@ -264,6 +266,8 @@ static gboolean take_listen(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 		return FALSE;
 	if (!conn->granted)
 		pr_destination_use_grants(conn);
+	if (m->verify)
+		pr_verify_attach(m->verify);
 	/* Loading touches RAM. The bulk of it has to wait: it would slow down what the guest stands still
 	 * for. */
 	pr_fault_attach(m->faults, conn->path);
@@ -453,7 +457,7 @@ static void carry_out_commands(PrMigration *m, PrConn *conn)
 	}
 }
 
-static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error)
+static gboolean admit_guest(PrMigration *m, PrConn *conn, const PrHello *hello, GError **error)
 {
 	guint n;
 	pr_watch_busy(m->watch, &preparing);
@@ -468,6 +472,10 @@ static gboolean admit_guest(PrMigration *m, const PrHello *hello, GError **error
 	g_mutex_lock(&m->lock);
 	PrRam *old = m->ram;
 	m->ram = g_steal_pointer(&ram);
+	m->verifies = pr_capability(m->params, PR_CAP_VERIFY) &&
+		      (conn->peer_can & PR_HELLO_CAN_VERIFY) != 0;
+	m->verify_stats = (PrVerifyStats){0};
+	g_clear_pointer(&m->last_corrupt, g_free);
 	g_mutex_unlock(&m->lock);
 	pr_ram_free(old);
 	pr_migration_begin_times(m);
@@ -487,7 +495,7 @@ static gboolean admit(PrMigration *m, PrConn *conn, const PrHello *hello, GError
 		return FALSE;
 	}
 	if (!hello->resume)
-		return admit_guest(m, hello, error);
+		return admit_guest(m, conn, hello, error);
 	if (!pr_ram_check_blocks(m->ram, hello->blocks, hello->n_blocks, error))
 		return FALSE;
 	pr_conn_binding(conn, &binding);
@@ -504,7 +512,8 @@ gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean stan
 			 pr_hello_get_more_lanes(conn->peer_can));
 	PrHelloAck ack = {
 		.status = PR_HELLO_OK,
-		.capabilities = pr_hello_more_lanes(more),
+		.capabilities =
+			pr_hello_more_lanes(more) | (conn->m->verifies ? PR_HELLO_CAN_VERIFY : 0),
 		.data_port = data->ops->listener_port(data),
 	};
 	PrBinding binding;
@@ -540,6 +549,8 @@ static void fence(PrMigration *m, PrConn *conn)
 	if (m->faults) {
 		pr_fault_detach(m->faults);
 		pr_pull_detach(m->pull);
+		if (m->verify)
+			pr_verify_detach(m->verify);
 	}
 	pr_conn_close(conn);
 	if (m->pull) {
@@ -627,6 +638,7 @@ static void stop_workers(PrMigration *m)
 	g_mutex_unlock(&m->lock);
 	pr_pull_stop(pull);
 	g_mutex_unlock(&m->pull_lock);
+	PrVerify *verify = pr_destination_stop_verify(m);
 
 	g_mutex_lock(&m->lock);
 	if (faults)
@@ -634,6 +646,9 @@ static void stop_workers(PrMigration *m)
 	m->faults = NULL;
 	g_mutex_unlock(&m->lock);
 	pr_fault_stop(faults);
+	if (verify)
+		m->ram->verify = NULL;
+	pr_verify_free(verify);
 }
 
 static void close_uffd(PrMigration *m)

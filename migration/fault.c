@@ -55,9 +55,11 @@
 #include <unistd.h>
 
 #include "migration/bitmap.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
 #include "migration/readahead.h"
+#include "migration/verify.h"
 #include "migration/worker.h"
 
 #define MAX_PENDING 4096
@@ -216,10 +218,14 @@ static gboolean post(PrFaultThread *self, guint index, uint64_t page, uint64_t n
 	uint64_t page_size = self->ram->blocks[index].page_size;
 	PrDataPath *path = self->worker.current;
 
+	pr_invariant_claimed(&self->ram->blocks[index], page, n, "a READ is posted for a fault");
 	if (!path->ops->post_read(path, self->lane, index, page * page_size,
 				  (uint32_t)(n * page_size), pr_token_pack(index, page, n) | flag))
 		return FALSE;
 	self->outstanding++;
+	if (self->ram->verify)
+		pr_verify_want(self->ram->verify, pr_token_pack(index, page, n),
+			       /* urgent= */ TRUE);
 	return TRUE;
 }
 
@@ -248,6 +254,20 @@ static void ask(PrFaultThread *self, Pending *entry, guint index, uint64_t page)
 	self->service->hooks.want(index, page, self->service->hooks.opaque);
 }
 
+/* Where pages are verified, one that came in wrong is given up by the verify thread. */
+static gboolean was_given_up(const PrRamBlock *block, uint64_t page)
+{
+	return !pr_bitmap_test(block->inflight, page) && !pr_bitmap_test(block->received, page);
+}
+
+static void try_post(PrFaultThread *self, Pending *entry, guint index, uint64_t page)
+{
+	if (entry->posted || !may_post(self) || !pr_ram_claim(&self->ram->blocks[index], page))
+		return;
+	entry->posted = TRUE;
+	post_faulting(self, index, page);
+}
+
 /* Does for an entry what can be done now. TRUE: it is settled and gone. */
 static gboolean advance(PrFaultThread *self, Pending *entry)
 {
@@ -256,13 +276,13 @@ static gboolean advance(PrFaultThread *self, Pending *entry)
 
 	pr_token_unpack(entry->token, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
-	if (!entry->posted && may_post(self) && pr_ram_claim(block, page)) {
-		entry->posted = TRUE;
-		post_faulting(self, index, page);
-		return FALSE;
-	}
+	if (entry->posted && was_given_up(block, page))
+		entry->posted = FALSE;
+	try_post(self, entry, index, page);
 	if (!entry->posted && !pr_bitmap_test(block->received, page)) {
 		pr_bitmap_test_and_set(block->waiting, page);
+		/* Whoever gave it up before that has not seen us. */
+		try_post(self, entry, index, page);
 		ask(self, entry, index, page);
 	}
 	if (!pr_bitmap_test(block->received, page))
@@ -507,8 +527,13 @@ static void take_pages(PrFaultThread *self, uint64_t token, Arrived *run)
 	guint index;
 	uint64_t page, n;
 
+	if (self->ram->verify) {
+		pr_verify_landed(self->ram->verify, token & ~AHEAD, /* stripe= */ 0);
+		return;
+	}
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
+	pr_invariant_claimed(block, page, n, "an urgent READ has landed");
 	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
 	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);

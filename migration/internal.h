@@ -18,6 +18,7 @@
 #include "migration/ram.h"
 #include "migration/record.h"
 #include "migration/state.h"
+#include "migration/verify.h"
 #include "transport/control.h"
 #include "transport/crowd.h"
 #include "transport/health.h"
@@ -43,8 +44,6 @@ typedef struct PrConn {
 	GArray *grants;	   /* destination: PrGrant, as they come */
 	uint64_t peer_can; /* destination: the source's capabilities */
 	gboolean granted;  /* all of them were sent, or given to the path */
-	guint stripe;	   /* destination: id of the stripe over it (pull.h), 0: none */
-
 	/* destination, of a piecewise path in use (told.c) */
 	GMutex told_lock; /* taken before all others; protects `telling`, and `grants` while that is set */
 	gboolean telling; /* the control's reader thread takes what the source tells of its RAM */
@@ -56,6 +55,8 @@ typedef struct PrConn {
 	PrHelloAck *ack;  /* source: what the destination answered to ACTIVATE */
 	uint64_t rtt_us;  /* of the last probe of the lanes, 0: none yet */
 	gboolean pulls;	  /* a standby: the destination pulls over it, too */
+	guint stripe; /* destination: id of the stripe over it (pull.h), 0: none; written by the thread
+		       * that has the connection, which reads it without the lock */
 } PrConn;
 /* Frees one that was never up. */
 void pr_conn_free(PrConn *conn);
@@ -123,8 +124,12 @@ struct PrMigration {
 	PrRam *ram;
 	PrFaultService *faults;
 	PrPull *pull;
-	PrFaultStats fault_stats; /* of a fault thread that has ended */
-	PrBlocktime *times;	  /* destination; outlives the fault thread */
+	PrVerify *verify;	    /* destination, if pages are verified */
+	PrVerifyStats verify_stats; /* of a verify thread that has ended */
+	gboolean verifies;	    /* both sides want pages verified */
+	char *last_corrupt;	    /* the last page that came in wrong, or NULL */
+	PrFaultStats fault_stats;   /* of a fault thread that has ended */
+	PrBlocktime *times;	    /* destination; outlives the fault thread */
 
 	/* source */
 	PrRecord *
@@ -136,9 +141,10 @@ struct PrMigration {
 	char *claimed;	     /* text of the URI that the owner is connecting: no standby for it */
 	GPtrArray *keepers;  /* PrKeeper*; the owner's, no lock */
 	gboolean holes_told; /* the destination knows all holes; the owner's, no lock */
-	PrResume resume;     /* what kind of recovery RECOVER_SETUP is */
-	uint32_t pong;	     /* the last one received */
-	guint bitmaps_due;   /* RECV_BITMAP answers still missing */
+	gboolean run_may_be_seen; /* the owner's, no lock: this guest never runs here again */
+	PrResume resume;	  /* what kind of recovery RECOVER_SETUP is */
+	uint32_t pong;		  /* the last one received */
+	guint bitmaps_due;	  /* RECV_BITMAP answers still missing */
 	GArray *asked; /* PrLook: where the destination wants us to look first, NULL: nowhere (look.c) */
 	gboolean
 		looking; /* the destination has not heard of all its RAM yet; nor may it wait for us */
@@ -286,6 +292,17 @@ gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError
 /* The last word on a connection, if it can be said without waiting. */
 void pr_migration_farewell(PrConn *conn, uint16_t type, const char *reason);
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
+
+/* hashes.c */
+/* Source, the return path: answers REQ_HASHES. */
+gboolean pr_source_tell_hashes(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
+void pr_source_note_verify(PrMigration *m, const PrHelloAck *ack);
+/* Destination: before a control channel starts: HASHES go to the verify thread at once. */
+void pr_hashes_listen(PrConn *conn);
+/* Destination, the owner, before and after the other workers. NULL: pages are not verified. */
+PrVerify *pr_destination_start_verify(PrMigration *m);
+/* To be freed when no worker is left. */
+PrVerify *pr_destination_stop_verify(PrMigration *m);
 
 /* source.c: for the keepers, too */
 PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCancellable *cancel,

@@ -13,7 +13,7 @@
 #include "migration/migration.h"
 
 #define KEPT_MAGIC   0x5053544154454d46ull /* "PSTATEMF" */
-#define KEPT_VERSION 2
+#define KEPT_VERSION 3
 #define KEPT_ALIGN   4096
 #define KEPT_SEALS   (F_SEAL_SHRINK | F_SEAL_GROW)
 
@@ -36,6 +36,8 @@ typedef struct KeptHead {
 	uint32_t held;	   /* atomic */
 	uint32_t was_running;
 	uint32_t n_vcpus;
+	uint32_t verifies;
+	uint32_t spare; /* 0 */
 	uint32_t vcpus[PR_KEPT_VCPUS_MAX];
 	uint64_t zero_bytes;		    /* atomic */
 	char engine[PR_PROCESS_TEXT_BYTES]; /* the process that works on it */
@@ -283,6 +285,16 @@ gboolean pr_kept_held(const PrKept *kept)
 void pr_kept_set_held(PrKept *kept, gboolean held)
 {
 	__atomic_store_n(&kept->head->held, held != FALSE, __ATOMIC_SEQ_CST);
+}
+
+gboolean pr_kept_verifies(const PrKept *kept)
+{
+	return kept->head->verifies != 0;
+}
+
+void pr_kept_set_verifies(PrKept *kept, gboolean verifies)
+{
+	kept->head->verifies = verifies != FALSE;
 }
 
 gboolean pr_kept_was_running(const PrKept *kept)

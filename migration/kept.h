@@ -68,6 +68,9 @@ PrKeptStage pr_kept_stage(const PrKept *kept);
 void pr_kept_set_stage(PrKept *kept, PrKeptStage stage);
 gboolean pr_kept_held(const PrKept *kept);
 void pr_kept_set_held(PrKept *kept, gboolean held);
+/* Whether pages are verified. Set with the identity. */
+gboolean pr_kept_verifies(const PrKept *kept);
+void pr_kept_set_verifies(PrKept *kept, gboolean verifies);
 /* Whether the guest ran on the source. Set before PR_KEPT_LOADED. */
 gboolean pr_kept_was_running(const PrKept *kept);
 void pr_kept_set_was_running(PrKept *kept, gboolean was_running);

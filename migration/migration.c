@@ -456,6 +456,7 @@ void pr_migration_free(PrMigration *m)
 	g_free(m->error_desc);
 	g_free(m->guest_gone);
 	g_free(m->last_path);
+	g_free(m->last_corrupt);
 	g_free(m->claimed);
 	g_mutex_clear(&m->refusals.lock);
 	g_mutex_clear(&m->pull_lock);

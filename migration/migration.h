@@ -88,6 +88,11 @@ typedef struct PrMigrationInfo {
 		readahead_waited; /* of these, what a fault came for while they were on their way */
 	PrBlocktimeInfo blocktime; /* threads NULL: nothing known yet */
 
+	gboolean verifies;	 /* either side: pages are compared with hashes of the source's */
+	uint64_t verified_pages; /* that were right */
+	uint64_t corrupt_reads;	 /* pages that came in wrong, and were read again */
+	char *last_corrupt;	 /* the last of these, or NULL */
+
 	GPtrArray *paths; /* PrPathInfo */
 
 	uint64_t stalls;  /* how often a thread was longer at one point than it should */

@@ -64,6 +64,9 @@ static const PrCapabilityInfo capability_table[PR_N_CAPABILITIES] = {
 		{"multi-rail", TRUE, FALSE,
 		 "destination: pull over the fit standby paths of the same transport at "
 		 "the same time"},
+	[PR_CAP_VERIFY] =
+		{"verify", FALSE, FALSE,
+		 "both sides: place a page only when it has the hash that the source's has"},
 };
 
 const PrParamInfo *pr_param_info(PrParam param)

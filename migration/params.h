@@ -39,6 +39,7 @@ typedef enum PrCapability {
 	PR_CAP_AUTO_RECOVER, /* recover over another path by itself, when more than one is listed */
 	PR_CAP_STANDBY_PATHS, /* keep the paths that are not in use connected */
 	PR_CAP_MULTI_RAIL,    /* destination: pull over the standbys, too */
+	PR_CAP_VERIFY,	      /* both sides: pages are compared with hashes of the source's */
 	PR_N_CAPABILITIES
 } PrCapability;
 

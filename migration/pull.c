@@ -36,8 +36,10 @@
 #include <unistd.h>
 
 #include "migration/bitmap.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
+#include "migration/verify.h"
 #include "migration/window.h"
 #include "migration/worker.h"
 
@@ -128,7 +130,12 @@ static void place(PrPullThread *self, uint64_t token)
 	PrRamBlock *block = &pull->ram->blocks[index];
 	if (self->bytes)
 		__atomic_fetch_add(self->bytes, n * block->page_size, __ATOMIC_RELAXED);
+	pr_invariant_claimed(block, page, n, "a bulk READ has landed");
 	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
+	if (pull->ram->verify) {
+		pr_verify_landed(pull->ram->verify, token, self->id);
+		return;
+	}
 	pr_ram_received(pull->ram, block, page, n, /* travelled= */ TRUE);
 	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);
 	if (!pr_place_expose(pull->uffd, block, page, n, &error))
@@ -289,6 +296,8 @@ static gboolean may_post(const PrPullThread *self, gint64 now)
 
 	if (is_stripe(self) && (self->resting || !wants(pull, path->ops)))
 		return FALSE;
+	if (pull->ram->verify && !pr_verify_has_room(pull->ram->verify))
+		return FALSE;
 	return !self->path_dead && now >= pull->allowed_us &&
 	       self->outstanding < MIN(self->window.reads, max_window(self));
 }
@@ -333,6 +342,9 @@ static gboolean post(PrPullThread *self, uint64_t token)
 
 	pr_token_unpack(token, &index, &page, &n);
 	uint32_t page_size = self->pull->ram->blocks[index].page_size;
+	pr_invariant_claimed(&self->pull->ram->blocks[index], page, n, "a bulk READ is posted");
+	if (self->pull->ram->verify)
+		pr_verify_want(self->pull->ram->verify, token, /* urgent= */ FALSE);
 	return path->ops->post_read(path, PR_LANE_BULK, index, page * page_size,
 				    (uint32_t)(n * page_size), token);
 }
@@ -366,6 +378,8 @@ static int sleep_ms(const PrPullThread *self, gint64 now)
 {
 	if (!self->worker.current)
 		return -1;
+	if (self->pull->ram->verify && !pr_verify_has_room(self->pull->ram->verify))
+		return 1;
 	gint64 until = self->reported_us + PROGRESS_US;
 	if (self->allowed_us > now)
 		until = MIN(until, self->allowed_us);
@@ -540,6 +554,8 @@ void pr_pull_forget_lost(PrPull *pull)
 		for (guint j = 0; j < claims->len; j++)
 			g_array_append_val(kept, g_array_index(claims, Claim, j).token);
 	}
+	if (pull->ram->verify)
+		pr_verify_add_landed(pull->ram->verify, kept);
 	pr_ram_forget_inflight(pull->ram, (const uint64_t *)kept->data, kept->len);
 	g_mutex_unlock(&pull->lock);
 }
@@ -651,8 +667,13 @@ void pr_pull_forget_stripe(PrPull *pull, guint id)
 	if (!self)
 		return;
 	g_mutex_lock(&pull->lock);
-	for (guint i = 0; i < self->claims->len; i++)
-		pr_ram_forget(pull->ram, g_array_index(self->claims, Claim, i).token);
+	for (guint i = 0; i < self->claims->len; i++) {
+		uint64_t token = g_array_index(self->claims, Claim, i).token;
+
+		if (pull->ram->verify)
+			pr_verify_drop(pull->ram->verify, token);
+		pr_ram_forget(pull->ram, token);
+	}
 	g_ptr_array_remove(pull->threads, self);
 	kick_all(pull);
 	g_mutex_unlock(&pull->lock);

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "migration/bitmap.h"
+#include "migration/invariants.h"
 #include "migration/migration.h"
 
 static void set_system_error(GError **error, const char *what, const char *idstr)
@@ -222,6 +223,8 @@ gboolean pr_ram_punch(PrRam *ram, GError **error)
 {
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		PrRamBlock *block = &ram->blocks[i];
+
+		pr_invariant_emptied(block);
 		if (fallocate(block->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
 			      (off_t)block->memfd_offset, (off_t)block->size) < 0) {
 			set_system_error(error, "emptying its memfd", block->idstr);
@@ -265,6 +268,7 @@ uint64_t pr_ram_claim_run(PrRamBlock *block, uint64_t from, uint64_t max, uint64
 
 void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, gboolean travelled)
 {
+	pr_invariant_new(block, page, n);
 	uint64_t changed = pr_bitmap_set(block->received, page, n);
 
 	if (changed != n)

@@ -51,7 +51,9 @@ typedef struct PrRam {
 	uint64_t total_bytes;
 	uint64_t page_size_summary; /* OR of the page sizes, as in POSTCOPY_ADVISE */
 	PrKept *kept;		    /* destination: the state memfd; NULL on the source */
-	uint64_t received_bytes;    /* destination; atomic */
+	struct PrVerify *verify; /* destination: NULL: pages are placed as they land. Set before the
+				     * workers start, and stays until they have ended */
+	uint64_t received_bytes; /* destination; atomic */
 	uint64_t *
 		zero_bytes; /* destination; atomic, in the state memfd: of these, what never travelled */
 	uint64_t pull_hint; /* destination; atomic: token of the page that faulted last, 0: none;

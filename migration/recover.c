@@ -181,6 +181,8 @@ gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
 	if (action == PR_ACTION_REFUSE)
 		return FALSE;
 
+	if (m->verify)
+		pr_verify_attach(m->verify);
 	pr_fault_attach(m->faults, conn->path);
 	pr_pull_attach(m->pull, conn->path);
 	if (run)

@@ -40,6 +40,7 @@
 #include <string.h>
 
 #include "migration/internal.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
 
@@ -203,6 +204,7 @@ static void restore_destination(PrMigration *m, PrKeptStage stage)
 	g_mutex_lock(&m->lock);
 	pr_kept_identity(m->ram->kept, &m->binding);
 	m->held = pr_kept_held(m->ram->kept);
+	m->verifies = pr_kept_verifies(m->ram->kept);
 	m->guest_was_running = pr_kept_was_running(m->ram->kept);
 	m->guest_started = stage == PR_KEPT_STARTED || completed;
 	m->pages_at_pause = pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE;
@@ -355,6 +357,7 @@ static gboolean resume_source(PrMigration *m, GError **error)
 
 static gboolean let_run_on(PrMigration *m, GError **error)
 {
+	pr_invariant_may_run(m->record->stage != PR_RECORD_STOPPING);
 	if (!m->guest->ops->take_stopped(m->guest, m->record->was_running, error) ||
 	    !m->guest->ops->resume(m->guest, error)) {
 		g_prefix_error(error,

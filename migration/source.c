@@ -14,6 +14,7 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
+#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "transport/spare.h"
 
@@ -117,6 +118,8 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 		return take_resume_ack(m, msg, error);
 	case PR_RP_PROGRESS:
 		return take_progress(m, msg, error);
+	case PR_RP_REQ_HASHES:
+		return pr_source_tell_hashes(m, conn, msg, error);
 	case PR_RP_RAILS:
 		return pr_stripe_take_rails(m, msg, error);
 	case PR_RP_LOOK:
@@ -201,7 +204,8 @@ static PrControl *say_hello(PrMigration *m, PrConn *conn, PrResume resume, PrHel
 		.role = PR_HELLO_SOURCE,
 		.epoch = conn->epoch,
 		.resume = resume,
-		.capabilities = PR_HELLO_CAN_ZSTD | pr_hello_more_lanes(PR_URGENT_LANES_MAX - 1),
+		.capabilities = PR_HELLO_CAN_ZSTD | pr_hello_more_lanes(PR_URGENT_LANES_MAX - 1) |
+				(pr_capability(m->params, PR_CAP_VERIFY) ? PR_HELLO_CAN_VERIFY : 0),
 		.n_blocks = m->ram->n_blocks,
 		.blocks = blocks,
 	};
@@ -275,6 +279,8 @@ PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCa
 		g_mutex_unlock(&m->lock);
 		return NULL;
 	}
+	if (resume == PR_RESUME_NO)
+		pr_source_note_verify(m, &ack);
 	if (!admit(conn, resume, error))
 		return NULL;
 	if (open_lanes(conn, &ack, error))
@@ -584,6 +590,7 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 	if (!pr_source_note_handed_over(m, error) ||
 	    !pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error))
 		return FALSE;
+	m->run_may_be_seen = TRUE;
 	pr_kill_point(PR_KILL_SOURCE_ACTIVE);
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RUN, NULL, &lost))
 		pr_migration_failed(m, conn, lost);
@@ -599,6 +606,7 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 	Downtime times;
 
 	m->holes_told = FALSE;
+	m->run_may_be_seen = FALSE;
 	gboolean ok = pr_source_note_stopping(m, error) && mark(&times.began) &&
 		      stop_guest(m, &was_running, error) && mark(&times.stopped) &&
 		      tell_ram(m, conn, &teller, error) && mark(&times.told) &&
@@ -642,6 +650,7 @@ static void undo(PrMigration *m, PrConn *conn, const GError *why)
 		pr_conn_close(conn);
 	pr_source_note_taken_back(m);
 	pr_watch_busy(m->watch, &resuming);
+	pr_invariant_may_run(m->run_may_be_seen);
 	if (!m->guest->ops->resume(m->guest, &error))
 		g_critical("the guest could not be resumed: %s", error->message);
 	else

@@ -161,7 +161,9 @@ static gpointer keeper_thread(gpointer opaque)
 			continue;
 		}
 		g_mutex_lock(&m->lock);
-		pr_path_ended(m, keeper->uri->text, error);
+		/* The owner may have connected it meanwhile; then this attempt says nothing of the path. */
+		if (!is_in_use(keeper))
+			pr_path_ended(m, keeper->uri->text, error);
 		g_mutex_unlock(&m->lock);
 		pr_migration_tell(m);
 	}

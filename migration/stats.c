@@ -126,6 +126,16 @@ static void query_faults(PrMigration *m, PrMigrationInfo *ret, gint64 now_us)
 		pr_blocktime_read(m->times, now_us * 1000, &ret->blocktime);
 }
 
+static void query_verify(PrMigration *m, PrMigrationInfo *ret)
+{
+	if (m->verify)
+		pr_verify_stats(m->verify, &m->verify_stats);
+	ret->verifies = m->verifies;
+	ret->verified_pages = m->verify_stats.pages;
+	ret->corrupt_reads = m->verify_stats.corrupt;
+	ret->last_corrupt = g_strdup(m->last_corrupt);
+}
+
 static void path_info_free(gpointer data)
 {
 	PrPathInfo *info = data;
@@ -201,6 +211,7 @@ void pr_migration_query(PrMigration *m, PrMigrationInfo *ret)
 		   u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13],
 		   u[14], u[15]);
 	query_faults(m, ret, now);
+	query_verify(m, ret);
 	if (m->sm.role != PR_ROLE_NONE)
 		query_times(m, ret, now);
 	query_ram(m, ret, now);
@@ -214,6 +225,7 @@ void pr_migration_info_clear(PrMigrationInfo *info)
 	g_free(info->reason);
 	g_free(info->error_desc);
 	g_free(info->last_stall);
+	g_free(info->last_corrupt);
 	g_clear_pointer(&info->paths, g_ptr_array_unref);
 	g_clear_pointer(&info->blocktime.threads, g_array_unref);
 	memset(info, 0, sizeof(*info));

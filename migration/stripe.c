@@ -33,8 +33,8 @@ static void set_stripe(PrConn *conn, guint id)
 {
 	PrMigration *m = conn->m;
 
-	conn->stripe = id;
 	g_mutex_lock(&m->lock);
+	conn->stripe = id;
 	conn->pulls = id != 0;
 	g_mutex_unlock(&m->lock);
 }

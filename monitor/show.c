@@ -76,6 +76,13 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	json_object_set_int_member(extras, "stalls", info->stalls);
 	if (info->last_stall)
 		json_object_set_string_member(extras, "last-stall", info->last_stall);
+	json_object_set_boolean_member(extras, "verify", info->verifies);
+	if (info->role == PR_ROLE_DESTINATION && info->verifies) {
+		json_object_set_int_member(extras, "verified-pages", info->verified_pages);
+		json_object_set_int_member(extras, "corrupt-reads", info->corrupt_reads);
+	}
+	if (info->last_corrupt)
+		json_object_set_string_member(extras, "last-corrupt-read", info->last_corrupt);
 	if (info->role == PR_ROLE_DESTINATION) {
 		json_object_set_int_member(extras, "faults", info->faults);
 		json_object_set_int_member(extras, "fault-latency-max", info->fault_latency_max_ns);
@@ -216,6 +223,8 @@ static const Row extra_rows[] = {
 	{"readahead-pages", "read ahead", "pages", 1},
 	{"readahead-waited", "waited for of these", "pages", 1},
 	{"other-faults", "faults of other threads", NULL, 1},
+	{"verified-pages", "verified pages", NULL, 1},
+	{"corrupt-reads", "corrupt reads", "pages", 1},
 	{"fault-latency-max", "longest fault", "us", 1000},
 	{"expected-ms", "expected time left", "ms", 1},
 	{"stalls", "stalls of threads", NULL, 1},
@@ -296,6 +305,9 @@ void pr_show_migrate(JsonNode *result, GString *text)
 	if (json_object_has_member(extras, "last-stall"))
 		g_string_append_printf(text, "last stall: %s\n",
 				       json_object_get_string_member(extras, "last-stall"));
+	if (json_object_has_member(extras, "last-corrupt-read"))
+		g_string_append_printf(text, "last corrupt read: %s\n",
+				       json_object_get_string_member(extras, "last-corrupt-read"));
 	object = json_node_get_object(result);
 	if (json_object_has_member(object, "postcopy-latency-dist"))
 		show_latency(object, text);

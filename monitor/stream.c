@@ -5,7 +5,9 @@
 #include <glib-unix.h>
 #include <unistd.h>
 
-#define CHUNK 16384 /* bytes read for one client before the next one has its turn */
+/* Bytes read for one client before the next one has its turn: a few commands, so that one who asks much at once does
+ * not keep the others from being answered. */
+#define CHUNK 256
 
 /* Owned by the thread of the main context. */
 struct PrStream {

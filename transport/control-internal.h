@@ -39,6 +39,8 @@ struct PrControl {
 	/* Set before the reader starts. */
 	PrPathFailed on_failed;
 	void *opaque;
+	PrControlExpress express; /* or NULL */
+	void *express_opaque;
 	GThread *reader;
 	PrWatchdog *dog;	   /* constant once it is started */
 	gint64 handshake_deadline; /* bounds reads and writes until the start, then 0 */

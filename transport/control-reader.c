@@ -141,6 +141,14 @@ static void deliver_heartbeat(PrControl *control, const PrMsg *msg)
 		fail_malformed(control, error->message);
 }
 
+static void deliver_express(PrControl *control, const PrMsg *msg)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (!control->express(msg, control->express_opaque, &error))
+		fail_malformed(control, error->message);
+}
+
 /* A whole message is there; takes it. May end the channel. */
 static void deliver(PrControl *control, PrMsg *taken)
 {
@@ -154,7 +162,9 @@ static void deliver(PrControl *control, PrMsg *taken)
 
 		fail_malformed(control, what);
 	} else if (pr_control_admit(control, FALSE, msg->type) && pr_msg_is_known(msg->type)) {
-		if (!taken_early(control, msg))
+		if (control->express && pr_msg_is_express(msg->type))
+			deliver_express(control, msg);
+		else if (!taken_early(control, msg))
 			enqueue(control, g_steal_pointer(&msg));
 	}
 }

@@ -333,6 +333,17 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
 	g_mutex_unlock(&control->send_lock);
 }
 
+gboolean pr_msg_is_express(uint16_t type)
+{
+	return type == PR_CMD_HASHES;
+}
+
+void pr_control_set_express(PrControl *control, PrControlExpress take, void *opaque)
+{
+	control->express = take;
+	control->express_opaque = opaque;
+}
+
 void pr_control_set_watchdog(PrControl *control, PrWatchdog *dog)
 {
 	control->dog = dog;

@@ -51,6 +51,13 @@ gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
 			  guint heartbeat_timeout_ms, PrPathFailed on_failed, void *opaque,
 			  GError **error);
 
+/* Messages of a type that must not wait until whoever takes the others has time: CMD_HASHES. */
+gboolean pr_msg_is_express(uint16_t type);
+/* Before the start: such messages are given to `take`, from the reader thread, where it must not wait for anything.
+ * FALSE: the message is malformed, which ends the channel. Without it they are queued as the others are. */
+typedef gboolean (*PrControlExpress)(const PrMsg *msg, void *opaque, GError **error);
+void pr_control_set_express(PrControl *control, PrControlExpress take, void *opaque);
+
 /* Sends one message; any thread. FALSE: the channel has failed. */
 gboolean pr_control_send(PrControl *control, uint16_t type, const void *body, gsize length,
 			 GError **error);

@@ -22,6 +22,10 @@ static const FaultOption fault_options[] = {
 	 "leave READs after the N-th without an answer"},
 	{"error-read", G_STRUCT_OFFSET(PrFaultPlan, error_read), G_MAXINT64,
 	 "fail the N-th READ to complete, and the data path"},
+	{"corrupt-read", G_STRUCT_OFFSET(PrFaultPlan, corrupt_read), G_MAXINT64,
+	 "flip a bit of what the N-th READ to complete has brought"},
+	{"corrupt-reads", G_STRUCT_OFFSET(PrFaultPlan, corrupt_reads), G_MAXINT64,
+	 "and of as many READs from there on (1)"},
 	{"delay-ms", G_STRUCT_OFFSET(PrFaultPlan, delay_ms), 60000,
 	 "report every READ so much later"},
 	{"piecewise-us", G_STRUCT_OFFSET(PrFaultPlan, piecewise_us), 60000,
@@ -275,6 +279,21 @@ PrFault pr_faults_on_read(PrFaults *faults)
 	return fault;
 }
 
+/* Under the lock. */
+static gboolean is_to_be_corrupted(PrFaults *faults)
+{
+	PrFaultPlan *plan = &faults->plan;
+
+	if (!plan->corrupt_read || faults->counts.completions < plan->corrupt_read)
+		return FALSE;
+	faults->counts.corrupted++;
+	if (plan->corrupt_reads > 1)
+		plan->corrupt_reads--;
+	else
+		plan->corrupt_read = 0;
+	return TRUE;
+}
+
 PrFault pr_faults_on_completion(PrFaults *faults)
 {
 	PrFault fault = PR_FAULT_NONE;
@@ -283,6 +302,8 @@ PrFault pr_faults_on_completion(PrFaults *faults)
 	faults->counts.completions++;
 	if (is_due(faults, &faults->plan.error_read, faults->counts.completions))
 		fault = PR_FAULT_CUT;
+	else if (is_to_be_corrupted(faults))
+		fault = PR_FAULT_CORRUPT;
 	g_mutex_unlock(&faults->lock);
 	return fault;
 }

@@ -7,8 +7,9 @@
 
 typedef enum PrFault {
 	PR_FAULT_NONE,
-	PR_FAULT_CUT,	/* what is being done fails, and the path or channel with it */
-	PR_FAULT_STALL, /* this READ and all later ones on its path stay without an answer */
+	PR_FAULT_CUT,	  /* what is being done fails, and the path or channel with it */
+	PR_FAULT_CORRUPT, /* a bit of what it has brought is flipped */
+	PR_FAULT_STALL,	  /* this READ and all later ones on its path stay without an answer */
 } PrFault;
 
 /* A path that faults can be injected into from outside. */

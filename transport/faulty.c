@@ -17,12 +17,19 @@ typedef struct HeldCompletion {
 	gint64 due; /* monotonic, microseconds */
 } HeldCompletion;
 
+typedef struct PostedRead {
+	uint64_t token;
+	uint8_t *at;
+	uint32_t length;
+} PostedRead;
+
 /* Owned by the lane's thread; wake: anyone. */
 typedef struct FaultyLane {
 	PrWaker waker;	 /* covers the inner lane's fd and the timer */
 	int timer_fd;	 /* for the first held completion */
 	GArray *held;	 /* of HeldCompletion, by due time */
 	GArray *stalled; /* of uint64_t, tokens of READs that were never posted */
+	GArray *posted;	 /* of PostedRead: where they land */
 } FaultyLane;
 
 typedef struct FaultyPath {
@@ -165,6 +172,7 @@ static void path_free(FaultyPath *path)
 			close(lane->timer_fd);
 		g_array_unref(lane->held);
 		g_array_unref(lane->stalled);
+		g_array_unref(lane->posted);
 	}
 	pr_faults_free(path->faults);
 	g_array_unref(path->granted);
@@ -194,6 +202,7 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 		lane->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
 		lane->held = g_array_new(FALSE, FALSE, sizeof(HeldCompletion));
 		lane->stalled = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+		lane->posted = g_array_new(FALSE, FALSE, sizeof(PostedRead));
 		ok = ok && pr_waker_init(&lane->waker, error) &&
 		     pr_waker_watch(&lane->waker, lane->timer_fd, error);
 	}
@@ -379,11 +388,16 @@ static gboolean faulty_post_read(PrDataPath *base, PrLaneId id, uint32_t block, 
 	case PR_FAULT_STALL:
 		g_atomic_int_set(&path->stalled, 1);
 		break;
+	case PR_FAULT_CORRUPT:
 	case PR_FAULT_NONE:
 		break;
 	}
-	if (!g_atomic_int_get(&path->stalled))
+	if (!g_atomic_int_get(&path->stalled)) {
+		PostedRead posted = {token, (uint8_t *)path->regions[block].addr + offset, length};
+
+		g_array_append_val(path->lanes[id].posted, posted);
 		return path->inner->ops->post_read(path->inner, id, block, offset, length, token);
+	}
 	g_array_append_val(path->lanes[id].stalled, token);
 	return TRUE;
 }
@@ -401,6 +415,21 @@ static gboolean faulty_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
 	return TRUE;
 }
 
+/* What has landed, forgotten with this; a bit of its middle is flipped if it is to be. */
+static void take_posted(FaultyLane *lane, uint64_t token, gboolean corrupt)
+{
+	for (guint i = 0; i < lane->posted->len; i++) {
+		const PostedRead *posted = &g_array_index(lane->posted, PostedRead, i);
+
+		if (posted->token != token)
+			continue;
+		if (corrupt)
+			posted->at[posted->length / 2] ^= 0x10;
+		g_array_remove_index_fast(lane->posted, i);
+		return;
+	}
+}
+
 /* Takes over what the inner path completed. */
 static void hold(FaultyPath *path, FaultyLane *lane, const PrCompletion *completion)
 {
@@ -409,10 +438,12 @@ static void hold(FaultyPath *path, FaultyLane *lane, const PrCompletion *complet
 		.due = g_get_monotonic_time() + (gint64)pr_faults_delay_ms(path->faults) * 1000,
 	};
 
-	if (completion->ok && pr_faults_on_completion(path->faults) == PR_FAULT_CUT) {
+	PrFault fault = completion->ok ? pr_faults_on_completion(path->faults) : PR_FAULT_NONE;
+	if (fault == PR_FAULT_CUT) {
 		held.completion.ok = FALSE;
 		fail(path, "READ failed by fault injection");
 	}
+	take_posted(lane, completion->token, fault == PR_FAULT_CORRUPT);
 	g_array_append_val(lane->held, held);
 }
 

@@ -3,7 +3,7 @@
  * Fault injection as a transport: faulty+SCHEME:HOST:PORT?… behaves as SCHEME: does, except for the
  * faults that its options (or a test, through this header) ask for.
  *
- * A cut, a stall and an error each happen once and are then used up, so that a recovery over the same
+ * A cut, a stall, an error and a corruption each happen once and are then used up, so that a recovery over the same
  * URI succeeds; the delay stays. What is counted is counted on from path to path.
  *
  * The state of a URI's faults is found by its option fault-id, or else by its text. Two sides in one
@@ -19,7 +19,9 @@ typedef struct PrFaultPlan {
 	guint64 cut_after_reads;   /* the N-th READ is not posted: the path dies */
 	guint64 stall_after_reads; /* READs after the N-th stay without an answer until shutdown */
 	guint64 error_read;	   /* the N-th READ to complete fails, and the path with it */
-	guint64 delay_ms;	   /* every completion comes so much later */
+	guint64 corrupt_read;  /* a bit of what the N-th READ to complete has brought is flipped */
+	guint64 corrupt_reads; /* and of so many from there on; 0: of that one */
+	guint64 delay_ms;      /* every completion comes so much later */
 	guint64 piecewise_us; /* the path is piecewise (transport.h), and a MiB takes so long; for both sides */
 } PrFaultPlan;
 
@@ -46,6 +48,7 @@ typedef struct PrFaultCounts {
 	guint64 reads;	     /* post_read() calls on paths that were up */
 	guint64 completions; /* READs that succeeded */
 	guint64 fired;	     /* cuts, stalls and errors that happened */
+	guint64 corrupted;   /* READs of which a bit was flipped */
 	guint64 paths;	     /* data paths opened */
 } PrFaultCounts;
 PrFaultCounts pr_faults_counts(PrFaults *faults);

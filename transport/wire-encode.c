@@ -188,6 +188,16 @@ uint16_t pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigne
 	return compressed ? PR_RP_RECV_BITMAP_ZSTD : PR_RP_RECV_BITMAP;
 }
 
+void pr_hashes_encode(GByteArray *out, const PrHashes *hashes)
+{
+	g_assert(hashes->n <= PR_HASHES_MAX);
+	put_u32(out, hashes->block);
+	put_u64(out, hashes->offset);
+	put_u32(out, hashes->n);
+	for (uint32_t i = 0; i < hashes->n; i++)
+		put_u64(out, hashes->hash[i]);
+}
+
 void pr_lost_encode(GByteArray *out, const PrLost *lost)
 {
 	put_u64(out, lost->epoch);

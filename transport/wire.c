@@ -19,6 +19,7 @@ G_DEFINE_QUARK(pr_wire_error, pr_wire_error)
 #define RANGE_BYTES	   16
 #define GRANT_BYTES	   32
 #define RAIL_BYTES	   17
+#define HASHES_HEAD	   16 /* block, offset, n */
 #define BLOCK_BYTES_MAX	   (1 + PR_IDSTR_MAX + 8 + 4)
 #define BLOCK_BYTES_MIN	   (1 + 1 + 8 + 4)
 #define REASON_BYTES_MAX   (2 + PR_REASON_MAX)
@@ -58,6 +59,7 @@ static const MsgInfo messages[] = {
 	{PR_CMD_GRANT, "CMD_GRANT", GRANTS_BYTES_MAX},
 	{PR_CMD_RAM_ZERO, "CMD_RAM_ZERO", RANGES_BYTES_MAX},
 	{PR_CMD_ACTIVATE, "CMD_ACTIVATE", 8 + 1},
+	{PR_CMD_HASHES, "CMD_HASHES", HASHES_HEAD + PR_HASHES_MAX * 8},
 	{PR_RP_SHUT, "RP_SHUT", 4},
 	{PR_RP_PONG, "RP_PONG", 4},
 	{PR_RP_REQ_PAGES, "RP_REQ_PAGES", PR_REQ_PAGES_BYTES},
@@ -71,6 +73,7 @@ static const MsgInfo messages[] = {
 	{PR_RP_PROBED, "RP_PROBED", 16},
 	{PR_RP_RAILS, "RP_RAILS", 4 + PR_RAILS_MAX *RAIL_BYTES},
 	{PR_RP_LOOK, "RP_LOOK", RANGES_BYTES_MAX},
+	{PR_RP_REQ_HASHES, "RP_REQ_HASHES", RANGES_BYTES_MAX},
 };
 
 static const MsgInfo *msg_info(uint16_t type)
@@ -658,6 +661,28 @@ gboolean pr_rails_decode(const uint8_t *body, gsize len, PrRail **ret_rails, gui
 		return FALSE;
 	*ret_rails = g_steal_pointer(&rails);
 	*ret_n = n;
+	return TRUE;
+}
+
+gboolean pr_hashes_decode(const uint8_t *body, gsize len, PrHashes *ret, GError **error)
+{
+	Cursor cursor = {.at = body, .left = len};
+	uint32_t block = get_u32(&cursor);
+	uint64_t offset = get_u64(&cursor);
+	uint32_t n = get_u32(&cursor);
+
+	if (cursor.overrun)
+		return malformed(error, "CMD_HASHES is too short");
+	if (block >= PR_BLOCKS_MAX || n == 0 || n > PR_HASHES_MAX || cursor.left != n * 8)
+		return malformed(error,
+				 "CMD_HASHES claims %u hashes of block %u in %" G_GSIZE_FORMAT
+				 " bytes",
+				 n, block, cursor.left);
+	ret->block = block;
+	ret->offset = offset;
+	ret->n = n;
+	for (uint32_t i = 0; i < n; i++)
+		ret->hash[i] = get_u64(&cursor);
 	return TRUE;
 }
 

@@ -23,6 +23,8 @@
  *	REQ_PAGES	be64 start, be32 length (0: a probe), be32 block
  *	RAM_ZERO	be32 block, be32 n, n times (be64 offset, be64 length)
  *	GRANT		be32 block, be32 n, n times (be64 offset, be64 length, be64 addr, be64 key)
+ *	REQ_HASHES	as RAM_ZERO
+ *	HASHES		be32 block, be64 offset, be32 n, n times be64: one for each page from there on
  *	PROGRESS	the five be64 of PrProgress in their order
  *	RAILS		be32 n, n times (be64 epoch, be64 bytes, u8 pulls)
  *	LOST		be64 epoch, u8 held, reason
@@ -51,6 +53,10 @@
  *
  * Over rdma: GRANT and RAM_ZERO may come any time after LISTEN, RUN included, until each page was in one of them:
  *	                                            ◀── RP_LOOK (a fault waits for one)
+ *
+ * Where pages are verified (capabilities of HELLO and HELLO_ACK), beside everything from LISTEN on:
+ *	                                            ◀── RP_REQ_HASHES (of what is being read)
+ *	  CMD_HASHES                                ──▶ for each of its ranges
  *
  * Recovery, on a new connection with a higher epoch:
  *	  HELLO, HELLO_ACK, lanes, GRANT as above
@@ -82,6 +88,7 @@
 #define PR_IDSTR_MAX	     255
 #define PR_BLOCKS_MAX	     64	  /* RAM blocks of one guest */
 #define PR_RANGES_MAX	     4096 /* in one RAM_ZERO or GRANT message */
+#define PR_HASHES_MAX	     256  /* in one HASHES message: pages of the longest READ */
 #define PR_REASON_MAX	     1024
 #define PR_PACKAGED_CHUNK    (1024 * 1024)
 #define PR_PING_READY	     1
@@ -115,6 +122,7 @@ typedef enum PrMsgType {
 	PR_CMD_GRANT = 0x0180,
 	PR_CMD_RAM_ZERO = 0x0181,
 	PR_CMD_ACTIVATE = 0x0182, /* this standby path is the one in use from now on */
+	PR_CMD_HASHES = 0x0183,	  /* of pages that were asked for */
 	/* destination to source: QEMU's MIG_RP_MSG_* */
 	PR_RP_SHUT = 0x0201,
 	PR_RP_PONG = 0x0202,
@@ -128,6 +136,7 @@ typedef enum PrMsgType {
 	PR_RP_RECV_BITMAP_ZSTD = 0x0284, /* RECV_BITMAP, the bitmap compressed */
 	PR_RP_RAILS = 0x0285,		 /* what the standby paths have carried */
 	PR_RP_LOOK = 0x0286,		 /* ranges that faults wait to hear of: first, please */
+	PR_RP_REQ_HASHES = 0x0287,	 /* what these pages have to be */
 } PrMsgType;
 
 typedef enum PrWireError {
@@ -159,7 +168,8 @@ typedef enum PrResume {
 	PR_RESUME_STANDBY = 3,	 /* nothing yet: a path to be kept for later */
 } PrResume;
 
-#define PR_HELLO_CAN_ZSTD 1u /* reads RECV_BITMAP_ZSTD */
+#define PR_HELLO_CAN_ZSTD   1u /* reads RECV_BITMAP_ZSTD */
+#define PR_HELLO_CAN_VERIFY 2u /* source: answers REQ_HASHES; destination: is going to ask */
 
 /* The capabilities' highest byte: how many urgent lanes beyond the first the source can serve (HELLO), and the
  * destination wants to have (HELLO_ACK). A peer that does not know of them says 0. */
@@ -285,6 +295,14 @@ typedef struct PrPackaged {
 	gsize length;
 } PrPackaged;
 
+/* Of the pages of one range. */
+typedef struct PrHashes {
+	uint32_t block;
+	uint64_t offset; /* bytes within the block */
+	uint32_t n;
+	uint64_t hash[PR_HASHES_MAX];
+} PrHashes;
+
 /* Encoders append a body to a GByteArray made by the caller. */
 void pr_hello_encode(GByteArray *out, const PrHello *hello);
 void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack);
@@ -304,6 +322,7 @@ uint16_t pr_recv_bitmap_encode(GByteArray *out, const char *idstr, const unsigne
 void pr_req_pages_encode(uint8_t out[PR_REQ_PAGES_BYTES], const PrReqPages *req);
 void pr_progress_encode(GByteArray *out, const PrProgress *progress);
 void pr_rails_encode(GByteArray *out, const PrRail *rails, guint n);
+void pr_hashes_encode(GByteArray *out, const PrHashes *hashes);
 void pr_lost_encode(GByteArray *out, const PrLost *lost);
 void pr_activate_encode(GByteArray *out, const PrActivate *activate);
 void pr_probed_encode(GByteArray *out, const PrProbed *probed);
@@ -339,6 +358,7 @@ gboolean pr_progress_decode(const uint8_t *body, gsize len, PrProgress *ret, GEr
 /* *ret_rails is the caller's to g_free(). */
 gboolean pr_rails_decode(const uint8_t *body, gsize len, PrRail **ret_rails, guint *ret_n,
 			 GError **error);
+gboolean pr_hashes_decode(const uint8_t *body, gsize len, PrHashes *ret, GError **error);
 gboolean pr_lost_decode(const uint8_t *body, gsize len, PrLost *ret, GError **error);
 gboolean pr_activate_decode(const uint8_t *body, gsize len, PrActivate *ret, GError **error);
 gboolean pr_probed_decode(const uint8_t *body, gsize len, PrProbed *ret, GError **error);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The test guest as a program: `workload --socket PATH --size 64M …`. It prints a line each --report ms; on
- * SIGTERM or SIGINT, or after --seconds, it verifies every page and exits: 0, if none was ever wrong.
+ * The test guest as a program: `workload --socket PATH --size 64M …`. It prints a line each --report ms; on SIGUSR1
+ * it verifies every page and says so; on SIGTERM or SIGINT, or after --seconds, likewise, and exits: 0, if none was
+ * ever wrong.
  */
 #include <glib-unix.h>
 #include <stdio.h>
@@ -43,6 +44,20 @@ static gboolean print_line(gpointer data)
 	return G_SOURCE_CONTINUE;
 }
 
+static gboolean verify(gpointer data)
+{
+	Workload *work = data;
+	guint64 now = 0;
+
+	if (!testguest_verify(work->guest, &now))
+		printf("not verified: threads wait for pages\n");
+	else
+		printf("verified all corrupt=%" G_GUINT64_FORMAT " now=%" G_GUINT64_FORMAT "\n",
+		       testguest_corrupt(work->guest), now);
+	fflush(stdout);
+	return G_SOURCE_CONTINUE;
+}
+
 static gboolean quit(gpointer data)
 {
 	g_main_loop_quit(((Workload *)data)->loop);
@@ -68,6 +83,7 @@ static void run_until_told(Workload *work, int seconds, int report_ms)
 
 	work->loop = loop;
 	g_timeout_add(report_ms, print_line, work);
+	g_unix_signal_add(SIGUSR1, verify, work);
 	g_unix_signal_add(SIGTERM, quit, work);
 	g_unix_signal_add(SIGINT, quit, work);
 	if (seconds > 0)

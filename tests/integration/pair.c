@@ -70,6 +70,7 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	g_assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
 	g_assert_true(
 		pr_params_set(&side->params, "max-postcopy-bandwidth", config->bandwidth, NULL));
+	g_assert_true(pr_params_set_capability(&side->params, "verify", config->verify, NULL));
 	side_begin_engine(side);
 }
 
@@ -113,6 +114,9 @@ static char *incoming_uris(const PairConfig *config)
 	if (config->piecewise_us)
 		g_string_printf(uris, "faulty+%s:127.0.0.1:0?piecewise-us=%u", config->scheme,
 				config->piecewise_us);
+	else if (config->landing)
+		g_string_printf(uris, "faulty+%s:127.0.0.1:0?fault-id=%s", config->scheme,
+				config->landing);
 	else
 		g_string_printf(uris, "%s:127.0.0.1:0", config->scheme);
 	for (guint i = 0; i < G_N_ELEMENTS(config->more) && config->more[i]; i++)
@@ -120,14 +124,17 @@ static char *incoming_uris(const PairConfig *config)
 	return g_string_free(uris, FALSE);
 }
 
-/* "tcp:127.0.0.1:PORT", where the destination really listens. */
+/* "tcp:127.0.0.1:PORT", where the destination really listens, without its own faults. */
 static char *listening_uri(Side *destination)
 {
 	g_auto(PrMigrationInfo) info = {0};
 
 	pr_migration_query(destination->engine, &info);
 	g_assert_cmpuint(info.paths->len, >=, 1);
-	return g_strdup(((PrPathInfo *)g_ptr_array_index(info.paths, 0))->uri);
+	const char *uri = ((PrPathInfo *)g_ptr_array_index(info.paths, 0))->uri;
+	if (g_str_has_prefix(uri, "faulty+"))
+		uri += strlen("faulty+");
+	return g_strndup(uri, strcspn(uri, "?"));
 }
 
 static char *the_certs; /* the process's, of the main thread */

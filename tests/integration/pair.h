@@ -42,6 +42,8 @@ typedef struct PairConfig {
 	const char *more[3]; /* schemes of further listeners */
 	guint piecewise_us;  /* the paths are piecewise (transport.h), and each MiB takes so long */
 	gboolean paused;     /* the guest does not run; compared byte for byte at the end */
+	gboolean verify;     /* capability verify, on both sides */
+	const char *landing; /* fault-id: the destination's paths are faulty, too */
 } PairConfig;
 
 /* For a configuration: the migration goes on for longer than anything that a test does meanwhile takes on

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "migration/internal.h"
+#include "tests/integration/door.h"
 #include "tests/integration/pair.h"
 
 #define MIB (1024ull * 1024)
@@ -285,6 +286,48 @@ static void stays_paused_when_a_human_paused(void **state)
 	finish(&two);
 }
 
+static guint16 port_of(const char *text)
+{
+	g_autoptr(PrUri) uri = pr_uri_parse(text, FALSE, NULL);
+
+	return uri->port;
+}
+
+/* An attempt to connect a standby has no answer; meanwhile its path is connected otherwise, and used. What becomes of the
+ * attempt says nothing of the path then. */
+static void a_late_attempt_for_a_standby_says_nothing_of_the_path_in_use(void **state)
+{
+	PairConfig config = {.scheme = "tcp", PAIR_LASTS};
+	g_autoptr(Pair) pair = pair_new(&config);
+	g_auto(PrMigrationInfo) info = {0};
+	Side *source = &pair->source;
+
+	pr_migration_query(pair->destination.engine, &info);
+	const PrPathInfo *listening = g_ptr_array_index(info.paths, 0);
+	g_autoptr(Door) door = door_new(port_of(listening->uri));
+	g_autofree char *second = g_strdup_printf("tcp:127.0.0.1:%u", door_port(door));
+	g_autofree char *uris = g_strdup_printf("%s,%s", pair->uri, second);
+
+	assert_true(pr_params_set(&source->params, "handshake-timeout", 600000, NULL));
+	assert_true(pr_migration_start(source->engine, uris, FALSE, NULL));
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	door_wait_knocked(door);
+	pr_faults_cut_paths(pair->faults);
+	pair_wait_recovered(pair, 1);
+	assert_int_equal(side_path(source, second).state, PR_PATH_ACTIVE);
+
+	side_wait_path(source, pair->uri, PR_PATH_PROBATION);
+	door_turn_away(door);
+	/* Another standby comes and goes: by then the keeper has taken notice. */
+	pr_faults_cut_paths(pair->faults);
+	side_wait_path(source, pair->uri, PR_PATH_FAILED);
+	side_wait_path(source, pair->uri, PR_PATH_PROBATION);
+	assert_int_equal(side_path(source, second).state, PR_PATH_ACTIVE);
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_check_completed(pair);
+}
+
 #define FOR(scheme_, test_)                                                                        \
 	{                                                                                          \
 #test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
@@ -294,6 +337,7 @@ static void stays_paused_when_a_human_paused(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(a_late_attempt_for_a_standby_says_nothing_of_the_path_in_use),
 		BOTH(a_standby_takes_over_without_a_new_connection),
 		BOTH(a_standby_that_dies_is_known_and_disturbs_nobody),
 		BOTH(a_path_on_probation_is_taken_where_there_is_no_better_one),

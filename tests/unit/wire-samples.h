@@ -295,6 +295,20 @@ static gboolean decode_rails(const uint8_t *body, gsize len, GError **error)
 	return pr_rails_decode(body, len, &rails, &n, error);
 }
 
+static void sample_hashes(GByteArray *out)
+{
+	PrHashes hashes = {.block = 1, .offset = 8192, .n = 2, .hash = {3, UINT64_MAX}};
+
+	pr_hashes_encode(out, &hashes);
+}
+
+static gboolean decode_hashes(const uint8_t *body, gsize len, GError **error)
+{
+	PrHashes hashes;
+
+	return pr_hashes_decode(body, len, &hashes, error);
+}
+
 static const struct Kind {
 	uint16_t type;
 	void (*sample)(GByteArray *out);
@@ -327,6 +341,8 @@ static const struct Kind {
 	{PR_RP_PROBED, sample_probed, decode_probed},
 	{PR_RP_RAILS, sample_rails, decode_rails},
 	{PR_RP_LOOK, sample_ranges, decode_ranges},
+	{PR_CMD_HASHES, sample_hashes, decode_hashes},
+	{PR_RP_REQ_HASHES, sample_ranges, decode_ranges},
 };
 
 static GByteArray *sample_of(const struct Kind *kind)

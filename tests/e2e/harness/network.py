@@ -95,9 +95,12 @@ class Network:
     def link_up(self, link):
         self.source.run("ip", "link", "set", f"link{link}", "up")
 
-    def black_hole(self, link):
-        """Both ends stay up, nothing arrives: frames go to an address that nobody has."""
+    def black_hole(self, link, senders=None):
+        """Both ends stay up, nothing arrives: frames go to an address that nobody has. senders: hosts whose
+        frames are lost (both)."""
         for host, peer in (self.hosts, self.hosts[::-1]):
+            if senders and host not in senders:
+                continue
             host.run(
                 *("ip", "neighbour", "replace", peer.address(link), "lladdr", "02:00:00:00:00:66"),
                 *("dev", f"link{link}", "nud", "permanent"),

@@ -1,0 +1,271 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What the verify thread asks for, keeps and gives up. Nothing that is right is placed here: that needs a userfaultfd, and is in
+ * the migrations of tests/integration/test-verify.c. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "migration/bitmap.h"
+#include "migration/verify.h"
+
+#define PAGE	    4096u
+#define N_PAGES	    256
+#define PATIENCE_US (20 * G_USEC_PER_SEC)
+
+/* A destination without a guest, and what it hears. */
+typedef struct Rig {
+	PrRam *ram;
+	PrVerify *verify;
+	GMutex lock; /* protects what follows */
+	GCond changed;
+	GArray *asked;	 /* uint64_t: tokens, in order */
+	GArray *corrupt; /* PrCorrupt */
+	guint settled;
+} Rig;
+
+static void on_ask(guint block, const PrWireRange *ranges, guint n, void *opaque)
+{
+	Rig *rig = opaque;
+
+	g_mutex_lock(&rig->lock);
+	for (guint i = 0; i < n; i++) {
+		uint64_t token =
+			pr_token_pack(block, ranges[i].offset / PAGE, ranges[i].length / PAGE);
+		g_array_append_val(rig->asked, token);
+	}
+	g_cond_broadcast(&rig->changed);
+	g_mutex_unlock(&rig->lock);
+}
+
+static void on_settled(void *opaque)
+{
+	Rig *rig = opaque;
+
+	g_mutex_lock(&rig->lock);
+	rig->settled++;
+	g_cond_broadcast(&rig->changed);
+	g_mutex_unlock(&rig->lock);
+}
+
+static void on_complete(void *opaque)
+{
+	g_assert_not_reached();
+}
+
+static void on_corrupt(const PrCorrupt *corrupt, void *opaque)
+{
+	Rig *rig = opaque;
+
+	/* Until it is given up nobody else may read it. */
+	g_assert_false(pr_ram_claim(&rig->ram->blocks[0], corrupt->page));
+	g_mutex_lock(&rig->lock);
+	g_array_append_val(rig->corrupt, *corrupt);
+	g_mutex_unlock(&rig->lock);
+}
+
+static void on_broken(const GError *error, void *opaque)
+{
+	g_assert_not_reached();
+}
+
+static int rig_setup(void **state)
+{
+	Rig *rig = g_new0(Rig, 1);
+	const PrVerifyHooks hooks = {on_ask, on_settled, on_complete, on_corrupt, on_broken, rig};
+	int memfd = memfd_create("ram", MFD_CLOEXEC);
+	PrGuestBlock block = {
+		.idstr = (char *)"ram0", .size = N_PAGES * PAGE, .page_size = PAGE, .memfd = memfd};
+
+	g_assert_cmpint(ftruncate(memfd, N_PAGES * PAGE), ==, 0);
+	rig->ram = pr_ram_new(&block, 1, PR_GUEST_DESTINATION, NULL);
+	g_mutex_init(&rig->lock);
+	g_cond_init(&rig->changed);
+	rig->asked = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+	rig->corrupt = g_array_new(FALSE, FALSE, sizeof(PrCorrupt));
+	rig->verify = pr_verify_start(rig->ram, -1, &hooks);
+	*state = rig;
+	return 0;
+}
+
+static int rig_teardown(void **state)
+{
+	Rig *rig = *state;
+	int memfd = rig->ram->blocks[0].memfd;
+
+	pr_verify_stop(rig->verify);
+	pr_verify_free(rig->verify);
+	pr_ram_free(rig->ram);
+	close(memfd);
+	g_array_unref(rig->asked);
+	g_array_unref(rig->corrupt);
+	g_mutex_clear(&rig->lock);
+	g_cond_clear(&rig->changed);
+	g_free(rig);
+	return 0;
+}
+
+/* Waits until so many ranges were asked for in all; fails if there are more. */
+static void wait_asked(Rig *rig, guint n)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	g_mutex_lock(&rig->lock);
+	while (rig->asked->len < n)
+		assert_true(g_cond_wait_until(&rig->changed, &rig->lock, deadline));
+	assert_int_equal(rig->asked->len, n);
+	g_mutex_unlock(&rig->lock);
+}
+
+static uint64_t asked(Rig *rig, guint i)
+{
+	g_mutex_lock(&rig->lock);
+	uint64_t token = g_array_index(rig->asked, uint64_t, i);
+	g_mutex_unlock(&rig->lock);
+	return token;
+}
+
+static void wait_settled(Rig *rig, guint n)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	g_mutex_lock(&rig->lock);
+	while (rig->settled < n)
+		assert_true(g_cond_wait_until(&rig->changed, &rig->lock, deadline));
+	g_mutex_unlock(&rig->lock);
+}
+
+static uint64_t claim(Rig *rig, uint64_t page, uint64_t n)
+{
+	for (uint64_t i = page; i < page + n; i++)
+		assert_true(pr_ram_claim(&rig->ram->blocks[0], i));
+	return pr_token_pack(0, page, n);
+}
+
+/* No page has this hash. */
+static void answer_wrongly(Rig *rig, uint64_t page, guint n)
+{
+	PrHashes hashes = {.offset = page * PAGE, .n = n};
+
+	pr_verify_answer(rig->verify, &hashes);
+}
+
+static guint count_landed(Rig *rig)
+{
+	g_autoptr(GArray) tokens = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+
+	pr_verify_add_landed(rig->verify, tokens);
+	return tokens->len;
+}
+
+static void a_wrong_page_may_be_read_again_at_once(void **state)
+{
+	Rig *rig = *state;
+
+	pr_verify_attach(rig->verify);
+	for (guint strike = 1; strike <= PR_VERIFY_STRIKES; strike++) {
+		uint64_t token = claim(rig, 7, 1);
+
+		pr_verify_want(rig->verify, token, /* urgent= */ TRUE);
+		wait_asked(rig, strike);
+		assert_int_equal(asked(rig, strike - 1), token);
+		pr_verify_landed(rig->verify, token, /* stripe= */ 0);
+		assert_int_equal(count_landed(rig), 1);
+		answer_wrongly(rig, 7, 1);
+		wait_settled(rig, strike);
+		assert_int_equal(count_landed(rig), 0);
+		assert_int_equal(rig->corrupt->len, strike);
+		const PrCorrupt *corrupt = &g_array_index(rig->corrupt, PrCorrupt, strike - 1);
+		assert_int_equal(corrupt->page, 7);
+		assert_int_equal(corrupt->strikes, strike);
+	}
+	assert_false(pr_bitmap_test(rig->ram->blocks[0].received, 7));
+	pr_verify_detach(rig->verify);
+}
+
+static void what_has_landed_outlives_the_connection(void **state)
+{
+	Rig *rig = *state;
+	uint64_t landed = claim(rig, 10, 4), lost = claim(rig, 20, 4);
+
+	pr_verify_attach(rig->verify);
+	pr_verify_want(rig->verify, landed, FALSE);
+	pr_verify_want(rig->verify, lost, FALSE);
+	wait_asked(rig, 2);
+	pr_verify_landed(rig->verify, landed, 0);
+	pr_verify_detach(rig->verify);
+	assert_int_equal(count_landed(rig), 1);
+	/* An answer that comes late is none. */
+	answer_wrongly(rig, 10, 4);
+	assert_int_equal(count_landed(rig), 1);
+	/* A stripe's, whose path was another one. */
+	pr_verify_landed(rig->verify, lost, /* stripe= */ 3);
+	assert_int_equal(count_landed(rig), 2);
+	pr_verify_attach(rig->verify);
+	wait_asked(rig, 4);
+	assert_true(asked(rig, 2) != asked(rig, 3));
+	pr_verify_detach(rig->verify);
+}
+
+/* Faults are asked for whatever the bulk waits for, and the bulk a few at a time. */
+static void faults_do_not_queue_behind_the_bulk(void **state)
+{
+	Rig *rig = *state;
+
+	pr_verify_attach(rig->verify);
+	for (guint i = 0; i < 20; i++)
+		pr_verify_want(rig->verify, claim(rig, i * 4, 4), FALSE);
+	wait_asked(rig, 8);
+	uint64_t fault = claim(rig, 200, 1);
+	pr_verify_want(rig->verify, fault, TRUE);
+	wait_asked(rig, 9);
+	assert_int_equal(asked(rig, 8), fault);
+	/* An answer makes room for the next. */
+	answer_wrongly(rig, 0, 4);
+	wait_asked(rig, 10);
+	assert_int_equal(asked(rig, 9), pr_token_pack(0, 32, 4));
+	/* What is not going to come need not be asked for. */
+	pr_verify_drop(rig->verify, pr_token_pack(0, 36, 4));
+	answer_wrongly(rig, 4, 4);
+	wait_asked(rig, 11);
+	assert_int_equal(asked(rig, 10), pr_token_pack(0, 40, 4));
+	pr_verify_detach(rig->verify);
+}
+
+/* Bulk READs pause while much waits for its hashes. */
+static void the_bulk_pauses_when_hashes_are_late(void **state)
+{
+	Rig *rig = *state;
+	guint held = 0;
+
+	pr_verify_attach(rig->verify);
+	for (; pr_verify_has_room(rig->verify); held++) {
+		uint64_t token = claim(rig, held, 1);
+
+		assert_true(held < N_PAGES - 1);
+		pr_verify_want(rig->verify, token, FALSE);
+		pr_verify_landed(rig->verify, token, 0);
+	}
+	assert_true(held > 8);
+	wait_asked(rig, 8);
+	answer_wrongly(rig, 0, 1);
+	assert_true(pr_verify_has_room(rig->verify));
+	pr_verify_detach(rig->verify);
+}
+
+#define ON_RIG(test_) cmocka_unit_test_setup_teardown(test_, rig_setup, rig_teardown)
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		ON_RIG(a_wrong_page_may_be_read_again_at_once),
+		ON_RIG(what_has_landed_outlives_the_connection),
+		ON_RIG(faults_do_not_queue_behind_the_bulk),
+		ON_RIG(the_bulk_pauses_when_hashes_are_late),
+	};
+
+	return cmocka_run_group_tests_name("verify-ranges", tests, NULL, NULL);
+}
