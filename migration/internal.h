@@ -346,6 +346,8 @@ void pr_source_note_changes(PrMigration *m);
 void pr_source_forget(PrMigration *m);
 
 gpointer pr_source_thread(gpointer migration);
+/* return-path.c; of a PrConn. */
+gpointer pr_source_return_path_thread(gpointer conn);
 /* From postcopy-paused on. */
 gpointer pr_source_resumed_thread(gpointer migration);
 gpointer pr_load_thread(gpointer migration);

@@ -364,6 +364,7 @@ static gpointer verify_thread(gpointer opaque)
 	g_mutex_lock(&verify->lock);
 	while (!verify->stop) {
 		if (!has_work(verify)) {
+			/* Ended by a READ, by hashes, or by the end of the service. */
 			g_cond_wait(&verify->changed, &verify->lock);
 			continue;
 		}
@@ -433,6 +434,7 @@ void pr_verify_detach(PrVerify *verify)
 {
 	g_mutex_lock(&verify->lock);
 	verify->attached = FALSE;
+	/* Ended by its round; the connection that it may ask over was shut down before. */
 	while (verify->busy)
 		g_cond_wait(&verify->changed, &verify->lock);
 	g_queue_clear(&verify->urgent);

@@ -22,9 +22,13 @@ typedef struct Knob {
 } Knob;
 
 static const Knob knobs[] = {
-	{"bulk-window", "1 2 4 8 16 32"}, {"bulk-read-size", "16K 32K 64K 128K 256K 512K 1M"},
-	{"fault-spin", "0 20 50 200"},	  {"fault-readahead", "0 8 32"},
-	{"zero-pages", "off on"},	  {"verify", "off on"},
+	{"bulk-window", "1 2 4 8 16 32"},
+	{"bulk-read-size", "16K 32K 64K 128K 256K 512K 1M"},
+	{"fault-spin", "0 20 50 200"},
+	{"fault-readahead", "0 8 32"},
+	{"zero-pages", "off on"},
+	{"fault-threads", "1 2 4"},
+	{"verify", "off on"},
 };
 
 static int size_mib = 512;

@@ -185,8 +185,10 @@ Pair *pair_new(const PairConfig *config)
 	g_assert_no_error(error);
 	g_autofree char *listening = listening_uri(&pair->destination);
 	pair->faults = pr_faults_new(id);
-	pair->uri = config->piecewise_us ? g_strdup_printf("%s&fault-id=%s", listening, id)
-					 : g_strdup_printf("faulty+%s?fault-id=%s", listening, id);
+	g_autofree char *piecewise =
+		config->piecewise_us ? g_strdup_printf("piecewise-us=%u&", config->piecewise_us)
+				     : g_strdup("");
+	pair->uri = g_strdup_printf("faulty+%s?%sfault-id=%s", listening, piecewise, id);
 	return pair;
 }
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/fuzz/reach.h"
 
-#include "migration/source.c"
+#include "migration/return-path.c"
 
-/* As return_path_thread() does it. */
+/* As pr_source_return_path_thread() does it. */
 void reach_source_take(PrConn *conn)
 {
 	g_autoptr(GError) error = NULL;
