@@ -14,6 +14,9 @@
  *    (ram.h), and without them a range that is registered MISSING|MINOR maps nothing, also not a page that lies in
  *    the memfd already: that is a MINOR fault. So bytes that landed in it, whole or in part, are seen by nobody
  *    before they are overwritten by the READ of the next engine.
+ *  - What lies in the memfd behind a clear bit is what the source's READs have brought, or zeros: the memfd was
+ *    emptied when the fault mode was turned on, and the source's RAM does not change. So a page that the source calls
+ *    zero may be marked so, whatever part of it had landed.
  *  - A page whose bit is set is never written by an engine again, and all of its bytes were there before the bit
  *    (seq_cst; the page cache has no other view of it).
  *  - tcp, ofi: bytes are copied into the memfd by a thread of the engine. They end with the process, before

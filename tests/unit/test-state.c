@@ -222,6 +222,32 @@ static void an_arrived_guest_may_move_on(void **state)
 	assert_false(sm.run);
 }
 
+/* A new engine begins where the last one's migration stands, and goes on from there as that one would have. */
+static void a_restored_machine_goes_on(void **state)
+{
+	PrStateMachine sm;
+
+	pr_state_restore(&sm, PR_ROLE_DESTINATION, PR_STATE_POSTCOPY_PAUSED, /* run= */ TRUE, 100);
+	assert_int_equal(pr_state_step(&sm, PR_EVENT_CANCEL, sm.role, 110), PR_ACTION_REFUSE);
+	assert_int_equal(pr_state_step(&sm, PR_EVENT_CONNECTED, sm.role, 120), PR_ACTION_NONE);
+	/* It was let run before. */
+	assert_int_equal(pr_state_step(&sm, PR_EVENT_RESUMED, sm.role, 130), PR_ACTION_NONE);
+	assert_int_equal(sm.state, PR_STATE_POSTCOPY_ACTIVE);
+	assert_int_equal(sm.recoveries, 1);
+	assert_int_equal(sm.last_pause, 30);
+
+	pr_state_restore(&sm, PR_ROLE_DESTINATION, PR_STATE_POSTCOPY_PAUSED, /* run= */ FALSE, 100);
+	assert_int_equal(pr_state_step(&sm, PR_EVENT_CONNECTED, sm.role, 120), PR_ACTION_NONE);
+	assert_int_equal(pr_state_step(&sm, PR_EVENT_RESUMED, sm.role, 130), PR_ACTION_RUN);
+
+	pr_state_restore(&sm, PR_ROLE_SOURCE, PR_STATE_POSTCOPY_PAUSED, FALSE, 100);
+	assert_int_equal(pr_state_step(&sm, PR_EVENT_CANCEL, sm.role, 110), PR_ACTION_REFUSE);
+	assert_int_equal(pr_state_step(&sm, PR_EVENT_RESUME, sm.role, 120), PR_ACTION_NONE);
+
+	pr_state_restore(&sm, PR_ROLE_SOURCE, PR_STATE_COMPLETED, FALSE, 100);
+	assert_int_equal(pr_state_step(&sm, PR_EVENT_START, PR_ROLE_SOURCE, 110), PR_ACTION_REFUSE);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -229,6 +255,7 @@ int main(void)
 		cmocka_unit_test(every_pair_is_decided),
 		cmocka_unit_test(times_of_pauses_add_up),
 		cmocka_unit_test(an_arrived_guest_may_move_on),
+		cmocka_unit_test(a_restored_machine_goes_on),
 	};
 
 	return cmocka_run_group_tests_name("state", tests, NULL, NULL);

@@ -229,7 +229,7 @@ def killed(stage):
     move = stage.move(settings=("auto-recover=off", "max-postcopy-bandwidth=1M", "handshake-timeout=20000"))
     move.start(move.uri(1))
     move.wait_midway()
-    for engine in (move.destination, move.source, move.destination):
+    for engine in (move.destination, move.source):
         move.replace(engine)
         move.wait_all("postcopy-paused")
         left = move.expect_midway()
