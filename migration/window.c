@@ -45,6 +45,14 @@ static void note_trip(PrWindow *window, gint64 trip_us, uint64_t bytes)
 	window->trip_bytes = bytes;
 }
 
+/* However late the hosts are: with more a fault would wait longer than is worth any rate. */
+static guint limited(const PrWindow *window, double slack_us)
+{
+	double most = MAX(PR_WINDOW_MOST_US, PR_WINDOW_MOST_BYTES / carries(window));
+
+	return (guint)CLAMP(slack_us, PR_WINDOW_LEAST_US, most);
+}
+
 static gboolean is_probe(const PrWindow *window)
 {
 	return window->look == PR_WINDOW_ROUND - 1;
@@ -92,19 +100,16 @@ static void double_it(PrWindow *window, double rate, uint64_t most_bytes, guint 
 		return;
 	}
 	/* What was enough, and from there downwards. */
-	window->slack_us =
-		(guint)CLAMP(bytes / window->best, PR_WINDOW_LEAST_US, PR_WINDOW_MOST_US);
+	window->slack_us = limited(window, bytes / window->best);
 	window->falling = TRUE;
 	answer(window, most_bytes, most_reads);
 }
 
 static void move_slack(PrWindow *window, gboolean up)
 {
-	if (up)
-		window->slack_us = MIN(window->slack_us * 2, PR_WINDOW_MOST_US);
-	else
-		window->slack_us =
-			MAX(window->slack_us / (window->falling ? 4 : 2), PR_WINDOW_LEAST_US);
+	double factor = up ? 2 : window->falling ? 0.25 : 0.5;
+
+	window->slack_us = limited(window, window->slack_us * factor);
 	window->score = 0;
 }
 

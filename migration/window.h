@@ -26,7 +26,8 @@
 #define PR_WINDOW_START_BYTES (16u * 1024)
 #define PR_WINDOW_MIN	      2 /* one that is carried, one that waits behind it */
 #define PR_WINDOW_LEAST_US    33
-#define PR_WINDOW_MOST_US     20000
+#define PR_WINDOW_MOST_US     1000.0 /* or what this takes on a slow rail: */
+#define PR_WINDOW_MOST_BYTES  (256.0 * 1024)
 #define PR_WINDOW_LOOK_US     10000 /* and until the window was emptied PR_WINDOW_TURNS times */
 #define PR_WINDOW_FIRST_US    2000  /* while it is doubled */
 #define PR_WINDOW_TURNS	      4
