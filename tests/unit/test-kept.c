@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The state memfd: what one engine leaves in it, the next one finds; what is not one is refused. */
 #include <stdarg.h>
 #include <stddef.h>

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What a source writes down is there again, or is as it was before; never half of it. */
 #include <stdarg.h>
 #include <stddef.h>
