@@ -47,7 +47,8 @@ static void a_tcp_source_gives_nothing_but_its_regions(void **state)
 
 	for (guint i = 0; i < G_N_ELEMENTS(requests); i++) {
 		g_autoptr(GSocketListener) listener = g_socket_listener_new();
-		g_autoptr(GSocketConnection) urgent = NULL, bulk = NULL;
+		GSocketConnection *lanes[RIG_LANES];
+		GSocketConnection *bulk;
 		g_autoptr(Rig) rig = rig_new("tcp", "");
 		GThread *thread;
 		uint8_t byte;
@@ -55,14 +56,17 @@ static void a_tcp_source_gives_nothing_but_its_regions(void **state)
 		rig->uri->port = g_socket_listener_add_any_inet_port(listener, NULL, NULL);
 		rig_fill_source(rig);
 		thread = g_thread_new("connect", rig_source_thread, rig);
-		urgent = take_lane(listener);
-		bulk = take_lane(listener);
+		for (guint n = 0; n < RIG_LANES; n++)
+			lanes[n] = take_lane(listener);
+		bulk = lanes[PR_LANE_BULK];
 		g_thread_join(thread);
 		request(bulk, &requests[i]);
 		rig_await_failure(&rig->source);
 		assert_non_null(strstr(rig->source.reason, "destination"));
 		assert_true(g_input_stream_read(g_io_stream_get_input_stream(G_IO_STREAM(bulk)),
 						&byte, 1, NULL, NULL) <= 0);
+		for (guint n = 0; n < RIG_LANES; n++)
+			g_object_unref(lanes[n]);
 	}
 }
 
