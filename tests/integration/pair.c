@@ -238,8 +238,9 @@ PrState side_wait_any(Side *side, guint mask)
 		    !g_cond_wait_until(&side->changed, &side->lock, deadline)) {
 			g_auto(PrMigrationInfo) info = {0};
 			pr_migration_query(side->engine, &info);
-			g_error("%s: waited for states 0x%x, it is %s: %s", side->name, mask,
-				pr_state_name(side->state), info.reason);
+			g_error("%s: waited for states 0x%x, it is %s: %s (%s)", side->name, mask,
+				pr_state_name(side->state), info.reason,
+				info.error_desc ? info.error_desc : "no error");
 		}
 	PrState state = side->state;
 	g_mutex_unlock(&side->lock);

@@ -85,6 +85,13 @@ static void path_that_is_lost_before_run_leaves_the_guest_at_the_source(void **s
 		return;
 	}
 	pair_check_undone(pair);
+	/* The source knows first. The destination has failed as well, or waits for a RUN that never comes. */
+	PrState there = side_wait_any(&pair->destination,
+				      1u << PR_STATE_FAILED | 1u << PR_STATE_POSTCOPY_PAUSED);
+	if (there == PR_STATE_POSTCOPY_PAUSED) {
+		assert_true(pr_migration_cancel(pair->destination.engine, NULL));
+		side_wait(&pair->destination, PR_STATE_CANCELLED);
+	}
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);
