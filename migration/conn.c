@@ -59,11 +59,25 @@ PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_
 	};
 }
 
+/* PrControlEarly. The load thread may be waiting for a guest that waits for what is told here. */
+static gboolean take_early(const PrMsg *msg, void *opaque)
+{
+	switch (msg->type) {
+	case PR_CMD_HASHES:
+		return pr_hashes_take(opaque, msg, NULL);
+	case PR_CMD_GRANT:
+	case PR_CMD_RAM_ZERO:
+		return pr_told_take(opaque, msg);
+	default:
+		return FALSE;
+	}
+}
+
 static gboolean start_control(PrConn *conn, GError **error)
 {
 	const PrParams *params = conn->m->params;
 
-	pr_hashes_listen(conn);
+	pr_control_set_early(conn->control, take_early, conn);
 	pr_control_set_watchdog(conn->control, conn->m->dog);
 	return pr_control_start(conn->control, (guint)pr_param(params, PR_PARAM_HEARTBEAT_INTERVAL),
 				(guint)pr_param(params, PR_PARAM_HEARTBEAT_TIMEOUT), pr_conn_failed,

@@ -368,6 +368,12 @@ static gboolean take_reason(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	return pr_take_reason(msg, "source", error);
 }
 
+/* Malformed, or it would have been taken early (conn.c). */
+static gboolean take_hashes(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	return pr_hashes_take(conn, msg, error);
+}
+
 static gboolean take_note(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
 {
 	return pr_take_note(m, msg, "source", error);
@@ -401,6 +407,7 @@ static const struct Command {
 	{PR_CMD_POSTCOPY_RUN, IN_POSTCOPY, take_run},
 	{PR_CMD_RECV_BITMAP, IN(POSTCOPY_RECOVER), take_recv_bitmap},
 	{PR_CMD_POSTCOPY_RESUME, IN(POSTCOPY_RECOVER), take_resume},
+	{PR_CMD_HASHES, IN_ANY, take_hashes},
 	{PR_MSG_NOTE, IN_ANY, take_note},
 	{PR_MSG_LOST, IN_ANY, take_lost},
 	{PR_MSG_PAUSE, IN_ANY, take_reason},

@@ -81,10 +81,8 @@ void pr_source_note_verify(PrMigration *m, const PrHelloAck *ack)
 
 /* ---- the destination ---- */
 
-/* From the control channel's reader. */
-static gboolean take_hashes(const PrMsg *msg, void *opaque, GError **error)
+gboolean pr_hashes_take(PrConn *conn, const PrMsg *msg, GError **error)
 {
-	PrConn *conn = opaque;
 	PrMigration *m = conn->m;
 	PrHashes hashes;
 
@@ -95,11 +93,6 @@ static gboolean take_hashes(const PrMsg *msg, void *opaque, GError **error)
 		pr_verify_answer(m->verify, &hashes);
 	g_mutex_unlock(&m->lock);
 	return TRUE;
-}
-
-void pr_hashes_listen(PrConn *conn)
-{
-	pr_control_set_express(conn->control, take_hashes, conn);
 }
 
 /* The thread that calls this has the connection until pr_verify_detach(). */

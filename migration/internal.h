@@ -297,8 +297,9 @@ gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
 /* Source, the return path: answers REQ_HASHES. */
 gboolean pr_source_tell_hashes(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error);
 void pr_source_note_verify(PrMigration *m, const PrHelloAck *ack);
-/* Destination: before a control channel starts: HASHES go to the verify thread at once. */
-void pr_hashes_listen(PrConn *conn);
+/* Destination: HASHES, for the verify thread. From the control channel's reader; what is malformed it leaves to the load
+ * thread, to be refused. */
+gboolean pr_hashes_take(PrConn *conn, const PrMsg *msg, GError **error);
 /* Destination, the owner, before and after the other workers. NULL: pages are not verified. */
 PrVerify *pr_destination_start_verify(PrMigration *m);
 /* To be freed when no worker is left. */
@@ -329,6 +330,8 @@ gboolean pr_source_tell_grants(PrConn *conn, const GArray *grants, GError **erro
 
 /* told.c: the destination's half of it. */
 void pr_told_begin(PrMigration *m, PrConn *conn);
+/* GRANT or RAM_ZERO; from the control channel's reader. FALSE: it is for the load thread. */
+gboolean pr_told_take(PrConn *conn, const PrMsg *msg);
 /* Returns when nobody takes anything over this connection any more. */
 void pr_told_end(PrConn *conn);
 /* Asks the source to look at a page first. */

@@ -52,14 +52,10 @@ static gboolean take_zero(PrConn *conn, const PrMsg *msg)
 	return TRUE;
 }
 
-/* PrControlEarly */
-static gboolean take_early(const PrMsg *msg, void *opaque)
+gboolean pr_told_take(PrConn *conn, const PrMsg *msg)
 {
-	PrConn *conn = opaque;
 	gboolean taken = FALSE;
 
-	if (msg->type != PR_CMD_GRANT && msg->type != PR_CMD_RAM_ZERO)
-		return FALSE;
 	g_mutex_lock(&conn->told_lock);
 	if (conn->telling)
 		taken = msg->type == PR_CMD_GRANT ? take_grant(conn, msg) : take_zero(conn, msg);
@@ -74,7 +70,6 @@ void pr_told_begin(PrMigration *m, PrConn *conn)
 	g_mutex_lock(&conn->told_lock);
 	conn->telling = TRUE;
 	g_mutex_unlock(&conn->told_lock);
-	pr_control_set_early(conn->control, take_early, conn);
 }
 
 void pr_told_end(PrConn *conn)

@@ -16,7 +16,7 @@
  * its claim with it (pr_verify_add_landed), as only the hashes are missing. What has not landed is forgotten at the
  * detach, because its path is gone; but a stripe's may still land later, and is asked for then.
  *
- * The answers come through the control channel's reader (pr_control_set_express): the thread that takes the other messages
+ * The answers come through the control channel's reader (pr_control_set_early): the thread that takes the other messages
  * may be waiting for the guest to load its device state, and the guest for a page.
  *
  * Bulk ranges are asked for a few at a time, so that a fault's question finds no long queue at the source; and bulk READs

@@ -39,8 +39,8 @@ struct PrControl {
 	/* Set before the reader starts. */
 	PrPathFailed on_failed;
 	void *opaque;
-	PrControlExpress express; /* or NULL */
-	void *express_opaque;
+	PrControlEarly early; /* or NULL */
+	void *early_opaque;
 	GThread *reader;
 	PrWatchdog *dog;	   /* constant once it is started */
 	gint64 handshake_deadline; /* bounds reads and writes until the start, then 0 */
@@ -53,8 +53,6 @@ struct PrControl {
 	GCond changed;
 	GQueue queue; /* PrMsg */
 	gsize queued_bytes;
-	PrControlEarly early; /* or NULL */
-	void *early_opaque;
 	gboolean handling; /* what was received last is being carried out */
 	gboolean started;
 	GError *failure;    /* the first reason, set once */

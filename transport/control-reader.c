@@ -115,11 +115,7 @@ static void enqueue(PrControl *control, PrMsg *msg)
 
 static gboolean taken_early(PrControl *control, const PrMsg *msg)
 {
-	g_mutex_lock(&control->lock);
-	PrControlEarly early = control->early;
-	void *opaque = control->early_opaque;
-	g_mutex_unlock(&control->lock);
-	return early && early(msg, opaque);
+	return control->early && control->early(msg, control->early_opaque);
 }
 
 static void fail_malformed(PrControl *control, const char *what)
@@ -141,14 +137,6 @@ static void deliver_heartbeat(PrControl *control, const PrMsg *msg)
 		fail_malformed(control, error->message);
 }
 
-static void deliver_express(PrControl *control, const PrMsg *msg)
-{
-	g_autoptr(GError) error = NULL;
-
-	if (!control->express(msg, control->express_opaque, &error))
-		fail_malformed(control, error->message);
-}
-
 /* A whole message is there; takes it. May end the channel. */
 static void deliver(PrControl *control, PrMsg *taken)
 {
@@ -162,9 +150,7 @@ static void deliver(PrControl *control, PrMsg *taken)
 
 		fail_malformed(control, what);
 	} else if (pr_control_admit(control, FALSE, msg->type) && pr_msg_is_known(msg->type)) {
-		if (control->express && pr_msg_is_express(msg->type))
-			deliver_express(control, msg);
-		else if (!taken_early(control, msg))
+		if (!taken_early(control, msg))
 			enqueue(control, g_steal_pointer(&msg));
 	}
 }

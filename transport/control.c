@@ -333,17 +333,6 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
 	g_mutex_unlock(&control->send_lock);
 }
 
-gboolean pr_msg_is_express(uint16_t type)
-{
-	return type == PR_CMD_HASHES;
-}
-
-void pr_control_set_express(PrControl *control, PrControlExpress take, void *opaque)
-{
-	control->express = take;
-	control->express_opaque = opaque;
-}
-
 void pr_control_set_watchdog(PrControl *control, PrWatchdog *dog)
 {
 	control->dog = dog;
@@ -416,8 +405,6 @@ PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error)
 
 void pr_control_set_early(PrControl *control, PrControlEarly early, void *opaque)
 {
-	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
-
 	control->early = early;
 	control->early_opaque = opaque;
 }

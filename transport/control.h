@@ -42,6 +42,12 @@ gboolean pr_control_answer(PrControl *control, const PrHelloAck *ack, GError **e
 /* FALSE with PR_PATH_ERROR_REFUSED or _HELD and the peer's reason, if that is what it says. */
 gboolean pr_control_check_ack(PrControl *control, const PrHelloAck *ack, GError **error);
 
+/* Before the start: each message for the engine is shown to `early` by the reader thread as soon as it has come, before
+ * those that still wait to be received; TRUE: that was all that there is to do with it. It must not block and must not
+ * send. */
+typedef gboolean (*PrControlEarly)(const PrMsg *msg, void *opaque);
+void pr_control_set_early(PrControl *control, PrControlEarly early, void *opaque);
+
 /* Before it is started: who looks after its reader. */
 void pr_control_set_watchdog(PrControl *control, PrWatchdog *dog);
 
@@ -50,13 +56,6 @@ void pr_control_set_watchdog(PrControl *control, PrWatchdog *dog);
 gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
 			  guint heartbeat_timeout_ms, PrPathFailed on_failed, void *opaque,
 			  GError **error);
-
-/* Messages of a type that must not wait until whoever takes the others has time: CMD_HASHES. */
-gboolean pr_msg_is_express(uint16_t type);
-/* Before the start: such messages are given to `take`, from the reader thread, where it must not wait for anything.
- * FALSE: the message is malformed, which ends the channel. Without it they are queued as the others are. */
-typedef gboolean (*PrControlExpress)(const PrMsg *msg, void *opaque, GError **error);
-void pr_control_set_express(PrControl *control, PrControlExpress take, void *opaque);
 
 /* Sends one message; any thread. FALSE: the channel has failed. */
 gboolean pr_control_send(PrControl *control, uint16_t type, const void *body, gsize length,
@@ -74,12 +73,6 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
  * a failure are still returned first. On timeout returns NULL with PR_PATH_ERROR_TIMEOUT and
  * the channel stays open. */
 PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error);
-
-/* Each message for the engine is shown to `early` by the reader thread as soon as it has come, before those that still
- * wait to be received; TRUE: that was all that there is to do with it. It must not block and must not send. Any
- * thread; the last one stays until the channel is freed. */
-typedef gboolean (*PrControlEarly)(const PrMsg *msg, void *opaque);
-void pr_control_set_early(PrControl *control, PrControlEarly early, void *opaque);
 
 /* Closes the channel with this reason (a copy is kept); any thread, idempotent; the first
  * reason stays. on_failed is not called. All sends and receives end. */
