@@ -9,7 +9,6 @@ from .qmp import Qmp
 
 class Engine:
     def __init__(
-    def __init__(
         self,
         lab,
         host,
