@@ -37,8 +37,9 @@ struct PrQemuStream {
 	PrQmp *qmp;	  /* constant */
 	guint timeout_ms; /* constant */
 
-	int wake_fd;	   /* constant; eventfd: an event has come, or QEMU is gone */
-	GByteArray *early; /* of who saves: what came before the guest had stopped */
+	int wake_fd;	    /* constant; eventfd: an event has come, or QEMU is gone */
+	GByteArray *early;  /* of who saves: what came before the guest had stopped */
+	GThread *migrating; /* of who saves: asks for the migration; NULL: joined */
 
 	GMutex lock;
 	GCond cond;	    /* lock; end or dead changed */
@@ -46,6 +47,8 @@ struct PrQemuStream {
 	char *dead;	    /* lock; why QEMU is gone, or NULL */
 	int ready_fd;	    /* lock; QEMU has the other end already, -1: no */
 	int save_fd;	    /* lock; of a save that has begun, -1: none */
+	gboolean answered;  /* lock; QEMU has said whether it takes the command */
+	GError *refused;    /* lock until then; why it does not, or NULL */
 	gboolean stopped;   /* lock; QEMU has stopped the guest since the save began */
 	gboolean ran_again; /* lock; and somebody has let it run */
 	int load_fd;	    /* lock; -1: no load */
@@ -77,6 +80,7 @@ static void close_fd(int *fd)
 
 void pr_qemu_stream_free(PrQemuStream *stream)
 {
+	g_clear_error(&stream->refused);
 	close_fd(&stream->ready_fd);
 	close_fd(&stream->save_fd);
 	close_fd(&stream->load_fd);
@@ -227,91 +231,6 @@ static gboolean check_completed(PrQemuStream *stream, const char *end, const cha
 	return FALSE;
 }
 
-/* Capabilities */
-
-/* Off: they change the stream, or want more than one connection. */
-static gboolean wanted_capability(const char *name, gboolean *ret_on)
-{
-	static const char *const off[] = {"multifd",
-					  "postcopy-ram",
-					  "xbzrle",
-					  "compress",
-					  "x-colo",
-					  "dirty-bitmaps",
-					  "return-path",
-					  "rdma-pin-all",
-					  "zero-copy-send",
-					  "mapped-ram",
-					  "auto-converge",
-					  "pause-before-switchover",
-					  "postcopy-preempt",
-					  "background-snapshot",
-					  "block",
-					  NULL};
-
-	*ret_on = g_str_equal(name, "x-ignore-shared") || g_str_equal(name, "events");
-	return *ret_on || g_strv_contains(off, name);
-}
-
-static void add_capability(JsonArray *list, const char *name, gboolean on)
-{
-	JsonObject *object = json_object_new();
-
-	json_object_set_string_member(object, "capability", name);
-	json_object_set_boolean_member(object, "state", on);
-	json_array_add_object_element(list, object);
-}
-
-/* Two lists: how the capabilities should be, and how those that differ are. */
-static void plan_capabilities(JsonArray *found, JsonArray *wanted, JsonArray *old)
-{
-	for (guint i = 0; i < json_array_get_length(found); i++) {
-		JsonNode *node = json_array_get_element(found, i);
-		JsonObject *object;
-		const char *name;
-		gboolean is, on;
-
-		if (!JSON_NODE_HOLDS_OBJECT(node))
-			continue;
-		object = json_node_get_object(node);
-		name = pr_json_string(object, "capability");
-		is = pr_json_boolean(object, "state");
-		if (!name || !wanted_capability(name, &on) || is == on)
-			continue;
-		add_capability(wanted, name, on);
-		add_capability(old, name, is);
-	}
-}
-
-static gboolean set_capabilities(PrQemuStream *stream, JsonArray *list, GError **error)
-{
-	JsonObject *arguments;
-
-	if (!json_array_get_length(list))
-		return TRUE;
-	arguments = json_object_new();
-	json_object_set_array_member(arguments, "capabilities", json_array_ref(list));
-	return pr_qmp_command(stream->qmp, "migrate-set-capabilities", arguments, -1, error);
-}
-
-static gboolean set_bandwidth(PrQemuStream *stream, gint64 bandwidth, GError **error)
-{
-	JsonObject *arguments = json_object_new();
-
-	json_object_set_int_member(arguments, "max-bandwidth", bandwidth);
-	return pr_qmp_command(stream->qmp, "migrate-set-parameters", arguments, -1, error);
-}
-
-static gboolean query_bandwidth(PrQemuStream *stream, gint64 *ret_bandwidth, GError **error)
-{
-	g_autoptr(JsonObject) object = pr_qmp_query(stream->qmp, "query-migrate-parameters", error);
-
-	if (!object)
-		return FALSE;
-	*ret_bandwidth = pr_json_int(object, "max-bandwidth");
-	return TRUE;
-}
-
 /* Prepares QEMU for a stream to or from us, and remembers how it was. */
 static gboolean configure(PrQemuStream *stream, GError **error)
 {
@@ -321,18 +240,18 @@ static gboolean configure(PrQemuStream *stream, GError **error)
 	g_autoptr(JsonArray) old = json_array_new();
 	gint64 bandwidth;
 
-	if (!node || !query_bandwidth(stream, &bandwidth, error))
+	if (!node || !pr_qemu_query_bandwidth(stream->qmp, &bandwidth, error))
 		return FALSE;
 	if (JSON_NODE_HOLDS_ARRAY(node))
-		plan_capabilities(json_node_get_array(node), wanted, old);
-	if (!set_capabilities(stream, wanted, error))
+		pr_qemu_plan_capabilities(json_node_get_array(node), wanted, old);
+	if (!pr_qemu_set_capabilities(stream->qmp, wanted, error))
 		return FALSE;
 	g_mutex_lock(&stream->lock);
 	g_clear_pointer(&stream->old_caps, json_array_unref);
 	stream->old_caps = g_steal_pointer(&old);
 	stream->old_bandwidth = bandwidth;
 	g_mutex_unlock(&stream->lock);
-	return set_bandwidth(stream, NO_BANDWIDTH, error);
+	return pr_qemu_set_bandwidth(stream->qmp, NO_BANDWIDTH, error);
 }
 
 /* Hands one end of a socketpair to QEMU under FD_NAME; returns the other. */
@@ -418,6 +337,27 @@ static gboolean wait_for_socket(int fd, short events, guint64 timeout_ms, GCance
 
 /* Save */
 
+/* `migrate`, asked by a thread of its own: before QEMU's main loop answers, its migration may have the lock that the answer
+ * takes, and wait in turn for somebody to read the stream. */
+static gpointer migrate_thread(gpointer opaque)
+{
+	PrQemuStream *stream = opaque;
+	g_autoptr(GError) refused = NULL;
+	gboolean ok = pr_qmp_command(stream->qmp, "migrate", uri_arguments(), -1, &refused);
+
+	g_mutex_lock(&stream->lock);
+	stream->answered = TRUE;
+	if (!ok) {
+		stream->refused = g_steal_pointer(&refused);
+		/* Nothing comes then: whoever reads is to see an end. */
+		if (stream->save_fd >= 0)
+			shutdown(stream->save_fd, SHUT_RDWR);
+	}
+	tell_locked(stream);
+	g_mutex_unlock(&stream->lock);
+	return NULL;
+}
+
 /* Has QEMU write its stream; returns where it can be read. It stays open until the save has ended. */
 static int begin_save(PrQemuStream *stream, GError **error)
 {
@@ -427,16 +367,35 @@ static int begin_save(PrQemuStream *stream, GError **error)
 		return -1;
 	g_mutex_lock(&stream->lock);
 	g_clear_pointer(&stream->end, g_free);
-	stream->stopped = stream->ran_again = FALSE;
+	g_clear_error(&stream->refused);
+	stream->stopped = stream->ran_again = stream->answered = FALSE;
 	close_fd(&stream->save_fd);
 	stream->save_fd = fd;
 	g_mutex_unlock(&stream->lock);
 	g_byte_array_set_size(stream->early, 0);
-	return pr_qmp_command(stream->qmp, "migrate", uri_arguments(), -1, error) ? fd : -1;
+	stream->migrating = g_thread_try_new("migrate", migrate_thread, stream, error);
+	return stream->migrating ? fd : -1;
 }
 
+/* Whether QEMU has taken the command; waits for its answer, which is bounded as all of them are. */
+static gboolean was_accepted(PrQemuStream *stream, GError **error)
+{
+	if (stream->migrating)
+		g_thread_join(g_steal_pointer(&stream->migrating));
+	if (!stream->refused)
+		return TRUE;
+	g_propagate_error(error, g_error_copy(stream->refused));
+	return FALSE;
+}
+
+/* QEMU must not go on waiting for us to read, or it would not answer. */
 static void end_save(PrQemuStream *stream)
 {
+	g_mutex_lock(&stream->lock);
+	if (stream->save_fd >= 0)
+		shutdown(stream->save_fd, SHUT_RDWR);
+	g_mutex_unlock(&stream->lock);
+	was_accepted(stream, NULL);
 	g_mutex_lock(&stream->lock);
 	close_fd(&stream->save_fd);
 	g_mutex_unlock(&stream->lock);
@@ -469,43 +428,45 @@ static ssize_t read_early(PrQemuStream *stream, int fd, GError **error)
 	return n;
 }
 
-/* -1: not yet; else whether it has stopped. */
+/* -1: not yet; else whether it has stopped, and the command was accepted. */
 static int has_stopped(PrQemuStream *stream, GError **error)
 {
 	g_autofree char *end = NULL;
-	gboolean stopped, dead;
+	gboolean stopped, answered;
 
 	g_mutex_lock(&stream->lock);
+	answered = stream->answered;
 	stopped = stream->stopped;
-	dead = stream->dead != NULL;
-	if (dead)
+	if (stream->dead)
 		g_set_error_literal(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, stream->dead);
+	gboolean dead = stream->dead != NULL;
 	end = g_strdup(stream->end);
 	g_mutex_unlock(&stream->lock);
 	if (dead)
+		return FALSE;
+	if (!answered)
+		return -1;
+	if (!was_accepted(stream, error))
 		return FALSE;
 	if (stopped)
 		return TRUE;
 	if (!end)
 		return -1;
 	if (check_completed(stream, end, "save", error))
-		g_set_error(
-			error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			"QEMU says that its device state is saved, and not that the guest has stopped");
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "QEMU says that its device state is saved, and not that the guest has "
+			    "stopped");
 	return FALSE;
 }
 
-gboolean pr_qemu_stream_stop(PrQemuStream *stream, GError **error)
+static gboolean read_until_stopped(PrQemuStream *stream, int fd, GError **error)
 {
 	gint64 now = g_get_monotonic_time();
 	gint64 force = now + STOP_AFTER_US;
 	gint64 deadline = now + STOP_AFTER_US + (gint64)stream->timeout_ms * 1000;
 	gboolean forced = FALSE, eof = FALSE;
-	int fd = begin_save(stream, error);
 	int stopped;
 
-	if (fd < 0)
-		return FALSE;
 	while ((stopped = has_stopped(stream, error)) < 0) {
 		struct pollfd fds[] = {{.fd = stream->wake_fd, .events = POLLIN},
 				       {.fd = eof ? -1 : fd, .events = POLLIN}};
@@ -532,6 +493,16 @@ gboolean pr_qemu_stream_stop(PrQemuStream *stream, GError **error)
 		}
 	}
 	return stopped;
+}
+
+gboolean pr_qemu_stream_stop(PrQemuStream *stream, GError **error)
+{
+	int fd = begin_save(stream, error);
+
+	if (fd >= 0 && read_until_stopped(stream, fd, error))
+		return TRUE;
+	end_save(stream);
+	return FALSE;
 }
 
 static gboolean read_stream(PrQemuStream *stream, int fd, GCancellable *cancel, PrGuestSink sink,
@@ -580,6 +551,8 @@ gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuest
 	     (!stream->early->len ||
 	      sink(stream->early->data, stream->early->len, opaque, error)) &&
 	     read_stream(stream, fd, cancel, sink, opaque, error);
+	/* The end of the stream may be that of a command that was refused. */
+	ok = ok && was_accepted(stream, error);
 	end_save(stream);
 	if (!ok)
 		return FALSE;
@@ -614,7 +587,7 @@ void pr_qemu_stream_follow(PrQemuStream *stream)
 {
 	g_autoptr(JsonArray) defaults = json_array_new();
 
-	add_capability(defaults, "x-ignore-shared", FALSE);
+	pr_qemu_add_capability(defaults, "x-ignore-shared", FALSE);
 	g_mutex_lock(&stream->lock);
 	g_clear_pointer(&stream->old_caps, json_array_unref);
 	stream->old_caps = g_steal_pointer(&defaults);
@@ -634,9 +607,10 @@ gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error)
 	old = g_steal_pointer(&stream->old_caps);
 	bandwidth = stream->old_bandwidth;
 	g_mutex_unlock(&stream->lock);
-	ok = !old || (cancel_migration(stream, error) && set_bandwidth(stream, bandwidth, error) &&
-		      set_capabilities(stream, old, error));
 	end_save(stream);
+	ok = !old || (cancel_migration(stream, error) &&
+		      pr_qemu_set_bandwidth(stream->qmp, bandwidth, error) &&
+		      pr_qemu_set_capabilities(stream->qmp, old, error));
 	return ok;
 }
 

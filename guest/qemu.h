@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The parts of the `qemu:` kind: qemu.c (the ops), qemu-check.c (what is refused), qemu-stream.c (the
- * device state), qemu-ram.c (RAM blocks). */
+ * device state), qemu-settings.c (what QEMU migrates with), qemu-ram.c (RAM blocks). */
 #pragma once
 
 #include "guest/agent-client.h"
@@ -48,3 +48,12 @@ gboolean pr_qemu_stream_load_data(PrQemuStream *stream, const void *data, gsize 
 				  GError **error);
 gboolean pr_qemu_stream_load_end(PrQemuStream *stream, GError **error);
 void pr_qemu_stream_load_abort(PrQemuStream *stream);
+
+/* qemu-settings.c. */
+void pr_qemu_add_capability(JsonArray *list, const char *name, gboolean on);
+/* From all capabilities as QEMU tells them: how those that must differ have to be, and how they are. */
+void pr_qemu_plan_capabilities(JsonArray *found, JsonArray *wanted, JsonArray *old);
+gboolean pr_qemu_set_capabilities(PrQmp *qmp, JsonArray *list, GError **error);
+/* Bytes a second, of QEMU's own migration. */
+gboolean pr_qemu_set_bandwidth(PrQmp *qmp, gint64 bandwidth, GError **error);
+gboolean pr_qemu_query_bandwidth(PrQmp *qmp, gint64 *ret_bandwidth, GError **error);
