@@ -160,7 +160,7 @@ static gboolean parse_options(Options *options, int *argc, char ***argv, GError 
 		 NULL},
 		{"state-dir", 0, 0, G_OPTION_ARG_FILENAME, &options->state_dir,
 		 "source: where to note what --resume needs (default: /run/postroad, or in "
-		 "$XDG_RUNTIME_DIR)",
+		 "$XDG_RUNTIME_DIR; with --user /run/postroad-NAME)",
 		 "DIR"},
 		{"version", 'v', 0, G_OPTION_ARG_NONE, &options->version, "show the version", NULL},
 		{NULL},
@@ -417,6 +417,16 @@ static gpointer warm_up(gpointer opaque)
 	return NULL;
 }
 
+/* The user to become must be able to write down what --resume needs. */
+static gboolean prepare_sandbox(Options *options, Engine *engine, GError **error)
+{
+	if (options->user && !options->state_dir)
+		options->state_dir = g_strconcat("/run/postroad-", options->user, NULL);
+	return (!options->user ||
+		pr_sandbox_make_dir(&engine->sandbox, options->state_dir, error)) &&
+	       pr_sandbox_prepare(&engine->sandbox, error);
+}
+
 int main(int argc, char **argv)
 {
 	g_auto(Options) options = {0};
@@ -439,15 +449,17 @@ int main(int argc, char **argv)
 		fprintf(stderr, "postroad: %s; see postroad --help\n", error->message);
 		return EXIT_USAGE;
 	}
-	if (!pr_log_start(level, STDERR_FILENO, &error)) {
-		fprintf(stderr, "postroad: no thread for the log: %s\n", error->message);
-		return 1;
-	}
-	prepare_process();
 	engine.sandbox = (PrSandbox){.user = options.user,
 				     .group = options.group,
 				     .filter = g_strcmp0(options.sandbox, "off") != 0};
-	if (!pr_sandbox_prepare(&engine.sandbox, &error) || !pr_spare_files(&error)) {
+	/* Before the first thread, which is the log's. */
+	if (!prepare_sandbox(&options, &engine, &error) ||
+	    !pr_log_start(level, STDERR_FILENO, &error)) {
+		fprintf(stderr, "postroad: %s\n", error->message);
+		return 1;
+	}
+	prepare_process();
+	if (!pr_spare_files(&error)) {
 		pr_log_last_words("postroad: %s\n", error->message);
 		return 1;
 	}

@@ -29,6 +29,7 @@
 #include <seccomp.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 G_DEFINE_QUARK(pr_sandbox_error, pr_sandbox_error)
@@ -322,6 +323,25 @@ static gboolean load_filters(GError **error)
 		    "CONFIG_SECCOMP_FILTER; or start with --sandbox off",
 		    g_strerror(-err));
 	return FALSE;
+}
+
+gboolean pr_sandbox_make_dir(const PrSandbox *sandbox, const char *dir, GError **error)
+{
+	uid_t uid;
+	gid_t gid;
+
+	if (!find_user(sandbox, &uid, &gid, error))
+		return FALSE;
+	if (g_file_test(dir, G_FILE_TEST_EXISTS))
+		return TRUE;
+	if (g_mkdir_with_parents(dir, 0700) < 0 || chown(dir, uid, gid) < 0) {
+		g_set_error(error, PR_SANDBOX_ERROR, PR_SANDBOX_ERROR_USER,
+			    "--user '%s': %s cannot be made for it: %s; --state-dir names another "
+			    "directory",
+			    sandbox->user, dir, g_strerror(errno));
+		return FALSE;
+	}
+	return TRUE;
 }
 
 gboolean pr_sandbox_prepare(const PrSandbox *sandbox, GError **error)

@@ -22,6 +22,8 @@ typedef struct PrSandbox {
 	gboolean filter;   /* system calls */
 } PrSandbox;
 
+/* Makes a directory for the user to become, if there is none. Before pr_sandbox_prepare(). */
+gboolean pr_sandbox_make_dir(const PrSandbox *sandbox, const char *dir, GError **error);
 /* Before there are threads, which inherit it: no new privileges, and no capability but those that are needed. */
 gboolean pr_sandbox_prepare(const PrSandbox *sandbox, GError **error);
 /* When all is set up: the rest, for all threads, those that run already, too. */
