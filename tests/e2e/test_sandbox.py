@@ -3,6 +3,7 @@
 
 import os
 import pwd
+import tempfile
 
 from harness.case import case
 from harness.lab import Move
@@ -62,4 +63,8 @@ def as_root(lab):
 
 @case("recover-in-the-sandbox-as-another-user")
 def as_another_user(lab):
-    recover_confined(lab, "tcp", pwd.getpwnam("nobody").pw_uid, 0, ("--user", "nobody"))
+    # Beside the lab's directory, which is only root's; the engines make theirs in it, for this user.
+    with tempfile.TemporaryDirectory(prefix="postroad-states-") as states:
+        os.chmod(states, 0o711)
+        options = ("--user", "nobody", "--state-dir", os.path.join(states, "nobody"))
+        recover_confined(lab, "tcp", pwd.getpwnam("nobody").pw_uid, 0, options)
