@@ -110,6 +110,8 @@ class Twins:
         directory = self.lab.path(f"state-{self.source.name}")
         text = ""
         for name in os.listdir(directory):
+            if name.endswith(".new"):  # not in force yet
+                continue
             with open(os.path.join(directory, name)) as file:
                 text += file.read()
         return text
