@@ -42,16 +42,17 @@ struct PrQemuStream {
 	GThread *migrating; /* of who saves: asks for the migration; NULL: joined */
 
 	GMutex lock;
-	GCond cond;	    /* lock; end or dead changed */
-	char *end;	    /* lock; how QEMU's migration ended: "completed", "failed", … */
-	char *dead;	    /* lock; why QEMU is gone, or NULL */
-	int ready_fd;	    /* lock; QEMU has the other end already, -1: no */
-	int save_fd;	    /* lock; of a save that has begun, -1: none */
-	gboolean answered;  /* lock; QEMU has said whether it takes the command */
-	GError *refused;    /* lock until then; why it does not, or NULL */
-	gboolean stopped;   /* lock; QEMU has stopped the guest since the save began */
-	gboolean ran_again; /* lock; and somebody has let it run */
-	int load_fd;	    /* lock; -1: no load */
+	GCond cond;	   /* lock; end or dead changed */
+	char *end;	   /* lock; how QEMU's migration ended: "completed", "failed", … */
+	char *dead;	   /* lock; why QEMU is gone, or NULL */
+	int ready_fd;	   /* lock; QEMU has the other end already, -1: no */
+	int save_fd;	   /* lock; of a save that has begun, -1: none */
+	gboolean answered; /* lock; QEMU has said whether it takes the command */
+	GError *refused;   /* lock until then; why it does not, or NULL */
+	gboolean
+		stopped; /* lock; since the save began QEMU has stopped the guest; or it loads one */
+	gboolean ran_again;	   /* lock; and somebody has let it run */
+	int load_fd;		   /* lock; -1: no load */
 	GCancellable *load_cancel; /* lock; of the load in progress, or NULL */
 	JsonArray *old_caps;	   /* lock; what save() found, or NULL: nothing to undo */
 	gint64 old_bandwidth;	   /* lock; goes with old_caps */
@@ -623,6 +624,10 @@ gboolean pr_qemu_stream_load_begin(PrQemuStream *stream, GError **error)
 	if (fd < 0)
 		return FALSE;
 	forget_end(stream);
+	g_mutex_lock(&stream->lock);
+	stream->stopped = TRUE;
+	stream->ran_again = FALSE;
+	g_mutex_unlock(&stream->lock);
 	/* The state of a guest that ran until it was saved lets it run as soon as it is loaded, unless QEMU has
 	 * been told to stop by then. */
 	if (!pr_qmp_command(stream->qmp, "stop", NULL, -1, error)) {
@@ -696,21 +701,17 @@ gboolean pr_qemu_stream_load_data(PrQemuStream *stream, const void *data, gsize 
 	return TRUE;
 }
 
-static gboolean is_ready_to_run(PrQemuStream *stream, GError **error)
+/* QEMU tells its end when it has decided whether the guest runs. */
+static gboolean check_not_running(PrQemuStream *stream, GError **error)
 {
-	g_autoptr(JsonObject) object = pr_qmp_query(stream->qmp, "query-status", error);
+	g_mutex_lock(&stream->lock);
+	gboolean runs = stream->ran_again;
+	g_mutex_unlock(&stream->lock);
 
-	if (!object)
-		return FALSE;
-	if (g_strcmp0(pr_json_string(object, "status"), "inmigrate") == 0)
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "QEMU says its device state is loaded, and still waits for it");
-	else if (pr_json_boolean(object, "running"))
+	if (runs)
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
 			    "the guest runs already, before it was told to");
-	else
-		return TRUE;
-	return FALSE;
+	return !runs;
 }
 
 gboolean pr_qemu_stream_load_end(PrQemuStream *stream, GError **error)
@@ -726,7 +727,8 @@ gboolean pr_qemu_stream_load_end(PrQemuStream *stream, GError **error)
 	g_mutex_lock(&stream->lock);
 	close_fd(&stream->load_fd);
 	g_mutex_unlock(&stream->lock);
-	return end && check_completed(stream, end, "load", error) && is_ready_to_run(stream, error);
+	return end && check_completed(stream, end, "load", error) &&
+	       check_not_running(stream, error);
 }
 
 void pr_qemu_stream_load_abort(PrQemuStream *stream)

@@ -336,7 +336,7 @@ gboolean pr_told_take(PrConn *conn, const PrMsg *msg);
 void pr_told_end(PrConn *conn);
 /* Asks the source to look at a page first. */
 void pr_told_ask(PrMigration *m, PrConn *conn, guint block, uint64_t page);
-/* resume.c: what the source writes down; of the owner. Each is durable when it returns. */
+/* resume.c: what the source writes down; of the owner. Each is in force when it returns. */
 gboolean pr_source_note_stopping(PrMigration *m, GError **error);
 gboolean pr_source_note_handed_over(PrMigration *m, GError **error);
 /* RUN was not sent after all; before the guest may run. */

@@ -160,11 +160,17 @@ static const char *from_text(PrRecord *record, GKeyFile *file)
 /* Of another guest process, or none at all: nothing is known of this one. */
 static gboolean load(PrRecord *record, GError **error)
 {
+	struct stat st;
 	g_autoptr(GKeyFile) file = g_key_file_new();
 	g_autoptr(GError) inner = NULL;
 	g_autofree char *process = NULL;
 	const char *wrong;
 
+	/* No engine leaves it like that, but a host that goes down may (record.h). */
+	if (stat(record->path, &st) == 0 && st.st_size == 0) {
+		g_message("%s is empty: this host went down when it was written", record->path);
+		return TRUE;
+	}
 	if (!g_key_file_load_from_file(file, record->path, G_KEY_FILE_NONE, &inner) &&
 	    g_error_matches(inner, G_FILE_ERROR, G_FILE_ERROR_NOENT))
 		return TRUE;
@@ -237,18 +243,7 @@ void pr_record_set_uris(PrRecord *record, const char *uris)
 	record->uris = g_strdup(uris);
 }
 
-static gboolean sync_directory(const char *dir, GError **error)
-{
-	int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	gboolean done = fd >= 0 && fsync(fd) == 0;
-	int code = errno;
-
-	if (fd >= 0)
-		close(fd);
-	return done || file_error(error, dir, "cannot be synced", code);
-}
-
-static gboolean write_synced(const char *path, const char *text, GError **error)
+static gboolean write_text(const char *path, const char *text, GError **error)
 {
 	int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
 	gsize left = strlen(text);
@@ -267,7 +262,7 @@ static gboolean write_synced(const char *path, const char *text, GError **error)
 		text += n;
 		left -= (gsize)n;
 	}
-	done = left == 0 && fchmod(fd, 0600) == 0 && fsync(fd) == 0;
+	done = left == 0 && fchmod(fd, 0600) == 0;
 	code = errno;
 	close(fd);
 	return done || file_error(error, path, "cannot be written", code);
@@ -281,22 +276,20 @@ gboolean pr_record_save(PrRecord *record, PrRecordStage stage, GError **error)
 
 	if (g_mkdir_with_parents(dir, 0700) < 0)
 		return file_error(error, dir, "cannot be made", errno);
-	if (!write_synced(beside, text, error))
+	if (!write_text(beside, text, error))
 		return FALSE;
 	pr_kill_point(PR_KILL_RECORD_WRITTEN);
 	if (g_rename(beside, record->path) < 0)
 		return file_error(error, record->path, "cannot be replaced", errno);
 	pr_kill_point(PR_KILL_RECORD_RENAMED);
-	record->stage = stage; /* what is there now, synced or not */
-	return sync_directory(dir, error);
+	record->stage = stage;
+	return TRUE;
 }
 
 gboolean pr_record_remove(PrRecord *record, GError **error)
 {
-	g_autofree char *dir = g_path_get_dirname(record->path);
-
 	if (g_unlink(record->path) < 0 && errno != ENOENT)
 		return file_error(error, record->path, "cannot be removed", errno);
 	record->stage = PR_RECORD_NONE;
-	return !g_file_test(dir, G_FILE_TEST_IS_DIR) || sync_directory(dir, error);
+	return TRUE;
 }

@@ -3,8 +3,9 @@
  * What a source writes down, so that the engine which follows it knows whose the guest is.
  *
  * One file for each guest, in the state directory; it holds the migration's secret and is for its owner only (0600).
- * A change is durable when the call returns: written beside it, synced, renamed over it, the directory synced. So
- * whatever moment the engine dies at, the file is the old one or the new one.
+ * A change is in force when the call returns: written beside it, renamed over it. So whatever moment the engine dies
+ * at, the file is the old one or the new one. It need not reach a disk, which would be part of the downtime: a host
+ * that goes down takes the guest's process with it, and the file is about that one.
  *
  * It is about one process of a guest (process.h): the file of a guest that is gone says nothing about the one that
  * has its sockets now.
@@ -46,7 +47,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrRecord, pr_record_free)
 
 void pr_record_set_blocks(PrRecord *record, const PrGuestBlock *blocks, guint n);
 void pr_record_set_uris(PrRecord *record, const char *uris);
-/* Durable when it returns TRUE; otherwise the file is as it was. The error names the directory. */
+/* In force when it returns TRUE; otherwise the file is as it was. The error names the directory. */
 gboolean pr_record_save(PrRecord *record, PrRecordStage stage, GError **error);
 /* PR_RECORD_NONE. */
 gboolean pr_record_remove(PrRecord *record, GError **error);

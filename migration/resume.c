@@ -3,7 +3,7 @@
  * An engine follows one that has died.
  *
  * The destination's facts are in the state memfd that the agent keeps (kept.h), the source's in a file (record.h).
- * Both say how far the migration had come, and each step of them is durable before what it says may be seen by
+ * Both say how far the migration had come, and each step of them is in force before what it says may be seen by
  * anybody else:
  *
  *	source                                             what who follows does
@@ -31,7 +31,7 @@
  * the memfd with it, as they are about that one process.
  *
  * Epochs. A destination takes no epoch that is not higher than those it knows. A source may have used any number
- * of them since its record was written; so the upper half of an epoch is the incarnation, which is raised, durably,
+ * of them since its record was written; so the upper half of an epoch is the incarnation, which is raised, in the record,
  * before the first epoch of a new engine is used.
  *
  * Two engines for one guest: the agent serves one connection at a time, and the kernel closes that of a process that

@@ -371,14 +371,6 @@ static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **e
 	return TRUE;
 }
 
-static gpointer hole_thread(gpointer opaque)
-{
-	PrConn *conn = opaque;
-
-	/* A failure reports itself. */
-	return GINT_TO_POINTER(pr_source_tell_holes(conn->m, conn, NULL));
-}
-
 /* The grants of a path that has failed meanwhile are not all there are. */
 static gboolean check_attempt(PrMigration *m, GError **error)
 {
@@ -390,28 +382,26 @@ static gboolean check_attempt(PrMigration *m, GError **error)
 	return !failed;
 }
 
-/* Tells the destination what it may read, and what it need not read. Looking takes the longer the more RAM there is,
- * so a thread does it, beside all that follows: where the destination may read holes too, it gets zeros for them
- * until it knows; over a piecewise path it reads a page once it has heard of it. */
-static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_teller, GError **error)
+/* Tells the destination what it may read. Over a piecewise path that is looked for by a thread, beside all that
+ * follows: the destination reads a page once it has heard of it. */
+static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_looker, GError **error)
 {
 	pr_watch_busy(m->watch, &telling);
-	if (conn->path->piecewise) {
-		*ret_teller = pr_look_begin(m, conn, error);
-		return *ret_teller != NULL;
-	}
-	if (!pr_source_send_grants(conn, error) || !check_attempt(m, error))
-		return FALSE;
-	*ret_teller = pr_thread_try("holes", hole_thread, conn, error);
-	return *ret_teller != NULL;
+	if (!conn->path->piecewise)
+		return pr_source_send_grants(conn, error) && check_attempt(m, error);
+	*ret_looker = pr_look_begin(m, conn, error);
+	return *ret_looker != NULL;
 }
 
-/* Whether all was told. */
-static gboolean join_teller(PrMigration *m, PrConn *conn, GThread *teller)
+/* What the destination need not read, when the guest has left. Looking takes the longer the more RAM there is, and
+ * would keep the guest from its processors; until it is told a hole, the destination reads zeros there. Returns
+ * whether all was told; a failure reports itself. */
+static gboolean tell_what_is_left(PrMigration *m, PrConn *conn, GThread *looker, gboolean moved)
 {
-	if (conn->path->piecewise)
-		return pr_look_end(m, teller);
-	return GPOINTER_TO_INT(g_thread_join(teller));
+	if (looker)
+		return pr_look_end(m, looker);
+	pr_watch_idle(m->watch);
+	return moved && pr_source_tell_holes(m, conn, NULL);
 }
 
 typedef struct Package {
@@ -488,7 +478,7 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 /* From the moment that the guest is to stop until it is the destination's. */
 static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 {
-	GThread *teller = NULL;
+	GThread *looker = NULL;
 	gboolean was_running;
 	Downtime times;
 
@@ -496,7 +486,7 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 	m->run_may_be_seen = FALSE;
 	gboolean ok = pr_source_note_stopping(m, error) && mark(&times.began) &&
 		      stop_guest(m, &was_running, error) && mark(&times.stopped) &&
-		      tell_ram(m, conn, &teller, error) && mark(&times.told) &&
+		      tell_ram(m, conn, &looker, error) && mark(&times.told) &&
 		      reached(PR_KILL_SOURCE_RAM_TOLD) &&
 		      send_device_state(m, conn, was_running, &times, error) &&
 		      hand_over(m, conn, error);
@@ -505,8 +495,7 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 		log_downtime(&times);
 	else
 		pr_attempt_failed(m, *error); /* so that the thread does not wait for the peer */
-	if (teller)
-		m->holes_told = join_teller(m, conn, teller);
+	m->holes_told = tell_what_is_left(m, conn, looker, ok);
 	return ok;
 }
 

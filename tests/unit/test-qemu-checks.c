@@ -682,14 +682,31 @@ static void a_load_waits_for_its_event(void **state)
 	fd = load_begin(&loading, qemu);
 	assert_stream_is(fd, "device state");
 	assert_int_equal(fake_qmp_count(qemu->fake, "query-status"), 0);
-	fake_qmp_set(qemu->fake, "query-status", "{\"status\": \"paused\", \"running\": false}");
 	fake_qmp_say(qemu->fake, COMPLETED);
 	g_thread_join(loading.thread);
 	assert_true(loading.ok);
-	assert_int_equal(fake_qmp_count(qemu->fake, "query-status"), 1);
+	assert_int_equal(fake_qmp_count(qemu->fake, "query-status"), 0);
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 0);
 	assert_true(qemu->guest->ops->run(qemu->guest, &error));
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 1);
+	close(fd);
+}
+
+/* A second guest beside the source's. */
+static void a_guest_that_runs_when_it_is_loaded_is_refused(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new();
+	Loading loading;
+	int fd;
+
+	qemu_attach(qemu, TIMEOUT);
+	fd = load_begin(&loading, qemu);
+	assert_stream_is(fd, "device state");
+	fake_qmp_say(qemu->fake, RESUMED COMPLETED);
+	g_thread_join(loading.thread);
+	assert_false(loading.ok);
+	assert_non_null(strstr(loading.error->message, "runs already"));
+	g_clear_error(&loading.error);
 	close(fd);
 }
 
@@ -758,6 +775,8 @@ int main(void)
 		cmocka_unit_test(a_save_that_stalls_times_out_and_is_cancelled),
 		cmocka_unit_test(a_save_can_be_cancelled),
 		cmocka_unit_test(a_load_waits_for_its_event),
+		cmocka_unit_test(a_guest_that_runs_when_it_is_loaded_is_refused),
+		cmocka_unit_test(a_guest_that_runs_when_it_is_loaded_is_refused),
 		cmocka_unit_test(a_load_that_hangs_can_be_aborted),
 		cmocka_unit_test(a_load_ends_when_qemu_dies),
 		cmocka_unit_test(loading_without_a_beginning_is_an_error),

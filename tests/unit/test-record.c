@@ -129,7 +129,7 @@ static void another_process_has_no_record(void **state)
 static void what_is_no_record_is_refused(void **state)
 {
 	static const char *const texts[] = {
-		"",
+		"\n",
 		"rubbish",
 		"[postroad source]\nversion=1\n",
 		"[postroad source]\nversion=2\nprocess=" PROCESS "\nstage=handed-over\n",
@@ -155,6 +155,18 @@ static void what_is_no_record_is_refused(void **state)
 		assert_null(found);
 		assert_non_null(strstr(error->message, record->path));
 	}
+}
+
+/* What was not synced before the host went down; the guest went with it. */
+static void what_a_crash_of_the_host_emptied_says_nothing(void **state)
+{
+	g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+
+	fill(record);
+	save(record, PR_RECORD_HANDED_OVER);
+	assert_int_equal(truncate(record->path, 0), 0);
+	g_autoptr(PrRecord) none = open_record(*state, PROCESS);
+	assert_int_equal(none->stage, PR_RECORD_NONE);
 }
 
 static PrKillPoint die_at;
@@ -216,6 +228,7 @@ int main(void)
 		TEST(what_was_saved_is_found),
 		TEST(another_process_has_no_record),
 		TEST(what_is_no_record_is_refused),
+		TEST(what_a_crash_of_the_host_emptied_says_nothing),
 		TEST(a_change_is_whole_or_has_not_happened),
 		TEST(a_directory_that_cannot_be_written_is_named),
 	};
