@@ -152,6 +152,7 @@ struct PrMigration {
 
 	/* destination */
 	GPtrArray *listeners; /* PrListener*; only added to until free */
+	gboolean opening;     /* a migrate_incoming is on its way to the first of them */
 	PrNewcomer *newcomer;
 	gboolean guest_was_running; /* on the source, when it was stopped */
 	gboolean guest_started;	    /* RUN has been carried out: what remains is its memory */

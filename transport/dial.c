@@ -124,6 +124,7 @@ static GPtrArray *look_up(const char *host, uint16_t port, gint64 deadline, GCan
 
 	if (!pr_spare_files(error))
 		return NULL;
+	g_debug("looking up the name %s", host);
 	lookup_run(&lookup, host, ms_left(deadline), cancel);
 	if (lookup.addresses)
 		addresses = lookup_addresses(&lookup, port);
