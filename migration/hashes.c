@@ -175,16 +175,18 @@ static void corrupt(const PrCorrupt *corrupt, void *opaque)
 	pr_migration_tell(m);
 }
 
-PrVerify *pr_destination_start_verify(PrMigration *m)
+gboolean pr_destination_start_verify(PrMigration *m, GError **error)
 {
 	const PrVerifyHooks hooks = {ask, settled, complete, corrupt, broken, m};
-	PrVerify *verify = m->verifies ? pr_verify_start(m->ram, m->uffd, &hooks) : NULL;
+	PrVerify *verify = m->verifies ? pr_verify_start(m->ram, m->uffd, &hooks, error) : NULL;
 
+	if (m->verifies && !verify)
+		return FALSE;
 	m->ram->verify = verify;
 	g_mutex_lock(&m->lock);
 	m->verify = verify;
 	g_mutex_unlock(&m->lock);
-	return verify;
+	return TRUE;
 }
 
 PrVerify *pr_destination_stop_verify(PrMigration *m)

@@ -365,7 +365,8 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 		return FALSE;
 	if (options->hmp && !serve_terminal(engine->monitor, error))
 		return FALSE;
-	if (!give_up_privileges(options, engine, error))
+	/* GLib has one for signals. */
+	if (!give_up_privileges(options, engine, error) || !pr_spare_thread(error))
 		return FALSE;
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);
