@@ -163,13 +163,7 @@ static void corrupt(const PrCorrupt *corrupt, void *opaque)
 		error = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST,
 				    "path %s: it does not bring what the source has: %s",
 				    conn->name, m->last_corrupt);
-		if (conn == m->conn) {
-			pr_migration_failed_locked(m, error);
-		} else if (!conn->failure) {
-			conn->failure = g_error_copy(error);
-			pr_conn_shutdown(conn);
-			g_cond_broadcast(&m->changed);
-		}
+		pr_conn_failed_locked(conn, error);
 	}
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);

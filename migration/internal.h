@@ -213,6 +213,8 @@ void pr_conn_unlist(PrConn *conn);
 gboolean pr_conn_set_path(PrConn *conn, PrDataPath *path, GError **error);
 /* PrPathFailed for control channel and data path; opaque is the PrConn. */
 void pr_conn_failed(const GError *error, void *opaque);
+/* As above, with the lock held; the caller tells. */
+void pr_conn_failed_locked(PrConn *conn, const GError *error);
 /* Ends all waits on the connection; it stays valid. */
 void pr_conn_shutdown(PrConn *conn);
 /* Whoever has the connection ends it: withdraws it and fences the path. What else has to be freed is no
