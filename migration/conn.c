@@ -174,12 +174,10 @@ gboolean pr_conn_set_path(PrConn *conn, PrDataPath *path, GError **error)
 	return go_on;
 }
 
-void pr_conn_failed(const GError *error, void *opaque)
+void pr_conn_failed_locked(PrConn *conn, const GError *error)
 {
-	PrConn *conn = opaque;
 	PrMigration *m = conn->m;
 
-	g_mutex_lock(&m->lock);
 	if (m->conn == conn) {
 		pr_migration_failed_locked(m, error);
 	} else if (!conn->failure) {
@@ -188,6 +186,15 @@ void pr_conn_failed(const GError *error, void *opaque)
 		pr_conn_shutdown(conn);
 		g_cond_broadcast(&m->changed);
 	}
+}
+
+void pr_conn_failed(const GError *error, void *opaque)
+{
+	PrConn *conn = opaque;
+	PrMigration *m = conn->m;
+
+	g_mutex_lock(&m->lock);
+	pr_conn_failed_locked(conn, error);
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
 }

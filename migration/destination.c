@@ -166,7 +166,8 @@ gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **e
 	/* Now that every access faults, what the memfds held before can go. */
 	if (fresh && !pr_ram_punch(m->ram, error))
 		return FALSE;
-	pr_destination_start_verify(m);
+	if (!pr_destination_start_verify(m, error))
+		return FALSE;
 	PrFaultService *faults =
 		pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks, error);
 	PrPull *pull =
@@ -665,6 +666,12 @@ static void close_uffd(PrMigration *m)
 	m->uffd = -1;
 }
 
+void pr_destination_leave(PrMigration *m)
+{
+	stop_workers(m);
+	close_uffd(m);
+}
+
 /* Ends it, one way or the other: the guest is freed of the fault mode. */
 static void tidy_up(PrMigration *m)
 {
@@ -717,8 +724,6 @@ gpointer pr_load_thread(gpointer migration)
 		if (!pr_state_is_postcopy(current_state(m)))
 			tidy_up(m);
 	}
-	/* Left while paused: the guest's faults wait for the next engine; the agent keeps them. */
-	stop_workers(m);
-	close_uffd(m);
+	pr_destination_leave(m);
 	return NULL;
 }

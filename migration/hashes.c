@@ -163,28 +163,24 @@ static void corrupt(const PrCorrupt *corrupt, void *opaque)
 		error = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST,
 				    "path %s: it does not bring what the source has: %s",
 				    conn->name, m->last_corrupt);
-		if (conn == m->conn) {
-			pr_migration_failed_locked(m, error);
-		} else if (!conn->failure) {
-			conn->failure = g_error_copy(error);
-			pr_conn_shutdown(conn);
-			g_cond_broadcast(&m->changed);
-		}
+		pr_conn_failed_locked(conn, error);
 	}
 	g_mutex_unlock(&m->lock);
 	pr_migration_tell(m);
 }
 
-PrVerify *pr_destination_start_verify(PrMigration *m)
+gboolean pr_destination_start_verify(PrMigration *m, GError **error)
 {
 	const PrVerifyHooks hooks = {ask, settled, complete, corrupt, broken, m};
-	PrVerify *verify = m->verifies ? pr_verify_start(m->ram, m->uffd, &hooks) : NULL;
+	PrVerify *verify = m->verifies ? pr_verify_start(m->ram, m->uffd, &hooks, error) : NULL;
 
+	if (m->verifies && !verify)
+		return FALSE;
 	m->ram->verify = verify;
 	g_mutex_lock(&m->lock);
 	m->verify = verify;
 	g_mutex_unlock(&m->lock);
-	return verify;
+	return TRUE;
 }
 
 PrVerify *pr_destination_stop_verify(PrMigration *m)

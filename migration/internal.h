@@ -152,6 +152,7 @@ struct PrMigration {
 
 	/* destination */
 	GPtrArray *listeners; /* PrListener*; only added to until free */
+	gboolean opening;     /* a migrate_incoming is on its way to the first of them */
 	PrNewcomer *newcomer;
 	gboolean guest_was_running; /* on the source, when it was stopped */
 	gboolean guest_started;	    /* RUN has been carried out: what remains is its memory */
@@ -212,6 +213,8 @@ void pr_conn_unlist(PrConn *conn);
 gboolean pr_conn_set_path(PrConn *conn, PrDataPath *path, GError **error);
 /* PrPathFailed for control channel and data path; opaque is the PrConn. */
 void pr_conn_failed(const GError *error, void *opaque);
+/* As above, with the lock held; the caller tells. */
+void pr_conn_failed_locked(PrConn *conn, const GError *error);
 /* Ends all waits on the connection; it stays valid. */
 void pr_conn_shutdown(PrConn *conn);
 /* Whoever has the connection ends it: withdraws it and fences the path. What else has to be freed is no
@@ -300,9 +303,9 @@ void pr_source_note_verify(PrMigration *m, const PrHelloAck *ack);
 /* Destination: HASHES, for the verify thread. From the control channel's reader; what is malformed it leaves to the load
  * thread, to be refused. */
 gboolean pr_hashes_take(PrConn *conn, const PrMsg *msg, GError **error);
-/* Destination, the owner, before and after the other workers. NULL: pages are not verified. */
-PrVerify *pr_destination_start_verify(PrMigration *m);
-/* To be freed when no worker is left. */
+/* Destination, the owner, before the other workers: if pages are to be verified. */
+gboolean pr_destination_start_verify(PrMigration *m, GError **error);
+/* After them; to be freed when no worker is left. */
 PrVerify *pr_destination_stop_verify(PrMigration *m);
 
 /* source.c: for the keepers, too */
@@ -387,6 +390,8 @@ gboolean pr_destination_take_zero(PrMigration *m, const PrMsg *msg, GError **err
 void pr_destination_use_grants(PrConn *conn);
 /* Turns the fault mode on, or goes on with it; fresh: nothing was received yet. */
 gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **error);
+/* Stops them. Where the guest is in postcopy its faults wait for the next engine; the agent keeps them. */
+void pr_destination_leave(PrMigration *m);
 /* Lets the guest run; by hand, if that is what it takes. */
 void pr_destination_run(PrMigration *m);
 /* As above, if it can be done now. */

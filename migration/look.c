@@ -34,6 +34,14 @@ typedef struct Looker {
 	uint64_t unit;
 } Looker;
 
+static void looker_free(Looker *self)
+{
+	for (guint i = 0; i < PR_BLOCKS_MAX; i++)
+		g_free(self->told[i]);
+	g_free(self);
+}
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Looker, looker_free)
+
 static uint64_t n_units(const Looker *self, uint32_t block)
 {
 	return (self->m->ram->blocks[block].size + UNIT - 1) / UNIT;
@@ -129,16 +137,11 @@ static gboolean look_through(Looker *self)
 
 static gpointer look_thread(gpointer opaque)
 {
-	PrConn *conn = opaque;
-	PrMigration *m = conn->m;
-	Looker self = {.m = m, .conn = conn};
+	g_autoptr(Looker) self = opaque;
+	PrMigration *m = self->m;
 	gint64 began = g_get_monotonic_time();
+	gboolean all = look_through(self);
 
-	for (guint i = 0; i < m->ram->n_blocks; i++)
-		self.told[i] = pr_bitmap_new(n_units(&self, i));
-	gboolean all = look_through(&self);
-	for (guint i = 0; i < m->ram->n_blocks; i++)
-		g_free(self.told[i]);
 	g_info("looking at %" G_GUINT64_FORMAT " MiB of RAM took %.1f ms, beside all else%s",
 	       m->ram->total_bytes >> 20, (double)(g_get_monotonic_time() - began) / 1e3,
 	       all ? "" : "; not all was told");
@@ -150,17 +153,38 @@ static gpointer look_thread(gpointer opaque)
 	return GINT_TO_POINTER(all);
 }
 
+static Looker *looker_new(PrMigration *m, PrConn *conn, GError **error)
+{
+	g_autoptr(Looker) self = g_new0(Looker, 1);
+
+	self->m = m;
+	self->conn = conn;
+	for (guint i = 0; i < m->ram->n_blocks; i++) {
+		gsize bytes = pr_bitmap_words(n_units(self, i)) * sizeof(unsigned long);
+
+		self->told[i] = pr_try_alloc(bytes, "what of the RAM was looked at", error);
+		if (!self->told[i])
+			return NULL;
+	}
+	return g_steal_pointer(&self);
+}
+
 GThread *pr_look_begin(PrMigration *m, PrConn *conn, GError **error)
 {
+	g_autoptr(Looker) self = looker_new(m, conn, error);
 	GThread *looker;
 
+	if (!self)
+		return NULL;
 	g_mutex_lock(&m->lock);
 	g_clear_pointer(&m->asked, g_array_unref);
 	m->asked = g_array_new(FALSE, FALSE, sizeof(PrLook));
 	m->looking = TRUE;
 	g_mutex_unlock(&m->lock);
-	looker = pr_thread_try("look", look_thread, conn, error);
-	if (!looker)
+	looker = pr_thread_try("look", look_thread, self, error);
+	if (looker)
+		g_steal_pointer(&self);
+	else
 		m->looking = FALSE; /* nobody waits for it yet */
 	return looker;
 }

@@ -626,13 +626,13 @@ gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, G
 	return done;
 }
 
-static gboolean add_listener(PrMigration *m, const PrUri *uri, GError **error)
+static gboolean add_listener(PrMigration *m, const PrUri *uri, GCancellable *cancel, GError **error)
 {
 	g_autoptr(GError) inner = NULL;
 	PrListener *listener =
 		pr_listener_new(uri, &m->security,
 				(guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
-				pr_destination_hello, m, &inner);
+				pr_destination_hello, m, cancel, &inner);
 
 	if (!listener) {
 		g_set_error_literal(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_LISTEN,
@@ -648,38 +648,50 @@ static gboolean add_listener(PrMigration *m, const PrUri *uri, GError **error)
 	return TRUE;
 }
 
-static gboolean add_listeners(PrMigration *m, const char *text, GError **error)
+static gboolean add_listeners(PrMigration *m, const char *text, GCancellable *cancel,
+			      GError **error)
 {
 	g_autoptr(GPtrArray) uris = parse_uris(text, /* listening= */ TRUE, error);
 
 	if (!uris)
 		return FALSE;
 	for (guint i = 0; i < uris->len; i++)
-		if (!add_listener(m, g_ptr_array_index(uris, i), error))
+		if (!add_listener(m, g_ptr_array_index(uris, i), cancel, error))
 			return FALSE;
 	return TRUE;
 }
 
-gboolean pr_migration_incoming(PrMigration *m, const char *text, GError **error)
+gboolean pr_migration_incoming(PrMigration *m, const char *text, GCancellable *cancel,
+			       GError **error)
 {
 	g_mutex_lock(&m->lock);
 	/* A destination without a listener follows an engine that has died. */
-	gboolean fresh = m->listeners->len == 0 &&
+	gboolean fresh = m->listeners->len == 0 && !m->opening &&
 			 (m->sm.state == PR_STATE_NONE || m->sm.role == PR_ROLE_DESTINATION);
 	if (!fresh)
 		set_state_error(m, "migrate_incoming",
-				m->listeners->len > 0
+				m->opening ? "another one is about to listen; wait for its answer"
+				: m->listeners->len > 0
 					? "this side is listening already"
 					: "it is only for a side that has done nothing yet",
 				error);
 	else if (!m->owner)
 		m->owner = pr_thread_try("load", pr_load_thread, m, error);
 	fresh = fresh && m->owner;
+	if (fresh)
+		m->opening = TRUE;
 	g_mutex_unlock(&m->lock);
-	return fresh && add_listeners(m, text, error);
+	if (!fresh)
+		return FALSE;
+	gboolean done = add_listeners(m, text, cancel, error);
+	g_mutex_lock(&m->lock);
+	m->opening = FALSE;
+	g_mutex_unlock(&m->lock);
+	return done;
 }
 
-gboolean pr_migration_recover(PrMigration *m, const char *text, GError **error)
+gboolean pr_migration_recover(PrMigration *m, const char *text, GCancellable *cancel,
+			      GError **error)
 {
 	g_mutex_lock(&m->lock);
 	gboolean fit = m->sm.role == PR_ROLE_DESTINATION && m->sm.state == PR_STATE_POSTCOPY_PAUSED;
@@ -690,7 +702,7 @@ gboolean pr_migration_recover(PrMigration *m, const char *text, GError **error)
 					: "it is only for a migration that is postcopy-paused",
 				error);
 	g_mutex_unlock(&m->lock);
-	return fit && add_listeners(m, text, error);
+	return fit && add_listeners(m, text, cancel, error);
 }
 
 gboolean pr_migration_pause(PrMigration *m, GError **error)

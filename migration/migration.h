@@ -139,10 +139,13 @@ gboolean pr_migration_resume(PrMigration *migration, gboolean asked, PrRole *ret
 /* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is used. */
 gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean resume,
 			    GError **error);
-/* Destination: listens on all of the URIs (`--incoming`, `migrate-incoming`). */
-gboolean pr_migration_incoming(PrMigration *migration, const char *uris, GError **error);
+/* Destination: listens on all of the URIs (`--incoming`, `migrate-incoming`). This and the next one wait for the
+ * look-up of names, at most 5 s each or until cancelled, and may be called from any thread. */
+gboolean pr_migration_incoming(PrMigration *migration, const char *uris, GCancellable *cancel,
+			       GError **error);
 /* Destination: adds listeners, the old ones stay open (`migrate_recover`). Only in postcopy-paused. */
-gboolean pr_migration_recover(PrMigration *migration, const char *uris, GError **error);
+gboolean pr_migration_recover(PrMigration *migration, const char *uris, GCancellable *cancel,
+			      GError **error);
 /* Either side: pauses both (`migrate_pause`). */
 gboolean pr_migration_pause(PrMigration *migration, GError **error);
 gboolean pr_migration_cancel(PrMigration *migration, GError **error);

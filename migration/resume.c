@@ -43,6 +43,7 @@
 #include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
+#include "transport/spare.h"
 
 /* ---- what the source notes ---- */
 
@@ -174,6 +175,16 @@ gboolean pr_migration_keep_record(PrMigration *m, const char *dir, const char *s
 	return m->record != NULL;
 }
 
+/* Without, this engine has to end; another one can go on from here. */
+static gboolean begin_owner(PrMigration *m, const char *name, GThreadFunc func, GError **error)
+{
+	g_mutex_lock(&m->lock);
+	m->owner = pr_thread_try(name, func, m, error);
+	gboolean begun = m->owner != NULL;
+	g_mutex_unlock(&m->lock);
+	return begun;
+}
+
 /* ---- the destination ---- */
 
 static gboolean wake_all(PrMigration *m, GError **error)
@@ -267,18 +278,20 @@ static gboolean resume_destination(PrMigration *m, PrKept *kept, GError **error)
 		return FALSE;
 	restore_destination(m, stage);
 	if (stage == PR_KEPT_COMPLETED ? !m->guest->ops->fault_off(m->guest, error)
-				       : !serve_faults(m, error))
+				       : !serve_faults(m, error)) {
+		pr_destination_leave(m);
 		return FALSE;
+	}
 	if (stage == PR_KEPT_RUN)
 		let_run(m);
 	g_message("going on as the destination of a migration that is %s: %" G_GUINT64_FORMAT
 		  " of %" G_GUINT64_FORMAT " pages are here",
 		  pr_state_name(m->sm.state), pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE,
 		  m->ram->total_bytes / PR_TARGET_PAGE);
-	g_mutex_lock(&m->lock);
-	m->owner = g_thread_new("load", pr_load_thread, m);
-	g_mutex_unlock(&m->lock);
-	return TRUE;
+	if (begin_owner(m, "load", pr_load_thread, error))
+		return TRUE;
+	pr_destination_leave(m);
+	return FALSE;
 }
 
 /* The guest had not come. What is left of it in the process is of no use to anybody. */
@@ -348,11 +361,8 @@ static gboolean resume_source(PrMigration *m, GError **error)
 	g_message("going on as the source of a migration that is %s; this guest belongs to the "
 		  "destination",
 		  pr_state_name(m->sm.state));
-	g_mutex_lock(&m->lock);
-	if (record->stage == PR_RECORD_HANDED_OVER)
-		m->owner = g_thread_new("migration", pr_source_resumed_thread, m);
-	g_mutex_unlock(&m->lock);
-	return TRUE;
+	return record->stage != PR_RECORD_HANDED_OVER ||
+	       begin_owner(m, "migration", pr_source_resumed_thread, error);
 }
 
 static gboolean let_run_on(PrMigration *m, GError **error)

@@ -33,6 +33,7 @@
 #include "migration/killpoint.h"
 #include "migration/migration.h"
 #include "migration/place.h"
+#include "transport/spare.h"
 
 #define ASKED_MAX 8  /* bulk ranges whose hashes are under way */
 #define HELD_MAX  32 /* landed bulk ranges that may wait for their hashes before bulk READs pause */
@@ -385,7 +386,7 @@ static gpointer verify_thread(gpointer opaque)
 
 /* ---- the owner's side ---- */
 
-PrVerify *pr_verify_start(PrRam *ram, int uffd, const PrVerifyHooks *hooks)
+PrVerify *pr_verify_start(PrRam *ram, int uffd, const PrVerifyHooks *hooks, GError **error)
 {
 	PrVerify *verify = g_new0(PrVerify, 1);
 
@@ -399,7 +400,9 @@ PrVerify *pr_verify_start(PrRam *ram, int uffd, const PrVerifyHooks *hooks)
 	g_queue_init(&verify->ready);
 	verify->ranges = g_hash_table_new_full(g_int64_hash, g_int64_equal, NULL, range_free);
 	verify->strikes = g_hash_table_new_full(g_int64_hash, g_int64_equal, g_free, NULL);
-	verify->thread = g_thread_new("verify", verify_thread, verify);
+	verify->thread = pr_thread_try("verify", verify_thread, verify, error);
+	if (!verify->thread)
+		g_clear_pointer(&verify, pr_verify_free);
 	return verify;
 }
 

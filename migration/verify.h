@@ -39,8 +39,8 @@ typedef struct PrVerifyHooks {
 /* XXH3, 64 bits. */
 uint64_t pr_verify_hash(const void *data, gsize length);
 
-/* Starts the thread; ram outlives it. */
-PrVerify *pr_verify_start(PrRam *ram, int uffd, const PrVerifyHooks *hooks);
+/* Starts the thread; ram outlives it. NULL: there is none to be had. */
+PrVerify *pr_verify_start(PrRam *ram, int uffd, const PrVerifyHooks *hooks, GError **error);
 /* There is a connection to ask over. */
 void pr_verify_attach(PrVerify *verify);
 /* There is none any more, and nothing uses it when this returns; it was shut down before. What was read is kept, and asked

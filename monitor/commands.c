@@ -57,8 +57,7 @@ static JsonNode *run_commands(PrMonitor *monitor, JsonObject *args, GError **err
 	return pr_json_array(array);
 }
 
-/* The URIs of a command that QEMU lets say `channels` instead. */
-static const char *uri_arg(JsonObject *args, GError **error)
+const char *pr_command_uris(JsonObject *args, GError **error)
 {
 	const char *uri = json_object_get_string_member_with_default(args, "uri", NULL);
 
@@ -76,7 +75,7 @@ static const char *uri_arg(JsonObject *args, GError **error)
 
 static JsonNode *run_migrate(PrMonitor *monitor, JsonObject *args, GError **error)
 {
-	const char *uri = uri_arg(args, error);
+	const char *uri = pr_command_uris(args, error);
 
 	if (!uri)
 		return NULL;
@@ -88,24 +87,6 @@ static JsonNode *run_migrate(PrMonitor *monitor, JsonObject *args, GError **erro
 		return NULL;
 	}
 	if (!pr_migration_start(monitor->migration, uri, flag_arg(args, "resume"), error))
-		return NULL;
-	return empty_result();
-}
-
-static JsonNode *run_incoming(PrMonitor *monitor, JsonObject *args, GError **error)
-{
-	const char *uri = uri_arg(args, error);
-
-	if (!uri || !pr_migration_incoming(monitor->migration, uri, error))
-		return NULL;
-	return empty_result();
-}
-
-static JsonNode *run_recover(PrMonitor *monitor, JsonObject *args, GError **error)
-{
-	const char *uri = uri_arg(args, error);
-
-	if (!uri || !pr_migration_recover(monitor->migration, uri, error))
 		return NULL;
 	return empty_result();
 }
@@ -379,10 +360,10 @@ static const PrCommand command_table[] = {
 	{"migrate", "migrate", .args = migrate_args, .waits = TRUE, .run = run_migrate,
 	 .usage = "[-d] [-r] " URIS,
 	 .help = "migrate to the first path that answers (-d: don't wait; -r: resume a paused one)"},
-	{"migrate-incoming", "migrate_incoming", .args = uri_args, .run = run_incoming,
+	{"migrate-incoming", "migrate_incoming", .args = uri_args, .listen = pr_migration_incoming,
 	 .usage = URIS, .help = "listen for a migration on these paths"},
-	{"migrate-recover", "migrate_recover", .args = uri_args, .run = run_recover, .usage = URIS,
-	 .help = "destination, paused: listen on these paths as well"},
+	{"migrate-recover", "migrate_recover", .args = uri_args, .listen = pr_migration_recover,
+	 .usage = URIS, .help = "destination, paused: listen on these paths as well"},
 	{"migrate-pause", "migrate_pause", .run = run_pause,
 	 .help = "pause a postcopy migration, on both sides"},
 	{"migrate_cancel", "migrate_cancel", .run = run_cancel,

@@ -39,6 +39,9 @@ typedef struct PrCommand {
 	const PrArg *args;     /* NULL: none */
 	gboolean free_members; /* run() checks the arguments itself */
 	gboolean waits; /* in HMP, without -d, answered when the migration has come to a stop */
+	/* Instead of run(): what it does with its URIs, on a thread of its own (errand.c). It has no result to show. */
+	gboolean (*listen)(PrMigration *migration, const char *uris, GCancellable *cancel,
+			   GError **error);
 	/* Returns the result, NULL on error. */
 	JsonNode *(*run)(PrMonitor *monitor, JsonObject *args, GError **error);
 	/* The result as HMP shows it; NULL: nothing to show. */
@@ -54,9 +57,11 @@ const PrCommand *pr_command_find_hmp(char **words, guint *ret_used, GError **err
 
 /* Names the argument that is missing, unexpected or of the wrong type. */
 gboolean pr_command_check(const PrCommand *command, JsonObject *args, GError **error);
-/* After the check. */
+/* After the check, of a command that has run(). */
 JsonNode *pr_command_run(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
 			 GError **error);
+/* The URIs of a command that QEMU lets say `channels` instead; NULL with an error. */
+const char *pr_command_uris(JsonObject *args, GError **error);
 
 /* {"qemu": {"major", "minor", "micro"}, "package"} */
 JsonNode *pr_command_version(void);

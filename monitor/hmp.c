@@ -99,14 +99,19 @@ PrWait *pr_hmp_run(PrMonitor *monitor, const char *line, PrAnswer answer, void *
 	g_autoptr(GString) text = g_string_new(NULL);
 	guint64 mark = pr_monitor_mark(monitor);
 	const PrCommand *command;
+	PrWait *wait = NULL;
 
 	if (!pr_hmp_parse(line, &command, &args, &error)) {
 		answer(NULL, error, opaque);
 		return NULL;
 	}
-	if (command)
+	if (command && command->listen)
+		wait = pr_errand_begin(monitor, command, args, answer, opaque, &error);
+	else if (command)
 		result = pr_command_run(monitor, command, args, &error);
-	if (command && !result) {
+	if (wait)
+		return wait;
+	if (error) {
 		answer(NULL, error, opaque);
 		return NULL;
 	}

@@ -4,18 +4,22 @@
 
 #include <json-glib/json-glib.h>
 
+#include "monitor/commands.h"
 #include "monitor/monitor.h"
 
 /* An HMP line has an answer: text (may be empty), or an error. Called once. */
 typedef void (*PrAnswer)(const char *text, const GError *error, void *opaque);
 
-/* Somebody who waits until the migration has completed, failed, been cancelled or paused. */
+typedef struct PrErrand PrErrand;
+
+/* Somebody who waits until the migration has completed, failed, been cancelled or paused; or for an errand. */
 typedef struct PrWait {
 	PrMonitor *monitor;
 	PrAnswer answer;
 	void *opaque;
-	guint64 since;	/* events before this one are of an earlier migration */
-	gboolean begun; /* a change to a busy state was seen: the command has taken effect */
+	guint64 since;	  /* events before this one are of an earlier migration */
+	gboolean begun;	  /* a change to a busy state was seen: the command has taken effect */
+	PrErrand *errand; /* NULL: it waits for the migration */
 } PrWait;
 
 typedef struct PrQmpServer PrQmpServer;
@@ -30,7 +34,8 @@ struct PrMonitor {
 	void *opaque;
 	PrQmpServer *qmp;
 	GPtrArray *sessions; /* PrHmpSession */
-	GPtrArray *waits;    /* PrWait */
+	GPtrArray *waits;    /* PrWait, those for the migration */
+	GPtrArray *errands;  /* PrErrand */
 
 	GMutex lock;
 	GQueue events;	   /* lock; PrStateEvent, oldest first */
@@ -43,6 +48,15 @@ struct PrMonitor {
 guint64 pr_monitor_mark(PrMonitor *monitor);
 PrWait *pr_monitor_wait(PrMonitor *monitor, guint64 since, PrAnswer answer, void *opaque);
 void pr_monitor_unwait(PrWait *wait);
+
+/* errand.c */
+/* Runs a command that has listen(), and answers when it has ended. NULL with an error: it was not begun. */
+PrWait *pr_errand_begin(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
+			PrAnswer answer, void *opaque, GError **error);
+/* Whoever waited has gone; the errand goes on. */
+void pr_errand_forget(PrErrand *errand);
+/* Has it give up its look-ups, waits for it and frees it; nobody is answered. */
+void pr_errand_free(PrErrand *errand);
 
 /* qmp.c */
 PrQmpServer *pr_qmp_server_new(PrMonitor *monitor, const char *path, GError **error);

@@ -36,6 +36,7 @@ PrMonitor *pr_monitor_new(PrParams *params, GMainContext *context, PrMonitorQuit
 	monitor->opaque = opaque;
 	monitor->sessions = g_ptr_array_new_with_free_func((GDestroyNotify)pr_hmp_session_free);
 	monitor->waits = g_ptr_array_new();
+	monitor->errands = g_ptr_array_new_with_free_func((GDestroyNotify)pr_errand_free);
 	g_mutex_init(&monitor->lock);
 	g_queue_init(&monitor->events);
 	return monitor;
@@ -78,7 +79,10 @@ PrWait *pr_monitor_wait(PrMonitor *monitor, guint64 since, PrAnswer answer, void
 
 void pr_monitor_unwait(PrWait *wait)
 {
-	g_ptr_array_remove(wait->monitor->waits, wait);
+	if (wait->errand)
+		pr_errand_forget(wait->errand);
+	else
+		g_ptr_array_remove(wait->monitor->waits, wait);
 	g_free(wait);
 }
 
@@ -253,6 +257,7 @@ void pr_monitor_close(PrMonitor *monitor)
 {
 	g_clear_pointer(&monitor->qmp, pr_qmp_server_free);
 	g_ptr_array_set_size(monitor->sessions, 0);
+	g_ptr_array_set_size(monitor->errands, 0);
 	g_mutex_lock(&monitor->lock);
 	monitor->closed = TRUE;
 	if (monitor->dispatch) {
@@ -270,6 +275,7 @@ void pr_monitor_free(PrMonitor *monitor)
 	pr_monitor_close(monitor);
 	g_ptr_array_unref(monitor->sessions);
 	g_ptr_array_unref(monitor->waits);
+	g_ptr_array_unref(monitor->errands);
 	g_mutex_clear(&monitor->lock);
 	g_main_context_unref(monitor->context);
 	g_free(monitor);

@@ -355,16 +355,18 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 	pr_monitor_attach(engine->monitor, migration);
 	if (!take_up(options, migration, &role, error))
 		return FALSE;
-	if (options->qmp && !pr_monitor_listen(engine->monitor, options->qmp, error))
-		return FALSE;
+	/* This may look up names: a monitor that can be reached answers, so that comes after it. */
 	if (wants_incoming(options, role) &&
-	    !pr_migration_incoming(migration, options->incoming, error)) {
+	    !pr_migration_incoming(migration, options->incoming, NULL, error)) {
 		g_prefix_error(error, "--incoming: ");
 		return FALSE;
 	}
+	if (options->qmp && !pr_monitor_listen(engine->monitor, options->qmp, error))
+		return FALSE;
 	if (options->hmp && !serve_terminal(engine->monitor, error))
 		return FALSE;
-	if (!give_up_privileges(options, engine, error))
+	/* GLib has one for signals. */
+	if (!give_up_privileges(options, engine, error) || !pr_spare_thread(error))
 		return FALSE;
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);

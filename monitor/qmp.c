@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The QMP server: QEMU's protocol, so that QEMU's own clients can drive it. Commands are run in the order
- * in which they come and answered at once; the one answer that may come later, that of an HMP
- * `migrate` without -d, carries its id and holds nothing else up.
+ * in which they come and answered at once. Two answers may come later: that of an HMP `migrate` without -d carries its id
+ * and holds nothing else up; that of an errand (errand.c) is in its order, so that this client's next commands wait for
+ * it, and no other client's.
  */
 #include <errno.h>
 #include <gio/gio.h>
@@ -42,10 +43,12 @@ typedef struct QmpClient {
 	PrStream *stream;
 	PrFramer framer;
 	gboolean negotiated;
-	GPtrArray *pending; /* Pending: HMP lines whose answer is due */
+	GPtrArray *pending;	/* Pending: commands whose answer is due */
+	struct Pending *errand; /* the one of them that the next commands wait for, or NULL */
+	GQueue waiting;		/* JsonObject: those that had been read already */
 } QmpClient;
 
-/* An HMP line that was sent in a QMP command. */
+/* A command that is answered later, or an HMP line that was sent in one. */
 typedef struct Pending {
 	QmpClient *client;
 	JsonNode *id; /* or NULL */
@@ -121,6 +124,48 @@ static char *terminal_lines(const char *text)
 	return g_strjoinv("\r\n", lines);
 }
 
+static void serve_request(QmpClient *client, JsonObject *request);
+
+static Pending *pending_new(QmpClient *client, JsonNode *id)
+{
+	Pending *pending = g_new0(Pending, 1);
+
+	pending->client = client;
+	pending->id = id ? json_node_copy(id) : NULL;
+	g_ptr_array_add(client->pending, pending);
+	return pending;
+}
+
+/* Not answered yet: wait is what will. */
+static void pending_begin(Pending *pending, PrWait *wait)
+{
+	pending->wait = wait;
+	if (!wait->errand)
+		return;
+	pending->client->errand = pending;
+	pr_stream_hold(pending->client->stream, TRUE);
+}
+
+/* It has been answered. */
+static void pending_end(Pending *pending)
+{
+	QmpClient *client = pending->client;
+	gboolean held = client->errand == pending;
+
+	pending->wait = NULL;
+	g_ptr_array_remove(client->pending, pending);
+	if (!held)
+		return;
+	client->errand = NULL;
+	while (!client->errand && !g_queue_is_empty(&client->waiting)) {
+		g_autoptr(JsonObject) request = g_queue_pop_head(&client->waiting);
+
+		serve_request(client, request);
+	}
+	if (!client->errand)
+		pr_stream_hold(client->stream, FALSE);
+}
+
 static void on_hmp_answer(const char *text, const GError *error, void *opaque)
 {
 	Pending *pending = opaque;
@@ -138,24 +183,44 @@ static void on_hmp_answer(const char *text, const GError *error, void *opaque)
 					: terminal_lines(error ? error_text : text);
 		send_return(client, pr_json_string(shown), pending->id);
 	}
-	pending->wait = NULL;
-	g_ptr_array_remove(client->pending, pending);
+	pending_end(pending);
 }
 
 static void run_hmp_line(QmpClient *client, JsonObject *args, gboolean strict, JsonNode *id)
 {
-	Pending *pending = g_new0(Pending, 1);
+	Pending *pending = pending_new(client, id);
 	PrWait *wait;
 
-	pending->client = client;
 	pending->strict = strict;
-	pending->id = id ? json_node_copy(id) : NULL;
-	g_ptr_array_add(client->pending, pending);
 	wait = pr_hmp_run(client->server->monitor,
 			  json_object_get_string_member(args, "command-line"), on_hmp_answer,
 			  pending);
 	if (wait)
-		pending->wait = wait;
+		pending_begin(pending, wait);
+}
+
+static void on_errand_answer(const char *text, const GError *error, void *opaque)
+{
+	Pending *pending = opaque;
+
+	if (error)
+		send_error(pending->client, error, pending->id);
+	else
+		send_return(pending->client, pr_json_object(json_object_new()), pending->id);
+	pending_end(pending);
+}
+
+static void run_errand(QmpClient *client, const PrCommand *command, JsonObject *args, JsonNode *id)
+{
+	Pending *pending = pending_new(client, id);
+	g_autoptr(GError) error = NULL;
+	PrWait *wait = pr_errand_begin(client->server->monitor, command, args, on_errand_answer,
+				       pending, &error);
+
+	if (wait)
+		pending_begin(pending, wait);
+	else
+		on_errand_answer(NULL, error, pending);
 }
 
 /* QEMU's words, which clients know. */
@@ -212,6 +277,10 @@ static void run_command(QmpClient *client, const char *name, JsonObject *args, J
 	}
 	switch (command->kind) {
 	case PR_COMMAND_PLAIN:
+		if (command->listen) {
+			run_errand(client, command, args, id);
+			return;
+		}
 		result = pr_command_run(monitor, command, args, &error);
 		break;
 	case PR_COMMAND_NEGOTIATE:
@@ -306,6 +375,8 @@ static void on_message(const char *message, gsize len, const char *fault, void *
 				    "QMP input refused: an escape (\\u…) in it is no character");
 	if (error)
 		send_error(client, error, NULL);
+	else if (client->errand)
+		g_queue_push_tail(&client->waiting, json_object_ref(json_node_get_object(root)));
 	else
 		serve_request(client, json_node_get_object(root));
 }
@@ -329,6 +400,7 @@ static void on_closed(const char *why, void *opaque)
 static void client_free(QmpClient *client)
 {
 	g_ptr_array_unref(client->pending);
+	g_queue_clear_full(&client->waiting, (GDestroyNotify)json_object_unref);
 	pr_framer_clear(&client->framer);
 	pr_stream_free(client->stream);
 	g_free(client);
@@ -341,6 +413,7 @@ static void add_client(PrQmpServer *server, int fd)
 
 	client->server = server;
 	client->pending = g_ptr_array_new_with_free_func((GDestroyNotify)pending_free);
+	g_queue_init(&client->waiting);
 	pr_framer_init(&client->framer);
 	client->stream =
 		pr_stream_new(server->monitor->context, fd, fd, on_input, on_closed, client);

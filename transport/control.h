@@ -100,9 +100,10 @@ typedef struct PrListener PrListener;
 typedef void (*PrOnHello)(PrControl *control, const PrHello *hello, PrListener *listener,
 			  void *opaque);
 
-/* security: NULL: plain, on addresses of this host's loopback only. */
+/* security: NULL: plain, on addresses of this host's loopback only. Waits for the look-up of a name, at most 5 s or until
+ * cancelled; with an address it waits for nothing. */
 PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint handshake_ms,
-			    PrOnHello on_hello, void *opaque, GError **error);
+			    PrOnHello on_hello, void *opaque, GCancellable *cancel, GError **error);
 /* With the port that was really bound. */
 const PrUri *pr_listener_uri(PrListener *listener);
 PrDataListener *pr_listener_data(PrListener *listener);

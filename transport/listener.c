@@ -655,12 +655,27 @@ static void note_port(PrListener *listener)
 	uri->text = text;
 }
 
-static gboolean open_listener(PrListener *listener, GError **error)
+/* What listens beside the control port does it at an address: no name is looked up twice. */
+static PrUri *data_uri(PrListener *listener)
 {
+	PrUri *uri = pr_uri_copy(listener->uri);
+
+	if (!g_hostname_is_ip_address(uri->host)) {
+		g_free(uri->host);
+		uri->host = pr_listening_host(listener->sockets->pdata[0]);
+	}
+	return uri;
+}
+
+static gboolean open_listener(PrListener *listener, GCancellable *cancel, GError **error)
+{
+	g_autoptr(PrUri) uri = NULL;
+
 	listener->ops = pr_transport_find(listener->uri->scheme, error);
 	if (!listener->ops)
 		return FALSE;
-	if (!pr_listening_open(listener->uri, &listener->security, listener->sockets, error))
+	if (!pr_listening_open(listener->uri, &listener->security, listener->sockets, cancel,
+			       error))
 		return FALSE;
 	note_port(listener);
 	listener->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -670,12 +685,13 @@ static gboolean open_listener(PrListener *listener, GError **error)
 			    "no eventfd: %s; raise the limit of open files", g_strerror(errno));
 		return FALSE;
 	}
-	listener->data = listener->ops->listen(listener->uri, error);
+	uri = data_uri(listener);
+	listener->data = listener->ops->listen(uri, error);
 	return listener->data != NULL;
 }
 
 PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint handshake_ms,
-			    PrOnHello on_hello, void *opaque, GError **error)
+			    PrOnHello on_hello, void *opaque, GCancellable *cancel, GError **error)
 {
 	g_autoptr(PrListener) listener = g_new0(PrListener, 1);
 	g_autofree char *address = pr_uri_address(uri);
@@ -695,7 +711,7 @@ PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint 
 	g_queue_init(&listener->visitors);
 	g_queue_init(&listener->shakes);
 	g_queue_init(&listener->shaken);
-	if (!open_listener(listener, error)) {
+	if (!open_listener(listener, cancel, error)) {
 		g_prefix_error(error, "cannot listen on %s: ", address);
 		return NULL;
 	}

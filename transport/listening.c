@@ -29,6 +29,14 @@ uint16_t pr_listening_port(GSocket *socket)
 	return g_inet_socket_address_get_port(G_INET_SOCKET_ADDRESS(address));
 }
 
+char *pr_listening_host(GSocket *socket)
+{
+	g_autoptr(GSocketAddress) address = g_socket_get_local_address(socket, NULL);
+
+	return g_inet_address_to_string(
+		g_inet_socket_address_get_address(G_INET_SOCKET_ADDRESS(address)));
+}
+
 /* An address as it is, but with the port that the first socket was given. */
 static GSocketAddress *with_port(GSocketAddress *address, uint16_t port)
 {
@@ -90,10 +98,10 @@ static gboolean open_sockets(GPtrArray *sockets, GPtrArray *addresses, uint16_t 
 }
 
 gboolean pr_listening_open(const PrUri *uri, const PrSecurity *security, GPtrArray *sockets,
-			   GError **error)
+			   GCancellable *cancel, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() + RESOLVE_MS * 1000;
-	g_autoptr(GPtrArray) addresses = pr_resolve(uri->host, uri->port, deadline, NULL, error);
+	g_autoptr(GPtrArray) addresses = pr_resolve(uri->host, uri->port, deadline, cancel, error);
 
 	return addresses && check_security(security, addresses, error) &&
 	       open_sockets(sockets, addresses, uri->port, error);

@@ -13,5 +13,7 @@
 /* Adds a GSocket for every address of the URI's host, all with the same port, which the system may choose. FALSE: also
  * where the addresses can be reached by others and nothing protects them. */
 gboolean pr_listening_open(const PrUri *uri, const PrSecurity *security, GPtrArray *sockets,
-			   GError **error);
+			   GCancellable *cancel, GError **error);
 uint16_t pr_listening_port(GSocket *socket);
+/* Its address, as text; g_free() it. */
+char *pr_listening_host(GSocket *socket);

@@ -20,6 +20,20 @@ GThread *pr_thread_try(const char *name, GThreadFunc func, gpointer opaque, GErr
 	return thread;
 }
 
+static gpointer do_nothing(gpointer opaque)
+{
+	return opaque;
+}
+
+gboolean pr_spare_thread(GError **error)
+{
+	GThread *thread = pr_thread_try("spare", do_nothing, NULL, error);
+
+	if (thread)
+		g_thread_join(thread);
+	return thread != NULL;
+}
+
 gboolean pr_spare_files(GError **error)
 {
 	int fds[PR_SPARE_FILES], code = 0;

@@ -11,6 +11,9 @@
 /* As g_thread_try_new(). */
 GThread *pr_thread_try(const char *name, GThreadFunc func, gpointer opaque, GError **error);
 
+/* Whether one could be had now, for what GLib will begin. */
+gboolean pr_spare_thread(GError **error);
+
 /* Whether there are descriptors for a main context and what GIO opens for it. Who asks at the same time as
  * others may be told that there are enough for both when there are not; PR_SPARE_FILES is several times what one needs. */
 #define PR_SPARE_FILES 16

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Engines that run out of descriptors and memory: refused in words before the guest has left, paused after it."""
+"""Engines that run out of descriptors, memory and threads: refused in words before the guest has left, paused after
+it."""
 
 import contextlib
 import os
+import re
 import resource
+import struct
 
 from harness.case import case
 from harness.light import LightMove, TestGuest
@@ -230,3 +233,99 @@ def recovery_memory_source(lab):
 @case("recovery-with-no-more-memory-at-the-destination-is-survived")
 def recovery_memory_destination(lab):
     recovery_with_no_more_memory(lab, "destination")
+
+
+class Threads:
+    """How many more threads an engine may begin."""
+
+    def __init__(self, lab, name):
+        self.path = lab.path(f"threads-{name}")
+        self.allow_all()
+        self.wrapper = ("env", f"LD_PRELOAD={lab.build_file('libthread-shim.so')}", f"THREAD_SHIM={self.path}")
+
+    def allow(self, n):
+        with open(self.path, "r+b" if os.path.exists(self.path) else "wb") as file:
+            file.write(struct.pack("=i", n))
+
+    def allow_all(self):
+        self.allow(1 << 20)
+
+
+def n_threads(engine):
+    return len(os.listdir(f"/proc/{engine.process.pid}/task"))
+
+
+def lacked_threads(engine):
+    return set(re.findall(r'no thread "(\S+)"', engine.process.output()))
+
+
+def threads_walk(lab, side, wanted):
+    """One more of them in each try, until there are enough."""
+    threads = Threads(lab, side)
+    wrappers = {"source": (threads.wrapper, ()), "destination": ((), threads.wrapper)}[side]
+    move = LightMove(lab, size="16M", settings=(*IMPATIENT, "verify=on"), wrappers=wrappers)
+    engine = getattr(move, side)
+    before = n_threads(engine)
+    for n in range(100):
+        wait_for("the threads of the last try have ended", 10, lambda: n_threads(engine) <= before)
+        threads.allow(n)
+        if attempt(move, f"room for {n} threads at the {side}"):
+            break
+        threads.allow_all()
+        expect(move.source_guest.lines()[-1][0] == "running", f"the guest has stopped, with {n} threads")
+    lacked = lacked_threads(engine)
+    expect(lacked >= wanted, f"it has not done without {wanted - lacked}, but without {lacked}")
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("too-few-threads-at-the-source-are-refused-in-words")
+def few_threads_source(lab):
+    threads_walk(lab, "source", {"migration", "holes"})
+
+
+@case("too-few-threads-at-the-destination-are-refused-in-words")
+def few_threads_destination(lab):
+    threads_walk(lab, "destination", {"verify", "fault", "pull"})
+
+
+def resume_lacks_threads(lab, side):
+    """An engine that can't go on says why, and leaves all to the next one."""
+    threads = Threads(lab, side)
+    wrappers = {"source": (threads.wrapper, ()), "destination": ((), threads.wrapper)}[side]
+    move = LightMove(lab, settings=("auto-recover=off", "standby-paths=off", "verify=on"), wrappers=wrappers)
+    engine = getattr(move, side)
+    move.slow_down("8M")
+    move.start()
+    move.wait_midway(fraction=0.9)
+    engine.kill()
+    os.unlink(engine.qmp_path)
+    for n in range(100):
+        threads.allow(n)
+        engine.restart("--resume")
+        if serves(lab, engine.process, engine.qmp_path):
+            break
+        said = engine.process.output().splitlines()[-1]
+        expect(engine.process.exit_code() == 1, f"with {n} threads it ended with {engine.process.exit_code()}: {said}")
+        expect("thread" in said, f"with {n} threads it said: {said}")
+        engine.process.name = f"lacking-{engine.name}"  # its exit code is no failure
+    threads.allow_all()
+    engine.resume()
+    lacked = lacked_threads(engine)
+    wanted = {"source": {"migration"}, "destination": {"load", "verify", "fault", "pull"}}[side]
+    expect(lacked >= wanted, f"it has not done without {wanted - lacked}, but without {lacked}")
+    move.wait_paused()
+    move.resume(link=1)
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("resume-without-threads-at-the-source-fails-in-words")
+def resume_threads_source(lab):
+    resume_lacks_threads(lab, "source")
+
+
+@case("resume-without-threads-at-the-destination-fails-in-words")
+def resume_threads_destination(lab):
+    resume_lacks_threads(lab, "destination")

@@ -28,12 +28,14 @@ gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean r
 	return TRUE;
 }
 
-gboolean pr_migration_incoming(PrMigration *migration, const char *uris, GError **error)
+gboolean pr_migration_incoming(PrMigration *migration, const char *uris, GCancellable *cancel,
+			       GError **error)
 {
 	return check_uris(uris, TRUE, error);
 }
 
-gboolean pr_migration_recover(PrMigration *migration, const char *uris, GError **error)
+gboolean pr_migration_recover(PrMigration *migration, const char *uris, GCancellable *cancel,
+			      GError **error)
 {
 	return check_uris(uris, TRUE, error);
 }

@@ -68,7 +68,8 @@ static void run_client(PrQmpServer *server, FuzzInput *input)
 		const uint8_t *data = fuzz_take(input, step ? step : input->left, &n);
 
 		on_input((const char *)data, n, server->clients->pdata[0]);
-		while (g_main_context_iteration(server->monitor->context, FALSE))
+		while (g_main_context_iteration(server->monitor->context,
+						server->monitor->errands->len > 0))
 			;
 		read_answers(fds[1], unread);
 	}

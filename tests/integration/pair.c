@@ -181,7 +181,7 @@ Pair *pair_new(const PairConfig *config)
 		  config->destination_size ? config->destination_size : config->size);
 	use_tls(pair);
 	testguest_start(pair->source.guest);
-	pr_migration_incoming(pair->destination.engine, incoming, &error);
+	pr_migration_incoming(pair->destination.engine, incoming, NULL, &error);
 	g_assert_no_error(error);
 	g_autofree char *listening = listening_uri(&pair->destination);
 	pair->faults = pr_faults_new(id);

@@ -126,7 +126,8 @@ static void refuses_what_makes_no_sense_now(void **state)
 	assert_false(pr_migration_start(pair->source.engine, "nonsense", FALSE, &error));
 	assert_true(g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_URI));
 	g_clear_error(&error);
-	assert_false(pr_migration_recover(pair->destination.engine, "tcp:127.0.0.1:0", &error));
+	assert_false(
+		pr_migration_recover(pair->destination.engine, "tcp:127.0.0.1:0", NULL, &error));
 	assert_true(g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE));
 	g_clear_error(&error);
 

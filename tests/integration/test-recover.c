@@ -262,7 +262,7 @@ static void recovers_over_a_new_listener(void **state)
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
-	pr_migration_recover(pair->destination.engine, incoming, &error);
+	pr_migration_recover(pair->destination.engine, incoming, NULL, &error);
 	g_assert_no_error(error);
 	pr_migration_query(pair->destination.engine, &info);
 	assert_int_equal(info.paths->len, 2);

@@ -75,7 +75,7 @@ static void replace_destination(Rig *rig)
 	side_end_engine(side);
 	side_begin_engine(side);
 	resume(side, PR_ROLE_DESTINATION);
-	pr_migration_incoming(side->engine, rig->listening, &error);
+	pr_migration_incoming(side->engine, rig->listening, NULL, &error);
 	g_assert_no_error(error);
 }
 

@@ -94,7 +94,7 @@ Destination *destination_new_patient(const char *text, const PrTls *tls, guint h
 	g_mutex_init(&destination->lock);
 	g_cond_init(&destination->changed);
 	destination->listener =
-		pr_listener_new(uri, &security, handshake_ms, on_hello, destination, &error);
+		pr_listener_new(uri, &security, handshake_ms, on_hello, destination, NULL, &error);
 	if (!destination->listener)
 		fail_msg("%s", error->message);
 	return destination;

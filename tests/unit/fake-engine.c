@@ -15,9 +15,13 @@
 #include <stddef.h>
 #include <cmocka.h>
 
+#include "transport/transport.h"
+
 #define WAIT_MS 20000 /* longest wait for an answer before a test has failed */
 
 G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
+/* Of transport/spare.c. */
+G_DEFINE_QUARK(pr_path_error, pr_path_error)
 
 struct PrMigration {
 	GMutex lock;
@@ -26,6 +30,8 @@ struct PrMigration {
 	char *reason;	 /* lock */
 	char *last_call; /* lock */
 	char *fail;	 /* lock */
+	gboolean held;	 /* lock; no name is found */
+	GCond changed;	 /* of held, or a look-up was cancelled */
 };
 
 PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigrationHooks *hooks)
@@ -33,6 +39,7 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 	PrMigration *migration = g_new0(PrMigration, 1);
 
 	g_mutex_init(&migration->lock);
+	g_cond_init(&migration->changed);
 	migration->hooks = *hooks;
 	migration->last_call = g_strdup("");
 	return migration;
@@ -41,6 +48,7 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 void pr_migration_free(PrMigration *migration)
 {
 	g_mutex_clear(&migration->lock);
+	g_cond_clear(&migration->changed);
 	g_free(migration->reason);
 	g_free(migration->last_call);
 	g_free(migration->fail);
@@ -69,6 +77,35 @@ void fake_fail_next(PrMigration *migration, const char *message)
 	g_free(migration->fail);
 	migration->fail = g_strdup(message);
 	g_mutex_unlock(&migration->lock);
+}
+
+void fake_hold_names(PrMigration *migration, gboolean hold)
+{
+	g_mutex_lock(&migration->lock);
+	migration->held = hold;
+	g_cond_broadcast(&migration->changed);
+	g_mutex_unlock(&migration->lock);
+}
+
+static void wake(GCancellable *cancel, gpointer opaque)
+{
+	PrMigration *migration = opaque;
+
+	g_mutex_lock(&migration->lock);
+	g_cond_broadcast(&migration->changed);
+	g_mutex_unlock(&migration->lock);
+}
+
+static gboolean find_name(PrMigration *migration, GCancellable *cancel, GError **error)
+{
+	gulong chained = g_cancellable_connect(cancel, G_CALLBACK(wake), migration, NULL);
+
+	g_mutex_lock(&migration->lock);
+	while (migration->held && !g_cancellable_is_cancelled(cancel))
+		g_cond_wait(&migration->changed, &migration->lock);
+	g_mutex_unlock(&migration->lock);
+	g_cancellable_disconnect(cancel, chained);
+	return !g_cancellable_set_error_if_cancelled(cancel, error);
 }
 
 char *fake_last_call(PrMigration *migration)
@@ -102,14 +139,18 @@ gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean r
 	return TRUE;
 }
 
-gboolean pr_migration_incoming(PrMigration *migration, const char *uris, GError **error)
+gboolean pr_migration_incoming(PrMigration *migration, const char *uris, GCancellable *cancel,
+			       GError **error)
 {
-	return record(migration, g_strdup_printf("incoming %s", uris), error);
+	return record(migration, g_strdup_printf("incoming %s", uris), error) &&
+	       find_name(migration, cancel, error);
 }
 
-gboolean pr_migration_recover(PrMigration *migration, const char *uris, GError **error)
+gboolean pr_migration_recover(PrMigration *migration, const char *uris, GCancellable *cancel,
+			      GError **error)
 {
-	return record(migration, g_strdup_printf("recover %s", uris), error);
+	return record(migration, g_strdup_printf("recover %s", uris), error) &&
+	       find_name(migration, cancel, error);
 }
 
 gboolean pr_migration_pause(PrMigration *migration, GError **error)

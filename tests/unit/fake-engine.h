@@ -17,6 +17,8 @@ char *fake_last_call(PrMigration *migration);
 void fake_tell_path(PrMigration *migration, PrPathState state, const char *reason);
 /* The next command fails with this message. */
 void fake_fail_next(PrMigration *migration, const char *message);
+/* While it is held, who is to listen waits for a name server. */
+void fake_hold_names(PrMigration *migration, gboolean hold);
 /* Changes the state, from the caller's thread, and reports it as the engine does. */
 void fake_set_state(PrMigration *migration, PrState state, const char *reason);
 

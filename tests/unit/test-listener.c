@@ -188,7 +188,7 @@ static void a_port_in_use_is_named_with_the_remedy(void **state)
 	g_autoptr(PrUri) uri = pr_uri_parse(text, TRUE, NULL);
 	g_autoptr(GError) error = NULL;
 
-	assert_null(pr_listener_new(uri, NULL, HANDSHAKE_MS, on_hello, destination, &error));
+	assert_null(pr_listener_new(uri, NULL, HANDSHAKE_MS, on_hello, destination, NULL, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
 	assert_non_null(strstr(error->message, text));
 	assert_non_null(strstr(error->message, "use another port or stop what listens there"));
@@ -200,7 +200,7 @@ static void an_address_of_another_host_is_refused(void **state)
 	const PrSecurity plain = {.plain_net = TRUE};
 	g_autoptr(GError) error = NULL;
 
-	assert_null(pr_listener_new(uri, &plain, HANDSHAKE_MS, on_hello, NULL, &error));
+	assert_null(pr_listener_new(uri, &plain, HANDSHAKE_MS, on_hello, NULL, NULL, &error));
 	assert_non_null(strstr(error->message, "cannot listen on tcp:192.0.2.1:4444"));
 	assert_non_null(strstr(error->message, "use an address of this host"));
 }

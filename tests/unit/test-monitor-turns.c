@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Several clients of one monitor: each has its turn, however much another one asks. */
+/* Several clients of one monitor: each has its turn, however much another one asks, and whatever it waits for. */
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -10,8 +12,9 @@
 
 #include "tests/unit/fake-engine.h"
 
-#define FIRST 1000 /* handshake-timeout, ms */
-#define ASKED 300
+#define FIRST  1000 /* handshake-timeout, ms */
+#define ASKED  300
+#define PROMPT "(postroad) "
 
 /* Keeps the monitor's thread busy until it is let go. */
 static gboolean wait_for_mutex(gpointer opaque)
@@ -59,11 +62,147 @@ static void one_who_asks_much_does_not_keep_the_others_waiting(void **state)
 	g_mutex_clear(&busy);
 }
 
+#define RECOVER(more)                                                                              \
+	"{\"execute\":\"migrate-recover\",\"arguments\":{\"uri\":\"tcp:there:1\"}" more "}"
+#define BY_HMP(command, line)                                                                      \
+	"{\"execute\":\"" command "\",\"id\":1,\"arguments\":{\"command-line\":\"" line "\"}}"
+#define VERSION "{\"execute\":\"query-version\",\"id\":2}"
+
+static void wait_for_call(Bench *bench, const char *wanted)
+{
+	gint64 deadline = g_get_monotonic_time() + 20 * G_USEC_PER_SEC;
+
+	for (;;) {
+		g_autofree char *call = fake_last_call(bench->migration);
+
+		if (!strcmp(call, wanted))
+			return;
+		if (g_get_monotonic_time() > deadline)
+			fail_msg("the engine was asked for '%s', not for '%s'", call, wanted);
+		g_usleep(1000);
+	}
+}
+
+static void assert_answered(Client *client, const char *text, const char *part)
+{
+	g_autofree char *answer = client_ask(client, text);
+
+	if (!strstr(answer, part))
+		fail_msg("'%s' is not in: %s", part, answer);
+}
+
+static void assert_nothing_to_read(Client *client)
+{
+	struct pollfd fd = {.fd = client->fd, .events = POLLIN};
+
+	assert_int_equal(client->input->len, 0);
+	assert_int_equal(poll(&fd, 1, 0), 0);
+}
+
+/* What was sent behind the command that waits is answered behind it. */
+static void while_a_name_is_looked_up_only_who_asked_waits(void **state)
+{
+	static const char *const asked[] = {
+		RECOVER(",\"id\":1"),
+		BY_HMP("human-monitor-command", "migrate_recover tcp:there:1"),
+		BY_HMP("x-postroad-hmp", "migrate_recover tcp:there:1"),
+	};
+	Bench *bench = *state;
+	g_autoptr(Client) other = client_ready(bench);
+
+	for (gsize i = 0; i < G_N_ELEMENTS(asked); i++) {
+		g_autoptr(Client) client = client_ready(bench);
+		g_autofree char *both = g_strconcat(asked[i], VERSION, NULL);
+
+		fake_hold_names(bench->migration, TRUE);
+		client_send(client, both);
+		wait_for_call(bench, "recover tcp:there:1");
+		assert_answered(other, VERSION, "return");
+		assert_answered(other, BY_HMP("x-postroad-hmp", "info status"), "Engine status");
+		assert_nothing_to_read(client);
+		fake_hold_names(bench->migration, FALSE);
+		assert_answered(client, NULL, "\"id\":1");
+		assert_answered(client, NULL, "\"id\":2");
+		/* It is heard again. */
+		assert_answered(client, "{\"execute\":\"migrate-pause\",\"id\":3}", "\"id\":3");
+	}
+}
+
+static void at_the_terminal_the_next_line_waits(void **state)
+{
+	Bench *bench = *state;
+	g_autoptr(Client) other = client_ready(bench);
+	g_autoptr(GString) input = g_string_new(NULL);
+	static const char lines[] = "migrate_recover tcp:there:1\ninfo status\n";
+	char so_far[128] = "";
+
+	fake_hold_names(bench->migration, TRUE);
+	assert_int_equal(write(bench->hmp_fd, lines, strlen(lines)), strlen(lines));
+	wait_for_call(bench, "recover tcp:there:1");
+	assert_answered(other, VERSION, "return");
+	assert_int_equal(read(bench->hmp_fd, so_far, sizeof(so_far) - 1), strlen(PROMPT));
+	assert_string_equal(so_far, PROMPT);
+	fake_hold_names(bench->migration, FALSE);
+	g_autofree char *line = read_text_line(bench->hmp_fd, input);
+	assert_non_null(strstr(line, "Engine status"));
+}
+
+static void what_became_of_it_is_told(void **state)
+{
+	Bench *bench = *state;
+	g_autoptr(Client) client = client_ready(bench);
+
+	fake_fail_next(bench->migration, "the name there could not be looked up");
+	assert_answered(
+		client, RECOVER(",\"id\":7"),
+		"{\"error\":{\"class\":\"GenericError\",\"desc\":\"the name there could not be "
+		"looked up\"},\"id\":7}");
+	assert_answered(client, RECOVER(""), "{\"return\":{}}");
+	assert_answered(client, "{\"execute\":\"migrate-incoming\"}", "'uri' is missing");
+	assert_answered(client, VERSION, "return");
+}
+
+static void who_goes_away_meanwhile_is_forgotten(void **state)
+{
+	Bench *bench = *state;
+	g_autoptr(Client) other = client_ready(bench);
+
+	for (guint i = 0; i < 3; i++) {
+		Client *client = client_ready(bench);
+		g_autofree char *twice = g_strconcat(RECOVER(""), RECOVER(""), NULL);
+
+		fake_hold_names(bench->migration, TRUE);
+		client_send(client, twice);
+		wait_for_call(bench, "recover tcp:there:1");
+		client_free(client);
+		assert_answered(other, "{\"execute\":\"migrate-pause\"}", "return");
+		fake_hold_names(bench->migration, FALSE);
+	}
+	assert_answered(other, VERSION, "return");
+}
+
+/* The rest is the teardown's. */
+static void a_look_up_does_not_keep_the_engine_from_ending(void **state)
+{
+	Bench *bench = *state;
+	g_autoptr(Client) client = client_ready(bench);
+
+	fake_hold_names(bench->migration, TRUE);
+	client_send(client, RECOVER(""));
+	wait_for_call(bench, "recover tcp:there:1");
+}
+
+#define ON_BENCH(test_) cmocka_unit_test_setup_teardown(test_, bench_setup, bench_teardown)
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test_setup_teardown(one_who_asks_much_does_not_keep_the_others_waiting,
-						bench_setup, bench_teardown),
+		ON_BENCH(one_who_asks_much_does_not_keep_the_others_waiting),
+		ON_BENCH(while_a_name_is_looked_up_only_who_asked_waits),
+		ON_BENCH(at_the_terminal_the_next_line_waits),
+		ON_BENCH(what_became_of_it_is_told),
+		ON_BENCH(who_goes_away_meanwhile_is_forgotten),
+		ON_BENCH(a_look_up_does_not_keep_the_engine_from_ending),
 	};
 
 	return cmocka_run_group_tests_name("monitor-turns", tests, NULL, NULL);

@@ -440,7 +440,7 @@ static void a_directory_that_lacks_something_is_refused_by_name(void **state)
 	certs_add(dir, 30, "client source");
 	client = tls_of(dir, NULL);
 	security.tls = client;
-	assert_null(pr_listener_new(uri, &security, HANDSHAKE_MS, on_hello, NULL, &error));
+	assert_null(pr_listener_new(uri, &security, HANDSHAKE_MS, on_hello, NULL, NULL, &error));
 	assert_non_null(strstr(error->message, "server-cert.pem"));
 	assert_true(g_file_set_contents(crl, "", 0, NULL));
 	assert_bad_dir(dir, "ca-crl.pem: certificate revocation lists are not supported");
@@ -458,7 +458,7 @@ static void without_tls_only_this_host_is_listened_to(void **state)
 		g_autoptr(PrUri) uri = pr_uri_parse(open[i], TRUE, NULL);
 		g_autoptr(GError) error = NULL;
 
-		assert_null(pr_listener_new(uri, NULL, HANDSHAKE_MS, on_hello, NULL, &error));
+		assert_null(pr_listener_new(uri, NULL, HANDSHAKE_MS, on_hello, NULL, NULL, &error));
 		assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
 		assert_non_null(strstr(error->message, "--tls-dir DIR"));
 		assert_non_null(strstr(error->message, "--insecure"));
@@ -466,7 +466,7 @@ static void without_tls_only_this_host_is_listened_to(void **state)
 	{
 		g_autoptr(PrUri) uri = pr_uri_parse(open[0], TRUE, NULL);
 		g_autoptr(PrListener) listener =
-			pr_listener_new(uri, &insecure, HANDSHAKE_MS, on_hello, NULL, NULL);
+			pr_listener_new(uri, &insecure, HANDSHAKE_MS, on_hello, NULL, NULL, NULL);
 
 		assert_non_null(listener);
 	}

@@ -86,7 +86,7 @@ static int rig_setup(void **state)
 	g_cond_init(&rig->changed);
 	rig->asked = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 	rig->corrupt = g_array_new(FALSE, FALSE, sizeof(PrCorrupt));
-	rig->verify = pr_verify_start(rig->ram, -1, &hooks);
+	rig->verify = pr_verify_start(rig->ram, -1, &hooks, NULL);
 	*state = rig;
 	return 0;
 }

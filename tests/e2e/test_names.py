@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Names whose look-up hangs: who asked waits, and nobody else."""
+
+import time
+
+from harness.case import case
+from harness.engine import Engine
+from harness.light import LightMove, TestGuest
+from harness.process import expect, wait_for
+from harness.qmp import Qmp
+
+NAME = "destination.example"
+HUNG = 2  # seconds that a look-up takes at least, or it did not hang
+PROMPT = 1  # seconds within which everybody else is answered
+
+
+def deaf(lab):
+    """A wrapper for programs at the destination: their name server is behind link 2, which loses what is sent."""
+    files = {
+        "/etc/resolv.conf": f"nameserver {lab.network.source.address(2)}\n",
+        "/etc/nsswitch.conf": "hosts: files dns\n",
+    }
+    lab.network.black_hole(2)
+    mounts = []
+    for number, (name, text) in enumerate(files.items()):
+        path = lab.path(f"names-{number}")
+        with open(path, "w") as file:
+            file.write(text)
+        mounts.append(f"mount --bind {path} {name}")
+    return ("unshare", "--mount", "sh", "-ec", "; ".join([*mounts, 'exec "$@"']), "sh")
+
+
+def wait_looks_up(engine):
+    wait_for("the name is looked up", 10, lambda: f"looking up the name {NAME}" in engine.process.output())
+
+
+def others_are_served_while(engine, command, uri, meanwhile=lambda: None):
+    """Returns what the command, whose name is not found, is answered in the end."""
+    asker = Qmp(engine.qmp_path)
+    began = time.monotonic()
+    asker.send(command, uri=uri)
+    slowest = 0
+    answer = None
+    while answer is None:
+        answer = asker.answer(0.02)
+        asked = time.monotonic()
+        engine.query()
+        slowest = max(slowest, time.monotonic() - asked)
+        if answer is None:
+            wait_looks_up(engine)
+            meanwhile()
+    took = time.monotonic() - began
+    asker.close()
+    expect(took > HUNG, f"the name was looked up in {took:.2f} s: this proves nothing")
+    expect(slowest < PROMPT, f"another client waited for {slowest:.2f} s")
+    expect("error" in answer, f"{command} was answered with {answer}")
+    return answer["error"]["desc"]
+
+
+@case("recover-with-a-name-that-no-one-knows-keeps-no-other-client-waiting")
+def recover_hangs(lab):
+    """The address that another client gives meanwhile is taken, and serves."""
+    move = LightMove(lab, settings=("auto-recover=off", "standby-paths=off"), wrappers=((), deaf(lab)))
+    given = []
+
+    def give_address():
+        if not given:
+            given.append(move.destination.hmp("migrate_recover ofi:0.0.0.0:5555", seconds=PROMPT))
+
+    move.slow_down("8M")
+    move.start(link=1)
+    move.wait_midway(fraction=0.9)
+    move.network.link_down(1)
+    move.wait_paused()
+    said = others_are_served_while(move.destination, "migrate-recover", f"tcp:{NAME}:6666", give_address)
+    expect(NAME in said and "took too long" in said, f"the error is: {said}")
+    expect(given, "no other command came through meanwhile")
+    move.network.end_black_hole(2)
+    move.resume(link=2, port=5555)
+    move.full_speed()
+    move.wait_completed()
+    move.expect_guest_sound()
+
+
+@case("incoming-with-a-name-that-no-one-knows-keeps-no-other-client-waiting")
+def incoming_hangs(lab):
+    """Nor does it keep the engine from ending."""
+    host = lab.network.destination
+    guest = TestGuest(lab, host, "guest", "16M", incoming=True)
+    engine = Engine(lab, host, guest.option(), wrapper=deaf(lab))
+    refusals = []
+
+    def ask_too():
+        if not refusals:
+            refusals.append(engine.refused("migrate_incoming tcp:0.0.0.0:4444", "another one is about to listen"))
+
+    said = others_are_served_while(engine, "migrate-incoming", f"tcp:{NAME}:4444", ask_too)
+    expect(NAME in said and "took too long" in said, f"the error is: {said}")
+    expect(refusals, "nothing else was asked for meanwhile")
+    # The name of this host is in a file.
+    engine.hmp("migrate_incoming ofi:localhost:4444")
+    expect("listening on ofi:localhost:4444" in engine.process.output(), "it does not listen")
+
+    other = Engine(lab, host, TestGuest(lab, host, "other", "16M").option(), name="other", wrapper=deaf(lab))
+    asker = Qmp(other.qmp_path)
+    asker.send("migrate-incoming", uri=f"tcp:{NAME}:4445")
+    wait_looks_up(other)
+    began = time.monotonic()
+    other.qmp.command("quit")
+    code = other.process.wait(10)
+    expect(code == 0 and time.monotonic() - began < HUNG, f"it ended with {code} after {time.monotonic() - began:.1f} s")
