@@ -22,10 +22,12 @@
  * Bulk ranges are asked for a few at a time, so that a fault's question finds no long queue at the source; and bulk READs
  * pause while much waits for its hashes, so that a fault on a page that has landed does not wait for long.
  *
- * Zero pages and holes do not travel, and are not verified.
+ * Zero pages and holes do not travel, and are not verified. The source may still call a page zero that was read and came in
+ * wrong; so a wrong page is emptied before its claim is given up.
  */
 #include "migration/verify.h"
 
+#include <string.h>
 #include <xxhash.h>
 
 #include "migration/bitmap.h"
@@ -312,6 +314,18 @@ static GArray *compare(PrVerify *verify, const Range *range)
 	return wrong;
 }
 
+/* Nobody has seen it. It is zeros again, as before it was read: it may be marked so next (kept.h). */
+static void give_up(PrVerify *verify, uint64_t token)
+{
+	guint index;
+	uint64_t page, n;
+
+	pr_token_unpack(token, &index, &page, &n);
+	const PrRamBlock *block = &verify->ram->blocks[index];
+	memset(block->host + page * block->page_size, 0, n * block->page_size);
+	pr_ram_forget(verify->ram, token);
+}
+
 /* The range stays in the table, as landed, until its pages are placed or given up; not longer, because then they may be
  * read again, and wanted under the same token. TRUE: a fault may be waiting. */
 static gboolean finish_range(PrVerify *verify, Range *range)
@@ -327,7 +341,7 @@ static gboolean finish_range(PrVerify *verify, Range *range)
 	g_mutex_lock(&verify->lock);
 	remove_range(verify, range);
 	for (guint i = 0; i < wrong->len; i++)
-		pr_ram_forget(verify->ram, g_array_index(wrong, uint64_t, i));
+		give_up(verify, g_array_index(wrong, uint64_t, i));
 	g_mutex_unlock(&verify->lock);
 	/* After the placing: whoever begins to wait now sees that they are received, or free. */
 	return pr_bitmap_clear(block->waiting, page, n) > 0 || urgent;

@@ -44,7 +44,7 @@ def losses(engine):
     return sum(1 for a, b in zip(states, states[1:]) if (a, b) == ("postcopy-active", "postcopy-paused"))
 
 
-@case("engines-that-were-stopped-for-10-s-go-on")
+@case("engines-that-were-stopped-for-10-s-go-on", alone=True)
 def freeze(lab):
     pairs = pairs_midway(lab)
     began = time.monotonic()
@@ -183,7 +183,7 @@ def mute_guest_destination(lab):
     guest_does_not_answer(lab, "destination")
 
 
-@case("watchdog-says-nothing-in-a-healthy-migration-with-a-recovery")
+@case("watchdog-says-nothing-in-a-healthy-migration-with-a-recovery", alone=True)
 def healthy(lab):
     move = LightMove(lab)
     move.slow_down("8M")

@@ -120,7 +120,7 @@ def said_by(engine, words, seconds=1):
     )
 
 
-@case("qemu-that-dies-at-the-destination-is-told-on-both-sides")
+@case("qemu-that-dies-at-the-destination-is-told-on-both-sides", alone=True)
 def destination_qemu_dies(lab):
     """Nothing can be recovered, and nothing is tried for ever."""
     move = Move(lab)
@@ -142,7 +142,7 @@ def destination_qemu_dies(lab):
         engine.hmp("info migrate", seconds=2)
 
 
-@case("qemu-that-dies-at-the-source-is-told-on-both-sides-and-not-missed")
+@case("qemu-that-dies-at-the-source-is-told-on-both-sides-and-not-missed", alone=True)
 def source_qemu_dies(lab):
     """All that is needed of it is its memory, which its engine has, too."""
     move = move_midway(lab)

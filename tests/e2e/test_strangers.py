@@ -148,7 +148,7 @@ def flood(lab, engines):
     return floods
 
 
-@case("flood-of-the-port-and-the-monitors-disturbs-nothing")
+@case("flood-of-the-port-and-the-monitors-disturbs-nothing", alone=True)
 def flooded(lab):
     """Neither does the migration pause, nor is the monitor's client that was there kept waiting, nor the source that
     comes back kept out."""

@@ -186,6 +186,26 @@ static void a_wrong_page_may_be_read_again_at_once(void **state)
 	pr_verify_detach(rig->verify);
 }
 
+/* What has come in wrong is not there any more when the source says that the page is zero. */
+static void a_wrong_page_may_be_called_zero(void **state)
+{
+	Rig *rig = *state;
+	PrRamBlock *block = &rig->ram->blocks[0];
+	uint64_t token = claim(rig, 7, 2);
+	static const uint8_t zeros[2 * PAGE];
+
+	pr_verify_attach(rig->verify);
+	pr_verify_want(rig->verify, token, /* urgent= */ TRUE);
+	wait_asked(rig, 1);
+	memset(block->host + 7 * PAGE, 0x10, 2 * PAGE);
+	pr_verify_landed(rig->verify, token, /* stripe= */ 0);
+	answer_wrongly(rig, 7, 2);
+	wait_settled(rig, 1);
+	assert_int_equal(pr_ram_zero(rig->ram, block, 7, 2), 2);
+	assert_memory_equal(block->host + 7 * PAGE, zeros, sizeof(zeros));
+	pr_verify_detach(rig->verify);
+}
+
 static void what_has_landed_outlives_the_connection(void **state)
 {
 	Rig *rig = *state;
@@ -262,6 +282,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		ON_RIG(a_wrong_page_may_be_read_again_at_once),
+		ON_RIG(a_wrong_page_may_be_called_zero),
 		ON_RIG(what_has_landed_outlives_the_connection),
 		ON_RIG(faults_do_not_queue_behind_the_bulk),
 		ON_RIG(the_bulk_pauses_when_hashes_are_late),

@@ -36,15 +36,17 @@ def wait_for(what, seconds, probe, interval=0.03):
         time.sleep(interval)
 
 
-def die_with_parent():
+def die_with_parent(how=signal.SIGKILL):
     """In the child: be killed when the thread that started us ends, however it ends."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    LIBC.prctl(PR_SET_PDEATHSIG, how, 0, 0, 0)
 
 
 def raise_on_signals():
-    """Turns SIGTERM and SIGHUP into an exception, so that everything is cleaned up."""
+    """Turns the first SIGTERM or SIGHUP into an exception, so that everything is cleaned up, and not half of it."""
 
     def stop(number, _frame):
+        for either in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(either, lambda *_: None)
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
