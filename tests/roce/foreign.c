@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "foreign.h"
+#include "tests/roce/foreign.h"
 
 #include <errno.h>
 #include <string.h>

@@ -18,7 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "foreign.h"
+#include "tests/roce/foreign.h"
 #include "transport/verbs.h"
 
 #define BLOCKS	    2

@@ -5,12 +5,13 @@ After each of them the guest has to verify all of its memory at the destination.
 follow each other within one migration, from rail to rail and back."""
 
 import os
+import re
 import time
 from functools import partial
 
 import strangers
 from cast import RAILS, Failure, LabError, Move, expect, wait_for
-from guests import BootGuest, build_boot_sector
+from guests import BootGuest, build_boot_sector, find_built
 from roce_lab import on_each
 
 CASES = []
@@ -200,6 +201,12 @@ CASES += [
 # Recovery by hand, and what can come in between
 
 
+def reasons_of_pause(engine, nth):
+    """Why it has paused for the n-th time, as its event says."""
+    paused = [event["data"] for event in engine.migrations() if event["data"]["status"] == "postcopy-paused"]
+    return f"{engine.name}: {paused[nth - 1].get('reason')}" if len(paused) >= nth else f"{engine.name}: not paused"
+
+
 def type_recovery(move, uri):
     """As an operator types it who wants to see the end of it."""
     return move.lab.a.popen(move.source.ctl, move.source.qmp_path, f"migrate -r {uri}")
@@ -287,6 +294,28 @@ def stale_and_strange(stage):
     statuses = [cut.statuses(engine) for engine in move.engines]
     expect(not any(statuses), f"strangers have led a recovered migration to {statuses}")
     move.finish()
+
+
+@case("destination-that-turns-on-its-source-changes-nothing-there")
+def hostile(stage):
+    """Two of its READs are a WRITE and an atomic addition, with the keys that it has. Both pages are read afterwards, so
+    that the guest would meet what had become of them."""
+    move = stage.move(destination_env={"LD_PRELOAD": find_built(stage.build, "libhostile.so")})
+    move.start_slowly(*both_rails(move))
+    for what, recoveries in (("WRITE", 1), ("atomic", 2)):
+        wait_for(
+            f"the destination has posted its {what} and both have recovered",
+            60,
+            lambda n=recoveries: move.source.query()["postroad"]["recoveries"] >= n,
+        )
+        expect(f"hostile: {what} to" in move.destination.process.output(), "recovered, without a reason")
+        stage.notes.append(f"{what}: " + "; ".join(reasons_of_pause(each, recoveries) for each in move.engines))
+    move.complete()
+    move.destination_guest.end()
+    move.source.end()
+    said = move.destination.process.output()
+    tries = re.findall(r"only a bug explains: remote (?:access|invalid request) error", said)
+    expect(len(tries) == 2, f"two operations were to be refused: {tries}")
 
 
 def cut_rail_2_in_recovery(move):
