@@ -10,7 +10,8 @@ import time
 from functools import partial
 
 import strangers
-from cast import RAILS, Failure, LabError, Move, expect, wait_for
+import users
+from cast import PORT, RAILS, Failure, LabError, Move, expect, wait_for
 from guests import BootGuest, build_boot_sector, find_built
 from roce_lab import on_each
 
@@ -243,6 +244,61 @@ def killed(stage):
         move.source.hmp(f"migrate -d -r {move.uri(2)}")
         move.wait_all("postcopy-active")
         wait_for("more pages come", 60, lambda before=left: move.destination.remaining() < before)
+    move.finish()
+
+
+@case("engines-without-privileges-recover-over-rdma")
+def without_privileges(stage):
+    """What comes after they have become another user: standbys, lanes and registrations of recoveries, a listener, and what
+    the next engine does that takes a killed one's place."""
+    with users.devices_of_group(*stage.lab.hosts):
+        move = stage.move(
+            size_mb=32,
+            settings=("max-postcopy-bandwidth=512K",),
+            options=users.as_user("--group", users.GROUP),
+            wrapper=users.limited(),
+        )
+        move.start_slowly(*both_rails(move), bandwidth="512K")
+        pinned = [users.expect_unprivileged(engine) for engine in move.engines]
+        stage.notes.append(f"pinned by source and destination, with a limit of {users.LIMIT // 1024} KiB: {pinned} KiB")
+        for rail in RAILS:
+            fail_over(move, "cut", rail, None)
+            stage.lab.restore(rail)
+        recover_at_another_port(move, PORT + 10)
+        for engine in move.engines:
+            cut = move.cut(lambda killed=engine: move.replace(killed))
+            survivor = move.engines[1 - move.engines.index(engine)]
+            cut.wait_seen("postcopy-active", 60, [survivor])
+            move.wait_all("postcopy-active")
+            for each in move.engines:
+                users.expect_unprivileged(each)
+        move.finish()
+
+
+def recover_at_another_port(move, port):
+    """By hand: the destination listens once more."""
+    move.source.hmp("migrate_pause")
+    move.wait_all("postcopy-paused")
+    move.destination.hmp(f"migrate_recover rdma:0.0.0.0:{port}?ack-timeout=16")
+    by_hand = move.cut(lambda: move.source.hmp(f"migrate -d -r rdma:{move.lab.b.address(2)}:{port},{move.uri(1)}"))
+    by_hand.wait_seen("postcopy-active", 60)
+
+
+@case("engine-that-may-not-use-rdma-devices-says-so-and-how")
+def may_not(stage):
+    """The guest stays where it is, and moves when the engines may."""
+    words = "no permission on /dev/infiniband/*", "--group"
+    move = stage.move(incoming="defer", options=users.as_user())
+    listen = f"migrate_incoming rdma:0.0.0.0:{PORT}?ack-timeout=16"
+    with users.devices_of_group(stage.lab.b):
+        move.destination.refused(listen, *words)
+    move.destination.hmp(listen)
+    with users.devices_of_group(stage.lab.a):
+        move.source.refused(f"migrate {move.uri(1)}", *words)
+    status = move.source.status()
+    expect(status == "failed", f"the source is {status}")
+    move.source_guest.wait_verifies()
+    move.start(move.uri(1))
     move.finish()
 
 

@@ -30,12 +30,12 @@ NUMBERS = itertools.count(1)
 class HostEngine(Engine):  # pylint: disable=super-init-not-called
     """One engine, on a host, beside that host's guest."""
 
-    def __init__(self, host, name, build, directory, guest, incoming=None, settings=(), options=(), env=None):
+    def __init__(self, host, name, build, directory, guest, incoming=None, settings=(), options=(), env=None, wrapper=()):
         self.host = host
         self.name = name
         self.ctl = f"{build}/postroadctl"
         self.qmp_path = f"{directory}/{name}.qmp"
-        argv = [f"{build}/postroad", "--guest", guest.option, "--qmp", self.qmp_path]
+        argv = [*wrapper, f"{build}/postroad", "--guest", guest.option, "--qmp", self.qmp_path]
         argv += ["--log", "debug", "--insecure"]  # the rails lead nowhere else
         argv += ["--incoming", incoming] if incoming else []
         argv += options
@@ -92,10 +92,12 @@ class Move:
         settings=(),
         patience=PATIENT,
         options=(),
+        wrapper=(),
         destination_env=None,
         **kind,
     ):
-        """options: more of them, for both engines. destination_env: for that engine. kind: for the guest."""
+        """options: more of them, for both engines. wrapper: a command that execs the engine. destination_env: for that
+        engine. kind: for the guest."""
         self.lab = lab
         self.directory = f"/tmp/move{next(NUMBERS)}"
         self.started = []  # processes, to be ended whatever happens
@@ -110,7 +112,7 @@ class Move:
             where = (build, self.directory, its_guest)
             name, listen = ("destination", incoming) if arrives else ("source", None)
             env = destination_env if arrives else None
-            engine = self._keep(HostEngine(host, name, *where, listen, settings, options, env))
+            engine = self._keep(HostEngine(host, name, *where, listen, settings, options, env, wrapper))
             engine.connect()
             return its_guest, engine
 
