@@ -537,6 +537,9 @@ gboolean pr_destination_accept(PrConn *conn, PrListener *listener, gboolean stan
 	}
 	PrPathSetup setup = pr_conn_setup(conn, &binding, ack.data_port);
 	path = data->ops->accept(data, &setup, error);
+	/* The source may have hung up over it by now, and that is all that is told then. */
+	if (!path && error)
+		g_debug("%s", (*error)->message);
 	return path && pr_conn_set_path(conn, path, error);
 }
 

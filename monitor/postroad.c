@@ -327,7 +327,6 @@ static gboolean give_up_privileges(const Options *options, Engine *engine, GErro
 	return again != NULL;
 }
 
-/* Before anybody can give a command. */
 static gboolean take_up(const Options *options, PrMigration *migration, PrRole *ret_role,
 			GError **error)
 {
@@ -353,21 +352,23 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 	PrRole role;
 
 	pr_monitor_attach(engine->monitor, migration);
-	if (!take_up(options, migration, &role, error))
-		return FALSE;
-	/* This may look up names: a monitor that can be reached answers, so that comes after it. */
-	if (wants_incoming(options, role) &&
-	    !pr_migration_incoming(migration, options->incoming, NULL, error)) {
-		g_prefix_error(error, "--incoming: ");
-		return FALSE;
-	}
 	if (options->qmp && !pr_monitor_listen(engine->monitor, options->qmp, error))
 		return FALSE;
 	if (options->hmp && !serve_terminal(engine->monitor, error))
 		return FALSE;
-	/* GLib has one for signals. */
+	/* Before the migration's threads and what they use of RDMA: see sandbox.c. Nobody gives a command before the
+	 * main loop runs. GLib has a thread for signals. */
 	if (!give_up_privileges(options, engine, error) || !pr_spare_thread(error))
 		return FALSE;
+	if (!take_up(options, migration, &role, error))
+		return FALSE;
+	if (wants_incoming(options, role) &&
+	    !pr_migration_incoming(migration, options->incoming, NULL, error)) {
+		if (options->user)
+			g_prefix_error(error, "as user %s: ", options->user);
+		g_prefix_error(error, "--incoming: ");
+		return FALSE;
+	}
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);
 	pr_loop_watch(pr_migration_watchdog(migration), g_main_context_default());

@@ -5,7 +5,11 @@
  * another user's). It needs none for the rest: the userfaultfd and the memfds are QEMU's and come as descriptors. They
  * are given up before there are threads, because the kernel keeps them for each thread. The engine is still
  * user 0 then, who owns most files; --user is what really takes that away. setresuid(2) in libc is for all threads,
- * and takes all capabilities from all of them.
+ * and takes all capabilities from all of them. It also gives each of them credentials of its own, and the kernel lets a
+ * descriptor of rdma_cm be used with those very credentials only that it was opened with (a thread shares those
+ * of the thread that starts it). What was opened before the switch is dead, and so is what one thread opens and
+ * another one uses, if both were there before. So the switch comes once the monitor's sockets and the guest's are open,
+ * and before there are listeners and a migration's threads.
  *
  * System calls. The filter is a list of what is denied and not of what is allowed: what libc, GnuTLS, libfabric and
  * rdma-core's drivers call differs between versions and cards, and an engine that dies of a call that its author

@@ -20,7 +20,8 @@ static gboolean have_devices(void)
 }
 
 #define NO_PERMISSION                                                                              \
-	"; no permission on /dev/infiniband/*: run as root, or join the group that owns these"
+	"; no permission on /dev/infiniband/*: run as root, or join the group that owns these "    \
+	"(--group, with --user)"
 
 /* What to do about a system error, or "". */
 static const char *remedy(int number)

@@ -3,6 +3,7 @@
 
 import os
 import sys
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "roce", "migrate"))
@@ -10,7 +11,9 @@ sys.path.insert(0, os.path.join(HERE, "..", "roce", "migrate"))
 from cast import PORT, RAILS, Lab, LabError, Move  # noqa: E402
 from harness.process import Failure  # noqa: E402
 
-WITHOUT = ("flood", "kill", "starve")  # what is done on this machine and not on the lab's hosts
+from watch import Poller  # noqa: E402
+
+WITHOUT = ("flood", "starve")  # what is done on this machine and not on the lab's hosts
 
 
 class Rails:
@@ -48,6 +51,30 @@ class Stranger:
         return self.process.output()
 
 
+def ahead(host):
+    """What a host's monotonic clock is ahead of ours, in seconds."""
+    there = float(host.run("python3", "-c", "import time; print(time.time() - time.monotonic())", check=True).stdout)
+    offset, _ = host.clock_offset()
+    return time.time() - time.monotonic() - there + offset
+
+
+class HostPoller(Poller):
+    """Asks an engine on a host, from there. What the emulated CPU itself waits for, its kernel does not know."""
+
+    bound = 2.0  # s
+    EVERY = 0.2  # s: the engine needs the CPU, too
+
+    def __init__(self, engine, clock):  # pylint: disable=super-init-not-called
+        """clock: what the host's is ahead of ours."""
+        self.name, self.engine, self.clock = engine.name, engine, clock
+        self.excused = []
+        argv = [os.path.join(HERE, "poll-monitor"), engine.qmp_path, engine.process.pid, self.EVERY]
+        self.process = engine.host.popen("python3", *argv)
+
+    def answers(self):
+        return [(asked - self.clock, *rest) for asked, *rest in super().answers()]
+
+
 class Hosts:
     """The test guest moves from host a to host b, once."""
 
@@ -58,6 +85,10 @@ class Hosts:
         build = os.path.abspath(options.build)
         self.move = Move(lab, build, size_mb=options.size, pace_us=options.pace)
         self.source, self.destination = self.move.engines
+        self.clocks = {host.name: ahead(host) for host in lab.hosts}
+        self.watching = {engine.name: [] for engine in self.move.engines}
+        for engine in self.move.engines:
+            self.watch(engine)
 
     def next_round(self):
         pass
@@ -66,9 +97,10 @@ class Hosts:
         return self.lab.a if side == "source" else self.lab.b
 
     def pollers(self, engine):
-        """None: an emulated host answers when it has the time."""
-        del engine
-        return []
+        return self.watching[engine.name]
+
+    def watch(self, engine):
+        self.pollers(engine).append(HostPoller(engine, self.clocks[engine.host.name]))
 
     def uris(self, scheme):
         del scheme
@@ -96,6 +128,12 @@ class Hosts:
         for member in (self.move.destination_guest, self.source, self.destination):
             member.end()
 
+    def close(self):
+        for pollers in self.watching.values():
+            for poller in pollers:
+                poller.process.close()
+        self.move.close()
+
     def logs(self):
         return self.move.logs()
 
@@ -122,7 +160,7 @@ def play(options, rounds, perform):
                 except (Failure, LabError) as error:
                     raise Failure(f"{error}\n{cast.logs()}") from None
                 finally:
-                    cast.move.close()
+                    cast.close()
         finally:
             if not options.lab_directory:
                 lab.stop()

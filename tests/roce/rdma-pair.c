@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "tests/roce/foreign.h"
 #include "transport/verbs.h"
 
 #define BLOCKS	    2
@@ -43,6 +44,7 @@ typedef struct Side {
 	PrRegion regions[BLOCKS];
 	guint n_lanes; /* of the next path; 0: as many as there always are */
 	Puller pullers[PR_LANES_MAX];
+	ForeignBait bait;
 
 	GMutex lock;
 	GCond changed;
@@ -231,6 +233,19 @@ static guint await(Side *side, PrLaneId lane, PrCompletion *ret, guint max)
 	return n;
 }
 
+/* Whether all of a range is what fill() makes of it. */
+static gboolean is_filled(Side *side, guint block, uint64_t start, uint64_t end, uint64_t seed,
+			  GError **error)
+{
+	for (uint64_t i = start; i < end; i += sizeof(uint64_t))
+		if (*at(side, block, i) != word_at(block, i, seed)) {
+			g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+				    "wrong bytes in block %u at %" PRIu64, block, i);
+			return FALSE;
+		}
+	return TRUE;
+}
+
 static gboolean read_one(Side *side, PrLaneId lane, guint block, uint64_t offset, uint32_t length,
 			 GError **error)
 {
@@ -252,12 +267,60 @@ static gboolean check(Side *side, char **words, GString *ret, GError **error)
 	for (uint64_t i = start; i < end; i += size)
 		if (!read_one(side, lane, block, i, MIN(size, end - i), error))
 			return FALSE;
-	for (uint64_t i = start; i < end; i += sizeof(uint64_t))
-		if (*at(side, block, i) != word_at(block, i, seed)) {
-			g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
-				    "wrong bytes in block %u at %" PRIu64, block, i);
-			return FALSE;
-		}
+	return is_filled(side, block, start, end, seed, error);
+}
+
+/* BLOCK OFFSET LENGTH SEED: in our own memory, without any READ. */
+static gboolean filled(Side *side, char **words, GString *ret, GError **error)
+{
+	uint64_t start = number(words[2]);
+
+	return is_filled(side, number(words[1]), start, start + number(words[3]), number(words[4]),
+			 error);
+}
+
+/* LANE read|write|atomic ADDRESS KEY, as foreign_perform(): how it ended. */
+static gboolean foreign(Side *side, char **words, GString *ret, GError **error)
+{
+	const char *status = foreign_perform((PrVerbsPath *)side->path, number(words[1]), words[2],
+					     number(words[3]), (uint32_t)number(words[4]), error);
+
+	g_string_assign(ret, status ? status : "");
+	return status != NULL;
+}
+
+/* Our queue pairs let the peer do anything. Answers where the bait is: ADDRESS KEY. */
+static gboolean allow(Side *side, char **words, GString *ret, GError **error)
+{
+	PrVerbsPath *path = (PrVerbsPath *)side->path;
+
+	foreign_take_bait(&side->bait);
+	if (!foreign_open_queues(path, error) || !foreign_lay_bait(path, &side->bait, error))
+		return FALSE;
+	g_string_printf(ret, "%" PRIuPTR " %u", (uintptr_t)side->bait.page, side->bait.mr->rkey);
+	return TRUE;
+}
+
+/* The first word of the bait. */
+static gboolean bait(Side *side, char **words, GString *ret, GError **error)
+{
+	if (!side->bait.mr)
+		return complain(error, "there is no bait");
+	g_string_printf(ret, "%" PRIx64, *side->bait.page);
+	return TRUE;
+}
+
+/* BLOCK OFFSET: where our own registration of that byte is, whoever may use it: ADDRESS KEY. */
+static gboolean own_key(Side *side, char **words, GString *ret, GError **error)
+{
+	uint64_t offset = number(words[2]);
+	const PrVerbsImport *import =
+		pr_verbs_import_find((PrVerbsPath *)side->path, number(words[1]), offset);
+
+	if (!import || !import->mr)
+		return complain(error, "nothing is registered there");
+	g_string_printf(ret, "%" PRIuPTR " %u", (uintptr_t)at(side, number(words[1]), offset),
+			import->mr->lkey);
 	return TRUE;
 }
 
@@ -401,6 +464,7 @@ static gboolean close_path(Side *side, char **words, GString *ret, GError **erro
 	gint64 begin = g_get_monotonic_time();
 	gboolean drained = side->ops->drain(side->path, words[1] ? (guint)number(words[1]) : 1000);
 
+	foreign_take_bait(&side->bait);
 	g_string_printf(ret, "%" PRId64, g_get_monotonic_time() - begin);
 	g_clear_pointer(&side->path, pr_data_path_destroy);
 	return drained ? TRUE : complain(error, "not drained in time");
@@ -553,6 +617,11 @@ static const Command commands[] = {
 	{"set-grants", 0, TRUE, take_grants},
 	{"add-grants", 0, TRUE, take_grants},
 	{"check", 6, TRUE, check},
+	{"filled", 4, FALSE, filled},
+	{"foreign", 4, TRUE, foreign},
+	{"allow", 0, TRUE, allow},
+	{"bait", 0, TRUE, bait},
+	{"own-key", 2, TRUE, own_key},
 	{"probe", 2, TRUE, probe},
 	{"neglect", 2, TRUE, neglect},
 	{"attributes", 0, TRUE, attributes},
@@ -622,6 +691,7 @@ static gboolean open_side(Side *side, const char *role, const char *uri, GError 
 
 static void close_side(Side *side)
 {
+	foreign_take_bait(&side->bait);
 	g_clear_pointer(&side->path, pr_data_path_destroy);
 	g_clear_pointer(&side->listener, pr_data_listener_close);
 	g_clear_pointer(&side->uri, pr_uri_free);

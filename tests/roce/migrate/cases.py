@@ -5,12 +5,14 @@ After each of them the guest has to verify all of its memory at the destination.
 follow each other within one migration, from rail to rail and back."""
 
 import os
+import re
 import time
 from functools import partial
 
 import strangers
-from cast import RAILS, Failure, LabError, Move, expect, wait_for
-from guests import BootGuest, build_boot_sector
+import users
+from cast import PORT, RAILS, Failure, LabError, Move, expect, wait_for
+from guests import BootGuest, build_boot_sector, find_built
 from roce_lab import on_each
 
 CASES = []
@@ -200,6 +202,12 @@ CASES += [
 # Recovery by hand, and what can come in between
 
 
+def reasons_of_pause(engine, nth):
+    """Why it has paused for the n-th time, as its event says."""
+    paused = [event["data"] for event in engine.migrations() if event["data"]["status"] == "postcopy-paused"]
+    return f"{engine.name}: {paused[nth - 1].get('reason')}" if len(paused) >= nth else f"{engine.name}: not paused"
+
+
 def type_recovery(move, uri):
     """As an operator types it who wants to see the end of it."""
     return move.lab.a.popen(move.source.ctl, move.source.qmp_path, f"migrate -r {uri}")
@@ -236,6 +244,61 @@ def killed(stage):
         move.source.hmp(f"migrate -d -r {move.uri(2)}")
         move.wait_all("postcopy-active")
         wait_for("more pages come", 60, lambda before=left: move.destination.remaining() < before)
+    move.finish()
+
+
+@case("engines-without-privileges-recover-over-rdma")
+def without_privileges(stage):
+    """What comes after they have become another user: standbys, lanes and registrations of recoveries, a listener, and what
+    the next engine does that takes a killed one's place."""
+    with users.devices_of_group(*stage.lab.hosts):
+        move = stage.move(
+            size_mb=32,
+            settings=("max-postcopy-bandwidth=512K",),
+            options=users.as_user("--group", users.GROUP),
+            wrapper=users.limited(),
+        )
+        move.start_slowly(*both_rails(move), bandwidth="512K")
+        pinned = [users.expect_unprivileged(engine) for engine in move.engines]
+        stage.notes.append(f"pinned by source and destination, with a limit of {users.LIMIT // 1024} KiB: {pinned} KiB")
+        for rail in RAILS:
+            fail_over(move, "cut", rail, None)
+            stage.lab.restore(rail)
+        recover_at_another_port(move, PORT + 10)
+        for engine in move.engines:
+            cut = move.cut(lambda killed=engine: move.replace(killed))
+            survivor = move.engines[1 - move.engines.index(engine)]
+            cut.wait_seen("postcopy-active", 60, [survivor])
+            move.wait_all("postcopy-active")
+            for each in move.engines:
+                users.expect_unprivileged(each)
+        move.finish()
+
+
+def recover_at_another_port(move, port):
+    """By hand: the destination listens once more."""
+    move.source.hmp("migrate_pause")
+    move.wait_all("postcopy-paused")
+    move.destination.hmp(f"migrate_recover rdma:0.0.0.0:{port}?ack-timeout=16")
+    by_hand = move.cut(lambda: move.source.hmp(f"migrate -d -r rdma:{move.lab.b.address(2)}:{port},{move.uri(1)}"))
+    by_hand.wait_seen("postcopy-active", 60)
+
+
+@case("engine-that-may-not-use-rdma-devices-says-so-and-how")
+def may_not(stage):
+    """The guest stays where it is, and moves when the engines may."""
+    words = "no permission on /dev/infiniband/*", "--group"
+    move = stage.move(incoming="defer", options=users.as_user())
+    listen = f"migrate_incoming rdma:0.0.0.0:{PORT}?ack-timeout=16"
+    with users.devices_of_group(stage.lab.b):
+        move.destination.refused(listen, *words)
+    move.destination.hmp(listen)
+    with users.devices_of_group(stage.lab.a):
+        move.source.refused(f"migrate {move.uri(1)}", *words)
+    status = move.source.status()
+    expect(status == "failed", f"the source is {status}")
+    move.source_guest.wait_verifies()
+    move.start(move.uri(1))
     move.finish()
 
 
@@ -287,6 +350,28 @@ def stale_and_strange(stage):
     statuses = [cut.statuses(engine) for engine in move.engines]
     expect(not any(statuses), f"strangers have led a recovered migration to {statuses}")
     move.finish()
+
+
+@case("destination-that-turns-on-its-source-changes-nothing-there")
+def hostile(stage):
+    """Two of its READs are a WRITE and an atomic addition, with the keys that it has. Both pages are read afterwards, so
+    that the guest would meet what had become of them."""
+    move = stage.move(destination_env={"LD_PRELOAD": find_built(stage.build, "libhostile.so")})
+    move.start_slowly(*both_rails(move))
+    for what, recoveries in (("WRITE", 1), ("atomic", 2)):
+        wait_for(
+            f"the destination has posted its {what} and both have recovered",
+            60,
+            lambda n=recoveries: move.source.query()["postroad"]["recoveries"] >= n,
+        )
+        expect(f"hostile: {what} to" in move.destination.process.output(), "recovered, without a reason")
+        stage.notes.append(f"{what}: " + "; ".join(reasons_of_pause(each, recoveries) for each in move.engines))
+    move.complete()
+    move.destination_guest.end()
+    move.source.end()
+    said = move.destination.process.output()
+    tries = re.findall(r"only a bug explains: remote (?:access|invalid request) error", said)
+    expect(len(tries) == 2, f"two operations were to be refused: {tries}")
 
 
 def cut_rail_2_in_recovery(move):

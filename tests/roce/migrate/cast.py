@@ -30,18 +30,19 @@ NUMBERS = itertools.count(1)
 class HostEngine(Engine):  # pylint: disable=super-init-not-called
     """One engine, on a host, beside that host's guest."""
 
-    def __init__(self, host, name, build, directory, guest, incoming=None, settings=()):
+    def __init__(self, host, name, build, directory, guest, incoming=None, settings=(), options=(), env=None, wrapper=()):
         self.host = host
         self.name = name
         self.ctl = f"{build}/postroadctl"
         self.qmp_path = f"{directory}/{name}.qmp"
-        argv = [f"{build}/postroad", "--guest", guest.option, "--qmp", self.qmp_path]
+        argv = [*wrapper, f"{build}/postroad", "--guest", guest.option, "--qmp", self.qmp_path]
         argv += ["--log", "debug", "--insecure"]  # the rails lead nowhere else
         argv += ["--incoming", incoming] if incoming else []
+        argv += options
         for setting in settings:
             argv += ["--set", setting]
-        self.argv = argv
-        self.process = host.popen(*argv)
+        self.argv, self.env = argv, env
+        self.process = host.popen(*argv, env=env)
         self.qmp = None
 
     def kill(self):
@@ -52,7 +53,7 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
         expect(code == -9, f"{self.name} ended with {code}: {self.process.output()[-1000:]}")
 
     def resume(self):
-        self.process = self.host.popen(*self.argv, "--resume")
+        self.process = self.host.popen(*self.argv, "--resume", env=self.env)
         self.connect()
 
     def connect(self):
@@ -82,8 +83,21 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
 class Move:
     """The cast, and the steps of a migration as one call each."""
 
-    def __init__(self, lab, build, guest=Workload, incoming=BOTH, settings=(), patience=PATIENT, **kind):
-        """kind: for the guest."""
+    def __init__(  # pylint: disable=too-many-arguments
+        self,
+        lab,
+        build,
+        guest=Workload,
+        incoming=BOTH,
+        settings=(),
+        patience=PATIENT,
+        options=(),
+        wrapper=(),
+        destination_env=None,
+        **kind,
+    ):
+        """options: more of them, for both engines. wrapper: a command that execs the engine. destination_env: for that
+        engine. kind: for the guest."""
         self.lab = lab
         self.directory = f"/tmp/move{next(NUMBERS)}"
         self.started = []  # processes, to be ended whatever happens
@@ -97,7 +111,8 @@ class Move:
             its_guest.wait_ready()
             where = (build, self.directory, its_guest)
             name, listen = ("destination", incoming) if arrives else ("source", None)
-            engine = self._keep(HostEngine(host, name, *where, listen, settings))
+            env = destination_env if arrives else None
+            engine = self._keep(HostEngine(host, name, *where, listen, settings, options, env, wrapper))
             engine.connect()
             return its_guest, engine
 
