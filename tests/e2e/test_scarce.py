@@ -281,7 +281,7 @@ def threads_walk(lab, side, wanted):
 
 @case("too-few-threads-at-the-source-are-refused-in-words")
 def few_threads_source(lab):
-    threads_walk(lab, "source", {"migration", "holes"})
+    threads_walk(lab, "source", {"migration", "control", "return-path"})
 
 
 @case("too-few-threads-at-the-destination-are-refused-in-words")
