@@ -31,8 +31,8 @@
  * the memfd with it, as they are about that one process.
  *
  * Epochs. A destination takes no epoch that is not higher than those it knows. A source may have used any number
- * of them since its record was written; so the upper half of an epoch is the incarnation, which is raised, in the record,
- * before the first epoch of a new engine is used.
+ * of them since its record was written; so the upper half of an epoch is the incarnation, which is raised in the
+ * record before the first epoch of a new engine is used.
  *
  * Two engines for one guest: the agent serves one connection at a time, and the kernel closes that of a process that
  * ends. kept.h tells why nothing of the dead one lands late.
