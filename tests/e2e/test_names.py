@@ -8,6 +8,7 @@ from harness.engine import Engine
 from harness.light import LightMove, TestGuest
 from harness.process import expect, wait_for
 from harness.qmp import Qmp
+from harness.threads import Threads, wait_warm
 
 NAME = "destination.example"
 HUNG = 2  # seconds that a look-up takes at least, or it did not hang
@@ -109,3 +110,19 @@ def incoming_hangs(lab):
     other.qmp.command("quit")
     code = other.process.wait(10)
     expect(code == 0 and time.monotonic() - began < HUNG, f"it ended with {code} after {time.monotonic() - began:.1f} s")
+
+
+@case("look-up-without-threads-is-refused-in-words")
+def look_up_lacks_threads(lab):
+    host = lab.network.destination
+    threads = Threads(lab, "destination")
+    guest = TestGuest(lab, host, "guest", "16M", incoming=True)
+    engine = Engine(lab, host, guest.option(), wrapper=(*deaf(lab), *threads.wrapper))
+    wait_warm(engine)
+    # The load thread stays; GIO's that looks up is the last one.
+    lacking = ((0, 'no thread "errand"'), (1, 'no thread "load"'), (2, 'no thread "spare"'), (2, "took too long"))
+    for n, words in lacking:
+        threads.allow(n)
+        engine.refused(f"migrate_incoming tcp:{NAME}:4444", words)
+    threads.allow_all()
+    engine.hmp("migrate_incoming tcp:0.0.0.0:4444")

@@ -6,12 +6,12 @@ import contextlib
 import os
 import re
 import resource
-import struct
 
 from harness.case import case
 from harness.light import LightMove, TestGuest
 from harness.process import expect, wait_for
 from harness.qmp import Qmp, QmpError
+from harness.threads import Threads, thread_names, wait_warm
 
 MIB = 1 << 20
 SETTLED_FILES = 4  # that an engine opens in its first migration and keeps
@@ -235,26 +235,6 @@ def recovery_memory_destination(lab):
     recovery_with_no_more_memory(lab, "destination")
 
 
-class Threads:
-    """How many more threads an engine may begin."""
-
-    def __init__(self, lab, name):
-        self.path = lab.path(f"threads-{name}")
-        self.allow_all()
-        self.wrapper = ("env", f"LD_PRELOAD={lab.build_file('libthread-shim.so')}", f"THREAD_SHIM={self.path}")
-
-    def allow(self, n):
-        with open(self.path, "r+b" if os.path.exists(self.path) else "wb") as file:
-            file.write(struct.pack("=i", n))
-
-    def allow_all(self):
-        self.allow(1 << 20)
-
-
-def n_threads(engine):
-    return len(os.listdir(f"/proc/{engine.process.pid}/task"))
-
-
 def lacked_threads(engine):
     return set(re.findall(r'no thread "(\S+)"', engine.process.output()))
 
@@ -265,9 +245,10 @@ def threads_walk(lab, side, wanted):
     wrappers = {"source": (threads.wrapper, ()), "destination": ((), threads.wrapper)}[side]
     move = LightMove(lab, size="16M", settings=(*IMPATIENT, "verify=on"), wrappers=wrappers)
     engine = getattr(move, side)
-    before = n_threads(engine)
+    wait_warm(engine)
+    before = len(thread_names(engine))
     for n in range(100):
-        wait_for("the threads of the last try have ended", 10, lambda: n_threads(engine) <= before)
+        wait_for("the threads of the last try have ended", 10, lambda: len(thread_names(engine)) <= before)
         threads.allow(n)
         if attempt(move, f"room for {n} threads at the {side}"):
             break
