@@ -180,6 +180,13 @@ for _side in ("source", "destination"):
     case(f"recovery-without-descriptors-at-the-{_side}-stays-paused-until-there-are-some")(
         lambda lab, side=_side: recovery_lacks_files(lab, side)
     )
-    case(f"recovery-with-no-more-memory-at-the-{_side}-is-survived")(
-        lambda lab, side=_side: recovery_with_no_more_memory(lab, side)
-    )
+
+
+@case("recovery-with-no-more-memory-at-the-source-is-survived")
+def recovery_memory_source(lab):
+    recovery_with_no_more_memory(lab, "source")
+
+
+@case("recovery-with-no-more-memory-at-the-destination-is-survived")
+def recovery_memory_destination(lab):
+    recovery_with_no_more_memory(lab, "destination")
