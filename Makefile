@@ -3,7 +3,9 @@
 MESON_FLAGS = --werror
 PREFIX ?= /usr/local
 
+# A PREFIX that is given counts for a build that is there already, too.
 all: build/build.ninja
+	$(if $(filter-out file,$(origin PREFIX)),meson configure build --prefix=$(PREFIX))
 	meson compile -C build
 
 build/build.ninja: | deps

@@ -81,16 +81,12 @@ def freeze(lab):
 def move_with_full_log(lab, side, wrapper):
     """A whole migration with a recovery, while one engine's log takes nothing."""
     move = LightMove(lab, wrappers=[wrapper if side == s else () for s in ("source", "destination")])
-    move.slow_down("8M")
-    move.start()
-    move.wait_midway(fraction=0.9)
+    move.start_midway("8M", fraction=0.9)
     wait_for("link2 stands by", 15, lambda: any(path["state"] == "standby" for path in move.source.paths()))
     move.network.link_down(1)
-    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    move.wait_recovered()
     move.expect_midway()
-    move.full_speed()
-    move.wait_completed()
-    move.expect_guest_sound()
+    move.finish()
     return move
 
 
@@ -186,14 +182,10 @@ def mute_guest_destination(lab):
 @case("watchdog-says-nothing-in-a-healthy-migration-with-a-recovery", alone=True)
 def healthy(lab):
     move = LightMove(lab)
-    move.slow_down("8M")
-    move.start()
-    move.wait_midway(fraction=0.9)
+    move.start_midway("8M", fraction=0.9)
     move.network.link_down(1)
-    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
-    move.full_speed()
-    move.wait_completed()
-    move.expect_guest_sound()
+    move.wait_recovered()
+    move.finish()
     for engine in move.engines:
         extras = engine.query()["postroad"]
         expect(extras["stalls"] == 0, f"{engine.name}: {extras.get('last-stall')}")
@@ -215,9 +207,7 @@ def clock_jumps(lab):
     jump(0)
     shim = ("env", f"LD_PRELOAD={lab.build_file('libclock-shim.so')}", f"CLOCK_SHIM={clock}")
     move = LightMove(lab, wrappers=(shim, shim))
-    move.slow_down("4M")
-    move.start()
-    move.wait_midway(fraction=0.95)
+    move.start_midway("4M", fraction=0.95)
     for seconds in (3600, -3600, 20 * YEAR, -10 * YEAR, 20 * YEAR):
         jump(seconds)
         left = move.expect_midway()

@@ -72,9 +72,7 @@ def side_of(point):
 
 def start_to_be_killed(twins, side, point):
     engine = getattr(twins, side)
-    engine.process.stop()
-    engine.restart(kill_at=point)
-    engine.connect()
+    engine.restart_to_be_killed(point)
     return engine
 
 

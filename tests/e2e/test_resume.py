@@ -35,9 +35,7 @@ for _scheme in ("tcp", "ofi"):
 
 def move_midway(lab, scheme="ofi"):
     move = Move(lab, scheme=scheme, settings=("auto-recover=off",))
-    move.slow_down()
-    move.start()
-    move.wait_midway()
+    move.start_midway()
     return move
 
 
@@ -79,9 +77,7 @@ def qemu_stuck(lab):
 def qemu_runs_on(lab):
     """The source engine dies when it has stopped its QEMU, saved it, and has not let it go."""
     move = Move(lab, settings=("auto-recover=off",), program="killable-postroad")
-    move.source.process.stop()
-    move.source.restart(kill_at="source-loaded")
-    move.source.connect()
+    move.source.restart_to_be_killed("source-loaded")
     move.start()
     move.source.note_killed()
     expect(move.source_vm.status() != "running", "the guest was to be stopped when the engine died")
@@ -95,9 +91,7 @@ def qemu_not_started(lab):
     """RUN was seen: the next engine lets it run, whatever the source does. QEMU's monitor may not answer from then on:
     the guest waits for pages."""
     move = Move(lab, settings=("auto-recover=off",), program="killable-postroad")
-    move.destination.process.stop()
-    move.destination.restart(kill_at="destination-run-noted")
-    move.destination.connect()
+    move.destination.restart_to_be_killed("destination-run-noted")
     move.start()
     move.destination.note_killed()
     expect(move.destination_vm.status() != "running", "the guest was to be stopped when the engine died")
@@ -246,12 +240,18 @@ def several_times(lab):
     twins.finish()
 
 
-@case("killed-engines-recover-by-themselves-over-the-listed-paths", light=True)
-def by_themselves(lab):
-    """Whoever starts an engine again, nobody has to ask for the recovery."""
+def start_over_both_links(lab):
+    """With what an engine does by itself where two paths are listed."""
     twins = Twins(lab, settings=())
     twins.source.qmp.command("migrate", uri=f"{twins.uri(1)},{twins.uri(2)}")
     twins.wait_active()
+    return twins
+
+
+@case("killed-engines-recover-by-themselves-over-the-listed-paths", light=True)
+def by_themselves(lab):
+    """Whoever starts an engine again, nobody has to ask for the recovery."""
+    twins = start_over_both_links(lab)
     for engine in (twins.destination, twins.source):
         engine.kill()
         engine.resume()
@@ -267,9 +267,7 @@ def by_themselves(lab):
 @case("pause-by-hand-outlives-the-engines", light=True)
 def held(lab):
     """Only a human ends it: not two listed paths, and not new engines."""
-    twins = Twins(lab, settings=())
-    twins.source.qmp.command("migrate", uri=f"{twins.uri(1)},{twins.uri(2)}")
-    twins.wait_active()
+    twins = start_over_both_links(lab)
     twins.source.hmp("migrate_pause")
     twins.destination.wait_status("postcopy-paused")
     wait_for("the source has noted it", 5, lambda: "held=true" in twins.record())

@@ -100,44 +100,16 @@ def memory(engine):
     return ((before + more * MIB, f"room for {more} MiB at the {engine.name}") for more in steps)
 
 
-@case("too-few-descriptors-at-the-source-are-refused-in-words-over-ofi")
-def few_files_source_ofi(lab):
-    walk(lab, "ofi", "source", resource.RLIMIT_NOFILE, files)
-
-
-@case("too-few-descriptors-at-the-source-are-refused-in-words-over-tcp")
-def few_files_source_tcp(lab):
-    walk(lab, "tcp", "source", resource.RLIMIT_NOFILE, files)
-
-
-@case("too-few-descriptors-at-the-destination-are-refused-in-words-over-ofi")
-def few_files_destination_ofi(lab):
-    walk(lab, "ofi", "destination", resource.RLIMIT_NOFILE, files)
-
-
-@case("too-few-descriptors-at-the-destination-are-refused-in-words-over-tcp")
-def few_files_destination_tcp(lab):
-    walk(lab, "tcp", "destination", resource.RLIMIT_NOFILE, files)
-
-
-@case("too-few-descriptors-at-the-source-are-refused-in-words-over-tls")
-def few_files_source_tls(lab):
-    walk(lab, "tcp", "source", resource.RLIMIT_NOFILE, files, tls=True)
-
-
-@case("too-few-descriptors-at-the-destination-are-refused-in-words-over-tls")
-def few_files_destination_tls(lab):
-    walk(lab, "tcp", "destination", resource.RLIMIT_NOFILE, files, tls=True)
-
-
-@case("too-little-memory-at-the-source-is-refused-in-words")
-def little_memory_source(lab):
-    walk(lab, "ofi", "source", resource.RLIMIT_AS, memory)
-
-
-@case("too-little-memory-at-the-destination-is-refused-in-words")
-def little_memory_destination(lab):
-    walk(lab, "ofi", "destination", resource.RLIMIT_AS, memory)
+for _side in ("source", "destination"):
+    for _over in ("ofi", "tcp", "tls"):
+        case(f"too-few-descriptors-at-the-{_side}-are-refused-in-words-over-{_over}")(
+            lambda lab, side=_side, over=_over: walk(
+                lab, "ofi" if over == "ofi" else "tcp", side, resource.RLIMIT_NOFILE, files, tls=over == "tls"
+            )
+        )
+    case(f"too-little-memory-at-the-{_side}-is-refused-in-words")(
+        lambda lab, side=_side: walk(lab, "ofi", side, resource.RLIMIT_AS, memory)
+    )
 
 
 def serves(lab, engine, path):
@@ -169,60 +141,48 @@ def few_files_at_start(lab):
     guest.expect_sound()
 
 
-def recovery_lacks(lab, side, what, now):
-    """A recovery that lacks something goes back to paused, over and over, until it has it."""
+@contextlib.contextmanager
+def recovery_with(lab, side, what, now):
+    """A migration that loses its path while an engine has no more of something than now; with it again it recovers."""
     move = LightMove(lab, settings=("standby-paths=off", *IMPATIENT))
     engine = getattr(move, side)
-    move.slow_down("8M")
-    move.start()
-    move.wait_midway(fraction=0.9)
+    move.start_midway("8M", fraction=0.9)
     with limited(engine, what, now(engine)):
         move.network.link_down(1)
-        wait_for(
-            "several recoveries have failed",
-            30,
-            lambda: move.source.statuses().count("postcopy-recover-setup") >= 4,
-        )
+        yield move
+    move.wait_recovered()
+    move.finish()
+
+
+def attempts(move):
+    return move.source.statuses().count("postcopy-recover-setup")
+
+
+def recovery_lacks_files(lab, side):
+    """A recovery that lacks something goes back to paused, over and over, until it has it."""
+    with recovery_with(lab, side, resource.RLIMIT_NOFILE, lambda engine: open_files(engine) - 8) as move:
+        wait_for("several recoveries have failed", 30, lambda: attempts(move) >= 4)
         move.expect_midway()
         states = {e.name: e.status() for e in move.engines}
         expect("completed" not in states.values(), f"it went on without: {states}")
         expect(move.source.query()["postroad"]["recoveries"] == 0, "it recovered without")
-    wait_for("it recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
-    move.full_speed()
-    move.wait_completed()
-    move.expect_guest_sound()
-
-
-@case("recovery-without-descriptors-at-the-source-stays-paused-until-there-are-some")
-def recovery_files_source(lab):
-    recovery_lacks(lab, "source", resource.RLIMIT_NOFILE, lambda engine: open_files(engine) - 8)
-
-
-@case("recovery-without-descriptors-at-the-destination-stays-paused-until-there-are-some")
-def recovery_files_destination(lab):
-    recovery_lacks(lab, "destination", resource.RLIMIT_NOFILE, lambda engine: open_files(engine) - 8)
 
 
 def recovery_with_no_more_memory(lab, side):
     """What the threads of the lost path have left may be enough for the next; if not, that is no end."""
-    move = LightMove(lab, settings=("standby-paths=off", *IMPATIENT))
-    engine = getattr(move, side)
-    move.slow_down("8M")
-    move.start()
-    move.wait_midway(fraction=0.9)
-    with limited(engine, resource.RLIMIT_AS, address_space(engine) - 64 * MIB):
-        move.network.link_down(1)
+    with recovery_with(lab, side, resource.RLIMIT_AS, lambda engine: address_space(engine) - 64 * MIB) as move:
         wait_for(
             "a recovery works, or several have failed",
             30,
-            lambda: move.source.statuses().count("postcopy-recover-setup") >= 4
-            or move.source.query()["postroad"]["recoveries"],
+            lambda: attempts(move) >= 4 or move.source.query()["postroad"]["recoveries"],
         )
         move.expect_midway()
-    wait_for("it recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
-    move.full_speed()
-    move.wait_completed()
-    move.expect_guest_sound()
+
+
+for _side in ("source", "destination"):
+    case(f"recovery-without-descriptors-at-the-{_side}-stays-paused-until-there-are-some")(
+        lambda lab, side=_side: recovery_lacks_files(lab, side)
+    )
 
 
 @case("recovery-with-no-more-memory-at-the-source-is-survived")

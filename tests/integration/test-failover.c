@@ -1,21 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Two listed paths: which one is taken when the one in use is lost, and what stands by. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 
 #include "migration/internal.h"
+#include "tests/integration/cases.h"
 #include "tests/integration/door.h"
-#include "tests/integration/pair.h"
 
 #define MIB (1024ull * 1024)
-
-static const char *scheme_of(void **state)
-{
-	return *state;
-}
 
 /* Two paths, each with faults of its own. */
 typedef struct TwoPaths {
@@ -328,12 +319,6 @@ static void a_late_attempt_for_a_standby_says_nothing_of_the_path_in_use(void **
 	pair_check_completed(pair);
 }
 
-#define FOR(scheme_, test_)                                                                        \
-	{                                                                                          \
-#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
-	}
-#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -348,6 +333,5 @@ int main(void)
 		BOTH(stays_paused_when_a_human_paused),
 	};
 
-	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
-	return cmocka_run_group_tests_name("failover", tests, NULL, NULL);
+	return RUN_CASES("failover", tests);
 }

@@ -1,14 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* One fault thread or several, each with an urgent lane: nobody is forgotten, whatever becomes of the path. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "migration/internal.h"
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 
 #define MIB	 (1024ull * 1024)
 #define PAGE	 4096
@@ -303,6 +299,5 @@ int main(void)
 		 the_source_says_how_many_lanes_it_can_serve, NULL, NULL, "tcp"},
 	};
 
-	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
-	return cmocka_run_group_tests_name("fault-threads", tests, NULL, NULL);
+	return RUN_CASES("fault-threads", tests);
 }

@@ -1,23 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What the fault service counts: who waited for pages, and what it reads ahead. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "migration/readahead.h"
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 
 #define MIB	    (1024ull * 1024)
 #define PAGE	    4096
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
-
-static const char *scheme_of(void **state)
-{
-	return *state;
-}
 
 /* A thread of the destination's guest that reads one byte. */
 typedef struct Toucher {
@@ -232,12 +223,6 @@ static void read_ahead_survives_lost_paths(void **state)
 		fail_msg("%s", difference);
 }
 
-#define FOR(scheme_, test_)                                                                        \
-	{                                                                                          \
-#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
-	}
-#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -247,6 +232,5 @@ int main(void)
 		BOTH(read_ahead_survives_lost_paths),
 	};
 
-	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
-	return cmocka_run_group_tests_name("faults", tests, NULL, NULL);
+	return RUN_CASES("faults", tests);
 }

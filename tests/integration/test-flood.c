@@ -1,13 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* A host that floods the port of a running migration in every way: it goes on, and whoever belongs to it gets in. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 
 #include "migration/internal.h"
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 #include "tests/unit/flood.h"
 #include "transport/control.h"
 
@@ -152,9 +148,8 @@ static void a_flood_disturbs_no_migration(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test_prestate(a_flood_disturbs_no_migration, "tcp"),
-		cmocka_unit_test_prestate(a_flood_disturbs_no_migration, "ofi"),
+		BOTH(a_flood_disturbs_no_migration),
 	};
 
-	return cmocka_run_group_tests(tests, NULL, NULL);
+	return RUN_CASES("flood", tests);
 }

@@ -1,13 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Others that come to the port of a running migration: with TLS they are turned away, and change nothing. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 
 #include "migration/internal.h"
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 #include "tests/tls/certs.h"
 #include "transport/control.h"
 
@@ -73,9 +69,8 @@ static void those_without_a_certificate_disturb_nothing(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test_prestate(those_without_a_certificate_disturb_nothing, "tcp"),
-		cmocka_unit_test_prestate(those_without_a_certificate_disturb_nothing, "ofi"),
+		BOTH(those_without_a_certificate_disturb_nothing),
 	};
 
-	return cmocka_run_group_tests(tests, NULL, NULL);
+	return RUN_CASES("intruders", tests);
 }

@@ -1,19 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Whole migrations of the test guest: the way it goes, and what an operator may do to it. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)
-
-static const char *scheme_of(void **state)
-{
-	return *state;
-}
 
 static void moves_a_working_guest(void **state)
 {
@@ -227,12 +218,6 @@ static void pulls_no_faster_than_the_bandwidth_limit(void **state)
 	assert_true((double)info.transferred * G_USEC_PER_SEC / (double)took < 1.15 * 16 * MIB);
 }
 
-#define FOR(scheme_, test_)                                                                        \
-	{                                                                                          \
-#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
-	}
-#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -241,12 +226,11 @@ int main(void)
 		BOTH(passes_through_the_states_in_order),
 		BOTH(pauses_both_sides_when_asked),
 		BOTH(refuses_what_makes_no_sense_now),
-		FOR("tcp", names_the_block_that_differs),
+		OVER("tcp", names_the_block_that_differs),
 		BOTH(says_when_nobody_listens),
 		BOTH(cancel_leaves_the_guest_at_the_source),
 		BOTH(pulls_no_faster_than_the_bandwidth_limit),
 	};
 
-	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
-	return cmocka_run_group_tests_name("migrate", tests, NULL, NULL);
+	return RUN_CASES("migrate", tests);
 }

@@ -1,13 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Paths over which the source tells what may be read while the guest runs at the destination already, as rdma: does. The
  * path itself complains of every READ that was not granted. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 
 #define MIB	 (1024ull * 1024)
 #define SIZE	 (256 * MIB)
@@ -106,5 +102,5 @@ int main(void)
 		cmocka_unit_test(path_that_is_lost_before_run_leaves_the_guest_at_the_source),
 	};
 
-	return cmocka_run_group_tests_name("piecewise", tests, NULL, NULL);
+	return RUN_CASES("piecewise", tests);
 }

@@ -1,22 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Several rails at once: the standbys pull along, and may die at any time. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 
 #include "migration/internal.h"
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 
 #define MIB	    (1024ull * 1024)
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
 #define MAX_RAILS   3
-
-static const char *scheme_of(void **state)
-{
-	return *state;
-}
 
 /* Paths with faults at the destination's end, where READs are posted. */
 typedef struct Rails {
@@ -416,12 +407,6 @@ static void the_path_of_last_resort_is_no_rail(void **state)
 	pair_check_completed(pair);
 }
 
-#define FOR(scheme_, test_)                                                                        \
-	{                                                                                          \
-#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
-	}
-#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -442,6 +427,5 @@ int main(void)
 
 	/* A page that is placed twice is one: pr_ram_received(). */
 	g_log_set_always_fatal(G_LOG_FATAL_MASK | G_LOG_LEVEL_CRITICAL);
-	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
-	return cmocka_run_group_tests_name("rails", tests, NULL, NULL);
+	return RUN_CASES("rails", tests);
 }

@@ -1,21 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Path failures at every place, and what follows: nothing is lost, whatever is cut, however often. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)
-
-static const char *scheme_of(void **state)
-{
-	return *state;
-}
 
 /* ---- cuts of the control channel, at each message in turn ---- */
 
@@ -401,12 +392,6 @@ static void newer_epoch_takes_over(void **state)
 	pair_check_completed(pair);
 }
 
-#define FOR(scheme_, test_)                                                                        \
-	{                                                                                          \
-#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
-	}
-#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -423,6 +408,5 @@ int main(void)
 		BOTH(newer_epoch_takes_over),
 	};
 
-	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
-	return cmocka_run_group_tests_name("recover", tests, NULL, NULL);
+	return RUN_CASES("recover", tests);
 }

@@ -3,15 +3,11 @@
  * One engine follows another, in one process: under the sanitizers, and where no kill leads to. Engines that are
  * killed are tests/e2e/test_resume.py and test_kill_points.py.
  */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <glib/gstdio.h>
 #include <string.h>
 
 #include "migration/killpoint.h"
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)
 
@@ -291,16 +287,10 @@ static void a_guest_does_not_leave_unrecorded(void **state)
 	pair_check_undone(rig->pair);
 }
 
-#define FOR(scheme_, test_)                                                                        \
-	{                                                                                          \
-#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
-	}
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		FOR("tcp", engines_follow_each_other),
-		FOR("ofi", engines_follow_each_other),
+		BOTH(engines_follow_each_other),
 		cmocka_unit_test(an_engine_does_not_begin_anew_unasked),
 		cmocka_unit_test(a_completed_side_tells_who_asks),
 		cmocka_unit_test(what_was_not_sent_is_taken_back_before_the_guest_runs),
@@ -308,6 +298,5 @@ int main(void)
 		cmocka_unit_test(a_guest_does_not_leave_unrecorded),
 	};
 
-	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
-	return cmocka_run_group_tests_name("resume", tests, NULL, NULL);
+	return RUN_CASES("resume", tests);
 }

@@ -1,21 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Capability verify: what a path does to the data in between is found, counted and read again, and no guest sees it. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <cmocka.h>
 #include <string.h>
 
-#include "tests/integration/pair.h"
+#include "tests/integration/cases.h"
 
 #define MIB	    (1024ull * 1024)
 #define PAGE	    4096
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
-
-static const char *scheme_of(void **state)
-{
-	return *state;
-}
 
 static void fast(Pair *pair)
 {
@@ -203,12 +194,6 @@ static void verified_migrations_recover(void **state)
 	check_verified(pair, 0);
 }
 
-#define FOR(scheme_, test_)                                                                        \
-	{                                                                                          \
-#test_ " over " scheme_, test_, NULL, NULL, scheme_                                \
-	}
-#define BOTH(test_) FOR("tcp", test_), FOR("ofi", test_)
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -220,6 +205,5 @@ int main(void)
 		BOTH(verified_migrations_recover),
 	};
 
-	cmocka_set_test_filter(g_getenv("TEST_FILTER"));
-	return cmocka_run_group_tests_name("verify", tests, NULL, NULL);
+	return RUN_CASES("verify", tests);
 }

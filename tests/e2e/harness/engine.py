@@ -55,6 +55,12 @@ class Engine:
         env = dict(self.lab.sanitizer_env, **({"POSTROAD_KILL": kill_at} if kill_at else {}))
         self.process = self.lab.start(self.name, self.argv + list(options), env)
 
+    def restart_to_be_killed(self, point):
+        """Has another process in its place, which kills itself there."""
+        self.process.stop()
+        self.restart(kill_at=point)
+        self.connect()
+
     def connect(self):
         """To the monitor of the new process."""
         self.qmp = Qmp(self.qmp_path)

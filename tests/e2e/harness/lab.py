@@ -187,6 +187,12 @@ class Move:
     def resume(self, **uri):
         self.source.hmp(f"migrate -d -r {self.uri(**uri)}")
 
+    def start_midway(self, bandwidth=SLOW, fraction=0.7):
+        """Starts, slowly, and waits for the middle."""
+        self.slow_down(bandwidth)
+        self.start()
+        self.wait_midway(fraction)
+
     def wait_midway(self, fraction=0.7):
         """Waits for a postcopy with at most that fraction of what it began with still to come; there has
         to be something left."""
@@ -226,6 +232,10 @@ class Move:
             engine.wait_status("postcopy-paused", seconds)
         self.expect_midway()
 
+    def wait_recovered(self, seconds=30):
+        """The source says that it has, for the first time."""
+        wait_for("the source recovers", seconds, lambda: self.source.query()["postroad"]["recoveries"] == 1)
+
     def wait_completed(self, seconds=60):
         for engine in self.engines:
             info = engine.wait_status("completed", seconds)
@@ -252,12 +262,16 @@ class Move:
         self.source_vm.console.wait_running("source")
         self.source_vm.console.expect_sound()
 
-    def finish_over(self, link):
-        """Recovers over a link and sees the migration through."""
-        self.resume(link=link)
+    def finish(self):
+        """Sees the migration through."""
         self.full_speed()
         self.wait_completed()
         self.expect_guest_sound()
+
+    def finish_over(self, link):
+        """Recovers over a link and sees the migration through."""
+        self.resume(link=link)
+        self.finish()
 
     def expect_path_taken(self, *wanted):
         """Both sides went through these states one after the other (others may lie between)."""
