@@ -254,11 +254,12 @@ def without_privileges(stage):
     with users.devices_of_group(*stage.lab.hosts):
         move = stage.move(
             size_mb=32,
-            settings=("max-postcopy-bandwidth=512K",),
+            pace_us=1500000,
+            settings=("max-postcopy-bandwidth=128K",),
             options=users.as_user("--group", users.GROUP),
             wrapper=users.limited(),
         )
-        move.start_slowly(*both_rails(move), bandwidth="512K")
+        move.start_slowly(*both_rails(move), bandwidth="128K")
         pinned = [users.expect_unprivileged(engine) for engine in move.engines]
         stage.notes.append(f"pinned by source and destination, with a limit of {users.LIMIT // 1024} KiB: {pinned} KiB")
         for rail in RAILS:
