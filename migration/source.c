@@ -393,15 +393,17 @@ static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_looker, GEr
 	return *ret_looker != NULL;
 }
 
-/* What the destination need not read, when the guest has left. Looking takes the longer the more RAM there is, and
- * would keep the guest from its processors; until it is told a hole, the destination reads zeros there. Returns
- * whether all was told; a failure reports itself. */
+/* What the destination need not read. Looking takes the longer the more RAM there is, and takes processors, so it waits
+ * until the guest runs; while it has not been told a hole, the destination reads zeros there. Returns whether all was
+ * told; a failure reports itself. */
 static gboolean tell_what_is_left(PrMigration *m, PrConn *conn, GThread *looker, gboolean moved)
 {
 	if (looker)
 		return pr_look_end(m, looker);
 	pr_watch_idle(m->watch);
-	return moved && pr_source_tell_holes(m, conn, NULL);
+	return moved && pr_source_ping(conn, PR_PING_RUNNING, NULL) &&
+	       wait_value(m, &m->pong, PR_PING_RUNNING, NULL) &&
+	       pr_source_tell_holes(m, conn, NULL);
 }
 
 typedef struct Package {

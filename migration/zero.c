@@ -6,7 +6,8 @@
 #include "migration/bitmap.h"
 #include "migration/internal.h"
 
-#define ZERO_SCAN_STEP (8u * 1024 * 1024) /* bytes between two looks at the state */
+#define STRETCH	     (2ull * 1024 * 1024) /* bytes; what one look decides on */
+#define SAMPLED_PAGE 32			  /* one page in so many is looked at first */
 
 typedef struct Ranges {
 	PrConn *conn;
@@ -86,15 +87,40 @@ gboolean pr_source_tell_ungranted(PrConn *conn, uint32_t block, uint64_t start, 
 	return (at >= end || add_range(ranges, at, end - at, error)) && flush_ranges(ranges, error);
 }
 
+static gboolean is_zero_to_tell(const PrRamBlock *block, uint64_t at)
+{
+	uint64_t page = at / block->page_size;
+
+	return pr_bitmap_test(block->dirty, page) && pr_ram_page_is_zero(block, page);
+}
+
+/* Zero pages lie together. Reading each page of RAM that has none takes processors from what has to be sent. */
+static gboolean seems_to_have_zeros(const PrRamBlock *block, uint64_t start, uint64_t end)
+{
+	for (uint64_t at = start; at < end; at += (uint64_t)SAMPLED_PAGE * block->page_size)
+		if (is_zero_to_tell(block, at))
+			return TRUE;
+	return FALSE;
+}
+
+static gboolean tell_zeros(Ranges *ranges, const PrRamBlock *block, uint64_t start, uint64_t end,
+			   GError **error)
+{
+	for (uint64_t at = start; at < end; at += block->page_size)
+		if (is_zero_to_tell(block, at) && !add_range(ranges, at, block->page_size, error))
+			return FALSE;
+	return TRUE;
+}
+
 static gboolean scan_extent(PrMigration *m, Ranges *ranges, const PrRamBlock *block, uint64_t start,
 			    uint64_t end, GError **error)
 {
-	for (uint64_t at = start; at < end; at += block->page_size) {
-		uint64_t page = at / block->page_size;
-		if (at % ZERO_SCAN_STEP == 0 && pr_attempt_has_failed(m))
+	for (uint64_t at = start, next; at < end; at = next) {
+		next = MIN(end, (at / STRETCH + 1) * STRETCH);
+		if (pr_attempt_has_failed(m))
 			return FALSE;
-		if (pr_bitmap_test(block->dirty, page) && pr_ram_page_is_zero(block, page) &&
-		    !add_range(ranges, at, block->page_size, error))
+		if (seems_to_have_zeros(block, at, next) &&
+		    !tell_zeros(ranges, block, at, next, error))
 			return FALSE;
 	}
 	return flush_ranges(ranges, error);
