@@ -43,6 +43,17 @@ def wire_bytes(host, link="link1"):
     raise Failure(f"{host.name} has no {link}")
 
 
+class NotReady(Failure):
+    """The guest does not work before the word to go: nothing is known of any engine."""
+
+
+def ready(action, *args):
+    try:
+        return action(*args)
+    except Failure as failure:
+        raise NotReady(str(failure)) from None
+
+
 class Meter:
     """Counters of both sides, and what was added to them since."""
 
@@ -150,14 +161,14 @@ class Run:
             try:
                 return self._measure()
             except Failure as failure:
-                raise Failure(f"{failure}\n{self.lab.logs()}") from None
+                raise type(failure)(f"{failure}\n{self.lab.logs()}") from None
 
     def _measure(self):
         self.mover = mover = self.engine(self.lab, self.spec)
-        self.frames, clock = wait_ready(mover.source_vm, self.spec)
+        self.frames, clock = ready(wait_ready, mover.source_vm, self.spec)
         expect(clock[0].startswith("tsc"), f"the guest's clock is {clock[0]}, not the TSC")
         mover.prepare()
-        self._let_run(mover.source_vm, BEFORE_SECONDS + 0.3)
+        ready(self._let_run, mover.source_vm, BEFORE_SECONDS + 0.3)
         moved = self._move()
         watched = 0.0
         seen = {"back_ms": None}
