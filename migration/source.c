@@ -393,6 +393,18 @@ static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_looker, GEr
 	return *ret_looker != NULL;
 }
 
+/* Whether the destination has carried RUN out, while that matters. */
+static gboolean wait_running(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	/* Ended by the PONG, or by a change of state: SHUT, which may come first, or any failure. */
+	while (m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit && m->pong != PR_PING_RUNNING)
+		g_cond_wait(&m->changed, &m->lock);
+	gboolean runs = m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit;
+	g_mutex_unlock(&m->lock);
+	return runs;
+}
+
 /* What the destination need not read. Looking takes the longer the more RAM there is, and takes processors, so it waits
  * until the guest runs; while it has not been told a hole, the destination reads zeros there. Returns whether all was
  * told; a failure reports itself. */
@@ -401,8 +413,7 @@ static gboolean tell_what_is_left(PrMigration *m, PrConn *conn, GThread *looker,
 	if (looker)
 		return pr_look_end(m, looker);
 	pr_watch_idle(m->watch);
-	return moved && pr_source_ping(conn, PR_PING_RUNNING, NULL) &&
-	       wait_value(m, &m->pong, PR_PING_RUNNING, NULL) &&
+	return moved && pr_source_ping(conn, PR_PING_RUNNING, NULL) && wait_running(m) &&
 	       pr_source_tell_holes(m, conn, NULL);
 }
 

@@ -486,35 +486,46 @@ static void nothing_lands_after_drain(void **state)
 		assert_int_equal(at[i], 0xee);
 }
 
-/* One READ after the other until the path ends; returns how many have failed. */
+typedef struct Sleeper {
+	Rig *rig;
+	int posted; /* atomic */
+	guint n_failed;
+} Sleeper;
+
+/* One READ after the other until the path ends. */
 static gpointer sleep_on_bulk(gpointer opaque)
 {
-	Rig *rig = opaque;
+	Sleeper *sleeper = opaque;
+	Rig *rig = sleeper->rig;
 	PrCompletion done;
-	guint n_failed = 0;
 
 	while (rig->ops->post_read(rig->destination.path, PR_LANE_BULK, 0, 0, 4096, 1)) {
+		g_atomic_int_set(&sleeper->posted, 1);
 		rig_await(rig, PR_LANE_BULK, &done, 1);
-		n_failed += !done.ok;
+		sleeper->n_failed += !done.ok;
 	}
-	return GUINT_TO_POINTER(n_failed);
+	g_atomic_int_set(&sleeper->posted, 1); /* nobody is to wait for one that was refused */
+	return NULL;
 }
 
 static void shutdown_wakes_a_thread_that_sleeps_on_a_lane(void **state)
 {
 	g_autoptr(Rig) rig = new_rig(state);
+	Sleeper sleeper = {.rig = rig};
 	GThread *thread;
-	guint n_failed;
 
 	rig_connect_child(rig);
 	freeze(rig);
-	thread = g_thread_new("sleeper", sleep_on_bulk, rig);
+	thread = g_thread_new("sleeper", sleep_on_bulk, &sleeper);
+	while (!g_atomic_int_get(&sleeper.posted))
+		g_usleep(1000); /* between two looks */
 	/* Asleep, most likely; the test holds where it is not yet. */
 	g_usleep(20000);
 	rig->ops->shutdown(rig->destination.path);
-	n_failed = GPOINTER_TO_UINT(g_thread_join(thread));
+	g_thread_join(thread);
 	/* Where a device answers, it may have ended between two READs. */
-	assert_true(n_failed == 1 || (n_failed == 0 && rig_is_rdma(rig->uri->scheme)));
+	assert_true(sleeper.n_failed == 1 ||
+		    (sleeper.n_failed == 0 && rig_is_rdma(rig->uri->scheme)));
 	rig->ops->shutdown(rig->destination.path);
 	assert_int_equal(g_atomic_int_get(&rig->destination.n_failures), 0);
 	assert_false(rig->ops->post_read(rig->destination.path, PR_LANE_BULK, 0, 0, 4096, 1));
