@@ -393,16 +393,18 @@ static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_looker, GEr
 	return *ret_looker != NULL;
 }
 
-/* Whether the destination has carried RUN out, while that matters. */
-static gboolean wait_running(PrMigration *m)
+/* Whether the destination has carried out all that it was sent, while that matters. */
+static gboolean was_carried_out(PrMigration *m, PrConn *conn, uint32_t ping)
 {
+	if (!pr_source_ping(conn, ping, NULL))
+		return FALSE;
 	g_mutex_lock(&m->lock);
 	/* Ended by the PONG, or by a change of state: SHUT, which may come first, or any failure. */
-	while (m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit && m->pong != PR_PING_RUNNING)
+	while (m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit && m->pong != ping)
 		g_cond_wait(&m->changed, &m->lock);
-	gboolean runs = m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit;
+	gboolean done = m->sm.state == PR_STATE_POSTCOPY_ACTIVE && !m->quit;
 	g_mutex_unlock(&m->lock);
-	return runs;
+	return done;
 }
 
 /* What the destination need not read. Looking takes the longer the more RAM there is, and takes processors, so it waits
@@ -411,10 +413,10 @@ static gboolean wait_running(PrMigration *m)
 static gboolean tell_what_is_left(PrMigration *m, PrConn *conn, GThread *looker, gboolean moved)
 {
 	if (looker)
-		return pr_look_end(m, looker);
+		return pr_look_end(m, looker) && was_carried_out(m, conn, PR_PING_TOLD);
 	pr_watch_idle(m->watch);
-	return moved && pr_source_ping(conn, PR_PING_RUNNING, NULL) && wait_running(m) &&
-	       pr_source_tell_holes(m, conn, NULL);
+	return moved && was_carried_out(m, conn, PR_PING_RUNNING) &&
+	       pr_source_tell_holes(m, conn, NULL) && was_carried_out(m, conn, PR_PING_TOLD);
 }
 
 typedef struct Package {
@@ -605,9 +607,7 @@ static void wait_for_recovery(PrMigration *m, guint attempts)
 /* The connection may have been lost before all holes were told; over rdma they can't be read. */
 static gboolean tell_rest(PrMigration *m, PrConn *conn, GError **error)
 {
-	if (!m->holes_told)
-		m->holes_told = pr_source_tell_holes(m, conn, error);
-	return m->holes_told;
+	return m->holes_told || pr_source_tell_holes(m, conn, error);
 }
 
 /* Once more for each connection: the destination's engine may be another one. */
@@ -643,6 +643,7 @@ static PrConn *recover(PrMigration *m)
 	pr_watch_busy(m->watch, &exchanging);
 	if (conn && (conn->granted || pr_source_send_grants(conn, &error)) &&
 	    tell_rest(m, conn, &error) && pr_source_recover(m, conn, &error)) {
+		m->holes_told = TRUE; /* before what it has answered */
 		pr_source_note_changes(m);
 		tell_guest_gone(m, conn);
 		pr_kill_point(PR_KILL_SOURCE_RECOVERED);

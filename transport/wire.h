@@ -93,6 +93,7 @@
 #define PR_PACKAGED_CHUNK    (1024 * 1024)
 #define PR_PING_READY	     1
 #define PR_PING_RUNNING	     2
+#define PR_PING_TOLD	     3
 #define PR_PING_LOADED	     0x42 /* QEMU_VM_PING_PACKAGED_LOADED */
 #define PR_RESUME_ACK_VALUE  1
 #define PR_BITMAP_END_MARK   0x0123456789abcdefull
