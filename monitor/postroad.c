@@ -357,8 +357,8 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 	if (options->hmp && !serve_terminal(engine->monitor, error))
 		return FALSE;
 	/* Before the migration's threads and what they use of RDMA: see sandbox.c. Nobody gives a command before the
-	 * main loop runs. GLib has a thread for signals. */
-	if (!give_up_privileges(options, engine, error) || !pr_spare_thread(error))
+	 * main loop runs. */
+	if (!give_up_privileges(options, engine, error))
 		return FALSE;
 	if (!take_up(options, migration, &role, error))
 		return FALSE;
@@ -369,6 +369,9 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 		g_prefix_error(error, "--incoming: ");
 		return FALSE;
 	}
+	/* GLib has a thread for signals. */
+	if (!pr_spare_thread(error))
+		return FALSE;
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);
 	pr_loop_watch(pr_migration_watchdog(migration), g_main_context_default());
