@@ -149,7 +149,7 @@ static gboolean parse_options(Options *options, int *argc, char ***argv, GError 
 		{"insecure", 0, 0, G_OPTION_ARG_NONE, &options->insecure,
 		 "listen without TLS on addresses that other hosts can reach", NULL},
 		{"user", 'u', 0, G_OPTION_ARG_STRING, &options->user,
-		 "when all is set up, become this user (started as root)", "NAME"},
+		 "become this user before listening for a migration (started as root)", "NAME"},
 		{"group", 0, 0, G_OPTION_ARG_STRING, &options->group,
 		 "with --user: and this group (default: the user's)", "NAME"},
 		{"sandbox", 0, 0, G_OPTION_ARG_STRING, &options->sandbox,
