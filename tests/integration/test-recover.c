@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Path failures at every place, and what follows: nothing is lost, whatever is cut, however often. */
 #include <string.h>
+#include <unistd.h>
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
@@ -149,6 +150,28 @@ static void holes_are_told_whatever_is_cut(void **state)
 	for (guint64 message = 1; message < 24; message++)
 		recovered += holes_are_told_despite_cut(scheme_of(state), message);
 	assert_true(recovered > 5);
+}
+
+/* With next to no bulk pull and a guest that touches nothing they arrive because the source tells them, or not. */
+static void zero_pages_are_told(void **state)
+{
+	PairConfig config = {
+		.scheme = scheme_of(state), .size = 64 * MIB, .bandwidth = 1, .paused = TRUE};
+	const uint64_t start = 8 * MIB, end = 12 * MIB;
+	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
+	g_autofree uint8_t *zeros = g_malloc0(end - start);
+	g_autoptr(Pair) pair = pair_new(&config);
+	int memfd = testguest_block_memfd(pair->source.guest, 0);
+
+	assert_int_equal(pwrite(memfd, zeros, end - start, (off_t)start), end - start);
+	pair_migrate(pair);
+	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
+	while (!have_arrived(&pair->destination.engine->ram->blocks[0], start, end)) {
+		assert_true(g_get_monotonic_time() < deadline);
+		g_usleep(500); /* between two looks at the condition */
+	}
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+	pair_wait(pair, PR_STATE_COMPLETED);
 }
 
 /* ---- cuts of the data path ---- */
@@ -405,6 +428,7 @@ int main(void)
 		BOTH(recovers_from_a_cut_at_every_message),
 		BOTH(recovers_from_a_cut_at_every_message_of_a_recovery),
 		BOTH(holes_are_told_whatever_is_cut),
+		BOTH(zero_pages_are_told),
 		BOTH(recovers_from_cuts_at_random_reads),
 		BOTH(recovers_forty_times_in_one_migration),
 		BOTH(guest_runs_on_while_paused),
