@@ -78,6 +78,12 @@ static const char *op_name(guint32 op)
 		[PR_AGENT_RUN] = "run",
 		[PR_AGENT_SAVE] = "save",
 		[PR_AGENT_LOAD] = "load",
+		[PR_AGENT_MEMORY] = "memory",
+		[PR_AGENT_STDERR] = "standard error",
+		[PR_AGENT_FENCE_ON] = "fence on",
+		[PR_AGENT_FENCE_OFF] = "fence off",
+		[PR_AGENT_ATTACH] = "attach",
+		[PR_AGENT_CHOOSE] = "choice of regions",
 	};
 
 	return names[op];
@@ -637,6 +643,28 @@ int pr_agent_client_fetch_state(PrAgentClient *client, GError **error)
 	g_autoptr(Reply) reply = call_agent(client, PR_AGENT_FETCH_STATE, -1, 1, NULL, error);
 
 	return reply ? reply_take_fd(reply, 0) : -1;
+}
+
+int pr_agent_client_memory(PrAgentClient *client, GError **error)
+{
+	return call_for_fd(client, PR_AGENT_MEMORY, NULL, error);
+}
+
+int pr_agent_client_stderr(PrAgentClient *client, GError **error)
+{
+	g_autoptr(Reply) reply = call_agent(client, PR_AGENT_STDERR, -1, 1, NULL, error);
+
+	return reply ? reply_take_fd(reply, 0) : -1;
+}
+
+gboolean pr_agent_client_fence_on(PrAgentClient *client, GError **error)
+{
+	return call_simple(client, PR_AGENT_FENCE_ON, error);
+}
+
+gboolean pr_agent_client_fence_off(PrAgentClient *client, GError **error)
+{
+	return call_simple(client, PR_AGENT_FENCE_OFF, error);
 }
 
 /* The VMM's callbacks */

@@ -55,5 +55,13 @@ int pr_agent_client_save(PrAgentClient *client, GCancellable *cancel, GError **e
 gboolean pr_agent_client_load(PrAgentClient *client, int memfd, GCancellable *cancel,
 			      GError **error);
 
+/* The memory of the guest's process, open for reading and writing; -1: see error. */
+int pr_agent_client_memory(PrAgentClient *client, GError **error);
+/* Its standard error, open for reading; -1 without an error: it is not a file. */
+int pr_agent_client_stderr(PrAgentClient *client, GError **error);
+/* Write-protects the guest's RAM in its process, and undoes that. Both harmless when it is so already. */
+gboolean pr_agent_client_fence_on(PrAgentClient *client, GError **error);
+gboolean pr_agent_client_fence_off(PrAgentClient *client, GError **error);
+
 /* died is called once, from the reader thread, or from here if it happened already. */
 void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque);

@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * What engine and agent say to each other, over a SOCK_SEQPACKET unix socket of one host: one packet a
- * request, one packet a reply, native byte order, descriptors by SCM_RIGHTS.
+ * request, one packet a reply, native byte order, descriptors by SCM_RIGHTS. The agent is a thread in the
+ * guest's process (guest/agent/), or the helper process that attaches to it from outside (guest/attach/).
  *
  *	engine                                  agent
+ *	ATTACH + pidfd                  ──▶     (helper only: the process that it is for, once)
+ *	                                ◀──     ATTACH
  *	HELLO (version)                 ──▶
  *	                                ◀──     HELLO (flags), or BUSY: another engine is attached
  *	REGIONS                         ──▶
@@ -26,7 +29,7 @@
 #include "postroad/agent.h"
 
 #define PR_AGENT_MAGIC	 0x50724167 /* "PrAg" */
-#define PR_AGENT_VERSION 1
+#define PR_AGENT_VERSION 2
 
 typedef enum PrAgentOp {
 	PR_AGENT_HELLO = 1,
@@ -40,6 +43,12 @@ typedef enum PrAgentOp {
 	PR_AGENT_RUN,
 	PR_AGENT_SAVE, /* replies with a memfd */
 	PR_AGENT_LOAD, /* with a memfd */
+	PR_AGENT_MEMORY, /* replies with the process's memory (/proc/PID/mem), open for reading and writing */
+	PR_AGENT_STDERR, /* replies with its standard error, open for reading, or with none: not a file */
+	PR_AGENT_FENCE_ON, /* write-protects every region until FENCE_OFF, also without an engine */
+	PR_AGENT_FENCE_OFF, /* whoever waited to write goes on */
+	PR_AGENT_ATTACH, /* helper only, once, before HELLO: with a pidfd of the guest's process */
+	PR_AGENT_CHOOSE, /* helper only: the bases (uint64_t) of the regions that are the guest's RAM follow */
 	PR_AGENT_N_OPS
 } PrAgentOp;
 
@@ -62,6 +71,7 @@ typedef struct PrAgentRequest {
 #define PR_AGENT_FLAG_CALLBACKS	  0x1u /* HELLO: stop, run, save and load are offered */
 #define PR_AGENT_FLAG_FAULT_ON	  0x2u /* HELLO: the fault mode is on already */
 #define PR_AGENT_FLAG_WAS_RUNNING 0x4u /* STOP: when the guest was stopped first since it ran */
+#define PR_AGENT_FLAG_FENCE_ON	  0x8u /* HELLO: the fence is on already */
 
 #define PR_AGENT_TEXT_MAX	  511
 

@@ -45,6 +45,9 @@ typedef gboolean (*PrGuestSink)(const void *data, gsize len, void *opaque, GErro
 /* The guest's process is gone. Called once, from any thread. */
 typedef void (*PrGuestDied)(const char *reason, void *opaque);
 
+/* Somebody has let a guest run that is fenced. what: what was seen and what became of it. From any thread. */
+typedef void (*PrGuestRanAgain)(const char *what, void *opaque);
+
 typedef struct PrGuestOps PrGuestOps;
 typedef struct PrGuest {
 	const PrGuestOps *ops;
@@ -79,6 +82,13 @@ struct PrGuestOps {
 	gboolean (*is_running)(PrGuest *guest, gboolean *ret_running, GError **error);
 	gboolean (*take_stopped)(PrGuest *guest, gboolean was_running, GError **error);
 
+	/* While the guest still runs. Source: what the destination has to know before it takes the guest, and
+	 * what it may have early. Destination: takes the pieces as they come, and refuses what it can't be host
+	 * to. NULL: nothing. */
+	gboolean (*save_early)(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
+			       GError **error);
+	gboolean (*load_early)(PrGuest *guest, const void *data, gsize len, GError **error);
+
 	/* Source, before stop(); destination, before load_begin(): readies what the device state needs, so
 	 * that it does not count as downtime. NULL: nothing to do. resume() undoes it. */
 	gboolean (*prepare_state)(PrGuest *guest, GError **error);
@@ -112,6 +122,15 @@ struct PrGuestOps {
 	int (*fault_on)(PrGuest *guest, GError **error);
 	/* Unregisters, wakes everybody, closes the agent's duplicate. Harmless when off. */
 	gboolean (*fault_off)(PrGuest *guest, GError **error);
+
+	/* Source, once the guest may run elsewhere: write-protects its RAM here in the kernel, whatever the VMM is
+	 * told, until unfence(), also when this engine ends. From fence() on a guest that is let run here is
+	 * stopped at once, with or without the protection, and on_run_again() is told. fence() fails where the
+	 * protection can't be had. Both harmless when it is so already. */
+	gboolean (*fence)(PrGuest *guest, GError **error);
+	gboolean (*unfence)(PrGuest *guest, GError **error);
+	/* NULL: no more, and no call is in progress when this returns. Not from within such a call. */
+	void (*on_run_again)(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque);
 
 	/* The agent keeps the engine's state memfd, and gives it back (a new descriptor, or -1). */
 	gboolean (*keep_state)(PrGuest *guest, int memfd, GError **error);
