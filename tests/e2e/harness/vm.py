@@ -6,13 +6,16 @@ import re
 import subprocess
 from dataclasses import dataclass
 
+from .devices import device_arguments, pflash_arguments
 from .process import Failure, expect, wait_for
 from .qmp import Qmp
 
 PROGRESS = re.compile(
     r"^guest: t=([\d.]+) rounds=(\d+) pages=(\d+) corrupt=(\d+) surveys=(\d+)\s*$", re.M
 )
-QEMU = "qemu-system-x86_64"
+QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
+
+TMPFS = "/dev/shm"
 
 # The reporter's CPU keeps the time (nohz=off) and serves the serial port (irqaffinity), so that the console stays alive while the other CPU
 # waits for a page that can't be fetched.
@@ -45,19 +48,32 @@ class GuestSpec:
     survey: bool = False  # read all other pages of RAM as well, over and over
     nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
     share: str = "on"  # of each node's backend: "on", "on,off", …
+    backend: str = "memfd"  # or "file": on a tmpfs
+    qemu: str = QEMU
+    machine: str = "pc"
+    cpu: str = "max"
+    vcpus: int = 2
+    devices: tuple = ()  # names of DEVICES
+    pflash: bool = False  # OVMF instead of SeaBIOS
 
-    def memory(self):
+    def _backend(self, node, megabytes):
+        shares = self.share.split(",")
+        options = f"id=ram{node},size={megabytes}M,share={shares[node % len(shares)]}"
+        if self.backend == "memfd":
+            return ["-object", f"memory-backend-memfd,{options}"]
+        # In a directory QEMU makes a file without a name.
+        return ["-object", f"memory-backend-file,{options},mem-path={TMPFS}"]
+
+    def memory(self, machine_options=""):
         each = self.ram_mb // self.nodes
         args = ["-m", str(self.ram_mb)]
-        shares = self.share.split(",")
         for node in range(self.nodes):
-            share = shares[node % len(shares)]
-            args += ["-object", f"memory-backend-memfd,id=ram{node},size={each}M,share={share}"]
+            args += self._backend(node, each)
         if self.nodes == 1:
-            return args + ["-machine", "pc,memory-backend=ram0"]
+            return args + ["-machine", f"{self.machine},memory-backend=ram0{machine_options}"]
         for node in range(self.nodes):
             args += ["-numa", f"node,memdev=ram{node}"]
-        return args + ["-machine", "pc"]
+        return args + ["-machine", f"{self.machine}{machine_options}"]
 
     def went_round(self, first, last):
         """Whether all pages were visited between two progress lines. One worker counts its pages; several
@@ -137,8 +153,10 @@ class Qemu:
         self.second_qmp_path = lab.path(f"{self.name}.qmp2")
         self.agent_path = lab.path(f"{self.name}.agent")
         self.console = Console(lab.path(f"{self.name}.console"))
-        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
-        argv += ["-no-reboot", "-accel", lab.accel, "-cpu", "max", "-smp", "2", *spec.memory()]
+        argv = [spec.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
+        argv += ["-no-reboot", "-accel", lab.accel, "-cpu", spec.cpu, "-smp", str(spec.vcpus)]
+        drives, machine_options = pflash_arguments(lab, self.name) if spec.pflash else ([], "")
+        argv += [*spec.memory(machine_options), *drives, *device_arguments(lab, spec.devices)]
         argv += ["-kernel", lab.guest_file("vmlinuz"), "-initrd", lab.guest_file("initrd.gz")]
         argv += ["-append", spec.kernel_line(), "-serial", f"file:{self.console.path}"]
         for path in (self.qmp_path, self.second_qmp_path):
