@@ -27,6 +27,13 @@ DEVICES = {
     ],
 }
 
+# What the guest does with them: tests/guest/linux/devices.c. Any word has it load the drivers.
+USES = {"vga": "vram", "vga-32m": "vram", "virtio-vga": "vram", "blk": "disk", "rng": "rng"}
+
+
+def uses(names):
+    return ",".join(USES.get(name, "drivers") for name in names)
+
 
 def disk_image(lab):
     """One for both sides, which QEMU locks for the side that runs."""

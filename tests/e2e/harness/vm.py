@@ -6,13 +6,14 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-from .devices import device_arguments, pflash_arguments
+from .devices import device_arguments, pflash_arguments, uses
 from .process import Failure, expect, wait_for
 from .qmp import Qmp
 
 PROGRESS = re.compile(
     r"^guest: t=([\d.]+) rounds=(\d+) pages=(\d+) corrupt=(\d+) surveys=(\d+)\s*$", re.M
 )
+DEVICE_ROUNDS = re.compile(r"^guest: devices: rounds=(\d+) bad=(\d+)\s*$", re.M)
 QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
 
 TMPFS = "/dev/shm"
@@ -83,10 +84,12 @@ class GuestSpec:
         return last.rounds >= first.rounds + 2
 
     def kernel_line(self):
-        return (
+        line = (
             f"{KERNEL} work_mb={self.work_mb} work_rate={self.work_rate}"
             f" work_threads={self.work_threads} work_tick={self.tick_ms} work_survey={int(self.survey)}"
         )
+        # efifb would take the VGA card's memory.
+        return f"{line} devices={uses(self.devices)} video=efifb:off" if self.devices else line
 
 
 class Console:
@@ -136,6 +139,21 @@ class Console:
             lambda: self.last().surveys >= first + 2,
         )
 
+    def device_rounds(self):
+        """How often the guest has used all of its devices."""
+        rounds = DEVICE_ROUNDS.findall(self.text())
+        return int(rounds[-1][0]) if rounds else 0
+
+    def wait_devices(self, seconds=60):
+        """Waits until the guest has used its devices, from now on, and has verified what they hold."""
+        first = self.device_rounds()
+        wait_for("the guest uses its devices", seconds, lambda: self.device_rounds() >= first + 2)
+
+    def expect_devices_sound(self):
+        text = self.text()
+        bad = [int(bad) for _, bad in DEVICE_ROUNDS.findall(text) if int(bad)]
+        expect(not bad and "fatal" not in text, f"the guest's devices went wrong; its console: {text[-2000:]}")
+
     def expect_sound(self):
         lines = self.progress()
         expect(lines, f"the guest has printed nothing to {self.path}")
@@ -184,6 +202,8 @@ class Qemu:
 
     def wait_booted(self):
         wait_for(f"the guest of {self.name} has booted and filled its memory", 90, self.console.last)
+        if self.spec.devices:
+            wait_for(f"the guest of {self.name} uses its devices", 60, self.console.device_rounds)
 
     def status(self):
         return self.qmp.command("query-status")["status"]
