@@ -18,6 +18,7 @@ DEVICES = {
     "virtio-gpu": ["-device", "virtio-gpu-pci"],
     "net": ["-netdev", "user,id=net0,restrict=on", "-device", "virtio-net-pci,netdev=net0"],
     "net-hub": ["-netdev", "hubport,id=net1,hubid=0", "-device", "virtio-net-pci,netdev=net1"],
+    "e1000": ["-netdev", "user,id=net2,restrict=on", "-device", "e1000,netdev=net2"],
     "rng": ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"],
     "balloon": ["-device", "virtio-balloon-pci"],
     "usb": ["-device", "qemu-xhci,id=usb0", "-device", "usb-tablet,bus=usb0.0"],
