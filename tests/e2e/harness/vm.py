@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 
@@ -212,6 +213,17 @@ class Qemu:
         """As an operator would end it."""
         self.qmp.send("quit")
         self.process.wait(20)
+
+
+def qemu_version(program=QEMU):
+    """(version, path) of a QEMU."""
+    path = shutil.which(program)
+    expect(path, f"{program} is no program that can be run (QEMU={program})")
+    done = subprocess.run([path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    found = re.search(r"version (\d+\.\d+\.\d+)", done.stdout)
+    said = (done.stdout + done.stderr).strip().partition("\n")[0]
+    expect(found, f"{path} --version says no version of QEMU, but: {said}")
+    return found.group(1), path
 
 
 def probe_accel(guest_dir, wanted):
