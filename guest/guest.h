@@ -89,14 +89,18 @@ struct PrGuestOps {
 			       GError **error);
 	gboolean (*load_early)(PrGuest *guest, const void *data, gsize len, GError **error);
 
-	/* Source, before stop(); destination, before load_begin(): readies what the device state needs, so
-	 * that it does not count as downtime. NULL: nothing to do. resume() undoes it. */
-	gboolean (*prepare_state)(PrGuest *guest, GError **error);
+	/* Source, before stop(), and destination, before load_begin(): readies what the device state needs, so
+	 * that it does not count as downtime. resume() undoes it at the source. NULL: nothing to do. */
+	gboolean (*prepare_save)(PrGuest *guest, GError **error);
+	gboolean (*prepare_load)(PrGuest *guest, GError **error);
 
 	/* Source. stop() remembers whether the guest was running; resume() undoes it (a guest that was
 	 * paused stays paused) and is harmless when nothing was stopped. */
 	gboolean (*stop)(PrGuest *guest, gboolean *ret_was_running, GError **error);
 	gboolean (*resume)(PrGuest *guest, GError **error);
+	/* Whether it has not run since stop(): nobody else has let it. Asks nobody, and returns at once. NULL: nobody
+	 * else can. */
+	gboolean (*check_stopped)(PrGuest *guest, GError **error);
 	gboolean (*save)(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
 			 GError **error);
 

@@ -94,10 +94,10 @@ gboolean pr_qemu_find_gpa(const char *mtree, const char *block, uint64_t *ret_gp
 			  uint64_t *ret_offset)
 {
 	g_autofree char *name = g_regex_escape_string(last_part(block), -1);
-	g_autofree char *pattern =
-		g_strdup_printf("^\\s*([0-9a-f]{16})-[0-9a-f]{16} \\(prio -?\\d+, ram\\): "
-				"%s(?: @([0-9a-f]{16}))?(?: KVM)?\\s*$",
-				name);
+	g_autofree char *pattern = g_strdup_printf(
+		"^\\s*([0-9a-f]{16})-[0-9a-f]{16} \\(prio -?\\d+, (?:ram|rom|romd)\\): "
+		"%s(?: @([0-9a-f]{16}))?(?: KVM)?\\s*$",
+		name);
 	g_autoptr(GRegex) regex = g_regex_new(pattern, G_REGEX_MULTILINE, 0, NULL);
 	g_autoptr(GMatchInfo) match = NULL;
 	g_autofree char *gpa = NULL, *offset = NULL;
@@ -139,16 +139,21 @@ static gboolean is_device_memory(const char *name)
 	return strstr(name, "vram") || strstr(name, "flash") || strstr(name, "rom");
 }
 
+gboolean pr_qemu_block_is_shared(const PrQemuRamBlock *block, const GArray *backends)
+{
+	const PrQemuBackend *backend = pr_qemu_backend_of(backends, block->name);
+
+	return backend && backend->share && g_str_equal(backend->type, "memory-backend-memfd");
+}
+
 gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backends,
 			      gboolean *ret_shared, GError **error)
 {
 	const PrQemuBackend *backend = pr_qemu_backend_of(backends, block->name);
-	gboolean memfd = backend && g_str_equal(backend->type, "memory-backend-memfd");
 
-	*ret_shared = memfd && backend->share;
+	*ret_shared = pr_qemu_block_is_shared(block, backends);
 	if (*ret_shared || !*block->name)
 		return TRUE;
-	/* With x-ignore-shared, QEMU would leave it behind. */
 	if (backend && backend->share) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
 			    "RAM block '%s' is shared memory of a %s; use -object "

@@ -10,9 +10,6 @@
 #include "guest/json.h"
 #include "guest/kinds.h"
 
-#define FINALIZE_MS	 10000 /* for QEMU to let go of the guest after a migration has failed */
-#define FINALIZE_LOOK_US 5000
-
 typedef struct QemuGuest {
 	PrGuest parent;
 	PrAgentClient *agent; /* constant */
@@ -22,13 +19,16 @@ typedef struct QemuGuest {
 	/* Set once, under both locks, so that either is good for reading: by open(), or by the first call that
 	 * needs it (connect_qmp). Constant then. */
 	PrQmp *qmp;
-	PrQemuStream *stream;
+	PrQemuSave *save;
+	PrQemuLoad *load;
 	GMutex connecting; /* taken before lock */
 
 	GMutex lock;
 	GArray *blocks;	      /* lock; PrGuestBlock; NULL before prepare() */
 	gboolean stopped;     /* lock; by stop(), and not resumed since */
 	gboolean was_running; /* lock; goes with stopped */
+	gboolean at_rest;     /* lock; QEMU has stopped the guest since stop() was called */
+	gboolean ran_again;   /* lock; and somebody else has let it run */
 	gboolean dead;	      /* lock */
 	char *death;	      /* lock; why, once dead */
 	GMutex telling;	      /* held while `died` is called; taken before lock */
@@ -81,13 +81,17 @@ static gboolean parse_spec(const char *spec, QemuSpec *ret, GError **error)
 static void on_event(const char *name, JsonObject *data, void *opaque)
 {
 	QemuGuest *self = opaque;
-	PrQemuStream *stream;
+	PrQemuLoad *load;
 
 	g_mutex_lock(&self->lock);
-	stream = self->stream;
+	load = self->load;
+	if (g_str_equal(name, "STOP"))
+		self->at_rest = TRUE;
+	else if (g_str_equal(name, "RESUME"))
+		self->ran_again = self->at_rest;
 	g_mutex_unlock(&self->lock);
-	if (stream)
-		pr_qemu_stream_event(stream, name, data);
+	if (load)
+		pr_qemu_load_event(load, name, data);
 }
 
 /* QMP's end, or the agent's: whichever comes first is told. */
@@ -99,8 +103,8 @@ static void on_end(const char *reason, void *opaque)
 
 	g_mutex_lock(&self->telling);
 	g_mutex_lock(&self->lock);
-	if (self->stream)
-		pr_qemu_stream_died(self->stream, reason);
+	if (self->load)
+		pr_qemu_load_died(self->load, reason);
 	if (!self->dead) {
 		self->dead = TRUE;
 		self->death = g_strdup(reason);
@@ -119,7 +123,8 @@ static void qemu_close(PrGuest *guest)
 
 	g_clear_pointer(&self->qmp, pr_qmp_free);
 	g_clear_pointer(&self->agent, pr_agent_client_free);
-	g_clear_pointer(&self->stream, pr_qemu_stream_free);
+	g_clear_pointer(&self->save, pr_qemu_save_free);
+	g_clear_pointer(&self->load, pr_qemu_load_free);
 	g_clear_pointer(&self->blocks, g_array_unref);
 	g_free(self->death);
 	g_free(self->qmp_path);
@@ -165,9 +170,10 @@ static gboolean connect_qmp(QemuGuest *self, GError **error)
 		return FALSE;
 	g_mutex_lock(&self->lock);
 	self->qmp = qmp;
-	self->stream = pr_qemu_stream_new(qmp, self->timeout_ms);
+	self->save = pr_qemu_save_new(qmp, self->agent);
+	self->load = pr_qemu_load_new(qmp, self->agent, self->timeout_ms);
 	if (self->dead)
-		pr_qemu_stream_died(self->stream, self->death);
+		pr_qemu_load_died(self->load, self->death);
 	g_mutex_unlock(&self->lock);
 	pr_qmp_on_death(qmp, on_end, self);
 	return TRUE;
@@ -242,13 +248,6 @@ static const PrGuestBlock *qemu_adopt(PrGuest *guest, const PrGuestBlock *known,
 	return (const PrGuestBlock *)self->blocks->data;
 }
 
-static gboolean qemu_prepare_state(PrGuest *guest, GError **error)
-{
-	QemuGuest *self = (QemuGuest *)guest;
-
-	return connect_qmp(self, error) && pr_qemu_stream_prepare(self->stream, error);
-}
-
 static gboolean query_running(QemuGuest *self, gboolean *ret_running, GError **error)
 {
 	g_autoptr(JsonObject) object = NULL;
@@ -267,19 +266,32 @@ static gboolean qemu_is_running(PrGuest *guest, gboolean *ret_running, GError **
 	return query_running((QemuGuest *)guest, ret_running, error);
 }
 
-/* A save that the dead engine has left behind fails by itself: its socket is closed. */
 static gboolean qemu_take_stopped(PrGuest *guest, gboolean was_running, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
 	if (!connect_qmp(self, error))
 		return FALSE;
-	pr_qemu_stream_follow(self->stream);
 	g_mutex_lock(&self->lock);
 	self->stopped = TRUE;
 	self->was_running = was_running;
 	g_mutex_unlock(&self->lock);
 	return TRUE;
+}
+
+static gboolean qemu_save_early(PrGuest *guest, GCancellable *cancel, PrGuestSink sink,
+				void *opaque, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_save_early(self->save, sink, opaque, error);
+}
+
+static gboolean qemu_prepare_save(PrGuest *guest, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_save_prepare(self->save, error);
 }
 
 static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **error)
@@ -293,53 +305,39 @@ static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **er
 	g_mutex_lock(&self->lock);
 	self->stopped = TRUE;
 	self->was_running = running;
+	self->at_rest = !running;
+	self->ran_again = FALSE;
 	g_mutex_unlock(&self->lock);
 	*ret_was_running = running;
-	return running ? pr_qemu_stream_stop(self->stream, error)
-		       : pr_qmp_command(self->qmp, "stop", NULL, -1, error);
+	return pr_qmp_command(self->qmp, "stop", NULL, -1, error);
 }
 
-/* QEMU says that its migration has failed a moment before it has let go of the guest ("finish-migrate"), and
- * has no event for that. */
-static void wait_finalized(QemuGuest *self)
+static gboolean qemu_check_stopped(PrGuest *guest, GError **error)
 {
-	gint64 deadline = g_get_monotonic_time() + FINALIZE_MS * G_TIME_SPAN_MILLISECOND;
+	QemuGuest *self = (QemuGuest *)guest;
+	gboolean ran_again;
 
-	while (g_get_monotonic_time() < deadline) {
-		g_autoptr(JsonObject) object = pr_qmp_query(self->qmp, "query-status", NULL);
-
-		if (!object || g_strcmp0(pr_json_string(object, "status"), "finish-migrate") != 0)
-			return;
-		g_usleep(FINALIZE_LOOK_US); /* between two looks at the condition */
-	}
-}
-
-static gboolean continue_guest(QemuGuest *self, GError **error)
-{
-	g_autoptr(GError) refused = NULL;
-
-	if (pr_qmp_command(self->qmp, "cont", NULL, -1, &refused))
-		return TRUE;
-	g_info("%s", refused->message);
-	wait_finalized(self);
-	return pr_qmp_command(self->qmp, "cont", NULL, -1, error);
+	g_mutex_lock(&self->lock);
+	ran_again = self->ran_again;
+	g_mutex_unlock(&self->lock);
+	if (ran_again)
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
+			    "somebody let the guest run while it was being handed over");
+	return !ran_again;
 }
 
 static gboolean qemu_resume(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
-	g_autoptr(GError) undo_error = NULL;
 	gboolean cont;
 
 	if (!connect_qmp(self, error))
 		return FALSE;
-	/* A guest that could run must not stay stopped because a capability could not be put back. */
-	if (!pr_qemu_stream_undo(self->stream, &undo_error))
-		g_info("putting QEMU's migration settings back: %s", undo_error->message);
+	pr_qemu_save_end(self->save);
 	g_mutex_lock(&self->lock);
 	cont = self->stopped && self->was_running;
 	g_mutex_unlock(&self->lock);
-	if (cont && !continue_guest(self, error))
+	if (cont && !pr_qmp_command(self->qmp, "cont", NULL, -1, error))
 		return FALSE;
 	g_mutex_lock(&self->lock);
 	self->stopped = FALSE;
@@ -353,36 +351,50 @@ static gboolean qemu_save(PrGuest *guest, GCancellable *cancel, PrGuestSink sink
 	QemuGuest *self = (QemuGuest *)guest;
 
 	return connect_qmp(self, error) &&
-	       pr_qemu_stream_save(self->stream, cancel, sink, opaque, error);
+	       pr_qemu_save_state(self->save, cancel, sink, opaque, error);
+}
+
+static gboolean qemu_load_early(PrGuest *guest, const void *data, gsize len, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_load_early(self->load, data, len, error);
+}
+
+static gboolean qemu_prepare_load(PrGuest *guest, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_load_prepare(self->load, error);
 }
 
 static gboolean qemu_load_begin(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
-	return connect_qmp(self, error) && pr_qemu_stream_load_begin(self->stream, error);
+	return connect_qmp(self, error) && pr_qemu_load_begin(self->load, error);
 }
 
 static gboolean qemu_load_data(PrGuest *guest, const void *data, gsize len, GError **error)
 {
-	return pr_qemu_stream_load_data(((QemuGuest *)guest)->stream, data, len, error);
+	return pr_qemu_load_data(((QemuGuest *)guest)->load, data, len, error);
 }
 
 static gboolean qemu_load_end(PrGuest *guest, GError **error)
 {
-	return pr_qemu_stream_load_end(((QemuGuest *)guest)->stream, error);
+	return pr_qemu_load_end(((QemuGuest *)guest)->load, error);
 }
 
 static void qemu_load_abort(PrGuest *guest)
 {
 	QemuGuest *self = (QemuGuest *)guest;
-	PrQemuStream *stream;
+	PrQemuLoad *load;
 
 	g_mutex_lock(&self->lock);
-	stream = self->stream;
+	load = self->load;
 	g_mutex_unlock(&self->lock);
-	if (stream)
-		pr_qemu_stream_load_abort(stream);
+	if (load)
+		pr_qemu_load_abort(load);
 }
 
 static gboolean qemu_run(PrGuest *guest, GError **error)
@@ -447,8 +459,12 @@ const PrGuestOps pr_guest_qemu = {
 	.adopt = qemu_adopt,
 	.is_running = qemu_is_running,
 	.take_stopped = qemu_take_stopped,
-	.prepare_state = qemu_prepare_state,
+	.save_early = qemu_save_early,
+	.load_early = qemu_load_early,
+	.prepare_save = qemu_prepare_save,
+	.prepare_load = qemu_prepare_load,
 	.stop = qemu_stop,
+	.check_stopped = qemu_check_stopped,
 	.resume = qemu_resume,
 	.save = qemu_save,
 	.load_begin = qemu_load_begin,

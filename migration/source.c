@@ -309,12 +309,38 @@ gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error)
 	return pr_send(conn, PR_CMD_PING, body, error);
 }
 
-static gboolean prepare_state(PrMigration *m, GError **error)
+static gboolean prepare_save(PrMigration *m, GError **error)
 {
-	return !m->guest->ops->prepare_state || m->guest->ops->prepare_state(m->guest, error);
+	return !m->guest->ops->prepare_save || m->guest->ops->prepare_save(m->guest, error);
 }
 
-/* Tells the destination what kind of RAM comes, and waits until both sides are ready for it. */
+/* PrGuestSink */
+static gboolean send_early(const void *data, gsize length, void *opaque, GError **error)
+{
+	PrConn *conn = opaque;
+	const uint8_t *at = data;
+
+	while (length > 0) {
+		g_autoptr(GByteArray) body = g_byte_array_new();
+		gsize chunk = MIN(length, PR_PACKAGED_CHUNK);
+
+		g_byte_array_append(body, at, (guint)chunk);
+		if (!pr_send(conn, PR_CMD_EARLY_STATE, body, error))
+			return FALSE;
+		at += chunk;
+		length -= chunk;
+	}
+	return TRUE;
+}
+
+/* The PONG behind it says that the destination has taken it all. */
+static gboolean send_early_state(PrMigration *m, PrConn *conn, GError **error)
+{
+	return !m->guest->ops->save_early ||
+	       m->guest->ops->save_early(m->guest, m->cancel, send_early, conn, error);
+}
+
+/* Tells the destination what kind of guest and of RAM comes, and waits until both sides are ready for it. */
 static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
@@ -322,8 +348,8 @@ static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 	pr_watch_busy(m->watch, &awaiting);
 	pr_advise_encode(body, m->ram->page_size_summary, PR_TARGET_PAGE);
 	return pr_send(conn, PR_CMD_POSTCOPY_ADVISE, body, error) &&
-	       pr_source_ping(conn, PR_PING_READY, error) && prepare_state(m, error) &&
-	       wait_value(m, &m->pong, PR_PING_READY, error) &&
+	       send_early_state(m, conn, error) && pr_source_ping(conn, PR_PING_READY, error) &&
+	       prepare_save(m, error) && wait_value(m, &m->pong, PR_PING_READY, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "the destination is ready", error);
 }
 
@@ -479,7 +505,8 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 	g_autoptr(GError) lost = NULL;
 
 	/* The order is argued in resume.c. */
-	if (!pr_source_note_handed_over(m, error) ||
+	if ((m->guest->ops->check_stopped && !m->guest->ops->check_stopped(m->guest, error)) ||
+	    !pr_source_note_handed_over(m, error) ||
 	    !pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error))
 		return FALSE;
 	m->run_may_be_seen = TRUE;
