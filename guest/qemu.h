@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The parts of the `qemu:` kind: qemu.c (the ops), qemu-check.c (what is refused), qemu-stream.c (the
- * device state), qemu-settings.c (what QEMU migrates with), qemu-ram.c (RAM blocks). */
+ * device state), qemu-settings.c (what QEMU migrates with), qemu-ram.c (RAM blocks), qemu-watch.c (the guest
+ * stays stopped). */
 #pragma once
 
 #include "guest/agent-client.h"
@@ -57,3 +58,23 @@ gboolean pr_qemu_set_capabilities(PrQmp *qmp, JsonArray *list, GError **error);
 /* Bytes a second, of QEMU's own migration. */
 gboolean pr_qemu_set_bandwidth(PrQmp *qmp, gint64 bandwidth, GError **error);
 gboolean pr_qemu_query_bandwidth(PrQmp *qmp, gint64 *ret_bandwidth, GError **error);
+
+/*
+ * qemu-watch.c: once the guest may run elsewhere, whoever lets it run in this QEMU is seen by QMP's events,
+ * and it is stopped at once. The calls of a watch are made by a thread of its own, as they may hang.
+ */
+typedef struct PrQemuWatch PrQemuWatch;
+
+/* The connection to QMP, which is made when it is needed first; NULL: see error. */
+typedef PrQmp *(*PrQemuWatchQmp)(void *opaque, GError **error);
+
+PrQemuWatch *pr_qemu_watch_new(PrQemuWatchQmp qmp, void *opaque);
+void pr_qemu_watch_free(PrQemuWatch *watch);
+/* Begins, unless it has: looks first whether the guest runs already. */
+gboolean pr_qemu_watch_begin(PrQemuWatch *watch, GError **error);
+/* Waits for a call in progress, which QMP's timeout bounds. Harmless when there is no watch. */
+void pr_qemu_watch_end(PrQemuWatch *watch);
+/* For the QMP client: an event came. Reader thread; makes no calls. */
+void pr_qemu_watch_event(PrQemuWatch *watch, const char *name);
+/* As PrGuestOps.on_run_again. */
+void pr_qemu_watch_tell(PrQemuWatch *watch, PrGuestRanAgain ran_again, void *opaque);
