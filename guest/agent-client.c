@@ -460,6 +460,11 @@ gboolean pr_agent_client_was_faulting(PrAgentClient *client)
 	return (client->flags & PR_AGENT_FLAG_FAULT_ON) != 0;
 }
 
+gboolean pr_agent_client_was_fenced(PrAgentClient *client)
+{
+	return (client->flags & PR_AGENT_FLAG_FENCE_ON) != 0;
+}
+
 void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque)
 {
 	g_autofree char *reason = NULL;
@@ -657,9 +662,13 @@ int pr_agent_client_stderr(PrAgentClient *client, GError **error)
 	return reply ? reply_take_fd(reply, 0) : -1;
 }
 
+/* The kernel walks all page tables; a guest may have more RAM than that takes in one timeout. */
 gboolean pr_agent_client_fence_on(PrAgentClient *client, GError **error)
 {
-	return call_simple(client, PR_AGENT_FENCE_ON, error);
+	g_autoptr(Reply) reply =
+		call_agent(client, PR_AGENT_FENCE_ON, -1, PR_GUEST_LOAD_TIMEOUTS, NULL, error);
+
+	return reply != NULL;
 }
 
 gboolean pr_agent_client_fence_off(PrAgentClient *client, GError **error)

@@ -300,6 +300,22 @@ static gboolean agent_fault_off(PrGuest *guest, GError **error)
 	return pr_agent_client_fault_off(((AgentGuest *)guest)->client, error);
 }
 
+static gboolean agent_fence(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fence_on(((AgentGuest *)guest)->client, error);
+}
+
+static gboolean agent_unfence(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fence_off(((AgentGuest *)guest)->client, error);
+}
+
+/* Nothing to watch: the agent lets the guest run for its engine alone, and what a VMM does by itself it does not
+ * hear of. */
+static void agent_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
+{
+}
+
 static gboolean agent_keep_state(PrGuest *guest, int memfd, GError **error)
 {
 	return pr_agent_client_keep_state(((AgentGuest *)guest)->client, memfd, error);
@@ -335,6 +351,9 @@ const PrGuestOps pr_guest_agent = {
 	.vcpu_threads = agent_vcpu_threads,
 	.fault_on = agent_fault_on,
 	.fault_off = agent_fault_off,
+	.fence = agent_fence,
+	.unfence = agent_unfence,
+	.on_run_again = agent_on_run_again,
 	.keep_state = agent_keep_state,
 	.fetch_state = agent_fetch_state,
 	.on_death = agent_on_death,

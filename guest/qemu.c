@@ -21,7 +21,8 @@ typedef struct QemuGuest {
 	PrQmp *qmp;
 	PrQemuSave *save;
 	PrQemuLoad *load;
-	GMutex connecting; /* taken before lock */
+	GMutex connecting;  /* taken before lock */
+	PrQemuWatch *watch; /* constant */
 
 	GMutex lock;
 	GArray *blocks;	      /* lock; PrGuestBlock; NULL before prepare() */
@@ -92,6 +93,7 @@ static void on_event(const char *name, JsonObject *data, void *opaque)
 	g_mutex_unlock(&self->lock);
 	if (load)
 		pr_qemu_load_event(load, name, data);
+	pr_qemu_watch_event(self->watch, name);
 }
 
 /* QMP's end, or the agent's: whichever comes first is told. */
@@ -121,7 +123,10 @@ static void qemu_close(PrGuest *guest)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
+	/* The watch's thread makes calls of QMP, whose reader tells the watch. */
+	pr_qemu_watch_end(self->watch);
 	g_clear_pointer(&self->qmp, pr_qmp_free);
+	g_clear_pointer(&self->watch, pr_qemu_watch_free);
 	g_clear_pointer(&self->agent, pr_agent_client_free);
 	g_clear_pointer(&self->save, pr_qemu_save_free);
 	g_clear_pointer(&self->load, pr_qemu_load_free);
@@ -157,7 +162,7 @@ static PrAgentClient *open_agent(const QemuSpec *spec, guint timeout_ms, GError 
 }
 
 /* An engine that follows another one must not wait for QMP: QEMU's main loop may itself be waiting, for a page
- * that this engine is there to bring. So then it is connected when it is needed first. */
+ * that this engine is there to bring, or for the fence to be lifted. So then it is connected when it is needed first. */
 static gboolean connect_qmp(QemuGuest *self, GError **error)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->connecting);
@@ -179,11 +184,20 @@ static gboolean connect_qmp(QemuGuest *self, GError **error)
 	return TRUE;
 }
 
+/* PrQemuWatchQmp */
+static PrQmp *watch_qmp(void *opaque, GError **error)
+{
+	QemuGuest *self = opaque;
+
+	return connect_qmp(self, error) ? self->qmp : NULL;
+}
+
 static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 {
 	g_auto(QemuSpec) parsed = {0};
 	g_autoptr(PrGuest) guest = NULL;
 	QemuGuest *self;
+	gboolean follows;
 
 	if (!parse_spec(spec, &parsed, error))
 		return NULL;
@@ -195,10 +209,13 @@ static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 	g_mutex_init(&self->connecting);
 	self->qmp_path = g_strdup(parsed.qmp);
 	self->timeout_ms = timeout_ms;
+	self->watch = pr_qemu_watch_new(watch_qmp, self);
 	self->agent = open_agent(&parsed, timeout_ms, error);
 	if (!self->agent)
 		return NULL;
-	if (!pr_agent_client_was_faulting(self->agent) && !connect_qmp(self, error))
+	follows = pr_agent_client_was_faulting(self->agent) ||
+		  pr_agent_client_was_fenced(self->agent);
+	if (!follows && !connect_qmp(self, error))
 		return NULL;
 	pr_agent_client_on_death(self->agent, on_end, self);
 	return g_steal_pointer(&guest);
@@ -331,6 +348,8 @@ static gboolean qemu_resume(PrGuest *guest, GError **error)
 	QemuGuest *self = (QemuGuest *)guest;
 	gboolean cont;
 
+	/* From here on it is this engine that lets it run. */
+	pr_qemu_watch_end(self->watch);
 	if (!connect_qmp(self, error))
 		return FALSE;
 	pr_qemu_save_end(self->save);
@@ -421,6 +440,26 @@ static gboolean qemu_fault_off(PrGuest *guest, GError **error)
 	return pr_agent_client_fault_off(((QemuGuest *)guest)->agent, error);
 }
 
+/* The watch first: it holds where the fence can't be had, and while that is being made. */
+static gboolean qemu_fence(PrGuest *guest, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return pr_qemu_watch_begin(self->watch, error) &&
+	       pr_agent_client_fence_on(self->agent, error);
+}
+
+/* The watch goes on. */
+static gboolean qemu_unfence(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fence_off(((QemuGuest *)guest)->agent, error);
+}
+
+static void qemu_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
+{
+	pr_qemu_watch_tell(((QemuGuest *)guest)->watch, ran_again, opaque);
+}
+
 static gboolean qemu_keep_state(PrGuest *guest, int memfd, GError **error)
 {
 	return pr_agent_client_keep_state(((QemuGuest *)guest)->agent, memfd, error);
@@ -475,6 +514,9 @@ const PrGuestOps pr_guest_qemu = {
 	.vcpu_threads = qemu_vcpu_threads,
 	.fault_on = qemu_fault_on,
 	.fault_off = qemu_fault_off,
+	.fence = qemu_fence,
+	.unfence = qemu_unfence,
+	.on_run_again = qemu_on_run_again,
 	.keep_state = qemu_keep_state,
 	.fetch_state = qemu_fetch_state,
 	.on_death = qemu_on_death,

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The parts of the `qemu:` kind: qemu.c (the ops), qemu-check.c (what is refused), qemu-facts.c (what both sides must have
  * in common), qemu-ram.c (RAM blocks), qemu-private.c (those that are not shared), qemu-save.c and qemu-load.c (the
- * device state), qemu-section.c (how they travel). */
+ * device state), qemu-section.c (how they travel), qemu-watch.c (the guest stays stopped). */
 #pragma once
 
 #include "guest/agent-client.h"
@@ -67,3 +67,23 @@ gboolean pr_qemu_load_begin(PrQemuLoad *load, GError **error);
 gboolean pr_qemu_load_data(PrQemuLoad *load, const void *data, gsize len, GError **error);
 gboolean pr_qemu_load_end(PrQemuLoad *load, GError **error);
 void pr_qemu_load_abort(PrQemuLoad *load);
+
+/*
+ * qemu-watch.c: once the guest may run elsewhere, whoever lets it run in this QEMU is seen by QMP's events,
+ * and it is stopped at once. The calls of a watch are made by a thread of its own, as they may hang.
+ */
+typedef struct PrQemuWatch PrQemuWatch;
+
+/* The connection to QMP, which is made when it is needed first; NULL: see error. */
+typedef PrQmp *(*PrQemuWatchQmp)(void *opaque, GError **error);
+
+PrQemuWatch *pr_qemu_watch_new(PrQemuWatchQmp qmp, void *opaque);
+void pr_qemu_watch_free(PrQemuWatch *watch);
+/* Begins, unless it has: looks first whether the guest runs already. */
+gboolean pr_qemu_watch_begin(PrQemuWatch *watch, GError **error);
+/* Waits for a call in progress, which QMP's timeout bounds. Harmless when there is no watch. */
+void pr_qemu_watch_end(PrQemuWatch *watch);
+/* For the QMP client: an event came. Reader thread; makes no calls. */
+void pr_qemu_watch_event(PrQemuWatch *watch, const char *name);
+/* As PrGuestOps.on_run_again. */
+void pr_qemu_watch_tell(PrQemuWatch *watch, PrGuestRanAgain ran_again, void *opaque);

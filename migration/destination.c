@@ -489,6 +489,7 @@ static gboolean admit_guest(PrMigration *m, PrConn *conn, const PrHello *hello, 
 		return FALSE;
 	/* What is left of the last attempt's connections may use its RAM. */
 	pr_migration_await_threads(m);
+	pr_migration_begin_unfenced(m);
 	g_mutex_lock(&m->lock);
 	PrRam *old = m->ram;
 	m->ram = g_steal_pointer(&ram);
