@@ -82,9 +82,10 @@ struct PrGuestOps {
 	gboolean (*is_running)(PrGuest *guest, gboolean *ret_running, GError **error);
 	gboolean (*take_stopped)(PrGuest *guest, gboolean was_running, GError **error);
 
-	/* While the guest still runs. Source: what the destination has to know before it takes the guest, and
-	 * what it may have early. Destination: takes the pieces as they come, and refuses what it can't be host
-	 * to. NULL: nothing. */
+	/* While the guest still runs. Source: describe() tells what the destination must be like, save_early() what
+	 * it may have early. Destination: load_early() takes the pieces of both as they come, and refuses a guest
+	 * that it can't be host to. NULL, all of them: nothing. */
+	gboolean (*describe)(PrGuest *guest, PrGuestSink sink, void *opaque, GError **error);
 	gboolean (*save_early)(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
 			       GError **error);
 	gboolean (*load_early)(PrGuest *guest, const void *data, gsize len, GError **error);

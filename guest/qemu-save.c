@@ -34,7 +34,7 @@ struct PrQemuSave {
 
 	/* From here on: the thread's that calls; one at a time. */
 	char *machine;	 /* as in -machine; NULL: not asked yet */
-	GArray *blocks;	 /* PrQemuPrivateBlock; NULL: pr_qemu_save_early() was not called */
+	GArray *blocks;	 /* PrQemuPrivateBlock; NULL: not described */
 	int memory;	 /* of QEMU's process; -1: not open */
 	int state_fd;	 /* memfd that QEMU writes to; -1: not prepared */
 	gint64 fdset_id; /* of QEMU's end of it */
@@ -66,7 +66,7 @@ void pr_qemu_save_free(PrQemuSave *save)
 	g_free(save);
 }
 
-gboolean pr_qemu_save_early(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error)
+gboolean pr_qemu_save_describe(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error)
 {
 	g_autoptr(GByteArray) out = g_byte_array_new();
 	g_autoptr(JsonObject) facts = NULL;
@@ -77,13 +77,17 @@ gboolean pr_qemu_save_early(PrQemuSave *save, PrGuestSink sink, void *opaque, GE
 	facts = save->blocks ? pr_qemu_facts(save->qmp, save->blocks, error) : NULL;
 	if (!facts)
 		return FALSE;
-	close_fd(&save->memory);
-	save->memory = pr_agent_client_memory(save->agent, error);
-	if (save->memory < 0)
-		return FALSE;
 	text = pr_qemu_facts_to_text(facts);
 	pr_qemu_section_append(out, PR_QEMU_SECTION_FACTS, text, strlen(text));
-	return sink(out->data, out->len, opaque, error) &&
+	return sink(out->data, out->len, opaque, error);
+}
+
+gboolean pr_qemu_save_early(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error)
+{
+	g_return_val_if_fail(save->blocks, FALSE);
+	close_fd(&save->memory);
+	save->memory = pr_agent_client_memory(save->agent, error);
+	return save->memory >= 0 &&
 	       pr_qemu_private_send(save->blocks, save->memory, sink, opaque, error);
 }
 
@@ -227,7 +231,7 @@ gboolean pr_qemu_save_state(PrQemuSave *save, GCancellable *cancel, PrGuestSink 
 
 	if (!pr_qemu_save_prepare(save, error) ||
 	    g_cancellable_set_error_if_cancelled(cancel, error) || !write_state(save, error) ||
-	    (save->blocks &&
+	    (save->memory >= 0 &&
 	     !pr_qemu_private_send(save->blocks, save->memory, sink, opaque, error)))
 		return FALSE;
 	stream = take_state(save, error);

@@ -296,6 +296,13 @@ static gboolean qemu_take_stopped(PrGuest *guest, gboolean was_running, GError *
 	return TRUE;
 }
 
+static gboolean qemu_describe(PrGuest *guest, PrGuestSink sink, void *opaque, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_save_describe(self->save, sink, opaque, error);
+}
+
 static gboolean qemu_save_early(PrGuest *guest, GCancellable *cancel, PrGuestSink sink,
 				void *opaque, GError **error)
 {
@@ -498,6 +505,7 @@ const PrGuestOps pr_guest_qemu = {
 	.adopt = qemu_adopt,
 	.is_running = qemu_is_running,
 	.take_stopped = qemu_take_stopped,
+	.describe = qemu_describe,
 	.save_early = qemu_save_early,
 	.load_early = qemu_load_early,
 	.prepare_save = qemu_prepare_save,

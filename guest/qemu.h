@@ -35,7 +35,8 @@ typedef struct PrQemuSave PrQemuSave;
 
 PrQemuSave *pr_qemu_save_new(PrQmp *qmp, PrAgentClient *agent);
 void pr_qemu_save_free(PrQemuSave *save);
-/* While the guest runs: what the other side must be like, and private RAM. */
+/* While the guest runs: what the other side must be like; then private RAM. */
+gboolean pr_qemu_save_describe(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error);
 gboolean pr_qemu_save_early(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error);
 /* What needs not be done while the guest is stopped. */
 gboolean pr_qemu_save_prepare(PrQemuSave *save, GError **error);
@@ -60,7 +61,7 @@ void pr_qemu_load_died(PrQemuLoad *load, const char *reason);
 /* What QEMU has written to its standard error since it began to load, if that is a file; g_free() it. */
 char *pr_qemu_load_stderr(PrQemuLoad *load);
 
-/* What pr_qemu_save_early() has sent. */
+/* What pr_qemu_save_describe() and pr_qemu_save_early() have sent. */
 gboolean pr_qemu_load_early(PrQemuLoad *load, const void *data, gsize len, GError **error);
 gboolean pr_qemu_load_prepare(PrQemuLoad *load, GError **error);
 gboolean pr_qemu_load_begin(PrQemuLoad *load, GError **error);

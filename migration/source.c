@@ -332,11 +332,10 @@ static gboolean send_early(const void *data, gsize length, void *opaque, GError 
 	return TRUE;
 }
 
-/* The PONG behind it says that the destination has taken it all. */
-static gboolean send_early_state(PrMigration *m, PrConn *conn, GError **error)
+static gboolean describe_guest(PrMigration *m, PrConn *conn, GError **error)
 {
-	return !m->guest->ops->save_early ||
-	       m->guest->ops->save_early(m->guest, m->cancel, send_early, conn, error);
+	return !m->guest->ops->describe ||
+	       m->guest->ops->describe(m->guest, send_early, conn, error);
 }
 
 /* Tells the destination what kind of guest and of RAM comes, and waits until both sides are ready for it. */
@@ -347,9 +346,19 @@ static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 	pr_watch_busy(m->watch, &awaiting);
 	pr_advise_encode(body, m->ram->page_size_summary, PR_TARGET_PAGE);
 	return pr_send(conn, PR_CMD_POSTCOPY_ADVISE, body, error) &&
-	       send_early_state(m, conn, error) && pr_source_ping(conn, PR_PING_READY, error) &&
+	       describe_guest(m, conn, error) && pr_source_ping(conn, PR_PING_READY, error) &&
 	       prepare_save(m, error) && wait_value(m, &m->pong, PR_PING_READY, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "the destination is ready", error);
+}
+
+/* What need not wait until the guest has stopped. */
+static gboolean send_early_state(PrMigration *m, PrConn *conn, GError **error)
+{
+	if (!m->guest->ops->save_early)
+		return TRUE;
+	return m->guest->ops->save_early(m->guest, m->cancel, send_early, conn, error) &&
+	       pr_source_ping(conn, PR_PING_EARLY, error) &&
+	       wait_value(m, &m->pong, PR_PING_EARLY, error);
 }
 
 /* When the steps of the downtime were done, us. */
@@ -554,7 +563,8 @@ static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
 	if (!conn)
 		return FALSE;
 	*ret_conn = conn;
-	return advise(m, conn, error) && move_guest(m, conn, error);
+	return advise(m, conn, error) && send_early_state(m, conn, error) &&
+	       move_guest(m, conn, error);
 }
 
 /* Before RUN: the guest runs on here. */

@@ -94,6 +94,7 @@
 #define PR_PING_READY	     1
 #define PR_PING_RUNNING	     2
 #define PR_PING_TOLD	     3
+#define PR_PING_EARLY	     4 /* all of the early state was taken */
 #define PR_PING_LOADED	     0x42 /* QEMU_VM_PING_PACKAGED_LOADED */
 #define PR_RESUME_ACK_VALUE  1
 #define PR_BITMAP_END_MARK   0x0123456789abcdefull
@@ -125,7 +126,7 @@ typedef enum PrMsgType {
 	PR_CMD_RAM_ZERO = 0x0181,
 	PR_CMD_ACTIVATE = 0x0182, /* this standby path is the one in use from now on */
 	PR_CMD_HASHES = 0x0183,	  /* of pages that were asked for */
-	/* what the guest's kind has to say while its guest still runs (guest.h, save_early): its own bytes */
+	/* what the guest's kind has to say while its guest still runs (guest.h, describe and save_early) */
 	PR_CMD_EARLY_STATE = 0x0184,
 	/* destination to source: QEMU's MIG_RP_MSG_* */
 	PR_RP_SHUT = 0x0201,

@@ -160,7 +160,8 @@ static void ask_all(PrGuestRole role)
 	if (role == PR_GUEST_DESTINATION)
 		ok = load_early(&state_error) && pr_qemu_load_begin(rig.load, &state_error);
 	else
-		ok = pr_qemu_save_early(rig.save, drop, NULL, &state_error) &&
+		ok = pr_qemu_save_describe(rig.save, drop, NULL, &state_error) &&
+		     pr_qemu_save_early(rig.save, drop, NULL, &state_error) &&
 		     pr_qemu_save_state(rig.save, NULL, drop, NULL, &state_error);
 	fuzz_clean_outcome(ok, state_error);
 }
