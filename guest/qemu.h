@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The parts of the `qemu:` kind: qemu.c (the ops), qemu-check.c (what is refused), qemu-stream.c (the
- * device state), qemu-settings.c (what QEMU migrates with), qemu-ram.c (RAM blocks). */
+ * device state), qemu-attach.c (which process it is), qemu-settings.c (what QEMU migrates with), qemu-ram.c (RAM blocks). */
 #pragma once
 
 #include "guest/agent-client.h"
@@ -16,6 +16,14 @@ gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error);
 GArray *pr_qemu_vcpu_threads(PrQmp *qmp, GError **error);
 /* The RAM blocks as PrGuestBlock. */
 GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error);
+
+/* qemu-attach.c: a QEMU that runs already, found by its QMP socket. */
+/* pid 0: whoever listens at that socket. Takes the helper. */
+PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrGuestHelper *helper,
+			      guint timeout_ms, GError **error);
+/* Refuses a process that is not the QEMU which answers there. named: it was given by pid=. */
+gboolean pr_qemu_check_process(PrQmp *qmp, const char *qmp_path, pid_t pid, gboolean named,
+			       GError **error);
 
 /*
  * qemu-stream.c: QEMU's own migration stream, through a socketpair whose other end QEMU gets with

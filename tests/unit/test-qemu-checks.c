@@ -68,7 +68,7 @@ static void qemu_attach(Qemu *qemu, guint timeout_ms)
 		g_strdup_printf("qemu:qmp=%s,agent=%s", fake_qmp_path(qemu->fake), qemu->socket);
 	g_autoptr(GError) error = NULL;
 
-	qemu->guest = pr_guest_open(spec, timeout_ms, &error);
+	qemu->guest = pr_guest_open(spec, NULL, timeout_ms, &error);
 	assert_null(error);
 	assert_non_null(qemu->guest);
 }
@@ -225,7 +225,10 @@ static void the_spec_is_checked(void **state)
 		const char *spec, *words;
 	} cases[] = {
 		{"qemu:", "qmp= is missing"},
-		{"qemu:qmp=/a", "agent= is missing"},
+		{"qemu:qmp=/a,agent=", "agent= names no socket"},
+		{"qemu:qmp=/a,pid=0", "pid= is not a process id"},
+		{"qemu:qmp=/a,pid=x", "pid= is not a process id"},
+		{"qemu:qmp=/a,pid=7,agent=/b", "exclude each other"},
 		{"qemu:agent=/a", "qmp= is missing"},
 		{"qemu:qmp=,agent=/a", "qmp= is missing"},
 		{"qemu:qmp=/a,agent=/b,qmp=/c", "a second 'qmp=/c'"},
@@ -237,7 +240,7 @@ static void the_spec_is_checked(void **state)
 	for (guint i = 0; i < G_N_ELEMENTS(cases); i++) {
 		g_autoptr(GError) error = NULL;
 
-		assert_null(pr_guest_open(cases[i].spec, TIMEOUT, &error));
+		assert_null(pr_guest_open(cases[i].spec, NULL, TIMEOUT, &error));
 		assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_SPEC));
 		if (!strstr(error->message, cases[i].words))
 			print_error("case %u: %s\n", i, error->message);
