@@ -39,7 +39,8 @@ static void agent_close(PrGuest *guest)
 	g_free(self);
 }
 
-static PrGuest *agent_open(const char *spec, guint timeout_ms, GError **error)
+static PrGuest *agent_open(const char *spec, PrGuestHelper *helper, guint timeout_ms,
+			   GError **error)
 {
 	PrAgentClient *client = pr_agent_client_open(spec, timeout_ms, error);
 	AgentGuest *self;

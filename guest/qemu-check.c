@@ -3,7 +3,10 @@
 #include "guest/qemu-private.h"
 #include "guest/qemu-ram.h"
 
+#include <gio/gunixmounts.h>
+#include <linux/magic.h>
 #include <string.h>
+#include <sys/vfs.h>
 
 #include "guest/json.h"
 
@@ -284,8 +287,39 @@ static JsonNode *backend_property(PrQmp *qmp, const char *id, const char *proper
 	return pr_qmp_execute(qmp, "qom-get", arguments, -1, error);
 }
 
+static char *file_system_of(const char *path)
+{
+	GUnixMountEntry *mount;
+	struct statfs fs;
+	char *name;
+
+	/* In QEMU's own mount namespace, perhaps. What is no memory, the helper does not find. */
+	if (statfs(path, &fs) < 0 || fs.f_type == TMPFS_MAGIC)
+		return g_strdup("tmpfs");
+	if (fs.f_type == HUGETLBFS_MAGIC)
+		return g_strdup("hugetlbfs");
+	mount = g_unix_mount_for(path, NULL);
+	name = g_strdup(mount ? g_unix_mount_get_fs_type(mount) : "a disk");
+	g_clear_pointer(&mount, g_unix_mount_free);
+	return name;
+}
+
+/* Which file a backend's memory is, and on what file system. */
+static gboolean add_file(PrQmp *qmp, PrQemuBackend *backend, GError **error)
+{
+	g_autoptr(JsonNode) path = backend_property(qmp, backend->id, "mem-path", error);
+
+	if (!path)
+		return FALSE;
+	if (json_node_get_value_type(path) != G_TYPE_STRING)
+		return TRUE;
+	backend->path = g_strdup(json_node_get_string(path));
+	backend->fs = file_system_of(backend->path);
+	return TRUE;
+}
+
 static gboolean add_backend(PrQmp *qmp, GArray *backends, const char *id, const char *type,
-			    GError **error)
+			    gboolean files, GError **error)
 {
 	g_autoptr(JsonNode) share = backend_property(qmp, id, "share", error);
 	g_autoptr(JsonNode) size = NULL;
@@ -302,10 +336,11 @@ static gboolean add_backend(PrQmp *qmp, GArray *backends, const char *id, const 
 	/* "child<TYPE>" */
 	backend.type = g_strndup(type + 6, strcspn(type + 6, ">"));
 	g_array_append_val(backends, backend);
-	return TRUE;
+	return !files || !g_str_equal(backend.type, "memory-backend-file") ||
+	       add_file(qmp, &g_array_index(backends, PrQemuBackend, backends->len - 1), error);
 }
 
-static GArray *list_backends(PrQmp *qmp, GError **error)
+static GArray *list_backends(PrQmp *qmp, gboolean files, GError **error)
 {
 	g_autoptr(GArray) backends = pr_qemu_backends_new();
 	g_autoptr(JsonNode) node = NULL;
@@ -318,7 +353,7 @@ static GArray *list_backends(PrQmp *qmp, GError **error)
 		const char *name = element_string(array, i, "name");
 
 		if (type && name && g_str_has_prefix(type, "child<memory-backend-") &&
-		    !add_backend(qmp, backends, name, type, error))
+		    !add_backend(qmp, backends, name, type, files, error))
 			return NULL;
 	}
 	return g_steal_pointer(&backends);
@@ -372,12 +407,13 @@ static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backe
 	}
 }
 
-/* What RAM there is; refused if it is not shared. */
-static gboolean list_ram(PrQmp *qmp, GArray **ret_ramblocks, GArray **ret_backends, GError **error)
+/* What RAM there is; refused if it is not shared. files: files in memory will do, too. */
+static gboolean list_ram(PrQmp *qmp, gboolean files, GArray **ret_ramblocks, GArray **ret_backends,
+			 GError **error)
 {
 	g_autofree char *text = pr_qmp_human(qmp, "info ramblock", error);
 	g_autoptr(GArray) ramblocks = text ? pr_qemu_ramblocks_parse(text, error) : NULL;
-	g_autoptr(GArray) backends = ramblocks ? list_backends(qmp, error) : NULL;
+	g_autoptr(GArray) backends = ramblocks ? list_backends(qmp, files, error) : NULL;
 	guint n_shared;
 
 	if (!backends || !check_blocks(ramblocks, backends, &n_shared, error))
@@ -418,16 +454,28 @@ gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error)
 	g_autoptr(GArray) ramblocks = NULL;
 	g_autoptr(GArray) backends = NULL;
 
-	return list_ram(qmp, &ramblocks, &backends, error);
+	return list_ram(qmp, FALSE, &ramblocks, &backends, error);
 }
 
-GArray *pr_qemu_private_blocks(PrQmp *qmp, GError **error)
+/* A helper knows more than the guest's RAM. */
+static GArray *match_attached(PrAgentClient *helper, const GArray *ramblocks,
+			      const GArray *backends, GArray *regions, GError **error)
+{
+	g_autoptr(GArray) blocks = pr_qemu_match_attached(ramblocks, backends, regions, error);
+
+	if (!blocks ||
+	    !pr_agent_client_choose(helper, (const PrGuestBlock *)blocks->data, blocks->len, error))
+		return NULL;
+	return g_steal_pointer(&blocks);
+}
+
+GArray *pr_qemu_private_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
 {
 	g_autoptr(GArray) ramblocks = NULL;
 	g_autoptr(GArray) backends = NULL;
 	GArray *blocks;
 
-	if (!list_ram(qmp, &ramblocks, &backends, error))
+	if (!list_ram(qmp, pr_agent_client_is_helper(agent), &ramblocks, &backends, error))
 		return NULL;
 	blocks = pr_qemu_private_list(ramblocks, backends);
 	pr_qemu_private_locate(qmp, blocks);
@@ -436,15 +484,17 @@ GArray *pr_qemu_private_blocks(PrQmp *qmp, GError **error)
 
 GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
 {
+	gboolean helper = pr_agent_client_is_helper(agent);
 	g_autoptr(GArray) ramblocks = NULL;
 	g_autoptr(GArray) backends = NULL;
 	g_autoptr(GArray) regions = NULL;
 
-	if (!list_ram(qmp, &ramblocks, &backends, error))
+	if (!list_ram(qmp, helper, &ramblocks, &backends, error))
 		return NULL;
 	ask_for_addresses(qmp, ramblocks, backends);
 	regions = pr_agent_client_regions(agent, error);
 	if (!regions)
 		return NULL;
-	return pr_qemu_match(ramblocks, backends, regions, error);
+	return helper ? match_attached(agent, ramblocks, backends, regions, error)
+		      : pr_qemu_match(ramblocks, backends, regions, error);
 }

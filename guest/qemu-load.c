@@ -238,7 +238,7 @@ static gboolean take_facts(PrQemuLoad *load, const uint8_t *body, gsize len, GEr
 
 	g_clear_pointer(&load->blocks, g_array_unref);
 	load->current = NULL;
-	load->blocks = source ? pr_qemu_private_blocks(load->qmp, error) : NULL;
+	load->blocks = source ? pr_qemu_private_blocks(load->qmp, load->agent, error) : NULL;
 	here = load->blocks ? pr_qemu_facts(load->qmp, load->blocks, error) : NULL;
 	if (!here || !pr_qemu_facts_check(source, here, error))
 		return FALSE;

@@ -30,6 +30,8 @@ typedef struct PrQemuBackend {
 	char *type; /* "memory-backend-memfd", … */
 	uint64_t size;
 	gboolean share;
+	char *path; /* of a memory-backend-file, where files in memory will do; else NULL */
+	char *fs;   /* the file system that it is on */
 } PrQemuBackend;
 
 /* Arrays that own their strings. */
@@ -53,6 +55,13 @@ gboolean pr_qemu_block_is_shared(const PrQemuRamBlock *block, const GArray *back
 gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backends,
 			      gboolean *ret_shared, GError **error);
 
+/* A file system whose files are memory, for all that a helper needs. */
+gboolean pr_qemu_fs_in_memory(const char *fs);
+
+/* For a helper, which knows all shared memory of the process: matched by host address only, and regions that are no
+ * block's are none of ours. */
+GArray *pr_qemu_match_attached(const GArray *ramblocks, const GArray *backends, GArray *regions,
+			       GError **error);
 /* Names the agent's regions (a GArray of PrGuestBlock); takes the matched ones out of it into a new
  * array, in the order of the blocks. */
 GArray *pr_qemu_match(const GArray *ramblocks, const GArray *backends, GArray *regions,

@@ -73,7 +73,7 @@ gboolean pr_qemu_save_describe(PrQemuSave *save, PrGuestSink sink, void *opaque,
 	g_autofree char *text = NULL;
 
 	g_clear_pointer(&save->blocks, g_array_unref);
-	save->blocks = pr_qemu_private_blocks(save->qmp, error);
+	save->blocks = pr_qemu_private_blocks(save->qmp, save->agent, error);
 	facts = save->blocks ? pr_qemu_facts(save->qmp, save->blocks, error) : NULL;
 	if (!facts)
 		return FALSE;

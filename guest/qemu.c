@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The kind `qemu:qmp=PATH,agent=PATH`: a stock QEMU. QMP stops, saves, loads and continues it; the
- * preload agent in its process provides memory and faults.
+ * The kind `qemu:qmp=PATH[,pid=N][,agent=PATH]`: a stock QEMU. QMP stops, saves, loads and continues it; memory and
+ * faults are provided by a helper that attaches to its process, or by the preload agent in it.
  */
 #include "guest/qemu.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "guest/json.h"
@@ -15,6 +16,7 @@ typedef struct QemuGuest {
 	PrAgentClient *agent; /* constant */
 	char *qmp_path;	      /* constant */
 	guint timeout_ms;     /* constant */
+	GSocket *qmp_socket;  /* connecting; waits for the greeting; NULL: none, or used up */
 
 	/* Set once, under both locks, so that either is good for reading: by open(), or by the first call that
 	 * needs it (connect_qmp). Constant then. */
@@ -39,20 +41,22 @@ typedef struct QemuGuest {
 
 typedef struct QemuSpec {
 	char *qmp;
-	char *agent;
+	char *agent; /* NULL: a helper attaches */
+	char *pid;   /* NULL: whoever listens at qmp */
 } QemuSpec;
 
 static void qemu_spec_clear(QemuSpec *spec)
 {
 	g_free(spec->qmp);
 	g_free(spec->agent);
+	g_free(spec->pid);
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(QemuSpec, qemu_spec_clear)
 
 static gboolean spec_error(GError **error, const char *spec, const char *what)
 {
 	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_SPEC,
-		    "guest 'qemu:%s': %s; use qemu:qmp=PATH,agent=PATH", spec, what);
+		    "guest 'qemu:%s': %s; use qemu:qmp=PATH[,pid=N][,agent=PATH]", spec, what);
 	return FALSE;
 }
 
@@ -63,6 +67,7 @@ static gboolean parse_spec(const char *spec, QemuSpec *ret, GError **error)
 	for (guint i = 0; parts[i]; i++) {
 		char **value = g_str_has_prefix(parts[i], "qmp=")     ? &ret->qmp
 			       : g_str_has_prefix(parts[i], "agent=") ? &ret->agent
+			       : g_str_has_prefix(parts[i], "pid=")   ? &ret->pid
 								      : NULL;
 		g_autofree char *what = NULL;
 
@@ -74,9 +79,20 @@ static gboolean parse_spec(const char *spec, QemuSpec *ret, GError **error)
 	}
 	if (!ret->qmp || !*ret->qmp)
 		return spec_error(error, spec, "qmp= is missing");
-	if (!ret->agent || !*ret->agent)
-		return spec_error(error, spec, "agent= is missing");
+	if (ret->agent && !*ret->agent)
+		return spec_error(error, spec, "agent= names no socket");
+	if (ret->pid && ret->agent)
+		return spec_error(error, spec, "pid= and agent= exclude each other");
+	if (ret->pid && !g_ascii_string_to_unsigned(ret->pid, 10, 1, G_MAXINT32, NULL, NULL))
+		return spec_error(error, spec, "pid= is not a process id");
 	return TRUE;
+}
+
+static gboolean qemu_wants_helper(const char *spec)
+{
+	g_auto(QemuSpec) parsed = {0};
+
+	return parse_spec(spec, &parsed, NULL) && !parsed.agent;
 }
 
 static void on_event(const char *name, JsonObject *data, void *opaque)
@@ -131,6 +147,7 @@ static void qemu_close(PrGuest *guest)
 	g_clear_pointer(&self->save, pr_qemu_save_free);
 	g_clear_pointer(&self->load, pr_qemu_load_free);
 	g_clear_pointer(&self->blocks, g_array_unref);
+	g_clear_object(&self->qmp_socket);
 	g_free(self->death);
 	g_free(self->qmp_path);
 	g_mutex_clear(&self->connecting);
@@ -141,7 +158,7 @@ static void qemu_close(PrGuest *guest)
 
 /* The agent begins to listen with the first shared RAM, so that its absence may have that cause: then the
  * cause is told. */
-static PrAgentClient *open_agent(const QemuSpec *spec, guint timeout_ms, GError **error)
+static PrAgentClient *open_preloaded(const QemuSpec *spec, guint timeout_ms, GError **error)
 {
 	g_autoptr(GError) missing = NULL;
 	g_autoptr(GError) cause = NULL;
@@ -170,7 +187,12 @@ static gboolean connect_qmp(QemuGuest *self, GError **error)
 
 	if (self->qmp)
 		return TRUE;
-	qmp = pr_qmp_open(self->qmp_path, self->timeout_ms, on_event, self, error);
+	if (!self->qmp_socket)
+		self->qmp_socket = pr_qmp_connect(self->qmp_path, error);
+	if (!self->qmp_socket)
+		return FALSE;
+	qmp = pr_qmp_open_over(g_steal_pointer(&self->qmp_socket), self->qmp_path, self->timeout_ms,
+			       on_event, self, error);
 	if (!qmp)
 		return FALSE;
 	g_mutex_lock(&self->lock);
@@ -192,7 +214,33 @@ static PrQmp *watch_qmp(void *opaque, GError **error)
 	return connect_qmp(self, error) ? self->qmp : NULL;
 }
 
-static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
+/* The connection that tells whose socket it is serves QMP later: QEMU has one client at a time. */
+static gboolean open_agent(QemuGuest *self, const QemuSpec *spec, PrGuestHelper *helper,
+			   GError **error)
+{
+	pid_t pid = spec->pid ? atoi(spec->pid) : 0;
+
+	if (spec->agent) {
+		self->agent = open_preloaded(spec, self->timeout_ms, error);
+		return self->agent != NULL;
+	}
+	self->qmp_socket = pr_qmp_connect(self->qmp_path, error);
+	if (!self->qmp_socket)
+		return FALSE;
+	self->agent = pr_qemu_attach(self->qmp_socket, self->qmp_path, pid, helper,
+				     self->timeout_ms, error);
+	return self->agent != NULL;
+}
+
+/* Where the fault mode is on already, an engine was here before, and made sure of that. */
+static gboolean check_process(QemuGuest *self, const QemuSpec *spec, GError **error)
+{
+	return spec->agent ||
+	       pr_qemu_check_process(self->qmp, self->qmp_path, pr_agent_client_pid(self->agent),
+				     spec->pid != NULL, error);
+}
+
+static PrGuest *qemu_open(const char *spec, PrGuestHelper *helper, guint timeout_ms, GError **error)
 {
 	g_auto(QemuSpec) parsed = {0};
 	g_autoptr(PrGuest) guest = NULL;
@@ -210,12 +258,11 @@ static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 	self->qmp_path = g_strdup(parsed.qmp);
 	self->timeout_ms = timeout_ms;
 	self->watch = pr_qemu_watch_new(watch_qmp, self);
-	self->agent = open_agent(&parsed, timeout_ms, error);
-	if (!self->agent)
+	if (!open_agent(self, &parsed, helper, error))
 		return NULL;
 	follows = pr_agent_client_was_faulting(self->agent) ||
 		  pr_agent_client_was_fenced(self->agent);
-	if (!follows && !connect_qmp(self, error))
+	if (!follows && (!connect_qmp(self, error) || !check_process(self, &parsed, error)))
 		return NULL;
 	pr_agent_client_on_death(self->agent, on_end, self);
 	return g_steal_pointer(&guest);
@@ -257,7 +304,9 @@ static const PrGuestBlock *qemu_adopt(PrGuest *guest, const PrGuestBlock *known,
 	g_autoptr(GArray) blocks = pr_agent_client_adopt(self->agent, known, n, error);
 	g_autoptr(GMutexLocker) locker = NULL;
 
-	if (!blocks)
+	if (!blocks || (pr_agent_client_is_helper(self->agent) &&
+			!pr_agent_client_choose(self->agent, (const PrGuestBlock *)blocks->data,
+						blocks->len, error)))
 		return NULL;
 	locker = g_mutex_locker_new(&self->lock);
 	g_return_val_if_fail(!self->blocks, NULL);
@@ -498,6 +547,7 @@ static void qemu_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 
 const PrGuestOps pr_guest_qemu = {
 	.kind = "qemu",
+	.wants_helper = qemu_wants_helper,
 	.open = qemu_open,
 	.close = qemu_close,
 	.prepare = qemu_prepare,

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The parts of the `qemu:` kind: qemu.c (the ops), qemu-check.c (what is refused), qemu-facts.c (what both sides must have
- * in common), qemu-ram.c (RAM blocks), qemu-private.c (those that are not shared), qemu-save.c and qemu-load.c (the
+ * in common), qemu-attach.c (which process it is), qemu-ram.c (RAM blocks), qemu-private.c (those that are not shared), qemu-save.c and qemu-load.c (the
  * device state), qemu-section.c (how they travel), qemu-watch.c (the guest stays stopped). */
 #pragma once
 
@@ -19,12 +19,20 @@ GArray *pr_qemu_vcpu_threads(PrQmp *qmp, GError **error);
 /* The RAM blocks as PrGuestBlock. */
 GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error);
 /* Those that are not among them, as PrQemuPrivateBlock. */
-GArray *pr_qemu_private_blocks(PrQmp *qmp, GError **error);
+GArray *pr_qemu_private_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error);
 /* Where QEMU has a block mapped that `info mtree -f` shows, or 0. */
 uint64_t pr_qemu_ask_hva(PrQmp *qmp, const char *mtree, const char *block);
 
 /* qemu-facts.c: the machine type, as in -machine. */
 char *pr_qemu_machine(PrQmp *qmp, GError **error);
+
+/* qemu-attach.c: a QEMU that runs already, found by its QMP socket. */
+/* pid 0: whoever listens at that socket. Takes the helper. */
+PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrGuestHelper *helper,
+			      guint timeout_ms, GError **error);
+/* Refuses a process that is not the QEMU which answers there. named: it was given by pid=. */
+gboolean pr_qemu_check_process(PrQmp *qmp, const char *qmp_path, pid_t pid, gboolean named,
+			       GError **error);
 
 /*
  * qemu-save.c: the device state of a source's QEMU, which `xen-save-devices-state` writes into a memfd of ours. In spite

@@ -94,7 +94,7 @@
 #define PR_PING_READY	     1
 #define PR_PING_RUNNING	     2
 #define PR_PING_TOLD	     3
-#define PR_PING_EARLY	     4 /* all of the early state was taken */
+#define PR_PING_EARLY	     4	  /* all of the early state was taken */
 #define PR_PING_LOADED	     0x42 /* QEMU_VM_PING_PACKAGED_LOADED */
 #define PR_RESUME_ACK_VALUE  1
 #define PR_BITMAP_END_MARK   0x0123456789abcdefull

@@ -59,6 +59,17 @@ int pr_agent_client_stderr(PrAgentClient *client, GError **error)
 	return -1;
 }
 
+gboolean pr_agent_client_is_helper(PrAgentClient *client)
+{
+	return FALSE;
+}
+
+gboolean pr_agent_client_choose(PrAgentClient *client, const PrGuestBlock *blocks, guint n,
+				GError **error)
+{
+	return TRUE;
+}
+
 static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline)
 {
 	g_autofree char *line = fuzz_line(&rig.input);

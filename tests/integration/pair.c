@@ -81,7 +81,7 @@ void side_begin_engine(Side *side)
 	PrMigrationHooks hooks = {on_state, on_path, side};
 	g_autoptr(GError) error = NULL;
 
-	side->adapter = pr_guest_open(testguest_spec(side->guest), 20000, &error);
+	side->adapter = pr_guest_open(testguest_spec(side->guest), NULL, 20000, &error);
 	g_assert_no_error(error);
 	side->engine = pr_migration_new(side->adapter, &side->params, &hooks);
 }

@@ -62,7 +62,7 @@ static Qemu *qemu_new(guint timeout_ms)
 	testguest_start(qemu->memory);
 	qemu->spec = g_strdup_printf("qemu:qmp=%s,agent=%s", fake_qmp_path(qemu->fake),
 				     testguest_socket(qemu->memory));
-	qemu->guest = pr_guest_open(qemu->spec, timeout_ms, &error);
+	qemu->guest = pr_guest_open(qemu->spec, NULL, timeout_ms, &error);
 	g_assert_no_error(error);
 	qemu->guest->ops->on_run_again(qemu->guest, ran_again, qemu);
 	return qemu;

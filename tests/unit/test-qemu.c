@@ -118,7 +118,7 @@ static PrGuest *try_attach(Fixture *fix, const char *name, GError **error)
 {
 	g_autofree char *spec = g_strdup_printf(SPEC, fix->dir, name, fix->dir, name);
 
-	return pr_guest_open(spec, TIMEOUT, error);
+	return pr_guest_open(spec, NULL, TIMEOUT, error);
 }
 
 static PrGuest *attach(Fixture *fix, const char *name)
@@ -304,7 +304,7 @@ static void anothers_agent_is_refused(void **state)
 
 	start_qemu(fix, "a", TRUE, args);
 	start_qemu(fix, "b", TRUE, other);
-	guest = pr_guest_open(spec, TIMEOUT, &error);
+	guest = pr_guest_open(spec, NULL, TIMEOUT, &error);
 	assert_null(error);
 	assert_refused(guest, PR_GUEST_SOURCE, "is this the agent of this QEMU?");
 }

@@ -138,9 +138,10 @@ class Console:
 
 
 class Qemu:
-    """One QEMU, started on a host."""
+    """One QEMU, started on a host. agent: with the preload agent in it; else its engine attaches to it.
+    options: more of QEMU's. wrapper: a command that execs it."""
 
-    def __init__(self, lab, host, spec, incoming=False, agent=True, name=None):
+    def __init__(self, lab, host, spec, incoming=False, agent=False, name=None, options=(), wrapper=()):
         self.name = name or f"qemu-{host.name}"
         self.spec = spec
         self.qmp_path = lab.path(f"{self.name}.qmp")
@@ -154,10 +155,12 @@ class Qemu:
         for path in (self.qmp_path, self.second_qmp_path):
             argv += ["-qmp", f"unix:{path},server=on,wait=off"]
         argv += ["-incoming", "defer"] if incoming else []
+        argv += options
+        self.agent = agent
         env = {}
         if agent:
             env = {"LD_PRELOAD": lab.build_file("libpostroad-agent.so"), "POSTROAD_AGENT": self.agent_path}
-        self.process = lab.start(self.name, host.command(argv), env, gently=False)
+        self.process = lab.start(self.name, host.command([*wrapper, *argv]), env, gently=False)
         self.qmp = self._connect()
 
     def _connect(self):
@@ -172,7 +175,7 @@ class Qemu:
         return Qmp(self.second_qmp_path)
 
     def guest_option(self):
-        return f"qemu:qmp={self.qmp_path},agent={self.agent_path}"
+        return f"qemu:qmp={self.qmp_path}" + (f",agent={self.agent_path}" if self.agent else "")
 
     def wait_booted(self):
         wait_for(f"the guest of {self.name} has booted and filled its memory", 90, self.console.last)
