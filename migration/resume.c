@@ -375,7 +375,6 @@ static gboolean go_on_trying(PrMigration *m, const GError *why, GError **error)
 		"does not run yet: %s",
 		why->message);
 
-	g_warning("%s", words);
 	g_mutex_lock(&m->lock);
 	m->error_desc = g_strdup(words);
 	pr_migration_restore_locked(m, PR_ROLE_SOURCE, PR_STATE_FAILING, FALSE, words);
