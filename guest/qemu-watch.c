@@ -64,10 +64,21 @@ static gboolean rest(PrQemuWatch *watch)
 	return go_on;
 }
 
+/* A QEMU that does not answer may have been told to let the guest run: then it hangs in the fence. */
+static void tell_silence(PrQemuWatch *watch, const GError *error)
+{
+	g_autofree char *words = g_strdup_printf(
+		"whether QEMU lets the guest run is not known: %s; it may have been told to, and wait "
+		"for the write protection to end",
+		error->message);
+
+	tell(watch, words);
+}
+
 /* NULL: the watch ends before there is one. */
 static PrQmp *reach(PrQemuWatch *watch)
 {
-	gboolean warned = FALSE;
+	gboolean told = FALSE;
 
 	for (;;) {
 		g_autoptr(GError) error = NULL;
@@ -75,9 +86,9 @@ static PrQmp *reach(PrQemuWatch *watch)
 
 		if (qmp)
 			return qmp;
-		if (!warned)
-			g_warning("the guest is not watched until QMP answers: %s", error->message);
-		warned = TRUE;
+		if (!told)
+			tell_silence(watch, error);
+		told = TRUE;
 		if (!rest(watch))
 			return NULL;
 	}
@@ -119,13 +130,20 @@ static void stop_guest(PrQemuWatch *watch, PrQmp *qmp, const char *what)
 /* What has let it run before the watch began was seen by nobody. */
 static void look(PrQemuWatch *watch, PrQmp *qmp)
 {
-	g_autoptr(GError) error = NULL;
-	g_autoptr(JsonObject) status = pr_qmp_query(qmp, "query-status", &error);
+	gboolean told = FALSE;
 
-	if (!status)
-		g_warning("whether the guest runs is not known: %s", error->message);
-	else if (pr_json_boolean(status, "running"))
-		stop_guest(watch, qmp, "QEMU lets the guest run already");
+	do {
+		g_autoptr(GError) error = NULL;
+		g_autoptr(JsonObject) status = pr_qmp_query(qmp, "query-status", &error);
+
+		if (status && pr_json_boolean(status, "running"))
+			stop_guest(watch, qmp, "QEMU lets the guest run already");
+		if (status)
+			return;
+		if (!told)
+			tell_silence(watch, error);
+		told = TRUE;
+	} while (rest(watch));
 }
 
 static void act(PrQemuWatch *watch, PrQmp *qmp, guint seen)

@@ -2,7 +2,8 @@
 /*
  * Linked into the engine, makes one that kills itself at a point (migration/killpoint.h):
  * POSTROAD_KILL=NAME[:N] kills it when it gets there for the N-th time, with SIGKILL: nothing is tidied up.
- * POSTROAD_KILL=list prints the names.
+ * POSTROAD_KILL=list prints the names. POSTROAD_FREEZE=NAME[:N] stops it there instead, with SIGSTOP: it goes on from
+ * there when it is sent SIGCONT.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -14,6 +15,15 @@
 
 static PrKillPoint wanted; /* constant after the start */
 static int countdown;	   /* atomic */
+static gboolean freezes;   /* constant after the start */
+
+static void freeze(void)
+{
+	static const char said[] = "stopped where it was to be\n";
+
+	(void)!write(STDERR_FILENO, said, sizeof(said) - 1);
+	kill(getpid(), SIGSTOP);
+}
 
 static void reached(PrKillPoint point)
 {
@@ -21,6 +31,10 @@ static void reached(PrKillPoint point)
 
 	if (point != wanted || __atomic_sub_fetch(&countdown, 1, __ATOMIC_SEQ_CST) != 0)
 		return;
+	if (freezes) {
+		freeze();
+		return;
+	}
 	(void)!write(STDERR_FILENO, said, sizeof(said) - 1);
 	kill(getpid(), SIGKILL);
 	/* Other threads are stopped a moment later; this one does no further step. */
@@ -40,6 +54,9 @@ __attribute__((constructor)) static void hook_in(void)
 	const char *text = getenv("POSTROAD_KILL");
 	gsize length;
 
+	freezes = !text;
+	if (freezes)
+		text = getenv("POSTROAD_FREEZE");
 	if (!text)
 		return;
 	if (!strcmp(text, "list"))
@@ -50,7 +67,7 @@ __attribute__((constructor)) static void hook_in(void)
 		    !strncmp(text, pr_kill_point_name(wanted), length))
 			break;
 	if (wanted == PR_N_KILL_POINTS) {
-		fprintf(stderr, "POSTROAD_KILL=%s: there is no such point\n", text);
+		fprintf(stderr, "%s: there is no such point\n", text);
 		exit(2);
 	}
 	countdown = text[length] == ':' ? atoi(text + length + 1) : 1;

@@ -45,6 +45,7 @@ class GuestSpec:
     survey: bool = False  # read all other pages of RAM as well, over and over
     nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
     share: str = "on"  # of each node's backend: "on", "on,off", …
+    image: str = ""  # a disk image that both sides have, with locking
 
     def memory(self):
         each = self.ram_mb // self.nodes
@@ -58,6 +59,15 @@ class GuestSpec:
         for node in range(self.nodes):
             args += ["-numa", f"node,memdev=ram{node}"]
         return args + ["-machine", "pc"]
+
+    def disk(self):
+        if not self.image:
+            return []
+        file = f"driver=file,node-name=file0,filename={self.image},locking=on"
+        return ["-blockdev", file, "-blockdev", "driver=raw,node-name=disk0,file=file0"] + [
+            "-device",
+            "virtio-blk-pci,drive=disk0",
+        ]
 
     def went_round(self, first, last):
         """Whether all pages were visited between two progress lines. One worker counts its pages; several
@@ -138,7 +148,7 @@ class Qemu:
         self.agent_path = lab.path(f"{self.name}.agent")
         self.console = Console(lab.path(f"{self.name}.console"))
         argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
-        argv += ["-no-reboot", "-accel", lab.accel, "-cpu", "max", "-smp", "2", *spec.memory()]
+        argv += ["-no-reboot", "-accel", lab.accel, "-cpu", "max", "-smp", "2", *spec.memory(), *spec.disk()]
         argv += ["-kernel", lab.guest_file("vmlinuz"), "-initrd", lab.guest_file("initrd.gz")]
         argv += ["-append", spec.kernel_line(), "-serial", f"file:{self.console.path}"]
         for path in (self.qmp_path, self.second_qmp_path):
