@@ -129,6 +129,8 @@ struct PrGuestOps {
 	 * protection can't be had. Both harmless when it is so already. */
 	gboolean (*fence)(PrGuest *guest, GError **error);
 	gboolean (*unfence)(PrGuest *guest, GError **error);
+	/* Was it write-protected when this engine came, by one that has died? */
+	gboolean (*was_fenced)(PrGuest *guest);
 	/* NULL: no more, and no call is in progress when this returns. Not from within such a call. */
 	void (*on_run_again)(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque);
 

@@ -443,6 +443,11 @@ static gboolean qemu_unfence(PrGuest *guest, GError **error)
 	return pr_agent_client_fence_off(((QemuGuest *)guest)->agent, error);
 }
 
+static gboolean qemu_was_fenced(PrGuest *guest)
+{
+	return pr_agent_client_was_fenced(((QemuGuest *)guest)->agent);
+}
+
 static void qemu_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
 {
 	pr_qemu_watch_tell(((QemuGuest *)guest)->watch, ran_again, opaque);
@@ -500,6 +505,7 @@ const PrGuestOps pr_guest_qemu = {
 	.fault_off = qemu_fault_off,
 	.fence = qemu_fence,
 	.unfence = qemu_unfence,
+	.was_fenced = qemu_was_fenced,
 	.on_run_again = qemu_on_run_again,
 	.keep_state = qemu_keep_state,
 	.fetch_state = qemu_fetch_state,

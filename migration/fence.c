@@ -28,8 +28,8 @@ static const char *consequence(const PrMigration *m)
 	case PR_FENCE_LIFTED:
 		return "all its memory had moved: the destination reads nothing there any more";
 	default:
-		return "its RAM was not write-protected: what the destination has read of it since may "
-		       "be wrong";
+		return "its RAM was not write-protected then: what the destination has read of it since "
+		       "may be wrong";
 	}
 }
 
@@ -84,6 +84,15 @@ void pr_source_fence(PrMigration *m)
 	else
 		note_refused(m, error->message);
 	pr_kill_point(PR_KILL_SOURCE_FENCED);
+}
+
+void pr_source_fence_again(PrMigration *m)
+{
+	g_mutex_lock(&m->lock);
+	if (m->guest->ops->was_fenced(m->guest))
+		m->fence = PR_FENCE_ON;
+	g_mutex_unlock(&m->lock);
+	pr_source_fence(m);
 }
 
 /* A guest whose process is gone needs none of it. */

@@ -368,6 +368,8 @@ void pr_source_forget(PrMigration *m);
 /* fence.c; the owner, once RUN may have been sent: write-protects the guest's RAM here, and watches it. Where it can't be
  * protected both sides are told. */
 void pr_source_fence(PrMigration *m);
+/* The same for an engine that follows another one, which may have done it. */
+void pr_source_fence_again(PrMigration *m);
 /* Everything has moved. The watch goes on. */
 void pr_source_unfence(PrMigration *m);
 /* Either side, at the beginning: the guest's process may have been a source before. */

@@ -709,7 +709,7 @@ gpointer pr_source_resumed_thread(gpointer migration)
 	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "migration");
 
 	m->watch = watch;
-	pr_source_fence(m);
+	pr_source_fence_again(m);
 	see_through(m, NULL);
 	note_end(m);
 	return NULL;

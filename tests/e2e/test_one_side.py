@@ -3,13 +3,14 @@
 right, and both operators hear of it. After a failure before the hand-over the source's guest runs on, however long that
 takes."""
 
+import contextlib
 import fcntl
 import os
 import struct
 
 from harness.case import case
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import Failure, expect, wait_for
 from harness.vm import GuestSpec
 
 HANDED_OVER = "the guest at the source, which was handed over"
@@ -35,6 +36,11 @@ def order(move, *commands):
     for command in commands:
         move.source_vm.qmp.send(command)
     return len(commands)
+
+
+def reset_instead_of_end(move):
+    """The tests' QEMUs have -no-reboot."""
+    move.source_vm.qmp.command("set-action", reboot="reset")
 
 
 def hear(move, count):
@@ -76,19 +82,40 @@ def cont_cut(lab):
     finish(move, orders)
 
 
-@case("cont-at-the-source-without-an-engine-changes-no-page")
-def cont_orphan(lab):
+def run_unwatched(move):
+    """Lets the source's guest run for as long as it takes it to write all its pages, if it could."""
+    console, spec = move.source_vm.console, move.source_vm.spec
+    first = console.last()
+    with contextlib.suppress(Failure):
+        wait_for("the source's guest visits all its pages", 6, lambda: spec.went_round(first, console.last()))
+
+
+def without_engine(lab, *commands):
     """The kernel holds the guest's writes when nobody watches. The next engine finds a QEMU that does not answer, or
     whose guest runs, and stops it when it can."""
     move = start_midway(lab, settings=("guest-timeout=2000",))
     move.source.kill()
-    orders = 0 if order(move, "cont") and move.source_vm.qmp.answer(1) else 1
+    if "system_reset" in commands:
+        reset_instead_of_end(move)
+    orders = order(move, *commands)
+    run_unwatched(move)
     move.source.resume()
-    move.source.wait_said(HANDED_OVER, 20)
+    wait_for("the next engine says so", 20, lambda: HANDED_OVER in move.source.query()["postroad"]["reason"])
     move.destination.wait_status("postcopy-paused")
     move.resume(link=1)
-    expect_both_said(move, FENCED)
+    move.destination.wait_said(HANDED_OVER, 10)
+    move.destination.wait_said(FENCED, 10)
     finish(move, orders)
+
+
+@case("cont-at-the-source-without-an-engine-changes-no-page")
+def cont_orphan(lab):
+    without_engine(lab, "cont")
+
+
+@case("system-reset-at-the-source-without-an-engine-changes-no-page")
+def reset_orphan(lab):
+    without_engine(lab, "system_reset", "cont")
 
 
 @case("stop-that-hangs-at-the-source-does-not-keep-an-engine-from-following")
@@ -108,7 +135,7 @@ def stop_hangs(lab):
 @case("system-reset-at-the-source-in-mid-postcopy-changes-no-page")
 def system_reset(lab):
     move = start_midway(lab)
-    move.source_vm.qmp.command("set-action", reboot="reset")  # the tests' QEMUs have -no-reboot
+    reset_instead_of_end(move)
     orders = order(move, "system_reset", "cont")
     expect_both_said(move, FENCED)
     move.expect_midway()

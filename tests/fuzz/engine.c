@@ -157,6 +157,11 @@ static gboolean guest_unfence(PrGuest *guest, GError **error)
 	return TRUE;
 }
 
+static gboolean guest_was_fenced(PrGuest *guest)
+{
+	return FALSE;
+}
+
 static void guest_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
 {
 }
@@ -191,6 +196,7 @@ static const PrGuestOps guest_ops = {
 	.fault_off = guest_fault_off,
 	.fence = guest_fence,
 	.unfence = guest_unfence,
+	.was_fenced = guest_was_fenced,
 	.on_run_again = guest_on_run_again,
 	.keep_state = guest_keep_state,
 	.fetch_state = guest_fetch_state,
