@@ -85,7 +85,7 @@ static gpointer fence_thread(gpointer migration)
 	pr_watch_busy(watch, &fencing);
 	if (m->guest->ops->fence(m->guest, &error))
 		note_fenced(m, began);
-	else
+	else if (!g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
 		note_refused(m, error->message);
 	pr_kill_point(PR_KILL_SOURCE_FENCED);
 	return NULL;
