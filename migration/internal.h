@@ -102,6 +102,8 @@ struct PrMigration {
 	PrWatchdog *dog;
 
 	PrWatch *watch; /* the owner's, which alone uses it; no lock */
+	GThread *
+		fencer; /* the same; source: write-protects its RAM; NULL: nobody does (any more) */
 
 	PrQuiet refusals; /* has its own lock */
 	GMutex pull_lock; /* for stripe.c and for ending the pull threads; taken before `lock` */
@@ -365,9 +367,11 @@ void pr_source_note_changes(PrMigration *m);
 /* At the end: nothing needs to be known of a guest that has moved, and whose process is gone. */
 void pr_source_forget(PrMigration *m);
 
-/* fence.c; the owner, once RUN may have been sent: write-protects the guest's RAM here, and watches it. Where it can't be
- * protected both sides are told. */
+/* fence.c; the owner, once RUN may have been sent: begins to write-protect the guest's RAM here, and to watch it. Where it
+ * can't be protected both sides are told. */
 void pr_source_fence(PrMigration *m);
+/* Waits until that is done. */
+void pr_source_await_fence(PrMigration *m);
 /* The same for an engine that follows another one, which may have done it. */
 void pr_source_fence_again(PrMigration *m);
 /* Everything has moved. The watch goes on. */

@@ -712,6 +712,7 @@ static void see_through(PrMigration *m, PrConn *conn)
 
 static void note_end(PrMigration *m)
 {
+	pr_source_await_fence(m);
 	g_mutex_lock(&m->lock);
 	gboolean completed = m->sm.state == PR_STATE_COMPLETED;
 	g_mutex_unlock(&m->lock);
