@@ -116,15 +116,6 @@ void pr_source_fence_again(PrMigration *m)
 	pr_source_fence(m);
 }
 
-void pr_source_fence_again(PrMigration *m)
-{
-	g_mutex_lock(&m->lock);
-	if (m->guest->ops->was_fenced(m->guest))
-		m->fence = PR_FENCE_ON;
-	g_mutex_unlock(&m->lock);
-	pr_source_fence(m);
-}
-
 /* A guest whose process is gone needs none of it. */
 static void lift(PrMigration *m)
 {
