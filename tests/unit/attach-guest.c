@@ -26,7 +26,7 @@ struct AttachGuest {
 /* The process */
 
 typedef struct Access {
-	volatile uint8_t *at;
+	uint8_t *at;
 	uint8_t value;
 	gboolean write;
 } Access;
@@ -62,9 +62,9 @@ static void *do_access(void *opaque)
 	free(opaque);
 	say("thread %d\n", thread);
 	if (access.write)
-		*access.at = access.value;
+		__atomic_store_n(access.at, access.value, __ATOMIC_RELAXED);
 	else
-		access.value = *access.at;
+		access.value = __atomic_load_n(access.at, __ATOMIC_RELAXED);
 	say("done %d %u\n", thread, access.value);
 	return NULL;
 }
@@ -78,7 +78,7 @@ static void start_access(const char *line)
 
 	access->write = *line == 'w';
 	sscanf(line + 1, "%lx %u", &at, &value);
-	access->at = (volatile uint8_t *)at;
+	access->at = (uint8_t *)at;
 	access->value = (uint8_t)value;
 	if (pthread_create(&thread, NULL, do_access, access))
 		_exit(1);
