@@ -304,7 +304,6 @@ static void ram_in_a_file_in_memory_is_found(void **state)
 	guest = attach(*state, "a");
 	blocks = prepare(guest, PR_GUEST_SOURCE, &n);
 	g_unlink(file);
-	assert_int_equal(n, 1);
 	assert_int_equal(blocks[0].size, 64 << 20);
 }
 
@@ -344,7 +343,6 @@ static void a_socket_that_another_process_made_needs_the_pid(void **state)
 	qemu = g_subprocess_launcher_spawnv(launcher, argv, NULL);
 	g_ptr_array_add(fix->qemus, qemu);
 	assert_null(try_attach(fix, "a", &error));
-	print_message("%s\n", error->message);
 	assert_non_null(strstr(error->message, words));
 	spec = g_strdup_printf(ATTACH ",pid=%s", fix->dir, "a", g_subprocess_get_identifier(qemu));
 	g_clear_error(&error);
