@@ -49,11 +49,21 @@ def another_user(lab):
     expect(uid_of(move.destination_vm) != 0, "QEMU was to be another user's")
 
 
+def start_refused(lab, host, guest):
+    """An engine that has to end at once, because of its guest; returns what it says."""
+    argv = [lab.engine_file(), "--guest", guest, "--qmp", lab.path("refused.qmp")]
+    engine = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
+    expect(engine.wait() == 1, f"an engine that can't work ended with {engine.exit_code()}")
+    return engine.output()
+
+
 @case("move-with-the-preload-agent")
 def preloaded(lab):
     move = move_and_verify(lab, agent=True)
     for engine in move.engines:
         expect(not children_of(engine.process.pid), f"{engine.name} has a helper, and an agent")
+    said = start_refused(lab, lab.network.destination, f"qemu:qmp={move.destination_vm.qmp_path}")
+    expect("add agent=PATH" in said, f"attaching beside an agent is not refused with the remedy: {said}")
 
 
 @case("move-of-a-qemu-that-is-named-by-its-pid")
@@ -64,11 +74,7 @@ def by_pid(lab):
     engine = Engine(lab, host, f"{vm.guest_option()},pid={vm.process.pid}")
     wait_for("the engine serves its monitor", 10, lambda: engine.status() == "none")
     engine.process.stop()
-    guest = f"{vm.guest_option()},pid={os.getpid()}"
-    argv = [lab.engine_file(), "--guest", guest, "--qmp", lab.path("refused.qmp")]
-    refused = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
-    expect(refused.wait() == 1, f"an engine of another process ended with {refused.exit_code()}")
-    said = refused.output()
+    said = start_refused(lab, host, f"{vm.guest_option()},pid={os.getpid()}")
     expect("does not run the vCPUs" in said, f"the refusal does not say why: {said}")
     expect("name QEMU's with pid=" in said, f"the refusal does not say what to do: {said}")
 
@@ -106,6 +112,19 @@ def helpers_die(lab):
         engine.resume()
     move.wait_paused()
     move.finish_over(link=1)
+
+
+@case("killed-helpers-in-mid-pull-and-the-move-ends-without-them")
+def helpers_not_missed(lab):
+    """The fault mode is left without them. Only engines that are started anew have helpers again."""
+    move = Move(lab)
+    move.start_midway()
+    for engine in move.engines:
+        kill_helper(engine)
+    move.expect_midway()
+    move.finish()
+    said = move.destination.process.output()
+    expect("turning the fault mode off" not in said, f"the fault mode is on still: {said[-500:]}")
 
 
 @case("qemu-that-dies-without-a-helper-beside-it-is-told")
