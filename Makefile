@@ -31,7 +31,8 @@ chaos: all
 	@tests/chaos/run --build build $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(RECOVERIES),--recoveries $(RECOVERIES))
 
-# A guest moves, loses its path, and recovers: told on the terminal in a minute.
+# A guest moves, loses its path, and recovers: told on the terminal in a minute. QEMU=PROGRAM: with that one
+# (tests/qemu-versions tells which there are).
 demo: all linux-guest
 	@tests/demo.py --build build
 
@@ -42,6 +43,10 @@ demo-roce: all
 # The tests on these hosts alone: the lab, the data path, and whole migrations over rdma:.
 check-roce: all
 	@tests/roce/run --build build
+
+# A build with Debian 13's compiler and libraries, and its unit tests there.
+check-debian13: deps
+	@tests/debian13
 
 # rdma: beside perftest, and how long a failover takes.
 bench-roce: all
@@ -68,6 +73,6 @@ format: deps
 	git ls-files '*.c' '*.h' | xargs clang-format -i
 
 clean:
-	rm -rf build build-asan build-tsan build-fuzz
+	rm -rf build build-asan build-tsan build-fuzz build-debian13
 
-.PHONY: all deps check check-roce chaos fuzz demo demo-roce bench bench-smoke bench-roce linux-guest install format clean
+.PHONY: all deps check check-roce check-debian13 chaos fuzz demo demo-roce bench bench-smoke bench-roce linux-guest install format clean

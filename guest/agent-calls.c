@@ -200,9 +200,13 @@ int pr_agent_client_stderr(PrAgentClient *client, GError **error)
 	return reply ? pr_agent_answer_take_fd(reply, 0) : -1;
 }
 
+/* The kernel walks all page tables; a guest may have more RAM than that takes in one timeout. */
 gboolean pr_agent_client_fence_on(PrAgentClient *client, GError **error)
 {
-	return call_simple(client, PR_AGENT_FENCE_ON, error);
+	g_autoptr(PrAgentAnswer) reply =
+		pr_agent_call(client, PR_AGENT_FENCE_ON, -1, PR_GUEST_LOAD_TIMEOUTS, NULL, error);
+
+	return reply != NULL;
 }
 
 gboolean pr_agent_client_fence_off(PrAgentClient *client, GError **error)

@@ -598,6 +598,11 @@ gboolean pr_agent_client_was_faulting(PrAgentClient *client)
 	return (client->flags & PR_AGENT_FLAG_FAULT_ON) != 0;
 }
 
+gboolean pr_agent_client_was_fenced(PrAgentClient *client)
+{
+	return (client->flags & PR_AGENT_FLAG_FENCE_ON) != 0;
+}
+
 void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque)
 {
 	g_autofree char *reason = NULL;

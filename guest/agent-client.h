@@ -36,6 +36,8 @@ gboolean pr_agent_client_is_helper(PrAgentClient *client);
 gboolean pr_agent_client_has_callbacks(PrAgentClient *client);
 /* Was the fault mode on already: does this engine follow another one that is gone? */
 gboolean pr_agent_client_was_faulting(PrAgentClient *client);
+/* The same of the fence: was the guest handed over, or has somebody tried to? */
+gboolean pr_agent_client_was_fenced(PrAgentClient *client);
 
 /* A GArray of PrGuestBlock that owns its names and memfds. */
 GArray *pr_guest_blocks_new(void);

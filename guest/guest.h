@@ -96,21 +96,26 @@ struct PrGuestOps {
 	gboolean (*is_running)(PrGuest *guest, gboolean *ret_running, GError **error);
 	gboolean (*take_stopped)(PrGuest *guest, gboolean was_running, GError **error);
 
-	/* While the guest still runs. Source: what the destination has to know before it takes the guest, and
-	 * what it may have early. Destination: takes the pieces as they come, and refuses what it can't be host
-	 * to. NULL: nothing. */
+	/* While the guest still runs. Source: describe() tells what the destination must be like, save_early() what
+	 * it may have early. Destination: load_early() takes the pieces of both as they come, and refuses a guest
+	 * that it can't be host to. NULL, all of them: nothing. */
+	gboolean (*describe)(PrGuest *guest, PrGuestSink sink, void *opaque, GError **error);
 	gboolean (*save_early)(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
 			       GError **error);
 	gboolean (*load_early)(PrGuest *guest, const void *data, gsize len, GError **error);
 
-	/* Source, before stop(); destination, before load_begin(): readies what the device state needs, so
-	 * that it does not count as downtime. NULL: nothing to do. resume() undoes it. */
-	gboolean (*prepare_state)(PrGuest *guest, GError **error);
+	/* Source, before stop(), and destination, before load_begin(): readies what the device state needs, so
+	 * that it does not count as downtime. resume() undoes it at the source. NULL: nothing to do. */
+	gboolean (*prepare_save)(PrGuest *guest, GError **error);
+	gboolean (*prepare_load)(PrGuest *guest, GError **error);
 
 	/* Source. stop() remembers whether the guest was running; resume() undoes it (a guest that was
 	 * paused stays paused) and is harmless when nothing was stopped. */
 	gboolean (*stop)(PrGuest *guest, gboolean *ret_was_running, GError **error);
 	gboolean (*resume)(PrGuest *guest, GError **error);
+	/* Whether it has not run since stop(): nobody else has let it. Asks nobody, and returns at once. NULL: nobody
+	 * else can. */
+	gboolean (*check_stopped)(PrGuest *guest, GError **error);
 	gboolean (*save)(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
 			 GError **error);
 
@@ -143,6 +148,8 @@ struct PrGuestOps {
 	 * protection can't be had. Both harmless when it is so already. */
 	gboolean (*fence)(PrGuest *guest, GError **error);
 	gboolean (*unfence)(PrGuest *guest, GError **error);
+	/* Was it write-protected when this engine came, by one that has died? */
+	gboolean (*was_fenced)(PrGuest *guest);
 	/* NULL: no more, and no call is in progress when this returns. Not from within such a call. */
 	void (*on_run_again)(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque);
 

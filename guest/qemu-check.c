@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "guest/qemu.h"
+#include "guest/qemu-private.h"
 #include "guest/qemu-ram.h"
 
 #include <gio/gunixmounts.h>
@@ -53,36 +54,102 @@ static const char *object_string(JsonObject *object, const char *member)
 	return text ? text : "";
 }
 
-static gboolean check_version(PrQmp *qmp, GError **error)
+gboolean pr_qemu_version(PrQmp *qmp, guint *ret_major, guint *ret_minor, GError **error)
 {
 	g_autoptr(JsonObject) object = pr_qmp_query(qmp, "query-version", error);
 	JsonObject *qemu;
-	gint64 major;
 
 	if (!object)
 		return FALSE;
 	qemu = pr_json_object(object, "qemu");
-	major = qemu ? pr_json_int(qemu, "major") : 0;
-	if (major >= 4)
-		return TRUE;
-	return refuse(error, "this is QEMU %d; Postroad needs QEMU 4.0 or later (x-ignore-shared)",
-		      (int)major);
+	*ret_major = qemu ? (guint)pr_json_int(qemu, "major") : 0;
+	*ret_minor = qemu ? (guint)pr_json_int(qemu, "minor") : 0;
+	return TRUE;
 }
 
-static gboolean check_capability(PrQmp *qmp, GError **error)
+/* Older ones do not tell what keeps them from migrating. */
+static gboolean check_version(PrQmp *qmp, GError **error)
 {
+	guint major, minor;
+
+	if (!pr_qemu_version(qmp, &major, &minor, error))
+		return FALSE;
+	if (major > 7 || (major == 7 && minor >= 2))
+		return TRUE;
+	return refuse(error, "this is QEMU %u.%u; Postroad needs QEMU 7.2 or later", major, minor);
+}
+
+/* Capabilities of QEMU's own migration with which it would not read a plain stream. */
+static gboolean check_capabilities(PrQmp *qmp, GError **error)
+{
+	static const char *const bad[] = {"multifd", "postcopy-preempt",    "mapped-ram",
+					  "x-colo",  "background-snapshot", NULL};
 	g_autoptr(JsonNode) node = NULL;
 	JsonArray *array = execute_array(qmp, "query-migrate-capabilities", NULL, &node, error);
 
 	if (!array)
 		return FALSE;
 	for (guint i = 0; i < json_array_get_length(array); i++) {
-		if (g_strcmp0(element_string(array, i, "capability"), "x-ignore-shared") == 0)
-			return TRUE;
+		const char *name = element_string(array, i, "capability");
+
+		if (name && g_strv_contains(bad, name) &&
+		    pr_json_boolean(json_array_get_object_element(array, i), "state"))
+			return refuse(
+				error,
+				"the destination's QEMU has its migration capability '%s' on; "
+				"switch it off (migrate_set_capability %s off in its monitor)",
+				name, name);
 	}
+	return TRUE;
+}
+
+/* What QEMU itself names as a reason not to migrate: devices that have no state, and what uses the guest right now. */
+static gboolean check_blockers(JsonObject *migration, GError **error)
+{
+	JsonNode *node = json_object_get_member(migration, "blocked-reasons");
+	JsonNode *first;
+
+	if (!node || !JSON_NODE_HOLDS_ARRAY(node) ||
+	    !json_array_get_length(json_node_get_array(node)))
+		return TRUE;
+	first = json_array_get_element(json_node_get_array(node), 0);
+	return refuse(error, "this QEMU cannot migrate: %s",
+		      JSON_NODE_HOLDS_VALUE(first) &&
+				      json_node_get_value_type(first) == G_TYPE_STRING
+			      ? json_node_get_string(first)
+			      : "it does not say why");
+}
+
+/* They are not in the device state; who made them would miss what was written meanwhile. */
+static gboolean check_bitmaps_of(JsonObject *node, GError **error)
+{
+	JsonNode *list = json_object_get_member(node, "dirty-bitmaps");
+	const char *bitmap, *name;
+
+	if (!list || !JSON_NODE_HOLDS_ARRAY(list) ||
+	    !json_array_get_length(json_node_get_array(list)))
+		return TRUE;
+	name = object_string(node, "node-name");
+	bitmap = element_string(json_node_get_array(list), 0, "name");
 	return refuse(error,
-		      "this QEMU has no migration capability 'x-ignore-shared'; use QEMU 4.0 "
-		      "or later");
+		      "block node '%s' has the dirty bitmap '%s', which can't be migrated; remove "
+		      "it first (block-dirty-bitmap-remove)",
+		      name, bitmap ? bitmap : "");
+}
+
+static gboolean check_bitmaps(PrQmp *qmp, GError **error)
+{
+	g_autoptr(JsonNode) node = NULL;
+	JsonArray *array = execute_array(qmp, "query-named-block-nodes", NULL, &node, error);
+
+	for (guint i = 0; array && i < json_array_get_length(array); i++) {
+		JsonNode *element = json_array_get_element(array, i);
+
+		if (JSON_NODE_HOLDS_OBJECT(element) &&
+		    !check_bitmaps_of(json_node_get_object(element), error))
+			return FALSE;
+	}
+	return array != NULL;
 }
 
 static gboolean check_source_state(const char *migration, const char *run_state, GError **error)
@@ -133,13 +200,15 @@ static gboolean check_state(PrQmp *qmp, PrGuestRole role, GError **error)
 	run_state = object_string(status, "status");
 	if (role == PR_GUEST_DESTINATION)
 		return check_destination_state(migration, run_state, error);
-	return check_source_state(object_string(migration, "status"), run_state, error);
+	return check_source_state(object_string(migration, "status"), run_state, error) &&
+	       check_blockers(migration, error);
 }
 
 /* Devices whose state, or whose access to guest RAM, lives outside of QEMU. */
 static gboolean check_device(const char *path, const char *name, const char *type, GError **error)
 {
-	static const char *const bad[] = {"child<vfio-", "vhost-user", "vhost-vdpa", NULL};
+	static const char *const bad[] = {"child<vfio-", "vhost-user", "vhost-vdpa",
+					  "child<ivshmem", NULL};
 
 	for (guint i = 0; bad[i]; i++) {
 		if (strstr(type, bad[i]))
@@ -201,8 +270,9 @@ static gboolean check_network(PrQmp *qmp, GError **error)
 
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error)
 {
-	return check_version(qmp, error) && check_capability(qmp, error) &&
-	       (!fresh || check_state(qmp, role, error)) &&
+	return check_version(qmp, error) && (!fresh || check_state(qmp, role, error)) &&
+	       (role == PR_GUEST_SOURCE ? check_bitmaps(qmp, error)
+					: check_capabilities(qmp, error)) &&
 	       check_devices_at(qmp, "/machine/peripheral", error) &&
 	       check_devices_at(qmp, "/machine/peripheral-anon", error) &&
 	       check_network(qmp, error);
@@ -310,6 +380,19 @@ static gboolean check_blocks(const GArray *ramblocks, const GArray *backends, gu
 	return TRUE;
 }
 
+uint64_t pr_qemu_ask_hva(PrQmp *qmp, const char *mtree, const char *block)
+{
+	g_autofree char *line = NULL;
+	g_autofree char *text = NULL;
+	uint64_t gpa, offset, hva;
+
+	if (!pr_qemu_find_gpa(mtree, block, &gpa, &offset))
+		return 0;
+	line = g_strdup_printf("gpa2hva 0x%" G_GINT64_MODIFIER "x", gpa);
+	text = pr_qmp_human(qmp, line, NULL);
+	return text && pr_qemu_parse_hva(text, &hva) ? hva - offset : 0;
+}
+
 /* Addresses are a check, and settle which of two blocks of the same size is which. A QEMU that does not
  * tell them is matched by order. */
 static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backends)
@@ -318,17 +401,9 @@ static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backe
 
 	for (guint i = 0; mtree && i < ramblocks->len; i++) {
 		PrQemuRamBlock *block = &g_array_index(ramblocks, PrQemuRamBlock, i);
-		g_autofree char *line = NULL;
-		g_autofree char *text = NULL;
-		uint64_t gpa, offset, hva;
 
-		if (block->hva || !pr_qemu_backend_of(backends, block->name) ||
-		    !pr_qemu_find_gpa(mtree, block->name, &gpa, &offset))
-			continue;
-		line = g_strdup_printf("gpa2hva 0x%" G_GINT64_MODIFIER "x", gpa);
-		text = pr_qmp_human(qmp, line, NULL);
-		if (text && pr_qemu_parse_hva(text, &hva))
-			block->hva = hva - offset;
+		if (!block->hva && pr_qemu_backend_of(backends, block->name))
+			block->hva = pr_qemu_ask_hva(qmp, mtree, block->name);
 	}
 }
 
@@ -392,6 +467,19 @@ static GArray *match_attached(PrAgentClient *helper, const GArray *ramblocks,
 	    !pr_agent_client_choose(helper, (const PrGuestBlock *)blocks->data, blocks->len, error))
 		return NULL;
 	return g_steal_pointer(&blocks);
+}
+
+GArray *pr_qemu_private_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
+{
+	g_autoptr(GArray) ramblocks = NULL;
+	g_autoptr(GArray) backends = NULL;
+	GArray *blocks;
+
+	if (!list_ram(qmp, pr_agent_client_is_helper(agent), &ramblocks, &backends, error))
+		return NULL;
+	blocks = pr_qemu_private_list(ramblocks, backends);
+	pr_qemu_private_locate(qmp, blocks);
+	return blocks;
 }
 
 GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)

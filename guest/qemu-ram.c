@@ -96,10 +96,10 @@ gboolean pr_qemu_find_gpa(const char *mtree, const char *block, uint64_t *ret_gp
 			  uint64_t *ret_offset)
 {
 	g_autofree char *name = g_regex_escape_string(last_part(block), -1);
-	g_autofree char *pattern =
-		g_strdup_printf("^\\s*([0-9a-f]{16})-[0-9a-f]{16} \\(prio -?\\d+, ram\\): "
-				"%s(?: @([0-9a-f]{16}))?(?: KVM)?\\s*$",
-				name);
+	g_autofree char *pattern = g_strdup_printf(
+		"^\\s*([0-9a-f]{16})-[0-9a-f]{16} \\(prio -?\\d+, (?:ram|rom|romd)\\): "
+		"%s(?: @([0-9a-f]{16}))?(?: KVM)?\\s*$",
+		name);
 	g_autoptr(GRegex) regex = g_regex_new(pattern, G_REGEX_MULTILINE, 0, NULL);
 	g_autoptr(GMatchInfo) match = NULL;
 	g_autofree char *gpa = NULL, *offset = NULL;
@@ -155,6 +155,13 @@ static gboolean is_servable(const PrQemuBackend *backend)
 	       (backend->fs && pr_qemu_fs_in_memory(backend->fs));
 }
 
+gboolean pr_qemu_block_is_shared(const PrQemuRamBlock *block, const GArray *backends)
+{
+	const PrQemuBackend *backend = pr_qemu_backend_of(backends, block->name);
+
+	return backend && backend->share && is_servable(backend);
+}
+
 static gboolean refuse_shared(const PrQemuRamBlock *block, const PrQemuBackend *backend,
 			      GError **error)
 {
@@ -179,10 +186,9 @@ gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backend
 {
 	const PrQemuBackend *backend = pr_qemu_backend_of(backends, block->name);
 
-	*ret_shared = backend && backend->share && is_servable(backend);
+	*ret_shared = pr_qemu_block_is_shared(block, backends);
 	if (*ret_shared || !*block->name)
 		return TRUE;
-	/* With x-ignore-shared, QEMU would leave it behind. */
 	if (backend && backend->share)
 		return refuse_shared(block, backend, error);
 	if (block->size <= PR_QEMU_PRIVATE_MAX || (!backend && is_device_memory(block->name)))

@@ -3,7 +3,8 @@
 """A running Linux guest moves to another host, loses its path half-way, and recovers over another.
 
 Two hosts (network namespaces) are joined by two links. An unpatched QEMU runs a guest that rewrites and
-verifies its memory all the time. Everything is told as it happens; the exit code is 1 if anything is off."""
+verifies its memory all the time. QEMU=PROGRAM in the environment chooses another QEMU (tests/qemu-versions). Everything
+is told as it happens; the exit code is 1 if anything is off."""
 
 import argparse
 import os
@@ -16,7 +17,7 @@ sys.dont_write_bytecode = True
 from harness.lab import Lab, Move  # noqa: E402
 from harness.network import require_namespaces  # noqa: E402
 from harness.process import Failure, Skip, expect, raise_on_signals, wait_for  # noqa: E402
-from harness.vm import GuestSpec, probe_accel  # noqa: E402
+from harness.vm import GuestSpec, probe_accel, qemu_version  # noqa: E402
 
 GUEST = GuestSpec(ram_mb=384, work_mb=288, work_rate=4000, tick_ms=250, survey=True)
 BANDWIDTH = "8M"
@@ -217,6 +218,7 @@ def main():
     lab = None
     try:
         require_namespaces()
+        print("QEMU {}, {}, on both hosts".format(*qemu_version()), flush=True)
         lab = Lab(options.build, probe_accel(os.path.join(options.build, "linux-guest"), wanted))
         with lab:
             try:

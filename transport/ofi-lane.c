@@ -111,14 +111,41 @@ struct fi_info *pr_ofi_getinfo(const PrUri *uri, uint16_t port, gboolean listeni
 	return NULL;
 }
 
+/*
+ * Wait sets are for `net` alone: see ofi.c. libfabric 2 has no such provider any more, since `tcp` has taken its
+ * place, and it deprecates wait sets.
+ */
+#if FI_MAJOR_VERSION < 2
+static int open_wait_set(PrOfiEvents *events)
+{
+	struct fi_wait_attr attr = {.wait_obj = FI_WAIT_FD};
+
+	return fi_wait_open(events->fabric, &attr, &events->wait);
+}
+
+static gboolean wait_set_is_quiet(struct fid_wait *wait)
+{
+	return fi_wait(wait, 0) == -FI_ETIMEDOUT;
+}
+#else
+static int open_wait_set(PrOfiEvents *events)
+{
+	return -FI_ENOSYS;
+}
+
+static gboolean wait_set_is_quiet(struct fid_wait *wait)
+{
+	g_return_val_if_reached(TRUE);
+}
+#endif
+
 gboolean pr_ofi_events_open(PrOfiEvents *events, struct fi_info *info, GError **error)
 {
-	struct fi_wait_attr wait_attr = {.wait_obj = FI_WAIT_FD};
 	struct fi_eq_attr attr = {.wait_obj = FI_WAIT_FD};
 	int err = fi_fabric(info->fabric_attr, &events->fabric, NULL);
 
 	if (!err && !strcmp(info->fabric_attr->prov_name, PROVIDER_NET)) {
-		err = fi_wait_open(events->fabric, &wait_attr, &events->wait);
+		err = open_wait_set(events);
 		attr = (struct fi_eq_attr){.wait_obj = FI_WAIT_SET, .wait_set = events->wait};
 	}
 	if (!err)
@@ -138,6 +165,16 @@ int pr_ofi_events_fd(PrOfiEvents *events)
 	if (fi_control(events->wait ? &events->wait->fid : &events->eq->fid, FI_GETWAIT, &fd))
 		return -1;
 	return fd;
+}
+
+gboolean pr_ofi_events_may_sleep(PrOfiEvents *events, struct fid_cq *cq)
+{
+	struct fid *fids[] = {&events->eq->fid, cq ? &cq->fid : NULL};
+
+	if (!events->wait)
+		return fi_trywait(events->fabric, fids, cq ? 2 : 1) == 0;
+	/* Looks for events and so makes progress, which may complete READs: look for these last. */
+	return wait_set_is_quiet(events->wait) && (!cq || fi_cq_read(cq, NULL, 0) == -FI_EAGAIN);
 }
 
 static gboolean read_error_event(PrOfiEvents *events, PrOfiEvent *ret)
@@ -270,13 +307,7 @@ gboolean pr_ofi_lane_open(PrOfiLane *lane, struct fi_info *info, const PrPathSet
 
 gboolean pr_ofi_lane_may_sleep(PrOfiLane *lane)
 {
-	struct fid *fids[] = {&lane->cq->fid, &lane->events.eq->fid};
-
-	if (!lane->events.wait)
-		return fi_trywait(lane->events.fabric, fids, G_N_ELEMENTS(fids)) == 0;
-	/* Looks for events and so makes progress, which may complete READs: look for these last. */
-	return fi_wait(lane->events.wait, 0) == -FI_ETIMEDOUT &&
-	       fi_cq_read(lane->cq, NULL, 0) == -FI_EAGAIN;
+	return pr_ofi_events_may_sleep(&lane->events, lane->cq);
 }
 
 static gboolean event_error(const PrPathSetup *setup, const PrOfiEvent *event, GError **error)

@@ -134,15 +134,6 @@ static void take_event(OfiListener *listener, const PrOfiEvent *event)
 		pr_ofi_listener_reject(&listener->base, event->info);
 }
 
-static gboolean may_sleep(PrOfiEvents *events)
-{
-	struct fid *eq = &events->eq->fid;
-
-	if (events->wait)
-		return fi_wait(events->wait, 0) == -FI_ETIMEDOUT;
-	return fi_trywait(events->fabric, &eq, 1) == 0;
-}
-
 static gpointer listener_thread(gpointer opaque)
 {
 	OfiListener *listener = opaque;
@@ -153,7 +144,7 @@ static gpointer listener_thread(gpointer opaque)
 
 		if (pr_ofi_events_read(&listener->events, &event))
 			take_event(listener, &event);
-		else if (may_sleep(&listener->events))
+		else if (pr_ofi_events_may_sleep(&listener->events, NULL))
 			/* Ended by a request, or by the waker when it closes. */
 			poll(&fd, 1, -1);
 	}

@@ -12,7 +12,7 @@
  * all domains of its fabric under their locks, which would tie the urgent lane to the bulk one. An
  * endpoint for a connect request may be opened in another fabric than the passive one.
  *
- * Sleeping. What progress needs differs between the providers of libfabric 1.17, all of which claim
+ * Sleeping. What progress needs differs between the providers of libfabric 1.17 (2 has no `net`), all of which claim
  * FI_PROGRESS_AUTO and are manual on both sides:
  *  - `net`: fi_trywait() does nothing, so the eventfd behind a queue's wait fd, once signalled, stays
  *    signalled, and a thread that polls that fd spins. We therefore bind the event queue to a wait

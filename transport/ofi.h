@@ -39,6 +39,8 @@ typedef struct PrOfiEvent {
 
 gboolean pr_ofi_events_open(PrOfiEvents *events, struct fi_info *info, GError **error);
 int pr_ofi_events_fd(PrOfiEvents *events);
+/* TRUE: neither the event queue nor cq (may be NULL) has anything, and whatever comes makes their fds readable. */
+gboolean pr_ofi_events_may_sleep(PrOfiEvents *events, struct fid_cq *cq);
 /* FALSE: there is none. */
 gboolean pr_ofi_events_read(PrOfiEvents *events, PrOfiEvent *ret);
 void pr_ofi_events_close(PrOfiEvents *events);

@@ -102,6 +102,8 @@ static bool check_features(uint64_t supported, uint64_t needed, AgentResult *res
 		{UFFD_FEATURE_MINOR_SHMEM, "MINOR_SHMEM", "5.14"},
 		{UFFD_FEATURE_MISSING_HUGETLBFS, "MISSING_HUGETLBFS", "4.11"},
 		{UFFD_FEATURE_MINOR_HUGETLBFS, "MINOR_HUGETLBFS", "5.13"},
+		{UFFD_FEATURE_PAGEFAULT_FLAG_WP, "PAGEFAULT_FLAG_WP", "5.7"},
+		{UFFD_FEATURE_WP_HUGETLBFS_SHMEM, "WP_HUGETLBFS_SHMEM", "5.19"},
 	};
 
 	for (unsigned i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
@@ -109,8 +111,7 @@ static bool check_features(uint64_t supported, uint64_t needed, AgentResult *res
 			continue;
 		agent_result_fail(
 			result, PR_AGENT_UNSUPPORTED,
-			"userfaultfd: this kernel has no UFFD_FEATURE_%s; use Linux %s or "
-			"later on the destination",
+			"userfaultfd: this kernel has no UFFD_FEATURE_%s; use Linux %s or later",
 			table[i].name, table[i].since);
 		return false;
 	}
@@ -125,9 +126,8 @@ bool agent_fault_probe(PrAgent *agent, AgentResult *result)
 	       check_features(supported, needed_features(agent), result);
 }
 
-static int open_with_features(PrAgent *agent, AgentResult *result)
+int agent_uffd_open(uint64_t needed, uint64_t optional, AgentResult *result)
 {
-	uint64_t needed = needed_features(agent);
 	struct uffdio_api api = {.api = UFFD_API};
 	uint64_t supported;
 	int fd;
@@ -137,7 +137,7 @@ static int open_with_features(PrAgent *agent, AgentResult *result)
 	fd = uffd_new_checked(result);
 	if (fd < 0)
 		return -1;
-	api.features = needed | (supported & UFFD_FEATURE_THREAD_ID);
+	api.features = needed | (supported & optional);
 	if (ioctl(fd, UFFDIO_API, &api) < 0) {
 		agent_result_fail(result, PR_AGENT_UNSUPPORTED, "userfaultfd: UFFDIO_API: %s",
 				  strerror(errno));
@@ -202,7 +202,7 @@ bool agent_fault_on(PrAgent *agent, AgentResult *result)
 
 	if (agent->uffd >= 0)
 		return true;
-	uffd = open_with_features(agent, result);
+	uffd = agent_uffd_open(needed_features(agent), UFFD_FEATURE_THREAD_ID, result);
 	if (uffd < 0)
 		return false;
 	for (unsigned i = 0; i < agent->n_regions; i++) {

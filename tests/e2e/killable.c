@@ -2,7 +2,8 @@
 /*
  * Linked into the engine, makes one that kills itself at a point (migration/killpoint.h), or whose attach helper does
  * (guest/attach/kill.h): POSTROAD_KILL=NAME[:N] kills it when it gets there for the N-th time, with SIGKILL: nothing is
- * tidied up. POSTROAD_KILL=list prints the engine's names, list-attach the helper's.
+ * tidied up. POSTROAD_KILL=list prints the engine's names, list-attach the helper's. POSTROAD_FREEZE=NAME[:N] stops it
+ * there instead, with SIGSTOP: it goes on from there when it is sent SIGCONT.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -16,6 +17,15 @@
 static int wanted = -1;	       /* constant after the start */
 static int wanted_helper = -1; /* constant after the start */
 static int countdown;	       /* atomic; the helper has its own */
+static gboolean freezes;       /* constant after the start */
+
+static void freeze(void)
+{
+	static const char said[] = "stopped where it was to be\n";
+
+	(void)!write(STDERR_FILENO, said, sizeof(said) - 1);
+	kill(getpid(), SIGSTOP);
+}
 
 static void die(void)
 {
@@ -23,6 +33,10 @@ static void die(void)
 
 	if (__atomic_sub_fetch(&countdown, 1, __ATOMIC_SEQ_CST) != 0)
 		return;
+	if (freezes) {
+		freeze();
+		return;
+	}
 	(void)!write(STDERR_FILENO, said, sizeof(said) - 1);
 	kill(getpid(), SIGKILL);
 	/* Other threads are stopped a moment later; this one does no further step. */
@@ -73,6 +87,9 @@ __attribute__((constructor)) static void hook_in(void)
 	const char *text = getenv("POSTROAD_KILL");
 	gsize length;
 
+	freezes = !text;
+	if (freezes)
+		text = getenv("POSTROAD_FREEZE");
 	if (!text)
 		return;
 	if (!strcmp(text, "list"))
@@ -83,7 +100,7 @@ __attribute__((constructor)) static void hook_in(void)
 	wanted = find(engine_name, text, length);
 	wanted_helper = find(helper_name, text, length);
 	if (wanted < 0 && wanted_helper < 0) {
-		fprintf(stderr, "POSTROAD_KILL=%s: there is no such point\n", text);
+		fprintf(stderr, "%s: there is no such point\n", text);
 		exit(2);
 	}
 	countdown = text[length] == ':' ? atoi(text + length + 1) : 1;

@@ -19,6 +19,9 @@
 #include "monitor/framer.h"
 #include "monitor/hmp.h"
 
+/* Half a pair in an escape: json-glib before 1.10 takes it for a pair, and what it makes of it is refused later. */
+#define NO_PAIR (JSON_CHECK_VERSION(1, 10, 0) ? "surrogate pair" : "is no character")
+
 static void assert_contains(const char *text, const char *part)
 {
 	if (!strstr(text, part))
@@ -164,8 +167,7 @@ static void every_mistake_is_answered_and_named(void **state)
 		{"\"text\"\n", "must be a JSON object"},
 		{"\xff\xfe\n", "not UTF-8"},
 		{"{\"execute\":\"\\ud800\"}", "JSON parse error"},
-		/* the parser takes this for a pair */
-		{"{\"execute\":\"quit\",\"id\":\"\\ud83ddu\\e00\"}", "is no character"},
+		{"{\"execute\":\"quit\",\"id\":\"\\ud83ddu\\e00\"}", NO_PAIR},
 		{"{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"speed\":\"x\"}}",
 		 "unknown parameter 'speed'"},
 		{"{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"bulk-window\":\"8\"}}",

@@ -40,9 +40,9 @@ class LatencySpec(GuestSpec):
     kind: str = "random-write"
     cpus: int = 1
 
-    def memory(self):
+    def memory(self, machine_options=""):
         # The last -smp counts.
-        return super().memory() + ["-smp", str(self.cpus)]
+        return super().memory(machine_options) + ["-smp", str(self.cpus)]
 
     def kernel_line(self):
         return (

@@ -3,16 +3,21 @@
 
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 
+from .devices import device_arguments, pflash_arguments, uses
 from .process import Failure, expect, wait_for
 from .qmp import Qmp
 
 PROGRESS = re.compile(
     r"^guest: t=([\d.]+) rounds=(\d+) pages=(\d+) corrupt=(\d+) surveys=(\d+)\s*$", re.M
 )
-QEMU = "qemu-system-x86_64"
+DEVICE_ROUNDS = re.compile(r"^guest: devices: rounds=(\d+) bad=(\d+)\s*$", re.M)
+QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
+
+TMPFS = "/dev/shm"
 
 # The reporter's CPU keeps the time (nohz=off) and serves the serial port (irqaffinity), so that the console stays alive while the other CPU
 # waits for a page that can't be fetched.
@@ -45,19 +50,42 @@ class GuestSpec:
     survey: bool = False  # read all other pages of RAM as well, over and over
     nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
     share: str = "on"  # of each node's backend: "on", "on,off", …
+    image: str = ""  # a disk image that both sides have, with locking
+    backend: str = "memfd"  # or "file": on a tmpfs
+    qemu: str = QEMU
+    machine: str = "pc"
+    cpu: str = "max"
+    vcpus: int = 2
+    devices: tuple = ()  # names of DEVICES
+    pflash: bool = False  # OVMF instead of SeaBIOS
 
-    def memory(self):
+    def _backend(self, node, megabytes):
+        shares = self.share.split(",")
+        options = f"id=ram{node},size={megabytes}M,share={shares[node % len(shares)]}"
+        if self.backend == "memfd":
+            return ["-object", f"memory-backend-memfd,{options}"]
+        # In a directory QEMU makes a file without a name.
+        return ["-object", f"memory-backend-file,{options},mem-path={TMPFS}"]
+
+    def memory(self, machine_options=""):
         each = self.ram_mb // self.nodes
         args = ["-m", str(self.ram_mb)]
-        shares = self.share.split(",")
         for node in range(self.nodes):
-            share = shares[node % len(shares)]
-            args += ["-object", f"memory-backend-memfd,id=ram{node},size={each}M,share={share}"]
+            args += self._backend(node, each)
         if self.nodes == 1:
-            return args + ["-machine", "pc,memory-backend=ram0"]
+            return args + ["-machine", f"{self.machine},memory-backend=ram0{machine_options}"]
         for node in range(self.nodes):
             args += ["-numa", f"node,memdev=ram{node}"]
-        return args + ["-machine", "pc"]
+        return args + ["-machine", f"{self.machine}{machine_options}"]
+
+    def disk(self):
+        if not self.image:
+            return []
+        file = f"driver=file,node-name=file0,filename={self.image},locking=on"
+        return ["-blockdev", file, "-blockdev", "driver=raw,node-name=disk0,file=file0"] + [
+            "-device",
+            "virtio-blk-pci,drive=disk0",
+        ]
 
     def went_round(self, first, last):
         """Whether all pages were visited between two progress lines. One worker counts its pages; several
@@ -67,10 +95,12 @@ class GuestSpec:
         return last.rounds >= first.rounds + 2
 
     def kernel_line(self):
-        return (
+        line = (
             f"{KERNEL} work_mb={self.work_mb} work_rate={self.work_rate}"
             f" work_threads={self.work_threads} work_tick={self.tick_ms} work_survey={int(self.survey)}"
         )
+        # efifb would take the VGA card's memory.
+        return f"{line} devices={uses(self.devices)} video=efifb:off" if self.devices else line
 
 
 class Console:
@@ -120,6 +150,21 @@ class Console:
             lambda: self.last().surveys >= first + 2,
         )
 
+    def device_rounds(self):
+        """How often the guest has used all of its devices."""
+        rounds = DEVICE_ROUNDS.findall(self.text())
+        return int(rounds[-1][0]) if rounds else 0
+
+    def wait_devices(self, seconds=60):
+        """Waits until the guest has used its devices, from now on, and has verified what they hold."""
+        first = self.device_rounds()
+        wait_for("the guest uses its devices", seconds, lambda: self.device_rounds() >= first + 2)
+
+    def expect_devices_sound(self):
+        text = self.text()
+        bad = [int(bad) for _, bad in DEVICE_ROUNDS.findall(text) if int(bad)]
+        expect(not bad and "fatal" not in text, f"the guest's devices went wrong; its console: {text[-2000:]}")
+
     def expect_sound(self):
         lines = self.progress()
         expect(lines, f"the guest has printed nothing to {self.path}")
@@ -138,8 +183,10 @@ class Qemu:
         self.second_qmp_path = lab.path(f"{self.name}.qmp2")
         self.agent_path = lab.path(f"{self.name}.agent")
         self.console = Console(lab.path(f"{self.name}.console"))
-        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
-        argv += ["-no-reboot", "-accel", lab.accel, "-cpu", "max", "-smp", "2", *spec.memory()]
+        argv = [spec.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
+        argv += ["-no-reboot", "-accel", lab.accel, "-cpu", spec.cpu, "-smp", str(spec.vcpus)]
+        drives, machine_options = pflash_arguments(lab, self.name) if spec.pflash else ([], "")
+        argv += [*spec.memory(machine_options), *drives, *device_arguments(lab, spec.devices), *spec.disk()]
         argv += ["-kernel", lab.guest_file("vmlinuz"), "-initrd", lab.guest_file("initrd.gz")]
         argv += ["-append", spec.kernel_line(), "-serial", f"file:{self.console.path}"]
         for path in (self.qmp_path, self.second_qmp_path):
@@ -169,6 +216,8 @@ class Qemu:
 
     def wait_booted(self):
         wait_for(f"the guest of {self.name} has booted and filled its memory", 90, self.console.last)
+        if self.spec.devices:
+            wait_for(f"the guest of {self.name} uses its devices", 60, self.console.device_rounds)
 
     def status(self):
         return self.qmp.command("query-status")["status"]
@@ -177,6 +226,17 @@ class Qemu:
         """As an operator would end it."""
         self.qmp.send("quit")
         self.process.wait(20)
+
+
+def qemu_version(program=QEMU):
+    """(version, path) of a QEMU."""
+    path = shutil.which(program)
+    expect(path, f"{program} is no program that can be run (QEMU={program})")
+    done = subprocess.run([path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    found = re.search(r"version (\d+\.\d+\.\d+)", done.stdout)
+    said = (done.stdout + done.stderr).strip().partition("\n")[0]
+    expect(found, f"{path} --version says no version of QEMU, but: {said}")
+    return found.group(1), path
 
 
 def probe_accel(guest_dir, wanted):
