@@ -285,6 +285,9 @@ static gboolean send_request(PrAgentClient *client, const PrAgentRequest *reques
 	do {
 		n = sendmsg(client->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
 	} while (n < 0 && errno == EINTR);
+	/* Then the reader tells whose end it is. */
+	if (n < 0 && (errno == EPIPE || errno == ECONNRESET))
+		return TRUE;
 	if (n < 0)
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, "%s: cannot send '%s': %s",
 			    client->name, pr_agent_op_name(request->op), g_strerror(errno));

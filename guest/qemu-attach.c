@@ -9,11 +9,15 @@
 #include "guest/qemu.h"
 
 #include <errno.h>
-#include <poll.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "guest/attach/attach.h"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77 /* Linux 6.5 */
@@ -71,6 +75,36 @@ static int open_process(GSocket *qmp, const char *qmp_path, pid_t *pid, GError *
 	return pidfd;
 }
 
+/* The name of its thread (guest/agent/agent.c). An agent that was never asked for has none. */
+static gboolean has_agent(pid_t pid)
+{
+	g_autofree char *path = g_strdup_printf("/proc/%d/task", (int)pid);
+	g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
+	const char *thread;
+
+	while (dir && (thread = g_dir_read_name(dir))) {
+		g_autofree char *file = g_build_filename(path, thread, "comm", NULL);
+		g_autofree char *name = NULL;
+
+		if (g_file_get_contents(file, &name, NULL, NULL) &&
+		    g_str_equal(name, "postroad-agent\n"))
+			return TRUE;
+	}
+	return FALSE;
+}
+
+/* Agent and helper would not know what the other one has set up. */
+static gboolean refuse_agent(pid_t pid, GError **error)
+{
+	if (!has_agent(pid))
+		return FALSE;
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+		    "process %d has the preload agent in it: add agent=PATH, with the socket that "
+		    "POSTROAD_AGENT named when it was started",
+		    (int)pid);
+	return TRUE;
+}
+
 PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrGuestHelper *helper,
 			      guint timeout_ms, GError **error)
 {
@@ -79,8 +113,23 @@ PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrG
 
 	if (pidfd < 0)
 		return NULL;
+	if (refuse_agent(pid, error)) {
+		close(pidfd);
+		return NULL;
+	}
 	*helper = (PrGuestHelper)PR_GUEST_HELPER_NONE;
 	return pr_agent_client_attach(&taken, pid, pidfd, timeout_ms, error);
+}
+
+/* The parked duplicate says so, too: it is the same open file. */
+void pr_qemu_unregister(int uffd, const PrGuestBlock *blocks, guint n)
+{
+	(void)fcntl(uffd, F_SETFL, PR_ATTACH_UFFD_OFF);
+	for (guint i = 0; i < n; i++) {
+		struct uffdio_range range = {.start = blocks[i].base, .len = blocks[i].size};
+
+		(void)ioctl(uffd, UFFDIO_UNREGISTER, &range);
+	}
 }
 
 /* The thread's number where the process itself is at home: the last one of "NSpid:". */

@@ -5,8 +5,10 @@
  */
 #include "guest/qemu.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "guest/json.h"
 #include "guest/kinds.h"
@@ -28,6 +30,7 @@ typedef struct QemuGuest {
 
 	GMutex lock;
 	GArray *blocks;	      /* lock; PrGuestBlock; NULL before prepare() */
+	int uffd;	      /* lock; of a fault mode that a helper turned on; -1: off */
 	gboolean stopped;     /* lock; by stop(), and not resumed since */
 	gboolean was_running; /* lock; goes with stopped */
 	gboolean at_rest;     /* lock; QEMU has stopped the guest since stop() was called */
@@ -133,6 +136,15 @@ static void on_end(const char *reason, void *opaque)
 	g_mutex_unlock(&self->telling);
 }
 
+static void keep_uffd(QemuGuest *self, int uffd)
+{
+	g_mutex_lock(&self->lock);
+	if (self->uffd >= 0)
+		close(self->uffd);
+	self->uffd = uffd;
+	g_mutex_unlock(&self->lock);
+}
+
 static void qemu_close(PrGuest *guest)
 {
 	QemuGuest *self = (QemuGuest *)guest;
@@ -146,6 +158,7 @@ static void qemu_close(PrGuest *guest)
 	g_clear_pointer(&self->load, pr_qemu_load_free);
 	g_clear_pointer(&self->blocks, g_array_unref);
 	g_clear_object(&self->qmp_socket);
+	keep_uffd(self, -1);
 	g_free(self->death);
 	g_free(self->qmp_path);
 	g_mutex_clear(&self->connecting);
@@ -255,6 +268,7 @@ static PrGuest *qemu_open(const char *spec, PrGuestHelper *helper, guint timeout
 	g_mutex_init(&self->connecting);
 	self->qmp_path = g_strdup(parsed.qmp);
 	self->timeout_ms = timeout_ms;
+	self->uffd = -1;
 	self->watch = pr_qemu_watch_new(watch_qmp, self);
 	if (!open_agent(self, &parsed, helper, error))
 		return NULL;
@@ -486,12 +500,38 @@ static GArray *qemu_vcpu_threads(PrGuest *guest, GError **error)
 
 static int qemu_fault_on(PrGuest *guest, GError **error)
 {
-	return pr_agent_client_fault_on(((QemuGuest *)guest)->agent, error);
+	QemuGuest *self = (QemuGuest *)guest;
+	int uffd = pr_agent_client_fault_on(self->agent, error);
+
+	if (uffd >= 0 && pr_agent_client_is_helper(self->agent))
+		keep_uffd(self, fcntl(uffd, F_DUPFD_CLOEXEC, 3));
+	return uffd;
+}
+
+/* Without the helper the descriptor stays in QEMU, and does nothing. */
+static gboolean unregister(QemuGuest *self)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->lock);
+
+	if (self->uffd < 0 || !self->blocks)
+		return FALSE;
+	pr_qemu_unregister(self->uffd, (const PrGuestBlock *)self->blocks->data, self->blocks->len);
+	return TRUE;
 }
 
 static gboolean qemu_fault_off(PrGuest *guest, GError **error)
 {
-	return pr_agent_client_fault_off(((QemuGuest *)guest)->agent, error);
+	QemuGuest *self = (QemuGuest *)guest;
+	g_autoptr(GError) failure = NULL;
+
+	if (!pr_agent_client_fault_off(self->agent, &failure) &&
+	    (!g_error_matches(failure, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE) ||
+	     !unregister(self))) {
+		g_propagate_error(error, g_steal_pointer(&failure));
+		return FALSE;
+	}
+	keep_uffd(self, -1);
+	return TRUE;
 }
 
 /* The watch first: it holds where the fence can't be had, and while that is being made. */

@@ -30,6 +30,8 @@ char *pr_qemu_machine(PrQmp *qmp, GError **error);
 /* pid 0: whoever listens at that socket. Takes the helper. */
 PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrGuestHelper *helper,
 			      guint timeout_ms, GError **error);
+/* What a helper that has ended can't do any more: frees the process of the fault mode. */
+void pr_qemu_unregister(int uffd, const PrGuestBlock *blocks, guint n);
 /* Refuses a process that is not the QEMU which answers there. named: it was given by pid=. */
 gboolean pr_qemu_check_process(PrQmp *qmp, const char *qmp_path, pid_t pid, gboolean named,
 			       GError **error);

@@ -15,6 +15,9 @@
 #include <stdbool.h>
 #include <sys/types.h>
 
+/* Flags of the open file of a parked userfaultfd that is registered nowhere any more, and waits to be closed. */
+#define PR_ATTACH_UFFD_OFF 0
+
 /* Forks a helper. filter: it may make only the system calls that it needs. Returns the engine's end of its
  * socket, or -errno; ENOSYS: this architecture has no injector. Whoever has the descriptor closes it and then
  * waits for the process. */

@@ -25,6 +25,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "guest/attach/attach.h"
 #include "guest/attach/internal.h"
 #include "guest/attach/kill.h"
 
@@ -42,7 +43,7 @@ typedef enum Kind { KIND_FAULTS, KIND_FENCE } Kind;
 typedef enum Progress {
 	PROGRESS_BEGUN = O_NONBLOCK,	       /* made; perhaps registered, in part */
 	PROGRESS_DONE = O_NONBLOCK | O_APPEND, /* all is in force */
-	PROGRESS_OFF = 0,		       /* unregistered, waits to be closed */
+	PROGRESS_OFF = PR_ATTACH_UFFD_OFF,     /* unregistered, waits to be closed */
 } Progress;
 
 /* A userfaultfd in the process. */
