@@ -76,6 +76,8 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	json_object_set_int_member(extras, "stalls", info->stalls);
 	if (info->last_stall)
 		json_object_set_string_member(extras, "last-stall", info->last_stall);
+	if (info->role == PR_ROLE_SOURCE)
+		json_object_set_boolean_member(extras, "write-protected", info->fenced);
 	json_object_set_boolean_member(extras, "verify", info->verifies);
 	if (info->role == PR_ROLE_DESTINATION && info->verifies) {
 		json_object_set_int_member(extras, "verified-pages", info->verified_pages);
