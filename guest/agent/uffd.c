@@ -16,6 +16,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "guest/agent/uffd-features.h"
 #include "guest/agent/internal.h"
 
 #ifndef MADV_DONTNEED_LOCKED
@@ -93,29 +94,14 @@ static bool supported_features(uint64_t *ret_features, AgentResult *result)
 
 static bool check_features(uint64_t supported, uint64_t needed, AgentResult *result)
 {
-	static const struct {
-		uint64_t bit;
-		const char *name;
-		const char *since;
-	} table[] = {
-		{UFFD_FEATURE_MISSING_SHMEM, "MISSING_SHMEM", "4.11"},
-		{UFFD_FEATURE_MINOR_SHMEM, "MINOR_SHMEM", "5.14"},
-		{UFFD_FEATURE_MISSING_HUGETLBFS, "MISSING_HUGETLBFS", "4.11"},
-		{UFFD_FEATURE_MINOR_HUGETLBFS, "MINOR_HUGETLBFS", "5.13"},
-		{UFFD_FEATURE_PAGEFAULT_FLAG_WP, "PAGEFAULT_FLAG_WP", "5.7"},
-		{UFFD_FEATURE_WP_HUGETLBFS_SHMEM, "WP_HUGETLBFS_SHMEM", "5.19"},
-	};
+	const AgentFeature *missing = agent_missing_feature(supported, needed);
 
-	for (unsigned i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
-		if (!(needed & table[i].bit) || (supported & table[i].bit))
-			continue;
+	if (missing)
 		agent_result_fail(
 			result, PR_AGENT_UNSUPPORTED,
 			"userfaultfd: this kernel has no UFFD_FEATURE_%s; use Linux %s or later",
-			table[i].name, table[i].since);
-		return false;
-	}
-	return true;
+			missing->name, missing->since);
+	return !missing;
 }
 
 bool agent_fault_probe(PrAgent *agent, AgentResult *result)
