@@ -304,6 +304,8 @@ void pr_show_migrate(JsonNode *result, GString *text)
 			       json_object_get_string_member(extras, "role"),
 			       json_object_get_string_member(extras, "uuid"));
 	show_rows(extras, extra_rows, G_N_ELEMENTS(extra_rows), text);
+	if (json_object_get_boolean_member_with_default(extras, "write-protected", FALSE))
+		g_string_append(text, "guest RAM at the source: write-protected\n");
 	if (json_object_has_member(extras, "last-stall"))
 		g_string_append_printf(text, "last stall: %s\n",
 				       json_object_get_string_member(extras, "last-stall"));
