@@ -1,37 +1,41 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "guest/agent-client.h"
+#include "guest/agent-call.h"
 
 #include <errno.h>
 #include <glib-unix.h>
+#include <poll.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "guest/kinds.h"
 #include "guest/process.h"
 
-typedef struct Reply {
-	PrAgentReply *head;	       /* PR_AGENT_REPLY_MAX bytes, with the regions behind it */
-	int fds[PR_AGENT_REGIONS_MAX]; /* owned, -1: taken */
-	guint n_fds;
-	gboolean truncated; /* we had no room for all descriptors */
-} Reply;
-
 /* A call that waits for its reply; on the stack of its caller. */
 typedef struct Call {
 	guint32 id;
 	guint32 op;
-	Reply *reply; /* NULL: not yet */
+	PrAgentAnswer *reply; /* NULL: not yet */
 } Call;
 
 struct PrAgentClient {
-	char *path;	  /* constant */
+	char *path;	  /* constant; NULL: a helper's */
+	char *name;	  /* constant; for messages */
 	guint timeout_ms; /* constant */
 	int fd;		  /* constant; sends are single packets and need no lock */
 	GThread *reader;  /* the owner's */
 	guint32 flags;	  /* constant after open */
+	pid_t pid;	  /* constant after open; of the guest's process, as the agent tells it */
+
+	/* Of a helper's client, constant after open; else -1. */
+	pid_t helper; /* 0: none */
+	int pidfd;    /* of the guest's process */
+	int wake_fd;  /* eventfd: the reader is to end */
+	int lock_fd;  /* the helper's lock on that process, which ours keeps when it dies */
 
 	GMutex lock;
 	GCond cond;	   /* lock; a reply, the death, or a cancellation */
@@ -44,7 +48,7 @@ struct PrAgentClient {
 	gboolean closing;  /* lock; the end is ours: nobody died */
 };
 
-static void reply_free(Reply *reply)
+void pr_agent_answer_free(PrAgentAnswer *reply)
 {
 	for (guint i = 0; i < reply->n_fds; i++) {
 		if (reply->fds[i] >= 0)
@@ -53,9 +57,8 @@ static void reply_free(Reply *reply)
 	g_free(reply->head);
 	g_free(reply);
 }
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(Reply, reply_free)
 
-static int reply_take_fd(Reply *reply, guint i)
+int pr_agent_answer_take_fd(PrAgentAnswer *reply, guint i)
 {
 	int fd = i < reply->n_fds ? reply->fds[i] : -1;
 
@@ -64,7 +67,7 @@ static int reply_take_fd(Reply *reply, guint i)
 	return fd;
 }
 
-static const char *op_name(guint32 op)
+const char *pr_agent_op_name(guint32 op)
 {
 	static const char *const names[PR_AGENT_N_OPS] = {
 		[PR_AGENT_HELLO] = "hello",
@@ -91,7 +94,7 @@ static const char *op_name(guint32 op)
 
 /* The reader thread */
 
-static void take_fds(struct msghdr *msg, Reply *reply)
+static void take_fds(struct msghdr *msg, PrAgentAnswer *reply)
 {
 	for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(msg); cmsg; cmsg = CMSG_NXTHDR(msg, cmsg)) {
 		guint n = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
@@ -104,7 +107,7 @@ static void take_fds(struct msghdr *msg, Reply *reply)
 	}
 }
 
-static gboolean reply_valid(const Reply *reply, gsize len)
+static gboolean reply_valid(const PrAgentAnswer *reply, gsize len)
 {
 	const PrAgentReply *head = reply->head;
 	guint max_fds = 1;
@@ -122,9 +125,9 @@ static gboolean reply_valid(const Reply *reply, gsize len)
 }
 
 /* NULL: the connection is at its end. */
-static Reply *receive(PrAgentClient *client, GError **error)
+static PrAgentAnswer *receive(PrAgentClient *client, GError **error)
 {
-	g_autoptr(Reply) reply = g_new0(Reply, 1);
+	g_autoptr(PrAgentAnswer) reply = g_new0(PrAgentAnswer, 1);
 	union {
 		struct cmsghdr align;
 		char bytes[CMSG_SPACE(PR_AGENT_REGIONS_MAX * sizeof(int))];
@@ -146,30 +149,30 @@ static Reply *receive(PrAgentClient *client, GError **error)
 		take_fds(&msg, reply);
 	if (n <= 0) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
-			    "agent %s: the guest's process closed the connection%s%s", client->path,
+			    "%s: the guest's process closed the connection%s%s", client->name,
 			    n < 0 ? ": " : "", n < 0 ? g_strerror(errno) : "");
 		return NULL;
 	}
 	reply->truncated = (msg.msg_flags & MSG_CTRUNC) != 0;
 	if ((msg.msg_flags & MSG_TRUNC) || !reply_valid(reply, n)) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "agent %s: an answer of %zd bytes makes no sense; is this the socket "
+			    "%s: an answer of %zd bytes makes no sense; is this the socket "
 			    "of a Postroad agent of this version?",
-			    client->path, n);
+			    client->name, n);
 		return NULL;
 	}
 	reply->head->text[PR_AGENT_TEXT_MAX] = '\0';
 	return g_steal_pointer(&reply);
 }
 
-static void deliver(PrAgentClient *client, Reply *reply)
+static void deliver(PrAgentClient *client, PrAgentAnswer *reply)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&client->lock);
 	Call *call = g_hash_table_lookup(client->calls, GUINT_TO_POINTER(reply->head->id));
 
 	/* Its caller may have given up. */
 	if (!call || call->reply || call->op != reply->head->op) {
-		reply_free(reply);
+		pr_agent_answer_free(reply);
 		return;
 	}
 	call->reply = reply;
@@ -183,6 +186,7 @@ static void fail(PrAgentClient *client, GError *failure)
 
 	g_mutex_lock(&client->telling);
 	g_mutex_lock(&client->lock);
+	g_clear_error(&client->failure);
 	client->failure = failure;
 	died = client->closing ? NULL : g_steal_pointer(&client->died);
 	opaque = client->died_opaque;
@@ -193,32 +197,81 @@ static void fail(PrAgentClient *client, GError *failure)
 	g_mutex_unlock(&client->telling);
 }
 
+/* Without a timeout: waits until it ends, or this client is closed. */
+static gboolean process_ended(PrAgentClient *client, int timeout_ms)
+{
+	struct pollfd polls[] = {{.fd = client->pidfd, .events = POLLIN},
+				 {.fd = client->wake_fd, .events = POLLIN}};
+	int n;
+
+	do {
+		n = poll(polls, 2, timeout_ms);
+	} while (n < 0 && errno == EINTR);
+	return polls[0].revents != 0;
+}
+
+/* A helper can end by itself. The guest does not suffer, and no call can be made any more. */
+static void outlive_helper(PrAgentClient *client)
+{
+	gboolean closing;
+
+	g_mutex_lock(&client->lock);
+	closing = client->closing;
+	if (!closing)
+		client->failure = g_error_new(
+			PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE,
+			"%s: it has ended; what has been set up goes on, start this engine anew "
+			"with --resume to have it back",
+			client->name);
+	g_cond_broadcast(&client->cond);
+	g_mutex_unlock(&client->lock);
+	if (closing)
+		return;
+	g_warning("%s", client->failure->message);
+	process_ended(client, -1);
+}
+
+static void tell_end(PrAgentClient *client, GError *failure)
+{
+	if (client->helper && !process_ended(client, 0))
+		outlive_helper(client);
+	if (client->helper && process_ended(client, 0)) {
+		g_clear_error(&failure);
+		failure = g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
+				      "%s: the process has ended", client->name);
+	}
+	fail(client, failure);
+}
+
 static gpointer reader_thread(gpointer data)
 {
 	PrAgentClient *client = data;
 	GError *failure = NULL;
-	Reply *reply;
+	PrAgentAnswer *reply;
 
 	while ((reply = receive(client, &failure)))
 		deliver(client, reply);
-	fail(client, failure);
+	tell_end(client, failure);
 	return NULL;
 }
 
 /* Calls */
 
-static gboolean send_request(PrAgentClient *client, const PrAgentRequest *request, int fd,
-			     GError **error)
+static gboolean send_request(PrAgentClient *client, const PrAgentRequest *request,
+			     const PrAgentLoad *load, GError **error)
 {
 	union {
 		struct cmsghdr align;
 		char bytes[CMSG_SPACE(sizeof(int))];
 	} control = {0};
-	struct iovec iov = {.iov_base = (void *)request, .iov_len = sizeof(*request)};
-	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+	struct iovec iov[] = {
+		{.iov_base = (void *)request, .iov_len = sizeof(*request)},
+		{.iov_base = (void *)load->bases, .iov_len = load->n_bases * sizeof(uint64_t)},
+	};
+	struct msghdr msg = {.msg_iov = iov, .msg_iovlen = 2};
 	ssize_t n;
 
-	if (fd >= 0) {
+	if (load->fd >= 0) {
 		struct cmsghdr *cmsg;
 
 		msg.msg_control = control.bytes;
@@ -227,15 +280,17 @@ static gboolean send_request(PrAgentClient *client, const PrAgentRequest *reques
 		cmsg->cmsg_level = SOL_SOCKET;
 		cmsg->cmsg_type = SCM_RIGHTS;
 		cmsg->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(cmsg), &fd, sizeof(fd));
+		memcpy(CMSG_DATA(cmsg), &load->fd, sizeof(int));
 	}
 	do {
 		n = sendmsg(client->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
 	} while (n < 0 && errno == EINTR);
+	/* Then the reader tells whose end it is. */
+	if (n < 0 && (errno == EPIPE || errno == ECONNRESET))
+		return TRUE;
 	if (n < 0)
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
-			    "agent %s: cannot send '%s': %s", client->path, op_name(request->op),
-			    g_strerror(errno));
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, "%s: cannot send '%s': %s",
+			    client->name, pr_agent_op_name(request->op), g_strerror(errno));
 	return n >= 0;
 }
 
@@ -263,13 +318,14 @@ static gboolean wait_for_reply(PrAgentClient *client, Call *call, gint64 deadlin
 		if (g_cond_wait_until(&client->cond, &client->lock, deadline) || call->reply)
 			continue;
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_TIMEOUT,
-			    "agent %s: no answer to '%s' in time", client->path, op_name(call->op));
+			    "%s: no answer to '%s' in time", client->name,
+			    pr_agent_op_name(call->op));
 		return FALSE;
 	}
 	return TRUE;
 }
 
-static gboolean reply_ok(PrAgentClient *client, const Reply *reply, GError **error)
+static gboolean reply_ok(PrAgentClient *client, const PrAgentAnswer *reply, GError **error)
 {
 	static const PrGuestError codes[PR_AGENT_N_STATUS] = {
 		[PR_AGENT_BUSY] = PR_GUEST_ERROR_REFUSED,
@@ -282,29 +338,31 @@ static gboolean reply_ok(PrAgentClient *client, const Reply *reply, GError **err
 
 	if (reply->truncated) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
-			    "agent %s: no room for the descriptors that came with '%s'; raise the "
+			    "%s: no room for the descriptors that came with '%s'; raise the "
 			    "engine's limit of open files (ulimit -n)",
-			    client->path, op_name(reply->head->op));
+			    client->name, pr_agent_op_name(reply->head->op));
 		return FALSE;
 	}
+	if (reply->head->status == PR_AGENT_OK && *reply->head->text)
+		g_debug("%s: %s", client->name, reply->head->text);
 	if (reply->head->status == PR_AGENT_OK)
 		return TRUE;
 	/* It goes into the monitor's JSON. */
 	text = g_utf8_make_valid(reply->head->text, -1);
-	g_set_error(error, PR_GUEST_ERROR, codes[reply->head->status], "agent %s: %s", client->path,
+	g_set_error(error, PR_GUEST_ERROR, codes[reply->head->status], "%s: %s", client->name,
 		    text);
 	return FALSE;
 }
 
 /* The whole round trip. NULL: no answer, or a refusal. */
-static Reply *call_agent(PrAgentClient *client, PrAgentOp op, int fd, guint timeouts,
-			 GCancellable *cancel, GError **error)
+PrAgentAnswer *pr_agent_call_with(PrAgentClient *client, PrAgentOp op, const PrAgentLoad *load,
+				  guint timeouts, GCancellable *cancel, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() +
 			  (gint64)client->timeout_ms * timeouts * G_TIME_SPAN_MILLISECOND;
 	PrAgentRequest request = {.magic = PR_AGENT_MAGIC, .version = PR_AGENT_VERSION, .op = op};
 	Call call = {.op = op};
-	g_autoptr(Reply) reply = NULL;
+	g_autoptr(PrAgentAnswer) reply = NULL;
 	gulong handler = 0;
 
 	g_mutex_lock(&client->lock);
@@ -314,7 +372,7 @@ static Reply *call_agent(PrAgentClient *client, PrAgentOp op, int fd, guint time
 	if (cancel)
 		handler = g_cancellable_connect(cancel, G_CALLBACK(wake_calls), client, NULL);
 
-	gboolean sent = send_request(client, &request, fd, error);
+	gboolean sent = send_request(client, &request, load, error);
 
 	g_mutex_lock(&client->lock);
 	if (sent)
@@ -329,11 +387,12 @@ static Reply *call_agent(PrAgentClient *client, PrAgentOp op, int fd, guint time
 	return g_steal_pointer(&reply);
 }
 
-static gboolean call_simple(PrAgentClient *client, PrAgentOp op, GError **error)
+PrAgentAnswer *pr_agent_call(PrAgentClient *client, PrAgentOp op, int fd, guint timeouts,
+			     GCancellable *cancel, GError **error)
 {
-	g_autoptr(Reply) reply = call_agent(client, op, -1, 1, NULL, error);
+	const PrAgentLoad load = {.fd = fd};
 
-	return reply != NULL;
+	return pr_agent_call_with(client, op, &load, timeouts, cancel, error);
 }
 
 /* Opening */
@@ -397,12 +456,35 @@ static int connect_socket(const char *path, GError **error)
 
 static gboolean say_hello(PrAgentClient *client, GError **error)
 {
-	g_autoptr(Reply) reply = call_agent(client, PR_AGENT_HELLO, -1, 1, NULL, error);
+	g_autoptr(PrAgentAnswer) reply = pr_agent_call(client, PR_AGENT_HELLO, -1, 1, NULL, error);
 
 	if (!reply)
 		return FALSE;
 	client->flags = reply->head->flags;
+	client->pid = (pid_t)reply->head->pid;
+	if (client->helper)
+		client->lock_fd = pr_agent_answer_take_fd(reply, 0);
 	return TRUE;
+}
+
+static PrAgentClient *client_new(int fd, guint timeout_ms)
+{
+	PrAgentClient *client = g_new0(PrAgentClient, 1);
+
+	client->timeout_ms = timeout_ms;
+	client->fd = fd;
+	client->pidfd = client->wake_fd = client->lock_fd = -1;
+	client->calls = g_hash_table_new(NULL, NULL);
+	g_mutex_init(&client->lock);
+	g_mutex_init(&client->telling);
+	g_cond_init(&client->cond);
+	return client;
+}
+
+static gboolean start_reader(PrAgentClient *client, GError **error)
+{
+	client->reader = g_thread_try_new("agent-client", reader_thread, client, error);
+	return client->reader != NULL;
 }
 
 PrAgentClient *pr_agent_client_open(const char *path, guint timeout_ms, GError **error)
@@ -412,19 +494,53 @@ PrAgentClient *pr_agent_client_open(const char *path, guint timeout_ms, GError *
 	if (fd < 0)
 		return NULL;
 
-	g_autoptr(PrAgentClient) client = g_new0(PrAgentClient, 1);
+	g_autoptr(PrAgentClient) client = client_new(fd, timeout_ms);
 
 	client->path = g_strdup(path);
-	client->timeout_ms = timeout_ms;
-	client->fd = fd;
-	client->calls = g_hash_table_new(NULL, NULL);
-	g_mutex_init(&client->lock);
-	g_mutex_init(&client->telling);
-	g_cond_init(&client->cond);
-	client->reader = g_thread_try_new("agent-client", reader_thread, client, error);
-	if (!client->reader || !say_hello(client, error))
+	client->name = g_strconcat("agent ", path, NULL);
+	if (!start_reader(client, error) || !say_hello(client, error))
 		return NULL;
 	return g_steal_pointer(&client);
+}
+
+static gboolean say_attach(PrAgentClient *client, GError **error)
+{
+	g_autoptr(PrAgentAnswer) reply =
+		pr_agent_call(client, PR_AGENT_ATTACH, client->pidfd, 1, NULL, error);
+
+	return reply != NULL;
+}
+
+PrAgentClient *pr_agent_client_attach(const PrGuestHelper *helper, pid_t pid, int pidfd,
+				      guint timeout_ms, GError **error)
+{
+	g_autoptr(PrAgentClient) client = client_new(helper->fd, timeout_ms);
+
+	client->helper = helper->pid;
+	client->pidfd = pidfd;
+	client->name = g_strdup_printf("attach helper of process %d", (int)pid);
+	client->wake_fd = eventfd(0, EFD_CLOEXEC);
+	if (client->wake_fd < 0) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE, "eventfd: %s",
+			    g_strerror(errno));
+		return NULL;
+	}
+	if (!start_reader(client, error) || !say_attach(client, error) || !say_hello(client, error))
+		return NULL;
+	return g_steal_pointer(&client);
+}
+
+static void close_fd(int fd)
+{
+	if (fd >= 0)
+		close(fd);
+}
+
+/* Ended by the helper, which ends when its socket does. */
+static void end_helper(PrAgentClient *client)
+{
+	while (client->helper && waitpid(client->helper, NULL, 0) < 0 && errno == EINTR)
+		;
 }
 
 void pr_agent_client_free(PrAgentClient *client)
@@ -433,21 +549,43 @@ void pr_agent_client_free(PrAgentClient *client)
 	client->closing = TRUE;
 	g_mutex_unlock(&client->lock);
 	shutdown(client->fd, SHUT_RDWR);
+	if (client->wake_fd >= 0)
+		eventfd_write(client->wake_fd, 1);
 	if (client->reader)
 		g_thread_join(client->reader);
 	close(client->fd);
+	end_helper(client);
+	close_fd(client->pidfd);
+	close_fd(client->wake_fd);
+	close_fd(client->lock_fd);
 	g_hash_table_unref(client->calls);
 	g_clear_error(&client->failure);
 	g_mutex_clear(&client->lock);
 	g_mutex_clear(&client->telling);
 	g_cond_clear(&client->cond);
 	g_free(client->path);
+	g_free(client->name);
 	g_free(client);
 }
 
 const char *pr_agent_client_path(PrAgentClient *client)
 {
-	return client->path;
+	return client->name;
+}
+
+const char *pr_agent_client_name(PrAgentClient *client)
+{
+	return client->name;
+}
+
+pid_t pr_agent_client_pid(PrAgentClient *client)
+{
+	return client->pid;
+}
+
+gboolean pr_agent_client_is_helper(PrAgentClient *client)
+{
+	return client->helper != 0;
 }
 
 gboolean pr_agent_client_has_callbacks(PrAgentClient *client)
@@ -460,17 +598,23 @@ gboolean pr_agent_client_was_faulting(PrAgentClient *client)
 	return (client->flags & PR_AGENT_FLAG_FAULT_ON) != 0;
 }
 
+gboolean pr_agent_client_was_fenced(PrAgentClient *client)
+{
+	return (client->flags & PR_AGENT_FLAG_FENCE_ON) != 0;
+}
+
 void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque)
 {
 	g_autofree char *reason = NULL;
 
 	g_mutex_lock(&client->telling);
 	g_mutex_lock(&client->lock);
-	if (client->failure) {
-		reason = g_strdup(client->failure->message);
-	} else {
+	if (g_error_matches(client->failure, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE) ||
+	    !client->failure) {
 		client->died = died;
 		client->died_opaque = opaque;
+	} else {
+		reason = g_strdup(client->failure->message);
 	}
 	g_mutex_unlock(&client->lock);
 	if (reason && died)
@@ -478,222 +622,13 @@ void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opa
 	g_mutex_unlock(&client->telling);
 }
 
-/* Memory and faults */
-
-static void block_clear(gpointer data)
-{
-	PrGuestBlock *block = data;
-
-	g_free(block->idstr);
-	if (block->memfd >= 0)
-		close(block->memfd);
-}
-
-GArray *pr_guest_blocks_new(void)
-{
-	GArray *blocks = g_array_new(FALSE, TRUE, sizeof(PrGuestBlock));
-
-	g_array_set_clear_func(blocks, block_clear);
-	return blocks;
-}
-
-static gboolean region_valid(const PrAgentWireRegion *region, int memfd)
-{
-	gint64 page = sysconf(_SC_PAGESIZE);
-	struct stat st;
-
-	return region->page_size >= page && !(region->page_size & (region->page_size - 1)) &&
-	       region->size && !(region->size % region->page_size) &&
-	       !(region->offset % region->page_size) && !(region->base % region->page_size) &&
-	       region->offset + region->size > region->offset &&
-	       region->base + region->size > region->base &&
-	       memchr(region->idstr, '\0', sizeof(region->idstr)) &&
-	       g_utf8_validate(region->idstr, -1, NULL) && fstat(memfd, &st) == 0 &&
-	       (guint64)st.st_size >= region->offset + region->size;
-}
-
-GArray *pr_agent_client_regions(PrAgentClient *client, GError **error)
-{
-	g_autoptr(Reply) reply = call_agent(client, PR_AGENT_REGIONS, -1, 1, NULL, error);
-	g_autoptr(GArray) blocks = NULL;
-	const PrAgentWireRegion *regions;
-
-	if (!reply)
-		return NULL;
-	regions = (const PrAgentWireRegion *)(reply->head + 1);
-	blocks = pr_guest_blocks_new();
-	for (guint i = 0; i < reply->head->n_regions; i++) {
-		PrGuestBlock block = {0};
-
-		if (!region_valid(&regions[i], reply->fds[i])) {
-			g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-				    "agent %s: region %u makes no sense (size %" G_GUINT64_FORMAT
-				    ", page size %u, or a memfd that is too short)",
-				    client->path, i, regions[i].size, regions[i].page_size);
-			return NULL;
-		}
-		block.idstr = g_strdup(regions[i].idstr);
-		block.size = regions[i].size;
-		block.page_size = regions[i].page_size;
-		block.memfd = reply_take_fd(reply, i);
-		block.memfd_offset = regions[i].offset;
-		block.base = regions[i].base;
-		g_array_append_val(blocks, block);
-	}
-	return g_steal_pointer(&blocks);
-}
-
-static gboolean is_known(const PrGuestBlock *region, const PrGuestBlock *known)
-{
-	return region->base == known->base && region->size == known->size &&
-	       region->page_size == known->page_size && region->memfd >= 0 &&
-	       (!*region->idstr || g_str_equal(region->idstr, known->idstr));
-}
-
-static gboolean adopt_one(GArray *regions, const PrGuestBlock *known, GArray *out)
-{
-	for (guint i = 0; i < regions->len; i++) {
-		PrGuestBlock *region = &g_array_index(regions, PrGuestBlock, i);
-		PrGuestBlock block = *region;
-
-		if (!is_known(region, known))
-			continue;
-		block.idstr = g_strdup(known->idstr);
-		region->memfd = -1; /* has gone over */
-		g_array_append_val(out, block);
-		return TRUE;
-	}
-	return FALSE;
-}
-
-GArray *pr_agent_client_adopt(PrAgentClient *client, const PrGuestBlock *known, guint n,
-			      GError **error)
-{
-	g_autoptr(GArray) regions = pr_agent_client_regions(client, error);
-	g_autoptr(GArray) out = pr_guest_blocks_new();
-
-	if (!regions)
-		return NULL;
-	for (guint i = 0; i < n; i++) {
-		if (adopt_one(regions, &known[i], out))
-			continue;
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "agent %s: RAM block '%s' (%" G_GUINT64_FORMAT
-			    " bytes at 0x%" G_GINT64_MODIFIER
-			    "x) of the migration that was under way is not in this process",
-			    client->path, known[i].idstr, known[i].size, known[i].base);
-		return NULL;
-	}
-	return g_steal_pointer(&out);
-}
-
 char *pr_agent_client_process(PrAgentClient *client)
 {
 	struct ucred peer = {0};
 	socklen_t len = sizeof(peer);
 
+	if (client->helper)
+		return pr_process_text(client->pid);
 	(void)getsockopt(client->fd, SOL_SOCKET, SO_PEERCRED, &peer, &len);
 	return pr_process_text(peer.pid);
-}
-
-gboolean pr_agent_client_probe(PrAgentClient *client, GError **error)
-{
-	return call_simple(client, PR_AGENT_PROBE, error);
-}
-
-static int call_for_fd(PrAgentClient *client, PrAgentOp op, GCancellable *cancel, GError **error)
-{
-	g_autoptr(Reply) reply = call_agent(client, op, -1, 1, cancel, error);
-	int fd;
-
-	if (!reply)
-		return -1;
-	fd = reply_take_fd(reply, 0);
-	if (fd < 0)
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "agent %s: the answer to '%s' came without a descriptor", client->path,
-			    op_name(op));
-	return fd;
-}
-
-int pr_agent_client_fault_on(PrAgentClient *client, GError **error)
-{
-	int uffd = call_for_fd(client, PR_AGENT_FAULT_ON, NULL, error);
-
-	/* It may be on, and we have nothing to serve the faults with. */
-	if (uffd < 0)
-		call_simple(client, PR_AGENT_FAULT_OFF, NULL);
-	return uffd;
-}
-
-gboolean pr_agent_client_fault_off(PrAgentClient *client, GError **error)
-{
-	return call_simple(client, PR_AGENT_FAULT_OFF, error);
-}
-
-gboolean pr_agent_client_keep_state(PrAgentClient *client, int memfd, GError **error)
-{
-	g_autoptr(Reply) reply = call_agent(client, PR_AGENT_KEEP_STATE, memfd, 1, NULL, error);
-
-	return reply != NULL;
-}
-
-int pr_agent_client_fetch_state(PrAgentClient *client, GError **error)
-{
-	g_autoptr(Reply) reply = call_agent(client, PR_AGENT_FETCH_STATE, -1, 1, NULL, error);
-
-	return reply ? reply_take_fd(reply, 0) : -1;
-}
-
-int pr_agent_client_memory(PrAgentClient *client, GError **error)
-{
-	return call_for_fd(client, PR_AGENT_MEMORY, NULL, error);
-}
-
-int pr_agent_client_stderr(PrAgentClient *client, GError **error)
-{
-	g_autoptr(Reply) reply = call_agent(client, PR_AGENT_STDERR, -1, 1, NULL, error);
-
-	return reply ? reply_take_fd(reply, 0) : -1;
-}
-
-gboolean pr_agent_client_fence_on(PrAgentClient *client, GError **error)
-{
-	return call_simple(client, PR_AGENT_FENCE_ON, error);
-}
-
-gboolean pr_agent_client_fence_off(PrAgentClient *client, GError **error)
-{
-	return call_simple(client, PR_AGENT_FENCE_OFF, error);
-}
-
-/* The VMM's callbacks */
-
-gboolean pr_agent_client_stop(PrAgentClient *client, gboolean *ret_was_running, GError **error)
-{
-	g_autoptr(Reply) reply = call_agent(client, PR_AGENT_STOP, -1, 1, NULL, error);
-
-	if (!reply)
-		return FALSE;
-	*ret_was_running = (reply->head->flags & PR_AGENT_FLAG_WAS_RUNNING) != 0;
-	return TRUE;
-}
-
-gboolean pr_agent_client_run(PrAgentClient *client, GError **error)
-{
-	return call_simple(client, PR_AGENT_RUN, error);
-}
-
-int pr_agent_client_save(PrAgentClient *client, GCancellable *cancel, GError **error)
-{
-	return call_for_fd(client, PR_AGENT_SAVE, cancel, error);
-}
-
-gboolean pr_agent_client_load(PrAgentClient *client, int memfd, GCancellable *cancel,
-			      GError **error)
-{
-	g_autoptr(Reply) reply =
-		call_agent(client, PR_AGENT_LOAD, memfd, PR_GUEST_LOAD_TIMEOUTS, cancel, error);
-
-	return reply != NULL;
 }

@@ -5,7 +5,7 @@
  *
  * A client has a thread that reads replies, so that any number of calls can be under way at once. All
  * functions are safe from any thread; they block for at most the timeout. Errors are of the domain
- * PR_GUEST_ERROR (a cancelled call: G_IO_ERROR_CANCELLED) and name the socket.
+ * PR_GUEST_ERROR (a cancelled call: G_IO_ERROR_CANCELLED) and name the socket, or the process.
  */
 #pragma once
 
@@ -17,15 +17,27 @@
 typedef struct PrAgentClient PrAgentClient;
 
 PrAgentClient *pr_agent_client_open(const char *path, guint timeout_ms, GError **error);
+/* The same for a helper (guest/attach/), which attaches to that process. Takes the helper, which pr_agent_client_free()
+ * waits for, and the pidfd, also when it fails. When the helper ends, and the process does not, calls fail from then on
+ * (PR_GUEST_ERROR_UNREACHABLE), and on_death still tells of the process. */
+PrAgentClient *pr_agent_client_attach(const PrGuestHelper *helper, pid_t pid, int pidfd,
+				      guint timeout_ms, GError **error);
 /* Joins the reader: never from the callback of on_death. */
 void pr_agent_client_free(PrAgentClient *client);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrAgentClient, pr_agent_client_free)
 
+/* NULL: a helper's. */
 const char *pr_agent_client_path(PrAgentClient *client);
+/* Of the guest's process, as the agent tells it. */
+pid_t pr_agent_client_pid(PrAgentClient *client);
+/* Is it a helper, which knows all memory of the process, and has to be told which is the guest's RAM? */
+gboolean pr_agent_client_is_helper(PrAgentClient *client);
 /* Does it offer stop, run, save and load? */
 gboolean pr_agent_client_has_callbacks(PrAgentClient *client);
 /* Was the fault mode on already: does this engine follow another one that is gone? */
 gboolean pr_agent_client_was_faulting(PrAgentClient *client);
+/* The same of the fence: was the guest handed over, or has somebody tried to? */
+gboolean pr_agent_client_was_fenced(PrAgentClient *client);
 
 /* A GArray of PrGuestBlock that owns its names and memfds. */
 GArray *pr_guest_blocks_new(void);
@@ -37,7 +49,10 @@ GArray *pr_agent_client_regions(PrAgentClient *client, GError **error);
  * there any more. */
 GArray *pr_agent_client_adopt(PrAgentClient *client, const PrGuestBlock *known, guint n,
 			      GError **error);
-/* pr_process_text() of the process at the other end. */
+/* To a helper: these are the guest's RAM. Faults and fence act on them only. */
+gboolean pr_agent_client_choose(PrAgentClient *client, const PrGuestBlock *blocks, guint n,
+				GError **error);
+/* pr_process_text() of the guest's process. */
 char *pr_agent_client_process(PrAgentClient *client);
 
 gboolean pr_agent_client_probe(PrAgentClient *client, GError **error);

@@ -31,6 +31,9 @@
 #define PR_AGENT_MAGIC	 0x50724167 /* "PrAg" */
 #define PR_AGENT_VERSION 2
 
+/* The name of an engine's state memfd (KEEP_STATE): the helper finds it by this. */
+#define PR_AGENT_STATE_NAME "postroad-state"
+
 typedef enum PrAgentOp {
 	PR_AGENT_HELLO = 1,
 	PR_AGENT_REGIONS,

@@ -39,7 +39,8 @@ static void agent_close(PrGuest *guest)
 	g_free(self);
 }
 
-static PrGuest *agent_open(const char *spec, guint timeout_ms, GError **error)
+static PrGuest *agent_open(const char *spec, PrGuestHelper *helper, guint timeout_ms,
+			   GError **error)
 {
 	PrAgentClient *client = pr_agent_client_open(spec, timeout_ms, error);
 	AgentGuest *self;
@@ -300,6 +301,27 @@ static gboolean agent_fault_off(PrGuest *guest, GError **error)
 	return pr_agent_client_fault_off(((AgentGuest *)guest)->client, error);
 }
 
+static gboolean agent_fence(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fence_on(((AgentGuest *)guest)->client, error);
+}
+
+static gboolean agent_unfence(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fence_off(((AgentGuest *)guest)->client, error);
+}
+
+static gboolean agent_was_fenced(PrGuest *guest)
+{
+	return pr_agent_client_was_fenced(((AgentGuest *)guest)->client);
+}
+
+/* Nothing to watch: the agent lets the guest run for its engine alone, and what a VMM does by itself it does not
+ * hear of. */
+static void agent_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
+{
+}
+
 static gboolean agent_keep_state(PrGuest *guest, int memfd, GError **error)
 {
 	return pr_agent_client_keep_state(((AgentGuest *)guest)->client, memfd, error);
@@ -335,6 +357,10 @@ const PrGuestOps pr_guest_agent = {
 	.vcpu_threads = agent_vcpu_threads,
 	.fault_on = agent_fault_on,
 	.fault_off = agent_fault_off,
+	.fence = agent_fence,
+	.unfence = agent_unfence,
+	.was_fenced = agent_was_fenced,
+	.on_run_again = agent_on_run_again,
 	.keep_state = agent_keep_state,
 	.fetch_state = agent_fetch_state,
 	.on_death = agent_on_death,

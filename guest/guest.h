@@ -3,8 +3,8 @@
  * A guest: what is migrated. Its RAM is a set of RAM blocks, each backed by a shared memfd that the
  * engine maps as well; everything else it is travels as an opaque device state.
  *
- * Two kinds: `qemu:qmp=PATH,agent=PATH` (a stock QEMU, QMP plus the preload agent) and
- * `agent:PATH` (a process that links the agent library, include/postroad/agent.h).
+ * Two kinds: `qemu:qmp=PATH[,pid=N][,agent=PATH]` (a stock QEMU: QMP, plus a helper that attaches to it or the
+ * preload agent) and `agent:PATH` (a process that links the agent library, include/postroad/agent.h).
  *
  * All calls block, for at most the guest timeout, and are made from migration threads, never from
  * the main loop; each call is safe against the others. Errors are of the domain PR_GUEST_ERROR.
@@ -14,6 +14,7 @@
 #include <glib.h>
 #include <gio/gio.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 typedef enum PrGuestError {
 	PR_GUEST_ERROR_SPEC,	    /* the --guest option is malformed */
@@ -48,6 +49,16 @@ typedef void (*PrGuestDied)(const char *reason, void *opaque);
 /* Somebody has let a guest run that is fenced. what: what was seen and what became of it. From any thread. */
 typedef void (*PrGuestRanAgain)(const char *what, void *opaque);
 
+/* A process that keeps the privileges which a guest may need, for an engine that gives them up. */
+typedef struct PrGuestHelper {
+	int fd;	   /* its socket; -1: there is none */
+	pid_t pid; /* to be waited for */
+} PrGuestHelper;
+#define PR_GUEST_HELPER_NONE                                                                       \
+	{                                                                                          \
+		-1, 0                                                                              \
+	}
+
 typedef struct PrGuestOps PrGuestOps;
 typedef struct PrGuest {
 	const PrGuestOps *ops;
@@ -56,8 +67,11 @@ typedef struct PrGuest {
 struct PrGuestOps {
 	const char *kind;
 
-	/* spec is what follows "KIND:". timeout_ms bounds each later call. */
-	PrGuest *(*open)(const char *spec, guint timeout_ms, GError **error);
+	/* Whether a guest of this spec is reached through a helper. NULL: never. */
+	gboolean (*wants_helper)(const char *spec);
+	/* spec is what follows "KIND:". timeout_ms bounds each later call. Takes the helper (NULL: none was forked),
+	 * also when it fails. */
+	PrGuest *(*open)(const char *spec, PrGuestHelper *helper, guint timeout_ms, GError **error);
 	void (*close)(PrGuest *guest);
 
 	/* Refuses, before anything is touched, what can't be migrated (device, missing option or
@@ -82,21 +96,26 @@ struct PrGuestOps {
 	gboolean (*is_running)(PrGuest *guest, gboolean *ret_running, GError **error);
 	gboolean (*take_stopped)(PrGuest *guest, gboolean was_running, GError **error);
 
-	/* While the guest still runs. Source: what the destination has to know before it takes the guest, and
-	 * what it may have early. Destination: takes the pieces as they come, and refuses what it can't be host
-	 * to. NULL: nothing. */
+	/* While the guest still runs. Source: describe() tells what the destination must be like, save_early() what
+	 * it may have early. Destination: load_early() takes the pieces of both as they come, and refuses a guest
+	 * that it can't be host to. NULL, all of them: nothing. */
+	gboolean (*describe)(PrGuest *guest, PrGuestSink sink, void *opaque, GError **error);
 	gboolean (*save_early)(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
 			       GError **error);
 	gboolean (*load_early)(PrGuest *guest, const void *data, gsize len, GError **error);
 
-	/* Source, before stop(); destination, before load_begin(): readies what the device state needs, so
-	 * that it does not count as downtime. NULL: nothing to do. resume() undoes it. */
-	gboolean (*prepare_state)(PrGuest *guest, GError **error);
+	/* Source, before stop(), and destination, before load_begin(): readies what the device state needs, so
+	 * that it does not count as downtime. resume() undoes it at the source. NULL: nothing to do. */
+	gboolean (*prepare_save)(PrGuest *guest, GError **error);
+	gboolean (*prepare_load)(PrGuest *guest, GError **error);
 
 	/* Source. stop() remembers whether the guest was running; resume() undoes it (a guest that was
 	 * paused stays paused) and is harmless when nothing was stopped. */
 	gboolean (*stop)(PrGuest *guest, gboolean *ret_was_running, GError **error);
 	gboolean (*resume)(PrGuest *guest, GError **error);
+	/* Whether it has not run since stop(): nobody else has let it. Asks nobody, and returns at once. NULL: nobody
+	 * else can. */
+	gboolean (*check_stopped)(PrGuest *guest, GError **error);
 	gboolean (*save)(PrGuest *guest, GCancellable *cancel, PrGuestSink sink, void *opaque,
 			 GError **error);
 
@@ -129,6 +148,8 @@ struct PrGuestOps {
 	 * protection can't be had. Both harmless when it is so already. */
 	gboolean (*fence)(PrGuest *guest, GError **error);
 	gboolean (*unfence)(PrGuest *guest, GError **error);
+	/* Was it write-protected when this engine came, by one that has died? */
+	gboolean (*was_fenced)(PrGuest *guest);
 	/* NULL: no more, and no call is in progress when this returns. Not from within such a call. */
 	void (*on_run_again)(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque);
 
@@ -141,7 +162,14 @@ struct PrGuestOps {
 	void (*on_death)(PrGuest *guest, PrGuestDied died, void *opaque);
 };
 
-/* spec as given to --guest: "qemu:…" or "agent:…". */
-PrGuest *pr_guest_open(const char *spec, guint timeout_ms, GError **error);
+/* Before privileges are given up, and before there are threads: forks the helper if a guest of this spec takes one.
+ * filter: it may make only the system calls that it needs. */
+gboolean pr_guest_begin(const char *spec, gboolean filter, PrGuestHelper *ret, GError **error);
+/* Closes its socket and waits for its end. Harmless when there is none. */
+void pr_guest_helper_end(PrGuestHelper *helper);
+
+/* spec as given to --guest: "qemu:…" or "agent:…". helper: of pr_guest_begin(), is taken, also when this fails;
+ * NULL: one is forked here if it takes one. */
+PrGuest *pr_guest_open(const char *spec, PrGuestHelper *helper, guint timeout_ms, GError **error);
 void pr_guest_close(PrGuest *guest);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrGuest, pr_guest_close)

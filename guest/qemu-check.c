@@ -1,8 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "guest/qemu.h"
+#include "guest/qemu-private.h"
 #include "guest/qemu-ram.h"
 
+#include <gio/gunixmounts.h>
+#include <linux/magic.h>
 #include <string.h>
+#include <sys/vfs.h>
 
 #include "guest/json.h"
 
@@ -50,41 +54,110 @@ static const char *object_string(JsonObject *object, const char *member)
 	return text ? text : "";
 }
 
-static gboolean check_version(PrQmp *qmp, GError **error)
+gboolean pr_qemu_version(PrQmp *qmp, guint *ret_major, guint *ret_minor, GError **error)
 {
 	g_autoptr(JsonObject) object = pr_qmp_query(qmp, "query-version", error);
 	JsonObject *qemu;
-	gint64 major;
 
 	if (!object)
 		return FALSE;
 	qemu = pr_json_object(object, "qemu");
-	major = qemu ? pr_json_int(qemu, "major") : 0;
-	if (major >= 4)
-		return TRUE;
-	return refuse(error, "this is QEMU %d; Postroad needs QEMU 4.0 or later (x-ignore-shared)",
-		      (int)major);
+	*ret_major = qemu ? (guint)pr_json_int(qemu, "major") : 0;
+	*ret_minor = qemu ? (guint)pr_json_int(qemu, "minor") : 0;
+	return TRUE;
 }
 
-static gboolean check_capability(PrQmp *qmp, GError **error)
+/* Older ones do not tell what keeps them from migrating. */
+static gboolean check_version(PrQmp *qmp, GError **error)
 {
+	guint major, minor;
+
+	if (!pr_qemu_version(qmp, &major, &minor, error))
+		return FALSE;
+	if (major > 7 || (major == 7 && minor >= 2))
+		return TRUE;
+	return refuse(error, "this is QEMU %u.%u; Postroad needs QEMU 7.2 or later", major, minor);
+}
+
+/* Capabilities of QEMU's own migration with which it would not read a plain stream. */
+static gboolean check_capabilities(PrQmp *qmp, GError **error)
+{
+	static const char *const bad[] = {"multifd", "postcopy-preempt",    "mapped-ram",
+					  "x-colo",  "background-snapshot", NULL};
 	g_autoptr(JsonNode) node = NULL;
 	JsonArray *array = execute_array(qmp, "query-migrate-capabilities", NULL, &node, error);
 
 	if (!array)
 		return FALSE;
 	for (guint i = 0; i < json_array_get_length(array); i++) {
-		if (g_strcmp0(element_string(array, i, "capability"), "x-ignore-shared") == 0)
-			return TRUE;
+		const char *name = element_string(array, i, "capability");
+
+		if (name && g_strv_contains(bad, name) &&
+		    pr_json_boolean(json_array_get_object_element(array, i), "state"))
+			return refuse(
+				error,
+				"the destination's QEMU has its migration capability '%s' on; "
+				"switch it off (migrate_set_capability %s off in its monitor)",
+				name, name);
 	}
-	return refuse(error,
-		      "this QEMU has no migration capability 'x-ignore-shared'; use QEMU 4.0 "
-		      "or later");
+	return TRUE;
 }
 
+/* What QEMU itself names as a reason not to migrate: devices that have no state, and what uses the guest right now. */
+static gboolean check_blockers(JsonObject *migration, GError **error)
+{
+	JsonNode *node = json_object_get_member(migration, "blocked-reasons");
+	JsonNode *first;
+
+	if (!node || !JSON_NODE_HOLDS_ARRAY(node) ||
+	    !json_array_get_length(json_node_get_array(node)))
+		return TRUE;
+	first = json_array_get_element(json_node_get_array(node), 0);
+	return refuse(error, "this QEMU cannot migrate: %s",
+		      JSON_NODE_HOLDS_VALUE(first) &&
+				      json_node_get_value_type(first) == G_TYPE_STRING
+			      ? json_node_get_string(first)
+			      : "it does not say why");
+}
+
+/* They are not in the device state; who made them would miss what was written meanwhile. */
+static gboolean check_bitmaps_of(JsonObject *node, GError **error)
+{
+	JsonNode *list = json_object_get_member(node, "dirty-bitmaps");
+	const char *bitmap, *name;
+
+	if (!list || !JSON_NODE_HOLDS_ARRAY(list) ||
+	    !json_array_get_length(json_node_get_array(list)))
+		return TRUE;
+	name = object_string(node, "node-name");
+	bitmap = element_string(json_node_get_array(list), 0, "name");
+	return refuse(error,
+		      "block node '%s' has the dirty bitmap '%s', which can't be migrated; remove "
+		      "it first (block-dirty-bitmap-remove)",
+		      name, bitmap ? bitmap : "");
+}
+
+static gboolean check_bitmaps(PrQmp *qmp, GError **error)
+{
+	g_autoptr(JsonNode) node = NULL;
+	JsonArray *array = execute_array(qmp, "query-named-block-nodes", NULL, &node, error);
+
+	for (guint i = 0; array && i < json_array_get_length(array); i++) {
+		JsonNode *element = json_array_get_element(array, i);
+
+		if (JSON_NODE_HOLDS_OBJECT(element) &&
+		    !check_bitmaps_of(json_node_get_object(element), error))
+			return FALSE;
+	}
+	return array != NULL;
+}
+
+/* The device state says of every guest that it ran. */
 static gboolean check_source_state(const char *migration, const char *run_state, GError **error)
 {
 	static const char *const at_rest[] = {"", "none", "completed", "cancelled", "failed", NULL};
+	static const char *const movable[] = {"running", "paused", "prelaunch", "postmigrate",
+					      NULL};
 
 	if (g_str_equal(run_state, "inmigrate"))
 		return refuse(error,
@@ -98,6 +171,12 @@ static gboolean check_source_state(const char *migration, const char *run_state,
 	if (g_str_equal(run_state, "postmigrate") && g_str_equal(migration, "completed"))
 		return refuse(error, "this QEMU's guest has migrated away already (run state "
 				     "'postmigrate'); `cont` in its monitor takes it back");
+	if (!g_strv_contains(movable, run_state))
+		return refuse(
+			error,
+			"this QEMU's guest is in the run state '%s'; only one that runs or is "
+			"paused can be moved",
+			run_state);
 	return TRUE;
 }
 
@@ -130,13 +209,15 @@ static gboolean check_state(PrQmp *qmp, PrGuestRole role, GError **error)
 	run_state = object_string(status, "status");
 	if (role == PR_GUEST_DESTINATION)
 		return check_destination_state(migration, run_state, error);
-	return check_source_state(object_string(migration, "status"), run_state, error);
+	return check_source_state(object_string(migration, "status"), run_state, error) &&
+	       check_blockers(migration, error);
 }
 
 /* Devices whose state, or whose access to guest RAM, lives outside of QEMU. */
 static gboolean check_device(const char *path, const char *name, const char *type, GError **error)
 {
-	static const char *const bad[] = {"child<vfio-", "vhost-user", "vhost-vdpa", NULL};
+	static const char *const bad[] = {"child<vfio-", "vhost-user", "vhost-vdpa",
+					  "child<ivshmem", NULL};
 
 	for (guint i = 0; bad[i]; i++) {
 		if (strstr(type, bad[i]))
@@ -198,8 +279,9 @@ static gboolean check_network(PrQmp *qmp, GError **error)
 
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error)
 {
-	return check_version(qmp, error) && check_capability(qmp, error) &&
-	       (!fresh || check_state(qmp, role, error)) &&
+	return check_version(qmp, error) && (!fresh || check_state(qmp, role, error)) &&
+	       (role == PR_GUEST_SOURCE ? check_bitmaps(qmp, error)
+					: check_capabilities(qmp, error)) &&
 	       check_devices_at(qmp, "/machine/peripheral", error) &&
 	       check_devices_at(qmp, "/machine/peripheral-anon", error) &&
 	       check_network(qmp, error);
@@ -214,8 +296,39 @@ static JsonNode *backend_property(PrQmp *qmp, const char *id, const char *proper
 	return pr_qmp_execute(qmp, "qom-get", arguments, -1, error);
 }
 
+static char *file_system_of(const char *path)
+{
+	GUnixMountEntry *mount;
+	struct statfs fs;
+	char *name;
+
+	/* In QEMU's own mount namespace, perhaps. What is no memory, the helper does not find. */
+	if (statfs(path, &fs) < 0 || fs.f_type == TMPFS_MAGIC)
+		return g_strdup("tmpfs");
+	if (fs.f_type == HUGETLBFS_MAGIC)
+		return g_strdup("hugetlbfs");
+	mount = g_unix_mount_for(path, NULL);
+	name = g_strdup(mount ? g_unix_mount_get_fs_type(mount) : "a disk");
+	g_clear_pointer(&mount, g_unix_mount_free);
+	return name;
+}
+
+/* Which file a backend's memory is, and on what file system. */
+static gboolean add_file(PrQmp *qmp, PrQemuBackend *backend, GError **error)
+{
+	g_autoptr(JsonNode) path = backend_property(qmp, backend->id, "mem-path", error);
+
+	if (!path)
+		return FALSE;
+	if (json_node_get_value_type(path) != G_TYPE_STRING)
+		return TRUE;
+	backend->path = g_strdup(json_node_get_string(path));
+	backend->fs = file_system_of(backend->path);
+	return TRUE;
+}
+
 static gboolean add_backend(PrQmp *qmp, GArray *backends, const char *id, const char *type,
-			    GError **error)
+			    gboolean files, GError **error)
 {
 	g_autoptr(JsonNode) share = backend_property(qmp, id, "share", error);
 	g_autoptr(JsonNode) size = NULL;
@@ -232,10 +345,11 @@ static gboolean add_backend(PrQmp *qmp, GArray *backends, const char *id, const 
 	/* "child<TYPE>" */
 	backend.type = g_strndup(type + 6, strcspn(type + 6, ">"));
 	g_array_append_val(backends, backend);
-	return TRUE;
+	return !files || !g_str_equal(backend.type, "memory-backend-file") ||
+	       add_file(qmp, &g_array_index(backends, PrQemuBackend, backends->len - 1), error);
 }
 
-static GArray *list_backends(PrQmp *qmp, GError **error)
+static GArray *list_backends(PrQmp *qmp, gboolean files, GError **error)
 {
 	g_autoptr(GArray) backends = pr_qemu_backends_new();
 	g_autoptr(JsonNode) node = NULL;
@@ -248,7 +362,7 @@ static GArray *list_backends(PrQmp *qmp, GError **error)
 		const char *name = element_string(array, i, "name");
 
 		if (type && name && g_str_has_prefix(type, "child<memory-backend-") &&
-		    !add_backend(qmp, backends, name, type, error))
+		    !add_backend(qmp, backends, name, type, files, error))
 			return NULL;
 	}
 	return g_steal_pointer(&backends);
@@ -275,6 +389,19 @@ static gboolean check_blocks(const GArray *ramblocks, const GArray *backends, gu
 	return TRUE;
 }
 
+uint64_t pr_qemu_ask_hva(PrQmp *qmp, const char *mtree, const char *block)
+{
+	g_autofree char *line = NULL;
+	g_autofree char *text = NULL;
+	uint64_t gpa, offset, hva;
+
+	if (!pr_qemu_find_gpa(mtree, block, &gpa, &offset))
+		return 0;
+	line = g_strdup_printf("gpa2hva 0x%" G_GINT64_MODIFIER "x", gpa);
+	text = pr_qmp_human(qmp, line, NULL);
+	return text && pr_qemu_parse_hva(text, &hva) ? hva - offset : 0;
+}
+
 /* Addresses are a check, and settle which of two blocks of the same size is which. A QEMU that does not
  * tell them is matched by order. */
 static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backends)
@@ -283,26 +410,19 @@ static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backe
 
 	for (guint i = 0; mtree && i < ramblocks->len; i++) {
 		PrQemuRamBlock *block = &g_array_index(ramblocks, PrQemuRamBlock, i);
-		g_autofree char *line = NULL;
-		g_autofree char *text = NULL;
-		uint64_t gpa, offset, hva;
 
-		if (block->hva || !pr_qemu_backend_of(backends, block->name) ||
-		    !pr_qemu_find_gpa(mtree, block->name, &gpa, &offset))
-			continue;
-		line = g_strdup_printf("gpa2hva 0x%" G_GINT64_MODIFIER "x", gpa);
-		text = pr_qmp_human(qmp, line, NULL);
-		if (text && pr_qemu_parse_hva(text, &hva))
-			block->hva = hva - offset;
+		if (!block->hva && pr_qemu_backend_of(backends, block->name))
+			block->hva = pr_qemu_ask_hva(qmp, mtree, block->name);
 	}
 }
 
-/* What RAM there is; refused if it is not shared. */
-static gboolean list_ram(PrQmp *qmp, GArray **ret_ramblocks, GArray **ret_backends, GError **error)
+/* What RAM there is; refused if it is not shared. files: files in memory will do, too. */
+static gboolean list_ram(PrQmp *qmp, gboolean files, GArray **ret_ramblocks, GArray **ret_backends,
+			 GError **error)
 {
 	g_autofree char *text = pr_qmp_human(qmp, "info ramblock", error);
 	g_autoptr(GArray) ramblocks = text ? pr_qemu_ramblocks_parse(text, error) : NULL;
-	g_autoptr(GArray) backends = ramblocks ? list_backends(qmp, error) : NULL;
+	g_autoptr(GArray) backends = ramblocks ? list_backends(qmp, files, error) : NULL;
 	guint n_shared;
 
 	if (!backends || !check_blocks(ramblocks, backends, &n_shared, error))
@@ -343,20 +463,47 @@ gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error)
 	g_autoptr(GArray) ramblocks = NULL;
 	g_autoptr(GArray) backends = NULL;
 
-	return list_ram(qmp, &ramblocks, &backends, error);
+	return list_ram(qmp, FALSE, &ramblocks, &backends, error);
+}
+
+/* A helper knows more than the guest's RAM. */
+static GArray *match_attached(PrAgentClient *helper, const GArray *ramblocks,
+			      const GArray *backends, GArray *regions, GError **error)
+{
+	g_autoptr(GArray) blocks = pr_qemu_match_attached(ramblocks, backends, regions, error);
+
+	if (!blocks ||
+	    !pr_agent_client_choose(helper, (const PrGuestBlock *)blocks->data, blocks->len, error))
+		return NULL;
+	return g_steal_pointer(&blocks);
+}
+
+GArray *pr_qemu_private_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
+{
+	g_autoptr(GArray) ramblocks = NULL;
+	g_autoptr(GArray) backends = NULL;
+	GArray *blocks;
+
+	if (!list_ram(qmp, pr_agent_client_is_helper(agent), &ramblocks, &backends, error))
+		return NULL;
+	blocks = pr_qemu_private_list(ramblocks, backends);
+	pr_qemu_private_locate(qmp, blocks);
+	return blocks;
 }
 
 GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
 {
+	gboolean helper = pr_agent_client_is_helper(agent);
 	g_autoptr(GArray) ramblocks = NULL;
 	g_autoptr(GArray) backends = NULL;
 	g_autoptr(GArray) regions = NULL;
 
-	if (!list_ram(qmp, &ramblocks, &backends, error))
+	if (!list_ram(qmp, helper, &ramblocks, &backends, error))
 		return NULL;
 	ask_for_addresses(qmp, ramblocks, backends);
 	regions = pr_agent_client_regions(agent, error);
 	if (!regions)
 		return NULL;
-	return pr_qemu_match(ramblocks, backends, regions, error);
+	return helper ? match_attached(agent, ramblocks, backends, regions, error)
+		      : pr_qemu_match(ramblocks, backends, regions, error);
 }

@@ -19,6 +19,8 @@ static void backend_clear(gpointer data)
 
 	g_free(backend->id);
 	g_free(backend->type);
+	g_free(backend->path);
+	g_free(backend->fs);
 }
 
 GArray *pr_qemu_backends_new(void)
@@ -94,10 +96,10 @@ gboolean pr_qemu_find_gpa(const char *mtree, const char *block, uint64_t *ret_gp
 			  uint64_t *ret_offset)
 {
 	g_autofree char *name = g_regex_escape_string(last_part(block), -1);
-	g_autofree char *pattern =
-		g_strdup_printf("^\\s*([0-9a-f]{16})-[0-9a-f]{16} \\(prio -?\\d+, ram\\): "
-				"%s(?: @([0-9a-f]{16}))?(?: KVM)?\\s*$",
-				name);
+	g_autofree char *pattern = g_strdup_printf(
+		"^\\s*([0-9a-f]{16})-[0-9a-f]{16} \\(prio -?\\d+, (?:ram|rom|romd)\\): "
+		"%s(?: @([0-9a-f]{16}))?(?: KVM)?\\s*$",
+		name);
 	g_autoptr(GRegex) regex = g_regex_new(pattern, G_REGEX_MULTILINE, 0, NULL);
 	g_autoptr(GMatchInfo) match = NULL;
 	g_autofree char *gpa = NULL, *offset = NULL;
@@ -139,23 +141,56 @@ static gboolean is_device_memory(const char *name)
 	return strstr(name, "vram") || strstr(name, "flash") || strstr(name, "rom");
 }
 
+gboolean pr_qemu_fs_in_memory(const char *fs)
+{
+	static const char *const in_memory[] = {"tmpfs", "hugetlbfs", NULL};
+
+	return g_strv_contains(in_memory, fs);
+}
+
+/* Whether whoever serves the RAM can have this backend's. */
+static gboolean is_servable(const PrQemuBackend *backend)
+{
+	return g_str_equal(backend->type, "memory-backend-memfd") ||
+	       (backend->fs && pr_qemu_fs_in_memory(backend->fs));
+}
+
+gboolean pr_qemu_block_is_shared(const PrQemuRamBlock *block, const GArray *backends)
+{
+	const PrQemuBackend *backend = pr_qemu_backend_of(backends, block->name);
+
+	return backend && backend->share && is_servable(backend);
+}
+
+static gboolean refuse_shared(const PrQemuRamBlock *block, const PrQemuBackend *backend,
+			      GError **error)
+{
+	g_autofree char *instead = g_strdup_printf("memory-backend-memfd,id=%s,size=%uM,share=on",
+						   backend->id, MIB(block->size));
+
+	if (backend->fs)
+		g_set_error(
+			error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+			"RAM block '%s' is the file %s on %s; use -object %s instead, or a file "
+			"on tmpfs",
+			block->name, backend->path, backend->fs, instead);
+	else
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+			    "RAM block '%s' is shared memory of a %s; use -object %s instead",
+			    block->name, backend->type, instead);
+	return FALSE;
+}
+
 gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backends,
 			      gboolean *ret_shared, GError **error)
 {
 	const PrQemuBackend *backend = pr_qemu_backend_of(backends, block->name);
-	gboolean memfd = backend && g_str_equal(backend->type, "memory-backend-memfd");
 
-	*ret_shared = memfd && backend->share;
+	*ret_shared = pr_qemu_block_is_shared(block, backends);
 	if (*ret_shared || !*block->name)
 		return TRUE;
-	/* With x-ignore-shared, QEMU would leave it behind. */
-	if (backend && backend->share) {
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
-			    "RAM block '%s' is shared memory of a %s; use -object "
-			    "memory-backend-memfd,id=%s,size=%uM,share=on instead",
-			    block->name, backend->type, backend->id, MIB(block->size));
-		return FALSE;
-	}
+	if (backend && backend->share)
+		return refuse_shared(block, backend, error);
 	if (block->size <= PR_QEMU_PRIVATE_MAX || (!backend && is_device_memory(block->name)))
 		return TRUE;
 	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
@@ -265,6 +300,49 @@ GArray *pr_qemu_match(const GArray *ramblocks, const GArray *backends, GArray *r
 			return NULL;
 		}
 		take_region(out, region, block->name);
+	}
+	return g_steal_pointer(&out);
+}
+
+static gboolean match_attached(const PrQemuRamBlock *block, GArray *regions, GArray *out,
+			       GError **error)
+{
+	PrGuestBlock *region;
+
+	if (!block->hva) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+			    "RAM block '%s' (%u MiB): this QEMU does not tell where it is mapped "
+			    "(`info ramblock`, `gpa2hva`); preload libpostroad-agent.so and add "
+			    "agent=PATH",
+			    block->name, MIB(block->size));
+		return FALSE;
+	}
+	region = region_at(regions, block->hva);
+	if (region && region->size == block->size && region->memfd >= 0) {
+		take_region(out, region, block->name);
+		return TRUE;
+	}
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+		    "RAM block '%s' (%u MiB at 0x%" G_GINT64_MODIFIER
+		    "x): the process has no such shared memory there%s",
+		    block->name, MIB(block->size), block->hva,
+		    region ? ", but a mapping of another size"
+			   : "; is it QEMU's? name it with pid=");
+	return FALSE;
+}
+
+GArray *pr_qemu_match_attached(const GArray *ramblocks, const GArray *backends, GArray *regions,
+			       GError **error)
+{
+	g_autoptr(GPtrArray) mapped = mapped_blocks(ramblocks, backends);
+	g_autoptr(GArray) out = pr_guest_blocks_new();
+
+	for (guint i = 0; i < mapped->len; i++) {
+		const PrQemuRamBlock *block = mapped->pdata[i];
+
+		/* A backend that the machine does not use: nobody migrates it. */
+		if (*block->name && !match_attached(block, regions, out, error))
+			return NULL;
 	}
 	return g_steal_pointer(&out);
 }

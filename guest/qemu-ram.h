@@ -30,6 +30,8 @@ typedef struct PrQemuBackend {
 	char *type; /* "memory-backend-memfd", … */
 	uint64_t size;
 	gboolean share;
+	char *path; /* of a memory-backend-file, where files in memory will do; else NULL */
+	char *fs;   /* the file system that it is on */
 } PrQemuBackend;
 
 /* Arrays that own their strings. */
@@ -38,7 +40,7 @@ GArray *pr_qemu_backends_new(void);
 /* A GArray of PrQemuRamBlock, in the order of their offsets. */
 GArray *pr_qemu_ramblocks_parse(const char *text, GError **error);
 
-/* The guest physical address of a piece of the block in `info mtree -f`, and the piece's offset within
+/* The guest physical address of a piece of the block (RAM, ROM or flash) in `info mtree -f`, and the piece's offset within
  * the block. FALSE: the block is not mapped there. */
 gboolean pr_qemu_find_gpa(const char *mtree, const char *block, uint64_t *ret_gpa,
 			  uint64_t *ret_offset);
@@ -47,10 +49,19 @@ gboolean pr_qemu_parse_hva(const char *text, uint64_t *ret_hva);
 
 /* The backend of a block, or NULL. */
 const PrQemuBackend *pr_qemu_backend_of(const GArray *backends, const char *block);
+/* Whether the block is RAM of the guest that its engine shares. */
+gboolean pr_qemu_block_is_shared(const PrQemuRamBlock *block, const GArray *backends);
 /* Does the block have to be served by the agent? FALSE with an error: it cannot be migrated. */
 gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backends,
 			      gboolean *ret_shared, GError **error);
 
+/* A file system whose files are memory, for all that a helper needs. */
+gboolean pr_qemu_fs_in_memory(const char *fs);
+
+/* For a helper, which knows all shared memory of the process: matched by host address only, and regions that are no
+ * block's are none of ours. */
+GArray *pr_qemu_match_attached(const GArray *ramblocks, const GArray *backends, GArray *regions,
+			       GError **error);
 /* Names the agent's regions (a GArray of PrGuestBlock); takes the matched ones out of it into a new
  * array, in the order of the blocks. */
 GArray *pr_qemu_match(const GArray *ramblocks, const GArray *backends, GArray *regions,

@@ -1,36 +1,42 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The kind `qemu:qmp=PATH,agent=PATH`: a stock QEMU. QMP stops, saves, loads and continues it; the
- * preload agent in its process provides memory and faults.
+ * The kind `qemu:qmp=PATH[,pid=N][,agent=PATH]`: a stock QEMU. QMP stops, saves, loads and continues it; memory and
+ * faults are provided by a helper that attaches to its process, or by the preload agent in it.
  */
 #include "guest/qemu.h"
 
+#include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "guest/json.h"
 #include "guest/kinds.h"
-
-#define FINALIZE_MS	 10000 /* for QEMU to let go of the guest after a migration has failed */
-#define FINALIZE_LOOK_US 5000
 
 typedef struct QemuGuest {
 	PrGuest parent;
 	PrAgentClient *agent; /* constant */
 	char *qmp_path;	      /* constant */
 	guint timeout_ms;     /* constant */
+	GSocket *qmp_socket;  /* connecting; waits for the greeting; NULL: none, or used up */
 
 	/* Set once, under both locks, so that either is good for reading: by open(), or by the first call that
 	 * needs it (connect_qmp). Constant then. */
 	PrQmp *qmp;
-	PrQemuStream *stream;
-	GMutex connecting; /* taken before lock */
+	PrQemuSave *save;
+	PrQemuLoad *load;
+	GMutex connecting;  /* taken before lock */
+	PrQemuWatch *watch; /* constant */
 
 	GMutex lock;
 	GArray *blocks;	      /* lock; PrGuestBlock; NULL before prepare() */
+	int uffd;	      /* lock; of a fault mode that a helper turned on; -1: off */
 	gboolean stopped;     /* lock; by stop(), and not resumed since */
 	gboolean was_running; /* lock; goes with stopped */
+	gboolean at_rest;     /* lock; QEMU has stopped the guest since stop() was called */
+	gboolean ran_again;   /* lock; and somebody else has let it run */
 	gboolean dead;	      /* lock */
-	char *death;	      /* lock; why, once dead */
+	char *death;	      /* lock; why, once dead; constant then */
 	GMutex telling;	      /* held while `died` is called; taken before lock */
 	PrGuestDied died;     /* lock; taken when called */
 	void *died_opaque;    /* lock */
@@ -38,20 +44,22 @@ typedef struct QemuGuest {
 
 typedef struct QemuSpec {
 	char *qmp;
-	char *agent;
+	char *agent; /* NULL: a helper attaches */
+	char *pid;   /* NULL: whoever listens at qmp */
 } QemuSpec;
 
 static void qemu_spec_clear(QemuSpec *spec)
 {
 	g_free(spec->qmp);
 	g_free(spec->agent);
+	g_free(spec->pid);
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(QemuSpec, qemu_spec_clear)
 
 static gboolean spec_error(GError **error, const char *spec, const char *what)
 {
 	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_SPEC,
-		    "guest 'qemu:%s': %s; use qemu:qmp=PATH,agent=PATH", spec, what);
+		    "guest 'qemu:%s': %s; use qemu:qmp=PATH[,pid=N][,agent=PATH]", spec, what);
 	return FALSE;
 }
 
@@ -62,6 +70,7 @@ static gboolean parse_spec(const char *spec, QemuSpec *ret, GError **error)
 	for (guint i = 0; parts[i]; i++) {
 		char **value = g_str_has_prefix(parts[i], "qmp=")     ? &ret->qmp
 			       : g_str_has_prefix(parts[i], "agent=") ? &ret->agent
+			       : g_str_has_prefix(parts[i], "pid=")   ? &ret->pid
 								      : NULL;
 		g_autofree char *what = NULL;
 
@@ -73,21 +82,37 @@ static gboolean parse_spec(const char *spec, QemuSpec *ret, GError **error)
 	}
 	if (!ret->qmp || !*ret->qmp)
 		return spec_error(error, spec, "qmp= is missing");
-	if (!ret->agent || !*ret->agent)
-		return spec_error(error, spec, "agent= is missing");
+	if (ret->agent && !*ret->agent)
+		return spec_error(error, spec, "agent= names no socket");
+	if (ret->pid && ret->agent)
+		return spec_error(error, spec, "pid= and agent= exclude each other");
+	if (ret->pid && !g_ascii_string_to_unsigned(ret->pid, 10, 1, G_MAXINT32, NULL, NULL))
+		return spec_error(error, spec, "pid= is not a process id");
 	return TRUE;
+}
+
+static gboolean qemu_wants_helper(const char *spec)
+{
+	g_auto(QemuSpec) parsed = {0};
+
+	return parse_spec(spec, &parsed, NULL) && !parsed.agent;
 }
 
 static void on_event(const char *name, JsonObject *data, void *opaque)
 {
 	QemuGuest *self = opaque;
-	PrQemuStream *stream;
+	PrQemuLoad *load;
 
 	g_mutex_lock(&self->lock);
-	stream = self->stream;
+	load = self->load;
+	if (g_str_equal(name, "STOP"))
+		self->at_rest = TRUE;
+	else if (g_str_equal(name, "RESUME"))
+		self->ran_again = self->at_rest;
 	g_mutex_unlock(&self->lock);
-	if (stream)
-		pr_qemu_stream_event(stream, name, data);
+	if (load)
+		pr_qemu_load_event(load, name, data);
+	pr_qemu_watch_event(self->watch, name);
 }
 
 /* QMP's end, or the agent's: whichever comes first is told. */
@@ -99,28 +124,41 @@ static void on_end(const char *reason, void *opaque)
 
 	g_mutex_lock(&self->telling);
 	g_mutex_lock(&self->lock);
-	if (self->stream)
-		pr_qemu_stream_died(self->stream, reason);
 	if (!self->dead) {
 		self->dead = TRUE;
-		self->death = g_strdup(reason);
+		self->death = self->load ? pr_qemu_load_died(self->load, reason) : g_strdup(reason);
 		died = g_steal_pointer(&self->died);
 	}
 	died_opaque = self->died_opaque;
 	g_mutex_unlock(&self->lock);
 	if (died)
-		died(reason, died_opaque);
+		died(self->death, died_opaque);
 	g_mutex_unlock(&self->telling);
+}
+
+static void keep_uffd(QemuGuest *self, int uffd)
+{
+	g_mutex_lock(&self->lock);
+	if (self->uffd >= 0)
+		close(self->uffd);
+	self->uffd = uffd;
+	g_mutex_unlock(&self->lock);
 }
 
 static void qemu_close(PrGuest *guest)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
+	/* The watch's thread makes calls of QMP, whose reader tells the watch. */
+	pr_qemu_watch_end(self->watch);
 	g_clear_pointer(&self->qmp, pr_qmp_free);
+	g_clear_pointer(&self->watch, pr_qemu_watch_free);
 	g_clear_pointer(&self->agent, pr_agent_client_free);
-	g_clear_pointer(&self->stream, pr_qemu_stream_free);
+	g_clear_pointer(&self->save, pr_qemu_save_free);
+	g_clear_pointer(&self->load, pr_qemu_load_free);
 	g_clear_pointer(&self->blocks, g_array_unref);
+	g_clear_object(&self->qmp_socket);
+	keep_uffd(self, -1);
 	g_free(self->death);
 	g_free(self->qmp_path);
 	g_mutex_clear(&self->connecting);
@@ -131,7 +169,7 @@ static void qemu_close(PrGuest *guest)
 
 /* The agent begins to listen with the first shared RAM, so that its absence may have that cause: then the
  * cause is told. */
-static PrAgentClient *open_agent(const QemuSpec *spec, guint timeout_ms, GError **error)
+static PrAgentClient *open_preloaded(const QemuSpec *spec, guint timeout_ms, GError **error)
 {
 	g_autoptr(GError) missing = NULL;
 	g_autoptr(GError) cause = NULL;
@@ -152,7 +190,7 @@ static PrAgentClient *open_agent(const QemuSpec *spec, guint timeout_ms, GError 
 }
 
 /* An engine that follows another one must not wait for QMP: QEMU's main loop may itself be waiting, for a page
- * that this engine is there to bring. So then it is connected when it is needed first. */
+ * that this engine is there to bring, or for the fence to be lifted. So then it is connected when it is needed first. */
 static gboolean connect_qmp(QemuGuest *self, GError **error)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->connecting);
@@ -160,24 +198,65 @@ static gboolean connect_qmp(QemuGuest *self, GError **error)
 
 	if (self->qmp)
 		return TRUE;
-	qmp = pr_qmp_open(self->qmp_path, self->timeout_ms, on_event, self, error);
+	if (!self->qmp_socket)
+		self->qmp_socket = pr_qmp_connect(self->qmp_path, error);
+	if (!self->qmp_socket)
+		return FALSE;
+	qmp = pr_qmp_open_over(g_steal_pointer(&self->qmp_socket), self->qmp_path, self->timeout_ms,
+			       on_event, self, error);
 	if (!qmp)
 		return FALSE;
 	g_mutex_lock(&self->lock);
 	self->qmp = qmp;
-	self->stream = pr_qemu_stream_new(qmp, self->timeout_ms);
+	self->save = pr_qemu_save_new(qmp, self->agent);
+	self->load = pr_qemu_load_new(qmp, self->agent, self->timeout_ms);
 	if (self->dead)
-		pr_qemu_stream_died(self->stream, self->death);
+		g_free(pr_qemu_load_died(self->load, self->death));
 	g_mutex_unlock(&self->lock);
 	pr_qmp_on_death(qmp, on_end, self);
 	return TRUE;
 }
 
-static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
+/* PrQemuWatchQmp */
+static PrQmp *watch_qmp(void *opaque, GError **error)
+{
+	QemuGuest *self = opaque;
+
+	return connect_qmp(self, error) ? self->qmp : NULL;
+}
+
+/* The connection that tells whose socket it is serves QMP later: QEMU has one client at a time. */
+static gboolean open_agent(QemuGuest *self, const QemuSpec *spec, PrGuestHelper *helper,
+			   GError **error)
+{
+	pid_t pid = spec->pid ? atoi(spec->pid) : 0;
+
+	if (spec->agent) {
+		self->agent = open_preloaded(spec, self->timeout_ms, error);
+		return self->agent != NULL;
+	}
+	self->qmp_socket = pr_qmp_connect(self->qmp_path, error);
+	if (!self->qmp_socket)
+		return FALSE;
+	self->agent = pr_qemu_attach(self->qmp_socket, self->qmp_path, pid, helper,
+				     self->timeout_ms, error);
+	return self->agent != NULL;
+}
+
+/* Where the fault mode is on already, an engine was here before, and made sure of that. */
+static gboolean check_process(QemuGuest *self, const QemuSpec *spec, GError **error)
+{
+	return spec->agent ||
+	       pr_qemu_check_process(self->qmp, self->qmp_path, pr_agent_client_pid(self->agent),
+				     spec->pid != NULL, error);
+}
+
+static PrGuest *qemu_open(const char *spec, PrGuestHelper *helper, guint timeout_ms, GError **error)
 {
 	g_auto(QemuSpec) parsed = {0};
 	g_autoptr(PrGuest) guest = NULL;
 	QemuGuest *self;
+	gboolean follows;
 
 	if (!parse_spec(spec, &parsed, error))
 		return NULL;
@@ -189,10 +268,13 @@ static PrGuest *qemu_open(const char *spec, guint timeout_ms, GError **error)
 	g_mutex_init(&self->connecting);
 	self->qmp_path = g_strdup(parsed.qmp);
 	self->timeout_ms = timeout_ms;
-	self->agent = open_agent(&parsed, timeout_ms, error);
-	if (!self->agent)
+	self->uffd = -1;
+	self->watch = pr_qemu_watch_new(watch_qmp, self);
+	if (!open_agent(self, &parsed, helper, error))
 		return NULL;
-	if (!pr_agent_client_was_faulting(self->agent) && !connect_qmp(self, error))
+	follows = pr_agent_client_was_faulting(self->agent) ||
+		  pr_agent_client_was_fenced(self->agent);
+	if (!follows && (!connect_qmp(self, error) || !check_process(self, &parsed, error)))
 		return NULL;
 	pr_agent_client_on_death(self->agent, on_end, self);
 	return g_steal_pointer(&guest);
@@ -234,19 +316,14 @@ static const PrGuestBlock *qemu_adopt(PrGuest *guest, const PrGuestBlock *known,
 	g_autoptr(GArray) blocks = pr_agent_client_adopt(self->agent, known, n, error);
 	g_autoptr(GMutexLocker) locker = NULL;
 
-	if (!blocks)
+	if (!blocks || (pr_agent_client_is_helper(self->agent) &&
+			!pr_agent_client_choose(self->agent, (const PrGuestBlock *)blocks->data,
+						blocks->len, error)))
 		return NULL;
 	locker = g_mutex_locker_new(&self->lock);
 	g_return_val_if_fail(!self->blocks, NULL);
 	self->blocks = g_steal_pointer(&blocks);
 	return (const PrGuestBlock *)self->blocks->data;
-}
-
-static gboolean qemu_prepare_state(PrGuest *guest, GError **error)
-{
-	QemuGuest *self = (QemuGuest *)guest;
-
-	return connect_qmp(self, error) && pr_qemu_stream_prepare(self->stream, error);
 }
 
 static gboolean query_running(QemuGuest *self, gboolean *ret_running, GError **error)
@@ -267,19 +344,39 @@ static gboolean qemu_is_running(PrGuest *guest, gboolean *ret_running, GError **
 	return query_running((QemuGuest *)guest, ret_running, error);
 }
 
-/* A save that the dead engine has left behind fails by itself: its socket is closed. */
 static gboolean qemu_take_stopped(PrGuest *guest, gboolean was_running, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
 	if (!connect_qmp(self, error))
 		return FALSE;
-	pr_qemu_stream_follow(self->stream);
 	g_mutex_lock(&self->lock);
 	self->stopped = TRUE;
 	self->was_running = was_running;
 	g_mutex_unlock(&self->lock);
 	return TRUE;
+}
+
+static gboolean qemu_describe(PrGuest *guest, PrGuestSink sink, void *opaque, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_save_describe(self->save, sink, opaque, error);
+}
+
+static gboolean qemu_save_early(PrGuest *guest, GCancellable *cancel, PrGuestSink sink,
+				void *opaque, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_save_early(self->save, sink, opaque, error);
+}
+
+static gboolean qemu_prepare_save(PrGuest *guest, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_save_prepare(self->save, error);
 }
 
 static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **error)
@@ -293,53 +390,41 @@ static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **er
 	g_mutex_lock(&self->lock);
 	self->stopped = TRUE;
 	self->was_running = running;
+	self->at_rest = !running;
+	self->ran_again = FALSE;
 	g_mutex_unlock(&self->lock);
 	*ret_was_running = running;
-	return running ? pr_qemu_stream_stop(self->stream, error)
-		       : pr_qmp_command(self->qmp, "stop", NULL, -1, error);
+	return pr_qmp_command(self->qmp, "stop", NULL, -1, error);
 }
 
-/* QEMU says that its migration has failed a moment before it has let go of the guest ("finish-migrate"), and
- * has no event for that. */
-static void wait_finalized(QemuGuest *self)
+static gboolean qemu_check_stopped(PrGuest *guest, GError **error)
 {
-	gint64 deadline = g_get_monotonic_time() + FINALIZE_MS * G_TIME_SPAN_MILLISECOND;
+	QemuGuest *self = (QemuGuest *)guest;
+	gboolean ran_again;
 
-	while (g_get_monotonic_time() < deadline) {
-		g_autoptr(JsonObject) object = pr_qmp_query(self->qmp, "query-status", NULL);
-
-		if (!object || g_strcmp0(pr_json_string(object, "status"), "finish-migrate") != 0)
-			return;
-		g_usleep(FINALIZE_LOOK_US); /* between two looks at the condition */
-	}
-}
-
-static gboolean continue_guest(QemuGuest *self, GError **error)
-{
-	g_autoptr(GError) refused = NULL;
-
-	if (pr_qmp_command(self->qmp, "cont", NULL, -1, &refused))
-		return TRUE;
-	g_info("%s", refused->message);
-	wait_finalized(self);
-	return pr_qmp_command(self->qmp, "cont", NULL, -1, error);
+	g_mutex_lock(&self->lock);
+	ran_again = self->ran_again;
+	g_mutex_unlock(&self->lock);
+	if (ran_again)
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
+			    "somebody let the guest run while it was being handed over");
+	return !ran_again;
 }
 
 static gboolean qemu_resume(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
-	g_autoptr(GError) undo_error = NULL;
 	gboolean cont;
 
+	/* From here on it is this engine that lets it run. */
+	pr_qemu_watch_end(self->watch);
 	if (!connect_qmp(self, error))
 		return FALSE;
-	/* A guest that could run must not stay stopped because a capability could not be put back. */
-	if (!pr_qemu_stream_undo(self->stream, &undo_error))
-		g_info("putting QEMU's migration settings back: %s", undo_error->message);
+	pr_qemu_save_end(self->save);
 	g_mutex_lock(&self->lock);
 	cont = self->stopped && self->was_running;
 	g_mutex_unlock(&self->lock);
-	if (cont && !continue_guest(self, error))
+	if (cont && !pr_qmp_command(self->qmp, "cont", NULL, -1, error))
 		return FALSE;
 	g_mutex_lock(&self->lock);
 	self->stopped = FALSE;
@@ -353,36 +438,50 @@ static gboolean qemu_save(PrGuest *guest, GCancellable *cancel, PrGuestSink sink
 	QemuGuest *self = (QemuGuest *)guest;
 
 	return connect_qmp(self, error) &&
-	       pr_qemu_stream_save(self->stream, cancel, sink, opaque, error);
+	       pr_qemu_save_state(self->save, cancel, sink, opaque, error);
+}
+
+static gboolean qemu_load_early(PrGuest *guest, const void *data, gsize len, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_load_early(self->load, data, len, error);
+}
+
+static gboolean qemu_prepare_load(PrGuest *guest, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return connect_qmp(self, error) && pr_qemu_load_prepare(self->load, error);
 }
 
 static gboolean qemu_load_begin(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
-	return connect_qmp(self, error) && pr_qemu_stream_load_begin(self->stream, error);
+	return connect_qmp(self, error) && pr_qemu_load_begin(self->load, error);
 }
 
 static gboolean qemu_load_data(PrGuest *guest, const void *data, gsize len, GError **error)
 {
-	return pr_qemu_stream_load_data(((QemuGuest *)guest)->stream, data, len, error);
+	return pr_qemu_load_data(((QemuGuest *)guest)->load, data, len, error);
 }
 
 static gboolean qemu_load_end(PrGuest *guest, GError **error)
 {
-	return pr_qemu_stream_load_end(((QemuGuest *)guest)->stream, error);
+	return pr_qemu_load_end(((QemuGuest *)guest)->load, error);
 }
 
 static void qemu_load_abort(PrGuest *guest)
 {
 	QemuGuest *self = (QemuGuest *)guest;
-	PrQemuStream *stream;
+	PrQemuLoad *load;
 
 	g_mutex_lock(&self->lock);
-	stream = self->stream;
+	load = self->load;
 	g_mutex_unlock(&self->lock);
-	if (stream)
-		pr_qemu_stream_load_abort(stream);
+	if (load)
+		pr_qemu_load_abort(load);
 }
 
 static gboolean qemu_run(PrGuest *guest, GError **error)
@@ -401,12 +500,63 @@ static GArray *qemu_vcpu_threads(PrGuest *guest, GError **error)
 
 static int qemu_fault_on(PrGuest *guest, GError **error)
 {
-	return pr_agent_client_fault_on(((QemuGuest *)guest)->agent, error);
+	QemuGuest *self = (QemuGuest *)guest;
+	int uffd = pr_agent_client_fault_on(self->agent, error);
+
+	if (uffd >= 0 && pr_agent_client_is_helper(self->agent))
+		keep_uffd(self, fcntl(uffd, F_DUPFD_CLOEXEC, 3));
+	return uffd;
+}
+
+/* Without the helper the descriptor stays in QEMU, and does nothing. */
+static gboolean unregister(QemuGuest *self)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->lock);
+
+	if (self->uffd < 0 || !self->blocks)
+		return FALSE;
+	pr_qemu_unregister(self->uffd, (const PrGuestBlock *)self->blocks->data, self->blocks->len);
+	return TRUE;
 }
 
 static gboolean qemu_fault_off(PrGuest *guest, GError **error)
 {
-	return pr_agent_client_fault_off(((QemuGuest *)guest)->agent, error);
+	QemuGuest *self = (QemuGuest *)guest;
+	g_autoptr(GError) failure = NULL;
+
+	if (!pr_agent_client_fault_off(self->agent, &failure) &&
+	    (!g_error_matches(failure, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE) ||
+	     !unregister(self))) {
+		g_propagate_error(error, g_steal_pointer(&failure));
+		return FALSE;
+	}
+	keep_uffd(self, -1);
+	return TRUE;
+}
+
+/* The watch first: it holds where the fence can't be had, and while that is being made. */
+static gboolean qemu_fence(PrGuest *guest, GError **error)
+{
+	QemuGuest *self = (QemuGuest *)guest;
+
+	return pr_qemu_watch_begin(self->watch, error) &&
+	       pr_agent_client_fence_on(self->agent, error);
+}
+
+/* The watch goes on. */
+static gboolean qemu_unfence(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_fence_off(((QemuGuest *)guest)->agent, error);
+}
+
+static gboolean qemu_was_fenced(PrGuest *guest)
+{
+	return pr_agent_client_was_fenced(((QemuGuest *)guest)->agent);
+}
+
+static void qemu_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
+{
+	pr_qemu_watch_tell(((QemuGuest *)guest)->watch, ran_again, opaque);
 }
 
 static gboolean qemu_keep_state(PrGuest *guest, int memfd, GError **error)
@@ -440,6 +590,7 @@ static void qemu_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 
 const PrGuestOps pr_guest_qemu = {
 	.kind = "qemu",
+	.wants_helper = qemu_wants_helper,
 	.open = qemu_open,
 	.close = qemu_close,
 	.prepare = qemu_prepare,
@@ -447,8 +598,13 @@ const PrGuestOps pr_guest_qemu = {
 	.adopt = qemu_adopt,
 	.is_running = qemu_is_running,
 	.take_stopped = qemu_take_stopped,
-	.prepare_state = qemu_prepare_state,
+	.describe = qemu_describe,
+	.save_early = qemu_save_early,
+	.load_early = qemu_load_early,
+	.prepare_save = qemu_prepare_save,
+	.prepare_load = qemu_prepare_load,
 	.stop = qemu_stop,
+	.check_stopped = qemu_check_stopped,
 	.resume = qemu_resume,
 	.save = qemu_save,
 	.load_begin = qemu_load_begin,
@@ -459,6 +615,10 @@ const PrGuestOps pr_guest_qemu = {
 	.vcpu_threads = qemu_vcpu_threads,
 	.fault_on = qemu_fault_on,
 	.fault_off = qemu_fault_off,
+	.fence = qemu_fence,
+	.unfence = qemu_unfence,
+	.was_fenced = qemu_was_fenced,
+	.on_run_again = qemu_on_run_again,
 	.keep_state = qemu_keep_state,
 	.fetch_state = qemu_fetch_state,
 	.on_death = qemu_on_death,

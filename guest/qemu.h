@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The parts of the `qemu:` kind: qemu.c (the ops), qemu-check.c (what is refused), qemu-stream.c (the
- * device state), qemu-settings.c (what QEMU migrates with), qemu-ram.c (RAM blocks). */
+/* The parts of the `qemu:` kind: qemu.c (the ops), qemu-check.c (what is refused), qemu-facts.c (what both sides must have
+ * in common), qemu-attach.c (which process it is), qemu-ram.c (RAM blocks), qemu-private.c (those that are not shared), qemu-save.c and qemu-load.c (the
+ * device state), qemu-section.c (how they travel), qemu-watch.c (the guest stays stopped). */
 #pragma once
 
 #include "guest/agent-client.h"
@@ -12,48 +13,87 @@
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error);
 /* Refuses a QEMU whose RAM is not shared, also one without an agent. */
 gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error);
+gboolean pr_qemu_version(PrQmp *qmp, guint *ret_major, guint *ret_minor, GError **error);
 /* Thread ids (uint32_t) of the vCPUs, in their order. */
 GArray *pr_qemu_vcpu_threads(PrQmp *qmp, GError **error);
 /* The RAM blocks as PrGuestBlock. */
 GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error);
+/* Those that are not among them, as PrQemuPrivateBlock. */
+GArray *pr_qemu_private_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error);
+/* Where QEMU has a block mapped that `info mtree -f` shows, or 0. */
+uint64_t pr_qemu_ask_hva(PrQmp *qmp, const char *mtree, const char *block);
+
+/* qemu-facts.c: the machine type, as in -machine. */
+char *pr_qemu_machine(PrQmp *qmp, GError **error);
+
+/* qemu-attach.c: a QEMU that runs already, found by its QMP socket. */
+/* pid 0: whoever listens at that socket. Takes the helper. */
+PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrGuestHelper *helper,
+			      guint timeout_ms, GError **error);
+/* What a helper that has ended can't do any more: frees the process of the fault mode. */
+void pr_qemu_unregister(int uffd, const PrGuestBlock *blocks, guint n);
+/* Refuses a process that is not the QEMU which answers there. named: it was given by pid=. */
+gboolean pr_qemu_check_process(PrQmp *qmp, const char *qmp_path, pid_t pid, gboolean named,
+			       GError **error);
 
 /*
- * qemu-stream.c: QEMU's own migration stream, through a socketpair whose other end QEMU gets with
- * getfd. With x-ignore-shared it holds the device state and private RAM only.
+ * qemu-save.c: the device state of a source's QEMU, which `xen-save-devices-state` writes into a memfd of ours. In spite
+ * of its name the command is in every build. With the guest stopped it gives up the locks of disk images,
+ * which `cont` takes back.
  */
-typedef struct PrQemuStream PrQemuStream;
+typedef struct PrQemuSave PrQemuSave;
 
-PrQemuStream *pr_qemu_stream_new(PrQmp *qmp, guint timeout_ms);
-void pr_qemu_stream_free(PrQemuStream *stream);
+PrQemuSave *pr_qemu_save_new(PrQmp *qmp, PrAgentClient *agent);
+void pr_qemu_save_free(PrQemuSave *save);
+/* While the guest runs: what the other side must be like; then private RAM. */
+gboolean pr_qemu_save_describe(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error);
+gboolean pr_qemu_save_early(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error);
+/* What needs not be done while the guest is stopped. */
+gboolean pr_qemu_save_prepare(PrQemuSave *save, GError **error);
+/* With the guest stopped: private RAM that has changed since, and the device state. */
+gboolean pr_qemu_save_state(PrQemuSave *save, GCancellable *cancel, PrGuestSink sink, void *opaque,
+			    GError **error);
+/* Forgets what was prepared. Harmless when nothing was. */
+void pr_qemu_save_end(PrQemuSave *save);
+
+/*
+ * qemu-load.c: the device state of a destination's QEMU, which reads it as an incoming migration from a socketpair whose
+ * other end it gets with getfd.
+ */
+typedef struct PrQemuLoad PrQemuLoad;
+
+PrQemuLoad *pr_qemu_load_new(PrQmp *qmp, PrAgentClient *agent, guint timeout_ms);
+void pr_qemu_load_free(PrQemuLoad *load);
 /* For the QMP client: an event came. Reader thread. */
-void pr_qemu_stream_event(PrQemuStream *stream, const char *name, JsonObject *data);
-/* QEMU is gone: nobody needs to wait any more. */
-void pr_qemu_stream_died(PrQemuStream *stream, const char *reason);
+void pr_qemu_load_event(PrQemuLoad *load, const char *name, JsonObject *data);
+/* QEMU is gone: nobody needs to wait any more. Returns the reason to tell, which of a QEMU that was loading is what it
+ * has said itself; g_free() it. */
+char *pr_qemu_load_died(PrQemuLoad *load, const char *reason);
 
-/* Makes QEMU ready for a save or a load, which otherwise does that itself. */
-gboolean pr_qemu_stream_prepare(PrQemuStream *stream, GError **error);
-/* Begins the save of a guest that runs, which QEMU stops in the course of it; returns when it has stopped. */
-gboolean pr_qemu_stream_stop(PrQemuStream *stream, GError **error);
-/* Goes on with the save, or begins that of a guest that does not run. */
-gboolean pr_qemu_stream_save(PrQemuStream *stream, GCancellable *cancel, PrGuestSink sink,
-			     void *opaque, GError **error);
-/* As if this one had saved, or begun to: for the traces of an engine that has died. What QEMU was set to before
- * is not known; undo() sets its defaults. */
-void pr_qemu_stream_follow(PrQemuStream *stream);
-/* Ends a save in progress and undoes what it, or preparing it, changed in QEMU. Harmless when there was none. */
-gboolean pr_qemu_stream_undo(PrQemuStream *stream, GError **error);
+/* What pr_qemu_save_describe() and pr_qemu_save_early() have sent. */
+gboolean pr_qemu_load_early(PrQemuLoad *load, const void *data, gsize len, GError **error);
+gboolean pr_qemu_load_prepare(PrQemuLoad *load, GError **error);
+gboolean pr_qemu_load_begin(PrQemuLoad *load, GError **error);
+gboolean pr_qemu_load_data(PrQemuLoad *load, const void *data, gsize len, GError **error);
+gboolean pr_qemu_load_end(PrQemuLoad *load, GError **error);
+void pr_qemu_load_abort(PrQemuLoad *load);
 
-gboolean pr_qemu_stream_load_begin(PrQemuStream *stream, GError **error);
-gboolean pr_qemu_stream_load_data(PrQemuStream *stream, const void *data, gsize len,
-				  GError **error);
-gboolean pr_qemu_stream_load_end(PrQemuStream *stream, GError **error);
-void pr_qemu_stream_load_abort(PrQemuStream *stream);
+/*
+ * qemu-watch.c: once the guest may run elsewhere, whoever lets it run in this QEMU is seen by QMP's events,
+ * and it is stopped at once. The calls of a watch are made by a thread of its own, as they may hang.
+ */
+typedef struct PrQemuWatch PrQemuWatch;
 
-/* qemu-settings.c. */
-void pr_qemu_add_capability(JsonArray *list, const char *name, gboolean on);
-/* From all capabilities as QEMU tells them: how those that must differ have to be, and how they are. */
-void pr_qemu_plan_capabilities(JsonArray *found, JsonArray *wanted, JsonArray *old);
-gboolean pr_qemu_set_capabilities(PrQmp *qmp, JsonArray *list, GError **error);
-/* Bytes a second, of QEMU's own migration. */
-gboolean pr_qemu_set_bandwidth(PrQmp *qmp, gint64 bandwidth, GError **error);
-gboolean pr_qemu_query_bandwidth(PrQmp *qmp, gint64 *ret_bandwidth, GError **error);
+/* The connection to QMP, which is made when it is needed first; NULL: see error. */
+typedef PrQmp *(*PrQemuWatchQmp)(void *opaque, GError **error);
+
+PrQemuWatch *pr_qemu_watch_new(PrQemuWatchQmp qmp, void *opaque);
+void pr_qemu_watch_free(PrQemuWatch *watch);
+/* Begins, unless it has: looks first whether the guest runs already. */
+gboolean pr_qemu_watch_begin(PrQemuWatch *watch, GError **error);
+/* Waits for a call in progress, which QMP's timeout bounds. Harmless when there is no watch. */
+void pr_qemu_watch_end(PrQemuWatch *watch);
+/* For the QMP client: an event came. Reader thread; makes no calls. */
+void pr_qemu_watch_event(PrQemuWatch *watch, const char *name);
+/* As PrGuestOps.on_run_again. */
+void pr_qemu_watch_tell(PrQemuWatch *watch, PrGuestRanAgain ran_again, void *opaque);

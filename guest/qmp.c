@@ -396,7 +396,7 @@ char *pr_qmp_human(PrQmp *qmp, const char *line, GError **error)
 
 /* Opening */
 
-static GSocket *connect_socket(const char *path, GError **error)
+GSocket *pr_qmp_connect(const char *path, GError **error)
 {
 	g_autoptr(GSocketAddress) address = g_unix_socket_address_new(path);
 	g_autoptr(GSocket) socket = NULL;
@@ -436,11 +436,14 @@ static gboolean wait_for_greeting(PrQmp *qmp, GError **error)
 PrQmp *pr_qmp_open(const char *path, guint timeout_ms, PrQmpEvent on_event, void *opaque,
 		   GError **error)
 {
-	GSocket *socket = connect_socket(path, error);
+	GSocket *socket = pr_qmp_connect(path, error);
 
-	if (!socket)
-		return NULL;
+	return socket ? pr_qmp_open_over(socket, path, timeout_ms, on_event, opaque, error) : NULL;
+}
 
+PrQmp *pr_qmp_open_over(GSocket *socket, const char *path, guint timeout_ms, PrQmpEvent on_event,
+			void *opaque, GError **error)
+{
 	g_autoptr(PrQmp) qmp = g_new0(PrQmp, 1);
 
 	qmp->path = g_strdup(path);

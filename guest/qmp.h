@@ -21,6 +21,11 @@ typedef void (*PrQmpEvent)(const char *name, JsonObject *data, void *opaque);
 /* Connects, waits for the greeting, negotiates. on_event sees every event from then on. */
 PrQmp *pr_qmp_open(const char *path, guint timeout_ms, PrQmpEvent on_event, void *opaque,
 		   GError **error);
+/* The same in two steps. The first waits for nobody, not even for a QEMU that does not answer; the second takes the
+ * socket, also when it fails. */
+GSocket *pr_qmp_connect(const char *path, GError **error);
+PrQmp *pr_qmp_open_over(GSocket *socket, const char *path, guint timeout_ms, PrQmpEvent on_event,
+			void *opaque, GError **error);
 /* Joins the reader: never from a callback. */
 void pr_qmp_free(PrQmp *qmp);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrQmp, pr_qmp_free)

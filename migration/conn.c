@@ -3,6 +3,8 @@
 #include "migration/internal.h"
 
 #define DRAIN_MS 1000
+#define LAST_WORDS_US                                                                              \
+	(300 * 1000) /* that a lost data path waits for the reason on the control channel */
 
 PrConn *pr_conn_new(PrMigration *m, const PrUri *uri, const char *name, uint64_t epoch)
 {
@@ -40,6 +42,30 @@ void pr_conn_binding(PrConn *conn, PrBinding *ret)
 	ret->epoch = conn->lanes_epoch;
 }
 
+/* Whether a failure now means that the guest stays at the source. With the lock held. */
+static gboolean may_still_stay(PrMigration *m)
+{
+	return m->sm.role == PR_ROLE_SOURCE && !pr_state_is_postcopy(m->sm.state);
+}
+
+/* A destination that gives up says why on the control channel and closes the data path as well. Whichever is seen
+ * first, the operator of the source has to hear the reason. */
+static void path_failed(const GError *error, void *opaque)
+{
+	PrConn *conn = opaque;
+	PrMigration *m = conn->m;
+	gint64 until = g_get_monotonic_time() + LAST_WORDS_US;
+
+	g_mutex_lock(&m->lock);
+	/* Ended by what the control channel says, or by the time. */
+	while (m->conn == conn && may_still_stay(m) && !m->failure &&
+	       g_cond_wait_until(&m->changed, &m->lock, until))
+		;
+	pr_conn_failed_locked(conn, error);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+}
+
 PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_port)
 {
 	PrMigration *m = conn->m;
@@ -54,7 +80,7 @@ PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_
 		.n_lanes = conn->n_lanes,
 		.timeout_ms = (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
 		.cancel = conn->cancel,
-		.on_failed = pr_conn_failed,
+		.on_failed = path_failed,
 		.opaque = conn,
 	};
 }

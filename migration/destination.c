@@ -218,10 +218,21 @@ static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	pr_kept_set_verifies(m->ram->kept, m->verifies);
 	pr_kept_set_identity(m->ram->kept, &binding);
 	/* In this order: who finds the fault mode on finds out why. */
-	return (!m->guest->ops->prepare_state || m->guest->ops->prepare_state(m->guest, error)) &&
+	return (!m->guest->ops->prepare_load || m->guest->ops->prepare_load(m->guest, error)) &&
 	       keep_state(m, error) && pr_destination_start_workers(m, /* fresh= */ TRUE, error) &&
 	       begin_told(m, conn) &&
 	       pr_migration_step(m, PR_EVENT_READY, "ready for RAM and device state", error);
+}
+
+/* Refused here, and the source hears why while its guest still runs. */
+static gboolean take_early_state(PrMigration *m, PrConn *conn, const PrMsg *msg, GError **error)
+{
+	if (m->guest->ops->load_early)
+		return m->guest->ops->load_early(m->guest, msg->body, msg->length, error);
+	g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+		    "the source's guest is of another kind than this one (%s)",
+		    m->guest->ops->kind);
+	return FALSE;
 }
 
 gboolean pr_destination_take_zero(PrMigration *m, const PrMsg *msg, GError **error)
@@ -401,6 +412,7 @@ static const struct Command {
 	{PR_CMD_GRANT, IN(ACTIVE) | IN(POSTCOPY_RECOVER) | IN(POSTCOPY_PAUSED),
 	 pr_destination_take_grant},
 	{PR_CMD_POSTCOPY_ADVISE, IN(SETUP), take_advise},
+	{PR_CMD_EARLY_STATE, IN(ACTIVE), take_early_state},
 	{PR_CMD_PING, IN_ANY, take_ping},
 	{PR_CMD_RAM_ZERO, IN(ACTIVE) | IN(DEVICE) | IN_POSTCOPY, take_zero},
 	{PR_CMD_POSTCOPY_LISTEN, IN(ACTIVE), take_listen},
@@ -477,6 +489,7 @@ static gboolean admit_guest(PrMigration *m, PrConn *conn, const PrHello *hello, 
 		return FALSE;
 	/* What is left of the last attempt's connections may use its RAM. */
 	pr_migration_await_threads(m);
+	pr_migration_begin_unfenced(m);
 	g_mutex_lock(&m->lock);
 	PrRam *old = m->ram;
 	m->ram = g_steal_pointer(&ram);

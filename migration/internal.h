@@ -83,6 +83,14 @@ typedef struct PrPathRecord {
 /* Source: keeps a standby for one of the listed paths (standby.c). */
 typedef struct PrKeeper PrKeeper;
 
+/* The write protection of the source's RAM. */
+typedef enum PrFence {
+	PR_FENCE_NONE,	  /* not yet */
+	PR_FENCE_ON,	  /* the RAM does not change */
+	PR_FENCE_REFUSED, /* it can't be had */
+	PR_FENCE_LIFTED,  /* everything has moved */
+} PrFence;
+
 #define PR_RATE_SAMPLES 16
 
 struct PrMigration {
@@ -94,6 +102,8 @@ struct PrMigration {
 	PrWatchdog *dog;
 
 	PrWatch *watch; /* the owner's, which alone uses it; no lock */
+	GThread *
+		fencer; /* the same; source: write-protects its RAM; NULL: nobody does (any more) */
 
 	PrQuiet refusals; /* has its own lock */
 	GMutex pull_lock; /* for stripe.c and for ending the pull threads; taken before `lock` */
@@ -159,7 +169,11 @@ struct PrMigration {
 
 	uint64_t pages_at_pause;
 	char *guest_gone; /* why this side's guest process is; NULL: it is there */
-	gboolean held; /* either side: a human has paused; automatic recovery waits for a human */
+	/* source, fence.c */
+	PrFence fence;
+	char *unfenced;	 /* why its RAM is not write-protected, in words for both sides; or NULL */
+	char *ran_again; /* what was seen last of a guest that was handed over; or NULL */
+	gboolean held;	 /* either side: a human has paused; automatic recovery waits for a human */
 
 	/* destination, the load thread's own: no lock */
 	int uffd;
@@ -290,6 +304,8 @@ gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error);
 /* Something that the operator has to know, and that changes nothing. With the lock held; pr_migration_tell()
  * afterwards. */
 void pr_migration_note_locked(PrMigration *m, const char *what);
+/* The same for something that must never happen. */
+void pr_migration_alarm_locked(PrMigration *m, const char *what);
 /* The peer's NOTE. */
 gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError **error);
 /* The last word on a connection, if it can be said without waiting. */
@@ -350,6 +366,31 @@ void pr_source_note_completed(PrMigration *m);
 void pr_source_note_changes(PrMigration *m);
 /* At the end: nothing needs to be known of a guest that has moved, and whose process is gone. */
 void pr_source_forget(PrMigration *m);
+
+/* fence.c; the owner, once RUN may have been sent: begins to write-protect the guest's RAM here, and to watch it. Where it
+ * can't be protected both sides are told. */
+void pr_source_fence(PrMigration *m);
+/* Waits until that is done. */
+void pr_source_await_fence(PrMigration *m);
+/* The same for an engine that follows another one, which may have done it. */
+void pr_source_fence_again(PrMigration *m);
+/* Everything has moved. The watch goes on. */
+void pr_source_unfence(PrMigration *m);
+/* Either side, at the beginning: the guest's process may have been a source before. */
+void pr_migration_begin_unfenced(PrMigration *m);
+/* PrGuestRanAgain */
+void pr_source_ran_again(const char *what, void *migration);
+/* Tells the destination what it has to know of the source's guest; once for each connection, as the destination's engine
+ * may be another one. */
+void pr_source_tell_guest(PrMigration *m, PrConn *conn);
+
+/* take-back.c: the guest runs on here. follows: another engine has stopped it. One try; and, by the owner, until it runs.
+ * FALSE: the guest's process is gone, or the engine is to end. */
+gboolean pr_source_try_run(PrMigration *m, gboolean follows, GError **error);
+gboolean pr_source_let_run(PrMigration *m, gboolean follows, GError **error);
+/* The same, and then the migration is over: CLEANED_UP. */
+void pr_source_take_back(PrMigration *m, gboolean follows);
+gpointer pr_source_take_back_thread(gpointer migration);
 
 gpointer pr_source_thread(gpointer migration);
 /* return-path.c; of a PrConn. */

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "guest/agent-proto.h"
 #include "guest/process.h"
 #include "migration/bitmap.h"
 #include "migration/migration.h"
@@ -111,7 +112,7 @@ PrKept *pr_kept_new(const PrGuestBlock *blocks, guint n, GError **error)
 	g_assert(n <= PR_BLOCKS_MAX);
 	for (guint i = 0; i < n; i++)
 		bytes += align_up(bitmap_bytes(blocks[i].size, blocks[i].page_size));
-	kept->fd = memfd_create("postroad-state", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	kept->fd = memfd_create(PR_AGENT_STATE_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (kept->fd < 0 || ftruncate(kept->fd, (off_t)bytes) < 0 ||
 	    fcntl(kept->fd, F_ADD_SEALS, KEPT_SEALS) < 0) {
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,

@@ -18,10 +18,12 @@
 	POINT(SOURCE_HANDED_OVER_NOTED, "source-handed-over-noted")                                \
 	POINT(SOURCE_ACTIVE, "source-active")                                                      \
 	POINT(SOURCE_RUN_SENT, "source-run-sent")                                                  \
+	POINT(SOURCE_FENCED, "source-fenced")                                                      \
 	POINT(SOURCE_TAKEN_BACK_NOTED, "source-taken-back-noted")                                  \
 	POINT(SOURCE_RESUMED_GUEST, "source-resumed-guest")                                        \
 	POINT(SOURCE_COMPLETED, "source-completed")                                                \
 	POINT(SOURCE_COMPLETED_NOTED, "source-completed-noted")                                    \
+	POINT(SOURCE_UNFENCED, "source-unfenced")                                                  \
 	POINT(SOURCE_INCARNATION_NOTED, "source-incarnation-noted")                                \
 	POINT(SOURCE_RECONNECTED, "source-reconnected")                                            \
 	POINT(SOURCE_BITMAPS_TAKEN, "source-bitmaps-taken")                                        \

@@ -292,6 +292,7 @@ static void guest_died(const char *reason, void *opaque)
 	g_mutex_lock(&m->lock);
 	g_free(m->guest_gone);
 	m->guest_gone = g_strdup(reason);
+	g_cond_broadcast(&m->changed);
 	if (pr_state_is_over(m->sm.state))
 		g_message("%s", error->message);
 	else if (!pr_state_is_postcopy(m->sm.state))
@@ -323,6 +324,12 @@ gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error)
 void pr_migration_note_locked(PrMigration *m, const char *what)
 {
 	g_warning("%s", what);
+	note_state(m, m->sm.state, what);
+}
+
+void pr_migration_alarm_locked(PrMigration *m, const char *what)
+{
+	g_critical("%s", what);
 	note_state(m, m->sm.state, what);
 }
 
@@ -391,6 +398,7 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 	m->dog = pr_watchdog_new();
 	pr_watchdog_start(m->dog);
 	guest->ops->on_death(guest, guest_died, m);
+	guest->ops->on_run_again(guest, pr_source_ran_again, m);
 	return m;
 }
 
@@ -437,6 +445,7 @@ void pr_migration_free(PrMigration *m)
 	for (guint i = 0; i < m->listeners->len; i++)
 		pr_listener_free(g_ptr_array_index(m->listeners, i));
 	m->guest->ops->on_death(m->guest, NULL, NULL);
+	m->guest->ops->on_run_again(m->guest, NULL, NULL);
 	pr_newcomer_free(m->newcomer);
 	pr_migration_await_threads(m);
 	pr_watchdog_free(m->dog);
@@ -455,6 +464,8 @@ void pr_migration_free(PrMigration *m)
 	g_free(m->reason);
 	g_free(m->error_desc);
 	g_free(m->guest_gone);
+	g_free(m->unfenced);
+	g_free(m->ran_again);
 	g_free(m->last_path);
 	g_free(m->last_corrupt);
 	g_free(m->claimed);

@@ -8,11 +8,12 @@
  *
  *	source                                             what who follows does
  *	  no record                                         nothing: the guest has not been stopped
- *	  STOPPING     before the guest is stopped          lets it run on, removes the record
- *	  HANDED_OVER  before RUN can be sent               postcopy-paused; this guest never runs again
+ *	  STOPPING     before the guest is stopped          lets it run on (take-back.c), removes the record
+ *	  HANDED_OVER  before RUN can be sent               postcopy-paused; this guest never runs again;
+ *	                                                    fences it (fence.c), which is harmless if it is fenced
  *	  (STOPPING    again, before a guest whose RUN was never sent may run: taken back)
  *	  (removed     after it runs)
- *	  COMPLETED    after the destination has said so    completed
+ *	  COMPLETED    after the destination has said so    completed; lifts the fence
  *
  *	destination
  *	  SETUP        before the fault mode is on          gives it up: the guest is the source's
@@ -40,7 +41,6 @@
 #include <string.h>
 
 #include "migration/internal.h"
-#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
 #include "transport/spare.h"
@@ -361,24 +361,37 @@ static gboolean resume_source(PrMigration *m, GError **error)
 	g_message("going on as the source of a migration that is %s; this guest belongs to the "
 		  "destination",
 		  pr_state_name(m->sm.state));
-	return record->stage != PR_RECORD_HANDED_OVER ||
-	       begin_owner(m, "migration", pr_source_resumed_thread, error);
+	if (record->stage == PR_RECORD_HANDED_OVER)
+		return begin_owner(m, "migration", pr_source_resumed_thread, error);
+	pr_source_unfence(m);
+	return TRUE;
+}
+
+/* What keeps it from running may last: then the monitor answers meanwhile, and says so. */
+static gboolean go_on_trying(PrMigration *m, const GError *why, GError **error)
+{
+	g_autofree char *words = g_strdup_printf(
+		"the last engine ended while it moved this guest, which is still the source's and "
+		"does not run yet: %s",
+		why->message);
+
+	g_mutex_lock(&m->lock);
+	m->error_desc = g_strdup(words);
+	pr_migration_restore_locked(m, PR_ROLE_SOURCE, PR_STATE_FAILING, FALSE, words);
+	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
+	return begin_owner(m, "migration", pr_source_take_back_thread, error);
 }
 
 static gboolean let_run_on(PrMigration *m, GError **error)
 {
-	pr_invariant_may_run(m->record->stage != PR_RECORD_STOPPING);
-	if (!m->guest->ops->take_stopped(m->guest, m->record->was_running, error) ||
-	    !m->guest->ops->resume(m->guest, error)) {
-		g_prefix_error(error,
-			       "the last engine ended while it moved this guest, which is still "
-			       "the source's, but can't be let run: ");
-		return FALSE;
-	}
+	g_autoptr(GError) why = NULL;
+
+	g_message("the last engine ended before the guest was handed over: it runs on here, if it "
+		  "ran; should the destination be postcopy-paused, cancel there (migrate_cancel)");
+	if (!pr_source_try_run(m, /* follows= */ TRUE, &why))
+		return go_on_trying(m, why, error);
 	pr_source_note_stays(m);
-	g_message(
-		"the last engine ended before the guest was handed over: it runs on here, if it ran; "
-		"should the destination be postcopy-paused, cancel there (migrate_cancel)");
 	return TRUE;
 }
 

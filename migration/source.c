@@ -14,7 +14,6 @@
 
 #include "migration/bitmap.h"
 #include "migration/internal.h"
-#include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "transport/spare.h"
 
@@ -32,7 +31,6 @@ static const PrWatchPoint awaiting = {"waiting for the destination", 3000};
 static const PrWatchPoint stopping = {"stopping the guest", 1000};
 static const PrWatchPoint telling = {"telling the destination where guest RAM is", 2000};
 static const PrWatchPoint saving = {"saving the device state", 2000};
-static const PrWatchPoint resuming = {"letting the guest run on", 1000};
 static const PrWatchPoint exchanging = {"exchanging what has arrived", 3000};
 static const PrWatchPoint closing = {"closing a connection", 3000};
 
@@ -291,6 +289,7 @@ static gboolean prepare_guest(PrMigration *m, GError **error)
 	/* What is left of the last migration's connections may use its RAM; and a guest that came here before
 	 * is on its way elsewhere now. */
 	pr_migration_await_threads(m);
+	pr_migration_begin_unfenced(m);
 	if (m->ram && m->ram->kept)
 		m->guest->ops->keep_state(m->guest, -1, NULL);
 	g_mutex_lock(&m->lock);
@@ -309,12 +308,37 @@ gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error)
 	return pr_send(conn, PR_CMD_PING, body, error);
 }
 
-static gboolean prepare_state(PrMigration *m, GError **error)
+static gboolean prepare_save(PrMigration *m, GError **error)
 {
-	return !m->guest->ops->prepare_state || m->guest->ops->prepare_state(m->guest, error);
+	return !m->guest->ops->prepare_save || m->guest->ops->prepare_save(m->guest, error);
 }
 
-/* Tells the destination what kind of RAM comes, and waits until both sides are ready for it. */
+/* PrGuestSink */
+static gboolean send_early(const void *data, gsize length, void *opaque, GError **error)
+{
+	PrConn *conn = opaque;
+	const uint8_t *at = data;
+
+	while (length > 0) {
+		g_autoptr(GByteArray) body = g_byte_array_new();
+		gsize chunk = MIN(length, PR_PACKAGED_CHUNK);
+
+		g_byte_array_append(body, at, (guint)chunk);
+		if (!pr_send(conn, PR_CMD_EARLY_STATE, body, error))
+			return FALSE;
+		at += chunk;
+		length -= chunk;
+	}
+	return TRUE;
+}
+
+static gboolean describe_guest(PrMigration *m, PrConn *conn, GError **error)
+{
+	return !m->guest->ops->describe ||
+	       m->guest->ops->describe(m->guest, send_early, conn, error);
+}
+
+/* Tells the destination what kind of guest and of RAM comes, and waits until both sides are ready for it. */
 static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
@@ -322,9 +346,19 @@ static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 	pr_watch_busy(m->watch, &awaiting);
 	pr_advise_encode(body, m->ram->page_size_summary, PR_TARGET_PAGE);
 	return pr_send(conn, PR_CMD_POSTCOPY_ADVISE, body, error) &&
-	       pr_source_ping(conn, PR_PING_READY, error) && prepare_state(m, error) &&
-	       wait_value(m, &m->pong, PR_PING_READY, error) &&
+	       describe_guest(m, conn, error) && pr_source_ping(conn, PR_PING_READY, error) &&
+	       prepare_save(m, error) && wait_value(m, &m->pong, PR_PING_READY, error) &&
 	       pr_migration_step(m, PR_EVENT_READY, "the destination is ready", error);
+}
+
+/* What need not wait until the guest has stopped. */
+static gboolean send_early_state(PrMigration *m, PrConn *conn, GError **error)
+{
+	if (!m->guest->ops->save_early)
+		return TRUE;
+	return m->guest->ops->save_early(m->guest, m->cancel, send_early, conn, error) &&
+	       pr_source_ping(conn, PR_PING_EARLY, error) &&
+	       wait_value(m, &m->pong, PR_PING_EARLY, error);
 }
 
 /* When the steps of the downtime were done, us. */
@@ -479,7 +513,8 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 	g_autoptr(GError) lost = NULL;
 
 	/* The order is argued in resume.c. */
-	if (!pr_source_note_handed_over(m, error) ||
+	if ((m->guest->ops->check_stopped && !m->guest->ops->check_stopped(m->guest, error)) ||
+	    !pr_source_note_handed_over(m, error) ||
 	    !pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error))
 		return FALSE;
 	m->run_may_be_seen = TRUE;
@@ -487,6 +522,7 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RUN, NULL, &lost))
 		pr_migration_failed(m, conn, lost);
 	pr_kill_point(PR_KILL_SOURCE_RUN_SENT);
+	pr_source_fence(m);
 	return TRUE;
 }
 
@@ -527,27 +563,19 @@ static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
 	if (!conn)
 		return FALSE;
 	*ret_conn = conn;
-	return advise(m, conn, error) && move_guest(m, conn, error);
+	return advise(m, conn, error) && send_early_state(m, conn, error) &&
+	       move_guest(m, conn, error);
 }
 
 /* Before RUN: the guest runs on here. */
 static void undo(PrMigration *m, PrConn *conn, const GError *why)
 {
-	g_autoptr(GError) error = NULL;
-
 	pr_attempt_failed(m, why);
 	pr_watch_busy(m->watch, &closing);
 	if (conn)
 		pr_conn_close(conn);
 	pr_source_note_taken_back(m);
-	pr_watch_busy(m->watch, &resuming);
-	pr_invariant_may_run(m->run_may_be_seen);
-	if (!m->guest->ops->resume(m->guest, &error))
-		g_critical("the guest could not be resumed: %s", error->message);
-	else
-		pr_source_note_stays(m);
-	pr_migration_step(m, PR_EVENT_CLEANED_UP,
-			  error ? error->message : "the guest runs on at the source", NULL);
+	pr_source_take_back(m, /* follows= */ FALSE);
 }
 
 /* ---- postcopy ---- */
@@ -610,17 +638,6 @@ static gboolean tell_rest(PrMigration *m, PrConn *conn, GError **error)
 	return m->holes_told || pr_source_tell_holes(m, conn, error);
 }
 
-/* Once more for each connection: the destination's engine may be another one. */
-static void tell_guest_gone(PrMigration *m, PrConn *conn)
-{
-	g_mutex_lock(&m->lock);
-	if (m->guest_gone)
-		pr_migration_farewell(
-			conn, PR_MSG_NOTE,
-			"the source's guest process is gone, its RAM is in its engine alone");
-	g_mutex_unlock(&m->lock);
-}
-
 /* One recovery: from recover-setup to postcopy-active, or back to paused. */
 static PrConn *recover(PrMigration *m)
 {
@@ -645,7 +662,7 @@ static PrConn *recover(PrMigration *m)
 	    tell_rest(m, conn, &error) && pr_source_recover(m, conn, &error)) {
 		m->holes_told = TRUE; /* before what it has answered */
 		pr_source_note_changes(m);
-		tell_guest_gone(m, conn);
+		pr_source_tell_guest(m, conn);
 		pr_kill_point(PR_KILL_SOURCE_RECOVERED);
 		return conn;
 	}
@@ -695,11 +712,14 @@ static void see_through(PrMigration *m, PrConn *conn)
 
 static void note_end(PrMigration *m)
 {
+	pr_source_await_fence(m);
 	g_mutex_lock(&m->lock);
 	gboolean completed = m->sm.state == PR_STATE_COMPLETED;
 	g_mutex_unlock(&m->lock);
-	if (completed)
-		pr_source_note_completed(m);
+	if (!completed)
+		return;
+	pr_source_note_completed(m);
+	pr_source_unfence(m);
 }
 
 gpointer pr_source_thread(gpointer migration)
@@ -727,6 +747,7 @@ gpointer pr_source_resumed_thread(gpointer migration)
 	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "migration");
 
 	m->watch = watch;
+	pr_source_fence_again(m);
 	see_through(m, NULL);
 	note_end(m);
 	return NULL;

@@ -234,7 +234,13 @@ PrAction pr_state_step(PrStateMachine *sm, PrEvent event, PrRole role, gint64 no
 
 void pr_state_restore(PrStateMachine *sm, PrRole role, PrState state, gboolean run, gint64 now)
 {
-	g_assert(state == PR_STATE_POSTCOPY_PAUSED || state == PR_STATE_COMPLETED);
+	g_assert(state == PR_STATE_POSTCOPY_PAUSED || state == PR_STATE_COMPLETED ||
+		 state == PR_STATE_FAILING);
+	if (state == PR_STATE_FAILING) {
+		*sm = (PrStateMachine){
+			.role = role, .state = state, .started = now, .stopped = now};
+		return;
+	}
 	*sm = (PrStateMachine){
 		.role = role,
 		.state = state,

@@ -62,6 +62,7 @@ typedef struct Engine {
 	PrParams params;
 	PrSecurity security;
 	PrSandbox sandbox;
+	PrGuestHelper helper; /* until the guest has it */
 	PrMonitor *monitor;
 } Engine;
 
@@ -101,7 +102,10 @@ static char *describe(void)
 {
 	g_autoptr(GString) text = g_string_new(
 		"Guests:\n"
-		"  qemu:qmp=PATH,agent=PATH   a stock QEMU: its QMP socket, and the socket of\n"
+		"  qemu:qmp=PATH[,pid=N][,agent=PATH]\n"
+		"                             a stock QEMU by its QMP socket; needs root, to attach to\n"
+		"                             its process. pid: that process, where another one has made\n"
+		"                             the socket. agent: do not attach, but use the socket of\n"
 		"                             libpostroad-agent.so preloaded into it\n"
 		"  agent:PATH                 a program that links the agent library\n"
 		"\n"
@@ -114,10 +118,10 @@ static char *describe(void)
 	g_string_append(
 		text,
 		"\nExample; on the destination host, then on the source host:\n"
-		"  postroad --guest qemu:qmp=/run/vm/qmp.sock,agent=/run/vm/agent.sock \\\n"
+		"  postroad --guest qemu:qmp=/run/vm/qmp.sock \\\n"
 		"           --incoming ofi:10.0.1.2:4444,ofi:10.0.2.2:4444 --qmp /run/vm/pr.sock \\\n"
 		"           --tls-dir /etc/pki/postroad\n"
-		"  postroad --guest qemu:qmp=/run/vm/qmp.sock,agent=/run/vm/agent.sock \\\n"
+		"  postroad --guest qemu:qmp=/run/vm/qmp.sock \\\n"
 		"           --qmp /run/vm/pr.sock --tls-dir /etc/pki/postroad &\n"
 		"  postroadctl /run/vm/pr.sock 'migrate -d ofi:10.0.1.2:4444,ofi:10.0.2.2:4444'\n"
 		"  postroadctl /run/vm/pr.sock watch\n");
@@ -398,8 +402,8 @@ static gboolean run(const Options *options, Engine *engine, GError **error)
 		}
 	}
 	engine->security = (PrSecurity){.tls = tls, .plain_net = options->insecure};
-	guest = pr_guest_open(options->guest, pr_param(&engine->params, PR_PARAM_GUEST_TIMEOUT),
-			      error);
+	guest = pr_guest_open(options->guest, &engine->helper,
+			      pr_param(&engine->params, PR_PARAM_GUEST_TIMEOUT), error);
 	if (!guest) {
 		g_prefix_error(error, "--guest: ");
 		return FALSE;
@@ -458,8 +462,9 @@ int main(int argc, char **argv)
 	engine.sandbox = (PrSandbox){.user = options.user,
 				     .group = options.group,
 				     .filter = g_strcmp0(options.sandbox, "off") != 0};
-	/* Before the first thread, which is the log's. */
-	if (!prepare_sandbox(&options, &engine, &error) ||
+	/* The helper first, which keeps what is then given up. All before the first thread, which is the log's. */
+	if (!pr_guest_begin(options.guest, engine.sandbox.filter, &engine.helper, &error) ||
+	    !prepare_sandbox(&options, &engine, &error) ||
 	    !pr_log_start(level, STDERR_FILENO, &error)) {
 		fprintf(stderr, "postroad: %s\n", error->message);
 		return 1;

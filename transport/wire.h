@@ -80,7 +80,7 @@
 #include <stdint.h>
 
 #define PR_WIRE_MAGIC	     0x50535452u /* "PSTR" */
-#define PR_WIRE_VERSION	     1
+#define PR_WIRE_VERSION	     2
 #define PR_WIRE_HEADER_BYTES 8
 #define PR_UUID_BYTES	     16
 #define PR_SECRET_BYTES	     16
@@ -94,6 +94,7 @@
 #define PR_PING_READY	     1
 #define PR_PING_RUNNING	     2
 #define PR_PING_TOLD	     3
+#define PR_PING_EARLY	     4	  /* all of the early state was taken */
 #define PR_PING_LOADED	     0x42 /* QEMU_VM_PING_PACKAGED_LOADED */
 #define PR_RESUME_ACK_VALUE  1
 #define PR_BITMAP_END_MARK   0x0123456789abcdefull
@@ -125,6 +126,8 @@ typedef enum PrMsgType {
 	PR_CMD_RAM_ZERO = 0x0181,
 	PR_CMD_ACTIVATE = 0x0182, /* this standby path is the one in use from now on */
 	PR_CMD_HASHES = 0x0183,	  /* of pages that were asked for */
+	/* what the guest's kind has to say while its guest still runs (guest.h, describe and save_early) */
+	PR_CMD_EARLY_STATE = 0x0184,
 	/* destination to source: QEMU's MIG_RP_MSG_* */
 	PR_RP_SHUT = 0x0201,
 	PR_RP_PONG = 0x0202,

@@ -42,6 +42,7 @@ PrAgent *pr_agent_new(const PrAgentOps *ops, void *opaque)
 	agent->opaque = opaque;
 	agent->uffd = -1;
 	agent->state_fd = -1;
+	agent->fence_fd = -1;
 	agent->attached_fd = -1;
 	agent->listen_fd = -1;
 	agent->wake_fd = -1;
@@ -221,6 +222,8 @@ static void stop_serving(PrAgent *agent)
 	while (write(agent->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR)
 		;
 	pthread_join(agent->server, NULL);
+	/* A callback that waits to write ends with this. */
+	agent_fence_off(agent);
 	end_worker(agent);
 	agent_close_fd(&agent->wake_fd);
 	stop_listening(agent);

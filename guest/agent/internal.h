@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The agent's own parts: agent.c (life and regions), server.c (socket and requests), worker.c (the VMM's
- * callbacks), uffd.c (the fault mode). libc and pthreads only: this code lives in other people's VMMs.
+ * callbacks), uffd.c (the fault mode), fence.c (write protection). libc and pthreads only: this code lives in
+ * other people's VMMs.
  */
 #pragma once
 
@@ -62,6 +63,7 @@ struct PrAgent {
 
 	/* From here on: the server thread's; before it starts and after it ended, the owner's. */
 	bool serving;
+	int fence_fd; /* -1: the fence is off */
 	int listen_fd;
 	int wake_fd; /* eventfd: end the server thread */
 	struct sockaddr_un addr;
@@ -93,7 +95,13 @@ void *agent_worker_thread(void *opaque);
 /* Hands a callback to the worker. Takes fd. False: refused, *result says why. */
 bool agent_worker_start(PrAgent *agent, const PrAgentRequest *request, int fd, AgentResult *result);
 
-/* uffd.c; the caller holds the lock */
+/* uffd.c. A userfaultfd with all the needed features and those of the optional ones that there are; or -1. */
+int agent_uffd_open(uint64_t needed, uint64_t optional, AgentResult *result);
+/* The caller holds the lock. */
 bool agent_fault_probe(PrAgent *agent, AgentResult *result);
 bool agent_fault_on(PrAgent *agent, AgentResult *result);
 void agent_fault_off(PrAgent *agent);
+
+/* fence.c; the server thread, without the lock */
+bool agent_fence_on(PrAgent *agent, AgentResult *result);
+void agent_fence_off(PrAgent *agent);

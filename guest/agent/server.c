@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The server thread: accepts engines, reads requests, answers. It never waits for anything but poll():
- * replies go out without blocking, and an engine that does not read them loses its connection. A
+ * The server thread: accepts engines, reads requests, answers. It never waits for anything but poll(), and works long
+ * for nothing but the fence: replies go out without blocking, and an engine that does not read them loses its connection. A
  * connection that breaks the protocol is closed; nothing that arrives here can end the process.
  *
  * The first connection to say HELLO is attached, until it closes. Another HELLO meanwhile is refused:
@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "guest/agent/internal.h"
@@ -188,10 +189,55 @@ static bool reply_hello(PrAgent *agent, AgentConn *conn, const PrAgentRequest *r
 		agent->attached_fd = conn->fd;
 		agent->attached_serial = conn->serial;
 		result.flags = (agent->has_ops ? PR_AGENT_FLAG_CALLBACKS : 0) |
-			       (agent->uffd >= 0 ? PR_AGENT_FLAG_FAULT_ON : 0);
+			       (agent->uffd >= 0 ? PR_AGENT_FLAG_FAULT_ON : 0) |
+			       (agent->fence_fd >= 0 ? PR_AGENT_FLAG_FENCE_ON : 0);
 		pthread_mutex_unlock(&agent->lock);
 	}
 	return agent_reply(conn->fd, request, &result, NULL, 0) && result.status == PR_AGENT_OK;
+}
+
+static int open_memory(AgentResult *result)
+{
+	int fd = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
+
+	if (fd < 0)
+		agent_result_fail(result, PR_AGENT_PERMISSION, "/proc/self/mem: %s",
+				  strerror(errno));
+	return fd;
+}
+
+/* -1, and no failure: it is a terminal or a pipe, which nobody else may read. */
+static int open_stderr(void)
+{
+	struct stat st;
+
+	if (fstat(STDERR_FILENO, &st) < 0 || !S_ISREG(st.st_mode))
+		return -1;
+	return open("/proc/self/fd/2", O_RDONLY | O_CLOEXEC);
+}
+
+/* MEMORY and STDERR: a descriptor that is opened for the engine alone. */
+static bool reply_opened(int conn, const Incoming *in)
+{
+	AgentResult result = {.status = PR_AGENT_OK};
+	int fd = in->request.op == PR_AGENT_MEMORY ? open_memory(&result) : open_stderr();
+	bool ok = agent_reply(conn, &in->request, &result, &fd, fd >= 0);
+
+	agent_close_fd(&fd);
+	return ok;
+}
+
+/* FENCE_ON and FENCE_OFF. To protect many GiB takes long: the engine's other requests and new connections wait
+ * meanwhile, in this thread. The VMM does not, as the lock is free. */
+static bool reply_fence(PrAgent *agent, int conn, const Incoming *in)
+{
+	AgentResult result = {.status = PR_AGENT_OK};
+
+	if (in->request.op == PR_AGENT_FENCE_ON)
+		agent_fence_on(agent, &result);
+	else
+		agent_fence_off(agent);
+	return agent_reply(conn, &in->request, &result, NULL, 0);
 }
 
 /* PROBE, FAULT_ON, FAULT_OFF, KEEP_STATE and FETCH_STATE. */
@@ -270,6 +316,12 @@ static bool handle_request(PrAgent *agent, AgentConn *conn, Incoming *in)
 	case PR_AGENT_KEEP_STATE:
 	case PR_AGENT_FETCH_STATE:
 		return reply_memory(agent, conn->fd, in);
+	case PR_AGENT_MEMORY:
+	case PR_AGENT_STDERR:
+		return reply_opened(conn->fd, in);
+	case PR_AGENT_FENCE_ON:
+	case PR_AGENT_FENCE_OFF:
+		return reply_fence(agent, conn->fd, in);
 	case PR_AGENT_STOP:
 	case PR_AGENT_RUN:
 	case PR_AGENT_SAVE:

@@ -16,6 +16,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "guest/agent/uffd-features.h"
 #include "guest/agent/internal.h"
 
 #ifndef MADV_DONTNEED_LOCKED
@@ -93,28 +94,14 @@ static bool supported_features(uint64_t *ret_features, AgentResult *result)
 
 static bool check_features(uint64_t supported, uint64_t needed, AgentResult *result)
 {
-	static const struct {
-		uint64_t bit;
-		const char *name;
-		const char *since;
-	} table[] = {
-		{UFFD_FEATURE_MISSING_SHMEM, "MISSING_SHMEM", "4.11"},
-		{UFFD_FEATURE_MINOR_SHMEM, "MINOR_SHMEM", "5.14"},
-		{UFFD_FEATURE_MISSING_HUGETLBFS, "MISSING_HUGETLBFS", "4.11"},
-		{UFFD_FEATURE_MINOR_HUGETLBFS, "MINOR_HUGETLBFS", "5.13"},
-	};
+	const AgentFeature *missing = agent_missing_feature(supported, needed);
 
-	for (unsigned i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
-		if (!(needed & table[i].bit) || (supported & table[i].bit))
-			continue;
+	if (missing)
 		agent_result_fail(
 			result, PR_AGENT_UNSUPPORTED,
-			"userfaultfd: this kernel has no UFFD_FEATURE_%s; use Linux %s or "
-			"later on the destination",
-			table[i].name, table[i].since);
-		return false;
-	}
-	return true;
+			"userfaultfd: this kernel has no UFFD_FEATURE_%s; use Linux %s or later",
+			missing->name, missing->since);
+	return !missing;
 }
 
 bool agent_fault_probe(PrAgent *agent, AgentResult *result)
@@ -125,9 +112,8 @@ bool agent_fault_probe(PrAgent *agent, AgentResult *result)
 	       check_features(supported, needed_features(agent), result);
 }
 
-static int open_with_features(PrAgent *agent, AgentResult *result)
+int agent_uffd_open(uint64_t needed, uint64_t optional, AgentResult *result)
 {
-	uint64_t needed = needed_features(agent);
 	struct uffdio_api api = {.api = UFFD_API};
 	uint64_t supported;
 	int fd;
@@ -137,7 +123,7 @@ static int open_with_features(PrAgent *agent, AgentResult *result)
 	fd = uffd_new_checked(result);
 	if (fd < 0)
 		return -1;
-	api.features = needed | (supported & UFFD_FEATURE_THREAD_ID);
+	api.features = needed | (supported & optional);
 	if (ioctl(fd, UFFDIO_API, &api) < 0) {
 		agent_result_fail(result, PR_AGENT_UNSUPPORTED, "userfaultfd: UFFDIO_API: %s",
 				  strerror(errno));
@@ -202,7 +188,7 @@ bool agent_fault_on(PrAgent *agent, AgentResult *result)
 
 	if (agent->uffd >= 0)
 		return true;
-	uffd = open_with_features(agent, result);
+	uffd = agent_uffd_open(needed_features(agent), UFFD_FEATURE_THREAD_ID, result);
 	if (uffd < 0)
 		return false;
 	for (unsigned i = 0; i < agent->n_regions; i++) {

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Linked into the engine, makes one that kills itself at a point (migration/killpoint.h):
- * POSTROAD_KILL=NAME[:N] kills it when it gets there for the N-th time, with SIGKILL: nothing is tidied up.
- * POSTROAD_KILL=list prints the names.
+ * Linked into the engine, makes one that kills itself at a point (migration/killpoint.h), or whose attach helper does
+ * (guest/attach/kill.h): POSTROAD_KILL=NAME[:N] kills it when it gets there for the N-th time, with SIGKILL: nothing is
+ * tidied up. POSTROAD_KILL=list prints the engine's names, list-attach the helper's. POSTROAD_FREEZE=NAME[:N] stops it
+ * there instead, with SIGSTOP: it goes on from there when it is sent SIGCONT.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -10,17 +11,32 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "guest/attach/kill.h"
 #include "migration/killpoint.h"
 
-static PrKillPoint wanted; /* constant after the start */
-static int countdown;	   /* atomic */
+static int wanted = -1;	       /* constant after the start */
+static int wanted_helper = -1; /* constant after the start */
+static int countdown;	       /* atomic; the helper has its own */
+static gboolean freezes;       /* constant after the start */
 
-static void reached(PrKillPoint point)
+static void freeze(void)
+{
+	static const char said[] = "stopped where it was to be\n";
+
+	(void)!write(STDERR_FILENO, said, sizeof(said) - 1);
+	kill(getpid(), SIGSTOP);
+}
+
+static void die(void)
 {
 	static const char said[] = "killed where it was to be\n";
 
-	if (point != wanted || __atomic_sub_fetch(&countdown, 1, __ATOMIC_SEQ_CST) != 0)
+	if (__atomic_sub_fetch(&countdown, 1, __ATOMIC_SEQ_CST) != 0)
 		return;
+	if (freezes) {
+		freeze();
+		return;
+	}
 	(void)!write(STDERR_FILENO, said, sizeof(said) - 1);
 	kill(getpid(), SIGKILL);
 	/* Other threads are stopped a moment later; this one does no further step. */
@@ -28,11 +44,42 @@ static void reached(PrKillPoint point)
 		pause();
 }
 
-static void list_and_exit(void)
+static void reached(PrKillPoint point)
 {
-	for (guint i = 0; i < PR_N_KILL_POINTS; i++)
-		puts(pr_kill_point_name(i));
+	if ((int)point == wanted)
+		die();
+}
+
+static void reached_in_helper(PrAttachPoint point)
+{
+	if ((int)point == wanted_helper)
+		die();
+}
+
+static const char *engine_name(int point)
+{
+	return point < PR_N_KILL_POINTS ? pr_kill_point_name(point) : NULL;
+}
+
+static const char *helper_name(int point)
+{
+	return point < PR_ATTACH_N_POINTS ? pr_attach_point_name(point) : NULL;
+}
+
+static void list_and_exit(const char *(*name)(int point))
+{
+	for (int i = 0; name(i); i++)
+		puts(name(i));
 	exit(0);
+}
+
+/* -1: none is called so. */
+static int find(const char *(*name)(int point), const char *text, gsize length)
+{
+	for (int i = 0; name(i); i++)
+		if (strlen(name(i)) == length && !strncmp(text, name(i), length))
+			return i;
+	return -1;
 }
 
 __attribute__((constructor)) static void hook_in(void)
@@ -40,19 +87,23 @@ __attribute__((constructor)) static void hook_in(void)
 	const char *text = getenv("POSTROAD_KILL");
 	gsize length;
 
+	freezes = !text;
+	if (freezes)
+		text = getenv("POSTROAD_FREEZE");
 	if (!text)
 		return;
 	if (!strcmp(text, "list"))
-		list_and_exit();
+		list_and_exit(engine_name);
+	if (!strcmp(text, "list-attach"))
+		list_and_exit(helper_name);
 	length = strcspn(text, ":");
-	for (wanted = 0; wanted < PR_N_KILL_POINTS; wanted++)
-		if (strlen(pr_kill_point_name(wanted)) == length &&
-		    !strncmp(text, pr_kill_point_name(wanted), length))
-			break;
-	if (wanted == PR_N_KILL_POINTS) {
-		fprintf(stderr, "POSTROAD_KILL=%s: there is no such point\n", text);
+	wanted = find(engine_name, text, length);
+	wanted_helper = find(helper_name, text, length);
+	if (wanted < 0 && wanted_helper < 0) {
+		fprintf(stderr, "%s: there is no such point\n", text);
 		exit(2);
 	}
 	countdown = text[length] == ':' ? atoi(text + length + 1) : 1;
 	pr_kill_hook = reached;
+	pr_attach_hook = reached_in_helper;
 }

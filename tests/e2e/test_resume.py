@@ -106,15 +106,6 @@ def qemu_not_started(lab):
 # Guests that die
 
 
-def said_by(engine, words, seconds=1):
-    """Waits until its operator has heard these words, in an event."""
-    wait_for(
-        f"{engine.name} says {words!r}",
-        seconds,
-        lambda: any(words in (reason or "") for _, reason in engine.reasons()),
-    )
-
-
 @case("qemu-that-dies-at-the-destination-is-told-on-both-sides", alone=True)
 def destination_qemu_dies(lab):
     """Nothing can be recovered, and nothing is tried for ever."""
@@ -124,12 +115,12 @@ def destination_qemu_dies(lab):
     move.wait_midway()
     move.destination_vm.process.kill()
     for engine in move.engines:
-        said_by(engine, "the guest is gone at the destination")
+        engine.wait_said("the guest is gone at the destination")
         engine.wait_status("postcopy-paused", 5)
     expect("gone" in move.destination.query().get("error-desc", ""), "the destination does not show it")
     attempts = move.source.statuses().count("postcopy-recover-setup")
     move.resume(link=2)
-    said_by(move.source, "there is nothing to resume", 5)
+    move.source.wait_said("there is nothing to resume", 5)
     move.source.wait_status("postcopy-paused", 5)
     tried = move.source.statuses().count("postcopy-recover-setup")
     expect(tried <= attempts + 1, f"the source has tried {tried} times")
@@ -142,8 +133,8 @@ def source_qemu_dies(lab):
     """All that is needed of it is its memory, which its engine has, too."""
     move = move_midway(lab)
     move.source_vm.process.kill()
-    said_by(move.source, "its RAM is kept by this engine")
-    said_by(move.destination, "the source's guest process is gone")
+    move.source.wait_said("its RAM is kept by this engine")
+    move.destination.wait_said("the source's guest process is gone")
     move.network.link_down(1)
     move.wait_paused()
     move.resume(link=2)

@@ -147,6 +147,25 @@ static gboolean guest_fault_off(PrGuest *guest, GError **error)
 	return TRUE;
 }
 
+static gboolean guest_fence(PrGuest *guest, GError **error)
+{
+	return TRUE;
+}
+
+static gboolean guest_unfence(PrGuest *guest, GError **error)
+{
+	return TRUE;
+}
+
+static gboolean guest_was_fenced(PrGuest *guest)
+{
+	return FALSE;
+}
+
+static void guest_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
+{
+}
+
 static gboolean guest_keep_state(PrGuest *guest, int memfd, GError **error)
 {
 	return TRUE;
@@ -175,6 +194,10 @@ static const PrGuestOps guest_ops = {
 	.vcpu_threads = guest_vcpu_threads,
 	.fault_on = guest_fault_on,
 	.fault_off = guest_fault_off,
+	.fence = guest_fence,
+	.unfence = guest_unfence,
+	.was_fenced = guest_was_fenced,
+	.on_run_again = guest_on_run_again,
 	.keep_state = guest_keep_state,
 	.fetch_state = guest_fetch_state,
 	.on_death = guest_on_death,

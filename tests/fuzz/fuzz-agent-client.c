@@ -109,7 +109,7 @@ static gboolean next_packet(void)
 static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline)
 {
 	GError *failure = NULL;
-	Reply *reply;
+	PrAgentAnswer *reply;
 
 	g_mutex_unlock(lock);
 	if (!next_packet())
@@ -136,12 +136,6 @@ static void check_regions(GError **error)
 		g_assert(block->memfd_offset + block->size <= (guint64)st.st_size);
 		g_assert(g_utf8_validate(block->idstr, -1, NULL));
 	}
-}
-
-static void close_fd(int fd)
-{
-	if (fd >= 0)
-		close(fd);
 }
 
 /* The answer of the call is what the error says. */
@@ -195,14 +189,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	g_assert(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds) == 0);
 	rig.input = (FuzzInput){data, size};
 	rig.agent_fd = fds[1];
-	rig.client = g_new0(PrAgentClient, 1);
+	rig.client = client_new(fds[0], TIMEOUT_MS);
 	rig.client->path = g_strdup("fuzz");
-	rig.client->timeout_ms = TIMEOUT_MS;
-	rig.client->fd = fds[0];
-	rig.client->calls = g_hash_table_new(NULL, NULL);
-	g_mutex_init(&rig.client->lock);
-	g_mutex_init(&rig.client->telling);
-	g_cond_init(&rig.client->cond);
+	rig.client->name = g_strdup("agent fuzz");
 	call_all();
 	rig.client->reader = g_thread_ref(g_thread_self());
 	pr_agent_client_free(rig.client);

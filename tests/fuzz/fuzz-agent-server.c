@@ -38,7 +38,7 @@ static int vmm_load(void *opaque, int fd)
 	return read(fd, &first, 1) == 1 ? 0 : -EINVAL;
 }
 
-/* In the place of uffd.c. */
+/* In the place of uffd.c and fence.c. */
 bool agent_fault_probe(PrAgent *agent, AgentResult *result)
 {
 	return true;
@@ -54,6 +54,18 @@ bool agent_fault_on(PrAgent *agent, AgentResult *result)
 void agent_fault_off(PrAgent *agent)
 {
 	agent_close_fd(&agent->uffd);
+}
+
+bool agent_fence_on(PrAgent *agent, AgentResult *result)
+{
+	if (agent->fence_fd < 0)
+		agent->fence_fd = dup(STDERR_FILENO);
+	return true;
+}
+
+void agent_fence_off(PrAgent *agent)
+{
+	agent_close_fd(&agent->fence_fd);
 }
 
 static void close_all(const int *fds, unsigned n)
@@ -191,6 +203,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	close(memfd);
 	run_engines(agent, &input);
 	agent_fault_off(agent);
+	agent_fence_off(agent);
 	pr_agent_free(agent);
 	g_assert_cmpint(next_fd, ==, fuzz_next_fd());
 	return 0;

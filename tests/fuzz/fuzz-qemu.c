@@ -5,10 +5,13 @@
  * bytes come. The first byte says which role the guest is checked for.
  */
 #include <glib.h>
+#include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include "guest/qemu-ram.h"
+#include "guest/qemu-section.h"
 #include "guest/qemu.h"
 #include "tests/fuzz/fuzz.h"
 
@@ -24,7 +27,8 @@ static struct {
 	PrQmp *qmp;
 	FuzzInput input;
 	int qemu_fd;
-	PrQemuStream *stream;
+	PrQemuLoad *load;
+	PrQemuSave *save;
 } rig;
 
 /* In the place of guest.c, which knows the agents. */
@@ -43,6 +47,27 @@ GArray *pr_agent_client_regions(PrAgentClient *client, GError **error)
 
 	g_array_append_val(regions, block);
 	return regions;
+}
+
+int pr_agent_client_memory(PrAgentClient *client, GError **error)
+{
+	return memfd_create("memory", MFD_CLOEXEC);
+}
+
+int pr_agent_client_stderr(PrAgentClient *client, GError **error)
+{
+	return -1;
+}
+
+gboolean pr_agent_client_is_helper(PrAgentClient *client)
+{
+	return FALSE;
+}
+
+gboolean pr_agent_client_choose(PrAgentClient *client, const PrGuestBlock *blocks, guint n,
+				GError **error)
+{
+	return TRUE;
 }
 
 static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline)
@@ -69,7 +94,7 @@ static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline)
 static void on_event(const char *name, JsonObject *data, void *opaque)
 {
 	g_assert(name);
-	pr_qemu_stream_event(rig.stream, name, data);
+	pr_qemu_load_event(rig.load, name, data);
 }
 
 static void open_qmp(int fd)
@@ -85,7 +110,8 @@ static void open_qmp(int fd)
 	g_mutex_init(&rig.qmp->lock);
 	g_mutex_init(&rig.qmp->send_lock);
 	g_cond_init(&rig.qmp->cond);
-	rig.stream = pr_qemu_stream_new(rig.qmp, TIMEOUT_MS);
+	rig.load = pr_qemu_load_new(rig.qmp, NULL, TIMEOUT_MS);
+	rig.save = pr_qemu_save_new(rig.qmp, NULL);
 }
 
 /* pr_qmp_free() without the thread. */
@@ -93,7 +119,8 @@ static void close_qmp(void)
 {
 	PrQmp *qmp = rig.qmp;
 
-	pr_qemu_stream_free(rig.stream);
+	pr_qemu_load_free(rig.load);
+	pr_qemu_save_free(rig.save);
 	g_socket_close(qmp->socket, NULL);
 	g_object_unref(qmp->socket);
 	g_hash_table_unref(qmp->calls);
@@ -114,9 +141,26 @@ static void clear_blocks(GArray *blocks)
 	g_clear_pointer(&blocks, g_array_unref);
 }
 
+/* PrGuestSink */
+static gboolean drop(const void *data, gsize len, void *opaque, GError **error)
+{
+	return TRUE;
+}
+
+/* What a source tells of its QEMU, to one that has other answers. */
+static gboolean load_early(GError **error)
+{
+	static const char facts[] =
+		"{\"machine\": \"q35\", \"cpus\": 1, \"devices\": [], \"ram\": []}";
+	g_autoptr(GByteArray) section = g_byte_array_new();
+
+	pr_qemu_section_append(section, PR_QEMU_SECTION_FACTS, facts, strlen(facts));
+	return pr_qemu_load_early(rig.load, section->data, section->len, error);
+}
+
 static void ask_all(PrGuestRole role)
 {
-	g_autoptr(GError) check_error = NULL, ram_error = NULL, undo_error = NULL;
+	g_autoptr(GError) check_error = NULL, ram_error = NULL, state_error = NULL;
 	gboolean ok = pr_qemu_check(rig.qmp, role, TRUE, &check_error);
 	GArray *blocks;
 
@@ -124,11 +168,13 @@ static void ask_all(PrGuestRole role)
 	blocks = pr_qemu_blocks(rig.qmp, NULL, &ram_error);
 	fuzz_clean_outcome(blocks != NULL, ram_error);
 	clear_blocks(blocks);
-	if (role == PR_GUEST_DESTINATION) {
-		ok = pr_qemu_stream_load_begin(rig.stream, &undo_error) &&
-		     pr_qemu_stream_undo(rig.stream, &undo_error);
-		fuzz_clean_outcome(ok, undo_error);
-	}
+	if (role == PR_GUEST_DESTINATION)
+		ok = load_early(&state_error) && pr_qemu_load_begin(rig.load, &state_error);
+	else
+		ok = pr_qemu_save_describe(rig.save, drop, NULL, &state_error) &&
+		     pr_qemu_save_early(rig.save, drop, NULL, &state_error) &&
+		     pr_qemu_save_state(rig.save, NULL, drop, NULL, &state_error);
+	fuzz_clean_outcome(ok, state_error);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

@@ -54,6 +54,7 @@ struct TestGuest {
 	atomic_bool park; /* set under the lock: threads look at it between two pages */
 	atomic_bool quit; /* as park */
 	atomic_ullong verified, corrupt, written;
+	atomic_uint refused_runs; /* so far */
 };
 
 typedef struct StateHeader {
@@ -264,10 +265,22 @@ static int on_stop(void *opaque, bool *ret_was_running)
 	return 0;
 }
 
+/* As a QEMU whose disk image is locked. */
 static int on_run(void *opaque)
 {
-	testguest_resume(opaque);
+	TestGuest *guest = opaque;
+
+	if (atomic_load(&guest->refused_runs) < guest->config.refused_runs) {
+		atomic_fetch_add(&guest->refused_runs, 1);
+		return -EAGAIN;
+	}
+	testguest_resume(guest);
 	return 0;
+}
+
+guint testguest_refused_runs(TestGuest *guest)
+{
+	return atomic_load(&guest->refused_runs);
 }
 
 static gboolean all_parked(TestGuest *guest)

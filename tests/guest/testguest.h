@@ -26,6 +26,7 @@ typedef struct TestGuestConfig {
 	guint32 seed;	    /* 0: 1 */
 	gboolean paused;    /* a source that does not run: compare byte for byte */
 	guint pace_us;	    /* each thread rests so long after every 16 pages; 0: flat out */
+	guint refused_runs; /* the VMM refuses so many times to let the guest run */
 	guint load_touches; /* loading the device state reads so many pages, as a VMM's does */
 } TestGuestConfig;
 
@@ -48,6 +49,8 @@ const char *testguest_spec(TestGuest *guest);
 gboolean testguest_pause(TestGuest *guest, guint timeout_ms);
 void testguest_resume(TestGuest *guest);
 gboolean testguest_running(TestGuest *guest);
+/* How often the VMM has refused to let it run. */
+guint testguest_refused_runs(TestGuest *guest);
 /* Has an engine loaded the device state? */
 gboolean testguest_loaded(TestGuest *guest);
 

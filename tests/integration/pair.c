@@ -47,6 +47,7 @@ static void clear_news(gpointer news)
 static void side_init(Side *side, const char *name, const PairConfig *config, uint64_t size)
 {
 	g_autoptr(GError) error = NULL;
+	gboolean source = strcmp(name, "source") == 0;
 	TestGuestConfig guest = {
 		.size = size,
 		.n_blocks = config->n_blocks ? config->n_blocks : 2,
@@ -54,6 +55,7 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 		.pace_us = config->pace_us,
 		.paused = config->paused,
 		.load_touches = 8,
+		.refused_runs = source ? config->refused_runs : 0,
 	};
 
 	side->name = name;
@@ -79,7 +81,7 @@ void side_begin_engine(Side *side)
 	PrMigrationHooks hooks = {on_state, on_path, side};
 	g_autoptr(GError) error = NULL;
 
-	side->adapter = pr_guest_open(testguest_spec(side->guest), 20000, &error);
+	side->adapter = pr_guest_open(testguest_spec(side->guest), NULL, 20000, &error);
 	g_assert_no_error(error);
 	side->engine = pr_migration_new(side->adapter, &side->params, &hooks);
 }

@@ -43,6 +43,7 @@ typedef struct PairConfig {
 	guint piecewise_us;  /* the paths are piecewise (transport.h), and each MiB takes so long */
 	gboolean paused;     /* the guest does not run; compared byte for byte at the end */
 	gboolean verify;     /* capability verify, on both sides */
+	guint refused_runs;  /* the source's VMM refuses so many times to let its guest run on */
 	const char *landing; /* fault-id: the destination's paths are faulty, too */
 } PairConfig;
 

@@ -27,6 +27,7 @@ struct FakeQmp {
 	GHashTable *args;    /* lock; key -> arguments as JSON */
 	int conn;	     /* lock; -1: nobody yet; closed by fake_qmp_free() */
 	int last_fd;	     /* lock */
+	GBytes *state;	     /* lock; or NULL */
 	gint64 held;	     /* the thread's; id of the held command, or 0 */
 };
 
@@ -113,6 +114,20 @@ static gboolean answer(FakeQmp *fake, gint64 id, const char *text)
 	return TRUE;
 }
 
+/* As QEMU does before it answers. */
+static void save_state(FakeQmp *fake)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&fake->lock);
+	const char *bytes;
+	gsize len;
+
+	if (!fake->state)
+		return;
+	bytes = g_bytes_get_data(fake->state, &len);
+	if (write(fake->last_fd, bytes, len) != (gssize)len)
+		g_error("fake-qmp: the state cannot be written: %s", g_strerror(errno));
+}
+
 static gboolean serve_command(FakeQmp *fake, const char *line)
 {
 	g_autoptr(JsonNode) node = json_from_string(line, NULL);
@@ -123,6 +138,8 @@ static gboolean serve_command(FakeQmp *fake, const char *line)
 
 	keep_arguments(fake, key, command);
 	text = look_up(fake, key);
+	if (g_str_equal(key, "xen-save-devices-state"))
+		save_state(fake);
 	if (g_strcmp0(text, FAKE_HOLD) == 0) {
 		fake->held = id;
 		return TRUE;
@@ -227,6 +244,7 @@ void fake_qmp_free(FakeQmp *fake)
 		close(fake->conn);
 	if (fake->last_fd >= 0)
 		close(fake->last_fd);
+	g_clear_pointer(&fake->state, g_bytes_unref);
 	g_unlink(fake->path);
 	g_rmdir(fake->dir);
 	g_hash_table_unref(fake->answers);
@@ -261,6 +279,14 @@ void fake_qmp_say(FakeQmp *fake, const char *text)
 	send_text(fake->conn, text);
 }
 
+void fake_qmp_set_state(FakeQmp *fake, const void *bytes, gsize len)
+{
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&fake->lock);
+
+	g_clear_pointer(&fake->state, g_bytes_unref);
+	fake->state = g_bytes_new(bytes, len);
+}
+
 guint fake_qmp_count(FakeQmp *fake, const char *key)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&fake->lock);
@@ -290,17 +316,19 @@ void fake_qmp_set_healthy(FakeQmp *fake)
 		{"query-version", "{\"qemu\": {\"major\": 7, \"minor\": 2, \"micro\": 0}}"},
 		{"query-status", "{\"status\": \"running\", \"running\": true}"},
 		{"query-migrate", "{}"},
-		{"query-migrate-capabilities",
-		 "[{\"capability\": \"events\", \"state\": false}, "
-		 "{\"capability\": \"multifd\", \"state\": true}, "
-		 "{\"capability\": \"x-ignore-shared\", \"state\": false}]"},
-		{"query-migrate-parameters", "{\"max-bandwidth\": 134217728}"},
+		{"query-migrate-capabilities", "[{\"capability\": \"events\", \"state\": false}, "
+					       "{\"capability\": \"multifd\", \"state\": false}]"},
+		{"query-named-block-nodes", "[{\"node-name\": \"disk0\"}]"},
+		{"query-cpus-fast", "[{\"cpu-index\": 0, \"qom-path\": \"/cpu0\"}]"},
+		{"qom-get /machine type", "\"pc-q35-7.2-machine\""},
+		{"qom-get /cpu0 type", "\"max-x86_64-cpu\""},
+		{"human-monitor-command info qtree", "\"\""},
 		{"migrate-set-capabilities", "{}"},
-		{"migrate-set-parameters", "{}"},
 		{"getfd", "{}"},
-		{"migrate", "{}"},
+		{"add-fd", "{\"fdset-id\": 3, \"fd\": 30}"},
+		{"remove-fd", "{}"},
+		{"xen-save-devices-state", "{}"},
 		{"migrate-incoming", "{}"},
-		{"migrate_cancel", "{}"},
 		{"stop", "{}"},
 		{"cont", "{}"},
 		{"qom-list /machine/peripheral",

@@ -36,6 +36,9 @@ char *fake_qmp_arguments(FakeQmp *fake, const char *key);
 /* The descriptor that came last, the caller's to close; -1: none. */
 int fake_qmp_take_fd(FakeQmp *fake);
 
+/* What `xen-save-devices-state` writes to the descriptor that came last. */
+void fake_qmp_set_state(FakeQmp *fake, const void *bytes, gsize len);
+
 /* A QEMU 7.2 with 64 MiB of shared RAM in a backend named "mem", whose only flaw is what the test
  * changes. */
 void fake_qmp_set_healthy(FakeQmp *fake);

@@ -25,7 +25,7 @@ static TestGuest *new_guest(void)
 static PrGuest *attach(TestGuest *guest)
 {
 	g_autoptr(GError) error = NULL;
-	PrGuest *engine = pr_guest_open(testguest_spec(guest), TIMEOUT, &error);
+	PrGuest *engine = pr_guest_open(testguest_spec(guest), NULL, TIMEOUT, &error);
 
 	g_assert_no_error(error);
 	return engine;

@@ -49,7 +49,7 @@ static TestGuest *new_guest(gboolean start, gboolean paused)
 static PrGuest *attach(TestGuest *guest)
 {
 	g_autoptr(GError) error = NULL;
-	PrGuest *engine = pr_guest_open(testguest_spec(guest), TIMEOUT, &error);
+	PrGuest *engine = pr_guest_open(testguest_spec(guest), NULL, TIMEOUT, &error);
 
 	if (error)
 		print_error("%s\n", error->message);
@@ -369,7 +369,7 @@ static void a_second_engine_is_refused(void **state)
 	g_autoptr(GError) error = NULL;
 	guint n;
 
-	assert_null(pr_guest_open(testguest_spec(guest), TIMEOUT, &error));
+	assert_null(pr_guest_open(testguest_spec(guest), NULL, TIMEOUT, &error));
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED));
 	assert_non_null(strstr(error->message, "another engine is attached"));
 	assert_non_null(strstr(error->message, testguest_socket(guest)));
@@ -380,11 +380,11 @@ static void a_missing_socket_is_named(void **state)
 {
 	g_autoptr(GError) error = NULL;
 
-	assert_null(pr_guest_open("agent:/nonexistent/agent.sock", TIMEOUT, &error));
+	assert_null(pr_guest_open("agent:/nonexistent/agent.sock", NULL, TIMEOUT, &error));
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE));
 	assert_non_null(strstr(error->message, "/nonexistent/agent.sock"));
 	g_clear_error(&error);
-	assert_null(pr_guest_open("teapot:x", TIMEOUT, &error));
+	assert_null(pr_guest_open("teapot:x", NULL, TIMEOUT, &error));
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_SPEC));
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The `qemu:` kind with a real QEMU that runs nothing but its firmware: what prepare() accepts and
- * refuses, and a guest that moves by hand. Skipped where there is no qemu-system-x86_64. The agent
- * library's path comes in POSTROAD_AGENT_LIBRARY.
+ * refuses, and a guest that moves by hand; with the preload agent, and (as root) with a helper that attaches. Skipped
+ * where there is no qemu-system-x86_64. The agent library's path comes in POSTROAD_AGENT_LIBRARY.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -26,6 +26,7 @@
 
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 #define SPEC	"qemu:qmp=%s/%s.qmp,agent=%s/%s.agent"
+#define ATTACH	"qemu:qmp=%s/%s.qmp"
 
 #define RAM                                                                                        \
 	"-object", "memory-backend-memfd,id=mem,size=64M,share=on", "-machine",                    \
@@ -35,6 +36,7 @@ typedef struct Fixture {
 	char *dir;
 	GPtrArray *qemus;    /* GSubprocess */
 	const char *wrapper; /* executes QEMU; NULL: none */
+	gboolean attached;   /* without the agent */
 	gboolean daemon;     /* what is in qemus is a guard, which ends its QEMU (guard.h) */
 } Fixture;
 
@@ -89,6 +91,7 @@ static GSubprocess *start_qemu(Fixture *fix, const char *name, gboolean preload,
 		"-nodefaults",	      "-qmp",	qmp_option, NULL};
 	GSubprocess *qemu;
 
+	preload = preload && !fix->attached;
 	g_subprocess_launcher_set_child_setup(launcher,
 					      fix->daemon ? guard_daemons : die_with_parent,
 					      GINT_TO_POINTER(getpid()), NULL);
@@ -116,9 +119,13 @@ static GSubprocess *start_qemu(Fixture *fix, const char *name, gboolean preload,
 
 static PrGuest *try_attach(Fixture *fix, const char *name, GError **error)
 {
-	g_autofree char *spec = g_strdup_printf(SPEC, fix->dir, name, fix->dir, name);
+	g_autofree char *spec = fix->attached
+					? g_strdup_printf(ATTACH, fix->dir, name)
+					: g_strdup_printf(SPEC, fix->dir, name, fix->dir, name);
 
-	return pr_guest_open(spec, TIMEOUT, error);
+	if (fix->attached && geteuid() != 0)
+		skip();
+	return pr_guest_open(spec, NULL, TIMEOUT, error);
 }
 
 static PrGuest *attach(Fixture *fix, const char *name)
@@ -159,6 +166,7 @@ static int set_up(void **state)
 {
 	Fixture *fix = g_new0(Fixture, 1);
 
+	fix->attached = *state != NULL;
 	fix->dir = g_dir_make_tmp("test-qemu-XXXXXX", NULL);
 	fix->qemus = g_ptr_array_new_with_free_func(g_object_unref);
 	*state = fix;
@@ -276,7 +284,70 @@ static void shared_ram_of_a_file_is_refused(void **state)
 
 	start_qemu(fix, "a", TRUE, args);
 	guest = attach(fix, "a");
-	assert_refused(guest, PR_GUEST_SOURCE, "shared memory of a memory-backend-file");
+	assert_refused(guest, PR_GUEST_SOURCE,
+		       fix->attached ? "is the file" : "shared memory of a memory-backend-file");
+}
+
+/* Which a helper finds as well as a memfd. */
+static void ram_in_a_file_in_memory_is_found(void **state)
+{
+	g_autofree char *file = g_strdup_printf("/dev/shm/test-qemu-%d", (int)getpid());
+	g_autofree char *backend =
+		g_strdup_printf("memory-backend-file,id=mem,size=64M,share=on,mem-path=%s", file);
+	const char *const args[] = {"-object", backend, "-machine", "q35,memory-backend=mem",
+				    "-m",      "64M",	"-S",	    NULL};
+	g_autoptr(PrGuest) guest = NULL;
+	const PrGuestBlock *blocks;
+	guint n;
+
+	start_qemu(*state, "a", FALSE, args);
+	guest = attach(*state, "a");
+	blocks = prepare(guest, PR_GUEST_SOURCE, &n);
+	g_unlink(file);
+	assert_int_equal(blocks[0].size, 64 << 20);
+}
+
+/* As libvirt does: it makes the socket, and QEMU gets it. */
+static void a_socket_that_another_process_made_needs_the_pid(void **state)
+{
+	Fixture *fix = *state;
+	g_autofree char *path = path_of(fix, "a", ".qmp");
+	struct sockaddr_un addr = {.sun_family = AF_UNIX};
+	const char *argv[] = {"qemu-system-x86_64",
+			      "-accel",
+			      "tcg",
+			      "-display",
+			      "none",
+			      "-nodefaults",
+			      RAM,
+			      "-S",
+			      "-chardev",
+			      "socket,id=qmp,fd=3,server=on,wait=off",
+			      "-mon",
+			      "chardev=qmp,mode=control",
+			      NULL};
+	g_autoptr(GSubprocessLauncher) launcher =
+		g_subprocess_launcher_new(G_SUBPROCESS_FLAGS_STDERR_SILENCE);
+	g_autofree char *words = g_strdup_printf("belongs to process %d (", getpid());
+	g_autofree char *spec = NULL;
+	g_autoptr(GError) error = NULL;
+	g_autoptr(PrGuest) guest = NULL;
+	int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	GSubprocess *qemu;
+
+	g_strlcpy(addr.sun_path, path, sizeof(addr.sun_path));
+	assert_int_equal(bind(listener, (struct sockaddr *)&addr, sizeof(addr)), 0);
+	assert_int_equal(listen(listener, 1), 0);
+	g_subprocess_launcher_set_child_setup(launcher, die_with_parent, NULL, NULL);
+	g_subprocess_launcher_take_fd(launcher, listener, 3);
+	qemu = g_subprocess_launcher_spawnv(launcher, argv, NULL);
+	g_ptr_array_add(fix->qemus, qemu);
+	assert_null(try_attach(fix, "a", &error));
+	assert_non_null(strstr(error->message, words));
+	spec = g_strdup_printf(ATTACH ",pid=%s", fix->dir, "a", g_subprocess_get_identifier(qemu));
+	g_clear_error(&error);
+	guest = pr_guest_open(spec, NULL, TIMEOUT, &error);
+	assert_null(error);
 }
 
 static void a_missing_agent_is_named(void **state)
@@ -304,7 +375,7 @@ static void anothers_agent_is_refused(void **state)
 
 	start_qemu(fix, "a", TRUE, args);
 	start_qemu(fix, "b", TRUE, other);
-	guest = pr_guest_open(spec, TIMEOUT, &error);
+	guest = pr_guest_open(spec, NULL, TIMEOUT, &error);
 	assert_null(error);
 	assert_refused(guest, PR_GUEST_SOURCE, "is this the agent of this QEMU?");
 }
@@ -419,9 +490,11 @@ static void locked_ram_takes_the_fault_mode(void **state)
 	g_autoptr(PrGuest) guest = NULL;
 	g_autoptr(GError) error = NULL;
 	int uffd;
+	guint n;
 
 	start_qemu(*state, "a", TRUE, args);
 	guest = attach(*state, "a");
+	prepare(guest, PR_GUEST_SOURCE, &n);
 	uffd = guest->ops->fault_on(guest, &error);
 	if (g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION))
 		skip();
@@ -677,6 +750,10 @@ static void the_death_of_qemu_is_told_at_once(void **state)
 }
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
+#define ATTACHED(name)                                                                             \
+	{                                                                                          \
+#name "_attached", name, set_up, tear_down, "attached"                             \
+	}
 
 int main(void)
 {
@@ -699,6 +776,19 @@ int main(void)
 		TEST(a_load_can_be_aborted),
 		TEST(garbage_instead_of_a_device_state_is_an_error),
 		TEST(the_death_of_qemu_is_told_at_once),
+		ATTACHED(the_ram_is_found),
+		ATTACHED(numa_nodes_of_one_size_are_told_apart),
+		ATTACHED(private_ram_is_refused),
+		ATTACHED(shared_ram_of_a_file_is_refused),
+		ATTACHED(ram_in_a_file_in_memory_is_found),
+		ATTACHED(a_socket_that_another_process_made_needs_the_pid),
+		ATTACHED(roles_need_their_run_state),
+		ATTACHED(a_daemon_is_served),
+		ATTACHED(a_wrapper_does_not_lose_the_agent),
+		ATTACHED(locked_ram_takes_the_fault_mode),
+		ATTACHED(a_guest_moves_by_hand),
+		ATTACHED(a_paused_guest_stays_paused),
+		ATTACHED(the_death_of_qemu_is_told_at_once),
 	};
 
 	if (!qemu || !g_getenv("POSTROAD_AGENT_LIBRARY")) {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One `postroad` beside one QEMU, driven as an operator does (postroadctl) and as a program (QMP)."""
 
+import signal
 import subprocess
 
 from .process import Failure, expect, wait_for
@@ -50,9 +51,11 @@ class Engine:
         self.process.kill()
         self.note_killed()
 
-    def restart(self, *options, kill_at=None):
-        """A new process with the same arguments and these; kill_at: a point where it is to kill itself."""
+    def restart(self, *options, kill_at=None, freeze_at=None):
+        """A new process with the same arguments and these; kill_at, freeze_at: a point where it is to kill or to stop
+        itself."""
         env = dict(self.lab.sanitizer_env, **({"POSTROAD_KILL": kill_at} if kill_at else {}))
+        env.update({"POSTROAD_FREEZE": freeze_at} if freeze_at else {})
         self.process = self.lab.start(self.name, self.argv + list(options), env)
 
     def restart_to_be_killed(self, point):
@@ -60,6 +63,18 @@ class Engine:
         self.process.stop()
         self.restart(kill_at=point)
         self.connect()
+
+    def restart_to_freeze(self, point):
+        """The same, with one that stops itself there."""
+        self.process.stop()
+        self.restart(freeze_at=point)
+        self.connect()
+
+    def wait_frozen(self):
+        wait_for(f"{self.name} stops where it is to", 30, lambda: "stopped where it was to be" in self.process.output())
+
+    def thaw(self):
+        self.process.popen.send_signal(signal.SIGCONT)
 
     def connect(self):
         """To the monitor of the new process."""
@@ -123,6 +138,14 @@ class Engine:
         """The states it went through, from its events."""
         events = self.qmp.drain_events()
         return [event["data"]["status"] for event in events if event["event"] == "MIGRATION"]
+
+    def wait_said(self, words, seconds=1):
+        """Waits until its operator has heard these words, in an event."""
+        wait_for(
+            f"{self.name} says {words!r}",
+            seconds,
+            lambda: any(words in (reason or "") for _, reason in self.reasons()),
+        )
 
     def reasons(self):
         events = self.qmp.drain_events()

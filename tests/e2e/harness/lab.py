@@ -135,14 +135,16 @@ class Move:
         tls=False,
         options=(),
         program="postroad",
+        vm=None,
     ):
-        """tls: certificates are made, and both engines use them; options: of both engines."""
+        """tls: certificates are made, and both engines use them; options: of both engines; vm: of both QEMUs."""
         self.lab = lab
         self.scheme = scheme
         self.network = lab.network
         spec = spec or GuestSpec()
-        self.source_vm = Qemu(lab, self.network.source, spec)
-        self.destination_vm = Qemu(lab, self.network.destination, destination_spec or spec, incoming=True)
+        vm = vm or {}
+        self.source_vm = Qemu(lab, self.network.source, spec, **vm)
+        self.destination_vm = Qemu(lab, self.network.destination, destination_spec or spec, incoming=True, **vm)
         incoming = incoming or f"{scheme}:0.0.0.0:4444"
         certs = lab.certificates() if tls else (None, None)
         self.source = Engine(

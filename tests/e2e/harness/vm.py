@@ -50,6 +50,7 @@ class GuestSpec:
     survey: bool = False  # read all other pages of RAM as well, over and over
     nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
     share: str = "on"  # of each node's backend: "on", "on,off", …
+    image: str = ""  # a disk image that both sides have, with locking
     backend: str = "memfd"  # or "file": on a tmpfs
     qemu: str = QEMU
     machine: str = "pc"
@@ -76,6 +77,15 @@ class GuestSpec:
         for node in range(self.nodes):
             args += ["-numa", f"node,memdev=ram{node}"]
         return args + ["-machine", f"{self.machine}{machine_options}"]
+
+    def disk(self):
+        if not self.image:
+            return []
+        file = f"driver=file,node-name=file0,filename={self.image},locking=on"
+        return ["-blockdev", file, "-blockdev", "driver=raw,node-name=disk0,file=file0"] + [
+            "-device",
+            "virtio-blk-pci,drive=disk0",
+        ]
 
     def went_round(self, first, last):
         """Whether all pages were visited between two progress lines. One worker counts its pages; several
@@ -163,9 +173,10 @@ class Console:
 
 
 class Qemu:
-    """One QEMU, started on a host."""
+    """One QEMU, started on a host. agent: with the preload agent in it; else its engine attaches to it.
+    options: more of QEMU's. wrapper: a command that execs it."""
 
-    def __init__(self, lab, host, spec, incoming=False, agent=True, name=None):
+    def __init__(self, lab, host, spec, incoming=False, agent=False, name=None, options=(), wrapper=()):
         self.name = name or f"qemu-{host.name}"
         self.spec = spec
         self.qmp_path = lab.path(f"{self.name}.qmp")
@@ -175,16 +186,18 @@ class Qemu:
         argv = [spec.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
         argv += ["-no-reboot", "-accel", lab.accel, "-cpu", spec.cpu, "-smp", str(spec.vcpus)]
         drives, machine_options = pflash_arguments(lab, self.name) if spec.pflash else ([], "")
-        argv += [*spec.memory(machine_options), *drives, *device_arguments(lab, spec.devices)]
+        argv += [*spec.memory(machine_options), *drives, *device_arguments(lab, spec.devices), *spec.disk()]
         argv += ["-kernel", lab.guest_file("vmlinuz"), "-initrd", lab.guest_file("initrd.gz")]
         argv += ["-append", spec.kernel_line(), "-serial", f"file:{self.console.path}"]
         for path in (self.qmp_path, self.second_qmp_path):
             argv += ["-qmp", f"unix:{path},server=on,wait=off"]
         argv += ["-incoming", "defer"] if incoming else []
+        argv += options
+        self.agent = agent
         env = {}
         if agent:
             env = {"LD_PRELOAD": lab.build_file("libpostroad-agent.so"), "POSTROAD_AGENT": self.agent_path}
-        self.process = lab.start(self.name, host.command(argv), env, gently=False)
+        self.process = lab.start(self.name, host.command([*wrapper, *argv]), env, gently=False)
         self.qmp = self._connect()
 
     def _connect(self):
@@ -199,7 +212,7 @@ class Qemu:
         return Qmp(self.second_qmp_path)
 
     def guest_option(self):
-        return f"qemu:qmp={self.qmp_path},agent={self.agent_path}"
+        return f"qemu:qmp={self.qmp_path}" + (f",agent={self.agent_path}" if self.agent else "")
 
     def wait_booted(self):
         wait_for(f"the guest of {self.name} has booted and filled its memory", 90, self.console.last)

@@ -1,0 +1,207 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What the helper gives up at once: every descriptor but its socket and standard error, every capability but the
+ * two that it is there for, and the system calls that it has no use for. It is a list of what is allowed, for the
+ * helper is libc and little else; what is not on it fails with EPERM.
+ *
+ * SYS_PTRACE: to look into another user's process, to stop its main thread, to take its descriptors. DAC_OVERRIDE: to
+ * open its memory for writing, and /dev/userfaultfd.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/audit.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <signal.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "guest/attach/internal.h"
+
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+
+#if defined(__x86_64__)
+#define FILTER_ARCH AUDIT_ARCH_X86_64
+#elif defined(__aarch64__)
+#define FILTER_ARCH AUDIT_ARCH_AARCH64
+#endif
+
+/* The runtime libraries of sanitizers call what they like. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED true
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED true
+#endif
+#endif
+#ifndef SANITIZED
+#define SANITIZED false
+#endif
+
+static void close_others(int socket)
+{
+	int fd;
+
+	for (fd = 0; fd < socket; fd++) {
+		if (fd != STDERR_FILENO)
+			close(fd);
+	}
+	syscall(SYS_close_range, (unsigned)(socket > STDERR_FILENO ? socket : STDERR_FILENO) + 1,
+		~0u, 0);
+	/* So that nothing else gets their numbers. */
+	while ((fd = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && fd <= STDERR_FILENO)
+		;
+	attach_close_fd(&fd);
+}
+
+/* It ends with its socket, and not with the engine's terminal or unit. SIGCHLD is waited for (inject-x86_64.c). */
+static void arrange_signals(void)
+{
+	sigset_t child;
+
+	signal(SIGINT, SIG_IGN);
+	signal(SIGTERM, SIG_IGN);
+	signal(SIGHUP, SIG_IGN);
+	signal(SIGCHLD, SIG_DFL);
+	sigemptyset(&child);
+	sigaddset(&child, SIGCHLD);
+	sigprocmask(SIG_SETMASK, &child, NULL);
+}
+
+static void drop_capabilities(void)
+{
+	struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct data[2];
+	const uint32_t kept = 1u << CAP_SYS_PTRACE | 1u << CAP_DAC_OVERRIDE;
+
+	if (syscall(SYS_capget, &head, data) < 0)
+		return;
+	for (int i = 0; i <= CAP_LAST_CAP; i++) {
+		if (i >= 32 || !(kept & 1u << i))
+			prctl(PR_CAPBSET_DROP, i, 0, 0, 0);
+	}
+	prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+	data[0].permitted &= kept;
+	data[0].effective = data[0].permitted;
+	data[0].inheritable = 0;
+	memset(&data[1], 0, sizeof(data[1]));
+	head.pid = 0;
+	syscall(SYS_capset, &head, data);
+}
+
+#ifdef FILTER_ARCH
+static const int allowed[] = {
+	/* its socket */
+	SYS_recvmsg,
+	SYS_sendmsg,
+	SYS_ppoll,
+#ifdef SYS_poll
+	SYS_poll,
+#endif
+	/* files of /proc, and what was taken from the process */
+	SYS_openat,
+	SYS_close,
+	SYS_read,
+	SYS_write,
+	SYS_pread64,
+	SYS_pwrite64,
+	SYS_lseek,
+	SYS_getdents64,
+	SYS_readlinkat,
+	SYS_newfstatat,
+	SYS_fstat,
+	SYS_fstatfs,
+	SYS_fcntl,
+	SYS_flock,
+	SYS_ioctl,
+	SYS_userfaultfd,
+	SYS_pidfd_getfd,
+#ifdef SYS_open
+	SYS_open,
+	SYS_readlink,
+	SYS_stat,
+	SYS_statfs,
+#endif
+#ifdef SYS_statx
+	SYS_statx,
+#endif
+	/* the process */
+	SYS_ptrace,
+	SYS_wait4,
+	/* signals and time */
+	SYS_rt_sigtimedwait,
+	SYS_rt_sigprocmask,
+	SYS_rt_sigaction,
+	SYS_rt_sigreturn,
+	SYS_restart_syscall,
+	SYS_nanosleep,
+	SYS_clock_nanosleep,
+	SYS_clock_gettime,
+#ifdef SYS_pause
+	SYS_pause,
+#endif
+	/* libc, and the end */
+	SYS_getpid,
+	SYS_gettid,
+	SYS_brk,
+	SYS_mmap,
+	SYS_munmap,
+	SYS_mprotect,
+	SYS_futex,
+	SYS_exit_group,
+	SYS_exit,
+	SYS_tgkill,
+};
+#define N_ALLOWED (sizeof(allowed) / sizeof(allowed[0]))
+
+/* Signals only to itself, which is how an abort ends. */
+static void load_filter(void)
+{
+	struct sock_filter code[2 * N_ALLOWED + 10];
+	struct sock_fprog program = {.filter = code};
+	unsigned n = 0;
+
+#define LOAD(field)                                                                                \
+	(struct sock_filter)                                                                       \
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define UNLESS(value, skip) (struct sock_filter) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, skip)
+#define RETURN(action)	    (struct sock_filter) BPF_STMT(BPF_RET | BPF_K, action)
+	code[n++] = LOAD(arch);
+	code[n++] = UNLESS(FILTER_ARCH, 5);
+	code[n++] = LOAD(nr);
+	code[n++] = UNLESS(SYS_kill, 4);
+	code[n++] = LOAD(args[0]);
+	code[n++] = UNLESS((uint32_t)getpid(), 1);
+	code[n++] = RETURN(SECCOMP_RET_ALLOW);
+	code[n++] = RETURN(SECCOMP_RET_ERRNO | EPERM);
+	for (unsigned i = 0; i < N_ALLOWED; i++) {
+		code[n++] = UNLESS((uint32_t)allowed[i], 1);
+		code[n++] = RETURN(SECCOMP_RET_ALLOW);
+	}
+	code[n++] = RETURN(SECCOMP_RET_ERRNO | EPERM);
+#undef LOAD
+#undef UNLESS
+#undef RETURN
+	program.len = n;
+	syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_LOG, &program);
+}
+#endif
+
+void attach_confine(int socket, bool filter)
+{
+	close_others(socket);
+	arrange_signals();
+	prctl(PR_SET_NAME, "postroad-attach");
+	drop_capabilities();
+	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+#ifdef FILTER_ARCH
+	if (filter && !SANITIZED)
+		load_filter();
+#endif
+}

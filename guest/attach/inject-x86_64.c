@@ -1,0 +1,398 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * System calls in the main thread of another program, which was not made for it.
+ *
+ * The thread has to be asleep in ppoll() or poll(), where QEMU's main loop rests without its lock: it is then at
+ * a system call's boundary, and right behind its own syscall instruction. That instruction is executed again, with
+ * other registers. A helper that is killed in the middle leaves a ppoll() that has returned something, which a
+ * main loop takes for a spurious wake-up. vCPUs and other threads are not stopped.
+ *
+ * The registers are restored in the signal path (the thread is interrupted once more for that), since only there
+ * the kernel decides to restart an interrupted call; orig_rax of -1 keeps it from restarting ours. A signal that
+ * arrives is delivered with the thread's own registers, and the call is tried again. The memory that calls
+ * point into lies below the red zone of the stack, and is put back.
+ *
+ * Only calls that every filter of QEMU's lets pass: socketpair, recvmsg, ioctl, close, madvise.
+ */
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "guest/attach/internal.h"
+#include "guest/attach/kill.h"
+
+#define SYSCALL_BYTES	      2	     /* of the instruction 0f 05 */
+#define SYSCALL_CODE	      0x050f /* as little-endian text */
+#define USER_CODE	      0x33   /* the code segment of 64-bit programs */
+#define RED_ZONE	      128
+#define ERESTARTNOHAND	      514 /* linux/errno.h, which programs don't see */
+#define ERESTART_RESTARTBLOCK 516
+#define SYSCALL_STOP	      (SIGTRAP | 0x80)
+#define LOOK_MS		      2
+#define WAIT_MS		      100
+
+typedef struct user_regs_struct Registers;
+_Static_assert(sizeof(Registers) <= sizeof(((AttachStop *)NULL)->registers),
+	       "room for the registers");
+
+const bool attach_has_injector = true;
+
+typedef enum Stopped {
+	STOPPED_INTERRUPTED, /* as PTRACE_INTERRUPT asked */
+	STOPPED_AT_CALL,     /* before it or behind it */
+	STOPPED_BY_SIGNAL,   /* which is about to be delivered */
+	STOPPED_BY_JOB,	     /* SIGSTOP and its like */
+	STOPPED_NOT,	     /* not in time */
+	STOPPED_GONE,
+} Stopped;
+
+static long trace(const AttachStop *stop, int request, void *data)
+{
+	return ptrace(request, stop->target->pid, NULL, data);
+}
+
+/* SIGCHLD is blocked: it is there when something has changed since the last look. */
+static void wait_for_child(int64_t ms)
+{
+	struct timespec time = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L};
+	sigset_t child;
+
+	sigemptyset(&child);
+	sigaddset(&child, SIGCHLD);
+	sigtimedwait(&child, NULL, &time);
+}
+
+static Stopped classify(int status, int *ret_signal)
+{
+	*ret_signal = 0;
+	if (!WIFSTOPPED(status))
+		return STOPPED_GONE;
+	if (WSTOPSIG(status) == SYSCALL_STOP)
+		return STOPPED_AT_CALL;
+	if (status >> 16 == PTRACE_EVENT_STOP)
+		return WSTOPSIG(status) == SIGTRAP ? STOPPED_INTERRUPTED : STOPPED_BY_JOB;
+	*ret_signal = WSTOPSIG(status);
+	return STOPPED_BY_SIGNAL;
+}
+
+/* deadline 0: none; a call that was begun has to end. Ended by its end, or the process's. */
+static Stopped wait_stopped(const AttachStop *stop, int64_t deadline, int *ret_signal)
+{
+	int status;
+
+	for (;;) {
+		pid_t pid = waitpid(stop->target->pid, &status, __WALL | WNOHANG);
+		int64_t left = deadline ? deadline - attach_now() : WAIT_MS;
+
+		if (pid > 0)
+			return classify(status, ret_signal);
+		if (pid < 0 && errno != EINTR)
+			return STOPPED_GONE;
+		if (left <= 0)
+			return STOPPED_NOT;
+		wait_for_child(left < WAIT_MS ? left : WAIT_MS);
+	}
+}
+
+static bool peek(AttachStop *stop, uint64_t at, void *to, size_t bytes)
+{
+	return pread(stop->target->mem_fd, to, bytes, (off_t)at) == (ssize_t)bytes;
+}
+
+static bool poke(AttachStop *stop, uint64_t at, const void *from, size_t bytes)
+{
+	return pwrite(stop->target->mem_fd, from, bytes, (off_t)at) == (ssize_t)bytes;
+}
+
+/* Asleep in ppoll() or poll(), and to be restarted there. */
+static bool is_at_rest(AttachStop *stop)
+{
+	const Registers *registers = (const Registers *)stop->registers;
+	long result = (long)registers->rax;
+	uint16_t code;
+
+	return registers->cs == USER_CODE &&
+	       (registers->orig_rax == SYS_ppoll || registers->orig_rax == SYS_poll) &&
+	       (result == -ERESTARTNOHAND || result == -ERESTART_RESTARTBLOCK) &&
+	       peek(stop, registers->rip - SYSCALL_BYTES, &code, sizeof(code)) &&
+	       code == SYSCALL_CODE;
+}
+
+static bool take_hold(AttachStop *stop)
+{
+	Registers *registers = (Registers *)stop->registers;
+
+	if (trace(stop, PTRACE_GETREGS, registers) < 0 || !is_at_rest(stop))
+		return false;
+	stop->scratch_at = (registers->rsp - RED_ZONE - ATTACH_SCRATCH_BYTES) & ~15ul;
+	if (!peek(stop, stop->scratch_at, stop->found, sizeof(stop->found)))
+		return false;
+	stop->held = true;
+	stop->touched = false;
+	return true;
+}
+
+static void let_go(AttachStop *stop, int signal)
+{
+	stop->held = false;
+	trace(stop, PTRACE_DETACH, (void *)(long)signal);
+}
+
+/* Until the interruption is reached. A signal that comes first is delivered. */
+static Stopped interrupt(AttachStop *stop)
+{
+	Stopped how;
+	int signal;
+
+	trace(stop, PTRACE_INTERRUPT, NULL);
+	for (;;) {
+		how = wait_stopped(stop, stop->deadline, &signal);
+		if (how == STOPPED_BY_SIGNAL)
+			trace(stop, PTRACE_CONT, (void *)(long)signal);
+		else if (how != STOPPED_AT_CALL)
+			return how;
+	}
+}
+
+/* A thread that could not be stopped is let go of when it stops, or when this helper ends. */
+void attach_settle(AttachTarget *target)
+{
+	AttachStop stop = {.target = target};
+	int signal;
+
+	if (!target->unsettled || wait_stopped(&stop, 1, &signal) == STOPPED_NOT)
+		return;
+	target->unsettled = false;
+	let_go(&stop, signal);
+}
+
+static bool refuse_unsettled(AttachStop *stop)
+{
+	stop->target->unsettled = true;
+	return attach_fail(stop->result, PR_AGENT_FAILED,
+			   "the main thread of process %d can't be stopped; it waits in the kernel",
+			   (int)stop->target->pid);
+}
+
+typedef enum Attempt { ATTEMPT_HELD, ATTEMPT_AGAIN, ATTEMPT_FAILED } Attempt;
+
+static Attempt attempt(AttachStop *stop)
+{
+	int pid = stop->target->pid;
+
+	attach_settle(stop->target);
+	if (stop->target->unsettled) {
+		refuse_unsettled(stop);
+		return ATTEMPT_FAILED;
+	}
+	if (trace(stop, PTRACE_SEIZE, (void *)PTRACE_O_TRACESYSGOOD) < 0) {
+		attach_fail_access(stop->target, stop->result, "stopping the main thread");
+		return ATTEMPT_FAILED;
+	}
+	switch (interrupt(stop)) {
+	case STOPPED_INTERRUPTED:
+		if (take_hold(stop))
+			return ATTEMPT_HELD;
+		let_go(stop, 0);
+		return ATTEMPT_AGAIN;
+	case STOPPED_BY_JOB:
+		let_go(stop, 0);
+		attach_fail(stop->result, PR_AGENT_FAILED,
+			    "process %d is stopped by a signal; let it run: kill -CONT %d", pid,
+			    pid);
+		return ATTEMPT_FAILED;
+	case STOPPED_NOT:
+		refuse_unsettled(stop);
+		return ATTEMPT_FAILED;
+	default:
+		attach_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
+		return ATTEMPT_FAILED;
+	}
+}
+
+/* Whether it is worth a stop, as far as can be told without one. */
+static bool may_be_at_rest(const AttachStop *stop)
+{
+	char text[256];
+	long number;
+
+	if (!attach_target_read(stop->target, "syscall", text, sizeof(text)))
+		return true;
+	number = text[0] >= '0' && text[0] <= '9' ? atol(text) : -1;
+	return number == SYS_ppoll || number == SYS_poll;
+}
+
+static bool refuse_state(AttachStop *stop)
+{
+	char state = attach_target_state(stop->target);
+	int pid = stop->target->pid;
+
+	if (state == 'T')
+		return attach_fail(stop->result, PR_AGENT_FAILED,
+				   "process %d is stopped by a signal; let it run: kill -CONT %d",
+				   pid, pid);
+	if (state == 't') {
+		errno = EPERM;
+		return attach_fail_access(stop->target, stop->result, "stopping the main thread");
+	}
+	return true;
+}
+
+static bool hold(AttachStop *stop)
+{
+	Attempt how = ATTEMPT_AGAIN;
+
+	stop->deadline = attach_now() + ATTACH_STOP_MS;
+	while (how == ATTEMPT_AGAIN && attach_now() < stop->deadline) {
+		if (!refuse_state(stop))
+			return false;
+		if (may_be_at_rest(stop))
+			how = attempt(stop);
+		if (how == ATTEMPT_AGAIN)
+			attach_sleep(LOOK_MS); /* between two looks at the condition */
+	}
+	if (how == ATTEMPT_AGAIN)
+		attach_fail(
+			stop->result, PR_AGENT_FAILED,
+			"the main thread of process %d was not once at rest in ppoll() within %d ms; "
+			"is it a QEMU, and does its monitor answer?",
+			(int)stop->target->pid, ATTACH_STOP_MS);
+	return how == ATTEMPT_HELD;
+}
+
+bool attach_stop(AttachStop *stop, AttachTarget *target, AttachResult *result)
+{
+	stop->target = target;
+	stop->result = result;
+	stop->held = false;
+	memset(stop->scratch, 0, sizeof(stop->scratch));
+	if (target->mem_fd < 0)
+		target->mem_fd = attach_target_memory(target);
+	if (target->mem_fd < 0)
+		return attach_fail_access(target, result, "opening the memory");
+	if (!hold(stop))
+		return false;
+	pr_attach_point(PR_ATTACH_STOPPED);
+	return true;
+}
+
+/* As it was found; then nothing has happened to it. */
+static void put_back(AttachStop *stop)
+{
+	poke(stop, stop->scratch_at, stop->found, sizeof(stop->found));
+	trace(stop, PTRACE_SETREGS, stop->registers);
+}
+
+static bool set_up(AttachStop *stop, long number, const unsigned long args[6])
+{
+	Registers registers = *(const Registers *)stop->registers;
+
+	registers.rax = number;
+	registers.orig_rax = -1;
+	registers.rip -= SYSCALL_BYTES;
+	registers.rdi = args[0];
+	registers.rsi = args[1];
+	registers.rdx = args[2];
+	registers.r10 = args[3];
+	registers.r8 = args[4];
+	registers.r9 = args[5];
+	if (!poke(stop, stop->scratch_at, stop->scratch, sizeof(stop->scratch)))
+		return false;
+	stop->touched = true;
+	pr_attach_point(PR_ATTACH_SCRATCH_WRITTEN);
+	if (trace(stop, PTRACE_SETREGS, &registers) < 0)
+		return false;
+	pr_attach_point(PR_ATTACH_REGISTERS_SET);
+	return true;
+}
+
+/* To the next boundary of a call, or to what comes first. */
+static Stopped run_on(AttachStop *stop, int *ret_signal)
+{
+	Stopped how;
+
+	do {
+		if (trace(stop, PTRACE_SYSCALL, NULL) < 0)
+			return STOPPED_GONE;
+		how = wait_stopped(stop, 0, ret_signal);
+	} while (how == STOPPED_INTERRUPTED);
+	return how;
+}
+
+static bool fail_gone(AttachStop *stop)
+{
+	stop->held = false;
+	return attach_fail(stop->result, PR_AGENT_FAILED, "process %d is gone",
+			   (int)stop->target->pid);
+}
+
+static bool finish_call(AttachStop *stop, long *ret)
+{
+	Registers registers;
+	int signal;
+
+	pr_attach_point(PR_ATTACH_IN_CALL);
+	if (run_on(stop, &signal) != STOPPED_AT_CALL ||
+	    trace(stop, PTRACE_GETREGS, &registers) < 0 ||
+	    !peek(stop, stop->scratch_at, stop->scratch, sizeof(stop->scratch)))
+		return fail_gone(stop);
+	*ret = (long)registers.rax;
+	pr_attach_point(PR_ATTACH_CALL_DONE);
+	return true;
+}
+
+bool attach_call(AttachStop *stop, long number, const unsigned long args[6], AttachPlan plan,
+		 long *ret)
+{
+	unsigned long planned[6];
+	int signal;
+
+	for (;;) {
+		memcpy(planned, args, sizeof(planned));
+		/* A thread that was let go of may come to rest elsewhere. */
+		if (plan)
+			plan(stop, planned);
+		if (!set_up(stop, number, planned))
+			return fail_gone(stop);
+		switch (run_on(stop, &signal)) {
+		case STOPPED_AT_CALL:
+			return finish_call(stop, ret);
+		case STOPPED_BY_SIGNAL:
+		case STOPPED_BY_JOB:
+			put_back(stop);
+			let_go(stop, signal);
+			if (!hold(stop))
+				return false;
+			break;
+		default:
+			return fail_gone(stop);
+		}
+	}
+}
+
+void attach_resume(AttachStop *stop)
+{
+	int signal = 0;
+
+	if (!stop->held)
+		return;
+	if (stop->touched) {
+		trace(stop, PTRACE_INTERRUPT, NULL);
+		trace(stop, PTRACE_CONT, NULL);
+		/* Ended by the interruption, which no program can hold off. */
+		if (wait_stopped(stop, 0, &signal) == STOPPED_GONE)
+			return;
+		pr_attach_point(PR_ATTACH_BEFORE_RESTORE);
+		put_back(stop);
+		pr_attach_point(PR_ATTACH_RESTORED);
+	}
+	let_go(stop, signal);
+}

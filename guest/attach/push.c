@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* A descriptor of ours becomes one of the process's: over a socket pair that it makes, and whose one end we take. */
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "guest/attach/internal.h"
+#include "guest/attach/kill.h"
+
+/* What recvmsg() is given, in the scratch. */
+typedef struct Message {
+	struct msghdr head;
+	struct iovec piece;
+	char byte;
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control;
+} Message;
+_Static_assert(sizeof(Message) <= ATTACH_SCRATCH_BYTES, "room for a message");
+
+static bool fail_call(AttachStop *stop, const char *name, long ret)
+{
+	return attach_fail(stop->result, PR_AGENT_FAILED, "%s in process %d: %s", name,
+			   (int)stop->target->pid, strerror((int)-ret));
+}
+
+static void plan_pair(AttachStop *stop, unsigned long args[6])
+{
+	memset(stop->scratch, 0, sizeof(stop->scratch));
+	args[3] = stop->scratch_at;
+}
+
+static bool make_pair(AttachStop *stop, int ret_pair[2])
+{
+	const unsigned long args[6] = {AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC};
+	long ret;
+
+	if (!attach_call(stop, SYS_socketpair, args, plan_pair, &ret))
+		return false;
+	if (ret < 0)
+		return fail_call(stop, "socketpair()", ret);
+	memcpy(ret_pair, stop->scratch, 2 * sizeof(int));
+	pr_attach_point(PR_ATTACH_PAIR_MADE);
+	return true;
+}
+
+static bool send_fd(int socket, int fd)
+{
+	Message message;
+	struct cmsghdr *cmsg;
+
+	memset(&message, 0, sizeof(message));
+	message.piece = (struct iovec){.iov_base = &message.byte, .iov_len = 1};
+	message.head = (struct msghdr){.msg_iov = &message.piece,
+				       .msg_iovlen = 1,
+				       .msg_control = message.control.bytes,
+				       .msg_controllen = sizeof(message.control.bytes)};
+	cmsg = CMSG_FIRSTHDR(&message.head);
+	cmsg->cmsg_level = SOL_SOCKET;
+	cmsg->cmsg_type = SCM_RIGHTS;
+	cmsg->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(cmsg), &fd, sizeof(fd));
+	return sendmsg(socket, &message.head, MSG_NOSIGNAL | MSG_DONTWAIT) == 1;
+}
+
+static void plan_message(AttachStop *stop, unsigned long args[6])
+{
+	Message message;
+	uint64_t at = stop->scratch_at;
+
+	memset(&message, 0, sizeof(message));
+	message.piece =
+		(struct iovec){.iov_base = (void *)(at + offsetof(Message, byte)), .iov_len = 1};
+	message.head = (struct msghdr){.msg_iov = (void *)(at + offsetof(Message, piece)),
+				       .msg_iovlen = 1,
+				       .msg_control = (void *)(at + offsetof(Message, control)),
+				       .msg_controllen = sizeof(message.control.bytes)};
+	memcpy(stop->scratch, &message, sizeof(message));
+	args[1] = at;
+}
+
+/* Its number there, or -1. */
+static int receive_there(AttachStop *stop, int socket)
+{
+	const unsigned long args[6] = {socket, 0, MSG_DONTWAIT | MSG_CMSG_CLOEXEC};
+	Message message;
+	struct cmsghdr head;
+	long ret;
+	int fd;
+
+	if (!attach_call(stop, SYS_recvmsg, args, plan_message, &ret))
+		return -1;
+	memcpy(&message, stop->scratch, sizeof(message));
+	memcpy(&head, message.control.bytes, sizeof(head));
+	if (ret < 0 || (message.head.msg_flags & MSG_CTRUNC) ||
+	    message.head.msg_controllen < CMSG_LEN(sizeof(int)) || head.cmsg_type != SCM_RIGHTS) {
+		fail_call(stop, "recvmsg()", ret < 0 ? ret : -EMFILE);
+		return -1;
+	}
+	memcpy(&fd, message.control.bytes + CMSG_LEN(0), sizeof(fd));
+	pr_attach_point(PR_ATTACH_RECEIVED);
+	return fd;
+}
+
+bool attach_close_there(AttachStop *stop, int fd)
+{
+	const unsigned long args[6] = {fd};
+	long ret;
+
+	return attach_call(stop, SYS_close, args, NULL, &ret);
+}
+
+static int push_over(AttachStop *stop, const int pair[2], int fd)
+{
+	int ours = attach_target_fd(stop->target, pair[0]);
+	bool sent;
+
+	if (ours < 0) {
+		attach_fail_access(stop->target, stop->result, "taking a descriptor");
+		return -1;
+	}
+	sent = send_fd(ours, fd);
+	if (!sent)
+		fail_call(stop, "sending a descriptor", -errno);
+	close(ours);
+	if (!sent)
+		return -1;
+	pr_attach_point(PR_ATTACH_SENT);
+	return receive_there(stop, pair[1]);
+}
+
+int attach_push(AttachStop *stop, int fd)
+{
+	int pair[2], there;
+
+	if (!make_pair(stop, pair))
+		return -1;
+	there = push_over(stop, pair, fd);
+	if (there >= 0)
+		pr_attach_point(PR_ATTACH_PUSHED);
+	if (stop->held && attach_close_there(stop, pair[0]))
+		attach_close_there(stop, pair[1]);
+	return there;
+}

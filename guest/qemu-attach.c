@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Which process the QEMU behind a QMP socket is. The socket tells who listens at it, which may be another one: libvirt
+ * makes the socket, and gives it to QEMU. So the threads of the vCPUs, which QMP tells, must be that process's.
+ *
+ * The process is held by a pidfd before anything is looked at, so that a number that was used again is found out: who
+ * looked through /proc/PID and then finds the pidfd's process alive has looked at that very one.
+ */
+#include "guest/qemu.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "guest/attach/attach.h"
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77 /* Linux 6.5 */
+#endif
+
+static char *name_of(pid_t pid)
+{
+	g_autofree char *path = g_strdup_printf("/proc/%d/comm", (int)pid);
+	char *name = NULL;
+
+	if (!g_file_get_contents(path, &name, NULL, NULL))
+		return g_strdup("?");
+	return g_strchomp(name);
+}
+
+/* 0: it can't be told. */
+static pid_t listener_of(GSocket *socket)
+{
+	struct ucred peer = {0};
+	socklen_t length = sizeof(peer);
+
+	(void)getsockopt(g_socket_get_fd(socket), SOL_SOCKET, SO_PEERCRED, &peer, &length);
+	return peer.pid;
+}
+
+static int pidfd_of_listener(GSocket *socket)
+{
+	socklen_t length = sizeof(int);
+	int pidfd;
+
+	if (getsockopt(g_socket_get_fd(socket), SOL_SOCKET, SO_PEERPIDFD, &pidfd, &length) == 0)
+		return pidfd;
+	return (int)syscall(SYS_pidfd_open, listener_of(socket), 0);
+}
+
+static int open_process(GSocket *qmp, const char *qmp_path, pid_t *pid, GError **error)
+{
+	int pidfd;
+
+	if (*pid) {
+		pidfd = (int)syscall(SYS_pidfd_open, *pid, 0);
+		if (pidfd < 0)
+			g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE, "pid=%d: %s",
+				    (int)*pid, g_strerror(errno));
+		return pidfd;
+	}
+	*pid = listener_of(qmp);
+	pidfd = *pid > 0 ? pidfd_of_listener(qmp) : -1;
+	if (pidfd < 0)
+		g_set_error(
+			error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE,
+			"QMP %s: the process that made the socket (%d) is gone or can't be seen "
+			"from here; name QEMU's with pid=",
+			qmp_path, (int)*pid);
+	return pidfd;
+}
+
+/* The name of its thread (guest/agent/agent.c). An agent that was never asked for has none. */
+static gboolean has_agent(pid_t pid)
+{
+	g_autofree char *path = g_strdup_printf("/proc/%d/task", (int)pid);
+	g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
+	const char *thread;
+
+	while (dir && (thread = g_dir_read_name(dir))) {
+		g_autofree char *file = g_build_filename(path, thread, "comm", NULL);
+		g_autofree char *name = NULL;
+
+		if (g_file_get_contents(file, &name, NULL, NULL) &&
+		    g_str_equal(name, "postroad-agent\n"))
+			return TRUE;
+	}
+	return FALSE;
+}
+
+/* Agent and helper would not know what the other one has set up. */
+static gboolean refuse_agent(pid_t pid, GError **error)
+{
+	if (!has_agent(pid))
+		return FALSE;
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+		    "process %d has the preload agent in it: add agent=PATH, with the socket that "
+		    "POSTROAD_AGENT named when it was started",
+		    (int)pid);
+	return TRUE;
+}
+
+PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrGuestHelper *helper,
+			      guint timeout_ms, GError **error)
+{
+	int pidfd = open_process(qmp, qmp_path, &pid, error);
+	PrGuestHelper taken = *helper;
+
+	if (pidfd < 0)
+		return NULL;
+	if (refuse_agent(pid, error)) {
+		close(pidfd);
+		return NULL;
+	}
+	*helper = (PrGuestHelper)PR_GUEST_HELPER_NONE;
+	return pr_agent_client_attach(&taken, pid, pidfd, timeout_ms, error);
+}
+
+/* The parked duplicate says so, too: it is the same open file. */
+void pr_qemu_unregister(int uffd, const PrGuestBlock *blocks, guint n)
+{
+	(void)fcntl(uffd, F_SETFL, PR_ATTACH_UFFD_OFF);
+	for (guint i = 0; i < n; i++) {
+		struct uffdio_range range = {.start = blocks[i].base, .len = blocks[i].size};
+
+		(void)ioctl(uffd, UFFDIO_UNREGISTER, &range);
+	}
+}
+
+/* The thread's number where the process itself is at home: the last one of "NSpid:". */
+static uint32_t own_number(pid_t pid, const char *thread)
+{
+	g_autofree char *path = g_strdup_printf("/proc/%d/task/%s/status", (int)pid, thread);
+	g_autofree char *text = NULL;
+	g_autofree char *own = NULL;
+	const char *line;
+
+	if (!g_file_get_contents(path, &text, NULL, NULL))
+		return 0;
+	line = strstr(text, "\nNSpid:");
+	if (!line)
+		return (uint32_t)g_ascii_strtoull(thread, NULL, 10);
+	line += strlen("\nNSpid:");
+	own = g_strndup(line, strcspn(line, "\n"));
+	line = strrchr(own, '\t');
+	return (uint32_t)g_ascii_strtoull(line ? line + 1 : own, NULL, 10);
+}
+
+static GHashTable *threads_of(pid_t pid)
+{
+	g_autofree char *path = g_strdup_printf("/proc/%d/task", (int)pid);
+	g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
+	GHashTable *threads = g_hash_table_new(NULL, NULL);
+	const char *name;
+
+	while (dir && (name = g_dir_read_name(dir)))
+		g_hash_table_add(threads, GUINT_TO_POINTER(own_number(pid, name)));
+	return threads;
+}
+
+gboolean pr_qemu_check_process(PrQmp *qmp, const char *qmp_path, pid_t pid, gboolean named,
+			       GError **error)
+{
+	g_autoptr(GArray) vcpus = pr_qemu_vcpu_threads(qmp, error);
+	g_autoptr(GHashTable) threads = NULL;
+	g_autofree char *name = NULL;
+	gboolean all = TRUE;
+
+	if (!vcpus)
+		return FALSE;
+	threads = threads_of(pid);
+	for (guint i = 0; i < vcpus->len; i++)
+		all = all && g_hash_table_contains(
+				     threads, GUINT_TO_POINTER(g_array_index(vcpus, uint32_t, i)));
+	if (all)
+		return TRUE;
+	name = name_of(pid);
+	if (named)
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+			    "process %d (%s) does not run the vCPUs of the QEMU at %s: name "
+			    "QEMU's with pid=",
+			    (int)pid, name, qmp_path);
+	else
+		g_set_error(
+			error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+			"the QMP socket %s belongs to process %d (%s), which does not run these "
+			"vCPUs: name QEMU's with pid=",
+			qmp_path, (int)pid, name);
+	return FALSE;
+}

@@ -1,0 +1,329 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "guest/qemu-private.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include "guest/qemu-ram.h"
+#include "guest/qemu-section.h"
+#include "guest/qemu.h"
+
+#define PAGE  4096u
+#define CHUNK (256u * 1024) /* bytes that are read and looked at in one go */
+
+/* What a source may send of a block of that size, bytes: all of it twice, each page by itself. */
+#define HELD_MAX(size) (2 * (size) + (size) / 64 + PR_QEMU_SECTION_MAX)
+
+static const uint8_t zeros[CHUNK];
+
+static void block_clear(gpointer data)
+{
+	PrQemuPrivateBlock *block = data;
+
+	g_free(block->name);
+	g_clear_pointer(&block->hashes, g_array_unref);
+	g_clear_pointer(&block->held, g_byte_array_unref);
+}
+
+GArray *pr_qemu_private_list(const GArray *ramblocks, const GArray *backends)
+{
+	GArray *blocks = g_array_new(FALSE, TRUE, sizeof(PrQemuPrivateBlock));
+
+	g_array_set_clear_func(blocks, block_clear);
+	for (guint i = 0; i < ramblocks->len; i++) {
+		const PrQemuRamBlock *ram = &g_array_index(ramblocks, PrQemuRamBlock, i);
+		PrQemuPrivateBlock block = {.size = ram->size, .hva = ram->hva};
+
+		if (!*ram->name || g_str_has_prefix(ram->name, "/rom@") ||
+		    pr_qemu_block_is_shared(ram, backends))
+			continue;
+		block.name = g_strdup(ram->name);
+		g_array_append_val(blocks, block);
+	}
+	return blocks;
+}
+
+void pr_qemu_private_locate(PrQmp *qmp, GArray *blocks)
+{
+	g_autofree char *mtree = NULL;
+
+	for (guint i = 0; i < blocks->len; i++) {
+		PrQemuPrivateBlock *block = &g_array_index(blocks, PrQemuPrivateBlock, i);
+
+		if (block->hva)
+			continue;
+		if (!mtree)
+			mtree = pr_qmp_human(qmp, "info mtree -f", NULL);
+		block->hva = mtree ? pr_qemu_ask_hva(qmp, mtree, block->name) : 0;
+	}
+}
+
+PrQemuPrivateBlock *pr_qemu_private_find(GArray *blocks, const char *name, gsize len)
+{
+	for (guint i = 0; i < blocks->len; i++) {
+		PrQemuPrivateBlock *block = &g_array_index(blocks, PrQemuPrivateBlock, i);
+
+		if (strlen(block->name) == len && memcmp(block->name, name, len) == 0)
+			return block;
+	}
+	return NULL;
+}
+
+/* ---- the process's memory ---- */
+
+static gboolean fail_access(const PrQemuPrivateBlock *block, const char *what, ssize_t n,
+			    GError **error)
+{
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+		    "RAM block '%s' of QEMU cannot be %s: %s", block->name, what,
+		    n < 0 ? g_strerror(errno) : "it is not mapped where QEMU says");
+	return FALSE;
+}
+
+static gboolean read_block(const PrQemuPrivateBlock *block, int memory, uint64_t offset,
+			   uint8_t *bytes, gsize len, GError **error)
+{
+	while (len > 0) {
+		ssize_t n = pread(memory, bytes, len, (off_t)(block->hva + offset));
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return fail_access(block, "read", n, error);
+		bytes += n;
+		offset += n;
+		len -= n;
+	}
+	return TRUE;
+}
+
+static gboolean write_block(const PrQemuPrivateBlock *block, int memory, uint64_t offset,
+			    const uint8_t *bytes, gsize len, GError **error)
+{
+	while (len > 0) {
+		ssize_t n = pwrite(memory, bytes, len, (off_t)(block->hva + offset));
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return fail_access(block, "written", n, error);
+		bytes += n;
+		offset += n;
+		len -= n;
+	}
+	return TRUE;
+}
+
+/* ---- source ---- */
+
+typedef struct Sending {
+	PrQemuPrivateBlock *block;
+	int memory;
+	gboolean first; /* nothing was sent of this block before */
+	gboolean named; /* the other side knows which block this is about */
+	PrGuestSink sink;
+	void *opaque;
+} Sending;
+
+static gboolean send_run(Sending *sending, uint64_t offset, const uint8_t *bytes, gsize len,
+			 GError **error)
+{
+	g_autoptr(GByteArray) out = g_byte_array_sized_new((guint)len + 512);
+	const char *name = sending->block->name;
+
+	if (!sending->named)
+		pr_qemu_section_append(out, PR_QEMU_SECTION_BLOCK, name, strlen(name));
+	sending->named = TRUE;
+	if (len)
+		pr_qemu_section_append_pages(out, offset, bytes, len);
+	return sending->sink(out->data, out->len, sending->opaque, error);
+}
+
+/* Whether this page has to be sent; from now on the other side has it. */
+static gboolean is_news(Sending *sending, uint64_t offset, const uint8_t *page, gsize len)
+{
+	uint64_t *known = &g_array_index(sending->block->hashes, uint64_t, offset / PAGE);
+	uint64_t hash = XXH3_64bits(page, len);
+
+	gboolean news = sending->first ? memcmp(page, zeros, len) != 0 : *known != hash;
+
+	*known = hash;
+	return news;
+}
+
+/* Pages that lie side by side go as one. */
+static gboolean send_chunk(Sending *sending, uint64_t offset, const uint8_t *bytes, gsize len,
+			   GError **error)
+{
+	gsize begin = 0, end = 0;
+
+	for (gsize at = 0; at < len; at += PAGE) {
+		gsize page = MIN(PAGE, len - at);
+
+		if (!is_news(sending, offset + at, bytes + at, page))
+			continue;
+		if (end != at) {
+			if (end > begin &&
+			    !send_run(sending, offset + begin, bytes + begin, end - begin, error))
+				return FALSE;
+			begin = at;
+		}
+		end = at + page;
+	}
+	return end == begin || send_run(sending, offset + begin, bytes + begin, end - begin, error);
+}
+
+static gboolean send_block(Sending *sending, uint8_t *buffer, GError **error)
+{
+	PrQemuPrivateBlock *block = sending->block;
+
+	sending->first = !block->hashes;
+	if (sending->first) {
+		block->hashes = g_array_new(FALSE, TRUE, sizeof(uint64_t));
+		g_array_set_size(block->hashes, (block->size + PAGE - 1) / PAGE);
+		/* Named in any case, so that it is made all zeros there. */
+		if (!send_run(sending, 0, NULL, 0, error))
+			return FALSE;
+	}
+	for (uint64_t offset = 0; offset < block->size; offset += CHUNK) {
+		gsize len = MIN(CHUNK, block->size - offset);
+
+		if (!read_block(block, sending->memory, offset, buffer, len, error) ||
+		    !send_chunk(sending, offset, buffer, len, error))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+gboolean pr_qemu_private_send(GArray *blocks, int memory, PrGuestSink sink, void *opaque,
+			      GError **error)
+{
+	g_autofree uint8_t *buffer = g_malloc(CHUNK);
+
+	for (guint i = 0; i < blocks->len; i++) {
+		Sending sending = {.block = &g_array_index(blocks, PrQemuPrivateBlock, i),
+				   .memory = memory,
+				   .sink = sink,
+				   .opaque = opaque};
+
+		if (!sending.block->hva)
+			g_debug("RAM block '%s' of QEMU is not mapped; the destination's QEMU has its "
+				"own",
+				sending.block->name);
+		else if (!send_block(&sending, buffer, error))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+/* ---- destination ---- */
+
+gboolean pr_qemu_private_clear(PrQemuPrivateBlock *block, int memory, GError **error)
+{
+	g_autofree uint8_t *buffer = g_malloc(CHUNK);
+
+	if (!block->hva) {
+		g_clear_pointer(&block->held, g_byte_array_unref);
+		return TRUE;
+	}
+	for (uint64_t offset = 0; offset < block->size; offset += CHUNK) {
+		gsize len = MIN(CHUNK, block->size - offset);
+
+		if (!read_block(block, memory, offset, buffer, len, error))
+			return FALSE;
+		if (memcmp(buffer, zeros, len) != 0 &&
+		    !write_block(block, memory, offset, zeros, len, error))
+			return FALSE;
+	}
+	return TRUE;
+}
+
+static gboolean place(const PrQemuPrivateBlock *block, int memory, const uint8_t *body, gsize len,
+		      GError **error)
+{
+	const uint8_t *bytes;
+	uint64_t offset;
+	gsize n;
+
+	if (!pr_qemu_section_parse_pages(body, len, &offset, &bytes, &n) || offset > block->size ||
+	    n > block->size - offset) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "the source sends pages outside of RAM block '%s'", block->name);
+		return FALSE;
+	}
+	return block->hva ? write_block(block, memory, offset, bytes, n, error) : TRUE;
+}
+
+gboolean pr_qemu_private_take(PrQemuPrivateBlock *block, int memory, const uint8_t *body, gsize len,
+			      GError **error)
+{
+	if (!place(block, memory, body, len, error))
+		return FALSE;
+	if (block->hva)
+		return TRUE;
+	if (!block->held)
+		block->held = g_byte_array_new();
+	if (block->held->len + len > HELD_MAX(block->size)) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+			    "the source sends more of RAM block '%s' than there is", block->name);
+		return FALSE;
+	}
+	pr_qemu_section_append(block->held, PR_QEMU_SECTION_PAGES, body, len);
+	return TRUE;
+}
+
+gboolean pr_qemu_private_has_held(const GArray *blocks)
+{
+	for (guint i = 0; i < blocks->len; i++) {
+		if (g_array_index(blocks, PrQemuPrivateBlock, i).held)
+			return TRUE;
+	}
+	return FALSE;
+}
+
+typedef struct Releasing {
+	PrQemuPrivateBlock *block;
+	int memory;
+} Releasing;
+
+/* PrQemuSectionTake */
+static gboolean release_section(PrQemuSectionType type, const uint8_t *body, gsize len,
+				void *opaque, GError **error)
+{
+	Releasing *releasing = opaque;
+
+	return place(releasing->block, releasing->memory, body, len, error);
+}
+
+static gboolean release_block(PrQemuPrivateBlock *block, int memory, GError **error)
+{
+	Releasing releasing = {block, memory};
+	PrQemuSectionReader reader;
+	gboolean ok;
+
+	pr_qemu_section_reader_init(&reader);
+	ok = pr_qemu_section_read(&reader, block->held->data, block->held->len, release_section,
+				  &releasing, error);
+	pr_qemu_section_reader_clear(&reader);
+	return ok;
+}
+
+gboolean pr_qemu_private_release(PrQmp *qmp, GArray *blocks, int memory, GError **error)
+{
+	pr_qemu_private_locate(qmp, blocks);
+	for (guint i = 0; i < blocks->len; i++) {
+		PrQemuPrivateBlock *block = &g_array_index(blocks, PrQemuPrivateBlock, i);
+
+		if (!block->held)
+			continue;
+		if (!block->hva)
+			g_info("RAM block '%s' of QEMU is not mapped; it stays as this QEMU has made it",
+			       block->name);
+		else if (!release_block(block, memory, error))
+			return FALSE;
+		g_clear_pointer(&block->held, g_byte_array_unref);
+	}
+	return TRUE;
+}

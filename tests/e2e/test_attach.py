@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Engines that attach to a QEMU which was started for nothing of the kind (guest/attach/): QEMUs of other users and in
+their own sandbox, the preload agent instead, and helpers that die."""
+
+import os
+import signal
+import subprocess
+
+from harness.case import case
+from harness.engine import Engine
+from harness.lab import Move, children_of
+from harness.process import Failure, expect, wait_for
+from harness.vm import GuestSpec, Qemu
+
+# As libvirt starts QEMU.
+SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+OVER = ("none", "failed", "cancelled")
+
+
+def uid_of(vm):
+    with open(f"/proc/{vm.process.pid}/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("Uid:"))
+
+
+def move_and_verify(lab, **vm):
+    move = Move(lab, vm=vm)
+    move.start()
+    move.wait_completed()
+    move.expect_guest_sound()
+    return move
+
+
+@case("move-of-a-qemu-in-its-own-sandbox")
+def in_a_sandbox(lab):
+    move_and_verify(lab, options=SANDBOX)
+
+
+@case("move-of-a-qemu-that-has-become-another-user")
+def runas(lab):
+    move = move_and_verify(lab, options=("-runas", "nobody"))
+    expect(uid_of(move.destination_vm) != 0, "QEMU was to be another user's")
+
+
+@case("move-of-a-qemu-of-another-user-in-its-own-sandbox")
+def another_user(lab):
+    os.chmod(lab.directory, 0o777)  # its sockets and its console are there
+    wrapper = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--")
+    move = move_and_verify(lab, options=SANDBOX, wrapper=wrapper)
+    expect(uid_of(move.destination_vm) != 0, "QEMU was to be another user's")
+
+
+def start_refused(lab, host, guest):
+    """An engine that has to end at once, because of its guest; returns what it says."""
+    argv = [lab.engine_file(), "--guest", guest, "--qmp", lab.path("refused.qmp")]
+    engine = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
+    expect(engine.wait() == 1, f"an engine that can't work ended with {engine.exit_code()}")
+    return engine.output()
+
+
+@case("move-with-the-preload-agent")
+def preloaded(lab):
+    move = move_and_verify(lab, agent=True)
+    for engine in move.engines:
+        expect(not children_of(engine.process.pid), f"{engine.name} has a helper, and an agent")
+    said = start_refused(lab, lab.network.destination, f"qemu:qmp={move.destination_vm.qmp_path}")
+    expect("add agent=PATH" in said, f"attaching beside an agent is not refused with the remedy: {said}")
+
+
+@case("move-of-a-qemu-that-is-named-by-its-pid")
+def by_pid(lab):
+    host = lab.network.source
+    vm = Qemu(lab, host, GuestSpec())
+    vm.wait_booted()
+    engine = Engine(lab, host, f"{vm.guest_option()},pid={vm.process.pid}")
+    wait_for("the engine serves its monitor", 10, lambda: engine.status() == "none")
+    engine.process.stop()
+    said = start_refused(lab, host, f"{vm.guest_option()},pid={os.getpid()}")
+    expect("does not run the vCPUs" in said, f"the refusal does not say why: {said}")
+    expect("name QEMU's with pid=" in said, f"the refusal does not say what to do: {said}")
+
+
+# Helpers that die
+
+
+def helper_of(engine):
+    children = children_of(engine.process.pid)
+    expect(len(children) == 1, f"{engine.name} has the children {children}")
+    return children[0]
+
+
+def kill_helper(engine):
+    os.kill(helper_of(engine), signal.SIGKILL)
+    wait_for(
+        f"{engine.name} says that its helper has ended", 5, lambda: "it has ended" in engine.process.output()
+    )
+
+
+@case("killed-helpers-in-mid-pull-and-then-their-engines")
+def helpers_die(lab):
+    """The guest goes on with the pages that come, and the next engines have it all."""
+    move = Move(lab, settings=("auto-recover=off",))
+    move.start_midway()
+    for engine in move.engines:
+        kill_helper(engine)
+        expect(engine.status() == "postcopy-active", f"{engine.name} is {engine.status()} without its helper")
+    left = move.expect_midway()
+    wait_for("pages come without helpers", 20, lambda: move.destination.remaining() < left)
+    move.expect_midway()
+    for engine in move.engines:
+        engine.kill()
+    for engine in move.engines:
+        engine.resume()
+    move.wait_paused()
+    move.finish_over(link=1)
+
+
+@case("killed-helpers-in-mid-pull-and-the-move-ends-without-them")
+def helpers_not_missed(lab):
+    """The fault mode is left without them. Only engines that are started anew have helpers again."""
+    move = Move(lab)
+    move.start_midway()
+    for engine in move.engines:
+        kill_helper(engine)
+    move.expect_midway()
+    move.finish()
+    said = move.destination.process.output()
+    expect("turning the fault mode off" not in said, f"the fault mode is on still: {said[-500:]}")
+
+
+@case("qemu-that-dies-without-a-helper-beside-it-is-told")
+def dies_without_helper(lab):
+    move = Move(lab)
+    move.start_midway()
+    kill_helper(move.destination)
+    move.destination_vm.process.kill()
+    wait_for(
+        "the destination tells of QEMU's end",
+        2,
+        lambda: any("the guest is gone" in (reason or "") for _, reason in move.destination.reasons()),
+    )
+
+
+# Where a helper dies, and how often it comes there before. The first stop is the probe's, which makes no calls; then come the
+# state memfd, the fault mode, at the end the same the other way round.
+WALK = (
+    "attach-stopped",
+    "attach-stopped:2",
+    "attach-scratch-written",
+    "attach-registers-set",
+    "attach-in-call",
+    "attach-call-done",
+    "attach-before-restore",
+    "attach-restored",
+    "attach-pair-made",
+    "attach-sent",
+    "attach-received",
+    "attach-pushed",
+    "attach-stopped:3",
+    "attach-in-call:7",
+    "attach-call-done:8",
+    "attach-uffd-made",
+    "attach-uffd-ready",
+    "attach-registered",
+    "attach-entries-dropped",
+    "attach-marked",
+    "attach-unregistered",
+    "attach-uffd-closed",
+    "attach-old-state-closed",
+)
+
+
+def carry_on(move):
+    """What an operator would do next to get the guest to the destination. True: it is there."""
+    source, destination = (engine.status() for engine in move.engines)
+    if (source, destination) == ("completed", "completed"):
+        return True
+    if source == "postcopy-paused" and destination in ("postcopy-paused", "completed"):
+        move.resume()
+    elif source in OVER and destination == "postcopy-paused":
+        move.destination.hmp("migrate_cancel")
+    elif source in OVER and destination in OVER:
+        move.start()
+    return False
+
+
+def die_and_go_on(lab, point):
+    """The destination's helper dies there. Its QEMU does not notice, and a new engine finishes the move."""
+    move = Move(lab, scheme="tcp", settings=("auto-recover=off",), program="killable-postroad")
+    engine = move.destination
+    engine.process.stop()
+    engine.restart(kill_at=point)
+    engine.connect()
+    move.start()
+    wait_for(
+        f"the helper dies at {point}", 30, lambda: "killed where it was to be" in engine.process.output()
+    )
+    engine.kill()
+    expect(move.destination_vm.process.alive(), "QEMU has died with the helper")
+    engine.resume()
+    wait_for("the guest has arrived", 60, lambda: carry_on(move), interval=0.2)
+    move.expect_guest_sound()
+
+
+for _point in WALK:
+    _name = _point.replace(":", "-time-")
+    case(f"helper-killed-at-{_name}")(lambda lab, point=_point: die_and_go_on(lab, point))
+
+
+@case("helper-killed-at-every-point-there-is", light=True)
+def complete(lab):
+    """The list above has all of them."""
+    listed = subprocess.run(
+        [lab.engine_file("killable-postroad")],
+        env={**os.environ, "POSTROAD_KILL": "list-attach"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    walked = {point.split(":")[0] for point in WALK}
+    if set(listed) != walked:
+        raise Failure(f"not walked: {sorted(set(listed) - walked)}; not there: {sorted(walked - set(listed))}")

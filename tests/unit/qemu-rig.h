@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* A QEMU in pieces, for tests of the `qemu:` kind: the monitor is fake (fake-qmp.h), the agent is real. */
+#pragma once
+
+#include "guest/guest.h"
+#include "postroad/agent.h"
+#include "tests/unit/fake-qmp.h"
+
+#define RAM		 (64u << 20)
+#define QEMU_RIG_TIMEOUT 5000 /* ms */
+
+typedef struct Qemu {
+	FakeQmp *fake;
+	PrAgent *agent;
+	char *dir;
+	char *socket;
+	void *map; /* RAM bytes */
+	int memfd;
+	PrGuest *guest; /* NULL before qemu_attach() */
+} Qemu;
+
+Qemu *qemu_new(void);
+void qemu_attach(Qemu *qemu);
+void qemu_free(Qemu *qemu);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qemu, qemu_free)
+
+/* The arguments that a command came with last have these words in them. */
+void assert_arguments(Qemu *qemu, const char *key, const char *words);
+/* The message of an error, which must be there. */
+void assert_says(const GError *error, const char *words);

@@ -1,0 +1,333 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* A QEMU whose guest was handed over is let run: against a scripted QMP server and a real agent. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+
+#include <string.h>
+
+#include "guest/guest.h"
+#include "migration/migration.h"
+#include "migration/record.h"
+#include "tests/guest/testguest.h"
+#include "tests/unit/fake-qmp.h"
+
+#define TIMEOUT	      5000 /* ms */
+#define SHORT_TIMEOUT 200  /* ms; for what never comes */
+#define PATIENCE_US   (20 * G_USEC_PER_SEC)
+
+#define RESUMED	      "{\"event\": \"RESUME\"}\n"
+#define RESET	      "{\"event\": \"RESET\", \"data\": {\"guest\": false}}\n"
+#define RUNS	      "{\"status\": \"running\", \"running\": true}"
+#define STANDS	      "{\"status\": \"paused\", \"running\": false}"
+
+/* A QEMU in pieces: the monitor is fake, memory and agent are a test guest's. */
+typedef struct Qemu {
+	FakeQmp *fake;
+	TestGuest *memory;
+	char *spec;
+	PrGuest *guest;
+
+	GMutex lock;
+	GCond told;
+	GPtrArray *words; /* lock; what was told */
+} Qemu;
+
+static void ran_again(const char *what, void *opaque)
+{
+	Qemu *qemu = opaque;
+
+	g_mutex_lock(&qemu->lock);
+	g_ptr_array_add(qemu->words, g_strdup(what));
+	g_cond_broadcast(&qemu->told);
+	g_mutex_unlock(&qemu->lock);
+}
+
+static Qemu *qemu_new(guint timeout_ms)
+{
+	const TestGuestConfig config = {
+		.size = 1 << 20, .n_blocks = 1, .n_threads = 1, .paused = TRUE};
+	Qemu *qemu = g_new0(Qemu, 1);
+	g_autoptr(GError) error = NULL;
+
+	g_mutex_init(&qemu->lock);
+	g_cond_init(&qemu->told);
+	qemu->words = g_ptr_array_new_with_free_func(g_free);
+	qemu->fake = fake_qmp_new(NULL);
+	fake_qmp_set_healthy(qemu->fake);
+	fake_qmp_set(qemu->fake, "query-status", STANDS);
+	qemu->memory = testguest_new(&config, &error);
+	g_assert_no_error(error);
+	testguest_start(qemu->memory);
+	qemu->spec = g_strdup_printf("qemu:qmp=%s,agent=%s", fake_qmp_path(qemu->fake),
+				     testguest_socket(qemu->memory));
+	qemu->guest = pr_guest_open(qemu->spec, NULL, timeout_ms, &error);
+	g_assert_no_error(error);
+	qemu->guest->ops->on_run_again(qemu->guest, ran_again, qemu);
+	return qemu;
+}
+
+static void qemu_free(Qemu *qemu)
+{
+	g_clear_pointer(&qemu->guest, pr_guest_close);
+	testguest_free(qemu->memory);
+	fake_qmp_free(qemu->fake);
+	g_ptr_array_unref(qemu->words);
+	g_mutex_clear(&qemu->lock);
+	g_cond_clear(&qemu->told);
+	g_free(qemu->spec);
+	g_free(qemu);
+}
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qemu, qemu_free)
+
+/* The kernel may have no write protection for us: the watch is there all the same. */
+static void fence(Qemu *qemu)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (!qemu->guest->ops->fence(qemu->guest, &error))
+		print_message("not fenced: %s\n", error->message);
+}
+
+/* The n-th that was told, counted from 0, has these words. */
+static void assert_told(Qemu *qemu, guint n, const char *words)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	g_mutex_lock(&qemu->lock);
+	while (qemu->words->len <= n)
+		if (!g_cond_wait_until(&qemu->told, &qemu->lock, deadline))
+			g_error("nobody was told \"%s\"", words);
+	if (!strstr(g_ptr_array_index(qemu->words, n), words))
+		g_error("\"%s\" does not say \"%s\"", (char *)g_ptr_array_index(qemu->words, n),
+			words);
+	g_mutex_unlock(&qemu->lock);
+}
+
+static void wait_count(Qemu *qemu, const char *command, guint n)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	while (fake_qmp_count(qemu->fake, command) < n) {
+		g_assert_cmpint(g_get_monotonic_time(), <, deadline);
+		g_usleep(500); /* between two looks at the condition */
+	}
+}
+
+static void who_is_let_run_is_stopped_each_time(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
+
+	fence(qemu);
+	wait_count(qemu, "query-status", 1);
+	for (guint i = 0; i < 3; i++) {
+		fake_qmp_say(qemu->fake, RESUMED);
+		assert_told(qemu, i, "event RESUME");
+		assert_told(qemu, i, "and has stopped");
+		assert_int_equal(fake_qmp_count(qemu->fake, "stop"), i + 1);
+	}
+}
+
+/* Events of before count for nothing, but the guest may have been let run by them. */
+static void who_runs_when_the_watch_begins_is_stopped(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
+	g_autoptr(GError) error = NULL;
+	gboolean running;
+
+	fake_qmp_set(qemu->fake, "query-status", RUNS);
+	fake_qmp_say(qemu->fake, RESUMED);
+	/* The answer is behind the event. */
+	assert_true(qemu->guest->ops->is_running(qemu->guest, &running, &error));
+	assert_true(running);
+	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
+	fence(qemu);
+	assert_told(qemu, 0, "lets the guest run already");
+	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 1);
+}
+
+static void a_reset_is_told(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
+
+	fence(qemu);
+	fake_qmp_say(qemu->fake, RESET);
+	assert_told(qemu, 0, "event RESET");
+	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
+}
+
+static void a_stop_that_hangs_is_told_and_holds_nobody_up(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new(SHORT_TIMEOUT);
+	g_autoptr(GError) error = NULL;
+
+	fence(qemu);
+	wait_count(qemu, "query-status", 1);
+	fake_qmp_set(qemu->fake, "stop", FAKE_SILENCE);
+	fake_qmp_say(qemu->fake, RESUMED);
+	wait_count(qemu, "stop", 1);
+	assert_true(qemu->guest->ops->unfence(qemu->guest, &error));
+	assert_told(qemu, 0, "has not yet");
+	/* And the watch goes on, without the fence. */
+	fake_qmp_set(qemu->fake, "stop", "{}");
+	fake_qmp_say(qemu->fake, RESUMED);
+	assert_told(qemu, 1, "and has stopped");
+}
+
+static void a_stop_that_is_refused_is_sent_again(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
+
+	fence(qemu);
+	wait_count(qemu, "query-status", 1);
+	fake_qmp_set(qemu->fake, "stop", FAKE_ERROR "not now");
+	fake_qmp_say(qemu->fake, RESUMED);
+	assert_told(qemu, 0, "not now");
+	fake_qmp_set(qemu->fake, "stop", "{}");
+	assert_told(qemu, 1, "and has stopped");
+}
+
+/* The engine itself lets it run: that is not for the watch to undo. */
+static void a_guest_that_the_engine_resumes_runs_on(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
+	g_autoptr(GError) error = NULL;
+	gboolean running;
+
+	assert_true(qemu->guest->ops->take_stopped(qemu->guest, TRUE, &error));
+	fence(qemu);
+	wait_count(qemu, "query-status", 1);
+	assert_true(qemu->guest->ops->unfence(qemu->guest, &error));
+	assert_true(qemu->guest->ops->resume(qemu->guest, &error));
+	fake_qmp_say(qemu->fake, RESUMED);
+	assert_true(qemu->guest->ops->is_running(qemu->guest, &running, &error));
+	qemu->guest->ops->on_run_again(qemu->guest, NULL, NULL);
+	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 1);
+	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
+	assert_int_equal(qemu->words->len, 0);
+}
+
+/* A migration beside it, for the tests of --resume. */
+typedef struct Engine {
+	PrParams params;
+	PrMigration *migration;
+	char *dir;
+} Engine;
+
+static void on_state(PrState state, const char *reason, void *opaque)
+{
+}
+
+/* As another engine has left it: stopped, and not handed over. */
+static void leave_record(Qemu *qemu, const char *dir)
+{
+	const PrGuestBlock block = {
+		.idstr = "mem", .size = 1 << 20, .page_size = 4096, .base = 1 << 20};
+	g_autofree char *process = qemu->guest->ops->process(qemu->guest);
+	g_autoptr(GError) error = NULL;
+	g_autoptr(PrRecord) record = pr_record_open(dir, qemu->spec, process, &error);
+
+	g_assert_no_error(error);
+	record->was_running = TRUE;
+	pr_record_set_blocks(record, &block, 1);
+	assert_true(pr_record_save(record, PR_RECORD_STOPPING, &error));
+}
+
+static void engine_begin(Engine *engine, Qemu *qemu)
+{
+	const PrMigrationHooks hooks = {.on_state = on_state};
+	g_autoptr(GError) error = NULL;
+
+	engine->dir = g_dir_make_tmp("watch-XXXXXX", NULL);
+	leave_record(qemu, engine->dir);
+	pr_params_init(&engine->params);
+	engine->migration = pr_migration_new(qemu->guest, &engine->params, &hooks);
+	pr_migration_keep_record(engine->migration, engine->dir, qemu->spec, &error);
+	g_assert_no_error(error);
+}
+
+static void engine_end(Engine *engine)
+{
+	g_autofree char *remove = g_strdup_printf("rm -rf '%s'", engine->dir);
+
+	pr_migration_free(engine->migration);
+	g_spawn_command_line_sync(remove, NULL, NULL, NULL, NULL);
+	g_free(engine->dir);
+}
+
+static void wait_state(Engine *engine, PrState state, const char *words)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	for (;;) {
+		g_auto(PrMigrationInfo) info = {0};
+
+		pr_migration_query(engine->migration, &info);
+		if (info.state == state && info.reason && strstr(info.reason, words))
+			return;
+		if (g_get_monotonic_time() > deadline)
+			g_error("it is %s: %s", pr_state_name(info.state), info.reason);
+		g_usleep(500); /* between two looks at the condition */
+	}
+}
+
+/* `cont` is refused, as by a lock on the disk image that the destination has still: the monitor of the engine answers, and
+ * says so, until QEMU does not refuse any more. */
+static void an_engine_that_follows_tries_until_the_guest_runs(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
+	g_autoptr(GError) error = NULL;
+	Engine engine = {0};
+	PrRole role;
+
+	fake_qmp_set(qemu->fake, "cont", FAKE_ERROR "Failed to get the write lock");
+	engine_begin(&engine, qemu);
+	pr_migration_resume(engine.migration, /* asked= */ TRUE, &role, &error);
+	g_assert_no_error(error);
+	assert_int_equal(role, PR_ROLE_SOURCE);
+	wait_state(&engine, PR_STATE_FAILING, "get the write lock");
+	wait_count(qemu, "cont", 6);
+	assert_false(pr_migration_start(engine.migration, "tcp:127.0.0.1:1", FALSE, &error));
+	g_clear_error(&error);
+	assert_true(pr_migration_cancel(engine.migration, &error));
+	wait_state(&engine, PR_STATE_FAILING, "get the write lock");
+	fake_qmp_set(qemu->fake, "cont", "{}");
+	wait_state(&engine, PR_STATE_FAILED, "the guest runs on at the source");
+	engine_end(&engine);
+}
+
+static void an_engine_gives_up_a_guest_whose_qemu_is_gone(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
+	g_autoptr(GError) error = NULL;
+	GLogLevelFlags fatal = g_log_set_always_fatal(G_LOG_LEVEL_ERROR);
+	Engine engine = {0};
+	PrRole role;
+
+	fake_qmp_set(qemu->fake, "cont", FAKE_ERROR "not now");
+	engine_begin(&engine, qemu);
+	pr_migration_resume(engine.migration, /* asked= */ TRUE, &role, &error);
+	g_assert_no_error(error);
+	wait_state(&engine, PR_STATE_FAILING, "not now");
+	fake_qmp_set(qemu->fake, "cont", FAKE_CLOSE);
+	wait_state(&engine, PR_STATE_FAILED, "the guest does not run");
+	engine_end(&engine);
+	g_log_set_always_fatal(fatal);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(who_is_let_run_is_stopped_each_time),
+		cmocka_unit_test(who_runs_when_the_watch_begins_is_stopped),
+		cmocka_unit_test(a_reset_is_told),
+		cmocka_unit_test(a_stop_that_hangs_is_told_and_holds_nobody_up),
+		cmocka_unit_test(a_stop_that_is_refused_is_sent_again),
+		cmocka_unit_test(a_guest_that_the_engine_resumes_runs_on),
+		cmocka_unit_test(an_engine_that_follows_tries_until_the_guest_runs),
+		cmocka_unit_test(an_engine_gives_up_a_guest_whose_qemu_is_gone),
+	};
+
+	return cmocka_run_group_tests_name("qemu-watch", tests, NULL, NULL);
+}
