@@ -17,10 +17,10 @@ HANDED_OVER = "the guest at the source, which was handed over"
 FENCED = "its RAM is write-protected: what the destination reads has not changed"
 
 
-def start_midway(lab, bandwidth="8M", settings=(), **kind):
+def start_midway(lab, bandwidth="1M", settings=(), **kind):
     """In postcopy, with most of the pages still at the source, and fenced there."""
     move = Move(lab, settings=("auto-recover=off", *settings), **kind)
-    move.start_midway(bandwidth, fraction=0.9)
+    move.start_midway(bandwidth, fraction=0.98)
     wait_for("the source's RAM is fenced", 20, lambda: "is write-protected, which took" in move.source.process.output())
     return move
 
