@@ -272,7 +272,8 @@ static void private_ram_is_refused(void **state)
 static void shared_ram_of_a_file_is_refused(void **state)
 {
 	Fixture *fix = *state;
-	g_autofree char *file = g_build_filename(fix->dir, "ram", NULL);
+	/* Where files are in memory, as in many a /tmp, a helper takes it. */
+	g_autofree char *file = g_strdup_printf("/var/tmp/test-qemu-%d", (int)getpid());
 	g_autofree char *backend =
 		g_strdup_printf("memory-backend-file,id=mem,size=64M,share=on,mem-path=%s", file);
 	const char *const args[] = {"-object",	backend,
@@ -286,6 +287,7 @@ static void shared_ram_of_a_file_is_refused(void **state)
 	guest = attach(fix, "a");
 	assert_refused(guest, PR_GUEST_SOURCE,
 		       fix->attached ? "is the file" : "shared memory of a memory-backend-file");
+	g_unlink(file);
 }
 
 /* Which a helper finds as well as a memfd. */
