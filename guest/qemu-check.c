@@ -152,9 +152,12 @@ static gboolean check_bitmaps(PrQmp *qmp, GError **error)
 	return array != NULL;
 }
 
+/* The device state says of every guest that it ran. */
 static gboolean check_source_state(const char *migration, const char *run_state, GError **error)
 {
 	static const char *const at_rest[] = {"", "none", "completed", "cancelled", "failed", NULL};
+	static const char *const movable[] = {"running", "paused", "prelaunch", "postmigrate",
+					      NULL};
 
 	if (g_str_equal(run_state, "inmigrate"))
 		return refuse(error,
@@ -168,6 +171,12 @@ static gboolean check_source_state(const char *migration, const char *run_state,
 	if (g_str_equal(run_state, "postmigrate") && g_str_equal(migration, "completed"))
 		return refuse(error, "this QEMU's guest has migrated away already (run state "
 				     "'postmigrate'); `cont` in its monitor takes it back");
+	if (!g_strv_contains(movable, run_state))
+		return refuse(
+			error,
+			"this QEMU's guest is in the run state '%s'; only one that runs or is "
+			"paused can be moved",
+			run_state);
 	return TRUE;
 }
 

@@ -112,15 +112,6 @@ void pr_qemu_load_event(PrQemuLoad *load, const char *name, JsonObject *data)
 	g_mutex_unlock(&load->lock);
 }
 
-void pr_qemu_load_died(PrQemuLoad *load, const char *reason)
-{
-	g_mutex_lock(&load->lock);
-	g_free(load->dead);
-	load->dead = g_strdup(reason);
-	g_cond_broadcast(&load->cond);
-	g_mutex_unlock(&load->lock);
-}
-
 static void wake_waiters(GCancellable *cancel, gpointer data)
 {
 	PrQemuLoad *load = data;
@@ -177,10 +168,10 @@ static void note_stderr(PrQemuLoad *load)
 		load->stderr_fd >= 0 && fstat(load->stderr_fd, &st) == 0 ? st.st_size : 0;
 }
 
-/* A QEMU older than 9.1 ends when it cannot load, and says why on its standard error only. */
-char *pr_qemu_load_stderr(PrQemuLoad *load)
+/* A QEMU older than 9.1 ends when it cannot load, and says why on its standard error only. With the lock held. NULL:
+ * that is not a file, or it has said nothing. */
+static char *read_stderr(PrQemuLoad *load)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&load->lock);
 	g_autofree char *text = NULL;
 	struct stat st;
 	off_t from;
@@ -197,35 +188,51 @@ char *pr_qemu_load_stderr(PrQemuLoad *load)
 	return g_utf8_make_valid(text, -1);
 }
 
-/* What its migration came to, in QEMU's own words: those of query-migrate, else of its standard error. */
-static char *ask_why(PrQemuLoad *load, gboolean lives)
+char *pr_qemu_load_died(PrQemuLoad *load, const char *reason)
 {
-	g_autoptr(JsonObject) object =
-		lives ? pr_qmp_query(load->qmp, "query-migrate", NULL) : NULL;
-	const char *desc = object ? pr_json_string(object, "error-desc") : NULL;
-	char *said = desc ? g_strdup(desc) : pr_qemu_load_stderr(load);
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&load->lock);
+	g_autofree char *said = load->fd >= 0 ? read_stderr(load) : NULL;
 
-	return said ? said
-		    : g_strdup("it does not say why here; its standard error, which is not a file, "
-			       "does");
+	g_free(load->dead);
+	if (load->fd < 0)
+		load->dead = g_strdup(reason);
+	else
+		load->dead = g_strdup_printf("QEMU ended while it loaded the device state: %s",
+					     said ? said
+						  : "it does not say why here; its standard error, "
+						    "which is not a file, does");
+	g_cond_broadcast(&load->cond);
+	return g_strdup(load->dead);
 }
 
-/* Of QEMU's death, or of its answer that it has failed. */
+/* Whether QEMU has ended; it may be about to. FALSE: not in that time. */
+static gboolean has_died(PrQemuLoad *load, guint within_ms, GError **error)
+{
+	gint64 deadline = g_get_monotonic_time() + (gint64)within_ms * G_TIME_SPAN_MILLISECOND;
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&load->lock);
+
+	while (!load->dead && g_cond_wait_until(&load->cond, &load->lock, deadline))
+		;
+	if (load->dead)
+		g_set_error_literal(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, load->dead);
+	return load->dead != NULL;
+}
+
+/* QEMU has answered that it has failed, or it has ended. */
 static gboolean fail_load(PrQemuLoad *load, GError **error)
 {
-	g_autofree char *why = NULL;
-	gboolean lives;
+	g_autoptr(JsonObject) object = NULL;
+	const char *desc;
 
-	g_mutex_lock(&load->lock);
-	lives = !load->dead;
-	g_mutex_unlock(&load->lock);
-	why = ask_why(load, lives);
-	g_clear_error(error);
-	g_set_error(error, PR_GUEST_ERROR, lives ? PR_GUEST_ERROR_REFUSED : PR_GUEST_ERROR_DIED,
-		    "the destination's QEMU %s: %s",
-		    lives ? "could not load the device state"
-			  : "ended while it loaded the device state",
-		    why);
+	if (has_died(load, 0, error))
+		return FALSE;
+	object = pr_qmp_query(load->qmp, "query-migrate", NULL);
+	if (!object && has_died(load, load->timeout_ms, error))
+		return FALSE;
+	desc = object ? pr_json_string(object, "error-desc") : NULL;
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
+		    "QEMU could not load the device state: %s",
+		    desc ? desc : "it does not say why; its standard error does");
 	return FALSE;
 }
 

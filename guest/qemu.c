@@ -36,7 +36,7 @@ typedef struct QemuGuest {
 	gboolean at_rest;     /* lock; QEMU has stopped the guest since stop() was called */
 	gboolean ran_again;   /* lock; and somebody else has let it run */
 	gboolean dead;	      /* lock */
-	char *death;	      /* lock; why, once dead */
+	char *death;	      /* lock; why, once dead; constant then */
 	GMutex telling;	      /* held while `died` is called; taken before lock */
 	PrGuestDied died;     /* lock; taken when called */
 	void *died_opaque;    /* lock */
@@ -124,17 +124,15 @@ static void on_end(const char *reason, void *opaque)
 
 	g_mutex_lock(&self->telling);
 	g_mutex_lock(&self->lock);
-	if (self->load)
-		pr_qemu_load_died(self->load, reason);
 	if (!self->dead) {
 		self->dead = TRUE;
-		self->death = g_strdup(reason);
+		self->death = self->load ? pr_qemu_load_died(self->load, reason) : g_strdup(reason);
 		died = g_steal_pointer(&self->died);
 	}
 	died_opaque = self->died_opaque;
 	g_mutex_unlock(&self->lock);
 	if (died)
-		died(reason, died_opaque);
+		died(self->death, died_opaque);
 	g_mutex_unlock(&self->telling);
 }
 
@@ -213,7 +211,7 @@ static gboolean connect_qmp(QemuGuest *self, GError **error)
 	self->save = pr_qemu_save_new(qmp, self->agent);
 	self->load = pr_qemu_load_new(qmp, self->agent, self->timeout_ms);
 	if (self->dead)
-		pr_qemu_load_died(self->load, self->death);
+		g_free(pr_qemu_load_died(self->load, self->death));
 	g_mutex_unlock(&self->lock);
 	pr_qmp_on_death(qmp, on_end, self);
 	return TRUE;

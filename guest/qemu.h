@@ -66,10 +66,9 @@ PrQemuLoad *pr_qemu_load_new(PrQmp *qmp, PrAgentClient *agent, guint timeout_ms)
 void pr_qemu_load_free(PrQemuLoad *load);
 /* For the QMP client: an event came. Reader thread. */
 void pr_qemu_load_event(PrQemuLoad *load, const char *name, JsonObject *data);
-/* QEMU is gone: nobody needs to wait any more. */
-void pr_qemu_load_died(PrQemuLoad *load, const char *reason);
-/* What QEMU has written to its standard error since it began to load, if that is a file; g_free() it. */
-char *pr_qemu_load_stderr(PrQemuLoad *load);
+/* QEMU is gone: nobody needs to wait any more. Returns the reason to tell, which of a QEMU that was loading is what it
+ * has said itself; g_free() it. */
+char *pr_qemu_load_died(PrQemuLoad *load, const char *reason);
 
 /* What pr_qemu_save_describe() and pr_qemu_save_early() have sent. */
 gboolean pr_qemu_load_early(PrQemuLoad *load, const void *data, gsize len, GError **error);

@@ -88,6 +88,7 @@ typedef struct PrMigrationInfo {
 		readahead_waited; /* of these, what a fault came for while they were on their way */
 	PrBlocktimeInfo blocktime; /* threads NULL: nothing known yet */
 
+	gboolean fenced;	 /* source: the guest's RAM is write-protected here */
 	gboolean verifies;	 /* either side: pages are compared with hashes of the source's */
 	uint64_t verified_pages; /* that were right */
 	uint64_t corrupt_reads;	 /* pages that came in wrong, and were read again */

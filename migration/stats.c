@@ -130,6 +130,7 @@ static void query_verify(PrMigration *m, PrMigrationInfo *ret)
 {
 	if (m->verify)
 		pr_verify_stats(m->verify, &m->verify_stats);
+	ret->fenced = m->fence == PR_FENCE_ON;
 	ret->verifies = m->verifies;
 	ret->verified_pages = m->verify_stats.pages;
 	ret->corrupt_reads = m->verify_stats.corrupt;

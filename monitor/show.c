@@ -76,6 +76,8 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	json_object_set_int_member(extras, "stalls", info->stalls);
 	if (info->last_stall)
 		json_object_set_string_member(extras, "last-stall", info->last_stall);
+	if (info->role == PR_ROLE_SOURCE)
+		json_object_set_boolean_member(extras, "write-protected", info->fenced);
 	json_object_set_boolean_member(extras, "verify", info->verifies);
 	if (info->role == PR_ROLE_DESTINATION && info->verifies) {
 		json_object_set_int_member(extras, "verified-pages", info->verified_pages);
@@ -302,6 +304,8 @@ void pr_show_migrate(JsonNode *result, GString *text)
 			       json_object_get_string_member(extras, "role"),
 			       json_object_get_string_member(extras, "uuid"));
 	show_rows(extras, extra_rows, G_N_ELEMENTS(extra_rows), text);
+	if (json_object_get_boolean_member_with_default(extras, "write-protected", FALSE))
+		g_string_append(text, "guest RAM at the source: write-protected\n");
 	if (json_object_has_member(extras, "last-stall"))
 		g_string_append_printf(text, "last stall: %s\n",
 				       json_object_get_string_member(extras, "last-stall"));

@@ -175,3 +175,32 @@ def vcpu_more(lab):
 @case("another-size-of-vga-memory-is-refused-and-named")
 def vga_memory(lab):
     expect_refused(lab, {"devices": ("vga",)}, {"devices": ("vga-32m",)}, "vga.vram", "16384", "32768")
+
+
+def refused_by_qemu(lab, version):
+    """What the engines cannot know beforehand: the guest is stopped, QEMU refuses it in its own words, and it runs on."""
+    versions = qemu_versions()
+    common = {"machine": versions[OLD].machine(Q35), "cpu": "Nehalem-v1"}
+    move = Move(
+        lab,
+        spec=GuestSpec(**common, qemu=versions[OLD].program, devices=("rng",)),
+        destination_spec=GuestSpec(**common, qemu=versions[version].program, devices=("rng-modern",)),
+    )
+    move.start()
+    for engine in move.engines:
+        said = engine.wait_status("failed").get("error-desc", "")
+        for word in ("virtio-rng", "load"):
+            expect(word in said, f"{engine.name}: the error lacks {word!r}: {said}")
+    move.expect_source_runs()
+
+
+@case("qemu-that-refuses-the-state-is-quoted-on-both-sides-as-it-lives-on")
+def refused_by_newest(lab):
+    """Since 9.1 QEMU can be asked why."""
+    refused_by_qemu(lab, NEW)
+
+
+@case("qemu-that-refuses-the-state-is-quoted-on-both-sides-as-it-ends")
+def refused_by_old(lab):
+    """Before, QEMU ends, and says why on its standard error."""
+    refused_by_qemu(lab, OLD)

@@ -96,6 +96,8 @@ static void each_flaw_is_refused_by_name(void **state)
 		 "query-migrate says 'active'", PR_GUEST_ERROR_UNSUPPORTED},
 		{PR_GUEST_SOURCE, "query-status", "{\"status\": \"inmigrate\"}",
 		 "only be a destination", PR_GUEST_ERROR_UNSUPPORTED},
+		{PR_GUEST_SOURCE, "query-status", "{\"status\": \"suspended\"}",
+		 "run state 'suspended'", PR_GUEST_ERROR_UNSUPPORTED},
 		{PR_GUEST_DESTINATION, "query-status", "{\"status\": \"running\"}",
 		 "-incoming defer", PR_GUEST_ERROR_UNSUPPORTED},
 		{PR_GUEST_SOURCE, "qom-list /machine/peripheral",

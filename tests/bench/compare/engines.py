@@ -42,14 +42,12 @@ def first_event(qmp, name):
 class Mover:
     """Both QEMUs and whatever moves the guest between them."""
 
-    agent = False
-
     def __init__(self, lab, spec):
         self.lab = lab
         self.spec = spec
         self.source_host, self.destination_host = lab.network.hosts
-        self.source_vm = Qemu(lab, self.source_host, spec, agent=self.agent)
-        self.destination_vm = Qemu(lab, self.destination_host, spec, incoming=True, agent=self.agent)
+        self.source_vm = Qemu(lab, self.source_host, spec)
+        self.destination_vm = Qemu(lab, self.destination_host, spec, incoming=True)
 
     def address(self):
         return f"{self.destination_host.address(1)}:{PORT}"
@@ -119,7 +117,6 @@ class QemuPreempt(QemuMover):
 
 class Postroad(Mover):
     scheme = None
-    agent = True
 
     def prepare(self):
         uri = f"{self.scheme}:0.0.0.0:{PORT}"

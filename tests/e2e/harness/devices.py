@@ -20,6 +20,11 @@ DEVICES = {
     "net-hub": ["-netdev", "hubport,id=net1,hubid=0", "-device", "virtio-net-pci,netdev=net1"],
     "e1000": ["-netdev", "user,id=net2,restrict=on", "-device", "e1000,netdev=net2"],
     "rng": ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"],
+    # The same device in the same place, with other registers: QEMU finds out when it loads.
+    "rng-modern": [
+        *("-object", "rng-random,id=rng0,filename=/dev/urandom"),
+        *("-device", "virtio-rng-pci,rng=rng0,disable-legacy=on"),
+    ],
     "balloon": ["-device", "virtio-balloon-pci"],
     "usb": ["-device", "qemu-xhci,id=usb0", "-device", "usb-tablet,bus=usb0.0"],
     "blk": [

@@ -418,14 +418,14 @@ def cut_during_recovery(stage):
 # A stock QEMU
 
 
-def boot_guest(stage):
+def boot_guest(stage, **more):
     image = os.path.join(stage.lab.share, "boot-sector.img")
-    return {"guest": BootGuest, "image": build_boot_sector(image, 16)}
+    return {"guest": BootGuest, "image": build_boot_sector(image, 16), **more}
 
 
-@case("stock-qemu-moves-over-rdma")
+@case("stock-qemu-with-the-agent-preloaded-moves-over-rdma")
 def qemu_moves(stage):
-    move = stage.move(**boot_guest(stage))
+    move = stage.move(**boot_guest(stage, preload=True))
     move.start(move.uri(1))
     move.finish()
 

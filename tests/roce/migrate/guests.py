@@ -105,10 +105,11 @@ class BootGuest:
     RAM_MB = 32
     ROUNDS = 3
 
-    def __init__(self, host, build, directory, incoming=False, image=None):
+    def __init__(self, host, build, directory, incoming=False, image=None, preload=False):
+        """preload: with the preload agent in it; else its engine attaches to it."""
         self.host = host
         self.agent, self.qmp_path, self.our_qmp_path = (f"{directory}/{name}" for name in ("agent", "qmp", "qmp2"))
-        self.option = f"qemu:qmp={self.qmp_path},agent={self.agent}"
+        self.option = f"qemu:qmp={self.qmp_path}" + (f",agent={self.agent}" if preload else "")
         self.qmp = None
         argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
         argv += ["-accel", "tcg,tb-size=16", *GuestSpec(ram_mb=self.RAM_MB).memory(), "-serial", "stdio"]
@@ -116,12 +117,14 @@ class BootGuest:
         for path in (self.qmp_path, self.our_qmp_path):
             argv += ["-qmp", f"unix:{path},server=on,wait=off"]
         argv += ["-incoming", "defer"] if incoming else []
-        env = {"LD_PRELOAD": find_built(build, "libpostroad-agent.so"), "POSTROAD_AGENT": self.agent}
+        library = find_built(build, "libpostroad-agent.so")
+        env = {"LD_PRELOAD": library, "POSTROAD_AGENT": self.agent} if preload else {}
+        self.sockets = (self.agent, self.our_qmp_path) if preload else (self.our_qmp_path,)
         self.process = host.popen(*argv, env=env)
 
     def wait_ready(self):
-        wait_socket(self.host, self.agent, self.process)
-        wait_socket(self.host, self.our_qmp_path, self.process)
+        for path in self.sockets:
+            wait_socket(self.host, path, self.process)
         self.qmp = HostQmp(self.host, self.our_qmp_path)
 
     def said(self):
