@@ -124,12 +124,12 @@ PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrG
 /* The parked duplicate says so, too: it is the same open file. */
 void pr_qemu_unregister(int uffd, const PrGuestBlock *blocks, guint n)
 {
-	(void)fcntl(uffd, F_SETFL, PR_ATTACH_UFFD_OFF);
 	for (guint i = 0; i < n; i++) {
 		struct uffdio_range range = {.start = blocks[i].base, .len = blocks[i].size};
 
 		(void)ioctl(uffd, UFFDIO_UNREGISTER, &range);
 	}
+	(void)fcntl(uffd, F_SETFL, PR_ATTACH_UFFD_OFF);
 }
 
 /* The thread's number where the process itself is at home: the last one of "NSpid:". */

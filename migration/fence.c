@@ -24,15 +24,12 @@ static const PrWatchPoint fencing = {"write-protecting the guest's RAM", 10000};
 /* What it means that the guest was let run, or reset. With the lock held. */
 static const char *consequence(const PrMigration *m)
 {
-	switch (m->fence) {
-	case PR_FENCE_ON:
-		return "its RAM is write-protected: what the destination reads has not changed";
-	case PR_FENCE_LIFTED:
+	if (m->sm.state == PR_STATE_COMPLETED)
 		return "all its memory had moved: the destination reads nothing there any more";
-	default:
-		return "its RAM was not write-protected then: what the destination has read of it since "
-		       "may be wrong";
-	}
+	if (m->fence == PR_FENCE_ON)
+		return "its RAM is write-protected: what the destination reads has not changed";
+	return "its RAM was not write-protected then: what the destination has read of it since may "
+	       "be wrong";
 }
 
 /* PrGuestRanAgain */
@@ -131,9 +128,6 @@ void pr_source_unfence(PrMigration *m)
 {
 	pr_source_await_fence(m);
 	lift(m);
-	g_mutex_lock(&m->lock);
-	m->fence = PR_FENCE_LIFTED;
-	g_mutex_unlock(&m->lock);
 	pr_kill_point(PR_KILL_SOURCE_UNFENCED);
 }
 

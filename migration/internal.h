@@ -86,9 +86,8 @@ typedef struct PrKeeper PrKeeper;
 /* The write protection of the source's RAM. */
 typedef enum PrFence {
 	PR_FENCE_NONE,	  /* not yet */
-	PR_FENCE_ON,	  /* the RAM does not change */
+	PR_FENCE_ON,	  /* the RAM does not change until everything has moved */
 	PR_FENCE_REFUSED, /* it can't be had */
-	PR_FENCE_LIFTED,  /* everything has moved */
 } PrFence;
 
 #define PR_RATE_SAMPLES 16

@@ -22,6 +22,7 @@ typedef struct Helper {
 	bool greeted;
 	AttachTarget target;
 	AttachRam ram;
+	char remark[PR_AGENT_TEXT_MAX + 1]; /* for the log, with the next answer; "": none */
 } Helper;
 
 typedef struct Incoming {
@@ -33,7 +34,7 @@ typedef struct Incoming {
 
 /* Replies */
 
-static PrAgentReply make_reply(const Helper *helper, const PrAgentRequest *request,
+static PrAgentReply make_reply(Helper *helper, const PrAgentRequest *request,
 			       const AttachResult *result)
 {
 	PrAgentReply reply = {
@@ -46,7 +47,12 @@ static PrAgentReply make_reply(const Helper *helper, const PrAgentRequest *reque
 		.pid = helper->target.pid,
 	};
 
-	memcpy(reply.text, result->text, sizeof(reply.text));
+	if (*result->text || result->status != PR_AGENT_OK) {
+		memcpy(reply.text, result->text, sizeof(reply.text));
+	} else {
+		memcpy(reply.text, helper->remark, sizeof(reply.text));
+		*helper->remark = '\0';
+	}
 	return reply;
 }
 
@@ -78,7 +84,7 @@ static bool send_packet(int socket, struct iovec *iov, unsigned n_iov, const int
 }
 
 /* fd -1: none goes with it. */
-static bool reply_fd(const Helper *helper, const Incoming *in, const AttachResult *result, int fd)
+static bool reply_fd(Helper *helper, const Incoming *in, const AttachResult *result, int fd)
 {
 	PrAgentReply reply = make_reply(helper, &in->request, result);
 	struct iovec iov = {.iov_base = &reply, .iov_len = sizeof(reply)};
@@ -86,13 +92,12 @@ static bool reply_fd(const Helper *helper, const Incoming *in, const AttachResul
 	return send_packet(helper->socket, &iov, 1, &fd, fd >= 0);
 }
 
-static bool reply(const Helper *helper, const Incoming *in, const AttachResult *result)
+static bool reply(Helper *helper, const Incoming *in, const AttachResult *result)
 {
 	return reply_fd(helper, in, result, -1);
 }
 
-static bool reply_own_fd(const Helper *helper, const Incoming *in, const AttachResult *result,
-			 int fd)
+static bool reply_own_fd(Helper *helper, const Incoming *in, const AttachResult *result, int fd)
 {
 	bool ok = reply_fd(helper, in, result, fd);
 
@@ -205,6 +210,25 @@ static bool do_fd(Helper *helper, const Incoming *in)
 	return reply_own_fd(helper, in, &result, fd);
 }
 
+/* The guest goes on from the answer on; the descriptors are closed behind it. */
+static bool do_off(Helper *helper, const Incoming *in)
+{
+	AttachResult result = {.status = PR_AGENT_OK};
+	AttachResult why = {.status = PR_AGENT_OK};
+
+	if (!find_ram(helper, &result))
+		return reply(helper, in, &result);
+	if (in->request.op == PR_AGENT_FAULT_OFF)
+		attach_fault_off(&helper->target, &helper->ram, &result);
+	else
+		attach_fence_off(&helper->target, &helper->ram, &result);
+	if (!reply(helper, in, &result))
+		return false;
+	attach_close_parked(&helper->target, &why);
+	memcpy(helper->remark, why.text, sizeof(helper->remark));
+	return true;
+}
+
 static bool do_simple(Helper *helper, const Incoming *in)
 {
 	AttachResult result = {.status = PR_AGENT_OK};
@@ -214,19 +238,11 @@ static bool do_simple(Helper *helper, const Incoming *in)
 	case PR_AGENT_PROBE:
 		attach_probe(target, &helper->ram, &result);
 		break;
-	case PR_AGENT_FAULT_OFF:
-		if (find_ram(helper, &result))
-			attach_fault_off(target, &helper->ram, &result);
-		break;
 	case PR_AGENT_KEEP_STATE:
 		attach_keep_state(target, in->fd, &result);
 		break;
 	case PR_AGENT_FENCE_ON:
 		attach_fence_on(target, &helper->ram, &result);
-		break;
-	case PR_AGENT_FENCE_OFF:
-		if (find_ram(helper, &result))
-			attach_fence_off(target, &helper->ram, &result);
 		break;
 	}
 	return reply(helper, in, &result);
@@ -274,11 +290,12 @@ static bool handle_request(Helper *helper, Incoming *in)
 	case PR_AGENT_MEMORY:
 	case PR_AGENT_STDERR:
 		return do_fd(helper, in);
-	case PR_AGENT_PROBE:
 	case PR_AGENT_FAULT_OFF:
+	case PR_AGENT_FENCE_OFF:
+		return do_off(helper, in);
+	case PR_AGENT_PROBE:
 	case PR_AGENT_KEEP_STATE:
 	case PR_AGENT_FENCE_ON:
-	case PR_AGENT_FENCE_OFF:
 		return do_simple(helper, in);
 	case PR_AGENT_STOP:
 	case PR_AGENT_RUN:

@@ -37,6 +37,7 @@
 #define ERESTART_RESTARTBLOCK 516
 #define SYSCALL_STOP	      (SIGTRAP | 0x80)
 #define LOOK_MS		      2
+#define RETRY_MS	      100 /* after a stop that came to nothing */
 #define WAIT_MS		      100
 
 typedef struct user_regs_struct Registers;
@@ -252,12 +253,15 @@ static bool hold(AttachStop *stop)
 
 	stop->deadline = attach_now() + ATTACH_STOP_MS;
 	while (how == ATTEMPT_AGAIN && attach_now() < stop->deadline) {
+		bool tries = may_be_at_rest(stop);
+
 		if (!refuse_state(stop))
 			return false;
-		if (may_be_at_rest(stop))
+		if (tries)
 			how = attempt(stop);
+		/* Between two looks at the condition. */
 		if (how == ATTEMPT_AGAIN)
-			attach_sleep(LOOK_MS); /* between two looks at the condition */
+			attach_sleep(tries ? RETRY_MS : LOOK_MS);
 	}
 	if (how == ATTEMPT_AGAIN)
 		attach_fail(

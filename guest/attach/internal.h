@@ -120,9 +120,12 @@ bool attach_parked(const AttachTarget *target, uint32_t *ret_flags, AttachResult
 bool attach_probe(AttachTarget *target, const AttachRam *ram, AttachResult *result);
 /* Returns the userfaultfd, the caller's to close, or -1. */
 int attach_fault_on(AttachTarget *target, const AttachRam *ram, AttachResult *result);
-bool attach_fault_off(AttachTarget *target, const AttachRam *ram, AttachResult *result);
+/* Both leave it parked: attach_close_parked() is for after the answer. */
+bool attach_fault_off(const AttachTarget *target, const AttachRam *ram, AttachResult *result);
 bool attach_fence_on(AttachTarget *target, const AttachRam *ram, AttachResult *result);
-bool attach_fence_off(AttachTarget *target, const AttachRam *ram, AttachResult *result);
+bool attach_fence_off(const AttachTarget *target, const AttachRam *ram, AttachResult *result);
+/* What was turned off. When it can't be closed now it is the next time: it does nothing. */
+void attach_close_parked(AttachTarget *target, AttachResult *result);
 
 /* state.c */
 /* fd -1: forget the one kept so far. */

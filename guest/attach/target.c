@@ -16,7 +16,7 @@
 #include "guest/attach/internal.h"
 
 #define STATUS_BYTES 8192
-#define LOCK_MS	     2000 /* for an engine that has just been killed to let go of it */
+#define LOCK_MS	     3000 /* for the helper of an engine that has just been killed to let go of it */
 #define LOCK_LOOK_MS 5
 
 bool attach_fail(AttachResult *result, PrAgentStatus status, const char *format, ...)

@@ -390,18 +390,23 @@ static bool register_all(int uffd, const AttachRam *ram, Kind kind, AttachResult
 	return true;
 }
 
-/* Wakes whoever waits. Harmless where nothing is registered; where nothing was chosen: everywhere. */
+/* Wakes whoever waits: unregistering does so only for pages that are missing, and not for writers. Harmless where
+ * nothing is registered; where nothing was chosen: everywhere. */
 static void unregister_all(int uffd, const AttachRam *ram)
 {
+	set_progress(uffd, PROGRESS_BEGUN);
 	for (unsigned i = 0; i < ram->n; i++) {
 		struct uffdio_range range = {
 			.start = ram->regions[i].wire.base,
 			.len = ram->regions[i].wire.size,
 		};
 
-		if (!ram->chosen || ram->regions[i].chosen)
-			(void)ioctl(uffd, UFFDIO_UNREGISTER, &range);
+		if (ram->chosen && !ram->regions[i].chosen)
+			continue;
+		(void)ioctl(uffd, UFFDIO_UNREGISTER, &range);
+		(void)ioctl(uffd, UFFDIO_WAKE, &range);
 	}
+	set_progress(uffd, PROGRESS_OFF);
 	pr_attach_point(PR_ATTACH_UNREGISTERED);
 }
 
@@ -475,23 +480,36 @@ static bool set_up(AttachStop *stop, const AttachRam *ram, Kind kind, int *uffd)
 	       (kind == KIND_FENCE || drop_all_entries(stop, ram));
 }
 
-/* It is left parked when it can't be closed now: unregistered, it does nothing, and is taken up the next time. */
-static void close_parked(AttachTarget *target, Kind kind, AttachStop *held, AttachResult *result)
+/* Whether it is one of ours, and does nothing any more. */
+static bool is_off(const Parked *parked)
 {
-	AttachStop own;
-	AttachStop *stop = held ? held : &own;
-	Search search;
-	Parked parked;
+	return parked->flags == PROGRESS_OFF &&
+	       (is_kind(parked, KIND_FAULTS) || is_kind(parked, KIND_FENCE));
+}
 
-	if (!held && !attach_stop(stop, target, result))
-		return;
-	if (search_parked(target, &search, result)) {
-		parked = pick(&search, kind);
-		if (parked.there >= 0 && attach_close_there(stop, parked.there))
+/* Within a stop. */
+static void close_those_off(AttachStop *stop, const Search *search)
+{
+	for (unsigned i = 0; i < search->n && stop->held; i++) {
+		if (is_off(&search->found[i]) && attach_close_there(stop, search->found[i].there))
 			pr_attach_point(PR_ATTACH_UFFD_CLOSED);
 	}
-	if (!held)
-		attach_resume(stop);
+}
+
+void attach_close_parked(AttachTarget *target, AttachResult *result)
+{
+	AttachStop stop;
+	Search search;
+	bool any = false;
+
+	if (!search_parked(target, &search, result))
+		return;
+	for (unsigned i = 0; i < search.n; i++)
+		any |= is_off(&search.found[i]);
+	if (!any || !attach_stop(&stop, target, result))
+		return;
+	close_those_off(&stop, &search);
+	attach_resume(&stop);
 }
 
 static bool turn_on(AttachTarget *target, const AttachRam *ram, Kind kind, int *uffd,
@@ -499,18 +517,17 @@ static bool turn_on(AttachTarget *target, const AttachRam *ram, Kind kind, int *
 {
 	AttachResult ignored = {0};
 	AttachStop stop;
+	Search search;
 	bool ok;
 
 	if (!attach_stop(&stop, target, result))
 		return false;
 	ok = set_up(&stop, ram, kind, uffd);
 	if (!ok && *uffd >= 0) {
-		set_progress(*uffd, PROGRESS_OFF);
 		unregister_all(*uffd, ram);
-		if (stop.held) {
-			stop.result = &ignored;
-			close_parked(target, kind, &stop, &ignored);
-		}
+		stop.result = &ignored;
+		if (search_parked(target, &search, &ignored))
+			close_those_off(&stop, &search);
 	}
 	attach_resume(&stop);
 	return ok;
@@ -544,25 +561,20 @@ int attach_fault_on(AttachTarget *target, const AttachRam *ram, AttachResult *re
 	return -1;
 }
 
-/* Whoever waits is woken first: the main thread may be one of them, and could not be stopped. */
-static bool turn_off(AttachTarget *target, const AttachRam *ram, Kind kind, AttachResult *result)
+static bool turn_off(const AttachTarget *target, const AttachRam *ram, Kind kind,
+		     AttachResult *result)
 {
-	AttachResult why = {0};
 	Parked parked;
 	int uffd = take_parked(target, kind, &parked, result);
 
 	if (uffd < 0)
 		return result->status == PR_AGENT_OK;
-	set_progress(uffd, PROGRESS_OFF);
 	unregister_all(uffd, ram);
 	close(uffd);
-	close_parked(target, kind, NULL, &why);
-	/* For the log; nothing depends on it. */
-	memcpy(result->text, why.text, sizeof(result->text));
 	return true;
 }
 
-bool attach_fault_off(AttachTarget *target, const AttachRam *ram, AttachResult *result)
+bool attach_fault_off(const AttachTarget *target, const AttachRam *ram, AttachResult *result)
 {
 	return turn_off(target, ram, KIND_FAULTS, result);
 }
@@ -588,7 +600,7 @@ bool attach_fence_on(AttachTarget *target, const AttachRam *ram, AttachResult *r
 	return ok;
 }
 
-bool attach_fence_off(AttachTarget *target, const AttachRam *ram, AttachResult *result)
+bool attach_fence_off(const AttachTarget *target, const AttachRam *ram, AttachResult *result)
 {
 	return turn_off(target, ram, KIND_FENCE, result);
 }

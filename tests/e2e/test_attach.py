@@ -14,6 +14,7 @@ from harness.vm import GuestSpec, Qemu
 
 # As libvirt starts QEMU.
 SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+CAPABILITIES = 1 << 19 | 1 << 1  # SYS_PTRACE, DAC_OVERRIDE
 OVER = ("none", "failed", "cancelled")
 
 
@@ -49,9 +50,9 @@ def another_user(lab):
     expect(uid_of(move.destination_vm) != 0, "QEMU was to be another user's")
 
 
-def start_refused(lab, host, guest):
-    """An engine that has to end at once, because of its guest; returns what it says."""
-    argv = [lab.engine_file(), "--guest", guest, "--qmp", lab.path("refused.qmp")]
+def start_refused(lab, host, guest, wrapper=()):
+    """An engine that has to end at once, because of its guest; returns what it says. wrapper: what starts it."""
+    argv = [*wrapper, lab.engine_file(), "--guest", guest, "--qmp", lab.path("refused.qmp")]
     engine = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
     expect(engine.wait() == 1, f"an engine that can't work ended with {engine.exit_code()}")
     return engine.output()
@@ -79,13 +80,49 @@ def by_pid(lab):
     expect("name QEMU's with pid=" in said, f"the refusal does not say what to do: {said}")
 
 
-# Helpers that die
-
-
 def helper_of(engine):
     children = children_of(engine.process.pid)
     expect(len(children) == 1, f"{engine.name} has the children {children}")
     return children[0]
+
+
+@case("attaching-without-the-privilege-is-refused")
+def no_privilege(lab):
+    host = lab.network.source
+    vm = Qemu(lab, host, GuestSpec())
+    vm.wait_booted()
+    wrapper = ("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", "--")
+    said = start_refused(lab, host, vm.guest_option(), wrapper)
+    for word in ("SYS_PTRACE", "libpostroad-agent.so", "agent=PATH"):
+        expect(word in said, f"the refusal lacks {word!r}: {said}")
+    vm.console.wait_running("source")
+
+
+@case("helper-has-what-it-needs-and-nothing-else")
+def confined(lab):
+    """It is there until its engine ends, whatever the terminal says."""
+    host = lab.network.source
+    vm = Qemu(lab, host, GuestSpec())
+    engine = Engine(lab, host, vm.guest_option())
+    helper = helper_of(engine)
+    with open(f"/proc/{helper}/status") as status:
+        fields = dict(line.rstrip("\n").split(":\t", 1) for line in status if ":\t" in line)
+    for name in ("CapPrm", "CapEff", "CapBnd"):
+        expect(int(fields[name], 16) == CAPABILITIES, f"the helper has {name} {fields[name]}")
+    expect(int(fields["CapInh"], 16) == 0, f"the helper has CapInh {fields['CapInh']}")
+    expect(fields["NoNewPrivs"] == "1", "the helper may gain privileges")
+    sanitized = lab.engine_build != lab.build
+    expect(fields["Seccomp"] == "2" or sanitized, "the helper has no filter of system calls")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(helper, number)
+    expect(engine.status() == "none", "the engine does not answer")
+    expect(helper_of(engine) == helper, "the helper has ended by a signal that is for the engine")
+    expect("it has ended" not in engine.process.output(), "the helper has ended by a signal that is for the engine")
+    engine.kill()
+    wait_for("the helper ends with its engine", 5, lambda: not os.path.exists(f"/proc/{helper}"))
+
+
+# Helpers that die
 
 
 def kill_helper(engine):
@@ -165,8 +202,9 @@ WALK = (
     "attach-marked",
     "attach-unregistered",
     "attach-uffd-closed",
-    "attach-old-state-closed",
 )
+# What no move comes to by itself: a case of its own.
+ELSEWHERE = ("attach-old-state-closed",)
 
 
 def carry_on(move):
@@ -183,18 +221,29 @@ def carry_on(move):
     return False
 
 
-def die_and_go_on(lab, point):
-    """The destination's helper dies there. Its QEMU does not notice, and a new engine finishes the move."""
+def wait_killed(engine, point, times):
+    """The helper dies there. Then its engine is killed, too; it may have ended by itself for want of a helper."""
+    said = "killed where it was to be"
+    wait_for(f"the helper dies at {point}", 30, lambda: engine.process.output().count(said) == times)
+    engine.process.kill()
+    engine.process.wait(20)
+    engine.process.name = f"killed-{engine.name}"
+    engine.qmp.close()
+
+
+def die_and_go_on(lab, *points):
+    """The destination's helpers die, one at each of these points. Its QEMU does not notice, and a new engine finishes the
+    move."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off",), program="killable-postroad")
     engine = move.destination
     engine.process.stop()
-    engine.restart(kill_at=point)
+    engine.restart(kill_at=points[0])
     engine.connect()
     move.start()
-    wait_for(
-        f"the helper dies at {point}", 30, lambda: "killed where it was to be" in engine.process.output()
-    )
-    engine.kill()
+    wait_killed(engine, points[0], 1)
+    for count, point in enumerate(points[1:], 2):
+        engine.restart("--resume", kill_at=point)
+        wait_killed(engine, point, count)
     expect(move.destination_vm.process.alive(), "QEMU has died with the helper")
     engine.resume()
     wait_for("the guest has arrived", 60, lambda: carry_on(move), interval=0.2)
@@ -204,6 +253,12 @@ def die_and_go_on(lab, point):
 for _point in WALK:
     _name = _point.replace(":", "-time-")
     case(f"helper-killed-at-{_name}")(lambda lab, point=_point: die_and_go_on(lab, point))
+
+
+@case("helper-killed-at-attach-old-state-closed")
+def old_state(lab):
+    """A state is parked, and forgotten by the next engine, since its migration had not begun."""
+    die_and_go_on(lab, "attach-pushed", "attach-old-state-closed")
 
 
 @case("helper-killed-at-every-point-there-is", light=True)
@@ -216,6 +271,6 @@ def complete(lab):
         text=True,
         check=True,
     ).stdout.split()
-    walked = {point.split(":")[0] for point in WALK}
+    walked = {point.split(":")[0] for point in WALK} | set(ELSEWHERE)
     if set(listed) != walked:
         raise Failure(f"not walked: {sorted(set(listed) - walked)}; not there: {sorted(walked - set(listed))}")

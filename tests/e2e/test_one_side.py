@@ -17,10 +17,10 @@ HANDED_OVER = "the guest at the source, which was handed over"
 FENCED = "its RAM is write-protected: what the destination reads has not changed"
 
 
-def start_midway(lab, bandwidth="8M", settings=(), **kind):
+def start_midway(lab, bandwidth="1M", settings=(), **kind):
     """In postcopy, with most of the pages still at the source, and fenced there."""
     move = Move(lab, settings=("auto-recover=off", *settings), **kind)
-    move.start_midway(bandwidth, fraction=0.9)
+    move.start_midway(bandwidth, fraction=0.98)
     wait_for("the source's RAM is fenced", 20, lambda: "is write-protected, which took" in move.source.process.output())
     return move
 
@@ -232,6 +232,14 @@ def killed_at(lab, point):
     source_runs_again(move)
 
 
+# What the destination is once it goes on. When it has loaded, it may note that before it hears that the source is gone.
+THAWED = {
+    "destination-listening": ("failed",),
+    "destination-loaded": ("failed", "postcopy-paused"),
+    "destination-loaded-noted": ("postcopy-paused",),
+}
+
+
 def frozen_at(lab, point):
     """The destination goes on when the source has long taken its guest back."""
     move = with_image(lab)
@@ -240,7 +248,8 @@ def frozen_at(lab, point):
     move.destination.wait_frozen()
     source_runs_again(move)
     move.destination.thaw()
-    move.destination.wait_status("postcopy-paused" if point == "destination-loaded-noted" else "failed")
+    ends = THAWED[point]
+    wait_for(f"the destination is {ends}", 30, lambda: move.destination.status() in ends)
     source_runs_again(move)
 
 

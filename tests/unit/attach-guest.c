@@ -76,18 +76,23 @@ static void start_access(const char *line)
 	unsigned value = 0;
 	pthread_t thread;
 
-	access->write = *line == 'w';
+	access->write = *line != 'r';
 	sscanf(line + 1, "%lx %u", &at, &value);
 	access->at = (uint8_t *)at;
 	access->value = (uint8_t)value;
-	if (pthread_create(&thread, NULL, do_access, access))
+	if (*line == 'm') {
+		do_access(access);
+	} else if (pthread_create(&thread, NULL, do_access, access)) {
 		_exit(1);
-	pthread_detach(thread);
+	} else {
+		pthread_detach(thread);
+	}
 }
 
 static void obey(const char *line)
 {
 	switch (*line) {
+	case 'm':
 	case 'w':
 	case 'r':
 		start_access(line);
@@ -248,6 +253,12 @@ static pid_t read_thread(AttachGuest *guest)
 pid_t attach_guest_write(AttachGuest *guest, uint64_t at, uint8_t value)
 {
 	tell(guest, "w%" G_GINT64_MODIFIER "x %u\n", at, value);
+	return read_thread(guest);
+}
+
+pid_t attach_guest_write_in_main(AttachGuest *guest, uint64_t at, uint8_t value)
+{
+	tell(guest, "m%" G_GINT64_MODIFIER "x %u\n", at, value);
 	return read_thread(guest);
 }
 

@@ -33,6 +33,8 @@ uint64_t attach_guest_tmpfs(AttachGuest *guest);
 /* An access by a thread of its own; returns the thread. */
 pid_t attach_guest_write(AttachGuest *guest, uint64_t at, uint8_t value);
 pid_t attach_guest_read(AttachGuest *guest, uint64_t at);
+/* The same by its main thread, which can't do anything else meanwhile. */
+pid_t attach_guest_write_in_main(AttachGuest *guest, uint64_t at, uint8_t value);
 /* Waits for the end of one, whichever comes first; returns its thread, and what it has read or written. */
 pid_t attach_guest_done(AttachGuest *guest, uint8_t *ret_value);
 /* The same for a read from beginning to end. */

@@ -109,11 +109,38 @@ static int fault_on(Attached *attached)
 	return uffd;
 }
 
+/* Descriptors are closed behind the answer, and before the next one. */
+static void wait_closed(Attached *attached)
+{
+	g_autoptr(GError) error = NULL;
+	int fd = pr_agent_client_fetch_state(attached->client, &error);
+
+	if (fd >= 0)
+		close(fd);
+	check(TRUE, error);
+}
+
 static void fault_off(Attached *attached)
 {
 	g_autoptr(GError) error = NULL;
 
 	check(pr_agent_client_fault_off(attached->client, &error), error);
+	wait_closed(attached);
+}
+
+static void fence_on(Attached *attached)
+{
+	g_autoptr(GError) error = NULL;
+
+	check(pr_agent_client_fence_on(attached->client, &error), error);
+}
+
+static void fence_off(Attached *attached)
+{
+	g_autoptr(GError) error = NULL;
+
+	check(pr_agent_client_fence_off(attached->client, &error), error);
+	wait_closed(attached);
 }
 
 static void wait_readable(int fd)
@@ -323,7 +350,6 @@ static void the_fence_holds_writers_and_lets_readers_pass(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
-	g_autoptr(GError) error = NULL;
 	uint64_t base = attach_guest_memfd(guest);
 	guint files = attach_guest_files(guest);
 	int memfd = choose(&attached, guest);
@@ -331,8 +357,8 @@ static void the_fence_holds_writers_and_lets_readers_pass(void **state)
 
 	attach_guest_write(guest, base, 1);
 	attach_guest_done(guest, NULL);
-	check(pr_agent_client_fence_on(attached.client, &error), error);
-	check(pr_agent_client_fence_on(attached.client, &error), error);
+	fence_on(&attached);
+	fence_on(&attached);
 	assert_int_equal(attach_guest_files(guest), files + 1);
 	old = attach_guest_write(guest, base, 2);
 	fresh = attach_guest_write(guest, base + 20 * ATTACH_PAGE, 2);
@@ -349,13 +375,32 @@ static void the_fence_holds_writers_and_lets_readers_pass(void **state)
 
 	attached = attach(guest);
 	close(choose(&attached, guest));
-	check(pr_agent_client_fence_off(attached.client, &error), error);
+	fence_off(&attached);
 	attach_guest_done(guest, NULL);
 	attach_guest_done(guest, NULL);
 	assert_int_equal(attach_guest_value(guest, base), 2);
 	assert_int_equal(attach_guest_files(guest), files);
-	check(pr_agent_client_fence_off(attached.client, &error), error);
+	fence_off(&attached);
 	close(memfd);
+}
+
+/* It can't be stopped while it waits, so nothing may depend on that. */
+static void a_main_thread_that_waits_at_the_fence_is_freed(void **state)
+{
+	g_autoptr(AttachGuest) guest = attach_guest_new();
+	g_auto(Attached) attached = attach(guest);
+	uint64_t base = attach_guest_memfd(guest);
+	guint files = attach_guest_files(guest);
+	pid_t thread;
+
+	close(choose(&attached, guest));
+	fence_on(&attached);
+	thread = attach_guest_write_in_main(guest, base, 6);
+	attach_guest_wait_faulting(guest, thread);
+	fence_off(&attached);
+	assert_int_equal(attach_guest_done(guest, NULL), thread);
+	assert_int_equal(attach_guest_value(guest, base), 6);
+	assert_int_equal(attach_guest_files(guest), files);
 }
 
 static void assert_refused(pid_t pid, int code, const char *words)
@@ -636,7 +681,6 @@ static void a_helper_may_die_anywhere(void **state)
 	for (PrAttachPoint point = 0; point < PR_ATTACH_N_POINTS; point++) {
 		g_autoptr(AttachGuest) guest = attach_guest_new();
 		g_auto(Attached) attached = {0};
-		g_autoptr(GError) error = NULL;
 		int memfd, kept = new_state('2'), fetched;
 
 		die_at(guest, point);
@@ -648,8 +692,8 @@ static void a_helper_may_die_anywhere(void **state)
 		assert_int_equal(inode_of(fetched), inode_of(kept));
 		check_faults(&attached, guest, memfd);
 		fault_off(&attached);
-		check(pr_agent_client_fence_on(attached.client, &error), error);
-		check(pr_agent_client_fence_off(attached.client, &error), error);
+		fence_on(&attached);
+		fence_off(&attached);
 		attach_guest_write(guest, attach_guest_memfd(guest), 9);
 		attach_guest_done(guest, NULL);
 		assert_int_equal(attach_guest_value(guest, attach_guest_memfd(guest)), 9);
@@ -714,6 +758,7 @@ int main(int argc, char **argv)
 		TEST(what_is_parked_outlives_helpers),
 		TEST(a_newer_state_replaces_the_older),
 		TEST(the_fence_holds_writers_and_lets_readers_pass),
+		TEST(a_main_thread_that_waits_at_the_fence_is_freed),
 		TEST(one_engine_at_a_time),
 		TEST(a_process_that_is_gone_is_refused),
 		TEST(a_stopped_process_is_refused_with_the_remedy),
