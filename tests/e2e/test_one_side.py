@@ -200,11 +200,11 @@ def locked(lab):
 
 
 def runs(vm):
-    """A QEMU whose load has come to nothing may have ended."""
+    """A QEMU whose load has come to nothing may have ended, or be about to."""
     try:
         return vm.status() == "running"
     except (Failure, OSError):
-        expect(not vm.process.alive(), f"{vm.name} is there, and does not answer")
+        wait_for(f"{vm.name}, which does not answer, has ended", 20, lambda: not vm.process.alive())
         return False
 
 
