@@ -456,7 +456,10 @@ static int connect_socket(const char *path, GError **error)
 
 static gboolean say_hello(PrAgentClient *client, GError **error)
 {
-	g_autoptr(PrAgentAnswer) reply = pr_agent_call(client, PR_AGENT_HELLO, -1, 1, NULL, error);
+	/* A helper waits for the last engine's, which may just be ending. */
+	guint timeouts = client->helper ? 2 : 1;
+	g_autoptr(PrAgentAnswer) reply =
+		pr_agent_call(client, PR_AGENT_HELLO, -1, timeouts, NULL, error);
 
 	if (!reply)
 		return FALSE;

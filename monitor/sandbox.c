@@ -2,7 +2,8 @@
 /*
  * Capabilities. Root's engine keeps three: IPC_LOCK (a recovery over rdma: pins the guest's memory anew),
  * NET_BIND_SERVICE (migrate_recover may name a low port), and DAC_OVERRIDE (QEMU's sockets and the TLS keys may be
- * another user's). It needs none for the rest: the userfaultfd and the memfds are QEMU's and come as descriptors. They
+ * another user's). It needs none for the rest: the userfaultfd and the memfds are QEMU's and come as descriptors; what
+ * attaching to a QEMU takes is kept by a helper, which is forked before (guest/attach/confine.c). The capabilities
  * are given up before there are threads, because the kernel keeps them for each thread. The engine is still
  * user 0 then, who owns most files; --user is what really takes that away. setresuid(2) in libc is for all threads,
  * and takes all capabilities from all of them. It also gives each of them credentials of its own, and the kernel lets a

@@ -110,12 +110,10 @@ static bool reply_own_fd(Helper *helper, const Incoming *in, const AttachResult 
 static bool do_attach(Helper *helper, Incoming *in)
 {
 	AttachResult result = {.status = PR_AGENT_OK};
-	int pidfd = in->fd;
+	bool ok = attach_target_open(&helper->target, in->fd, &result);
 
 	in->fd = -1;
-	return attach_target_open(&helper->target, pidfd, &result)
-		       ? reply(helper, in, &result)
-		       : (reply(helper, in, &result), false);
+	return reply(helper, in, &result) && ok;
 }
 
 static bool do_hello(Helper *helper, const Incoming *in)

@@ -208,19 +208,6 @@ static bool supported_features(uint64_t *ret_features, AttachResult *result)
 	return ok;
 }
 
-bool attach_probe(AttachTarget *target, const AttachRam *ram, AttachResult *result)
-{
-	uint64_t supported;
-	AttachStop stop;
-
-	if (!supported_features(&supported, result) ||
-	    !check_features(supported, needed_features(ram, KIND_FAULTS), result) ||
-	    !attach_stop(&stop, target, result))
-		return false;
-	attach_resume(&stop);
-	return true;
-}
-
 /* Making one */
 
 static bool fail_new(AttachStop *stop, long ret)
@@ -229,8 +216,8 @@ static bool fail_new(AttachStop *stop, long ret)
 		return attach_fail(
 			stop->result, PR_AGENT_PERMISSION,
 			"userfaultfd: the kernel refused it to process %d; run `sysctl "
-			"vm.unprivileged_userfaultfd=1` (or use Linux 6.1 or later, which "
-			"has " UFFD_DEVICE ")",
+			"vm.unprivileged_userfaultfd=1`, or give the engine's user access "
+			"to " UFFD_DEVICE " (Linux 6.1 or later)",
 			(int)stop->target->pid);
 	return attach_fail(stop->result, PR_AGENT_UNSUPPORTED, "userfaultfd in process %d: %s",
 			   (int)stop->target->pid, strerror((int)-ret));
@@ -273,6 +260,35 @@ static int make_there(AttachStop *stop)
 	if (there >= 0)
 		pr_attach_point(PR_ATTACH_UFFD_MADE);
 	return there;
+}
+
+/* Without the device, whether the process gets one is for the kernel to say. */
+static bool try_to_make(AttachStop *stop)
+{
+	int device = open(UFFD_DEVICE, O_RDWR | O_CLOEXEC);
+	int there;
+
+	if (device >= 0) {
+		close(device);
+		return true;
+	}
+	there = make_by_call(stop);
+	return there >= 0 && attach_close_there(stop, there);
+}
+
+bool attach_probe(AttachTarget *target, const AttachRam *ram, AttachResult *result)
+{
+	uint64_t supported;
+	AttachStop stop;
+	bool ok;
+
+	if (!supported_features(&supported, result) ||
+	    !check_features(supported, needed_features(ram, KIND_FAULTS), result) ||
+	    !attach_stop(&stop, target, result))
+		return false;
+	ok = try_to_make(&stop);
+	attach_resume(&stop);
+	return ok;
 }
 
 /* Opens one for use: our descriptor of it, or -1. */
