@@ -142,9 +142,9 @@ def full_disk(lab):
     with open(f"{inside}/log") as log:
         expect(not log.read(), "the disk was not full: this proves nothing")
     os.unlink(f"{inside}/rest")
-    move.source.hmp("quit")
     # Its mount is gone with it, unless somebody holds the file.
     with open(f"{inside}/log") as log:
+        move.source.hmp("quit")
         move.source.process.wait(5)
         said = log.read()
     expect("lines of the log are missing here" in said, f"the log does not say what is missing: {said!r}")
