@@ -232,11 +232,11 @@ def killed_at(lab, point):
     source_runs_again(move)
 
 
-# What the destination is once it goes on. When it has loaded, it may note that before it hears that the source is gone.
+# What the destination is once it goes on. When it has loaded, it may go on with that before it hears that the source is gone.
 THAWED = {
     "destination-listening": ("failed",),
     "destination-loaded": ("failed", "postcopy-paused"),
-    "destination-loaded-noted": ("postcopy-paused",),
+    "destination-loaded-noted": ("failed", "postcopy-paused"),
 }
 
 
