@@ -456,12 +456,30 @@ static gboolean fetch_kept(PrMigration *m, PrKept **ret, GError **error)
 	return *ret != NULL;
 }
 
+/* The fence (fence.c) stands from behind RUN until everything has moved: such a guest is the destination's, also when
+ * what its engine wrote down is lost. */
+static gboolean check_fence(PrMigration *m, GError **error)
+{
+	if (!m->record || m->record->stage >= PR_RECORD_HANDED_OVER ||
+	    !m->guest->ops->was_fenced(m->guest))
+		return TRUE;
+	g_set_error(
+		error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
+		"this guest was handed over to another host, for its RAM is write-protected, and "
+		"%s does not say so; name the --state-dir of the last engine, or quit the "
+		"guest's VMM",
+		m->record->path);
+	return FALSE;
+}
+
 gboolean pr_migration_resume(PrMigration *m, gboolean asked, PrRole *ret_role, GError **error)
 {
 	g_autoptr(GError) inner = NULL;
 	PrKept *kept;
 	gboolean done = TRUE;
 
+	if (!check_fence(m, error))
+		return FALSE;
 	if (m->record && m->record->stage != PR_RECORD_NONE)
 		done = take_up_source(m, asked, error);
 	else if (fetch_kept(m, &kept, &inner))

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Engines that die, and those that follow them."""
 
+import os
+import shutil
+
 from harness.case import case
 from harness.lab import Move
 from harness.process import expect, wait_for
@@ -173,6 +176,26 @@ def unasked(lab):
     expect(not twins.source_guest.running(), "the guest runs at the source")
     for engine in twins.engines:
         engine.resume()
+    twins.recover()
+    twins.finish()
+
+
+@case("guest-whose-record-is-lost-is-not-taken-for-the-sources", light=True)
+def lost_record(lab):
+    """The kernel's write protection tells that it was handed over."""
+    twins = Twins(lab)
+    twins.start_midway()
+    twins.source.kill()
+    state, away = lab.path(f"state-{twins.source.name}"), lab.path("away")
+    os.rename(state, away)
+    for options in ((), ("--resume",)):
+        said = start_refused(twins, twins.source, *options)
+        for word in ("write-protected", "--state-dir"):
+            expect(word in said, f"the refusal lacks {word!r}: {said}")
+    expect(not twins.source_guest.running(), "the guest runs at the source")
+    shutil.rmtree(state, ignore_errors=True)
+    os.rename(away, state)
+    twins.source.resume()
     twins.recover()
     twins.finish()
 
