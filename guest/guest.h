@@ -46,8 +46,9 @@ typedef gboolean (*PrGuestSink)(const void *data, gsize len, void *opaque, GErro
 /* The guest's process is gone. Called once, from any thread. */
 typedef void (*PrGuestDied)(const char *reason, void *opaque);
 
-/* Somebody has let a guest run that is fenced. what: what was seen and what became of it. From any thread. */
-typedef void (*PrGuestRanAgain)(const char *what, void *opaque);
+/* Somebody has let a guest run that is fenced. what: what was seen and what became of it. seen: when, monotonic us; 0: it
+ * ran when the watch began. From any thread. */
+typedef void (*PrGuestRanAgain)(const char *what, gint64 seen, void *opaque);
 
 /* A process that keeps the privileges which a guest may need, for an engine that gives them up. */
 typedef struct PrGuestHelper {

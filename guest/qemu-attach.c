@@ -182,8 +182,8 @@ gboolean pr_qemu_check_process(PrQmp *qmp, const char *qmp_path, pid_t pid, gboo
 	name = name_of(pid);
 	if (named)
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
-			    "process %d (%s) does not run the vCPUs of the QEMU at %s: name "
-			    "QEMU's with pid=",
+			    "pid=%d is %s, which does not run the vCPUs of the QEMU at %s: name "
+			    "that one's",
 			    (int)pid, name, qmp_path);
 	else
 		g_set_error(

@@ -83,7 +83,8 @@ static gboolean check_version(PrQmp *qmp, GError **error)
 static gboolean check_capabilities(PrQmp *qmp, GError **error)
 {
 	static const char *const bad[] = {"multifd", "postcopy-preempt",    "mapped-ram",
-					  "x-colo",  "background-snapshot", NULL};
+					  "x-colo",  "background-snapshot", "x-ignore-shared",
+					  NULL};
 	g_autoptr(JsonNode) node = NULL;
 	JsonArray *array = execute_array(qmp, "query-migrate-capabilities", NULL, &node, error);
 
@@ -103,6 +104,21 @@ static gboolean check_capabilities(PrQmp *qmp, GError **error)
 	return TRUE;
 }
 
+/* With a TLS of its own QEMU would shake hands on our socket. */
+static gboolean check_parameters(PrQmp *qmp, GError **error)
+{
+	g_autoptr(JsonObject) parameters = pr_qmp_query(qmp, "query-migrate-parameters", error);
+
+	if (!parameters)
+		return FALSE;
+	if (!*object_string(parameters, "tls-creds"))
+		return TRUE;
+	return refuse(
+		error,
+		"the destination's QEMU has its migration parameter 'tls-creds' set; clear it "
+		"(migrate_set_parameter tls-creds \"\" in its monitor)");
+}
+
 /* What QEMU itself names as a reason not to migrate: devices that have no state, and what uses the guest right now. */
 static gboolean check_blockers(JsonObject *migration, GError **error)
 {
@@ -120,7 +136,7 @@ static gboolean check_blockers(JsonObject *migration, GError **error)
 			      : "it does not say why");
 }
 
-/* They are not in the device state; who made them would miss what was written meanwhile. */
+/* Dirty bitmaps are not in the device state: a backup that relies on one would miss writes. */
 static gboolean check_bitmaps_of(JsonObject *node, GError **error)
 {
 	JsonNode *list = json_object_get_member(node, "dirty-bitmaps");
@@ -152,7 +168,7 @@ static gboolean check_bitmaps(PrQmp *qmp, GError **error)
 	return array != NULL;
 }
 
-/* The device state says of every guest that it ran. */
+/* xen-save-devices-state stores the run state "running", whatever it was. */
 static gboolean check_source_state(const char *migration, const char *run_state, GError **error)
 {
 	static const char *const at_rest[] = {"", "none", "completed", "cancelled", "failed", NULL};
@@ -188,6 +204,9 @@ static gboolean check_destination_state(JsonObject *migration, const char *run_s
 			      "this QEMU does not wait for a guest (run state '%s'); start the "
 			      "destination with -incoming defer",
 			      run_state);
+	if (g_str_equal(object_string(migration, "status"), "failed"))
+		return refuse(error, "this QEMU has failed to load a guest already; start the "
+				     "destination anew with -incoming defer");
 	if (json_object_has_member(migration, "socket-address") ||
 	    *object_string(migration, "status"))
 		return refuse(error, "this QEMU listens for a migration of its own; start the "
@@ -280,8 +299,9 @@ static gboolean check_network(PrQmp *qmp, GError **error)
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error)
 {
 	return check_version(qmp, error) && (!fresh || check_state(qmp, role, error)) &&
-	       (role == PR_GUEST_SOURCE ? check_bitmaps(qmp, error)
-					: check_capabilities(qmp, error)) &&
+	       (role == PR_GUEST_SOURCE
+			? check_bitmaps(qmp, error)
+			: check_capabilities(qmp, error) && check_parameters(qmp, error)) &&
 	       check_devices_at(qmp, "/machine/peripheral", error) &&
 	       check_devices_at(qmp, "/machine/peripheral-anon", error) &&
 	       check_network(qmp, error);

@@ -5,6 +5,7 @@
 
 #include "guest/json.h"
 #include "guest/qemu.h"
+#include "guest/qmp-frame.h"
 #include "guest/qemu-private.h"
 
 #define DEVICES_MAX 4096 /* a source may name, and RAM blocks */
@@ -257,12 +258,26 @@ char *pr_qemu_facts_to_text(JsonObject *facts)
 	return json_to_string(node, FALSE);
 }
 
+/* json-glib's parser recurses: who knows how deep the peer's text goes? It is one object, and nothing behind it. */
+static gboolean is_shallow_object(const char *text, gsize len)
+{
+	PrQmpFrameResult result = PR_QMP_FRAME_MORE;
+	PrQmpFrame frame;
+	gsize at = 0;
+
+	pr_qmp_frame_init(&frame);
+	while (at < len && result == PR_QMP_FRAME_MORE)
+		result = pr_qmp_frame_push(&frame, text[at++]);
+	pr_qmp_frame_clear(&frame);
+	return result == PR_QMP_FRAME_OBJECT && at == len;
+}
+
 JsonObject *pr_qemu_facts_from_text(const char *text, gsize len, GError **error)
 {
 	g_autoptr(JsonParser) parser = json_parser_new();
 	JsonNode *root = NULL;
 
-	if (g_utf8_validate(text, (gssize)len, NULL) &&
+	if (is_shallow_object(text, len) && g_utf8_validate(text, (gssize)len, NULL) &&
 	    json_parser_load_from_data(parser, text, (gssize)len, NULL))
 		root = json_parser_get_root(parser);
 	if (root && JSON_NODE_HOLDS_OBJECT(root))
@@ -417,8 +432,8 @@ static gint64 size_of_block(JsonArray *blocks, const char *name)
 }
 
 /* Whether each block of `blocks` is among the others, and of the same size if that is asked for. */
-static gboolean check_blocks_in(JsonArray *blocks, JsonArray *others, const char *where,
-				GError **error)
+static gboolean check_blocks_in(JsonArray *blocks, JsonArray *others, const char *here,
+				const char *where, GError **error)
 {
 	for (guint i = 0; blocks && i < json_array_get_length(blocks); i++) {
 		JsonObject *block = element(blocks, i);
@@ -434,10 +449,10 @@ static gboolean check_blocks_in(JsonArray *blocks, JsonArray *others, const char
 		if (size != other)
 			return refuse(error,
 				      "RAM block '%s' has %" G_GINT64_FORMAT
-				      " KiB at one side and %" G_GINT64_FORMAT
+				      " KiB at the %s and %" G_GINT64_FORMAT
 				      " KiB at the %s; start the destination's QEMU with the "
 				      "source's devices and firmware",
-				      fact(block, "name"), size >> 10, other >> 10, where);
+				      fact(block, "name"), size >> 10, here, other >> 10, where);
 	}
 	return TRUE;
 }
@@ -446,8 +461,8 @@ static gboolean check_ram(JsonObject *source, JsonObject *here, GError **error)
 {
 	JsonArray *theirs = fact_list(source, "ram"), *ours = fact_list(here, "ram");
 
-	return check_blocks_in(theirs, ours, "destination", error) &&
-	       check_blocks_in(ours, theirs, "source", error);
+	return check_blocks_in(theirs, ours, "source", "destination", error) &&
+	       check_blocks_in(ours, theirs, "destination", "source", error);
 }
 
 static gboolean check_length(JsonObject *source, const char *name, GError **error)

@@ -36,7 +36,7 @@ struct PrQemuLoad {
 	GArray *blocks;		     /* PrQemuPrivateBlock; NULL: nothing came early */
 	PrQemuPrivateBlock *current; /* of blocks: the one that PAGES are of; NULL: none */
 	int memory;		     /* of QEMU's process; -1: not open */
-	gboolean lives_on;	     /* when it cannot load */
+	gboolean survives_failure;   /* QEMU can be told to live on when it cannot load */
 
 	GMutex lock;
 	GCond cond;	       /* lock; end or dead changed */
@@ -197,10 +197,11 @@ char *pr_qemu_load_died(PrQemuLoad *load, const char *reason)
 	if (load->fd < 0)
 		load->dead = g_strdup(reason);
 	else
-		load->dead = g_strdup_printf("QEMU ended while it loaded the device state: %s",
-					     said ? said
-						  : "it does not say why here; its standard error, "
-						    "which is not a file, does");
+		load->dead =
+			g_strdup_printf("QEMU ended while it loaded the device state: %s",
+					said		       ? said
+					: load->stderr_fd >= 0 ? "it does not say why"
+							       : "its standard error says why");
 	g_cond_broadcast(&load->cond);
 	return g_strdup(load->dead);
 }
@@ -349,13 +350,13 @@ static int take_ready(PrQemuLoad *load)
 }
 
 /* Since 9.1 QEMU can be asked to live on when it cannot load, and to say why. */
-static gboolean find_out_whether_it_lives_on(PrQemuLoad *load, GError **error)
+static gboolean query_exit_on_error(PrQemuLoad *load, GError **error)
 {
 	guint major, minor;
 
 	if (!pr_qemu_version(load->qmp, &major, &minor, error))
 		return FALSE;
-	load->lives_on = major > 9 || (major == 9 && minor >= 1);
+	load->survives_failure = major > 9 || (major == 9 && minor >= 1);
 	return TRUE;
 }
 
@@ -366,7 +367,7 @@ static int prepared_socket(PrQemuLoad *load, GError **error)
 
 	if (fd >= 0)
 		return fd;
-	if (!set_capabilities(load, error) || !find_out_whether_it_lives_on(load, error))
+	if (!set_capabilities(load, error) || !query_exit_on_error(load, error))
 		return -1;
 	return give_socket(load, error);
 }
@@ -413,7 +414,7 @@ static gboolean begin_incoming(PrQemuLoad *load, GError **error)
 	JsonObject *arguments = json_object_new();
 
 	json_object_set_string_member(arguments, "uri", "fd:" FD_NAME);
-	if (load->lives_on)
+	if (load->survives_failure)
 		json_object_set_boolean_member(arguments, "exit-on-error", FALSE);
 	if (pr_qmp_command(load->qmp, "migrate-incoming", arguments, -1, error))
 		return TRUE;

@@ -14,7 +14,8 @@
 #define CHUNK (256u * 1024) /* bytes that are read and looked at in one go */
 
 /* What a source may send of a block of that size, bytes: all of it twice, each page by itself. */
-#define HELD_MAX(size) (2 * (size) + (size) / 64 + PR_QEMU_SECTION_MAX)
+#define HELD_MAX(size) MIN(2 * (size) + (size) / 64 + PR_QEMU_SECTION_MAX, (uint64_t)HELD_LIMIT)
+#define HELD_LIMIT     (1u << 30) /* bytes */
 
 static const uint8_t zeros[CHUNK];
 
@@ -45,6 +46,20 @@ GArray *pr_qemu_private_list(const GArray *ramblocks, const GArray *backends)
 	return blocks;
 }
 
+/* In `info mtree` blocks have the last part of their names only. */
+static gboolean is_ambiguous(const GArray *blocks, guint which)
+{
+	const char *name = g_array_index(blocks, PrQemuPrivateBlock, which).name;
+
+	for (guint i = 0; i < blocks->len; i++) {
+		const char *other = g_array_index(blocks, PrQemuPrivateBlock, i).name;
+
+		if (i != which && g_str_equal(pr_qemu_last_part(name), pr_qemu_last_part(other)))
+			return TRUE;
+	}
+	return FALSE;
+}
+
 void pr_qemu_private_locate(PrQmp *qmp, GArray *blocks)
 {
 	g_autofree char *mtree = NULL;
@@ -54,6 +69,13 @@ void pr_qemu_private_locate(PrQmp *qmp, GArray *blocks)
 
 		if (block->hva)
 			continue;
+		if (is_ambiguous(blocks, i)) {
+			g_warning(
+				"RAM block '%s' of QEMU does not move: this QEMU does not tell which of "
+				"several with such a name it is (8.0 and newer do)",
+				block->name);
+			continue;
+		}
 		if (!mtree)
 			mtree = pr_qmp_human(qmp, "info mtree -f", NULL);
 		block->hva = mtree ? pr_qemu_ask_hva(qmp, mtree, block->name) : 0;

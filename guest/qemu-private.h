@@ -8,7 +8,8 @@
  * Where a block is in its process QEMU tells since 8.0 (`info ramblock`). Before, only what the guest's address
  * space has can be found (`gpa2hva`). A frame buffer whose BAR is not programmed yet, as at a destination before it has
  * loaded its state, is kept here until then and written before the guest runs. What cannot be found at all is left as
- * QEMU has made it: the guest cannot see it either. Blocks named /rom@… are fw_cfg's; each QEMU makes its own.
+ * QEMU has made it: the guest cannot see it either. There blocks are known by the last part of their names only, so that two
+ * of one kind (two frame buffers) can't be told apart: they are left, too, and the log says so. Blocks named /rom@… are fw_cfg's; each QEMU makes its own.
  */
 #pragma once
 

@@ -85,7 +85,7 @@ GArray *pr_qemu_ramblocks_parse(const char *text, GError **error)
 }
 
 /* Blocks are named after their backend's path, memory regions after its last part. */
-static const char *last_part(const char *name)
+const char *pr_qemu_last_part(const char *name)
 {
 	const char *slash = strrchr(name, '/');
 
@@ -95,7 +95,7 @@ static const char *last_part(const char *name)
 gboolean pr_qemu_find_gpa(const char *mtree, const char *block, uint64_t *ret_gpa,
 			  uint64_t *ret_offset)
 {
-	g_autofree char *name = g_regex_escape_string(last_part(block), -1);
+	g_autofree char *name = g_regex_escape_string(pr_qemu_last_part(block), -1);
 	g_autofree char *pattern = g_strdup_printf(
 		"^\\s*([0-9a-f]{16})-[0-9a-f]{16} \\(prio -?\\d+, (?:ram|rom|romd)\\): "
 		"%s(?: @([0-9a-f]{16}))?(?: KVM)?\\s*$",
@@ -125,7 +125,7 @@ gboolean pr_qemu_parse_hva(const char *text, uint64_t *ret_hva)
 
 const PrQemuBackend *pr_qemu_backend_of(const GArray *backends, const char *block)
 {
-	const char *id = g_str_has_prefix(block, "/objects/") ? last_part(block) : block;
+	const char *id = g_str_has_prefix(block, "/objects/") ? pr_qemu_last_part(block) : block;
 
 	for (guint i = 0; i < backends->len; i++) {
 		const PrQemuBackend *backend = &g_array_index(backends, PrQemuBackend, i);

@@ -40,6 +40,9 @@ GArray *pr_qemu_backends_new(void);
 /* A GArray of PrQemuRamBlock, in the order of their offsets. */
 GArray *pr_qemu_ramblocks_parse(const char *text, GError **error);
 
+/* What memory regions are called whose blocks have their backend's or device's path in front. */
+const char *pr_qemu_last_part(const char *name);
+
 /* The guest physical address of a piece of the block (RAM, ROM or flash) in `info mtree -f`, and the piece's offset within
  * the block. FALSE: the block is not mapped there. */
 gboolean pr_qemu_find_gpa(const char *mtree, const char *block, uint64_t *ret_gpa,

@@ -78,6 +78,13 @@ gboolean pr_qemu_save_describe(PrQemuSave *save, PrGuestSink sink, void *opaque,
 	if (!facts)
 		return FALSE;
 	text = pr_qemu_facts_to_text(facts);
+	if (strlen(text) > PR_QEMU_SECTION_MAX) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+			    "the list of this QEMU's devices is too long (%" G_GSIZE_FORMAT
+			    " KiB; at most %u can be compared)",
+			    strlen(text) >> 10, PR_QEMU_SECTION_MAX >> 10);
+		return FALSE;
+	}
 	pr_qemu_section_append(out, PR_QEMU_SECTION_FACTS, text, strlen(text));
 	return sink(out->data, out->len, opaque, error);
 }
@@ -234,6 +241,7 @@ gboolean pr_qemu_save_state(PrQemuSave *save, GCancellable *cancel, PrGuestSink 
 	    (save->memory >= 0 &&
 	     !pr_qemu_private_send(save->blocks, save->memory, sink, opaque, error)))
 		return FALSE;
+	close_fd(&save->memory);
 	stream = take_state(save, error);
 	return stream && send_stream(stream, cancel, sink, opaque, error);
 }
@@ -243,6 +251,7 @@ void pr_qemu_save_end(PrQemuSave *save)
 	g_autoptr(GError) error = NULL;
 	JsonObject *arguments;
 
+	close_fd(&save->memory);
 	if (save->state_fd < 0)
 		return;
 	close_fd(&save->state_fd);

@@ -64,7 +64,7 @@ gboolean pr_qemu_section_at_end(const PrQemuSectionReader *reader)
 	return !reader->bytes->len;
 }
 
-/* How many bytes the section that begins here has with its head; 0: not known yet. */
+/* Sets *ret_total to the section's length with its head, 0 while the head is incomplete. */
 static gboolean measure(const GByteArray *bytes, gsize *ret_total, GError **error)
 {
 	guint32 head[2];

@@ -32,9 +32,12 @@ struct PrQemuWatch {
 	PrGuestRanAgain ran_again; /* telling */
 	void *ran_again_opaque;	   /* telling */
 
+	gint64 acting_on; /* the thread's; seen_at of what it is at */
+
 	GMutex lock;
 	GCond cond;	 /* lock; seen or ending changed */
 	guint seen;	 /* lock; of Seen */
+	gint64 seen_at;	 /* lock; when the first of them came; monotonic us, 0: before the watch */
 	gboolean begun;	 /* lock; events count */
 	gboolean ending; /* lock */
 };
@@ -45,7 +48,7 @@ static void tell(PrQemuWatch *watch, const char *what)
 {
 	g_mutex_lock(&watch->telling);
 	if (watch->ran_again)
-		watch->ran_again(what, watch->ran_again_opaque);
+		watch->ran_again(what, watch->acting_on, watch->ran_again_opaque);
 	else
 		g_warning("%s", what);
 	g_mutex_unlock(&watch->telling);
@@ -127,7 +130,7 @@ static void stop_guest(PrQemuWatch *watch, PrQmp *qmp, const char *what)
 	} while (refused && rest(watch));
 }
 
-/* What has let it run before the watch began was seen by nobody. */
+/* Events before the watch began were not recorded: QEMU is asked. */
 static void look(PrQemuWatch *watch, PrQmp *qmp)
 {
 	gboolean told = FALSE;
@@ -165,6 +168,7 @@ static gboolean wait_seen(PrQemuWatch *watch, guint *ret_seen)
 		g_cond_wait(&watch->cond, &watch->lock);
 	gboolean go_on = !watch->ending;
 	*ret_seen = watch->seen;
+	watch->acting_on = watch->seen_at;
 	watch->seen = 0;
 	g_mutex_unlock(&watch->lock);
 	return go_on;
@@ -193,6 +197,8 @@ void pr_qemu_watch_event(PrQemuWatch *watch, const char *name)
 		return;
 	g_mutex_lock(&watch->lock);
 	if (watch->begun) {
+		if (!watch->seen)
+			watch->seen_at = g_get_monotonic_time();
 		watch->seen |= seen;
 		g_cond_broadcast(&watch->cond);
 	}
@@ -205,6 +211,7 @@ static void set_begun(PrQemuWatch *watch, gboolean begun)
 	watch->begun = begun;
 	watch->ending = !begun;
 	watch->seen = begun ? watch->seen | SEEN_BEGIN : 0;
+	watch->seen_at = 0;
 	g_cond_broadcast(&watch->cond);
 	g_mutex_unlock(&watch->lock);
 }

@@ -29,17 +29,18 @@ typedef struct QemuGuest {
 	PrQemuWatch *watch; /* constant */
 
 	GMutex lock;
-	GArray *blocks;	      /* lock; PrGuestBlock; NULL before prepare() */
-	int uffd;	      /* lock; of a fault mode that a helper turned on; -1: off */
-	gboolean stopped;     /* lock; by stop(), and not resumed since */
-	gboolean was_running; /* lock; goes with stopped */
-	gboolean at_rest;     /* lock; QEMU has stopped the guest since stop() was called */
-	gboolean ran_again;   /* lock; and somebody else has let it run */
-	gboolean dead;	      /* lock */
-	char *death;	      /* lock; why, once dead; constant then */
-	GMutex telling;	      /* held while `died` is called; taken before lock */
-	PrGuestDied died;     /* lock; taken when called */
-	void *died_opaque;    /* lock */
+	GArray *blocks;		/* lock; PrGuestBlock; NULL before prepare() */
+	int uffd;		/* lock; of a fault mode that a helper turned on; -1: off */
+	gboolean stopped;	/* lock; by stop(), and not resumed since */
+	gboolean was_running;	/* lock; goes with stopped */
+	gboolean may_be_fenced; /* lock; by fence(), or by the engine before */
+	gboolean at_rest;	/* lock; QEMU has stopped the guest since stop() was called */
+	gboolean ran_again;	/* lock; and somebody else has let it run, or reset it */
+	gboolean dead;		/* lock */
+	char *death;		/* lock; why, once dead; constant then */
+	GMutex telling;		/* held while `died` is called; taken before lock */
+	PrGuestDied died;	/* lock; taken when called */
+	void *died_opaque;	/* lock */
 } QemuGuest;
 
 typedef struct QemuSpec {
@@ -107,15 +108,15 @@ static void on_event(const char *name, JsonObject *data, void *opaque)
 	load = self->load;
 	if (g_str_equal(name, "STOP"))
 		self->at_rest = TRUE;
-	else if (g_str_equal(name, "RESUME"))
-		self->ran_again = self->at_rest;
+	else if (g_str_equal(name, "RESUME") || g_str_equal(name, "RESET"))
+		self->ran_again |= self->at_rest;
 	g_mutex_unlock(&self->lock);
 	if (load)
 		pr_qemu_load_event(load, name, data);
 	pr_qemu_watch_event(self->watch, name);
 }
 
-/* QMP's end, or the agent's: whichever comes first is told. */
+/* Called by QMP's reader and by the agent's, at the end of their connections; the first call reports the death. */
 static void on_end(const char *reason, void *opaque)
 {
 	QemuGuest *self = opaque;
@@ -272,8 +273,8 @@ static PrGuest *qemu_open(const char *spec, PrGuestHelper *helper, guint timeout
 	self->watch = pr_qemu_watch_new(watch_qmp, self);
 	if (!open_agent(self, &parsed, helper, error))
 		return NULL;
-	follows = pr_agent_client_was_faulting(self->agent) ||
-		  pr_agent_client_was_fenced(self->agent);
+	self->may_be_fenced = pr_agent_client_was_fenced(self->agent);
+	follows = pr_agent_client_was_faulting(self->agent) || self->may_be_fenced;
 	if (!follows && (!connect_qmp(self, error) || !check_process(self, &parsed, error)))
 		return NULL;
 	pr_agent_client_on_death(self->agent, on_end, self);
@@ -406,8 +407,9 @@ static gboolean qemu_check_stopped(PrGuest *guest, GError **error)
 	ran_again = self->ran_again;
 	g_mutex_unlock(&self->lock);
 	if (ran_again)
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
-			    "somebody let the guest run while it was being handed over");
+		g_set_error(
+			error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
+			"somebody let the guest run, or reset it, while it was being handed over");
 	return !ran_again;
 }
 
@@ -539,14 +541,37 @@ static gboolean qemu_fence(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
-	return pr_qemu_watch_begin(self->watch, error) &&
-	       pr_agent_client_fence_on(self->agent, error);
+	g_autoptr(GError) unwatched = NULL;
+	gboolean watched = pr_qemu_watch_begin(self->watch, &unwatched);
+
+	g_mutex_lock(&self->lock);
+	self->may_be_fenced = TRUE;
+	g_mutex_unlock(&self->lock);
+	if (!pr_agent_client_fence_on(self->agent, error))
+		return FALSE;
+	if (!watched)
+		g_propagate_error(error, g_steal_pointer(&unwatched));
+	return watched;
 }
 
 /* The watch goes on. */
 static gboolean qemu_unfence(PrGuest *guest, GError **error)
 {
-	return pr_agent_client_fence_off(((QemuGuest *)guest)->agent, error);
+	QemuGuest *self = (QemuGuest *)guest;
+	gboolean fenced;
+
+	/* Where there is no fence nobody needs to be asked: the helper may have ended. */
+	g_mutex_lock(&self->lock);
+	fenced = self->may_be_fenced;
+	g_mutex_unlock(&self->lock);
+	if (!fenced)
+		return TRUE;
+	if (!pr_agent_client_fence_off(self->agent, error))
+		return FALSE;
+	g_mutex_lock(&self->lock);
+	self->may_be_fenced = FALSE;
+	g_mutex_unlock(&self->lock);
+	return TRUE;
 }
 
 static gboolean qemu_was_fenced(PrGuest *guest)

@@ -18,29 +18,31 @@
 #include "migration/killpoint.h"
 #include "transport/spare.h"
 
+#define RETRY_US G_USEC_PER_SEC /* between two tries to fence */
+
 /* Walking the page tables takes some 70 ms a GiB of pages that are there, 1 ms a GiB of pages that are not. */
 static const PrWatchPoint fencing = {"write-protecting the guest's RAM", 10000};
 
-/* What it means that the guest was let run, or reset. With the lock held. */
-static const char *consequence(const PrMigration *m)
+/* What it means that the guest was let run, or reset, at that time. With the lock held. */
+static const char *consequence(const PrMigration *m, gint64 seen)
 {
 	if (m->sm.state == PR_STATE_COMPLETED)
 		return "all its memory had moved: the destination reads nothing there any more";
-	if (m->fence == PR_FENCE_ON)
+	if (m->fence == PR_FENCE_ON && m->fenced_at <= seen)
 		return "its RAM is write-protected: what the destination reads has not changed";
 	return "its RAM was not write-protected then: what the destination has read of it since may "
 	       "be wrong";
 }
 
 /* PrGuestRanAgain */
-void pr_source_ran_again(const char *what, void *opaque)
+void pr_source_ran_again(const char *what, gint64 seen, void *opaque)
 {
 	PrMigration *m = opaque;
 
 	g_mutex_lock(&m->lock);
 	g_free(m->ran_again);
 	m->ran_again = g_strdup_printf("the guest at the source, which was handed over: %s; %s",
-				       what, consequence(m));
+				       what, consequence(m, seen));
 	pr_migration_alarm_locked(m, m->ran_again);
 	if (m->conn)
 		pr_migration_farewell(m->conn, PR_MSG_NOTE, m->ran_again);
@@ -65,25 +67,60 @@ static void note_refused(PrMigration *m, const char *why)
 static void note_fenced(PrMigration *m, gint64 began)
 {
 	g_mutex_lock(&m->lock);
+	if (m->fence != PR_FENCE_ON)
+		m->fenced_at = g_get_monotonic_time();
 	m->fence = PR_FENCE_ON;
+	if (m->unfenced)
+		pr_migration_note_locked(m, "the source's RAM is write-protected now");
 	g_clear_pointer(&m->unfenced, g_free);
 	g_mutex_unlock(&m->lock);
+	pr_migration_tell(m);
 	g_info("the source's RAM is write-protected, which took %.1f ms",
 	       (double)(g_get_monotonic_time() - began) / 1e3);
 }
 
+/* Neither a kernel that has no such protection nor an end will be different in a second. */
+static gboolean may_pass(const GError *error)
+{
+	return g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED) ||
+	       g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_TIMEOUT);
+}
+
+/* Waits before the next try. FALSE: nothing is left that has to be protected, or the engine is to end. */
+static gboolean rest(PrMigration *m)
+{
+	gint64 until = g_get_monotonic_time() + RETRY_US;
+
+	g_mutex_lock(&m->lock);
+	while (pr_state_is_postcopy(m->sm.state) && !m->quit && !m->guest_gone &&
+	       g_cond_wait_until(&m->changed, &m->lock, until))
+		;
+	gboolean go_on = pr_state_is_postcopy(m->sm.state) && !m->quit && !m->guest_gone;
+	g_mutex_unlock(&m->lock);
+	return go_on;
+}
+
+/* What keeps it from standing may pass: QEMU's main thread was busy for longer than the helper waits. */
 static gpointer fence_thread(gpointer migration)
 {
 	PrMigration *m = migration;
 	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "fence");
-	g_autoptr(GError) error = NULL;
 	gint64 began = g_get_monotonic_time();
 
-	pr_watch_busy(watch, &fencing);
-	if (m->guest->ops->fence(m->guest, &error))
-		note_fenced(m, began);
-	else if (!g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
-		note_refused(m, error->message);
+	for (gboolean told = FALSE;; told = TRUE) {
+		g_autoptr(GError) error = NULL;
+
+		pr_watch_busy(watch, &fencing);
+		if (m->guest->ops->fence(m->guest, &error)) {
+			note_fenced(m, began);
+			break;
+		}
+		if (!told && !g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
+			note_refused(m, error->message);
+		pr_watch_idle(watch);
+		if (!may_pass(error) || !rest(m))
+			break;
+	}
 	pr_kill_point(PR_KILL_SOURCE_FENCED);
 	return NULL;
 }
@@ -107,8 +144,10 @@ void pr_source_await_fence(PrMigration *m)
 void pr_source_fence_again(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
-	if (m->guest->ops->was_fenced(m->guest))
+	if (m->guest->ops->was_fenced(m->guest)) {
 		m->fence = PR_FENCE_ON;
+		m->fenced_at = 0;
+	}
 	g_mutex_unlock(&m->lock);
 	pr_source_fence(m);
 }

@@ -170,6 +170,7 @@ struct PrMigration {
 	char *guest_gone; /* why this side's guest process is; NULL: it is there */
 	/* source, fence.c */
 	PrFence fence;
+	gint64 fenced_at; /* goes with fence: since when it stands, monotonic us; 0: since before this engine */
 	char *unfenced;	 /* why its RAM is not write-protected, in words for both sides; or NULL */
 	char *ran_again; /* what was seen last of a guest that was handed over; or NULL */
 	gboolean held;	 /* either side: a human has paused; automatic recovery waits for a human */
@@ -378,7 +379,7 @@ void pr_source_unfence(PrMigration *m);
 /* Either side, at the beginning: the guest's process may have been a source before. */
 void pr_migration_begin_unfenced(PrMigration *m);
 /* PrGuestRanAgain */
-void pr_source_ran_again(const char *what, void *migration);
+void pr_source_ran_again(const char *what, gint64 seen, void *migration);
 /* Tells the destination what it has to know of the source's guest; once for each connection, as the destination's engine
  * may be another one. */
 void pr_source_tell_guest(PrMigration *m, PrConn *conn);

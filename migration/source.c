@@ -712,14 +712,14 @@ static void see_through(PrMigration *m, PrConn *conn)
 
 static void note_end(PrMigration *m)
 {
-	pr_source_await_fence(m);
 	g_mutex_lock(&m->lock);
 	gboolean completed = m->sm.state == PR_STATE_COMPLETED;
 	g_mutex_unlock(&m->lock);
-	if (!completed)
-		return;
-	pr_source_note_completed(m);
-	pr_source_unfence(m);
+	if (completed)
+		pr_source_note_completed(m);
+	pr_source_await_fence(m);
+	if (completed)
+		pr_source_unfence(m);
 }
 
 gpointer pr_source_thread(gpointer migration)

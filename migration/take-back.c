@@ -40,7 +40,7 @@ static void say(PrMigration *m, const GError *why, gint64 *said)
 	pr_migration_tell(m);
 }
 
-/* FALSE: there is nothing more to try. */
+/* FALSE: the guest's process is gone, or the engine is to end. */
 static gboolean rest(PrMigration *m, gint64 us)
 {
 	gint64 until = g_get_monotonic_time() + us;

@@ -74,14 +74,14 @@ static void arrange_signals(void)
 	sigprocmask(SIG_SETMASK, &child, NULL);
 }
 
-static void drop_capabilities(void)
+static bool drop_capabilities(void)
 {
 	struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
 	struct __user_cap_data_struct data[2];
 	const uint32_t kept = 1u << CAP_SYS_PTRACE | 1u << CAP_DAC_OVERRIDE;
 
 	if (syscall(SYS_capget, &head, data) < 0)
-		return;
+		return false;
 	for (int i = 0; i <= CAP_LAST_CAP; i++) {
 		if (i >= 32 || !(kept & 1u << i))
 			prctl(PR_CAPBSET_DROP, i, 0, 0, 0);
@@ -92,7 +92,7 @@ static void drop_capabilities(void)
 	data[0].inheritable = 0;
 	memset(&data[1], 0, sizeof(data[1]));
 	head.pid = 0;
-	syscall(SYS_capset, &head, data);
+	return syscall(SYS_capset, &head, data) == 0;
 }
 
 #ifdef FILTER_ARCH
@@ -156,14 +156,13 @@ static const int allowed[] = {
 	SYS_futex,
 	SYS_exit_group,
 	SYS_exit,
-	SYS_tgkill,
 };
 #define N_ALLOWED (sizeof(allowed) / sizeof(allowed[0]))
 
 /* Signals only to itself, which is how an abort ends. */
-static void load_filter(void)
+static bool load_filter(void)
 {
-	struct sock_filter code[2 * N_ALLOWED + 10];
+	struct sock_filter code[2 * N_ALLOWED + 11];
 	struct sock_fprog program = {.filter = code};
 	unsigned n = 0;
 
@@ -171,10 +170,12 @@ static void load_filter(void)
 	(struct sock_filter)                                                                       \
 		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
 #define UNLESS(value, skip) (struct sock_filter) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, skip)
+#define IF(value, skip)	    (struct sock_filter) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, skip, 0)
 #define RETURN(action)	    (struct sock_filter) BPF_STMT(BPF_RET | BPF_K, action)
 	code[n++] = LOAD(arch);
-	code[n++] = UNLESS(FILTER_ARCH, 5);
+	code[n++] = UNLESS(FILTER_ARCH, 6);
 	code[n++] = LOAD(nr);
+	code[n++] = IF(SYS_tgkill, 1);
 	code[n++] = UNLESS(SYS_kill, 4);
 	code[n++] = LOAD(args[0]);
 	code[n++] = UNLESS((uint32_t)getpid(), 1);
@@ -187,21 +188,24 @@ static void load_filter(void)
 	code[n++] = RETURN(SECCOMP_RET_ERRNO | EPERM);
 #undef LOAD
 #undef UNLESS
+#undef IF
 #undef RETURN
 	program.len = n;
-	syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_LOG, &program);
+	return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_LOG, &program) ==
+	       0;
 }
 #endif
 
-void attach_confine(int socket, bool filter)
+bool attach_confine(int socket, bool filter)
 {
 	close_others(socket);
 	arrange_signals();
 	prctl(PR_SET_NAME, "postroad-attach");
-	drop_capabilities();
-	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+	if (!drop_capabilities() || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+		return false;
 #ifdef FILTER_ARCH
 	if (filter && !SANITIZED)
-		load_filter();
+		return load_filter();
 #endif
+	return true;
 }

@@ -388,14 +388,15 @@ static void run_helper(int socket, bool filter)
 		.target = {.pidfd = -1, .proc_fd = -1, .mem_fd = -1, .lock_fd = -1},
 	};
 
-	attach_confine(socket, filter);
+	if (!attach_confine(socket, filter))
+		_exit(1);
 	serve(&helper);
 	_exit(0);
 }
 
 int pr_attach_fork(bool filter, pid_t *ret_helper)
 {
-	int pair[2];
+	int pair[2], code;
 	pid_t pid;
 
 	if (!attach_has_injector)
@@ -403,12 +404,13 @@ int pr_attach_fork(bool filter, pid_t *ret_helper)
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 		return -errno;
 	pid = fork();
+	code = errno;
 	if (pid == 0)
 		run_helper(pair[1], filter);
 	close(pair[1]);
 	if (pid < 0) {
 		close(pair[0]);
-		return -EAGAIN;
+		return -code;
 	}
 	*ret_helper = pid;
 	return pair[0];

@@ -183,7 +183,12 @@ static bool refuse_unsettled(AttachStop *stop)
 			   (int)stop->target->pid);
 }
 
-typedef enum Attempt { ATTEMPT_HELD, ATTEMPT_AGAIN, ATTEMPT_FAILED } Attempt;
+typedef enum Attempt {
+	ATTEMPT_HELD,
+	ATTEMPT_AGAIN,
+	ATTEMPT_TRACED, /* by another one: a debugger, or a helper that is just ending */
+	ATTEMPT_FAILED,
+} Attempt;
 
 static Attempt attempt(AttachStop *stop)
 {
@@ -196,7 +201,7 @@ static Attempt attempt(AttachStop *stop)
 	}
 	if (trace(stop, PTRACE_SEIZE, (void *)PTRACE_O_TRACESYSGOOD) < 0) {
 		attach_fail_access(stop->target, stop->result, "stopping the main thread");
-		return ATTEMPT_FAILED;
+		return attach_is_traced(stop->target) ? ATTEMPT_TRACED : ATTEMPT_FAILED;
 	}
 	switch (interrupt(stop)) {
 	case STOPPED_INTERRUPTED:
@@ -231,36 +236,36 @@ static bool may_be_at_rest(const AttachStop *stop)
 	return number == SYS_ppoll || number == SYS_poll;
 }
 
+/* ptrace(2) takes a number, which may be another process's by now: the pidfd knows. */
 static bool refuse_state(AttachStop *stop)
 {
 	char state = attach_target_state(stop->target);
 	int pid = stop->target->pid;
 
+	if (attach_target_gone(stop->target))
+		return attach_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
 	if (state == 'T')
 		return attach_fail(stop->result, PR_AGENT_FAILED,
 				   "process %d is stopped by a signal; let it run: kill -CONT %d",
 				   pid, pid);
-	if (state == 't') {
-		errno = EPERM;
-		return attach_fail_access(stop->target, stop->result, "stopping the main thread");
-	}
 	return true;
 }
 
 static bool hold(AttachStop *stop)
 {
+	const AttachResult before = *stop->result;
 	Attempt how = ATTEMPT_AGAIN;
 
 	stop->deadline = attach_now() + ATTACH_STOP_MS;
-	while (how == ATTEMPT_AGAIN && attach_now() < stop->deadline) {
-		bool tries = may_be_at_rest(stop);
+	while ((how == ATTEMPT_AGAIN || how == ATTEMPT_TRACED) && attach_now() < stop->deadline) {
+		bool tries = attach_target_state(stop->target) == 't' || may_be_at_rest(stop);
 
 		if (!refuse_state(stop))
 			return false;
 		if (tries)
 			how = attempt(stop);
 		/* Between two looks at the condition. */
-		if (how == ATTEMPT_AGAIN)
+		if (how == ATTEMPT_AGAIN || how == ATTEMPT_TRACED)
 			attach_sleep(tries ? RETRY_MS : LOOK_MS);
 	}
 	if (how == ATTEMPT_AGAIN)
@@ -269,6 +274,9 @@ static bool hold(AttachStop *stop)
 			"the main thread of process %d was not once at rest in ppoll() within %d ms; "
 			"is it a QEMU, and does its monitor answer?",
 			(int)stop->target->pid, ATTACH_STOP_MS);
+	/* Another tracer that has ended meanwhile was no failure. */
+	if (how == ATTEMPT_HELD)
+		*stop->result = before;
 	return how == ATTEMPT_HELD;
 }
 
@@ -331,11 +339,20 @@ static Stopped run_on(AttachStop *stop, int *ret_signal)
 	return how;
 }
 
+/* A thread that can't be reached, and is there, is let go as far as that goes. */
 static bool fail_gone(AttachStop *stop)
 {
-	stop->held = false;
-	return attach_fail(stop->result, PR_AGENT_FAILED, "process %d is gone",
-			   (int)stop->target->pid);
+	int code = errno, pid = stop->target->pid;
+
+	if (attach_target_gone(stop->target)) {
+		stop->held = false;
+		return attach_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
+	}
+	put_back(stop);
+	let_go(stop, 0);
+	return attach_fail(stop->result, PR_AGENT_FAILED,
+			   "the memory or the registers of process %d can't be reached: %s", pid,
+			   strerror(code));
 }
 
 static bool finish_call(AttachStop *stop, long *ret)

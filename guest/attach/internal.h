@@ -50,6 +50,7 @@ bool attach_fail(AttachResult *result, PrAgentStatus status, const char *format,
 	__attribute__((format(printf, 3, 4)));
 /* The same, about something of the process that errno says can't be had: says why, and what to do. */
 bool attach_fail_access(const AttachTarget *target, AttachResult *result, const char *what);
+bool attach_is_traced(const AttachTarget *target);
 void attach_close_fd(int *fd);
 /* Milliseconds. */
 int64_t attach_now(void);
@@ -134,4 +135,5 @@ bool attach_keep_state(AttachTarget *target, int fd, AttachResult *result);
 int attach_fetch_state(const AttachTarget *target, AttachResult *result);
 
 /* confine.c */
-void attach_confine(int socket, bool filter);
+/* False: something of it could not be given up; the helper must not serve then. */
+bool attach_confine(int socket, bool filter);

@@ -170,10 +170,12 @@ static bool take_regions(AttachRam *ram, Search *search, AttachResult *result)
 			fits = add_region(ram, &search->spans[i], page_size) && fits;
 		attach_close_fd(&search->spans[i].fd);
 	}
-	return fits || attach_fail(result, PR_AGENT_UNSUPPORTED,
-				   "process %d shares more than %d files in memory; give the guest "
-				   "its RAM in fewer memory backends",
-				   (int)search->target->pid, PR_AGENT_REGIONS_MAX);
+	return fits ||
+	       attach_fail(
+		       result, PR_AGENT_UNSUPPORTED,
+		       "process %d has more mappings of shared memory than can be looked at (%d "
+		       "of RAM at most); give the guest its RAM in fewer memory backends",
+		       (int)search->target->pid, PR_AGENT_REGIONS_MAX);
 }
 
 void attach_ram_clear(AttachRam *ram)
@@ -194,8 +196,11 @@ bool attach_ram_find(AttachRam *ram, const AttachTarget *target, AttachResult *r
 	attach_ram_clear(ram);
 	if (!read_maps(&search))
 		return attach_fail_access(target, result, "the list of mappings");
-	if (!attach_each_fd(target, see_fd, &search))
+	if (!attach_each_fd(target, see_fd, &search)) {
+		for (unsigned i = 0; i < search.n; i++)
+			attach_close_fd(&search.spans[i].fd);
 		return attach_fail_access(target, result, "the list of open files");
+	}
 	return take_regions(ram, &search, result);
 }
 

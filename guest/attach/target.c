@@ -174,6 +174,13 @@ static int yama_scope(void)
 #define WAY_OUT                                                                                    \
 	"or preload libpostroad-agent.so into QEMU and add agent=PATH, which needs no privilege"
 
+bool attach_is_traced(const AttachTarget *target)
+{
+	char name[32];
+
+	return tracer_of(target, name, sizeof(name)) != 0;
+}
+
 bool attach_fail_access(const AttachTarget *target, AttachResult *result, const char *what)
 {
 	int code = errno, scope = yama_scope(), pid = target->pid;
@@ -202,7 +209,7 @@ bool attach_fail_access(const AttachTarget *target, AttachResult *result, const 
 	return attach_fail(
 		result, PR_AGENT_PERMISSION,
 		"%s of process %d: refused; start the engine as root with the "
-		"capabilities SYS_PTRACE and DAC_OVERRIDE%s, " WAY_OUT,
+		"CAP_SYS_PTRACE and CAP_DAC_OVERRIDE%s, " WAY_OUT,
 		what, pid,
 		scope ? " (kernel.yama.ptrace_scope is set, so being QEMU's user is not enough)"
 		      : "");

@@ -139,7 +139,8 @@ bool attach_parked(const AttachTarget *target, uint32_t *ret_flags, AttachResult
 	*ret_flags = 0;
 	if (faults.there >= 0 && faults.flags != PROGRESS_OFF)
 		*ret_flags |= PR_AGENT_FLAG_FAULT_ON;
-	if (fence.there >= 0 && fence.flags != PROGRESS_OFF)
+	/* One that a dead helper has not finished holds nobody off. */
+	if (fence.there >= 0 && fence.flags == PROGRESS_DONE)
 		*ret_flags |= PR_AGENT_FLAG_FENCE_ON;
 	return true;
 }

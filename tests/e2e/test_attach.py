@@ -77,7 +77,7 @@ def by_pid(lab):
     engine.process.stop()
     said = start_refused(lab, host, f"{vm.guest_option()},pid={os.getpid()}")
     expect("does not run the vCPUs" in said, f"the refusal does not say why: {said}")
-    expect("name QEMU's with pid=" in said, f"the refusal does not say what to do: {said}")
+    expect("name that one's" in said, f"the refusal does not say what to do: {said}")
 
 
 def helper_of(engine):

@@ -323,6 +323,7 @@ void fake_qmp_set_healthy(FakeQmp *fake)
 		{"qom-get /machine type", "\"pc-q35-7.2-machine\""},
 		{"qom-get /cpu0 type", "\"max-x86_64-cpu\""},
 		{"human-monitor-command info qtree", "\"\""},
+		{"query-migrate-parameters", "{\"tls-creds\": \"\"}"},
 		{"migrate-set-capabilities", "{}"},
 		{"getfd", "{}"},
 		{"add-fd", "{\"fdset-id\": 3, \"fd\": 30}"},

@@ -332,7 +332,7 @@ static void what_differs_is_named_while_the_guest_runs(void **state)
 		 "\"mem    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000\\r\\n"
 		 "pc.bios    4 KiB  0x0000000004000000 0x0000000000020000 "
 		 "0x0000000000020000\\r\\n\"",
-		 "RAM block 'pc.bios' has 256 KiB at one side and 128 KiB at the destination"},
+		 "RAM block 'pc.bios' has 256 KiB at the source and 128 KiB at the destination"},
 		{"human-monitor-command info ramblock",
 		 "\"mem    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000\"",
 		 "RAM block 'pc.bios' (256 KiB) is missing at the destination"},
@@ -407,6 +407,7 @@ static void devices_are_compared_by_place_and_type(void **state)
 /* The source may be anybody who has a certificate. */
 static void early_state_that_makes_no_sense_is_refused(void **state)
 {
+	static char deep[1 << 20] = "{\"a\": "; /* it would go deeper than a stack */
 	static const struct {
 		PrQemuSectionType type;
 		const char *body;
@@ -415,6 +416,8 @@ static void early_state_that_makes_no_sense_is_refused(void **state)
 	} cases[] = {
 		{PR_QEMU_SECTION_FACTS, "nonsense", 8, "not a JSON object"},
 		{PR_QEMU_SECTION_FACTS, "[]", 2, "not a JSON object"},
+		{PR_QEMU_SECTION_FACTS, "{}{}", 4, "not a JSON object"},
+		{PR_QEMU_SECTION_FACTS, deep, sizeof(deep), "not a JSON object"},
 		{PR_QEMU_SECTION_FACTS, "{}", 2, "another machine type: '' at the source"},
 		{PR_QEMU_SECTION_FACTS, "{\"machine\": 7}", 14, "another machine type"},
 		{PR_QEMU_SECTION_BLOCK, "pc.bios", 7, "RAM of an unknown block"},
@@ -423,6 +426,7 @@ static void early_state_that_makes_no_sense_is_refused(void **state)
 		{PR_QEMU_SECTION_N, "", 0, "makes no sense"},
 	};
 
+	memset(deep + strlen(deep), '[', sizeof(deep) - strlen(deep));
 	for (guint i = 0; i < G_N_ELEMENTS(cases); i++) {
 		g_autoptr(Qemu) qemu = qemu_new();
 		g_autoptr(GByteArray) bytes = g_byte_array_new();

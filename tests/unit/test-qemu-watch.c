@@ -34,7 +34,7 @@ typedef struct Qemu {
 	GPtrArray *words; /* lock; what was told */
 } Qemu;
 
-static void ran_again(const char *what, void *opaque)
+static void ran_again(const char *what, gint64 seen, void *opaque)
 {
 	Qemu *qemu = opaque;
 
