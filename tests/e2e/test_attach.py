@@ -86,6 +86,20 @@ def helper_of(engine):
     return children[0]
 
 
+@case("helper-that-dies-between-stop-and-run-does-not-keep-the-source-stopped")
+def dies_in_the_switch(lab):
+    """Nothing that the source's guest needs to run on is the helper's."""
+    move = Move(lab, settings=("auto-recover=off", "heartbeat-timeout=2000"), program="killable-postroad")
+    move.source.restart_to_freeze("source-state-sent")
+    move.start()
+    move.source.wait_frozen()
+    kill_helper(move.source)
+    move.network.link_down(1)
+    move.source.thaw()
+    wait_for("the source has undone it", 30, lambda: move.source.status() in ("failed", "cancelled"))
+    move.expect_source_runs()
+
+
 @case("attaching-without-the-privilege-is-refused")
 def no_privilege(lab):
     host = lab.network.source

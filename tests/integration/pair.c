@@ -327,6 +327,21 @@ void pair_wait_recovered(Pair *pair, guint64 n)
 		}
 }
 
+void pair_wait_fenced(Pair *pair)
+{
+	gint64 deadline = g_get_monotonic_time() + 30 * G_USEC_PER_SEC;
+
+	for (;;) {
+		g_auto(PrMigrationInfo) info = {0};
+
+		pr_migration_query(pair->source.engine, &info);
+		if (info.fenced)
+			return;
+		g_assert_cmpint(g_get_monotonic_time(), <, deadline);
+		g_usleep(1000); /* between two looks at the condition */
+	}
+}
+
 void pair_wait_received(Pair *pair, uint64_t bytes)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;

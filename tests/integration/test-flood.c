@@ -79,22 +79,6 @@ static guint64 pauses(Side *side)
 	return info.pauses;
 }
 
-/* Which opens a descriptor of its own. */
-static void wait_fenced(Pair *pair)
-{
-	gint64 deadline = g_get_monotonic_time() + 30 * G_USEC_PER_SEC;
-
-	for (;;) {
-		g_auto(PrMigrationInfo) info = {0};
-
-		pr_migration_query(pair->source.engine, &info);
-		if (info.fenced)
-			return;
-		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(1000); /* between two looks at the condition */
-	}
-}
-
 /* What was opened for those that came is closed. */
 static void wait_fds(guint at_most)
 {
@@ -121,7 +105,7 @@ static void a_flood_disturbs_no_migration(void **state)
 
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
-	wait_fenced(pair);
+	pair_wait_fenced(pair); /* which opens a descriptor of its own */
 	lane = foreign_lane(pair);
 	port = port_of(pair);
 	fds = count_fds();

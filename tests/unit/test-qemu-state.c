@@ -306,6 +306,31 @@ static void private_ram_that_is_found_late_is_written_late(void **state)
 	sections_clear(&bytes);
 }
 
+/* A QEMU before 8.0 tells their place in the guest's address space by the last part of their names only. */
+static void two_frame_buffers_of_one_name_are_not_mixed_up(void **state)
+{
+	g_autoptr(Qemu) qemu = qemu_new();
+	g_autoptr(GError) error = NULL;
+	Sections sections;
+
+	fake_qmp_set(
+		qemu->fake, "human-monitor-command info ramblock",
+		"\"mem    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000\\r\\n"
+		"0000:00:01.0/vga.vram    4 KiB  0x0000000008000000 0x1000 0x1000\\r\\n"
+		"0000:00:02.0/vga.vram    4 KiB  0x0000000009000000 0x1000 0x1000\\r\\n\"");
+	fake_qmp_set(qemu->fake, "human-monitor-command info mtree -f",
+		     "\"  00000000fd000000-00000000fd000fff (prio 1, ram): vga.vram\\r\\n"
+		     "  00000000fe000000-00000000fe000fff (prio 1, ram): vga.vram\\r\\n\"");
+	sections_init(&sections);
+	qemu_attach(qemu);
+	assert_true(qemu->guest->ops->describe(qemu->guest, collect, &sections, &error));
+	assert_true(qemu->guest->ops->save_early(qemu->guest, NULL, collect, &sections, &error));
+	sections_sort(&sections);
+	assert_int_equal(sections.n_blocks, 0);
+	assert_int_equal(fake_qmp_count(qemu->fake, "human-monitor-command gpa2hva 0xfd000000"), 0);
+	sections_clear(&sections);
+}
+
 /* What the two sides must have in common */
 
 static const char qtree[] =
@@ -611,6 +636,7 @@ int main(void)
 		cmocka_unit_test(a_save_that_was_cancelled_is_not_begun),
 		cmocka_unit_test(private_ram_moves_and_only_what_changed_moves_again),
 		cmocka_unit_test(private_ram_that_is_found_late_is_written_late),
+		cmocka_unit_test(two_frame_buffers_of_one_name_are_not_mixed_up),
 		cmocka_unit_test(what_differs_is_named_while_the_guest_runs),
 		cmocka_unit_test(devices_are_compared_by_place_and_type),
 		cmocka_unit_test(early_state_that_makes_no_sense_is_refused),
