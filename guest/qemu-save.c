@@ -160,19 +160,26 @@ static gboolean write_state(PrQemuSave *save, GError **error)
 	return FALSE;
 }
 
-static gboolean state_is_sound(const uint8_t *state, gsize len, GError **error)
+static gboolean refuse_state(gsize len, GError **error)
 {
-	guint32 head[2] = {0};
-
-	memcpy(head, state, MIN(len, sizeof(head)));
-	if (len > STREAM_HEAD && GUINT32_FROM_BE(head[0]) == STREAM_MAGIC &&
-	    GUINT32_FROM_BE(head[1]) == STREAM_VERSION && state[len - 1] == STREAM_EOF)
-		return TRUE;
 	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
 		    "the device state that QEMU has saved makes no sense (%" G_GSIZE_FORMAT
 		    " bytes)",
 		    len);
 	return FALSE;
+}
+
+static gboolean check_state(const uint8_t *state, gsize len, GError **error)
+{
+	guint32 head[2];
+
+	if (len <= STREAM_HEAD)
+		return refuse_state(len, error);
+	memcpy(head, state, sizeof(head));
+	if (GUINT32_FROM_BE(head[0]) == STREAM_MAGIC &&
+	    GUINT32_FROM_BE(head[1]) == STREAM_VERSION && state[len - 1] == STREAM_EOF)
+		return TRUE;
+	return refuse_state(len, error);
 }
 
 /* What the destination's QEMU expects of a migration stream. */
@@ -201,7 +208,7 @@ static GByteArray *take_state(PrQemuSave *save, GError **error)
 	void *state;
 
 	if (len <= 0 || len > STATE_MAX) {
-		state_is_sound(NULL, 0, error);
+		refuse_state(MAX(len, 0), error);
 		return NULL;
 	}
 	state = mmap(NULL, len, PROT_READ, MAP_PRIVATE, save->state_fd, 0);
@@ -210,7 +217,7 @@ static GByteArray *take_state(PrQemuSave *save, GError **error)
 			    "the device state cannot be read: %s", g_strerror(errno));
 		return NULL;
 	}
-	if (state_is_sound(state, len, error))
+	if (check_state(state, len, error))
 		stream = complete_stream(save, state, len);
 	munmap(state, len);
 	return stream;
