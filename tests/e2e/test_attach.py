@@ -93,7 +93,7 @@ def dies_in_the_switch(lab):
     move.source.restart_to_freeze("source-state-sent")
     move.start()
     move.source.wait_frozen()
-    kill_helper(move.source)
+    os.kill(helper_of(move.source), signal.SIGKILL)
     move.network.link_down(1)
     move.source.thaw()
     wait_for("the source has undone it", 30, lambda: move.source.status() in ("failed", "cancelled"))
