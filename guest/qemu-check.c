@@ -10,9 +10,7 @@
 
 #include "guest/json.h"
 
-static gboolean refuse(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
-
-static gboolean refuse(GError **error, const char *format, ...)
+gboolean pr_qemu_refuse(GError **error, const char *format, ...)
 {
 	va_list args;
 
@@ -76,7 +74,8 @@ static gboolean check_version(PrQmp *qmp, GError **error)
 		return FALSE;
 	if (major > 7 || (major == 7 && minor >= 2))
 		return TRUE;
-	return refuse(error, "this is QEMU %u.%u; Postroad needs QEMU 7.2 or later", major, minor);
+	return pr_qemu_refuse(error, "this is QEMU %u.%u; Postroad needs QEMU 7.2 or later", major,
+			      minor);
 }
 
 /* Capabilities of QEMU's own migration with which it would not read a plain stream. */
@@ -95,7 +94,7 @@ static gboolean check_capabilities(PrQmp *qmp, GError **error)
 
 		if (name && g_strv_contains(bad, name) &&
 		    pr_json_boolean(json_array_get_object_element(array, i), "state"))
-			return refuse(
+			return pr_qemu_refuse(
 				error,
 				"the destination's QEMU has its migration capability '%s' on; "
 				"switch it off (migrate_set_capability %s off in its monitor)",
@@ -113,7 +112,7 @@ static gboolean check_parameters(PrQmp *qmp, GError **error)
 		return FALSE;
 	if (!*object_string(parameters, "tls-creds"))
 		return TRUE;
-	return refuse(
+	return pr_qemu_refuse(
 		error,
 		"the destination's QEMU has its migration parameter 'tls-creds' set; clear it "
 		"(migrate_set_parameter tls-creds \"\" in its monitor)");
@@ -129,11 +128,11 @@ static gboolean check_blockers(JsonObject *migration, GError **error)
 	    !json_array_get_length(json_node_get_array(node)))
 		return TRUE;
 	first = json_array_get_element(json_node_get_array(node), 0);
-	return refuse(error, "this QEMU cannot migrate: %s",
-		      JSON_NODE_HOLDS_VALUE(first) &&
-				      json_node_get_value_type(first) == G_TYPE_STRING
-			      ? json_node_get_string(first)
-			      : "it does not say why");
+	return pr_qemu_refuse(error, "this QEMU cannot migrate: %s",
+			      JSON_NODE_HOLDS_VALUE(first) &&
+					      json_node_get_value_type(first) == G_TYPE_STRING
+				      ? json_node_get_string(first)
+				      : "it does not say why");
 }
 
 /* Dirty bitmaps are not in the device state: a backup that relies on one would miss writes. */
@@ -147,10 +146,11 @@ static gboolean check_bitmaps_of(JsonObject *node, GError **error)
 		return TRUE;
 	name = object_string(node, "node-name");
 	bitmap = element_string(json_node_get_array(list), 0, "name");
-	return refuse(error,
-		      "block node '%s' has the dirty bitmap '%s', which can't be migrated; remove "
-		      "it first (block-dirty-bitmap-remove)",
-		      name, bitmap ? bitmap : "");
+	return pr_qemu_refuse(
+		error,
+		"block node '%s' has the dirty bitmap '%s', which can't be migrated; remove "
+		"it first (block-dirty-bitmap-remove)",
+		name, bitmap ? bitmap : "");
 }
 
 static gboolean check_bitmaps(PrQmp *qmp, GError **error)
@@ -176,19 +176,21 @@ static gboolean check_source_state(const char *migration, const char *run_state,
 					      NULL};
 
 	if (g_str_equal(run_state, "inmigrate"))
-		return refuse(error,
-			      "this QEMU waits for an incoming migration (-incoming); it can "
-			      "only be a destination");
+		return pr_qemu_refuse(
+			error, "this QEMU waits for an incoming migration (-incoming); it can "
+			       "only be a destination");
 	if (!g_strv_contains(at_rest, migration))
-		return refuse(error,
-			      "this QEMU is migrating already (query-migrate says '%s'); wait for "
-			      "it or use its migrate_cancel",
-			      migration);
+		return pr_qemu_refuse(
+			error,
+			"this QEMU is migrating already (query-migrate says '%s'); wait for "
+			"it or use its migrate_cancel",
+			migration);
 	if (g_str_equal(run_state, "postmigrate") && g_str_equal(migration, "completed"))
-		return refuse(error, "this QEMU's guest has migrated away already (run state "
-				     "'postmigrate'); `cont` in its monitor takes it back");
+		return pr_qemu_refuse(error,
+				      "this QEMU's guest has migrated away already (run state "
+				      "'postmigrate'); `cont` in its monitor takes it back");
 	if (!g_strv_contains(movable, run_state))
-		return refuse(
+		return pr_qemu_refuse(
 			error,
 			"this QEMU's guest is in the run state '%s'; only one that runs or is "
 			"paused can be moved",
@@ -200,17 +202,20 @@ static gboolean check_destination_state(JsonObject *migration, const char *run_s
 					GError **error)
 {
 	if (!g_str_equal(run_state, "inmigrate"))
-		return refuse(error,
-			      "this QEMU does not wait for a guest (run state '%s'); start the "
-			      "destination with -incoming defer",
-			      run_state);
+		return pr_qemu_refuse(
+			error,
+			"this QEMU does not wait for a guest (run state '%s'); start the "
+			"destination with -incoming defer",
+			run_state);
 	if (g_str_equal(object_string(migration, "status"), "failed"))
-		return refuse(error, "this QEMU has failed to load a guest already; start the "
-				     "destination anew with -incoming defer");
+		return pr_qemu_refuse(error,
+				      "this QEMU has failed to load a guest already; start the "
+				      "destination anew with -incoming defer");
 	if (json_object_has_member(migration, "socket-address") ||
 	    *object_string(migration, "status"))
-		return refuse(error, "this QEMU listens for a migration of its own; start the "
-				     "destination with -incoming defer");
+		return pr_qemu_refuse(error,
+				      "this QEMU listens for a migration of its own; start the "
+				      "destination with -incoming defer");
 	return TRUE;
 }
 
@@ -240,7 +245,7 @@ static gboolean check_device(const char *path, const char *name, const char *typ
 
 	for (guint i = 0; bad[i]; i++) {
 		if (strstr(type, bad[i]))
-			return refuse(
+			return pr_qemu_refuse(
 				error,
 				"device %s/%s is a %.*s, which reaches guest RAM from outside "
 				"of QEMU and can't be migrated; unplug it first",
@@ -287,11 +292,12 @@ static gboolean check_network(PrQmp *qmp, GError **error)
 		const char *line = g_strchug(lines[i]);
 
 		if (strstr(line, "type=vhost-user") || strstr(line, "type=vhost-vdpa"))
-			return refuse(error,
-				      "netdev '%.*s' is served by another process that maps guest "
-				      "RAM (vhost-user or vhost-vdpa) and can't be migrated; use a "
-				      "tap netdev",
-				      (int)strcspn(line, ":"), line);
+			return pr_qemu_refuse(
+				error,
+				"netdev '%.*s' is served by another process that maps guest "
+				"RAM (vhost-user or vhost-vdpa) and can't be migrated; use a "
+				"tap netdev",
+				(int)strcspn(line, ":"), line);
 	}
 	return TRUE;
 }
@@ -402,9 +408,10 @@ static gboolean check_blocks(const GArray *ramblocks, const GArray *backends, gu
 		n_shared += shared && *block->name;
 	}
 	if (!n_shared)
-		return refuse(error, "this QEMU has no shared RAM; start it with -object "
-				     "memory-backend-memfd,id=mem,size=SIZE,share=on and -machine "
-				     "memory-backend=mem");
+		return pr_qemu_refuse(error,
+				      "this QEMU has no shared RAM; start it with -object "
+				      "memory-backend-memfd,id=mem,size=SIZE,share=on and -machine "
+				      "memory-backend=mem");
 	*ret_n_shared = n_shared;
 	return TRUE;
 }

@@ -10,20 +10,6 @@
 
 #define DEVICES_MAX 4096 /* a source may name, and RAM blocks */
 
-static gboolean refuse(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
-
-static gboolean refuse(GError **error, const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	if (error)
-		*error = g_error_new_valist(PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED, format,
-					    args);
-	va_end(args);
-	return FALSE;
-}
-
 /* ---- the devices ---- */
 
 /* A bus that encloses the line which is being read. */
@@ -316,23 +302,24 @@ static gboolean check_machine(JsonObject *source, JsonObject *here, GError **err
 	gint64 n_theirs = pr_json_int(source, "cpus"), n_ours = pr_json_int(here, "cpus");
 
 	if (!g_str_equal(theirs, ours))
-		return refuse(
+		return pr_qemu_refuse(
 			error,
 			"another machine type: '%s' at the source, '%s' at the destination; start "
 			"the destination's QEMU with -machine %s",
 			theirs, ours, theirs);
 	if (n_theirs != n_ours)
-		return refuse(
+		return pr_qemu_refuse(
 			error,
 			"another number of vCPUs: %d at the source, %d at the destination; start "
 			"the destination's QEMU with -smp %d",
 			(int)n_theirs, (int)n_ours, (int)n_theirs);
 	if (g_str_equal(fact(source, "cpu"), fact(here, "cpu")))
 		return TRUE;
-	return refuse(error,
-		      "another CPU model: '%s' at the source, '%s' at the destination; start the "
-		      "destination's QEMU with the same -cpu",
-		      fact(source, "cpu"), fact(here, "cpu"));
+	return pr_qemu_refuse(
+		error,
+		"another CPU model: '%s' at the source, '%s' at the destination; start the "
+		"destination's QEMU with the same -cpu",
+		fact(source, "cpu"), fact(here, "cpu"));
 }
 
 /* Whether a command line puts devices on such a bus. */
@@ -350,21 +337,34 @@ static char *place_of(JsonObject *device)
 			       fact(device, "type"));
 }
 
-/* Counts the devices that matter by their places. */
+/* Whether a device of the list has to be the same on both sides. NULL: it has not. */
+static JsonObject *compared(JsonArray *devices, guint i, gboolean all)
+{
+	JsonObject *device = element(devices, i);
+
+	return device && (all || is_open_bus(fact(device, "bus-type"))) ? device : NULL;
+}
+
+/* Adds to the number of devices in a place; returns what it was. */
+static guint count_place(GHashTable *places, JsonObject *device, gint change)
+{
+	g_autofree char *place = place_of(device);
+	guint n = GPOINTER_TO_UINT(g_hash_table_lookup(places, place));
+
+	if (change > 0 || n > 0)
+		g_hash_table_insert(places, g_steal_pointer(&place), GUINT_TO_POINTER(n + change));
+	return n;
+}
+
 static GHashTable *count_places(JsonArray *devices, gboolean all)
 {
 	GHashTable *places = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
 
 	for (guint i = 0; devices && i < json_array_get_length(devices); i++) {
-		JsonObject *device = element(devices, i);
-		g_autofree char *place = NULL;
-		guint n;
+		JsonObject *device = compared(devices, i, all);
 
-		if (!device || (!all && !is_open_bus(fact(device, "bus-type"))))
-			continue;
-		place = place_of(device);
-		n = GPOINTER_TO_UINT(g_hash_table_lookup(places, place));
-		g_hash_table_insert(places, g_steal_pointer(&place), GUINT_TO_POINTER(n + 1));
+		if (device)
+			count_place(places, device, 1);
 	}
 	return places;
 }
@@ -373,17 +373,10 @@ static GHashTable *count_places(JsonArray *devices, gboolean all)
 static JsonObject *find_other(JsonArray *devices, GHashTable *places, gboolean all)
 {
 	for (guint i = 0; devices && i < json_array_get_length(devices); i++) {
-		JsonObject *device = element(devices, i);
-		g_autofree char *place = NULL;
-		guint n;
+		JsonObject *device = compared(devices, i, all);
 
-		if (!device || (!all && !is_open_bus(fact(device, "bus-type"))))
-			continue;
-		place = place_of(device);
-		n = GPOINTER_TO_UINT(g_hash_table_lookup(places, place));
-		if (!n)
+		if (device && count_place(places, device, -1) == 0)
 			return device;
-		g_hash_table_insert(places, g_steal_pointer(&place), GUINT_TO_POINTER(n - 1));
 	}
 	return NULL;
 }
@@ -410,7 +403,7 @@ static gboolean check_devices(JsonObject *source, JsonObject *here, GError **err
 	if (!missing && !extra)
 		return TRUE;
 	name = name_device(missing ? missing : extra);
-	return refuse(
+	return pr_qemu_refuse(
 		error,
 		missing ? "a device is missing at the destination: %s; start the "
 			  "destination's QEMU with the source's devices, in the same places"
@@ -441,18 +434,20 @@ static gboolean check_blocks_in(JsonArray *blocks, JsonArray *others, const char
 		gint64 other = block ? size_of_block(others, fact(block, "name")) : 0;
 
 		if (other < 0)
-			return refuse(error,
-				      "RAM block '%s' (%" G_GINT64_FORMAT
-				      " KiB) is missing at the %s; start the destination's QEMU "
-				      "with the source's devices and firmware",
-				      fact(block, "name"), size >> 10, where);
+			return pr_qemu_refuse(
+				error,
+				"RAM block '%s' (%" G_GINT64_FORMAT
+				" KiB) is missing at the %s; start the destination's QEMU "
+				"with the source's devices and firmware",
+				fact(block, "name"), size >> 10, where);
 		if (size != other)
-			return refuse(error,
-				      "RAM block '%s' has %" G_GINT64_FORMAT
-				      " KiB at the %s and %" G_GINT64_FORMAT
-				      " KiB at the %s; start the destination's QEMU with the "
-				      "source's devices and firmware",
-				      fact(block, "name"), size >> 10, here, other >> 10, where);
+			return pr_qemu_refuse(
+				error,
+				"RAM block '%s' has %" G_GINT64_FORMAT
+				" KiB at the %s and %" G_GINT64_FORMAT
+				" KiB at the %s; start the destination's QEMU with the "
+				"source's devices and firmware",
+				fact(block, "name"), size >> 10, here, other >> 10, where);
 	}
 	return TRUE;
 }
@@ -471,8 +466,8 @@ static gboolean check_length(JsonObject *source, const char *name, GError **erro
 
 	if (!list || json_array_get_length(list) <= DEVICES_MAX)
 		return TRUE;
-	return refuse(error, "the source names %u %s; at most %u can be compared",
-		      json_array_get_length(list), name, DEVICES_MAX);
+	return pr_qemu_refuse(error, "the source names %u %s; at most %u can be compared",
+			      json_array_get_length(list), name, DEVICES_MAX);
 }
 
 gboolean pr_qemu_facts_check(JsonObject *source, JsonObject *here, GError **error)

@@ -11,6 +11,8 @@
 /* qemu-check.c. Refuses a QEMU that cannot be migrated; touches nothing. fresh: no engine was at work
  * here before, so the run state has to be that of a beginning. */
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error);
+/* FALSE, with an error PR_GUEST_ERROR_UNSUPPORTED. */
+gboolean pr_qemu_refuse(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
 /* Refuses a QEMU whose RAM is not shared, also one without an agent. */
 gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error);
 gboolean pr_qemu_version(PrQmp *qmp, guint *ret_major, guint *ret_minor, GError **error);

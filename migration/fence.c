@@ -152,21 +152,27 @@ void pr_source_fence_again(PrMigration *m)
 	pr_source_fence(m);
 }
 
-/* A guest whose process is gone needs none of it. */
-static void lift(PrMigration *m)
+/* FALSE: the guest's RAM is still write-protected. A guest whose process is gone has none of it. */
+static gboolean lift(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
-	if (!m->guest->ops->unfence(m->guest, &error) &&
-	    !g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
-		g_warning("the write protection of the guest's RAM could not be lifted: %s",
-			  error->message);
+	if (m->guest->ops->unfence(m->guest, &error) ||
+	    g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
+		return TRUE;
+	g_warning("the write protection of the guest's RAM could not be lifted: %s",
+		  error->message);
+	return FALSE;
 }
 
 void pr_source_unfence(PrMigration *m)
 {
 	pr_source_await_fence(m);
-	lift(m);
+	if (lift(m)) {
+		g_mutex_lock(&m->lock);
+		m->fence = PR_FENCE_NONE;
+		g_mutex_unlock(&m->lock);
+	}
 	pr_kill_point(PR_KILL_SOURCE_UNFENCED);
 }
 

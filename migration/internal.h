@@ -85,7 +85,7 @@ typedef struct PrKeeper PrKeeper;
 
 /* The write protection of the source's RAM. */
 typedef enum PrFence {
-	PR_FENCE_NONE,	  /* not yet */
+	PR_FENCE_NONE,	  /* not yet, or not any more */
 	PR_FENCE_ON,	  /* the RAM does not change until everything has moved */
 	PR_FENCE_REFUSED, /* it can't be had */
 } PrFence;

@@ -327,7 +327,7 @@ void pair_wait_recovered(Pair *pair, guint64 n)
 		}
 }
 
-void pair_wait_fenced(Pair *pair)
+void pair_wait_fenced(Pair *pair, gboolean fenced)
 {
 	gint64 deadline = g_get_monotonic_time() + 30 * G_USEC_PER_SEC;
 
@@ -335,7 +335,7 @@ void pair_wait_fenced(Pair *pair)
 		g_auto(PrMigrationInfo) info = {0};
 
 		pr_migration_query(pair->source.engine, &info);
-		if (info.fenced)
+		if (info.fenced == fenced)
 			return;
 		g_assert_cmpint(g_get_monotonic_time(), <, deadline);
 		g_usleep(1000); /* between two looks at the condition */

@@ -86,8 +86,8 @@ void pair_wait_recovered(Pair *pair, guint64 n);
 /* State, bytes and pulls of a path; PR_PATH_N_STATES: it is not known. */
 PrPathInfo side_path(Side *side, const char *uri);
 void side_wait_path(Side *side, const char *uri, PrPathState state);
-/* Waits until the source's RAM is write-protected. */
-void pair_wait_fenced(Pair *pair);
+/* Waits until the source says that its guest's RAM is write-protected, or is so no more. */
+void pair_wait_fenced(Pair *pair, gboolean fenced);
 /* Waits until the destination has at least so many bytes in place. */
 void pair_wait_received(Pair *pair, uint64_t bytes);
 /* Resumes again and again until both have completed; at most `limit` times. */

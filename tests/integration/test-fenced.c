@@ -156,9 +156,10 @@ static void a_fence_that_cannot_be_had_is_told_on_both_sides(void **state)
 	wait_reason(&pair->destination, "the source says: the source's RAM is not write-protected");
 	/* What was in its way passes. */
 	close(fd);
-	pair_wait_fenced(pair);
+	pair_wait_fenced(pair, TRUE);
 	full_speed(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
+	pair_wait_fenced(pair, FALSE);
 	pair_check_completed(pair);
 }
 

@@ -105,7 +105,7 @@ static void a_flood_disturbs_no_migration(void **state)
 
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
-	pair_wait_fenced(pair); /* which opens a descriptor of its own */
+	pair_wait_fenced(pair, TRUE); /* which opens a descriptor of its own */
 	lane = foreign_lane(pair);
 	port = port_of(pair);
 	fds = count_fds();
