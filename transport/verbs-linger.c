@@ -38,22 +38,36 @@ static gboolean is_connected(const PrVerbsPath *path)
 	return FALSE;
 }
 
-static gboolean port_is_up(const PrVerbsPath *path)
+/*
+ * An address that has come back may have another index than before: the kernel keeps the old one for as long as our queue
+ * pair uses it.
+ */
+static gboolean address_is_there(const PrVerbsPath *path, const PrVerbsLane *lane, int n_gids)
 {
-	struct ibv_port_attr port;
+	union ibv_gid gid;
 
-	return !ibv_query_port(path->rail.context, path->rail.port, &port) &&
-	       port.state == IBV_PORT_ACTIVE;
+	if (pr_verbs_has_address(path, lane))
+		return TRUE;
+	for (int i = 0; i < n_gids; i++)
+		if (!ibv_query_gid(path->rail.context, path->rail.port, i, &gid) &&
+		    !memcmp(&gid, &lane->gid, sizeof(gid)))
+			return TRUE;
+	return FALSE;
 }
 
 gboolean pr_verbs_must_linger(PrVerbsPath *path)
 {
+	struct ibv_port_attr port;
+
 	if (!path->rail.context || g_atomic_int_get(&path->removed) || !is_connected(path))
 		return FALSE;
+	if (ibv_query_port(path->rail.context, path->rail.port, &port) ||
+	    port.state != IBV_PORT_ACTIVE)
+		return TRUE;
 	for (guint i = 0; i < path->base.n_lanes; i++)
-		if (path->lanes[i].cm && !pr_verbs_has_address(path, &path->lanes[i]))
+		if (path->lanes[i].cm && !address_is_there(path, &path->lanes[i], port.gid_tbl_len))
 			return TRUE;
-	return !port_is_up(path);
+	return FALSE;
 }
 
 static void look_for_removal(PrVerbsPath *path)

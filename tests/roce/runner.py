@@ -85,7 +85,7 @@ class Bench:
         """Has a lab for the next test, after one that failed."""
         try:
             with bounded(CLEANING_SECONDS):
-                self.lab.restore(*RAILS)
+                self.lab.renew(*RAILS)
         except (LabError, OutOfTime) as error:
             if self.options.lab:
                 raise

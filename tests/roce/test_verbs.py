@@ -39,6 +39,23 @@ def expect(condition, message):
         raise LabError(message)
 
 
+class Spoiled(LabError):
+    """Nobody can make a connection over rail 1 any more: not rdma: and not rping either."""
+
+
+def nobody_connects(lab):
+    """Whether rping gets no answer at all over rail 1. A message of rdma_cm that soft-RoCE could not send may spoil a
+    device's management queue pair until the device is made anew (soft-roce/README.md)."""
+    server = lab.b.popen("rping", "-s", "-a", lab.b.address(1), "-C", "1")
+    try:
+        wait_until("rping runs", 10, server.alive)
+        done = lab.a.run("timeout", "8", "rping", "-c", "-a", lab.b.address(1), "-C", "1", timeout=30)
+    finally:
+        server.kill()
+    print(f"     rping over rail 1: exit code {done.returncode}, {done.stdout.strip()} {done.stderr.strip()}")
+    return done.returncode == 124  # it waited for an answer until its time was up; "refused" is an answer
+
+
 class Side:
     """An rdma-pair on a host."""
 
@@ -105,7 +122,15 @@ class Pair:
         self.destination = Side(self, self.lab.b, "destination", uri)
         self.source = Side(self, self.lab.a, "source", uri)
         self.uri = uri
+        self.threads = [(side, side.census()["threads"]) for side in self.sides]
         return self
+
+    def mend(self):
+        """Makes rail 1 whole, and waits until the closed paths that were kept for it have ended: a rail that goes down
+        again in just that moment would spoil the device after all."""
+        self.lab.restore(1)
+        for side, threads in self.threads:
+            wait_until(f"{side.name} keeps no path", 60, lambda: side.census()["threads"] == threads, 0.1)
 
     def other(self, role, wrapper, port=PORT):
         """One more side, run by another program."""
@@ -137,9 +162,11 @@ class Pair:
             self.source.do("open", self.epoch, CONNECT_MS)
             return True
         except LabError as error:
-            if "nobody listens" not in str(error):
-                raise
-            return False
+            if "nobody listens" in str(error):
+                return False
+            if "no answer in time" in str(error) and nobody_connects(self.lab):
+                raise Spoiled(str(error)) from None
+            raise
 
     def grant(self):
         grants = self.source.do("grants")
@@ -574,7 +601,7 @@ def attempt_on_dead_rail(pair):
         else:
             raise LabError("the source connected through a black hole")
         expect(time.monotonic() - began < 6, "it has tried again on a rail that is down")
-        pair.lab.restore(1)
+        pair.mend()
         if hits == 2:
             break
     expect(hits, "no attempt was under way when its rail went down")
@@ -632,33 +659,6 @@ def break_rail(pair, inject, reason, own):
     expect(max(drained) < 1500 * 1000, f"closing took {drained} us")
 
 
-class Spoiled(LabError):
-    """Nobody can make a connection over rail 1 any more: not rdma: and not rping either."""
-
-
-def nobody_connects(lab):
-    """Whether rping gets no answer at all over rail 1. A message of rdma_cm that soft-RoCE could not send may spoil a
-    device's management queue pair until the device is made anew (soft-roce/README.md)."""
-    server = lab.b.popen("rping", "-s", "-a", lab.b.address(1), "-C", "1")
-    try:
-        wait_until("rping runs", 10, server.alive)
-        done = lab.a.run("timeout", "8", "rping", "-c", "-a", lab.b.address(1), "-C", "1", timeout=30)
-    finally:
-        server.kill()
-    print(f"     rping over rail 1: exit code {done.returncode}, {done.stdout.strip()} {done.stderr.strip()}")
-    return done.returncode == 124  # it waited for an answer until its time was up; "refused" is an answer
-
-
-def connect_again(pair):
-    """Over a rail that was broken and is whole again."""
-    try:
-        pair.connect()
-    except LabError as error:
-        if nobody_connects(pair.lab):
-            raise Spoiled(str(error)) from None
-        raise
-
-
 def perform(lab, program, env, function, *options):
     """Runs one test; once more, on devices made anew, if the rail was spoiled for everybody."""
     try:
@@ -679,12 +679,12 @@ def fault_case(name, inject, reason, own="destination", comes_back=True):
     def test(pair):
         pair.fill(0, 0, 16 * MIB)
         for _ in range(2 if comes_back else 1):
-            connect_again(pair)
+            pair.connect()
             break_rail(pair, inject, reason, lambda pair: getattr(pair, own))
             if comes_back:
-                pair.lab.restore(1)
+                pair.mend()
         if comes_back:
-            connect_again(pair)
+            pair.connect()
             pair.check(0, 0, 16 * MIB, size=MIB)
             pair.close()
 
