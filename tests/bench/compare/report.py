@@ -47,7 +47,7 @@ FIGURES = (
     ("stall, p99", "us", phase("stall_p99_us"), True),
     ("stalled, of each vCPU", "ms", phase("stall_ms"), True),
     ("QEMU: blocktime", "ms", of_destination("postcopy-blocktime"), False),
-    ("Postroad: fault, mean", "us", of_destination("postcopy-latency", 1e3), False),
+    ("engine: fault, mean", "us", of_destination("postcopy-latency", 1e3), False),
     ("command to stop", "ms", lambda run: run["precopy_ms"], True),
     ("downtime", "ms", lambda run: run["downtime_ms"], True),
     ("postcopy", "ms", lambda run: run["postcopy_ms"], True),
