@@ -39,8 +39,8 @@ static gboolean is_connected(const PrVerbsPath *path)
 }
 
 /*
- * An address that has come back may have another index than before: the kernel keeps the old one for as long as our queue
- * pair uses it.
+ * An address that was removed and has come back may have another GID index than before: the kernel does not
+ * use the old index again for as long as our queue pair refers to it.
  */
 static gboolean address_is_there(const PrVerbsPath *path, const PrVerbsLane *lane, int n_gids)
 {

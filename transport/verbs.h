@@ -233,7 +233,7 @@ void pr_verbs_import_free(PrVerbsPath *path);
 gboolean pr_verbs_events_start(PrVerbsPath *path, GError **error);
 /* After the path has ended. */
 void pr_verbs_events_join(PrVerbsPath *path);
-/* Whether a lane still has the address that it was connected from, in the place where it was. */
+/* Whether the address that a lane was connected from is still at the lane's GID index. */
 gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane);
 
 /* verbs-linger.c */
