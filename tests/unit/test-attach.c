@@ -568,6 +568,13 @@ static void on_died(const char *reason, void *opaque)
 	g_mutex_unlock(&death->lock);
 }
 
+static void assert_alive(Death *death)
+{
+	g_mutex_lock(&death->lock);
+	assert_int_equal(death->calls, 0);
+	g_mutex_unlock(&death->lock);
+}
+
 static void wait_death(Death *death)
 {
 	gint64 deadline = g_get_monotonic_time() + G_TIME_SPAN_SECOND;
@@ -612,7 +619,7 @@ static void the_end_of_the_helper_is_not_the_guests(void **state)
 		assert_non_null(strstr(error->message, "--resume"));
 	}
 	assert_int_equal(attach_guest_value(guest, attach_guest_memfd(guest)), 0);
-	assert_int_equal(death.calls, 0);
+	assert_alive(&death);
 	kill(attach_guest_pid(guest), SIGKILL);
 	wait_death(&death);
 }
