@@ -37,6 +37,10 @@ struct PrAgentClient {
 	int wake_fd;  /* eventfd: the reader is to end */
 	int lock_fd;  /* the helper's lock on that process, which ours keeps when it dies */
 
+	/* The owner's: agent-calls.c */
+	gboolean asked_allocator;
+	int allocator_fd; /* -1: there is none */
+
 	GMutex lock;
 	GCond cond;	   /* lock; a reply, the death, or a cancellation */
 	GHashTable *calls; /* lock; id -> Call */
@@ -87,6 +91,7 @@ const char *pr_agent_op_name(guint32 op)
 		[PR_AGENT_FENCE_OFF] = "fence off",
 		[PR_AGENT_ATTACH] = "attach",
 		[PR_AGENT_CHOOSE] = "choice of regions",
+		[PR_AGENT_ALLOCATOR] = "allocator",
 	};
 
 	return names[op];
@@ -476,7 +481,7 @@ static PrAgentClient *client_new(int fd, guint timeout_ms)
 
 	client->timeout_ms = timeout_ms;
 	client->fd = fd;
-	client->pidfd = client->wake_fd = client->lock_fd = -1;
+	client->pidfd = client->wake_fd = client->lock_fd = client->allocator_fd = -1;
 	client->calls = g_hash_table_new(NULL, NULL);
 	g_mutex_init(&client->lock);
 	g_mutex_init(&client->telling);
@@ -561,6 +566,7 @@ void pr_agent_client_free(PrAgentClient *client)
 	close_fd(client->pidfd);
 	close_fd(client->wake_fd);
 	close_fd(client->lock_fd);
+	close_fd(client->allocator_fd);
 	g_hash_table_unref(client->calls);
 	g_clear_error(&client->failure);
 	g_mutex_clear(&client->lock);
@@ -604,6 +610,26 @@ gboolean pr_agent_client_was_faulting(PrAgentClient *client)
 gboolean pr_agent_client_was_fenced(PrAgentClient *client)
 {
 	return (client->flags & PR_AGENT_FLAG_FENCE_ON) != 0;
+}
+
+int pr_agent_client_allocator(PrAgentClient *client, GError **error)
+{
+	g_autoptr(PrAgentAnswer) reply = NULL;
+
+	if (client->asked_allocator)
+		return client->allocator_fd;
+	if (!(client->flags & PR_AGENT_FLAG_ALLOCATES)) {
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
+			    "%s: it is of an older version, which does not allocate pages",
+			    client->name);
+		return -1;
+	}
+	reply = pr_agent_call(client, PR_AGENT_ALLOCATOR, -1, 1, NULL, error);
+	if (!reply)
+		return -1;
+	client->asked_allocator = TRUE;
+	client->allocator_fd = pr_agent_answer_take_fd(reply, 0);
+	return client->allocator_fd;
 }
 
 void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque)

@@ -78,5 +78,9 @@ int pr_agent_client_stderr(PrAgentClient *client, GError **error);
 gboolean pr_agent_client_fence_on(PrAgentClient *client, GError **error);
 gboolean pr_agent_client_fence_off(PrAgentClient *client, GError **error);
 
+/* The allocator's socket (allocator.h), which stays the client's. -1 without an error: the engine is in the guest's memory
+ * cgroup, nothing has to be done. By one thread at a time. */
+int pr_agent_client_allocator(PrAgentClient *client, GError **error);
+
 /* died is called once, from the reader thread, or from here if it happened already. */
 void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque);

@@ -52,6 +52,8 @@ typedef enum PrAgentOp {
 	PR_AGENT_FENCE_OFF, /* whoever waited to write goes on */
 	PR_AGENT_ATTACH, /* helper only, once, before HELLO: with a pidfd of the guest's process */
 	PR_AGENT_CHOOSE, /* helper only: the bases (uint64_t) of the regions that are the guest's RAM follow */
+	PR_AGENT_ALLOCATOR, /* replies with the allocator's socket (allocator.h), or with none: engine and guest share a
+			     * memory cgroup. Only where HELLO has said ALLOCATES; an engine asks once */
 	PR_AGENT_N_OPS
 } PrAgentOp;
 
@@ -71,10 +73,11 @@ typedef struct PrAgentRequest {
 	uint32_t id;
 } PrAgentRequest;
 
-#define PR_AGENT_FLAG_CALLBACKS	  0x1u /* HELLO: stop, run, save and load are offered */
-#define PR_AGENT_FLAG_FAULT_ON	  0x2u /* HELLO: the fault mode is on already */
-#define PR_AGENT_FLAG_WAS_RUNNING 0x4u /* STOP: when the guest was stopped first since it ran */
-#define PR_AGENT_FLAG_FENCE_ON	  0x8u /* HELLO: the fence is on already */
+#define PR_AGENT_FLAG_CALLBACKS	  0x1u	/* HELLO: stop, run, save and load are offered */
+#define PR_AGENT_FLAG_FAULT_ON	  0x2u	/* HELLO: the fault mode is on already */
+#define PR_AGENT_FLAG_WAS_RUNNING 0x4u	/* STOP: when the guest was stopped first since it ran */
+#define PR_AGENT_FLAG_FENCE_ON	  0x8u	/* HELLO: the fence is on already */
+#define PR_AGENT_FLAG_ALLOCATES	  0x10u /* HELLO: ALLOCATOR is known; since version 2 */
 
 #define PR_AGENT_TEXT_MAX	  511
 

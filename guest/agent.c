@@ -301,6 +301,11 @@ static gboolean agent_fault_off(PrGuest *guest, GError **error)
 	return pr_agent_client_fault_off(((AgentGuest *)guest)->client, error);
 }
 
+static int agent_allocator(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_allocator(((AgentGuest *)guest)->client, error);
+}
+
 static gboolean agent_fence(PrGuest *guest, GError **error)
 {
 	return pr_agent_client_fence_on(((AgentGuest *)guest)->client, error);
@@ -357,6 +362,7 @@ const PrGuestOps pr_guest_agent = {
 	.vcpu_threads = agent_vcpu_threads,
 	.fault_on = agent_fault_on,
 	.fault_off = agent_fault_off,
+	.allocator = agent_allocator,
 	.fence = agent_fence,
 	.unfence = agent_unfence,
 	.was_fenced = agent_was_fenced,

@@ -142,6 +142,14 @@ struct PrGuestOps {
 	int (*fault_on)(PrGuest *guest, GError **error);
 	/* Unregisters, wakes everybody, closes the agent's duplicate. Harmless when off. */
 	gboolean (*fault_off)(PrGuest *guest, GError **error);
+	/* The guest's process has ended: closes what keeps its address space busy, which is any userfaultfd of it that the guest
+	 * object has. NULL: it has none. */
+	void (*let_go)(PrGuest *guest);
+
+	/* Destination: the socket of an allocator (allocator.h) that is charged as the guest is. It stays the
+	 * guest's; the owner alone calls this. -1 without an error: pages are charged to the guest anyway. NULL: always
+	 * so. */
+	int (*allocator)(PrGuest *guest, GError **error);
 
 	/* Source, once the guest may run elsewhere: write-protects its RAM here in the kernel, whatever the VMM is
 	 * told, until unfence(), also when this engine ends. From fence() on a guest that is let run here is

@@ -2,6 +2,7 @@
 #include "guest/process.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -77,4 +78,37 @@ gboolean pr_process_lives(const char *text)
 		return FALSE;
 	now = pr_process_text(pid);
 	return strcmp(now, text) == 0 && (!is_zombie(pid) || has_other_threads(pid));
+}
+
+/* proc(5): /proc/PID/task/TID/statm begins with the size of the address space: 0 once the thread has let go of it. */
+static gboolean thread_uses_memory(pid_t pid, const char *tid)
+{
+	g_autofree char *path = g_strdup_printf("/proc/%d/task/%s/statm", (int)pid, tid);
+	g_autofree char *text = NULL;
+
+	return g_file_get_contents(path, &text, NULL, NULL) && atoll(text) > 0;
+}
+
+static gboolean any_thread_uses_memory(pid_t pid)
+{
+	g_autofree char *path = g_strdup_printf("/proc/%d/task", (int)pid);
+	g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
+	const char *tid;
+
+	while (dir && (tid = g_dir_read_name(dir)))
+		if (thread_uses_memory(pid, tid))
+			return TRUE;
+	return FALSE;
+}
+
+gboolean pr_process_uses_memory(const char *text)
+{
+	g_autofree char *now = NULL;
+	unsigned long long start = 0;
+	int pid = 0;
+
+	if (sscanf(text, "%d %llu", &pid, &start) != 2 || pid <= 0 || start == 0)
+		return TRUE;
+	now = pr_process_text(pid);
+	return strcmp(now, text) == 0 && any_thread_uses_memory(pid);
 }

@@ -15,3 +15,6 @@ char *pr_process_text(pid_t pid);
 /* Whether that very process is still there, in whole or as one that is just ending. One of another pid namespace
  * can't be seen: it counts as gone. */
 gboolean pr_process_lives(const char *text);
+/* Whether a thread of that process may still touch its memory. Not any more also while its end waits for something
+ * else, as KVM does for asynchronous page faults. TRUE for a process that can't be seen from here. */
+gboolean pr_process_uses_memory(const char *text);

@@ -328,7 +328,6 @@ static char *file_system_of(const char *path)
 	struct statfs fs;
 	char *name;
 
-	/* In QEMU's own mount namespace, perhaps. What is no memory, the helper does not find. */
 	if (statfs(path, &fs) < 0 || fs.f_type == TMPFS_MAGIC)
 		return g_strdup("tmpfs");
 	if (fs.f_type == HUGETLBFS_MAGIC)
@@ -342,8 +341,13 @@ static char *file_system_of(const char *path)
 /* Which file a backend's memory is, and on what file system. */
 static gboolean add_file(PrQmp *qmp, PrQemuBackend *backend, GError **error)
 {
-	g_autoptr(JsonNode) path = backend_property(qmp, backend->id, "mem-path", error);
+	g_autoptr(JsonNode) path = NULL;
 
+	if (g_str_equal(backend->type, "memory-backend-shm"))
+		backend->fs = g_strdup("tmpfs");
+	if (!g_str_equal(backend->type, "memory-backend-file"))
+		return TRUE;
+	path = backend_property(qmp, backend->id, "mem-path", error);
 	if (!path)
 		return FALSE;
 	if (json_node_get_value_type(path) != G_TYPE_STRING)
@@ -371,7 +375,7 @@ static gboolean add_backend(PrQmp *qmp, GArray *backends, const char *id, const 
 	/* "child<TYPE>" */
 	backend.type = g_strndup(type + 6, strcspn(type + 6, ">"));
 	g_array_append_val(backends, backend);
-	return !files || !g_str_equal(backend.type, "memory-backend-file") ||
+	return !files ||
 	       add_file(qmp, &g_array_index(backends, PrQemuBackend, backends->len - 1), error);
 }
 

@@ -123,9 +123,10 @@ gboolean pr_qemu_parse_hva(const char *text, uint64_t *ret_hva)
 	return *ret_hva != 0;
 }
 
+/* The block is called after its backend, with "/objects/" before it or the path of the device that owns it. */
 const PrQemuBackend *pr_qemu_backend_of(const GArray *backends, const char *block)
 {
-	const char *id = g_str_has_prefix(block, "/objects/") ? pr_qemu_last_part(block) : block;
+	const char *id = pr_qemu_last_part(block);
 
 	for (guint i = 0; i < backends->len; i++) {
 		const PrQemuBackend *backend = &g_array_index(backends, PrQemuBackend, i);
@@ -141,18 +142,10 @@ static gboolean is_device_memory(const char *name)
 	return strstr(name, "vram") || strstr(name, "flash") || strstr(name, "rom");
 }
 
-gboolean pr_qemu_fs_in_memory(const char *fs)
-{
-	static const char *const in_memory[] = {"tmpfs", "hugetlbfs", NULL};
-
-	return g_strv_contains(in_memory, fs);
-}
-
-/* Whether whoever serves the RAM can have this backend's. */
+/* Whether whoever serves the RAM may have this backend's. A helper finds out: it sees files in memory only. */
 static gboolean is_servable(const PrQemuBackend *backend)
 {
-	return g_str_equal(backend->type, "memory-backend-memfd") ||
-	       (backend->fs && pr_qemu_fs_in_memory(backend->fs));
+	return g_str_equal(backend->type, "memory-backend-memfd") || backend->fs;
 }
 
 gboolean pr_qemu_block_is_shared(const PrQemuRamBlock *block, const GArray *backends)
@@ -172,7 +165,7 @@ static gboolean refuse_shared(const PrQemuRamBlock *block, const PrQemuBackend *
 		g_set_error(
 			error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
 			"RAM block '%s' is the file %s on %s; use -object %s instead, or a file "
-			"on tmpfs",
+			"on tmpfs or hugetlbfs",
 			block->name, backend->path, backend->fs, instead);
 	else
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
@@ -304,9 +297,15 @@ GArray *pr_qemu_match(const GArray *ramblocks, const GArray *backends, GArray *r
 	return g_steal_pointer(&out);
 }
 
-static gboolean match_attached(const PrQemuRamBlock *block, GArray *regions, GArray *out,
-			       GError **error)
+static gboolean is_in_memory(const char *fs)
 {
+	return g_str_equal(fs, "tmpfs") || g_str_equal(fs, "hugetlbfs");
+}
+
+static gboolean match_attached(const PrQemuRamBlock *block, const GArray *backends, GArray *regions,
+			       GArray *out, GError **error)
+{
+	const PrQemuBackend *backend = pr_qemu_backend_of(backends, block->name);
 	PrGuestBlock *region;
 
 	if (!block->hva) {
@@ -322,6 +321,8 @@ static gboolean match_attached(const PrQemuRamBlock *block, GArray *regions, GAr
 		take_region(out, region, block->name);
 		return TRUE;
 	}
+	if (!region && backend && backend->path && !is_in_memory(backend->fs))
+		return refuse_shared(block, backend, error);
 	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNSUPPORTED,
 		    "RAM block '%s' (%u MiB at 0x%" G_GINT64_MODIFIER
 		    "x): the process has no such shared memory there%s",
@@ -341,7 +342,7 @@ GArray *pr_qemu_match_attached(const GArray *ramblocks, const GArray *backends, 
 		const PrQemuRamBlock *block = mapped->pdata[i];
 
 		/* A backend that the machine does not use: nobody migrates it. */
-		if (*block->name && !match_attached(block, regions, out, error))
+		if (*block->name && !match_attached(block, backends, regions, out, error))
 			return NULL;
 	}
 	return g_steal_pointer(&out);

@@ -30,8 +30,9 @@ typedef struct PrQemuBackend {
 	char *type; /* "memory-backend-memfd", … */
 	uint64_t size;
 	gboolean share;
-	char *path; /* of a memory-backend-file, where files in memory will do; else NULL */
-	char *fs;   /* the file system that it is on */
+	char *path; /* of a memory-backend-file, where other files in memory than memfds will do; else NULL */
+	char *fs; /* the file system that it is on, as this process sees the path: QEMU may have mounts of its own.
+		     * NULL: where only memfds will do */
 } PrQemuBackend;
 
 /* Arrays that own their strings. */
@@ -57,9 +58,6 @@ gboolean pr_qemu_block_is_shared(const PrQemuRamBlock *block, const GArray *back
 /* Does the block have to be served by the agent? FALSE with an error: it cannot be migrated. */
 gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backends,
 			      gboolean *ret_shared, GError **error);
-
-/* A file system whose files are memory, for all that a helper needs. */
-gboolean pr_qemu_fs_in_memory(const char *fs);
 
 /* For a helper, which knows all shared memory of the process: matched by host address only, and regions that are no
  * block's are none of ours. */

@@ -536,6 +536,11 @@ static gboolean qemu_fault_off(PrGuest *guest, GError **error)
 	return TRUE;
 }
 
+static void qemu_let_go(PrGuest *guest)
+{
+	keep_uffd((QemuGuest *)guest, -1);
+}
+
 /* The watch first: it holds where the fence can't be had, and while that is being made. */
 static gboolean qemu_fence(PrGuest *guest, GError **error)
 {
@@ -572,6 +577,11 @@ static gboolean qemu_unfence(PrGuest *guest, GError **error)
 	self->may_be_fenced = FALSE;
 	g_mutex_unlock(&self->lock);
 	return TRUE;
+}
+
+static int qemu_allocator(PrGuest *guest, GError **error)
+{
+	return pr_agent_client_allocator(((QemuGuest *)guest)->agent, error);
 }
 
 static gboolean qemu_was_fenced(PrGuest *guest)
@@ -640,6 +650,8 @@ const PrGuestOps pr_guest_qemu = {
 	.vcpu_threads = qemu_vcpu_threads,
 	.fault_on = qemu_fault_on,
 	.fault_off = qemu_fault_off,
+	.let_go = qemu_let_go,
+	.allocator = qemu_allocator,
 	.fence = qemu_fence,
 	.unfence = qemu_unfence,
 	.was_fenced = qemu_was_fenced,

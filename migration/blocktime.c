@@ -14,6 +14,12 @@ typedef struct Slot {
 	uint64_t faults;
 } Slot;
 
+/* How long something was the case, in all. Atomic, with the rules of a slot's wait. */
+typedef struct Span {
+	int64_t since_ns; /* 0: it is not */
+	uint64_t sum_ns;
+} Span;
+
 struct PrBlocktime {
 	/* constant */
 	guint n_vcpus;	     /* as the guest counts them */
@@ -25,11 +31,13 @@ struct PrBlocktime {
 	/* the writer's own */
 	uint32_t *hash;	 /* slot + 1, 0: free; open addressing */
 	guint n_blocked; /* vCPU slots that wait */
+	guint n_others;	 /* waits of other threads that go on */
 
-	Slot *slots;	      /* each says its own rules */
-	guint n_slots;	      /* atomic; only grows */
-	int64_t all_since_ns; /* atomic; as in a slot, of all vCPUs at once */
-	uint64_t all_blocked_ns;
+	Slot *slots;	       /* each says its own rules */
+	guint n_slots;	       /* atomic; only grows */
+	Span all;	       /* vCPUs wait */
+	Span at_most;	       /* as many waits go on as there are vCPUs */
+	Span other;	       /* some other thread waits */
 	uint64_t other_faults; /* atomic */
 	uint64_t other_ns;     /* atomic */
 };
@@ -53,7 +61,7 @@ static uint64_t between(int64_t from_ns, int64_t to_ns)
 }
 
 /* The bucket of a thread, or a free one. */
-static uint32_t *hash_bucket(PrBlocktime *self, uint32_t tid)
+static uint32_t *hash_bucket(const PrBlocktime *self, uint32_t tid)
 {
 	for (guint i = tid * 2654435761u;; i++) {
 		uint32_t *bucket = &self->hash[i & self->hash_mask];
@@ -118,12 +126,40 @@ void pr_blocktime_free(PrBlocktime *self)
 	g_free(self);
 }
 
+gboolean pr_blocktime_is_other(const PrBlocktime *self, uint32_t tid)
+{
+	return tid == 0 || (self->n_vcpus > 0 && *hash_bucket(self, tid) == 0);
+}
+
+static void span_update(Span *span, gboolean is_so, int64_t now_ns)
+{
+	int64_t since_ns = __atomic_load_n(&span->since_ns, __ATOMIC_RELAXED);
+
+	if (is_so == (since_ns != 0))
+		return;
+	__atomic_store_n(&span->since_ns, is_so ? now_ns : 0, __ATOMIC_RELAXED);
+	if (!is_so)
+		add(&span->sum_ns, between(since_ns, now_ns));
+}
+
+/* After n_blocked or n_others has changed. */
+static void update_spans(PrBlocktime *self, int64_t now_ns)
+{
+	guint n = self->n_vcpu_slots;
+
+	span_update(&self->other, self->n_others > 0, now_ns);
+	span_update(&self->all, n > 0 && self->n_blocked == n, now_ns);
+	span_update(&self->at_most, n > 0 && self->n_blocked + self->n_others >= n, now_ns);
+}
+
 static void begin(PrBlocktime *self, Slot *slot, int64_t now_ns)
 {
 	slot->serial++;
 	__atomic_store_n(&slot->since_ns, now_ns, __ATOMIC_RELAXED);
-	if (slot->is_vcpu && ++self->n_blocked == self->n_vcpu_slots)
-		__atomic_store_n(&self->all_since_ns, now_ns, __ATOMIC_RELAXED);
+	if (!slot->is_vcpu)
+		return;
+	self->n_blocked++;
+	update_spans(self, now_ns);
 }
 
 static void end(PrBlocktime *self, Slot *slot, int64_t now_ns)
@@ -133,11 +169,27 @@ static void end(PrBlocktime *self, Slot *slot, int64_t now_ns)
 	__atomic_store_n(&slot->since_ns, 0, __ATOMIC_RELAXED);
 	add(&slot->faults, 1);
 	add(&slot->blocked_ns, between(since_ns, now_ns));
-	if (!slot->is_vcpu || self->n_blocked-- != self->n_vcpu_slots)
+	if (!slot->is_vcpu)
 		return;
-	since_ns = __atomic_load_n(&self->all_since_ns, __ATOMIC_RELAXED);
-	__atomic_store_n(&self->all_since_ns, 0, __ATOMIC_RELAXED);
-	add(&self->all_blocked_ns, between(since_ns, now_ns));
+	self->n_blocked--;
+	update_spans(self, now_ns);
+}
+
+static void begin_other(PrBlocktime *self, int64_t now_ns)
+{
+	self->n_others++;
+	update_spans(self, now_ns);
+}
+
+static void end_other(PrBlocktime *self, const PrPageWait *wait, int64_t now_ns)
+{
+	add(&self->other_faults, 1);
+	add(&self->other_ns, between(wait->since_ns, now_ns));
+	/* None: pr_blocktime_close() was first. */
+	if (self->n_others == 0)
+		return;
+	self->n_others--;
+	update_spans(self, now_ns);
 }
 
 static gboolean waits(const Slot *slot)
@@ -150,8 +202,10 @@ void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrPag
 	uint32_t index = slot_of(self, tid);
 
 	*ret = (PrPageWait){.since_ns = now_ns, .tid = tid, .slot = index};
-	if (index == PR_PAGE_WAIT_OTHER)
+	if (index == PR_PAGE_WAIT_OTHER) {
+		begin_other(self, now_ns);
 		return;
+	}
 	Slot *slot = &self->slots[index];
 	if (waits(slot))
 		end(self, slot, now_ns);
@@ -162,8 +216,7 @@ void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrPag
 void pr_blocktime_woken(PrBlocktime *self, const PrPageWait *wait, int64_t now_ns)
 {
 	if (wait->slot == PR_PAGE_WAIT_OTHER) {
-		add(&self->other_faults, 1);
-		add(&self->other_ns, between(wait->since_ns, now_ns));
+		end_other(self, wait, now_ns);
 		return;
 	}
 	Slot *slot = &self->slots[wait->slot];
@@ -176,6 +229,8 @@ void pr_blocktime_close(PrBlocktime *self, int64_t now_ns)
 	for (guint i = 0; i < self->n_slots; i++)
 		if (waits(&self->slots[i]))
 			end(self, &self->slots[i], now_ns);
+	self->n_others = 0;
+	update_spans(self, now_ns);
 }
 
 /* What was blocked, with the wait that goes on. */
@@ -185,6 +240,11 @@ static uint64_t so_far(const uint64_t *blocked_ns, const int64_t *since_ns, int6
 	int64_t since = __atomic_load_n(since_ns, __ATOMIC_RELAXED);
 
 	return since ? ended + between(since, now_ns) : ended;
+}
+
+static uint64_t span_so_far(const Span *span, int64_t now_ns)
+{
+	return so_far(&span->sum_ns, &span->since_ns, now_ns);
 }
 
 static void read_slot(const Slot *slot, int64_t now_ns, PrThreadTime *ret)
@@ -208,8 +268,10 @@ void pr_blocktime_read(const PrBlocktime *self, int64_t now_ns, PrBlocktimeInfo 
 		.threads = g_array_sized_new(FALSE, TRUE, sizeof(PrThreadTime), n),
 		.other_faults = faults,
 		.other_latency_ns = faults ? ns / faults : 0,
+		.all_blocked_ns = span_so_far(&self->all, now_ns),
+		.at_most_ns = span_so_far(&self->at_most, now_ns),
+		.other_blocked_ns = span_so_far(&self->other, now_ns),
 	};
-	ret->all_blocked_ns = so_far(&self->all_blocked_ns, &self->all_since_ns, now_ns);
 	for (guint i = 0; i < n; i++) {
 		guint slot = self->n_vcpus ? self->vcpu_slot[i] : i;
 		PrThreadTime time;

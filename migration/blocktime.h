@@ -8,6 +8,10 @@
  * waited. A fault whose thread is not told (tid 0: a kernel without UFFD_FEATURE_THREAD_ID), or
  * that the kernel took on a vCPU's behalf (KVM's asynchronous faults), counts among the others.
  *
+ * A vCPU that halts until its asynchronous fault is served waits as well, and nobody tells: its thread has no fault. So the
+ * time in which all vCPUs waited is given with an upper bound: the time in which as many waits went on as there are
+ * vCPUs, whoever's they were. In between lies what an operator would call downtime.
+ *
  * No I/O; times are passed in: nanoseconds of any clock that never goes back, above 0. All memory is
  * allocated by pr_blocktime_new(). One thread at a time writes: blocked(), woken(), close(). Others may read()
  * at the same time: every counter is atomic. A reader may miss a wait that ends at that moment; it
@@ -42,9 +46,11 @@ typedef struct PrThreadTime {
 typedef struct PrBlocktimeInfo {
 	gboolean vcpus_known;
 	uint64_t all_blocked_ns; /* all vCPUs at once; 0 where they are not known */
-	GArray *threads; /* PrThreadTime: the vCPUs in their order, or the first that faulted */
+	GArray *threads;     /* PrThreadTime: the vCPUs in their order, or the first that faulted */
+	uint64_t at_most_ns; /* the same, had each wait of another thread been one of a vCPU */
 	uint64_t other_faults;
 	uint64_t other_latency_ns; /* mean */
+	uint64_t other_blocked_ns; /* at least one thread that is no vCPU waited */
 } PrBlocktimeInfo;
 
 /* n 0: the vCPUs are not known. Several of them may be of one thread. */
@@ -52,6 +58,8 @@ PrBlocktime *pr_blocktime_new(const uint32_t *vcpus, guint n);
 void pr_blocktime_free(PrBlocktime *self);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrBlocktime, pr_blocktime_free)
 
+/* Whether the vCPUs are known, and this thread is none of them (the writer asks). */
+gboolean pr_blocktime_is_other(const PrBlocktime *self, uint32_t tid);
 /* A thread begins to wait. If it was waiting already, it has gone on since: that wait ends now. */
 void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrPageWait *ret);
 /* The page of that wait is there; harmless for the thread when it is at another wait already. */

@@ -81,6 +81,8 @@ PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_
 		.timeout_ms = (guint)pr_param(m->params, PR_PARAM_HANDSHAKE_TIMEOUT),
 		.cancel = conn->cancel,
 		.on_failed = path_failed,
+		.allocate = pr_destination_allocate,
+		.allocate_opaque = m,
 		.opaque = conn,
 	};
 }

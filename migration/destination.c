@@ -13,11 +13,14 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "guest/process.h"
 #include "migration/bitmap.h"
 #include "migration/internal.h"
 #include "migration/killpoint.h"
 
 #define SHUT_WAIT_MS 5000 /* for the source to close after SHUT */
+#define GONE_LOOK_US                                                                               \
+	(100 * 1000) /* between two looks whether the process of a guest that is gone has ended */
 
 /* What the load thread is at, and how long that may take; the lengths that users set end it. */
 static const PrWatchPoint carrying_out = {"carrying out a command of the source", 2000};
@@ -108,6 +111,19 @@ static void on_want(guint block, uint64_t page, void *opaque)
 		pr_told_ask(m, conn, block, page);
 }
 
+/* A pull that is being ended meanwhile is not kicked any more. */
+static void on_no_huge_read(void *opaque)
+{
+	PrMigration *m = opaque;
+
+	g_mutex_lock(&m->lock);
+	PrPull *pull = m->pull ? pr_pull_ref(m->pull) : NULL;
+	g_mutex_unlock(&m->lock);
+	if (pull)
+		pr_pull_notify(pull);
+	pr_pull_unref(pull);
+}
+
 static void on_broken(const GError *error, void *opaque)
 {
 	pr_migration_failed(opaque, NULL, error);
@@ -156,17 +172,20 @@ void pr_destination_use_grants(PrConn *conn)
 
 gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **error)
 {
-	PrFaultHooks fault_hooks = {on_complete, on_want, on_broken, m, m->dog};
+	PrFaultHooks fault_hooks = {on_complete, on_want, on_no_huge_read, on_broken, m, m->dog};
 	PrPullHooks pull_hooks = {on_progress, on_complete, on_broken, m, m->dog};
 
+	g_free(m->guest_process);
+	m->guest_process = m->guest->ops->process(m->guest);
 	m->uffd = m->guest->ops->fault_on(m->guest, error);
 	if (m->uffd < 0)
 		return FALSE;
 	pr_kill_point(PR_KILL_DESTINATION_FAULTS_ON);
 	/* Now that every access faults, what the memfds held before can go. */
-	if (fresh && !pr_ram_punch(m->ram, error))
+	if (fresh && !pr_ram_empty(m->ram, error))
 		return FALSE;
-	if (!pr_destination_start_verify(m, error))
+	if (!pr_destination_start_allocator(m, fresh, error) ||
+	    !pr_destination_start_verify(m, error))
 		return FALSE;
 	PrFaultService *faults =
 		pr_fault_start(m->ram, m->uffd, m->times, m->params, &fault_hooks, error);
@@ -206,12 +225,11 @@ static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 
 	if (!pr_advise_decode(msg->body, msg->length, &summary, &target, error))
 		return FALSE;
-	if (summary != m->ram->page_size_summary || target != PR_TARGET_PAGE) {
+	if (target != PR_TARGET_PAGE) {
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
-			    "page sizes differ: the source has 0x%" G_GINT64_MODIFIER
-			    "x (target %" G_GUINT64_FORMAT "), we have 0x%" G_GINT64_MODIFIER
-			    "x (%u)",
-			    summary, target, m->ram->page_size_summary, PR_TARGET_PAGE);
+			    "the source's guest has pages of %" G_GUINT64_FORMAT
+			    " bytes, ours of %u",
+			    target, PR_TARGET_PAGE);
 		return FALSE;
 	}
 	pr_conn_binding(conn, &binding);
@@ -258,7 +276,7 @@ gboolean pr_destination_take_zero(PrMigration *m, const PrMsg *msg, GError **err
 		pr_kill_point(PR_KILL_DESTINATION_ZERO_RECEIVED);
 		/* The fault threads wake whoever waits (fault.c); a call to the kernel for each range would
 		 * cost more than the pages. */
-		if (pr_bitmap_clear(block->waiting, page, pages) > 0)
+		if (pages > 0 && pr_ram_take_waiting(block, page, pages) > 0)
 			pr_fault_notify(m->faults);
 	}
 	return TRUE;
@@ -673,6 +691,7 @@ static void stop_workers(PrMigration *m)
 	if (verify)
 		m->ram->verify = NULL;
 	pr_verify_free(verify);
+	pr_destination_stop_allocator(m);
 }
 
 static void close_uffd(PrMigration *m)
@@ -706,9 +725,39 @@ static void tidy_up(PrMigration *m)
 	else if (undone)
 		m->guest->ops->keep_state(m->guest, -1, NULL);
 	pr_kill_point(PR_KILL_DESTINATION_RELEASED);
-	close_uffd(m);
+	/* A process that has ended is let go of as a whole (await_change). */
+	if (!g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
+		close_uffd(m);
 	if (undone)
 		pr_migration_step(m, PR_EVENT_CLEANED_UP, "ready for another try", NULL);
+}
+
+static void let_go(PrMigration *m)
+{
+	stop_workers(m);
+	close_uffd(m);
+	if (m->guest->ops->let_go)
+		m->guest->ops->let_go(m->guest);
+	g_info("the guest's process has ended: its page faults are served no more");
+}
+
+/* Nobody can recover a guest that is gone (newcomers.c). But kernel threads may wait for its pages, as KVM's do for
+ * asynchronous page faults: they, its memory, and perhaps the end of its process, for as long as a userfaultfd of it
+ * is open. Who told that it is gone may have meant QMP's socket alone, so the process itself is looked at. With the
+ * lock held. */
+static void await_change(PrMigration *m)
+{
+	if (!m->guest_gone || m->uffd < 0) {
+		/* Ended by a newcomer, a cancellation, another role, the guest's death, or the end. */
+		g_cond_wait(&m->changed, &m->lock);
+		return;
+	}
+	g_mutex_unlock(&m->lock);
+	if (!pr_process_uses_memory(m->guest_process))
+		let_go(m);
+	g_mutex_lock(&m->lock);
+	if (m->uffd >= 0)
+		g_cond_wait_until(&m->changed, &m->lock, g_get_monotonic_time() + GONE_LOOK_US);
 }
 
 /* Waits for something to do. FALSE: the thread's time is over. */
@@ -716,10 +765,9 @@ static gboolean wait_newcomer(PrMigration *m, PrNewcomer **ret)
 {
 	pr_watch_idle(m->watch);
 	g_mutex_lock(&m->lock);
-	/* Ended by a newcomer, a cancellation, another role, or the end. */
 	while (!m->quit && !m->newcomer && m->sm.role != PR_ROLE_SOURCE &&
 	       m->sm.state != PR_STATE_CANCELLING)
-		g_cond_wait(&m->changed, &m->lock);
+		await_change(m);
 	gboolean go_on = !m->quit && m->sm.role != PR_ROLE_SOURCE;
 	*ret = go_on ? g_steal_pointer(&m->newcomer) : NULL;
 	g_mutex_unlock(&m->lock);

@@ -27,6 +27,10 @@
  *    `waiting`, or the other thread sees `waiting` after it set `received`. It notifies those threads alone that
  *    have something pending, and there is something pending from before the bit is set.
  *
+ * A fault on a huge page is one for all its pages (ram.h): whichever of them nobody reads yet are claimed and posted, as far
+ * as the lane has room, the others are waited for as above. It is settled when the last of them is in, whoever brought it.
+ * While such READs are on their way the bulk pull over the same path rests.
+ *
  * Read-ahead: where a thread's faults show a pattern (readahead.h), up to fault-readahead further pages
  * are read on the urgent lane. Never before a fault: its READ is posted first, and the rest only when no
  * fault is unread and half of the lane is free. They are claimed and placed as any other page; a fault that
@@ -41,10 +45,11 @@
  *
  * `pending` is bounded; when it is full, faults stay unread in the kernel, and their vCPUs asleep,
  * until there is room. The fault path allocates nothing, and takes no lock but, with several threads, the books' for a
- * moment, unless it has to ask about a veiled page.
+ * moment, unless it has to ask about a veiled page, or to tell the pull that huge pages are in.
  *
  * A thread polls without sleeping for fault-spin microseconds after the last event: a page is about to
- * come in, or the vCPU that was just woken is about to fault again.
+ * come in, or the vCPU that was just woken is about to fault again. A fault that is reported again while it is pending
+ * is no event; of many, the first thread rests (repeats.h), which completions and kicks end.
  */
 #include "migration/fault.h"
 
@@ -54,11 +59,14 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "migration/allocate.h"
 #include "migration/bitmap.h"
+#include "migration/fault-stats.h"
 #include "migration/invariants.h"
 #include "migration/killpoint.h"
 #include "migration/place.h"
 #include "migration/readahead.h"
+#include "migration/repeats.h"
 #include "migration/verify.h"
 #include "migration/worker.h"
 
@@ -72,7 +80,7 @@ typedef struct Pending {
 	uint64_t token;
 	PrPageWait wait;
 	gboolean asked;	 /* the source was asked what the page is */
-	gboolean posted; /* by us: its page is covered by our READ */
+	gboolean posted; /* by us: its page is covered by our READ; never of a huge one */
 } Pending;
 
 typedef struct PrFaultThread {
@@ -90,11 +98,14 @@ typedef struct PrFaultThread {
 	Pending pending[MAX_PENDING];
 	guint n_pending;		 /* atomic: others look whether there are any */
 	guint outstanding;		 /* READs on the current path */
+	guint huge_reads;		 /* of these, for faults on huge pages */
+	gboolean path_dead;		 /* it refused a READ: wait to be detached */
 	PrReadaheadRun plans[MAX_PLANS]; /* to be read ahead, oldest first */
 	guint n_plans;
 	uint64_t ahead_pages; /* on their way */
 	PrWatch *watch;
 	gboolean uffd_dead;
+	PrRepeats repeats;
 
 	PrFaultStats stats; /* written by the thread, atomic */
 } PrFaultThread;
@@ -129,11 +140,6 @@ static gint64 now_ns(void)
 	return ts.tv_sec * 1000000000ll + ts.tv_nsec;
 }
 
-static void add(uint64_t *counter, uint64_t value)
-{
-	__atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
-}
-
 static void note_broken(PrFaultThread *self, GError *error)
 {
 	PrFaultService *service = self->service;
@@ -161,24 +167,12 @@ static void set_n_pending(PrFaultThread *self, guint n)
 	__atomic_store_n(&self->n_pending, n, __ATOMIC_SEQ_CST);
 }
 
-static void note_latency(PrFaultThread *self, gint64 ns)
-{
-	uint64_t us = (uint64_t)ns / 1000;
-	guint bucket = us == 0 ? 0 : 63 - (guint)__builtin_clzll(us);
-
-	add(&self->stats.resolved, 1);
-	add(&self->stats.total_ns, (uint64_t)ns);
-	add(&self->stats.dist[MIN(bucket, PR_LATENCY_BUCKETS - 1)], 1);
-	if ((uint64_t)ns > self->stats.max_ns)
-		__atomic_store_n(&self->stats.max_ns, (uint64_t)ns, __ATOMIC_RELAXED);
-}
-
 /* The thread was woken: the entry goes, the last one takes its place. */
 static void settle(PrFaultThread *self, Pending *entry)
 {
 	gint64 now = now_ns();
 
-	note_latency(self, now - entry->wait.since_ns);
+	pr_fault_count_latency(&self->stats, now - entry->wait.since_ns);
 	lock_books(self->service);
 	pr_blocktime_woken(self->service->times, &entry->wait, now);
 	unlock_books(self->service);
@@ -186,19 +180,24 @@ static void settle(PrFaultThread *self, Pending *entry)
 	set_n_pending(self, self->n_pending - 1);
 }
 
-static gboolean lies_in(uint64_t token, guint index, uint64_t first, uint64_t n)
+/* Whether it waits for a host page of these n pages', and that is whole now. */
+static gboolean has_come(const PrFaultThread *self, const Pending *entry, guint index,
+			 uint64_t page, uint64_t n)
 {
-	guint block;
-	uint64_t page, one;
+	const PrRamBlock *block = &self->ram->blocks[index];
+	guint waits_in;
+	uint64_t first, one;
 
-	pr_token_unpack(token, &block, &page, &one);
-	return block == index && page >= first && page - first < n;
+	pr_token_unpack(entry->token, &waits_in, &first, &one);
+	return waits_in == index && first >= pr_ram_host_start(block, page) && first < page + n &&
+	       pr_ram_is_whole(block, first);
 }
 
+/* n pages have come in. */
 static void settle_all(PrFaultThread *self, guint index, uint64_t page, uint64_t n)
 {
 	for (guint i = 0; i < self->n_pending;)
-		if (lies_in(self->pending[i].token, index, page, n))
+		if (has_come(self, &self->pending[i], index, page, n))
 			settle(self, &self->pending[i]);
 		else
 			i++;
@@ -219,9 +218,13 @@ static gboolean post(PrFaultThread *self, guint index, uint64_t page, uint64_t n
 	PrDataPath *path = self->worker.current;
 
 	pr_invariant_claimed(&self->ram->blocks[index], page, n, "a READ is posted for a fault");
-	if (!path->ops->post_read(path, self->lane, index, page * page_size,
-				  (uint32_t)(n * page_size), pr_token_pack(index, page, n) | flag))
+	if (!pr_allocate(self->ram->allocate, index, page, n, /* bulk= */ FALSE) ||
+	    !path->ops->post_read(path, self->lane, index, page * page_size,
+				  (uint32_t)(n * page_size),
+				  pr_token_pack(index, page, n) | flag)) {
+		self->path_dead = TRUE;
 		return FALSE;
+	}
 	self->outstanding++;
 	if (self->ram->verify)
 		pr_verify_want(self->ram->verify, pr_token_pack(index, page, n),
@@ -229,26 +232,34 @@ static gboolean post(PrFaultThread *self, guint index, uint64_t page, uint64_t n
 	return TRUE;
 }
 
-static void post_faulting(PrFaultThread *self, guint index, uint64_t page)
+static gboolean post_faulting(PrFaultThread *self, guint index, uint64_t page, uint64_t n)
 {
-	if (!post(self, index, page, 1, 0))
-		return;
-	add(&self->stats.requests, 1);
+	if (!post(self, index, page, n, 0))
+		return FALSE;
+	pr_fault_count(&self->stats.requests, 1);
+	if (self->ram->blocks[index].per_host > 1) {
+		self->huge_reads++;
+		__atomic_add_fetch(&self->ram->huge_reads, 1, __ATOMIC_SEQ_CST);
+	}
 	__atomic_store_n(&self->ram->pull_hint, pr_token_pack(index, page, 1), __ATOMIC_RELAXED);
+	return TRUE;
 }
 
 static gboolean may_post(const PrFaultThread *self)
 {
 	PrDataPath *path = self->worker.current;
 
-	return path && self->outstanding < path->ops->max_reads(path, self->lane);
+	return path && !self->path_dead &&
+	       self->outstanding < path->ops->max_reads(path, self->lane);
 }
 
 /* Once for each page and path. */
 static void ask(PrFaultThread *self, Pending *entry, guint index, uint64_t page)
 {
+	const PrRamBlock *block = &self->ram->blocks[index];
+
 	if (entry->asked || !self->worker.current ||
-	    !pr_bitmap_test(self->ram->blocks[index].veiled, page))
+	    !pr_bitmap_any(block->veiled, page, block->per_host))
 		return;
 	entry->asked = TRUE;
 	self->service->hooks.want(index, page, self->service->hooks.opaque);
@@ -260,12 +271,19 @@ static gboolean was_given_up(const PrRamBlock *block, uint64_t page)
 	return !pr_bitmap_test(block->inflight, page) && !pr_bitmap_test(block->received, page);
 }
 
+/* page: the first of a host page. */
 static void try_post(PrFaultThread *self, Pending *entry, guint index, uint64_t page)
 {
-	if (entry->posted || !may_post(self) || !pr_ram_claim(&self->ram->blocks[index], page))
-		return;
-	entry->posted = TRUE;
-	post_faulting(self, index, page);
+	PrRamBlock *block = &self->ram->blocks[index];
+	uint64_t end = page + block->per_host, most = PR_READ_MAX / block->page_size, n;
+
+	while (!entry->posted && may_post(self) &&
+	       (n = pr_ram_claim_within(block, page, end, most, &page)) > 0) {
+		entry->posted = block->per_host == 1;
+		if (!post_faulting(self, index, page, n))
+			return;
+		page += n;
+	}
 }
 
 /* Does for an entry what can be done now. TRUE: it is settled and gone. */
@@ -279,13 +297,13 @@ static gboolean advance(PrFaultThread *self, Pending *entry)
 	if (entry->posted && was_given_up(block, page))
 		entry->posted = FALSE;
 	try_post(self, entry, index, page);
-	if (!entry->posted && !pr_bitmap_test(block->received, page)) {
+	if (!entry->posted && !pr_ram_is_whole(block, page)) {
 		pr_bitmap_test_and_set(block->waiting, page);
 		/* Whoever gave it up before that has not seen us. */
 		try_post(self, entry, index, page);
 		ask(self, entry, index, page);
 	}
-	if (!pr_bitmap_test(block->received, page))
+	if (!pr_ram_is_whole(block, page))
 		return FALSE;
 	resolve(self, block, page);
 	settle(self, entry);
@@ -297,19 +315,6 @@ static void advance_all(PrFaultThread *self)
 	for (guint i = 0; i < self->n_pending;)
 		if (!advance(self, &self->pending[i]))
 			i++;
-}
-
-static gboolean locate(PrFaultThread *self, uint64_t address, uint64_t *ret_token)
-{
-	for (guint i = 0; i < self->ram->n_blocks; i++) {
-		const PrRamBlock *block = &self->ram->blocks[i];
-		if (address >= block->base && address - block->base < block->size) {
-			*ret_token =
-				pr_token_pack(i, (address - block->base) / block->page_size, 1);
-			return TRUE;
-		}
-	}
-	return FALSE;
 }
 
 /* FALSE: it is known already. A thread may fault twice on the page that it waits for: a signal lets it
@@ -343,9 +348,12 @@ static void plan_ahead(PrFaultThread *self, uint32_t tid, guint index, uint64_t 
 	guint limit = (guint)pr_param(self->params, PR_PARAM_FAULT_READAHEAD);
 	PrReadaheadRun run;
 
-	if (limit == 0)
+	/* A huge page is as much as may be read ahead. */
+	if (limit == 0 || self->ram->blocks[index].per_host > 1)
 		return;
 	lock_books(self->service);
+	if (pr_blocktime_is_other(self->service->times, tid))
+		tid = PR_READAHEAD_NO_THREAD;
 	pr_readahead_fault(&self->service->readahead, tid, index, page,
 			   self->ram->blocks[index].n_pages, limit, &run);
 	unlock_books(self->service);
@@ -356,27 +364,30 @@ static void plan_ahead(PrFaultThread *self, uint32_t tid, guint index, uint64_t 
 	self->plans[self->n_plans++] = run;
 }
 
-static void take_fault(PrFaultThread *self, const struct uffd_msg *msg)
+/* FALSE: it is pending already. */
+static gboolean take_fault(PrFaultThread *self, const struct uffd_msg *msg)
 {
-	uint64_t token, page, n;
+	uint64_t page;
 	guint index;
 
 	if (msg->event != UFFD_EVENT_PAGEFAULT)
-		return;
-	if (!locate(self, msg->arg.pagefault.address, &token)) {
+		return TRUE;
+	if (!pr_ram_locate(self->ram, msg->arg.pagefault.address, &index, &page)) {
 		note_broken(self, g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
 					      "a fault at 0x%llx, outside of all RAM blocks",
 					      msg->arg.pagefault.address));
-		return;
+		return TRUE;
 	}
-	pr_token_unpack(token, &index, &page, &n);
+	page = pr_ram_host_start(&self->ram->blocks[index], page);
 	plan_ahead(self, msg->arg.pagefault.feat.ptid, index, page);
-	if (pr_bitmap_test(self->ram->blocks[index].received, page)) {
+	if (pr_ram_is_whole(&self->ram->blocks[index], page)) {
 		resolve(self, &self->ram->blocks[index], page);
-		return;
+		return TRUE;
 	}
-	if (add_pending(self, token, msg->arg.pagefault.feat.ptid))
-		advance(self, &self->pending[self->n_pending - 1]);
+	if (!add_pending(self, pr_token_pack(index, page, 1), msg->arg.pagefault.feat.ptid))
+		return FALSE;
+	advance(self, &self->pending[self->n_pending - 1]);
+	return TRUE;
 }
 
 static gboolean has_room(const PrFaultThread *self)
@@ -411,10 +422,11 @@ static guint fault_batch(const PrFaultThread *self)
 	return BATCH / self->service->n_threads;
 }
 
-static guint take_faults(PrFaultThread *self)
+static guint take_faults(PrFaultThread *self, guint *ret_fresh)
 {
 	struct uffd_msg msgs[BATCH];
 
+	*ret_fresh = 0;
 	if (self->uffd_dead || !has_room(self) || !may_read_faults(self))
 		return 0;
 	ssize_t got = read(self->uffd, msgs, fault_batch(self) * sizeof(msgs[0]));
@@ -422,36 +434,14 @@ static guint take_faults(PrFaultThread *self)
 		return 0;
 	guint n = (guint)((gsize)got / sizeof(msgs[0]));
 	if (self->index > 0)
-		add(&self->stats.helped, n);
-	if (n > 1)
+		pr_fault_count(&self->stats.helped, n);
+	if (n > 1 && self->repeats.row == 0)
 		wake_helper(self);
 	for (guint i = 0; i < n; i++)
-		take_fault(self, &msgs[i]);
-	return n;
-}
-
-/* Claims the next pages of a plan that one READ can cover. Returns how many (0: none is left), the first in
- * *ret_page. */
-static uint64_t claim_ahead(PrRamBlock *block, PrReadaheadRun *plan, uint64_t max,
-			    uint64_t *ret_page)
-{
-	uint64_t n = 0;
-
-	while (plan->n > 0 && n < max) {
-		uint64_t page = plan->page;
-		gboolean mine = pr_ram_claim(block, page);
-
-		if (!mine && n > 0)
-			break;
-		plan->page += (uint64_t)plan->stride;
-		plan->n--;
-		if (!mine)
-			continue;
-		if (n == 0 || plan->stride < 0)
-			*ret_page = page;
-		n++;
-		if (plan->stride != 1 && plan->stride != -1)
-			break;
+		*ret_fresh += take_fault(self, &msgs[i]) ? 1 : 0;
+	if (*ret_fresh < n || self->repeats.row > 0) {
+		pr_fault_count(&self->stats.repeats, n - *ret_fresh);
+		pr_repeats_note(&self->repeats, n, *ret_fresh, now_ns());
 	}
 	return n;
 }
@@ -462,7 +452,7 @@ static uint64_t room_ahead(const PrFaultThread *self)
 	PrDataPath *path = self->worker.current;
 	uint64_t limit = pr_param(self->params, PR_PARAM_FAULT_READAHEAD);
 
-	if (!path || self->outstanding >= path->ops->max_reads(path, self->lane) / 2)
+	if (!may_post(self) || self->outstanding >= path->ops->max_reads(path, self->lane) / 2)
 		return 0;
 	return limit - MIN(limit, self->ahead_pages);
 }
@@ -477,7 +467,7 @@ static void read_ahead(PrFaultThread *self)
 		PrRamBlock *block = &self->ram->blocks[plan->block];
 		uint64_t most = MAX(1, PR_READ_MAX / block->page_size);
 
-		n = claim_ahead(block, plan, MIN(room, most), &page);
+		n = pr_readahead_claim(plan, block, MIN(room, most), &page);
 		if (n == 0) {
 			self->n_plans--;
 			continue;
@@ -485,7 +475,7 @@ static void read_ahead(PrFaultThread *self)
 		if (!post(self, plan->block, page, n, AHEAD))
 			return;
 		self->ahead_pages += n;
-		add(&self->stats.ahead_pages, n);
+		pr_fault_count(&self->stats.ahead_pages, n);
 	}
 }
 
@@ -542,16 +532,26 @@ static void take_pages(PrFaultThread *self, uint64_t token, Arrived *run)
 	if (run->n == 0)
 		*run = (Arrived){.index = index, .page = page};
 	run->n += n;
-	uint64_t waited = pr_bitmap_clear(block->waiting, page, n);
+	uint64_t waited = pr_ram_take_waiting(block, page, n);
 	if (token & AHEAD)
-		add(&self->stats.ahead_waited, waited);
+		pr_fault_count(&self->stats.ahead_waited, waited);
 	run->waited += waited;
+}
+
+static void end_huge_reads(PrFaultThread *self, guint n)
+{
+	const PrFaultHooks *hooks = &self->service->hooks;
+
+	self->huge_reads -= n;
+	if (n > 0 && __atomic_sub_fetch(&self->ram->huge_reads, n, __ATOMIC_SEQ_CST) == 0)
+		hooks->no_huge_read(hooks->opaque);
 }
 
 static guint take_completions(PrFaultThread *self)
 {
 	PrCompletion done[BATCH];
 	Arrived run = {0};
+	guint huge = 0;
 	PrDataPath *path = self->worker.current;
 
 	if (!path || self->outstanding == 0)
@@ -560,11 +560,13 @@ static guint take_completions(PrFaultThread *self)
 	for (guint i = 0; i < n; i++) {
 		if (done[i].token & AHEAD)
 			self->ahead_pages -= (done[i].token & ~AHEAD) >> 40 & 0xffff;
+		huge += self->ram->blocks[done[i].token >> 56].per_host > 1;
 		if (done[i].ok)
 			take_pages(self, done[i].token, &run);
 	}
 	expose(self, &run);
 	self->outstanding -= n;
+	end_huge_reads(self, huge);
 	if (n > 0 && self->n_pending > 0)
 		advance_all(self);
 	if (n > 0 && pr_ram_complete(self->ram))
@@ -576,7 +578,9 @@ static guint take_completions(PrFaultThread *self)
 static void sleep_until_event(PrFaultThread *self)
 {
 	PrDataPath *path = self->worker.current;
-	gboolean faults = self->index == 0 && !self->uffd_dead && has_room(self);
+	guint rest_us = pr_repeats_take_rest(&self->repeats);
+	const struct timespec rest = {.tv_nsec = rest_us * 1000l};
+	gboolean faults = self->index == 0 && !self->uffd_dead && has_room(self) && rest_us == 0;
 	struct pollfd fds[3] = {
 		{.fd = self->worker.wake_fd, .events = POLLIN},
 		{.fd = faults ? self->uffd : -1, .events = POLLIN},
@@ -587,8 +591,8 @@ static void sleep_until_event(PrFaultThread *self)
 		return;
 	pr_watch_idle(self->watch);
 	__atomic_store_n(&self->asleep, self->index > 0 && path, __ATOMIC_RELEASE);
-	/* Ended by a fault, a completion, or a kick. */
-	int ready = poll(fds, G_N_ELEMENTS(fds), -1);
+	/* Ended by a fault, a completion, or a kick; or by the rest that is due. */
+	int ready = ppoll(fds, G_N_ELEMENTS(fds), rest_us > 0 ? &rest : NULL, NULL);
 	__atomic_store_n(&self->asleep, FALSE, __ATOMIC_RELAXED);
 	if (ready < 0)
 		return;
@@ -600,6 +604,8 @@ static void sleep_until_event(PrFaultThread *self)
 /* The path has changed: whatever was posted on the old one is to be asked for again. */
 static void restart(PrFaultThread *self)
 {
+	end_huge_reads(self, self->huge_reads);
+	self->path_dead = FALSE;
 	self->outstanding = 0;
 	self->ahead_pages = 0;
 	self->n_plans = 0;
@@ -669,8 +675,8 @@ static gpointer fault_thread(gpointer opaque)
 			return NULL;
 		if (may_take_over(self))
 			take_over_pending(self);
-		guint completions = take_completions(self), faults = take_faults(self);
-		guint work = completions + faults;
+		guint fresh, completions = take_completions(self);
+		guint faults = take_faults(self, &fresh), work = completions + fresh;
 		/* A short batch was all that there was to read. */
 		if (faults < fault_batch(self) && self->n_plans > 0)
 			read_ahead(self);
@@ -740,6 +746,9 @@ PrFaultService *pr_fault_start(PrRam *ram, int uffd, PrBlocktime *times, const P
 
 void pr_fault_attach(PrFaultService *service, PrDataPath *path)
 {
+	/* Faults that could not be resolved are lost: whoever waits is to fault again. */
+	if (__atomic_exchange_n(&service->broken, FALSE, __ATOMIC_RELAXED))
+		pr_place_wake_all(service->uffd, service->ram, NULL);
 	for (guint i = 0; i < service->n_threads; i++)
 		if (service->threads[i].lane < path->n_lanes)
 			pr_worker_set_path(&service->threads[i].worker, path);
@@ -765,25 +774,9 @@ void pr_fault_stop(PrFaultService *service)
 	pr_blocktime_close(times, now_ns());
 }
 
-static uint64_t get(const uint64_t *counter)
-{
-	return __atomic_load_n(counter, __ATOMIC_RELAXED);
-}
-
 void pr_fault_stats(const PrFaultService *service, PrFaultStats *ret)
 {
 	*ret = (PrFaultStats){0};
-	for (guint i = 0; i < service->n_threads; i++) {
-		const PrFaultStats *from = &service->threads[i].stats;
-
-		ret->requests += get(&from->requests);
-		ret->helped += get(&from->helped);
-		ret->resolved += get(&from->resolved);
-		ret->total_ns += get(&from->total_ns);
-		ret->ahead_pages += get(&from->ahead_pages);
-		ret->ahead_waited += get(&from->ahead_waited);
-		ret->max_ns = MAX(ret->max_ns, get(&from->max_ns));
-		for (guint j = 0; j < PR_LATENCY_BUCKETS; j++)
-			ret->dist[j] += get(&from->dist[j]);
-	}
+	for (guint i = 0; i < service->n_threads; i++)
+		pr_fault_stats_sum(ret, &service->threads[i].stats);
 }

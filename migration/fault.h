@@ -16,6 +16,8 @@ typedef struct PrFaultHooks {
 	void (*complete)(void *opaque);
 	/* A fault waits for a page that the source has not told about yet (pr_ram_veil()). From any fault thread. */
 	void (*want)(guint block, uint64_t page, void *opaque);
+	/* No READ for a fault on a huge page is under way any more. From any fault thread. */
+	void (*no_huge_read)(void *opaque);
 	/* The guest or the kernel failed us; once. From a fault thread, which goes on. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;
@@ -25,6 +27,7 @@ typedef struct PrFaultHooks {
 typedef struct PrFaultStats {
 	uint64_t requests; /* READs posted for faults */
 	uint64_t helped;   /* faults that others than the first thread have read */
+	uint64_t repeats;  /* reports of faults that were pending already */
 	uint64_t resolved; /* faults that had to wait for a page, one for each thread that waits */
 	uint64_t total_ns; /* of their latencies, from reading the fault to waking the guest */
 	uint64_t max_ns;

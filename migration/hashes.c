@@ -17,16 +17,18 @@ static uint64_t hash_of_hole(uint32_t page_size)
 static void hash_range(const PrRamBlock *block, const PrWireRange *range, PrHashes *ret)
 {
 	uint64_t at = range->offset, end = range->offset + range->length;
-	uint64_t start, data_end, hole = 0;
+	uint64_t hole = 0;
 
 	while (at < end) {
-		if (!pr_ram_next_data(block, at, &start, &data_end) || start > end)
-			start = data_end = end;
-		if (start > at && hole == 0)
+		PrExtent data;
+
+		if (!pr_ram_next_data(block, at, end, &data))
+			data = (PrExtent){end, end};
+		if (data.start > at && hole == 0)
 			hole = hash_of_hole(block->page_size);
-		for (; at < start; at += block->page_size)
+		for (; at < data.start; at += block->page_size)
 			ret->hash[ret->n++] = hole;
-		for (; at < MIN(data_end, end); at += block->page_size)
+		for (; at < data.end; at += block->page_size)
 			ret->hash[ret->n++] = pr_verify_hash(block->host + at, block->page_size);
 	}
 }

@@ -175,8 +175,9 @@ struct PrMigration {
 	char *ran_again; /* what was seen last of a guest that was handed over; or NULL */
 	gboolean held;	 /* either side: a human has paused; automatic recovery waits for a human */
 
-	/* destination, the load thread's own: no lock */
+	/* destination, the load thread's own: no lock. It closes uffd only after the workers have ended, who read it, too. */
 	int uffd;
+	char *guest_process; /* whose uffd is: as text (guest/process.h); NULL: nobody's */
 };
 
 /* Starts in this state, as what another engine has left. With the lock held. */
@@ -323,6 +324,14 @@ gboolean pr_hashes_take(PrConn *conn, const PrMsg *msg, GError **error);
 gboolean pr_destination_start_verify(PrMigration *m, GError **error);
 /* After them; to be freed when no worker is left. */
 PrVerify *pr_destination_stop_verify(PrMigration *m);
+
+/* charge.c */
+/* Destination, the owner, before the other workers: the guest is charged for its pages, if it can be. */
+gboolean pr_destination_start_allocator(PrMigration *m, gboolean fresh, GError **error);
+/* After them. */
+void pr_destination_stop_allocator(PrMigration *m);
+/* PrPathAllocate; opaque is the PrMigration. */
+gboolean pr_destination_allocate(uint32_t block, uint64_t offset, uint64_t length, void *opaque);
 
 /* source.c: for the keepers, too */
 PrConn *pr_source_connect(PrMigration *m, const PrUri *uri, PrResume resume, GCancellable *cancel,

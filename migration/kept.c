@@ -22,8 +22,8 @@
 
 typedef struct KeptBlock {
 	char idstr[PR_IDSTR_MAX + 1];
-	uint64_t size, page_size, base;
-	uint64_t bitmap_offset; /* bytes, page aligned */
+	uint64_t size, page_size, base; /* page_size: the host pages' */
+	uint64_t bitmap_offset;		/* bytes, page aligned */
 } KeptBlock;
 
 /* Fixed widths and no pointers: the reader may be another build. Whoever changes it raises KEPT_VERSION. */
@@ -57,9 +57,9 @@ static uint64_t align_up(uint64_t value)
 	return (value + KEPT_ALIGN - 1) & ~(uint64_t)(KEPT_ALIGN - 1);
 }
 
-static uint64_t bitmap_bytes(uint64_t size, uint64_t page_size)
+static uint64_t bitmap_bytes(uint64_t size)
 {
-	return pr_bitmap_words(size / page_size) * sizeof(unsigned long);
+	return pr_bitmap_words(size / PR_TARGET_PAGE) * sizeof(unsigned long);
 }
 
 static gboolean map(PrKept *kept, gsize bytes, GError **error)
@@ -99,7 +99,7 @@ static void fill(KeptHead *head, const PrGuestBlock *blocks, guint n, uint64_t t
 		block->page_size = blocks[i].page_size;
 		block->base = blocks[i].base;
 		block->bitmap_offset = at;
-		at += align_up(bitmap_bytes(block->size, block->page_size));
+		at += align_up(bitmap_bytes(block->size));
 	}
 	note_engine(head);
 }
@@ -111,7 +111,7 @@ PrKept *pr_kept_new(const PrGuestBlock *blocks, guint n, GError **error)
 
 	g_assert(n <= PR_BLOCKS_MAX);
 	for (guint i = 0; i < n; i++)
-		bytes += align_up(bitmap_bytes(blocks[i].size, blocks[i].page_size));
+		bytes += align_up(bitmap_bytes(blocks[i].size));
 	kept->fd = memfd_create(PR_AGENT_STATE_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (kept->fd < 0 || ftruncate(kept->fd, (off_t)bytes) < 0 ||
 	    fcntl(kept->fd, F_ADD_SEALS, KEPT_SEALS) < 0) {
@@ -192,7 +192,7 @@ static gboolean check_block(const KeptBlock *block, guint index, uint64_t bytes,
 
 	if (sound && block->bitmap_offset % KEPT_ALIGN == 0 &&
 	    block->bitmap_offset >= sizeof(KeptHead) && block->bitmap_offset <= bytes &&
-	    bitmap_bytes(block->size, block->page_size) <= bytes - block->bitmap_offset)
+	    bitmap_bytes(block->size) <= bytes - block->bitmap_offset)
 		return TRUE;
 	return refuse(error, "RAM block %u (size %" G_GUINT64_FORMAT ") makes no sense", index,
 		      block->size);
@@ -227,6 +227,11 @@ void pr_kept_free(PrKept *kept)
 int pr_kept_fd(const PrKept *kept)
 {
 	return kept->fd;
+}
+
+gsize pr_kept_bytes(const PrKept *kept)
+{
+	return kept->bytes;
 }
 
 unsigned long *pr_kept_received(const PrKept *kept, guint block)

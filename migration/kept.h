@@ -10,12 +10,12 @@
  * What is not kept: claims, READs, faults that were read, connections. Whoever follows asks for every page that
  * is not received. Why that is right, and nothing of the dead engine lands late:
  *
- *  - A page whose bit is clear has never been exposed: CONTINUE and ZEROPAGE come only after the bit is set
+ *  - A page whose bit is clear has never been exposed: CONTINUE and ZEROPAGE come only after the bits of all its host page are set
  *    (ram.h), and without them a range that is registered MISSING|MINOR maps nothing, also not a page that lies in
  *    the memfd already: that is a MINOR fault. So bytes that landed in it, whole or in part, are seen by nobody
  *    before they are overwritten by the READ of the next engine.
  *  - What lies in the memfd behind a clear bit is what the source's READs have brought, or zeros: the memfd was
- *    emptied when the fault mode was turned on, and the source's RAM does not change. So a page that the source calls
+ *    emptied or cleared when the fault mode was turned on, and the source's RAM does not change. So a page that the source calls
  *    zero may be marked so, whatever part of it had landed.
  *  - A page whose bit is set is never written by an engine again, and all of its bytes were there before the bit
  *    (seq_cst; the page cache has no other view of it).
@@ -31,6 +31,8 @@
 
 #include "guest/guest.h"
 #include "transport/transport.h"
+
+#define PR_TARGET_PAGE 4096u /* bytes: what is counted as a page, as QEMU does on x86 */
 
 /* How far it has come. Only ever grows, until the memfd is forgotten. */
 typedef enum PrKeptStage {
@@ -57,6 +59,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrKept, pr_kept_free)
 
 /* For the agent; stays ours. */
 int pr_kept_fd(const PrKept *kept);
+gsize pr_kept_bytes(const PrKept *kept);
 /* The received bitmap of a block. */
 unsigned long *pr_kept_received(const PrKept *kept, guint block);
 /* Atomic, for ram.c: bytes of zero pages, a statistic. */

@@ -47,6 +47,16 @@ static uint64_t n_units(const Looker *self, uint32_t block)
 	return (self->m->ram->blocks[block].size + UNIT - 1) / UNIT;
 }
 
+/* All comes in its turn; what does not fit need not come first. With the lock held. */
+static void ask_for(PrMigration *m, uint32_t block, const PrWireRange *range)
+{
+	uint64_t end = range->offset + range->length;
+
+	for (uint64_t unit = range->offset / UNIT; unit * UNIT < end && m->asked->len < ASKED_MAX;
+	     unit++)
+		g_array_append_vals(m->asked, &(PrLook){block, unit}, 1);
+}
+
 gboolean pr_source_take_look(PrMigration *m, const PrMsg *msg, GError **error)
 {
 	g_autofree PrWireRange *ranges = NULL;
@@ -65,9 +75,8 @@ gboolean pr_source_take_look(PrMigration *m, const PrMsg *msg, GError **error)
 			return FALSE;
 		}
 	g_mutex_lock(&m->lock);
-	/* All comes in its turn; what does not fit need not come first. */
-	for (guint i = 0; i < n && m->looking && m->asked->len < ASKED_MAX; i++)
-		g_array_append_vals(m->asked, &(PrLook){block, ranges[i].offset / UNIT}, 1);
+	for (guint i = 0; i < n && m->looking; i++)
+		ask_for(m, block, &ranges[i]);
 	g_mutex_unlock(&m->lock);
 	return TRUE;
 }

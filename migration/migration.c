@@ -464,6 +464,7 @@ void pr_migration_free(PrMigration *m)
 	g_free(m->reason);
 	g_free(m->error_desc);
 	g_free(m->guest_gone);
+	g_free(m->guest_process);
 	g_free(m->unfenced);
 	g_free(m->ran_again);
 	g_free(m->last_path);

@@ -82,6 +82,7 @@ typedef struct PrMigrationInfo {
 	uint64_t faults;	   /* resolved */
 	uint64_t fault_latency_ns; /* mean */
 	uint64_t fault_latency_max_ns;
+	uint64_t fault_repeats; /* reports of faults that were pending already (repeats.h) */
 	uint64_t latency_dist[PR_LATENCY_BUCKETS];
 	uint64_t readahead_pages; /* read ahead of faults */
 	uint64_t

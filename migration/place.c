@@ -2,6 +2,7 @@
 #include "migration/place.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -51,8 +52,8 @@ static uint64_t continue_some(int uffd, const PrRamBlock *block, uint64_t page, 
 	return args.mapped > 0 ? (uint64_t)args.mapped / block->page_size : 0;
 }
 
-gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
-			 GError **error)
+/* Of whole host pages. */
+static gboolean expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n, GError **error)
 {
 	while (n > 0) {
 		int code = 0;
@@ -64,9 +65,9 @@ gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint6
 			return FALSE;
 		}
 		if (done == 0) {
-			if (!wake(uffd, block, page, 1, error))
+			if (!wake(uffd, block, page, block->per_host, error))
 				return FALSE;
-			done = 1;
+			done = MIN(n, block->per_host);
 		}
 		page += done;
 		n -= done;
@@ -74,11 +75,36 @@ gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint6
 	return TRUE;
 }
 
+gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
+			 GError **error)
+{
+	if (block->per_host == 1)
+		return expose(uffd, block, page, n, error);
+	for (uint64_t at = pr_ram_host_start(block, page); at < page + n; at += block->per_host)
+		if (pr_ram_is_whole(block, at) && !expose(uffd, block, at, block->per_host, error))
+			return FALSE;
+	return TRUE;
+}
+
+/* The kernel has no UFFDIO_ZEROPAGE for huge pages: what is allocated is zero, too. */
+static int zero_huge_page(int uffd, const PrRamBlock *block, uint64_t page)
+{
+	struct uffdio_range range = range_of(block, page, block->per_host);
+	int code = 0;
+
+	if (fallocate(block->memfd, 0, (off_t)(block->memfd_offset + page * block->page_size),
+		      (off_t)range.len) < 0)
+		return errno;
+	return continue_some(uffd, block, page, block->per_host, &code) > 0 ? 0 : code;
+}
+
 /* Maps a zero page where the memfd has none. EEXIST: it has one. */
 static int zero_page(int uffd, const PrRamBlock *block, uint64_t page)
 {
 	struct uffdio_zeropage args = {.range = range_of(block, page, 1)};
 
+	if (block->per_host > 1)
+		return zero_huge_page(uffd, block, page);
 	return ioctl(uffd, UFFDIO_ZEROPAGE, &args) == 0 ? 0 : errno;
 }
 
@@ -86,7 +112,7 @@ gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GErr
 {
 	int code = 0;
 
-	if (continue_some(uffd, block, page, 1, &code) == 1)
+	if (continue_some(uffd, block, page, block->per_host, &code) > 0)
 		return TRUE;
 	if (code == EFAULT)
 		code = zero_page(uffd, block, page);
@@ -95,14 +121,17 @@ gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GErr
 		return TRUE;
 	case EEXIST: /* mapped, or there is a page now after all: the next fault finds out */
 	case EAGAIN:
-		return wake(uffd, block, page, 1, error);
+		return wake(uffd, block, page, block->per_host, error);
 	default:
 		set_error(error, "resolving a fault", block, page, code);
 		return FALSE;
 	}
 }
 
-gboolean pr_place_wake_all(int uffd, const PrRamBlock *block, GError **error)
+gboolean pr_place_wake_all(int uffd, const PrRam *ram, GError **error)
 {
-	return wake(uffd, block, 0, block->n_pages, error);
+	for (guint i = 0; i < ram->n_blocks; i++)
+		if (!wake(uffd, &ram->blocks[i], 0, ram->blocks[i].n_pages, error))
+			return FALSE;
+	return TRUE;
 }

@@ -14,7 +14,8 @@
  * here and nothing else, a limit of all threads together.
  *
  * A fault on a page that one of our READs covers waits for that READ, so read size times window of one thread
- * bounds what a fault can wait for; if the READ's path dies, until that path is fenced. The window follows what
+ * bounds what a fault can wait for; if the READ's path dies, until that path is fenced. The first thread rests while the fault
+ * threads read a huge page, which can use all of the path. The window follows what
  * the rail carries (window.h), up to bulk-window.
  *
  * When a READ is in: the pages are marked received, exposed in one call, and if a fault waits in
@@ -35,6 +36,7 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include "migration/allocate.h"
 #include "migration/bitmap.h"
 #include "migration/invariants.h"
 #include "migration/killpoint.h"
@@ -141,10 +143,8 @@ static void place(PrPullThread *self, uint64_t token)
 	if (!pr_place_expose(pull->uffd, block, page, n, &error))
 		note_broken(pull, error);
 	pr_kill_point(PR_KILL_DESTINATION_PAGE_EXPOSED);
-	if (pr_bitmap_any(block->waiting, page, n)) {
-		pr_bitmap_clear(block->waiting, page, n);
+	if (pr_ram_take_waiting(block, page, n) > 0)
 		pr_fault_notify(pull->faults);
-	}
 }
 
 /* With the lock held. FALSE: there is none. */
@@ -298,6 +298,8 @@ static gboolean may_post(const PrPullThread *self, gint64 now)
 		return FALSE;
 	if (pull->ram->verify && !pr_verify_has_room(pull->ram->verify))
 		return FALSE;
+	if (!is_stripe(self) && __atomic_load_n(&pull->ram->huge_reads, __ATOMIC_SEQ_CST) > 0)
+		return FALSE;
 	return !self->path_dead && now >= pull->allowed_us &&
 	       self->outstanding < MIN(self->window.reads, max_window(self));
 }
@@ -343,6 +345,8 @@ static gboolean post(PrPullThread *self, uint64_t token)
 	pr_token_unpack(token, &index, &page, &n);
 	uint32_t page_size = self->pull->ram->blocks[index].page_size;
 	pr_invariant_claimed(&self->pull->ram->blocks[index], page, n, "a bulk READ is posted");
+	if (!pr_allocate(self->pull->ram->allocate, index, page, n, /* bulk= */ TRUE))
+		return FALSE;
 	if (self->pull->ram->verify)
 		pr_verify_want(self->pull->ram->verify, token, /* urgent= */ FALSE);
 	return path->ops->post_read(path, PR_LANE_BULK, index, page * page_size,
@@ -525,6 +529,7 @@ static void set_kind(PrPull *pull, const PrTransportOps *kind)
 
 void pr_pull_attach(PrPull *pull, PrDataPath *path)
 {
+	pr_allocate_walk(pull->ram->allocate);
 	pr_worker_set_path(&pull->first->worker, path);
 	set_kind(pull, path->ops);
 }

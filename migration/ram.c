@@ -5,11 +5,15 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "migration/bitmap.h"
 #include "migration/invariants.h"
 #include "migration/migration.h"
+#include "migration/scratch.h"
+
+#define CLEARED_AT_ONCE (64ull << 20) /* bytes */
 
 static void set_system_error(GError **error, const char *what, const char *idstr)
 {
@@ -26,19 +30,12 @@ static gboolean map_block(PrRamBlock *block, const PrGuestBlock *from, PrGuestRo
 
 	block->idstr = g_strdup(from->idstr);
 	block->size = from->size;
-	block->page_size = from->page_size;
-	block->n_pages = from->size / from->page_size;
+	block->page_size = PR_TARGET_PAGE;
+	block->n_pages = from->size / PR_TARGET_PAGE;
+	block->per_host = from->page_size / PR_TARGET_PAGE;
 	block->base = from->base;
 	block->memfd = from->memfd;
 	block->memfd_offset = from->memfd_offset;
-	if (from->page_size > PR_READ_MAX) {
-		g_set_error(
-			error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
-			"RAM block %s: pages of %u KiB are not supported, at most %u KiB; use a "
-			"memory backend without hugetlb",
-			from->idstr, from->page_size / 1024, PR_READ_MAX / 1024);
-		return FALSE;
-	}
 
 	void *map = mmap(NULL, from->size, prot, MAP_SHARED | MAP_NORESERVE, from->memfd,
 			 (off_t)from->memfd_offset);
@@ -52,25 +49,48 @@ static gboolean map_block(PrRamBlock *block, const PrGuestBlock *from, PrGuestRo
 	return TRUE;
 }
 
+static gsize bitmap_bytes(const PrRamBlock *block)
+{
+	return pr_bitmap_words(block->n_pages) * sizeof(unsigned long);
+}
+
+static gboolean make_bitmaps(PrRam *ram, GError **error)
+{
+	gsize bytes = 0;
+
+	for (guint i = 0; i < ram->n_blocks; i++)
+		bytes += 4 * pr_scratch_need(bitmap_bytes(&ram->blocks[i]));
+	ram->scratch = pr_scratch_new(bytes);
+	if (!ram->scratch) {
+		set_system_error(error, "its bitmaps", ram->blocks[0].idstr);
+		return FALSE;
+	}
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		PrRamBlock *block = &ram->blocks[i];
+
+		block->inflight = pr_scratch_take(ram->scratch, bitmap_bytes(block));
+		block->veiled = pr_scratch_take(ram->scratch, bitmap_bytes(block));
+		block->allocated = pr_scratch_take(ram->scratch, bitmap_bytes(block));
+		block->waiting = pr_scratch_take(ram->scratch, bitmap_bytes(block));
+	}
+	return TRUE;
+}
+
 /* Takes kept. What it has received counts. */
-static gboolean use_kept(PrRam *ram, PrKept *kept, GError **error)
+static gboolean use_kept(PrRam *ram, PrKept *kept, gboolean adopted, GError **error)
 {
 	ram->kept = kept;
 	ram->zero_bytes = pr_kept_zero_bytes(kept);
+	if (!make_bitmaps(ram, error))
+		return FALSE;
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		PrRamBlock *block = &ram->blocks[i];
 
 		block->received = pr_kept_received(kept, i);
-		block->inflight = pr_bitmap_new(block->n_pages);
-		block->veiled = pr_bitmap_new(block->n_pages);
-		block->waiting = pr_bitmap_new(block->n_pages);
-		if (!block->inflight || !block->veiled || !block->waiting) {
-			errno = ENOMEM;
-			set_system_error(error, "its bitmaps", block->idstr);
-			return FALSE;
-		}
-		ram->received_bytes +=
-			pr_bitmap_count(block->received, block->n_pages) * block->page_size;
+		/* To look at a new one would allocate it, and charge this engine (allocate.h). */
+		if (adopted)
+			ram->received_bytes +=
+				pr_bitmap_count(block->received, block->n_pages) * block->page_size;
 	}
 	/* Its engine may have died between the bits and the statistics. */
 	*ram->zero_bytes = MIN(*ram->zero_bytes, ram->received_bytes);
@@ -92,7 +112,7 @@ static PrRam *map_blocks(const PrGuestBlock *blocks, guint n, PrGuestRole role, 
 		ram->regions[i] =
 			(PrRegion){block->host, block->size, block->memfd, block->memfd_offset};
 		ram->total_bytes += block->size;
-		ram->page_size_summary |= block->page_size;
+		ram->page_size_summary |= blocks[i].page_size;
 		if (role == PR_GUEST_SOURCE) {
 			block->dirty = pr_bitmap_new(block->n_pages);
 			if (!block->dirty) {
@@ -113,7 +133,7 @@ PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError 
 	if (ram && role == PR_GUEST_DESTINATION) {
 		PrKept *kept = pr_kept_new(blocks, n, error);
 
-		if (!kept || !use_kept(ram, kept, error))
+		if (!kept || !use_kept(ram, kept, /* adopted= */ FALSE, error))
 			return NULL;
 	}
 	return g_steal_pointer(&ram);
@@ -127,7 +147,7 @@ PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrKept *kept, GError **
 		pr_kept_free(kept);
 		return NULL;
 	}
-	return use_kept(ram, kept, error) ? g_steal_pointer(&ram) : NULL;
+	return use_kept(ram, kept, /* adopted= */ TRUE, error) ? g_steal_pointer(&ram) : NULL;
 }
 
 void pr_ram_free(PrRam *ram)
@@ -139,12 +159,10 @@ void pr_ram_free(PrRam *ram)
 		if (block->host)
 			munmap(block->host, block->size);
 		g_free(block->idstr);
-		g_free(block->inflight);
-		g_free(block->veiled);
-		g_free(block->waiting);
 		g_free(block->dirty);
 	}
 	pr_kept_free(ram->kept);
+	pr_scratch_free(ram->scratch);
 	g_free(ram->blocks);
 	g_free(ram->regions);
 	g_free(ram);
@@ -157,7 +175,7 @@ PrWireBlock *pr_ram_wire_blocks(const PrRam *ram)
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		g_strlcpy(out[i].idstr, ram->blocks[i].idstr, sizeof(out[i].idstr));
 		out[i].size = ram->blocks[i].size;
-		out[i].page_size = ram->blocks[i].page_size;
+		out[i].page_size = (uint32_t)ram->blocks[i].per_host * PR_TARGET_PAGE;
 	}
 	return out;
 }
@@ -176,12 +194,6 @@ static gboolean check_block(const PrRamBlock *ours, const PrWireBlock *theirs, G
 			    " bytes, the destination %" G_GUINT64_FORMAT
 			    "; use the same size on both sides",
 			    ours->idstr, theirs->size, ours->size);
-	else if (ours->page_size != theirs->page_size)
-		g_set_error(
-			error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
-			"RAM block \"%s\": the source has pages of %u bytes, the destination of %u; "
-			"use the same hugetlb settings on both sides",
-			ours->idstr, theirs->page_size, ours->page_size);
 	else
 		return TRUE;
 	return FALSE;
@@ -213,20 +225,74 @@ PrRamBlock *pr_ram_find(const PrRam *ram, const char *idstr)
 	return NULL;
 }
 
+gboolean pr_ram_locate(const PrRam *ram, uint64_t address, guint *ret_block, uint64_t *ret_page)
+{
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		const PrRamBlock *block = &ram->blocks[i];
+
+		if (address < block->base || address - block->base >= block->size)
+			continue;
+		*ret_block = i;
+		*ret_page = (address - block->base) / block->page_size;
+		return TRUE;
+	}
+	return FALSE;
+}
+
 gboolean pr_ram_block_contains(const PrRamBlock *block, uint64_t offset, uint64_t length)
 {
 	return offset <= block->size && length <= block->size - offset &&
 	       offset % block->page_size == 0 && length % block->page_size == 0;
 }
 
-gboolean pr_ram_punch(PrRam *ram, GError **error)
+void pr_ram_map_anew(const PrRamBlock *block, uint64_t offset, uint64_t length)
+{
+	uint8_t *at = block->host + offset;
+
+	(void)madvise(at, length, MADV_DONTNEED);
+	/* By the bare system call, since ThreadSanitizer takes mmap() for a write to the memory, whose contents stay as
+	 * they are. */
+	if (syscall(SYS_mmap, at, length, PROT_READ | PROT_WRITE,
+		    MAP_SHARED | MAP_NORESERVE | MAP_FIXED, block->memfd,
+		    (off_t)(block->memfd_offset + offset)) < 0)
+		g_critical("RAM block %s: mapping a part of it anew: %s", block->idstr,
+			   g_strerror(errno));
+	(void)madvise(at, length, MADV_DONTDUMP);
+}
+
+/* Without giving back what is allocated or reserved. */
+static void clear_range(PrRamBlock *block, uint64_t start, uint64_t end)
+{
+	PrExtent data = {.end = start};
+
+	while (pr_ram_next_data(block, data.end, end, &data))
+		for (uint64_t at = data.start; at < data.end; at += block->page_size)
+			if (!pr_ram_page_is_zero(block, at / block->page_size))
+				memset(block->host + at, 0, block->page_size);
+}
+
+/* The engine may have little memory for page tables. */
+static void clear_block(PrRamBlock *block)
+{
+	uint64_t step = MAX(CLEARED_AT_ONCE, block->per_host * block->page_size);
+
+	for (uint64_t at = 0, end; at < block->size; at = end) {
+		end = MIN(at + step, block->size);
+		clear_range(block, at, end);
+		pr_ram_map_anew(block, at, end - at);
+	}
+}
+
+gboolean pr_ram_empty(PrRam *ram, GError **error)
 {
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		PrRamBlock *block = &ram->blocks[i];
 
 		pr_invariant_emptied(block);
-		if (fallocate(block->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			      (off_t)block->memfd_offset, (off_t)block->size) < 0) {
+		if (pr_extent_is_kept(block->memfd)) {
+			clear_block(block);
+		} else if (fallocate(block->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				     (off_t)block->memfd_offset, (off_t)block->size) < 0) {
 			set_system_error(error, "emptying its memfd", block->idstr);
 			return FALSE;
 		}
@@ -246,24 +312,43 @@ gboolean pr_ram_claim(PrRamBlock *block, uint64_t page)
 	return TRUE;
 }
 
-uint64_t pr_ram_claim_run(PrRamBlock *block, uint64_t from, uint64_t max, uint64_t *ret_page)
+uint64_t pr_ram_claim_within(PrRamBlock *block, uint64_t from, uint64_t end, uint64_t max,
+			     uint64_t *ret_page)
 {
 	uint64_t page = from;
 
 	for (;;) {
-		page = pr_bitmap_next_clear2(block->received, block->inflight, block->n_pages,
-					     page);
-		if (page >= block->n_pages)
+		page = pr_bitmap_next_clear2(block->received, block->inflight, end, page);
+		if (page >= end)
 			return 0;
 		if (pr_ram_claim(block, page))
 			break;
 		page++;
 	}
 	uint64_t n = 1;
-	while (n < max && page + n < block->n_pages && pr_ram_claim(block, page + n))
+	while (n < max && page + n < end && pr_ram_claim(block, page + n))
 		n++;
 	*ret_page = page;
 	return n;
+}
+
+uint64_t pr_ram_claim_run(PrRamBlock *block, uint64_t from, uint64_t max, uint64_t *ret_page)
+{
+	return pr_ram_claim_within(block, from, block->n_pages, max, ret_page);
+}
+
+gboolean pr_ram_is_whole(const PrRamBlock *block, uint64_t first)
+{
+	uint64_t end = first + block->per_host;
+
+	return pr_bitmap_next_clear(block->received, end, first) >= end;
+}
+
+uint64_t pr_ram_take_waiting(PrRamBlock *block, uint64_t page, uint64_t n)
+{
+	uint64_t start = pr_ram_host_start(block, page);
+
+	return pr_bitmap_clear(block->waiting, start, pr_ram_host_end(block, page + n - 1) - start);
 }
 
 void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, gboolean travelled)
@@ -392,28 +477,9 @@ gboolean pr_ram_complete(const PrRam *ram)
 	return pr_ram_received_bytes(ram) == ram->total_bytes;
 }
 
-gboolean pr_ram_next_data(const PrRamBlock *block, uint64_t offset, uint64_t *ret_start,
-			  uint64_t *ret_end)
+gboolean pr_ram_next_data(const PrRamBlock *block, uint64_t from, uint64_t end, PrExtent *ret)
 {
-	off_t base = (off_t)block->memfd_offset;
-
-	if (offset >= block->size)
-		return FALSE;
-	off_t data = lseek(block->memfd, base + (off_t)offset, SEEK_DATA);
-	/* ENXIO: nothing but hole to the end. Any other error: take everything for data. */
-	if (data < 0 && errno == ENXIO)
-		return FALSE;
-	uint64_t start = data < 0 ? offset : (uint64_t)(data - base);
-	if (start >= block->size)
-		return FALSE;
-	off_t hole = lseek(block->memfd, base + (off_t)start, SEEK_HOLE);
-	uint64_t end = hole < 0 ? block->size : (uint64_t)(hole - base);
-
-	start -= start % block->page_size;
-	end = MIN(block->size, (end + block->page_size - 1) / block->page_size * block->page_size);
-	*ret_start = start;
-	*ret_end = end;
-	return TRUE;
+	return pr_extent_next(block->memfd, block->memfd_offset, from, MIN(end, block->size), ret);
 }
 
 gboolean pr_ram_page_is_zero(const PrRamBlock *block, uint64_t page)

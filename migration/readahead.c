@@ -4,16 +4,24 @@
 #include <stdlib.h>
 #include <string.h>
 
-static PrReadaheadStream *streams_of(PrReadahead *self, uint32_t tid)
+/* Streams that one fault may belong to. */
+typedef struct Streams {
+	PrReadaheadStream *at;
+	guint n;
+} Streams;
+
+static Streams streams_of(PrReadahead *self, uint32_t tid)
 {
 	guint i = tid * 2654435761u >> 16 & (PR_READAHEAD_THREADS - 1);
 
 	G_STATIC_ASSERT((PR_READAHEAD_THREADS & (PR_READAHEAD_THREADS - 1)) == 0);
+	if (tid == PR_READAHEAD_NO_THREAD)
+		return (Streams){self->shared, PR_READAHEAD_SHARED};
 	if (self->threads[i].tid != tid) {
 		memset(&self->threads[i], 0, sizeof(self->threads[i]));
 		self->threads[i].tid = tid;
 	}
-	return self->threads[i].streams;
+	return (Streams){self->threads[i].streams, PR_READAHEAD_STREAMS};
 }
 
 /* Whether a regular stream goes on at this page: at one that was suggested, or right behind. */
@@ -28,13 +36,13 @@ static gboolean expects(const PrReadaheadStream *stream, guint block, int64_t pa
 }
 
 /* The nearest one within a stride's reach, or NULL. */
-static PrReadaheadStream *nearest(PrReadaheadStream *streams, guint block, int64_t page)
+static PrReadaheadStream *nearest(Streams streams, guint block, int64_t page)
 {
 	PrReadaheadStream *best = NULL;
 	int64_t least = PR_READAHEAD_STRIDE + 1;
 
-	for (guint i = 0; i < PR_READAHEAD_STREAMS; i++) {
-		PrReadaheadStream *stream = &streams[i];
+	for (guint i = 0; i < streams.n; i++) {
+		PrReadaheadStream *stream = &streams.at[i];
 		int64_t distance = llabs(page - stream->last);
 
 		if (stream->used == 0 || stream->block != block || distance >= least)
@@ -45,13 +53,13 @@ static PrReadaheadStream *nearest(PrReadaheadStream *streams, guint block, int64
 	return best;
 }
 
-static PrReadaheadStream *oldest(PrReadaheadStream *streams)
+static PrReadaheadStream *oldest(Streams streams)
 {
-	PrReadaheadStream *best = &streams[0];
+	PrReadaheadStream *best = &streams.at[0];
 
-	for (guint i = 1; i < PR_READAHEAD_STREAMS; i++)
-		if (streams[i].used < best->used)
-			best = &streams[i];
+	for (guint i = 1; i < streams.n; i++)
+		if (streams.at[i].used < best->used)
+			best = &streams.at[i];
 	return best;
 }
 
@@ -68,13 +76,13 @@ static gboolean stray(PrReadaheadStream *stream, int64_t page)
 }
 
 /* The stream that a fault belongs to, brought up to date; NULL: nothing can be expected of it. */
-static PrReadaheadStream *follow(PrReadaheadStream *streams, guint block, int64_t page, guint limit,
+static PrReadaheadStream *follow(Streams streams, guint block, int64_t page, guint limit,
 				 uint64_t now)
 {
 	PrReadaheadStream *stream;
 
-	for (guint i = 0; i < PR_READAHEAD_STREAMS; i++) {
-		stream = &streams[i];
+	for (guint i = 0; i < streams.n; i++) {
+		stream = &streams.at[i];
 		if (!expects(stream, block, page))
 			continue;
 		if ((page - stream->front) / stream->stride > 0)
@@ -130,4 +138,28 @@ void pr_readahead_fault(PrReadahead *self, uint32_t tid, guint block, uint64_t p
 					   MIN(limit, PR_READAHEAD_MAX), ++self->faults);
 	if (stream)
 		suggest(stream, n_pages, ret);
+}
+
+uint64_t pr_readahead_claim(PrReadaheadRun *plan, PrRamBlock *block, uint64_t max,
+			    uint64_t *ret_page)
+{
+	uint64_t n = 0;
+
+	while (plan->n > 0 && n < max) {
+		uint64_t page = plan->page;
+		gboolean mine = pr_ram_claim(block, page);
+
+		if (!mine && n > 0)
+			break;
+		plan->page += (uint64_t)plan->stride;
+		plan->n--;
+		if (!mine)
+			continue;
+		if (n == 0 || plan->stride < 0)
+			*ret_page = page;
+		n++;
+		if (plan->stride != 1 && plan->stride != -1)
+			break;
+	}
+	return n;
 }

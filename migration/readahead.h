@@ -9,6 +9,10 @@
  * where it was expected, also among the pages suggested already (they may be on their way still), up
  * to the caller's limit; a fault that strays ends it. Random faults suggest nothing.
  *
+ * A fault whose thread says nothing about who it is for (PR_READAHEAD_NO_THREAD) is followed by its address alone: all such
+ * faults share PR_READAHEAD_SHARED streams. KVM's asynchronous faults are of that kind: an arbitrary kworker waits in the
+ * place of a vCPU.
+ *
  * No I/O, no allocation, fixed size; all zeros is a valid beginning. Not for several threads at once.
  */
 #pragma once
@@ -16,11 +20,16 @@
 #include <glib.h>
 #include <stdint.h>
 
-#define PR_READAHEAD_MAX     64	  /* pages: the largest window */
-#define PR_READAHEAD_START   2	  /* pages: the first window */
-#define PR_READAHEAD_STRIDE  1024 /* pages */
-#define PR_READAHEAD_STREAMS 4	  /* of each thread */
-#define PR_READAHEAD_THREADS 64	  /* a thread more takes the place of another */
+#include "migration/ram.h"
+
+#define PR_READAHEAD_MAX       64   /* pages: the largest window */
+#define PR_READAHEAD_START     2    /* pages: the first window */
+#define PR_READAHEAD_STRIDE    1024 /* pages */
+#define PR_READAHEAD_STREAMS   4    /* of each thread */
+#define PR_READAHEAD_SHARED    32   /* of all faults that are nobody's */
+#define PR_READAHEAD_THREADS   64   /* a thread more takes the place of another */
+
+#define PR_READAHEAD_NO_THREAD 0 /* in the place of a thread's id */
 
 typedef struct PrReadaheadStream {
 	guint block;
@@ -36,6 +45,7 @@ typedef struct PrReadahead {
 		uint32_t tid;
 		PrReadaheadStream streams[PR_READAHEAD_STREAMS];
 	} threads[PR_READAHEAD_THREADS];
+	PrReadaheadStream shared[PR_READAHEAD_SHARED];
 	uint64_t faults;
 } PrReadahead;
 
@@ -51,3 +61,8 @@ typedef struct PrReadaheadRun {
  * never more than `limit` pages ahead of the fault. Often nothing: n is 0. */
 void pr_readahead_fault(PrReadahead *self, uint32_t tid, guint block, uint64_t page,
 			uint64_t n_pages, guint limit, PrReadaheadRun *ret);
+
+/* Claims the next pages of a plan that one READ can cover. Returns how many (0: none is left), the first in
+ * *ret_page. */
+uint64_t pr_readahead_claim(PrReadaheadRun *plan, PrRamBlock *block, uint64_t max,
+			    uint64_t *ret_page);

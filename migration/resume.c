@@ -66,7 +66,8 @@ static void note_blocks(PrRecord *record, const PrRam *ram)
 	for (guint i = 0; i < ram->n_blocks; i++)
 		blocks[i] = (PrGuestBlock){.idstr = ram->blocks[i].idstr,
 					   .size = ram->blocks[i].size,
-					   .page_size = ram->blocks[i].page_size,
+					   .page_size = (uint32_t)ram->blocks[i].per_host *
+							PR_TARGET_PAGE,
 					   .base = ram->blocks[i].base};
 	pr_record_set_blocks(record, blocks, ram->n_blocks);
 }
@@ -189,9 +190,8 @@ static gboolean begin_owner(PrMigration *m, const char *name, GThreadFunc func, 
 
 static gboolean wake_all(PrMigration *m, GError **error)
 {
-	for (guint i = 0; i < m->ram->n_blocks; i++)
-		if (!pr_place_wake_all(m->uffd, &m->ram->blocks[i], error))
-			return FALSE;
+	if (!pr_place_wake_all(m->uffd, m->ram, error))
+		return FALSE;
 	pr_kill_point(PR_KILL_DESTINATION_WOKEN);
 	return TRUE;
 }
@@ -295,9 +295,14 @@ static gboolean resume_destination(PrMigration *m, PrKept *kept, GError **error)
 }
 
 /* The guest had not come. What is left of it in the process is of no use to anybody. */
-static gboolean give_up_half(PrMigration *m, GError **error)
+/* Takes kept. What the dead engine's card still writes is to land before this memory is used again. */
+static gboolean give_up_half(PrMigration *m, PrKept *kept, GError **error)
 {
-	if (!m->guest->ops->fault_off(m->guest, error) ||
+	guint timeout = (guint)pr_param(m->params, PR_PARAM_GUEST_TIMEOUT);
+	gboolean ended = pr_kept_await_engine(kept, timeout, error);
+
+	pr_kept_free(kept);
+	if (!ended || !m->guest->ops->fault_off(m->guest, error) ||
 	    !m->guest->ops->keep_state(m->guest, -1, error))
 		return FALSE;
 	g_message("the last engine ended before the guest had come here: the guest is still the "
@@ -432,11 +437,9 @@ static gboolean take_up_destination(PrMigration *m, PrKept *kept, gboolean asked
 	PrKeptStage stage = pr_kept_stage(kept);
 	gboolean half = stage == PR_KEPT_SETUP || stage == PR_KEPT_ENDED;
 
-	if (!half && asked)
-		return resume_destination(m, kept, error);
+	if (half || asked)
+		return half ? give_up_half(m, kept, error) : resume_destination(m, kept, error);
 	pr_kept_free(kept);
-	if (half)
-		return give_up_half(m, error);
 	return stage == PR_KEPT_COMPLETED ||
 	       needs_resume(error, "the last engine of this guest ended in the middle of its "
 				   "migration to here");

@@ -182,9 +182,31 @@ static void record_failure(PrMigration *m, const PrUri *uri, const GError *error
 	pr_migration_tell(m);
 }
 
+/* Orders paths on probation by the end of their hold-downs. A path that was lost just now may be connected again
+ * already; its hold-down has only begun. A GCompareDataFunc; with the lock held. */
+static gint compare_hold_down(gconstpointer a, gconstpointer b, gpointer m)
+{
+	const PrUri *const *one = a, *const *other = b;
+	gint64 mine = pr_path_record(m, (*one)->text)->health.hold_until;
+	gint64 others = pr_path_record(m, (*other)->text)->health.hold_until;
+
+	return (mine > others) - (mine < others);
+}
+
+/* The paths of this rank, copied. With the lock held. */
+static GPtrArray *standbys_of_rank(PrMigration *m, guint rank)
+{
+	GPtrArray *paths = g_ptr_array_new_with_free_func((GDestroyNotify)pr_uri_free);
+
+	for (guint i = 0; i < m->uris->len; i++)
+		if (pr_standby_rank(m, m->uris->pdata[i]) == rank)
+			g_ptr_array_add(paths, pr_uri_copy(m->uris->pdata[i]));
+	return paths;
+}
+
 /* The paths of this attempt, in the order in which to try them. Those that a human has named, as they were
  * named. By itself, first over what stands by, *ret_standbys of them: the fit ones in the operator's order,
- * then those on probation; then all of them anew, beginning behind the one that was lost, which may take long.
+ * then those on probation, the first to be trusted first; then all of them anew, beginning behind the one that was lost, which may take long.
  * With the lock held. */
 static GPtrArray *paths_to_try(PrMigration *m, guint *ret_standbys)
 {
@@ -193,10 +215,12 @@ static GPtrArray *paths_to_try(PrMigration *m, guint *ret_standbys)
 	guint n = automatic ? m->uris->len : m->n_asked;
 	guint first = 0;
 
-	for (guint rank = 2; automatic && rank > 0; rank--)
-		for (guint i = 0; i < n; i++)
-			if (pr_standby_rank(m, m->uris->pdata[i]) == rank)
-				g_ptr_array_add(paths, pr_uri_copy(m->uris->pdata[i]));
+	if (automatic) {
+		GPtrArray *on_probation = standbys_of_rank(m, 1);
+		g_ptr_array_extend_and_steal(paths, standbys_of_rank(m, 2));
+		g_ptr_array_sort_with_data(on_probation, compare_hold_down, m);
+		g_ptr_array_extend_and_steal(paths, on_probation);
+	}
 	*ret_standbys = paths->len;
 	for (guint i = 0; automatic && i < n; i++)
 		if (g_strcmp0(((PrUri *)m->uris->pdata[i])->text, m->last_path) == 0)

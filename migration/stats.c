@@ -120,6 +120,7 @@ static void query_faults(PrMigration *m, PrMigrationInfo *ret, gint64 now_us)
 	ret->fault_latency_ns = stats->resolved ? stats->total_ns / stats->resolved : 0;
 	ret->fault_latency_max_ns = stats->max_ns;
 	memcpy(ret->latency_dist, stats->dist, sizeof(ret->latency_dist));
+	ret->fault_repeats = stats->repeats;
 	ret->readahead_pages = stats->ahead_pages;
 	ret->readahead_waited = stats->ahead_waited;
 	if (m->times)

@@ -15,6 +15,7 @@
  * The end: told_lock. The connection is fenced only after pr_told_end(), when nobody takes anything any more; then
  * the veil is dropped, and its claims are forgotten with those of the lost READs.
  */
+#include "migration/allocate.h"
 #include "migration/internal.h"
 
 static gboolean take_grant(PrConn *conn, const PrMsg *msg)
@@ -38,6 +39,7 @@ static gboolean take_grant(PrConn *conn, const PrMsg *msg)
 	g_array_set_size(conn->grants, had);
 	pr_fault_notify(m->faults);
 	pr_pull_notify(m->pull);
+	pr_allocate_notify(m->ram->allocate);
 	return TRUE;
 }
 
@@ -82,8 +84,8 @@ void pr_told_end(PrConn *conn)
 void pr_told_ask(PrMigration *m, PrConn *conn, guint block, uint64_t page)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
-	uint32_t page_size = m->ram->blocks[block].page_size;
-	PrWireRange range = {page * page_size, page_size};
+	uint64_t page_size = m->ram->blocks[block].page_size;
+	PrWireRange range = {page * page_size, m->ram->blocks[block].per_host * page_size};
 
 	pr_ranges_encode(body, block, &range, 1);
 	/* A failure reports itself. */

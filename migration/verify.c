@@ -11,7 +11,7 @@
  * given up: whoever wants the page, a fault or the bulk pull, reads it again. The same page wrong PR_VERIFY_STRIKES times
  * fails the path.
  *
- * A hash is of a page as the guest has it (page_size, huge ones too), and the source answers from its frozen RAM without
+ * A hash is of a page, and the source answers from its frozen RAM without
  * keeping anything. So after a recovery hashes are simply asked for again; data that had landed before is kept, and
  * its claim with it (pr_verify_add_landed), as only the hashes are missing. What has not landed is forgotten at the
  * detach, because its path is gone; but a stripe's may still land later, and is asked for then.
@@ -344,7 +344,7 @@ static gboolean finish_range(PrVerify *verify, Range *range)
 		give_up(verify, g_array_index(wrong, uint64_t, i));
 	g_mutex_unlock(&verify->lock);
 	/* After the placing: whoever begins to wait now sees that they are received, or free. */
-	return pr_bitmap_clear(block->waiting, page, n) > 0 || urgent;
+	return pr_ram_take_waiting(block, page, n) > 0 || urgent;
 }
 
 /* ---- the thread ---- */

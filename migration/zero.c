@@ -44,12 +44,13 @@ static gboolean add_range(Ranges *ranges, uint64_t offset, uint64_t length, GErr
 /* What the memfd has never held is zero, and known without reading it. */
 static gboolean send_block_holes(Ranges *ranges, const PrRamBlock *block, GError **error)
 {
-	uint64_t at = 0, start, end;
+	uint64_t at = 0;
+	PrExtent data;
 
-	while (pr_ram_next_data(block, at, &start, &end)) {
-		if (start > at && !add_range(ranges, at, start - at, error))
+	while (pr_ram_next_data(block, at, block->size, &data)) {
+		if (data.start > at && !add_range(ranges, at, data.start - at, error))
 			return FALSE;
-		at = end;
+		at = data.end;
 	}
 	if (at < block->size && !add_range(ranges, at, block->size - at, error))
 		return FALSE;
@@ -134,12 +135,11 @@ void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn)
 	ranges->conn = conn;
 	for (guint i = 0; i < m->ram->n_blocks; i++) {
 		const PrRamBlock *block = &m->ram->blocks[i];
-		uint64_t at = 0, start, end;
+		PrExtent data = {0};
+
 		ranges->block = i;
-		while (pr_ram_next_data(block, at, &start, &end)) {
-			if (!scan_extent(m, ranges, block, start, end, &error))
+		while (pr_ram_next_data(block, data.end, block->size, &data))
+			if (!scan_extent(m, ranges, block, data.start, data.end, &error))
 				return;
-			at = end;
-		}
 	}
 }

@@ -350,6 +350,16 @@ static gboolean wants_incoming(const Options *options, PrRole role)
 	       strcmp(options->incoming, "defer") != 0;
 }
 
+/* GLib starts a thread of its own for the first signal source, and aborts if it gets none. It starts here, before
+ * the migration's threads can take the last one. SIGTERM keeps its default action until the main loop is about to run. */
+static gboolean begin_signal_thread(GError **error)
+{
+	if (!pr_spare_thread(error))
+		return FALSE;
+	g_source_unref(g_unix_signal_source_new(SIGUSR2));
+	return TRUE;
+}
+
 static gboolean serve(const Options *options, Engine *engine, PrMigration *migration,
 		      GError **error)
 {
@@ -362,7 +372,7 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 		return FALSE;
 	/* Before the migration's threads and what they use of RDMA: see sandbox.c. Nobody gives a command before the
 	 * main loop runs. */
-	if (!give_up_privileges(options, engine, error))
+	if (!give_up_privileges(options, engine, error) || !begin_signal_thread(error))
 		return FALSE;
 	if (!take_up(options, migration, &role, error))
 		return FALSE;
@@ -373,9 +383,6 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 		g_prefix_error(error, "--incoming: ");
 		return FALSE;
 	}
-	/* GLib has a thread for signals. */
-	if (!pr_spare_thread(error))
-		return FALSE;
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);
 	pr_loop_watch(pr_migration_watchdog(migration), g_main_context_default());

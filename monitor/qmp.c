@@ -353,12 +353,21 @@ static gboolean is_utf8(JsonNode *root)
 	return g_utf8_validate(text, -1, NULL);
 }
 
+/* json-glib writes some large numbers, such as 1e22, as text that is no JSON. */
+static gboolean can_be_echoed(JsonNode *id)
+{
+	g_autofree char *text = json_to_string(id, FALSE);
+	g_autoptr(JsonNode) again = json_from_string(text, NULL);
+
+	return again != NULL;
+}
+
 static void on_message(const char *message, gsize len, const char *fault, void *opaque)
 {
 	QmpClient *client = opaque;
 	g_autoptr(JsonParser) parser = json_parser_new();
 	g_autoptr(GError) error = NULL, parse_error = NULL;
-	JsonNode *root;
+	JsonNode *root, *id = NULL;
 
 	if (fault)
 		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
@@ -373,6 +382,12 @@ static void on_message(const char *message, gsize len, const char *fault, void *
 	if (!error && !is_utf8(root))
 		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
 				    "QMP input refused: an escape (\\u…) in it is no character");
+	if (!error)
+		id = json_object_get_member(json_node_get_object(root), "id");
+	if (id && !can_be_echoed(id))
+		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
+				    "QMP input member 'id' can't be sent back: a number in it is "
+				    "too large");
 	if (error)
 		send_error(client, error, NULL);
 	else if (client->errand)

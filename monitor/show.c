@@ -88,6 +88,7 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 	if (info->role == PR_ROLE_DESTINATION) {
 		json_object_set_int_member(extras, "faults", info->faults);
 		json_object_set_int_member(extras, "fault-latency-max", info->fault_latency_max_ns);
+		json_object_set_int_member(extras, "fault-repeats", info->fault_repeats);
 		json_object_set_int_member(extras, "readahead-pages", info->readahead_pages);
 		json_object_set_int_member(extras, "readahead-waited", info->readahead_waited);
 	}
@@ -96,6 +97,12 @@ static JsonObject *extras_to_json(const PrMigrationInfo *info)
 					     info->blocktime.vcpus_known ? "vcpus" : "threads",
 					     threads_to_json(info->blocktime.threads));
 		json_object_set_int_member(extras, "other-faults", info->blocktime.other_faults);
+	}
+	if (info->blocktime.threads && info->blocktime.vcpus_known) {
+		json_object_set_int_member(extras, "blocktime-at-most",
+					   info->blocktime.at_most_ns / 1000000);
+		json_object_set_int_member(extras, "non-vcpu-blocktime",
+					   info->blocktime.other_blocked_ns / 1000000);
 	}
 	return extras;
 }
@@ -222,6 +229,7 @@ static const Row extra_rows[] = {
 	{"last-recovery", "last recovery", "ms", 1},
 	{"pages-at-pause", "pages at last pause", NULL, 1},
 	{"faults", "faults", NULL, 1},
+	{"fault-repeats", "repeated faults", NULL, 1},
 	{"readahead-pages", "read ahead", "pages", 1},
 	{"readahead-waited", "waited for of these", "pages", 1},
 	{"other-faults", "faults of other threads", NULL, 1},
@@ -232,14 +240,19 @@ static const Row extra_rows[] = {
 	{"stalls", "stalls of threads", NULL, 1},
 };
 
-static void show_blocktime(JsonObject *object, GString *text)
+static void show_blocktime(JsonObject *object, JsonObject *extras, GString *text)
 {
-	static const Row rows[] = {
-		{"postcopy-blocktime", "postcopy blocktime", "ms", 1},
-		{"postcopy-non-vcpu-latency", "postcopy non-vcpu latency", "ns", 1},
+	static const Row known = {"postcopy-blocktime", "postcopy blocktime", "ms", 1};
+	static const Row bounds[] = {
+		{"blocktime-at-most", "postcopy blocktime at most", "ms", 1},
+		{"non-vcpu-blocktime", "postcopy non-vcpu blocktime", "ms", 1},
 	};
+	static const Row others = {"postcopy-non-vcpu-latency", "postcopy non-vcpu latency", "ns",
+				   1};
 
-	show_rows(object, rows, G_N_ELEMENTS(rows), text);
+	show_rows(object, &known, 1, text);
+	show_rows(extras, bounds, G_N_ELEMENTS(bounds), text);
+	show_rows(object, &others, 1, text);
 }
 
 /* A line for each vCPU, or for each of the first threads that faulted. */
@@ -315,7 +328,7 @@ void pr_show_migrate(JsonNode *result, GString *text)
 	object = json_node_get_object(result);
 	if (json_object_has_member(object, "postcopy-latency-dist"))
 		show_latency(object, text);
-	show_blocktime(object, text);
+	show_blocktime(object, extras, text);
 	if (json_object_has_member(extras, "other-faults"))
 		show_threads(extras, text);
 }

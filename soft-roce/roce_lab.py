@@ -39,6 +39,7 @@ ROOT = os.path.dirname(HERE)
 QEMU = "qemu-system-x86_64"
 HOSTS = ("a", "b")
 RAILS = (1, 2)
+KERNELS = ("6.1", "6.12")
 BOOT_SECONDS = {"kvm": 20, "tcg": 180}
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
@@ -55,6 +56,15 @@ FAULTS = {
 
 KERNEL = "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr mitigations=off rcupdate.rcu_cpu_stall_suppress=1"
 
+LOAD_KVM = """
+case $(grep -m 1 ^flags /proc/cpuinfo) in
+*' svm '*) modprobe kvm_amd ;;
+*' vmx '*) modprobe kvm_intel ;;
+*) echo "its CPU has neither SVM nor VMX" >&2 ;;
+esac
+[ -c /dev/kvm ]
+"""
+
 
 @dataclass
 class Spec:
@@ -65,6 +75,7 @@ class Spec:
     memory_mb: int = 1024  # each
     cpus: int = 0  # each; 0: 2 under KVM, 1 under TCG
     visible: list = field(default_factory=list)  # directories to be seen even in /tmp and the like
+    kernel: str = KERNELS[0]
 
 
 @dataclass
@@ -158,6 +169,15 @@ class Host:
     def set_carrier(self, rail, up):
         """Plugs this host's end of a rail in or pulls it out, from outside."""
         self.qmp("set_link", name=f"rail{rail}", up=up)
+
+    # Guests under KVM
+
+    def load_kvm(self):
+        """Has /dev/kvm here. That this host can't have it is an error."""
+        done = self.run("sh", "-c", LOAD_KVM)
+        if done.returncode:
+            hint = "where this machine's KVM does not nest, POSTROAD_ACCEL=tcg has hosts with SVM"
+            raise LabError(f"host {self.name} has no /dev/kvm ({hint}): {done.stderr.strip()}")
 
     # The machine
 
@@ -442,9 +462,13 @@ class Lab:
             self._wait_booted(host)
 
     def _build_image(self):
-        self.image = os.path.abspath(os.path.join(self.spec.build, "soft-roce"))
+        kernel = self.spec.kernel
+        if kernel not in KERNELS:
+            raise LabError(f"kernel {kernel!r} is none of {', '.join(KERNELS)} (--kernel)")
+        own = os.path.abspath(os.path.join(self.spec.build, "soft-roce"))
+        self.image = own if kernel == KERNELS[0] else os.path.join(own, kernel)
         done = subprocess.run(
-            [os.path.join(HERE, "build-image"), self.image],
+            [os.path.join(HERE, "build-image"), self.image, kernel],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

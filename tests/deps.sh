@@ -10,7 +10,7 @@ libglib2.0-dev libjson-glib-dev libfabric-dev libibverbs-dev librdmacm-dev libzs
 libseccomp-dev libcap-ng-dev
 glib-networking openssl
 clang-format clang-14 libclang-rt-14-dev
-python3 qemu-system-x86 seabios ipxe-qemu ovmf busybox-static cpio gzip iproute2 socat util-linux
+python3 qemu-system-x86 seabios ipxe-qemu ovmf busybox-static cpio gzip xz-utils iproute2 socat util-linux
 gnuplot-nox
 kmod binutils perftest ibverbs-utils rdmacm-utils
 "

@@ -13,7 +13,6 @@
 #define QUEUE_BYTES_MAX (32 * 1024 * 1024)
 #define LINGER_MS	200
 #define BODY_FIRST	(64 * 1024) /* what is allocated before anything has come */
-#define LAST_LOOKS	4
 #define LAST_WORDS_MS	1000
 #define READ_AT_ONCE	(8 * 1024 * 1024) /* bytes, before the heartbeat is looked at again */
 
@@ -315,21 +314,23 @@ static Look look_at_socket(PrControl *control, gboolean ignore_full)
 	return look == LOOK_EMPTY && received ? LOOK_GOT : look;
 }
 
-/* Takes in everything that the peer had sent before our write failed, then ends. */
+/* Takes in everything that the peer had sent before our write failed, then ends. What can't be written to any
+ * more has an end to read, too: a TCP socket at once, TLS behind a descriptor (tls-splice.c) when its thread
+ * has passed on what had come. */
 static void end_after_send_error(PrControl *control)
 {
+	gint64 deadline = g_get_monotonic_time() + LAST_WORDS_MS * 1000;
 	g_autoptr(GError) reason = NULL;
 	Look look;
 
 	g_mutex_lock(&control->lock);
 	reason = g_steal_pointer(&control->send_error);
 	g_mutex_unlock(&control->lock);
-	/* More than fits into a socket's buffer is not there. */
-	for (guint i = 0; i < LAST_LOOKS; i++) {
+	do
 		look = look_at_socket(control, TRUE);
-		if (look != LOOK_GOT)
-			break;
-	}
+	while (look != LOOK_ENDED && g_get_monotonic_time() < deadline &&
+	       (look == LOOK_GOT ||
+		pr_wait_fd(control->fd, POLLIN, deadline, NULL) == PR_WAIT_READY));
 	pr_control_fail(control, g_steal_pointer(&reason));
 }
 
@@ -385,7 +386,7 @@ static gint64 reader_sleep(PrControl *control)
 	return now;
 }
 
-static void reader_turn(PrControl *control, gint64 now)
+static void reader_turn(PrControl *control, PrWatch *watch, gint64 now)
 {
 	switch (look_at_socket(control, FALSE)) {
 	case LOOK_GOT:
@@ -400,10 +401,12 @@ static void reader_turn(PrControl *control, gint64 now)
 	send_postponed(control);
 	if (pr_heartbeat_is_due(&control->heartbeat, now))
 		send_heartbeat(control, now);
-	if (has_send_error(control))
+	if (has_send_error(control)) {
+		pr_watch_busy(watch, &ending);
 		end_after_send_error(control);
-	else
+	} else {
 		end_if_silent(control, now);
+	}
 }
 
 /* We have ended the channel: waits for the peer to close its side too, for a moment. */
@@ -453,7 +456,7 @@ gpointer pr_control_reader(gpointer opaque)
 
 	while (!pr_control_has_ended(control)) {
 		pr_watch_busy_at(watch, &reading, now);
-		reader_turn(control, now);
+		reader_turn(control, watch, now);
 		pr_watch_idle(watch);
 		now = reader_sleep(control);
 	}

@@ -81,6 +81,8 @@ typedef struct PrCompletion {
 #define PR_READ_MAX (1024 * 1024) /* longest READ, bytes */
 
 typedef void (*PrPathFailed)(const GError *reason, void *opaque);
+/* Destination: this part of a region is about to get its memory otherwise than by a READ. FALSE: it can't have it. */
+typedef gboolean (*PrPathAllocate)(uint32_t block, uint64_t offset, uint64_t length, void *opaque);
 
 typedef struct PrTransportOps PrTransportOps;
 typedef struct PrDataPath {
@@ -105,6 +107,8 @@ typedef struct PrPathSetup {
 	guint timeout_ms;
 	GCancellable *cancel;
 	PrPathFailed on_failed;
+	PrPathAllocate allocate; /* NULL: nothing is to be done */
+	void *allocate_opaque;
 	void *opaque;
 } PrPathSetup;
 

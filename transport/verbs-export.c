@@ -42,6 +42,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "transport/extents.h"
 #include "transport/verbs.h"
 
 #define CHUNK	      (1024ull * 1024 * 1024)
@@ -54,37 +55,19 @@
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
 #endif
 
-typedef struct Extent {
-	uint64_t start, end; /* bytes within the region; page aligned */
-} Extent;
-
 static uint64_t page_size(void)
 {
 	return (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-/* The next data at or after `from`. A region without a memfd is all data. */
-static gboolean next_data(const PrRegion *region, uint64_t from, Extent *ret)
+/* The next data in [from, end). A region without a memfd is all data. */
+static gboolean next_data(const PrRegion *region, uint64_t from, uint64_t end, PrExtent *ret)
 {
-	off_t base = (off_t)region->memfd_offset;
-	uint64_t mask = page_size() - 1;
-	off_t data, hole;
-
-	if (from >= region->size)
-		return FALSE;
-	*ret = (Extent){from, region->size};
-	if (region->memfd < 0)
-		return TRUE;
-	data = lseek(region->memfd, base + (off_t)from, SEEK_DATA);
-	if (data < 0)
-		return errno != ENXIO;
-	ret->start = (uint64_t)(data - base) & ~mask;
-	if (ret->start >= region->size)
-		return FALSE;
-	hole = lseek(region->memfd, data, SEEK_HOLE);
-	if (hole >= 0)
-		ret->end = MIN(region->size, ((uint64_t)(hole - base) + mask) & ~mask);
-	return TRUE;
+	end = MIN(end, region->size);
+	*ret = (PrExtent){from, end};
+	return region->memfd < 0
+		       ? from < end
+		       : pr_extent_next(region->memfd, region->memfd_offset, from, end, ret);
 }
 
 uint64_t pr_verbs_export_bytes(const PrRegion *regions, guint n)
@@ -92,9 +75,9 @@ uint64_t pr_verbs_export_bytes(const PrRegion *regions, guint n)
 	uint64_t bytes = 0;
 
 	for (guint i = 0; i < n; i++) {
-		Extent extent = {0};
+		PrExtent extent = {0};
 
-		while (next_data(&regions[i], extent.end, &extent))
+		while (next_data(&regions[i], extent.end, regions[i].size, &extent))
 			bytes += extent.end - extent.start;
 	}
 	return bytes;
@@ -124,7 +107,7 @@ static void add_chunks(const PrVerbsPath *path, GArray *todo, uint32_t block, ui
 
 /* Adds what of an extent is not among the block's exports, which are sorted; *next is the first one
  * that may matter. */
-static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const Extent *extent,
+static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const PrExtent *extent,
 			guint *next)
 {
 	uint64_t at = extent->start;
@@ -149,12 +132,12 @@ static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const E
 static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t smallest_hole)
 {
 	const PrRegion *region = &path->regions[block];
-	Extent extent = {0}, next;
+	PrExtent extent = {0}, next;
 	guint have = 0;
 
-	if (!next_data(region, 0, &extent))
+	if (!next_data(region, 0, region->size, &extent))
 		return;
-	while (next_data(region, extent.end, &next)) {
+	while (next_data(region, extent.end, region->size, &next)) {
 		if (next.start - extent.end < smallest_hole) {
 			extent.end = next.end;
 			continue;
@@ -431,19 +414,16 @@ static GArray *find_kept(PrVerbsPath *path, uint32_t block, uint64_t start, uint
 
 static void add_data(const PrRegion *region, GArray *fresh, uint64_t start, uint64_t end)
 {
-	Extent extent = {.end = start};
+	PrExtent extent = {.end = start};
 
-	while (extent.end < end && next_data(region, extent.end, &extent) && extent.start < end) {
-		Extent within = {extent.start, MIN(extent.end, end)};
-
-		g_array_append_val(fresh, within);
-	}
+	while (next_data(region, extent.end, end, &extent))
+		g_array_append_val(fresh, extent);
 }
 
 /* The data in what is left of the range; sorted. */
 static GArray *find_fresh(const PrRegion *region, const GArray *kept, uint64_t start, uint64_t end)
 {
-	GArray *fresh = g_array_new(FALSE, FALSE, sizeof(Extent));
+	GArray *fresh = g_array_new(FALSE, FALSE, sizeof(PrExtent));
 	uint64_t at = start;
 
 	for (guint i = 0; i < kept->len; i++) {
@@ -464,13 +444,13 @@ static void join(GArray *extents, uint64_t gap)
 	guint n = 0;
 
 	for (guint i = 0; i < extents->len; i++) {
-		Extent next = g_array_index(extents, Extent, i);
-		Extent *last = n > 0 ? &g_array_index(extents, Extent, n - 1) : NULL;
+		PrExtent next = g_array_index(extents, PrExtent, i);
+		PrExtent *last = n > 0 ? &g_array_index(extents, PrExtent, n - 1) : NULL;
 
 		if (last && next.start - last->end < gap)
 			last->end = next.end;
 		else
-			g_array_index(extents, Extent, n++) = next;
+			g_array_index(extents, PrExtent, n++) = next;
 	}
 	g_array_set_size(extents, n);
 }
@@ -526,7 +506,7 @@ gboolean pr_verbs_export_within(PrVerbsPath *path, uint32_t block, uint64_t offs
 	for (uint64_t gap = SMALLEST_HOLE; fresh->len > most; gap *= 4)
 		join(fresh, gap);
 	for (guint i = 0; i < fresh->len; i++) {
-		const Extent *extent = &g_array_index(fresh, Extent, i);
+		const PrExtent *extent = &g_array_index(fresh, PrExtent, i);
 
 		add_chunks(path, todo, block, extent->start, extent->end);
 	}

@@ -94,9 +94,15 @@ static struct ibv_mr *register_range(PrVerbsPath *path, uint32_t block, uint64_t
 				     uint64_t length)
 {
 	uint8_t *at = (uint8_t *)path->regions[block].addr + offset;
-	struct ibv_mr *mr = ibv_reg_mr(path->rail.pd, at, length, IBV_ACCESS_LOCAL_WRITE);
-	int number = errno;
 	g_autoptr(GError) error = NULL;
+	struct ibv_mr *mr;
+	int number;
+
+	/* What is not, registering would allocate, zero pages too. */
+	if (path->allocate && !path->allocate(block, offset, length, path->allocate_opaque))
+		return NULL;
+	mr = ibv_reg_mr(path->rail.pd, at, length, IBV_ACCESS_LOCAL_WRITE);
+	number = errno;
 
 	if (mr)
 		return mr;

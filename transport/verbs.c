@@ -98,6 +98,8 @@ static PrVerbsPath *path_new(const PrPathSetup *setup)
 	path->uri = pr_uri_copy(setup->uri);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
+	path->allocate = setup->allocate;
+	path->allocate_opaque = setup->allocate_opaque;
 	path->events_waker = PR_WAKER_INIT;
 	g_mutex_init(&path->qp_lock);
 	g_mutex_init(&path->import_lock);

@@ -148,6 +148,8 @@ typedef struct PrVerbsPath {
 	PrVerbsOptions options;
 	const PrRegion *regions;
 	guint n_regions;
+	PrPathAllocate allocate; /* NULL: nothing is to be done before memory is registered */
+	void *allocate_opaque;
 	struct rdma_event_channel *channel; /* read by the event thread */
 	PrVerbsRail rail;
 

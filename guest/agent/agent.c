@@ -43,6 +43,7 @@ PrAgent *pr_agent_new(const PrAgentOps *ops, void *opaque)
 	agent->uffd = -1;
 	agent->state_fd = -1;
 	agent->fence_fd = -1;
+	agent->allocator_fd = -1;
 	agent->attached_fd = -1;
 	agent->listen_fd = -1;
 	agent->wake_fd = -1;
@@ -98,11 +99,12 @@ static int insert_region(PrAgent *agent, const AgentRegion *region)
 
 int pr_agent_add_region(PrAgent *agent, const PrAgentRegion *region)
 {
-	uint32_t page_size = region->page_size ? region->page_size : memfd_page_size(region->memfd);
+	uint32_t page_size = memfd_page_size(region->memfd);
 	AgentRegion copy = {.memfd = -1};
 	int err;
 
-	if (!region_valid(region, page_size))
+	if (!region_valid(region, page_size) ||
+	    (region->page_size && region->page_size != page_size))
 		return -EINVAL;
 	copy.wire.base = (uintptr_t)region->base;
 	copy.wire.size = region->size;
@@ -137,9 +139,8 @@ int pr_agent_remove_regions(PrAgent *agent, void *base, uint64_t size)
 	return removed;
 }
 
-/* The VMM's signals are for its own threads. */
-static int thread_create(pthread_t *ret_thread, void *(*run)(void *), PrAgent *agent,
-			 const char *name)
+int agent_thread_create(pthread_t *ret_thread, void *(*run)(void *), PrAgent *agent,
+			const char *name)
 {
 	sigset_t all, old;
 	pthread_t thread;
@@ -185,11 +186,11 @@ static void end_worker(PrAgent *agent)
 
 static int start_threads(PrAgent *agent)
 {
-	int err = thread_create(&agent->worker, agent_worker_thread, agent, "postroad-calls");
+	int err = agent_thread_create(&agent->worker, agent_worker_thread, agent, "postroad-calls");
 
 	if (err)
 		return err;
-	err = thread_create(&agent->server, agent_server_thread, agent, "postroad-agent");
+	err = agent_thread_create(&agent->server, agent_server_thread, agent, "postroad-agent");
 	if (err)
 		end_worker(agent);
 	return err;
@@ -222,6 +223,7 @@ static void stop_serving(PrAgent *agent)
 	while (write(agent->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR)
 		;
 	pthread_join(agent->server, NULL);
+	agent_allocator_end(agent);
 	/* A callback that waits to write ends with this. */
 	agent_fence_off(agent);
 	end_worker(agent);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The agent's own parts: agent.c (life and regions), server.c (socket and requests), worker.c (the VMM's
- * callbacks), uffd.c (the fault mode), fence.c (write protection). libc and pthreads only: this code lives in
+ * callbacks), uffd.c (the fault mode), fence.c (write protection), allocator.c (pages for the engine). libc and pthreads only: this code lives in
  * other people's VMMs.
  */
 #pragma once
@@ -63,7 +63,9 @@ struct PrAgent {
 
 	/* From here on: the server thread's; before it starts and after it ended, the owner's. */
 	bool serving;
-	int fence_fd; /* -1: the fence is off */
+	int fence_fd;	  /* -1: the fence is off */
+	int allocator_fd; /* our end of the allocator's socket; -1: there is none */
+	pthread_t allocator;
 	int listen_fd;
 	int wake_fd; /* eventfd: end the server thread */
 	struct sockaddr_un addr;
@@ -79,6 +81,9 @@ struct PrAgent {
 
 /* agent.c */
 void agent_close_fd(int *fd);
+/* The VMM's signals are for its own threads. Returns 0 or -errno. */
+int agent_thread_create(pthread_t *ret_thread, void *(*run)(void *), PrAgent *agent,
+			const char *name);
 void agent_result_fail(AgentResult *result, PrAgentStatus status, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
 
@@ -101,6 +106,11 @@ int agent_uffd_open(uint64_t needed, uint64_t optional, AgentResult *result);
 bool agent_fault_probe(PrAgent *agent, AgentResult *result);
 bool agent_fault_on(PrAgent *agent, AgentResult *result);
 void agent_fault_off(PrAgent *agent);
+
+/* allocator.c; the server thread, without the lock. Begins one for the engine of this connection; returns the engine's end of
+ * its socket, the caller's to close. -1 with PR_AGENT_OK: none is needed. */
+int agent_allocator_begin(PrAgent *agent, int conn, AgentResult *result);
+void agent_allocator_end(PrAgent *agent);
 
 /* fence.c; the server thread, without the lock */
 bool agent_fence_on(PrAgent *agent, AgentResult *result);

@@ -188,7 +188,8 @@ static bool reply_hello(PrAgent *agent, AgentConn *conn, const PrAgentRequest *r
 		pthread_mutex_lock(&agent->lock);
 		agent->attached_fd = conn->fd;
 		agent->attached_serial = conn->serial;
-		result.flags = (agent->has_ops ? PR_AGENT_FLAG_CALLBACKS : 0) |
+		result.flags = PR_AGENT_FLAG_ALLOCATES |
+			       (agent->has_ops ? PR_AGENT_FLAG_CALLBACKS : 0) |
 			       (agent->uffd >= 0 ? PR_AGENT_FLAG_FAULT_ON : 0) |
 			       (agent->fence_fd >= 0 ? PR_AGENT_FLAG_FENCE_ON : 0);
 		pthread_mutex_unlock(&agent->lock);
@@ -221,6 +222,16 @@ static bool reply_opened(int conn, const Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
 	int fd = in->request.op == PR_AGENT_MEMORY ? open_memory(&result) : open_stderr();
+	bool ok = agent_reply(conn, &in->request, &result, &fd, fd >= 0);
+
+	agent_close_fd(&fd);
+	return ok;
+}
+
+static bool reply_allocator(PrAgent *agent, int conn, const Incoming *in)
+{
+	AgentResult result = {.status = PR_AGENT_OK};
+	int fd = agent_allocator_begin(agent, conn, &result);
 	bool ok = agent_reply(conn, &in->request, &result, &fd, fd >= 0);
 
 	agent_close_fd(&fd);
@@ -319,6 +330,8 @@ static bool handle_request(PrAgent *agent, AgentConn *conn, Incoming *in)
 	case PR_AGENT_MEMORY:
 	case PR_AGENT_STDERR:
 		return reply_opened(conn->fd, in);
+	case PR_AGENT_ALLOCATOR:
+		return reply_allocator(agent, conn->fd, in);
 	case PR_AGENT_FENCE_ON:
 	case PR_AGENT_FENCE_OFF:
 		return reply_fence(agent, conn->fd, in);

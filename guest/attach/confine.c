@@ -4,6 +4,8 @@
  * two that it is there for, and the system calls that it has no use for. It is a list of what is allowed, for the
  * helper is libc and little else; what is not on it fails with EPERM.
  *
+ * Its child that allocates pages (allocator.c) gives up all of it, and may do nothing but that.
+ *
  * SYS_PTRACE: to look into another user's process, to stop its main thread, to take its descriptors. DAC_OVERRIDE: to
  * open its memory for writing, and /dev/userfaultfd.
  */
@@ -44,16 +46,17 @@
 #define SANITIZED false
 #endif
 
-static void close_others(int socket)
+static void close_others(int socket, int other)
 {
-	int fd;
+	int fd, last = STDERR_FILENO;
 
-	for (fd = 0; fd < socket; fd++) {
-		if (fd != STDERR_FILENO)
+	last = socket > last ? socket : last;
+	last = other > last ? other : last;
+	for (fd = 0; fd < last; fd++) {
+		if (fd != STDERR_FILENO && fd != socket && fd != other)
 			close(fd);
 	}
-	syscall(SYS_close_range, (unsigned)(socket > STDERR_FILENO ? socket : STDERR_FILENO) + 1,
-		~0u, 0);
+	syscall(SYS_close_range, (unsigned)last + 1, ~0u, 0);
 	/* So that nothing else gets their numbers. */
 	while ((fd = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && fd <= STDERR_FILENO)
 		;
@@ -74,11 +77,10 @@ static void arrange_signals(void)
 	sigprocmask(SIG_SETMASK, &child, NULL);
 }
 
-static bool drop_capabilities(void)
+static bool drop_capabilities(uint32_t kept)
 {
 	struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
 	struct __user_cap_data_struct data[2];
-	const uint32_t kept = 1u << CAP_SYS_PTRACE | 1u << CAP_DAC_OVERRIDE;
 
 	if (syscall(SYS_capget, &head, data) < 0)
 		return false;
@@ -96,7 +98,7 @@ static bool drop_capabilities(void)
 }
 
 #ifdef FILTER_ARCH
-static const int allowed[] = {
+static const int for_helper[] = {
 	/* its socket */
 	SYS_recvmsg,
 	SYS_sendmsg,
@@ -157,12 +159,25 @@ static const int allowed[] = {
 	SYS_exit_group,
 	SYS_exit,
 };
-#define N_ALLOWED (sizeof(allowed) / sizeof(allowed[0]))
+
+static const int for_allocator[] = {
+	SYS_recvmsg,	    SYS_sendmsg,      SYS_sendto,	   SYS_ppoll,
+#ifdef SYS_poll
+	SYS_poll,
+#endif
+	SYS_fallocate,	    SYS_ioctl, /* page tables, by the userfaultfd */
+	SYS_close,	    SYS_write, /* a last word on standard error */
+	SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_restart_syscall, SYS_getpid, SYS_gettid,
+	SYS_exit_group,	    SYS_exit,
+};
+#define N_CALLS(list) (sizeof(list) / sizeof((list)[0]))
+#define MAX_ALLOWED   N_CALLS(for_helper)
+_Static_assert(N_CALLS(for_allocator) <= MAX_ALLOWED, "room in the filter");
 
 /* Signals only to itself, which is how an abort ends. */
-static bool load_filter(void)
+static bool load_filter(const int *allowed, unsigned n_allowed)
 {
-	struct sock_filter code[2 * N_ALLOWED + 11];
+	struct sock_filter code[2 * MAX_ALLOWED + 11];
 	struct sock_fprog program = {.filter = code};
 	unsigned n = 0;
 
@@ -181,7 +196,7 @@ static bool load_filter(void)
 	code[n++] = UNLESS((uint32_t)getpid(), 1);
 	code[n++] = RETURN(SECCOMP_RET_ALLOW);
 	code[n++] = RETURN(SECCOMP_RET_ERRNO | EPERM);
-	for (unsigned i = 0; i < N_ALLOWED; i++) {
+	for (unsigned i = 0; i < n_allowed; i++) {
 		code[n++] = UNLESS((uint32_t)allowed[i], 1);
 		code[n++] = RETURN(SECCOMP_RET_ALLOW);
 	}
@@ -196,16 +211,33 @@ static bool load_filter(void)
 }
 #endif
 
-bool attach_confine(int socket, bool filter)
+static bool give_up(const char *name, uint32_t kept)
 {
-	close_others(socket);
 	arrange_signals();
-	prctl(PR_SET_NAME, "postroad-attach");
-	if (!drop_capabilities() || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+	prctl(PR_SET_NAME, name);
+	return drop_capabilities(kept) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
+}
+
+bool attach_confine(int socket, int other, bool filter)
+{
+	close_others(socket, other);
+	if (!give_up("postroad-attach", 1u << CAP_SYS_PTRACE | 1u << CAP_DAC_OVERRIDE))
 		return false;
 #ifdef FILTER_ARCH
 	if (filter && !SANITIZED)
-		return load_filter();
+		return load_filter(for_helper, N_CALLS(for_helper));
+#endif
+	return true;
+}
+
+bool attach_confine_allocator(int socket, bool filter)
+{
+	close_others(socket, -1);
+	if (!give_up("postroad-pages", 0))
+		return false;
+#ifdef FILTER_ARCH
+	if (filter && !SANITIZED)
+		return load_filter(for_allocator, N_CALLS(for_allocator));
 #endif
 	return true;
 }

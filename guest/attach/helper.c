@@ -22,6 +22,7 @@ typedef struct Helper {
 	bool greeted;
 	AttachTarget target;
 	AttachRam ram;
+	AttachAllocator allocator;
 	char remark[PR_AGENT_TEXT_MAX + 1]; /* for the log, with the next answer; "": none */
 } Helper;
 
@@ -126,6 +127,7 @@ static bool do_hello(Helper *helper, const Incoming *in)
 			    in->request.version);
 	else if (attach_target_lock(&helper->target, &result))
 		attach_parked(&helper->target, &result.flags, &result);
+	result.flags |= PR_AGENT_FLAG_ALLOCATES;
 	helper->greeted = result.status == PR_AGENT_OK;
 	return reply_fd(helper, in, &result, helper->greeted ? helper->target.lock_fd : -1) &&
 	       helper->greeted;
@@ -203,6 +205,9 @@ static bool do_fd(Helper *helper, const Incoming *in)
 		break;
 	case PR_AGENT_STDERR:
 		fd = open_stderr(&helper->target);
+		break;
+	case PR_AGENT_ALLOCATOR:
+		fd = attach_allocator(&helper->allocator, &helper->target, &result);
 		break;
 	}
 	return reply_own_fd(helper, in, &result, fd);
@@ -287,6 +292,7 @@ static bool handle_request(Helper *helper, Incoming *in)
 	case PR_AGENT_FETCH_STATE:
 	case PR_AGENT_MEMORY:
 	case PR_AGENT_STDERR:
+	case PR_AGENT_ALLOCATOR:
 		return do_fd(helper, in);
 	case PR_AGENT_FAULT_OFF:
 	case PR_AGENT_FENCE_OFF:
@@ -388,7 +394,8 @@ static void run_helper(int socket, bool filter)
 		.target = {.pidfd = -1, .proc_fd = -1, .mem_fd = -1, .lock_fd = -1},
 	};
 
-	if (!attach_confine(socket, filter))
+	attach_allocator_fork(&helper.allocator, filter);
+	if (!attach_confine(socket, helper.allocator.socket, filter))
 		_exit(1);
 	serve(&helper);
 	_exit(0);

@@ -2,7 +2,7 @@
 /*
  * The helper's own parts: helper.c (socket and requests), confine.c (what it gives up), target.c (the process it
  * serves), ram.c (its regions), inject-*.c (system calls in its main thread), push.c (descriptors into it), uffd.c
- * (faults and fence), state.c (the state memfd).
+ * (faults and fence), state.c (the state memfd), allocator.c (a child that allocates pages).
  */
 #pragma once
 
@@ -13,7 +13,9 @@
 
 #include "guest/agent-proto.h"
 
-#define ATTACH_STOP_MS 2000 /* within which the main thread has to be found at rest */
+/* Within which the main thread has to be found at rest: less than guest-timeout, and longer than a
+ * busy host keeps a thread off its CPUs. */
+#define ATTACH_STOP_MS 5000
 
 /* What a request came to. With PR_AGENT_OK the text is for the debug log. */
 typedef struct AttachResult {
@@ -134,6 +136,20 @@ bool attach_keep_state(AttachTarget *target, int fd, AttachResult *result);
 /* -1 with PR_AGENT_OK: there is none. */
 int attach_fetch_state(const AttachTarget *target, AttachResult *result);
 
+/* allocator.c */
+typedef struct AttachAllocator {
+	pid_t pid;
+	int socket; /* the engine's end, owned; -1: there is none, or it was given away */
+} AttachAllocator;
+
+/* Before the helper is confined. */
+void attach_allocator_fork(AttachAllocator *allocator, bool filter);
+/* Has it charged as the process is. Returns the engine's end, which is the caller's to close; -1 with PR_AGENT_OK: both are charged
+ * together anyway. */
+int attach_allocator(AttachAllocator *allocator, const AttachTarget *target, AttachResult *result);
+
 /* confine.c */
-/* False: something of it could not be given up; the helper must not serve then. */
-bool attach_confine(int socket, bool filter);
+/* Keeps also the other descriptor (-1: none). False: something of it could not be given up; the helper must not serve then. */
+bool attach_confine(int socket, int other, bool filter);
+/* The same for its child. */
+bool attach_confine_allocator(int socket, bool filter);

@@ -38,7 +38,7 @@ static void blocktime(guint n_vcpus, const char *what)
 	show(what, start);
 }
 
-static void readahead(uint64_t step, guint limit, const char *what)
+static void readahead(uint32_t tid, uint64_t step, guint limit, const char *what)
 {
 	g_autofree PrReadahead *state = g_new0(PrReadahead, 1);
 	uint64_t page = 0, suggested = 0;
@@ -47,7 +47,7 @@ static void readahead(uint64_t step, guint limit, const char *what)
 
 	for (guint i = 0; i < ROUNDS; i++) {
 		page = (page + step) % (1u << 30);
-		pr_readahead_fault(state, 30000 + i % 4, 0, page, 1u << 30, limit, &run);
+		pr_readahead_fault(state, tid ? tid + i % 4 : 0, 0, page, 1u << 30, limit, &run);
 		suggested += run.n;
 	}
 	show(what, start);
@@ -59,8 +59,10 @@ int main(void)
 {
 	blocktime(2, "block times, 2 vCPUs");
 	blocktime(256, "block times, 256 vCPUs");
-	readahead(1, 0, "read-ahead, off");
-	readahead(1, 16, "read-ahead, 4 threads, regular");
-	readahead(2654435761u, 16, "read-ahead, 4 threads, random");
+	readahead(30000, 1, 0, "read-ahead, off");
+	readahead(30000, 1, 16, "read-ahead, 4 threads, regular");
+	readahead(30000, 2654435761u, 16, "read-ahead, 4 threads, random");
+	readahead(PR_READAHEAD_NO_THREAD, 1, 16, "read-ahead, by address, regular");
+	readahead(PR_READAHEAD_NO_THREAD, 2654435761u, 16, "read-ahead, by address, random");
 	return 0;
 }

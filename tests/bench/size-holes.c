@@ -44,13 +44,12 @@ static int make_memfd(uint64_t size, uint64_t run, uint64_t every)
 /* As the engine's switch-over does it, without sending. Returns ns. */
 static uint64_t scan(const PrRamBlock *block, guint *ret_extents)
 {
-	uint64_t at = 0, start, end, began = raw_now_ns();
+	uint64_t began = raw_now_ns();
+	PrExtent data = {0};
 
 	*ret_extents = 0;
-	while (pr_ram_next_data(block, at, &start, &end)) {
-		at = end;
+	while (pr_ram_next_data(block, data.end, block->size, &data))
 		++*ret_extents;
-	}
 	return raw_now_ns() - began;
 }
 

@@ -175,7 +175,7 @@ class Chain:
         self.members[-1].guest.verify()
         # It tells once a second.
         wait_for(
-            "the guest does not run at the source any more", 10, lambda: self.members[-2].guest.state()[0] == "paused"
+            "the guest does not run at the source any more", 30, lambda: self.members[-2].guest.state()[0] == "paused"
         )
 
     def leave_source(self):

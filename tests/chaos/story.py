@@ -13,6 +13,7 @@ from watch import check_log, check_statistics
 SETTLE_SECONDS = 60  # what a recovery may take, on a machine that does much else
 BURST = 16 << 20  # bytes a second
 RESUME_EVERY = 0.3  # s
+PATIENT = {"heartbeat-timeout": 3000, "handshake-timeout": 20000}  # ms
 
 
 STARTED = (*POSTCOPY, "completed", "failed", "cancelled")
@@ -106,7 +107,21 @@ class Story:
 
         wait_for("the cancelled migration has ended at the destination", 30, is_over)
 
+    @contextlib.contextmanager
+    def patience(self):
+        """For connections that are made meanwhile. A migration whose guest is still at the source fails with its path."""
+        before = [engine.qmp.command("query-migrate-parameters") for engine in self.engines]
+        for engine in self.engines:
+            engine.qmp.command("migrate-set-parameters", **PATIENT)
+        yield
+        for engine, usual in zip(self.engines, before):
+            engine.qmp.command("migrate-set-parameters", **{name: usual[name] for name in PATIENT})
+
     def begin(self):
+        with self.patience():
+            self.reach_postcopy()
+
+    def reach_postcopy(self):
         under_way = False
         for after_ms in self.round.cancelled:
             under_way = not self.begin_and_cancel(after_ms)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from harness.process import Failure, expect, wait_for
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LONGEST_ANSWER = 0.1  # s
+LONGEST_ANSWER = 0.5  # s; what a machine that is itself not run loses is in it
 
 
 class Poller:
@@ -129,7 +129,7 @@ class Leaks:
             return now.descriptors <= allowed.descriptors and now.threads <= allowed.threads
 
         try:
-            wait_for("everything is given back", 15, is_back)
+            wait_for("everything is given back", 60, is_back)
         except Failure:
             raise Failure(f"{what} holds {Resources.of(pid)}, after a calm migration {allowed}") from None
         now = Resources.of(pid)

@@ -73,7 +73,7 @@ def by_pid(lab):
     vm = Qemu(lab, host, GuestSpec())
     vm.wait_booted()
     engine = Engine(lab, host, f"{vm.guest_option()},pid={vm.process.pid}")
-    wait_for("the engine serves its monitor", 10, lambda: engine.status() == "none")
+    wait_for("the engine serves its monitor", 40, lambda: engine.status() == "none")
     engine.process.stop()
     said = start_refused(lab, host, f"{vm.guest_option()},pid={os.getpid()}")
     expect("does not run the vCPUs" in said, f"the refusal does not say why: {said}")
@@ -133,7 +133,7 @@ def confined(lab):
     expect(helper_of(engine) == helper, "the helper has ended by a signal that is for the engine")
     expect("it has ended" not in engine.process.output(), "the helper has ended by a signal that is for the engine")
     engine.kill()
-    wait_for("the helper ends with its engine", 5, lambda: not os.path.exists(f"/proc/{helper}"))
+    wait_for("the helper ends with its engine", 40, lambda: not os.path.exists(f"/proc/{helper}"))
 
 
 # Helpers that die
@@ -142,7 +142,7 @@ def confined(lab):
 def kill_helper(engine):
     os.kill(helper_of(engine), signal.SIGKILL)
     wait_for(
-        f"{engine.name} says that its helper has ended", 5, lambda: "it has ended" in engine.process.output()
+        f"{engine.name} says that its helper has ended", 40, lambda: "it has ended" in engine.process.output()
     )
 
 
@@ -155,7 +155,7 @@ def helpers_die(lab):
         kill_helper(engine)
         expect(engine.status() == "postcopy-active", f"{engine.name} is {engine.status()} without its helper")
     left = move.expect_midway()
-    wait_for("pages come without helpers", 20, lambda: move.destination.remaining() < left)
+    wait_for("pages come without helpers", 40, lambda: move.destination.remaining() < left)
     move.expect_midway()
     for engine in move.engines:
         engine.kill()
@@ -186,9 +186,33 @@ def dies_without_helper(lab):
     move.destination_vm.process.kill()
     wait_for(
         "the destination tells of QEMU's end",
-        2,
+        40,
         lambda: any("the guest is gone" in (reason or "") for _, reason in move.destination.reasons()),
     )
+
+
+def userfaultfds(engine):
+    """How many the engine has, and its helper."""
+    folders = [f"/proc/{pid}/fd" for pid in (engine.process.pid, *children_of(engine.process.pid))]
+    links = []
+    for folder in folders:
+        for name in os.listdir(folder):
+            try:
+                links.append(os.readlink(f"{folder}/{name}"))
+            except FileNotFoundError:
+                pass
+    return links.count("anon_inode:[userfaultfd]")
+
+
+@case("userfaultfds-of-a-killed-qemu-are-closed")
+def killed_qemu_is_let_go(lab):
+    """Else kernel threads that wait for its pages, as KVM's do, would wait for as long as the engine lives."""
+    move = Move(lab, settings=("auto-recover=off",))
+    move.start_midway()
+    expect(userfaultfds(move.destination) > 0, "the engine has no userfaultfd")
+    move.destination_vm.process.kill()
+    wait_for("the engine lets go of it", 40, lambda: userfaultfds(move.destination) == 0)
+    move.destination.wait_status("postcopy-paused")
 
 
 # Where a helper dies, and how often it comes there before. The first stop is the probe's, which makes no calls; then come the

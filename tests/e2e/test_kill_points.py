@@ -109,7 +109,7 @@ def expect_whose(twins, whose):
     """Once both engines are there again, and the source has noticed."""
     wait_for(
         "the source knows whose the guest is",
-        20,
+        40,
         lambda: twins.source.status() in (*OVER, "postcopy-paused", "completed"),
     )
     if whose == STAYS:

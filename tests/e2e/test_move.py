@@ -161,7 +161,7 @@ def guest_runs_early(lab):
     move.wait_midway()
     wait_for(
         "the guest prints from the destination while its pages travel",
-        10,
+        40,
         move.destination_vm.console.last,
     )
     move.expect_midway()

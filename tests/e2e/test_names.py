@@ -11,8 +11,8 @@ from harness.qmp import Qmp
 from harness.threads import Threads, wait_warm
 
 NAME = "destination.example"
-HUNG = 2  # seconds that a look-up takes at least, or it did not hang
-PROMPT = 1  # seconds within which everybody else is answered
+HUNG = 4  # seconds that a look-up takes at least, or it did not hang
+PROMPT = 3  # seconds within which everybody else is answered
 
 
 def deaf(lab):
@@ -32,7 +32,7 @@ def deaf(lab):
 
 
 def wait_looks_up(engine):
-    wait_for("the name is looked up", 10, lambda: f"looking up the name {NAME}" in engine.process.output())
+    wait_for("the name is looked up", 40, lambda: f"looking up the name {NAME}" in engine.process.output())
 
 
 def others_are_served_while(engine, command, uri, meanwhile=lambda: None):
@@ -68,7 +68,7 @@ def recover_hangs(lab):
         if not given:
             given.append(move.destination.hmp("migrate_recover ofi:0.0.0.0:5555", seconds=PROMPT))
 
-    move.slow_down("8M")
+    move.slow_down()
     move.start(link=1)
     move.wait_midway(fraction=0.9)
     move.network.link_down(1)
@@ -100,7 +100,7 @@ def incoming_hangs(lab):
     expect(refusals, "nothing else was asked for meanwhile")
     # The name of this host is in a file.
     engine.hmp("migrate_incoming ofi:localhost:4444")
-    expect("listening on ofi:localhost:4444" in engine.process.output(), "it does not listen")
+    wait_for("it listens", 40, lambda: "listening on ofi:localhost:4444" in engine.process.output())
 
     other = Engine(lab, host, TestGuest(lab, host, "other", "16M").option(), name="other", wrapper=deaf(lab))
     asker = Qmp(other.qmp_path)
@@ -108,7 +108,7 @@ def incoming_hangs(lab):
     wait_looks_up(other)
     began = time.monotonic()
     other.qmp.command("quit")
-    code = other.process.wait(10)
+    code = other.process.wait()
     expect(code == 0 and time.monotonic() - began < HUNG, f"it ended with {code} after {time.monotonic() - began:.1f} s")
 
 

@@ -21,14 +21,14 @@ def start_midway(lab, bandwidth="1M", settings=(), **kind):
     """In postcopy, with most of the pages still at the source, and fenced there."""
     move = Move(lab, settings=("auto-recover=off", *settings), **kind)
     move.start_midway(bandwidth, fraction=0.98)
-    wait_for("the source's RAM is fenced", 20, lambda: "is write-protected, which took" in move.source.process.output())
+    wait_for("the source's RAM is fenced", 40, lambda: "is write-protected, which took" in move.source.process.output())
     return move
 
 
 def expect_both_said(move, *words):
     for words in (HANDED_OVER, *words):
         for engine in move.engines:
-            engine.wait_said(words, 10)
+            engine.wait_said(words)
 
 
 def order(move, *commands):
@@ -53,7 +53,7 @@ def finish(move, orders):
     move.full_speed()
     move.wait_completed()
     hear(move, orders)
-    wait_for("the source's guest is stopped", 20, lambda: move.source_vm.status() != "running")
+    wait_for("the source's guest is stopped", 40, lambda: move.source_vm.status() != "running")
     move.source_vm.quit()
     move.destination_vm.console.wait_verified(move.destination_vm.spec)
     move.destination_vm.console.expect_sound()
@@ -76,7 +76,7 @@ def cont_cut(lab):
     move.network.link_down(1)
     move.wait_paused()
     orders = order(move, *["cont"] * 20)
-    move.source.wait_said("event RESUME", 10)
+    move.source.wait_said("event RESUME")
     move.resume(link=2)
     expect_both_said(move, "event RESUME", FENCED)
     finish(move, orders)
@@ -93,18 +93,19 @@ def run_unwatched(move):
 def without_engine(lab, *commands):
     """The kernel holds the guest's writes when nobody watches. The next engine finds a QEMU that does not answer, or
     whose guest runs, and stops it when it can."""
-    move = start_midway(lab, settings=("guest-timeout=2000",))
+    move = start_midway(lab)
     move.source.kill()
+    move.source.argv = [*move.source.argv, "--set", "guest-timeout=2000"]  # it meets a QEMU that does not answer
     if "system_reset" in commands:
         reset_instead_of_end(move)
     orders = order(move, *commands)
     run_unwatched(move)
     move.source.resume()
-    wait_for("the next engine says so", 20, lambda: HANDED_OVER in move.source.query()["postroad"]["reason"])
+    wait_for("the next engine says so", 40, lambda: HANDED_OVER in move.source.query()["postroad"]["reason"])
     move.destination.wait_status("postcopy-paused")
     move.resume(link=1)
-    move.destination.wait_said(HANDED_OVER, 10)
-    move.destination.wait_said(FENCED, 10)
+    move.destination.wait_said(HANDED_OVER)
+    move.destination.wait_said(FENCED)
     finish(move, orders)
 
 
@@ -149,8 +150,8 @@ def cont_late(lab):
     move.full_speed()
     move.wait_completed()
     move.source_vm.qmp.command("cont")
-    move.source.wait_said("the destination reads nothing there any more", 10)
-    wait_for("the source's guest is stopped", 10, lambda: move.source_vm.status() == "paused")
+    move.source.wait_said("the destination reads nothing there any more")
+    wait_for("the source's guest is stopped", 40, lambda: move.source_vm.status() == "paused")
     move.expect_guest_sound()
 
 
@@ -191,11 +192,11 @@ def locked(lab):
     with Locked(move.source_vm.spec.image):
         move.destination.kill()
         move.source.thaw()
-        move.source.wait_said("the guest does not run on here yet", 20)
-        move.source.wait_said("lock", 1)
+        move.source.wait_said("the guest does not run on here yet")
+        move.source.wait_said("lock")
         expect(move.source.status() == "failing", f"the source is {move.source.status()}")
         expect("does not run on here yet" in move.source.hmp("info migrate"), "the operator does not see it")
-    move.source.wait_status("failed", 10)
+    move.source.wait_status("failed")
     move.expect_source_runs()
 
 
@@ -204,7 +205,7 @@ def runs(vm):
     try:
         return vm.status() == "running"
     except (Failure, OSError):
-        wait_for(f"{vm.name}, which does not answer, has ended", 20, lambda: not vm.process.alive())
+        wait_for(f"{vm.name}, which does not answer, has ended", 40, lambda: not vm.process.alive())
         return False
 
 

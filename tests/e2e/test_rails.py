@@ -50,7 +50,7 @@ def both_links_carry(lab, scheme):
     move.wait_completed()
     links = [move.network.received(link) - old for link, old in zip((1, 2), before)]
     for link, share in zip((1, 2), links):
-        expect(share * 3 >= sum(links), f"link{link} carried {share} of {sum(links)} bytes")
+        expect(share * 4 >= sum(links), f"link{link} carried {share} of {sum(links)} bytes")
     said = carried(move)
     expect(len(said) == 2, f"the engine says that these paths have carried something: {said}")
     expect_never_paused(move)
@@ -69,12 +69,12 @@ def both_ofi(lab):
 
 def lose_a_rail(lab, scheme, lose):
     move = start_over_both(lab, scheme)
-    move.slow_down("8M")
+    move.slow_down("2M")
     uri = move.uri(link=2)
     before = carried(move).get(uri, 0)
     wait_for("link2 carries bulk", 30, lambda: carried(move).get(uri, 0) > before + (1 << 20))
     getattr(move.network, lose)(2)
-    wait_for("link2 is given up", 15, lambda: rails(move) == 1)
+    wait_for("link2 is given up", 40, lambda: rails(move) == 1)
     move.expect_midway()
     move.full_speed()
     move.wait_completed()
@@ -95,9 +95,9 @@ def rail_silent(lab):
 @case("the-path-in-use-is-lost-while-both-links-pull")
 def path_in_use_lost(lab):
     move = start_over_both(lab, "ofi")
-    move.slow_down("8M")
+    move.slow_down("2M")
     move.network.black_hole(1)
-    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
     move.expect_midway()
     move.full_speed()
     move.wait_completed()

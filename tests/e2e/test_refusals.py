@@ -44,7 +44,7 @@ def destination_absent(lab):
 
 @case("dead-destination-is-an-error-and-the-guest-runs-on")
 def destination_unreachable(lab):
-    move = Move(lab, settings=("connect-timeout=1000",))
+    move = Move(lab, settings=("connect-timeout=3000",))
     move.network.black_hole(1)
     move.start()
     expect_failed(move, move.network.destination.address(1))
@@ -52,7 +52,7 @@ def destination_unreachable(lab):
 
 @case("second-path-of-the-list-is-taken-when-the-first-does-not-connect")
 def second_path(lab):
-    move = Move(lab, settings=("connect-timeout=1000",))
+    move = Move(lab, settings=("connect-timeout=3000",))
     move.network.black_hole(1)
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
     move.wait_completed()
@@ -67,7 +67,7 @@ def cancel(lab):
     move.start()
     move.source.wait_status("setup")
     move.source.hmp("migrate_cancel")
-    move.source.wait_status("cancelled", 10)
+    move.source.wait_status("cancelled")
     move.expect_source_runs()
     move.source.hmp(f"migrate -d {move.uri(link=2)}")
     move.wait_completed()
@@ -166,7 +166,7 @@ def port_in_use(lab):
     host = lab.network.destination
     vm = Qemu(lab, host, GuestSpec(), incoming=True)
     lab.start("other-program", host.command(["socat", "TCP-LISTEN:4444", "STDOUT"]), gently=False)
-    wait_for("the other program listens", 10, lambda: ":4444" in host.run("ss", "-ltn"))
+    wait_for("the other program listens", 40, lambda: ":4444" in host.run("ss", "-ltn"))
     said = start_engine(lab, host, vm, "--insecure", "--incoming", "ofi:0.0.0.0:4444")
     expect("4444" in said and "in use" in said, f"the port is not named: {said}")
 
@@ -184,7 +184,7 @@ def second_client(lab):
     move = Move(lab)
     other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     other.connect(move.source.qmp_path)
-    other.settimeout(5)
+    other.settimeout(30)
     expect(other.recv(4096), "a second client of the monitor hears nothing")
     other.sendall(b"this is not JSON\n" * 10)
     expect(move.source.status() == "none", "the first client is not served any more")

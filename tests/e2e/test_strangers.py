@@ -102,7 +102,8 @@ def strangers_while_running(lab):
     move.start()
     move.wait_midway()
     strangers = knock(lab)
-    wait_for("the strangers have spoken", 20, lambda: all("sent" in s.output() for s in strangers))
+    wait_for("the strangers have spoken", 40, lambda: all("sent" in s.output() for s in strangers))
+    move.expect_midway()
     move.full_speed()
     move.wait_completed()
     states = move.source.statuses() + move.destination.statuses()
@@ -153,7 +154,7 @@ def flooded(lab):
     """Neither does the migration pause, nor is the monitor's client that was there kept waiting, nor the source that
     comes back kept out."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off", "connect-timeout=5000"))
-    move.slow_down("8M")
+    move.slow_down("256K")
     move.start()
     move.wait_midway(0.95)
     before = [descriptors(engine) for engine in move.engines]
@@ -162,7 +163,7 @@ def flooded(lab):
         began = time.monotonic()
         expect(engine.status() == "postcopy-active", f"{engine.name} is {engine.status()} in the flood")
         taken = time.monotonic() - began
-        expect(taken < 1, f"{engine.name} took {taken:.3f} s to answer in the flood")
+        expect(taken < 10, f"{engine.name} took {taken:.3f} s to answer in the flood")
     move.network.link_down(1)
     move.wait_paused()
     move.source.qmp.command("migrate", uri=move.uri(link=2), resume=True)
@@ -214,7 +215,7 @@ def not_postroad(lab):
         host.command(["socat", "TCP-LISTEN:8080,fork,reuseaddr", "SYSTEM:echo HTTP/1.1 400 Bad Request"]),
         gently=False,
     )
-    wait_for("the other server listens", 10, lambda: ":8080" in host.run("ss", "-ltn"))
+    wait_for("the other server listens", 40, lambda: ":8080" in host.run("ss", "-ltn"))
     move.source.hmp(f"migrate -d {move.uri(port=8080)}")
     info = move.source.wait_status("failed")
     expect("8080" in info["error-desc"], f"the error does not name the path: {info['error-desc']}")

@@ -40,11 +40,11 @@ def tls_standby(lab):
     move.wait_midway()
     wait_for(
         "the other path stands by",
-        20,
+        40,
         lambda: "standby" in [path.get("state") for path in move.source.paths()],
     )
     move.network.link_down(1)
-    wait_for("the source recovers", 20, lambda: move.source.query()["postroad"]["recoveries"] == 1)
+    wait_for("the source recovers", 40, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
     move.full_speed()
     move.wait_completed()
     move.expect_guest_sound()

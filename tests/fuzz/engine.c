@@ -176,6 +176,11 @@ static int guest_fetch_state(PrGuest *guest, GError **error)
 	return -1;
 }
 
+static char *guest_process(PrGuest *guest)
+{
+	return g_strdup("0 0 0 -"); /* of no process that can be seen */
+}
+
 static void guest_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 {
 }
@@ -183,6 +188,7 @@ static void guest_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 static const PrGuestOps guest_ops = {
 	.kind = "fuzz",
 	.prepare = guest_prepare,
+	.process = guest_process,
 	.stop = guest_stop,
 	.resume = guest_resume,
 	.save = guest_save,

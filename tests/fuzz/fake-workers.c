@@ -156,7 +156,7 @@ gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GErr
 	return pr_place_expose(uffd, block, page, 1, error);
 }
 
-gboolean pr_place_wake_all(int uffd, const PrRamBlock *block, GError **error)
+gboolean pr_place_wake_all(int uffd, const PrRam *ram, GError **error)
 {
 	return TRUE;
 }

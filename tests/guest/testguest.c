@@ -13,7 +13,12 @@
 
 #include "postroad/agent.h"
 
-#define PAGE	      4096u
+#define PAGE	  4096u
+#define HUGE_PAGE (2u << 20)
+
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21u << 26) /* of linux/memfd.h, which does not go with libc's header */
+#endif
 #define WORDS	      (PAGE / sizeof(uint64_t))
 #define VERSION_ZEROS 0x80000000u /* this version of the page is all zeros */
 #define STATE_MAGIC   0x74736554u
@@ -396,7 +401,8 @@ static gboolean make_block(TestGuest *guest, guint i, GError **error)
 	int err;
 
 	block->versions = g_new0(uint32_t, guest->n_pages);
-	block->memfd = memfd_create(name, MFD_CLOEXEC);
+	block->memfd = memfd_create(
+		name, MFD_CLOEXEC | (guest->config.huge_pages ? MFD_HUGETLB | MFD_HUGE_2MB : 0));
 	if (block->memfd < 0 || ftruncate(block->memfd, guest->block_size) < 0)
 		return fail(error, "memfd", errno);
 	block->map =
@@ -442,6 +448,7 @@ static void start_workers(TestGuest *guest)
 TestGuest *testguest_new(const TestGuestConfig *config, GError **error)
 {
 	g_autoptr(TestGuest) guest = g_new0(TestGuest, 1);
+	uint64_t host_page;
 	int err;
 
 	guest->config = *config;
@@ -449,8 +456,10 @@ TestGuest *testguest_new(const TestGuestConfig *config, GError **error)
 	guest->config.n_blocks = MAX(config->n_blocks, 1);
 	guest->config.n_threads = MAX(config->n_threads, 1);
 	guest->seed = guest->config.seed;
-	guest->n_pages = MAX((config->size / guest->config.n_blocks + PAGE - 1) / PAGE, 1);
-	guest->block_size = (uint64_t)guest->n_pages * PAGE;
+	host_page = config->huge_pages ? HUGE_PAGE : PAGE;
+	guest->block_size = MAX(config->size / guest->config.n_blocks, 1) + host_page - 1;
+	guest->block_size -= guest->block_size % host_page;
+	guest->n_pages = guest->block_size / PAGE;
 	g_mutex_init(&guest->lock);
 	g_cond_init(&guest->cond);
 	atomic_init(&guest->park, TRUE);

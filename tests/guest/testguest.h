@@ -20,8 +20,9 @@ typedef struct TestGuest TestGuest;
 
 typedef struct TestGuestConfig {
 	const char *socket; /* of the agent; NULL: a fresh path in a directory of its own */
-	uint64_t size;	    /* of all blocks together, bytes; rounded up to whole pages per block */
-	guint n_blocks;	    /* named ram0, ram1, … */
+	uint64_t size; /* of all blocks together, bytes; rounded up to whole host pages per block */
+	gboolean huge_pages; /* of 2 MiB, which the kernel's pool must have */
+	guint n_blocks;	     /* named ram0, ram1, … */
 	guint n_threads;
 	guint32 seed;	    /* 0: 1 */
 	gboolean paused;    /* a source that does not run: compare byte for byte */

@@ -5,12 +5,29 @@
 #include <stddef.h>
 #include <setjmp.h>
 #include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tests/tls/certs.h"
 
 /* Far above what anything here takes, sanitizers and a busy machine included. */
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
+#define HUGE_PAGES  640 /* as tests/run makes them */
+
+/* Before main(): of the huge pages that several such programs want at a time. */
+static void __attribute__((constructor)) require_huge_pages(void)
+{
+	g_autofree char *text = NULL;
+
+	if (!g_getenv("PAIR_HUGE") ||
+	    (g_file_get_contents("/proc/sys/vm/nr_hugepages", &text, NULL, NULL) &&
+	     atoi(text) >= HUGE_PAGES))
+		return;
+	printf("skipped: vm.nr_hugepages is %s here, and has to be %d\n",
+	       text ? g_strchomp(text) : "not", HUGE_PAGES);
+	exit(77);
+}
 
 static void on_state(PrState state, const char *reason, void *opaque)
 {
@@ -48,8 +65,10 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 {
 	g_autoptr(GError) error = NULL;
 	gboolean source = strcmp(name, "source") == 0;
+	guint which = source ? PAIR_SOURCE : PAIR_DESTINATION;
 	TestGuestConfig guest = {
 		.size = size,
+		.huge_pages = g_getenv("PAIR_HUGE") && !(config->small_pages & which),
 		.n_blocks = config->n_blocks ? config->n_blocks : 2,
 		.n_threads = config->n_threads ? config->n_threads : 3,
 		.pace_us = config->pace_us,
@@ -68,8 +87,10 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	side->guest = testguest_new(&guest, &error);
 	g_assert_no_error(error);
 	pr_params_init(&side->params);
-	/* Two engines, a guest and perhaps a sanitizer share few cores: silence means more here. */
+	/* Two engines, a guest and perhaps a sanitizer share few cores: silence means less here. */
 	g_assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
+	g_assert_true(pr_params_set(&side->params, "connect-timeout", 20000, NULL));
+	g_assert_true(pr_params_set(&side->params, "handshake-timeout", 20000, NULL));
 	g_assert_true(
 		pr_params_set(&side->params, "max-postcopy-bandwidth", config->bandwidth, NULL));
 	g_assert_true(pr_params_set_capability(&side->params, "verify", config->verify, NULL));
@@ -78,10 +99,15 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 
 void side_begin_engine(Side *side)
 {
+	side_begin_engine_for(side, testguest_spec(side->guest));
+}
+
+void side_begin_engine_for(Side *side, const char *spec)
+{
 	PrMigrationHooks hooks = {on_state, on_path, side};
 	g_autoptr(GError) error = NULL;
 
-	side->adapter = pr_guest_open(testguest_spec(side->guest), NULL, 20000, &error);
+	side->adapter = pr_guest_open(spec, NULL, 20000, &error);
 	g_assert_no_error(error);
 	side->engine = pr_migration_new(side->adapter, &side->params, &hooks);
 }
@@ -254,6 +280,38 @@ void side_wait(Side *side, PrState state)
 	side_wait_any(side, 1u << state);
 }
 
+/* With the side's lock held. */
+static gboolean was_told(const Side *side, PrState state)
+{
+	for (guint i = 0; i < side->states->len; i++)
+		if (g_array_index(side->states, PrState, i) == state)
+			return TRUE;
+	return FALSE;
+}
+
+void side_wait_told(Side *side, PrState state)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	g_mutex_lock(&side->lock);
+	while (!was_told(side, state))
+		if (!g_cond_wait_until(&side->changed, &side->lock, deadline))
+			g_error("%s: was never %s, it is %s", side->name, pr_state_name(state),
+				pr_state_name(side->state));
+	g_mutex_unlock(&side->lock);
+}
+
+void pair_wait_taken_back(Pair *pair)
+{
+	guint over = 1u << PR_STATE_NONE | 1u << PR_STATE_FAILED | 1u << PR_STATE_CANCELLED;
+
+	if (side_wait_any(&pair->destination, over | 1u << PR_STATE_POSTCOPY_PAUSED) !=
+	    PR_STATE_POSTCOPY_PAUSED)
+		return;
+	g_assert(pr_migration_cancel(pair->destination.engine, NULL));
+	side_wait_any(&pair->destination, over);
+}
+
 PrState side_state(Side *side)
 {
 	g_mutex_lock(&side->lock);
@@ -289,10 +347,32 @@ PrPathInfo side_path(Side *side, const char *uri)
 	for (guint i = 0; i < info.paths->len; i++) {
 		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
 		if (strcmp(path->uri, uri) == 0)
-			return (PrPathInfo){
-				.state = path->state, .bytes = path->bytes, .pulls = path->pulls};
+			return (PrPathInfo){.state = path->state,
+					    .data_rtt_us = path->data_rtt_us,
+					    .bytes = path->bytes,
+					    .pulls = path->pulls};
 	}
 	return (PrPathInfo){.state = PR_PATH_N_STATES};
+}
+
+void side_check_path(Side *side, const char *uri, PrPathState state)
+{
+	g_auto(PrMigrationInfo) info = {0};
+	g_autoptr(GString) all = g_string_new(NULL);
+
+	if (side_path(side, uri).state == state)
+		return;
+	pr_migration_query(side->engine, &info);
+	for (guint i = 0; i < info.paths->len; i++) {
+		const PrPathInfo *path = g_ptr_array_index(info.paths, i);
+		g_string_append_printf(all, "; path %s is %s since %" G_GUINT64_FORMAT " ms (%s)",
+				       path->uri, pr_path_state_name(path->state), path->since_ms,
+				       path->last_error ? path->last_error : "no error");
+	}
+	fail_msg("%s, after %" G_GUINT64_FORMAT " pauses and %" G_GUINT64_FORMAT
+		 " recoveries: path %s is not %s%s",
+		 side->name, info.pauses, info.recoveries, uri, pr_path_state_name(state),
+		 all->str);
 }
 
 void side_wait_path(Side *side, const char *uri, PrPathState state)

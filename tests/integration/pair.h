@@ -31,6 +31,8 @@ typedef struct Side {
 	GArray *path_news;
 } Side;
 
+typedef enum PairSides { PAIR_SOURCE = 1, PAIR_DESTINATION = 2 } PairSides;
+
 typedef struct PairConfig {
 	const char *scheme;	   /* "tcp", "ofi" */
 	uint64_t size;		   /* bytes of guest RAM */
@@ -42,7 +44,8 @@ typedef struct PairConfig {
 	const char *more[3]; /* schemes of further listeners */
 	guint piecewise_us;  /* the paths are piecewise (transport.h), and each MiB takes so long */
 	gboolean paused;     /* the guest does not run; compared byte for byte at the end */
-	gboolean verify;     /* capability verify, on both sides */
+	guint small_pages; /* PairSides with pages of 4 KiB where PAIR_HUGE is in the environment */
+	gboolean verify;   /* capability verify, on both sides */
 	guint refused_runs;  /* the source's VMM refuses so many times to let its guest run on */
 	const char *landing; /* fault-id: the destination's paths are faulty, too */
 } PairConfig;
@@ -59,7 +62,7 @@ typedef struct Pair {
 	PrTls *tls;
 } Pair;
 
-/* With TLS where the environment has PAIR_TLS. */
+/* With TLS where the environment has PAIR_TLS; guests of huge pages where it has PAIR_HUGE. */
 Pair *pair_new(const PairConfig *config);
 void pair_free(Pair *pair);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Pair, pair_free)
@@ -67,6 +70,8 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(Pair, pair_free)
 /* Ends a side's engine, whatever it is at, and makes another one that knows nothing. */
 void side_end_engine(Side *side);
 void side_begin_engine(Side *side);
+/* The same, for another guest than the side's own: of this spec. */
+void side_begin_engine_for(Side *side, const char *spec);
 
 /* migrate, and migrate -r; asserts that they are accepted. */
 void pair_migrate(Pair *pair);
@@ -75,16 +80,23 @@ void pair_resume(Pair *pair);
 /* Waits until a side has been told this state as its last; fails the test after some seconds, with what
  * there was instead. */
 void side_wait(Side *side, PrState state);
+/* The same of a state that may have passed already. */
+void side_wait_told(Side *side, PrState state);
 /* Waits for any of the states in the mask (1u << PR_STATE_…); returns which. */
 PrState side_wait_any(Side *side, guint mask);
+/* Waits until the destination has ended a migration whose guest stays at the source, if it has heard of it at all. One that
+ * waits for a RUN that never comes is ended as an operator does it. */
+void pair_wait_taken_back(Pair *pair);
 PrState side_state(Side *side);
 /* When a state was told last; it must have been. */
 gint64 side_told_at(Side *side, PrState state);
 void pair_wait(Pair *pair, PrState both);
 /* Waits until both have left postcopy-paused for the n-th time. */
 void pair_wait_recovered(Pair *pair, guint64 n);
-/* State, bytes and pulls of a path; PR_PATH_N_STATES: it is not known. */
+/* State, round trip of the lanes, bytes and pulls of a path; PR_PATH_N_STATES: it is not known. */
 PrPathInfo side_path(Side *side, const char *uri);
+/* Fails if the path is in another state, and tells the state of every path then. */
+void side_check_path(Side *side, const char *uri, PrPathState state);
 void side_wait_path(Side *side, const char *uri, PrPathState state);
 /* Waits until the source says that its guest's RAM is write-protected, or is so no more. */
 void pair_wait_fenced(Pair *pair, gboolean fenced);

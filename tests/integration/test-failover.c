@@ -44,22 +44,37 @@ static void two_paths_clear(TwoPaths *two)
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(TwoPaths, two_paths_clear)
 
-/* Waits until it was told that the path was in this state, if only for a moment. */
-static void wait_path_news(Side *side, const char *uri, PrPathState state)
+static guint news_so_far(Side *side)
+{
+	g_mutex_lock(&side->lock);
+	guint n = side->path_news->len;
+	g_mutex_unlock(&side->lock);
+	return n;
+}
+
+/* Waits until it was told, behind the first n news, that the path was in this state, if only for a moment.
+ * Returns the number of the news up to there. */
+static guint wait_path_news_behind(Side *side, guint n, const char *uri, PrPathState state)
 {
 	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
 	gboolean told = FALSE;
 
 	g_mutex_lock(&side->lock);
 	while (!told) {
-		for (guint i = 0; i < side->path_news->len; i++) {
-			const PathNews *news = &g_array_index(side->path_news, PathNews, i);
-			told |= news->state == state && strcmp(news->uri, uri) == 0;
+		for (; n < side->path_news->len && !told; n++) {
+			const PathNews *news = &g_array_index(side->path_news, PathNews, n);
+			told = news->state == state && strcmp(news->uri, uri) == 0;
 		}
 		if (!told)
 			assert_true(g_cond_wait_until(&side->changed, &side->lock, deadline));
 	}
 	g_mutex_unlock(&side->lock);
+	return n;
+}
+
+static void wait_path_news(Side *side, const char *uri, PrPathState state)
+{
+	wait_path_news_behind(side, 0, uri, state);
 }
 
 static void start(TwoPaths *two, void **state)
@@ -91,7 +106,7 @@ static void a_standby_takes_over_without_a_new_connection(void **state)
 	guint64 paths = pr_faults_counts(two.faults[1]).paths;
 	pr_faults_cut_paths(two.faults[0]);
 	pair_wait_recovered(two.pair, 1);
-	assert_int_equal(side_path(source, two.uri[1]).state, PR_PATH_ACTIVE);
+	side_check_path(source, two.uri[1], PR_PATH_ACTIVE);
 	assert_int_equal(pr_faults_counts(two.faults[1]).paths, paths);
 	wait_path_news(source, two.uri[0], PR_PATH_FAILED);
 	finish(&two);
@@ -114,19 +129,58 @@ static void a_standby_that_dies_is_known_and_disturbs_nobody(void **state)
 	assert_int_equal(info.pauses, 0);
 }
 
+/* Waits until the path stands by and has answered a probe: from then on it may be taken. */
+static void wait_probed(Side *side, const char *uri)
+{
+	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
+
+	while (side_path(side, uri).data_rtt_us == 0) {
+		assert_true(g_get_monotonic_time() < deadline);
+		g_usleep(500); /* between two looks at the condition */
+	}
+}
+
+/* The first path and the second are lost by turns, n times. The other is taken as it stands by, not connected anew. */
+static void lose_by_turns(TwoPaths *two, guint n)
+{
+	Side *source = &two->pair->source;
+
+	for (guint i = 0; i < n; i++) {
+		guint lost = i % 2, left = 1 - lost;
+		wait_probed(source, two->uri[left]);
+		guint64 connected = pr_faults_counts(two->faults[left]).paths;
+		pr_faults_cut_paths(two->faults[lost]);
+		pair_wait_recovered(two->pair, i + 1);
+		side_check_path(source, two->uri[left], PR_PATH_ACTIVE);
+		assert_int_equal(pr_faults_counts(two->faults[left]).paths, connected);
+	}
+}
+
 static void a_path_on_probation_is_taken_where_there_is_no_better_one(void **state)
 {
 	g_auto(TwoPaths) two = {0};
 
 	start(&two, state);
-	for (guint i = 0; i < 4; i++) {
-		guint lost = i % 2, left = 1 - lost;
-		side_wait_path(&two.pair->source, two.uri[left],
-			       i ? PR_PATH_PROBATION : PR_PATH_STANDBY);
-		pr_faults_cut_paths(two.faults[lost]);
-		pair_wait_recovered(two.pair, i + 1);
-		assert_int_equal(side_path(&two.pair->source, two.uri[left]).state, PR_PATH_ACTIVE);
-	}
+	lose_by_turns(&two, 4);
+	finish(&two);
+}
+
+static void of_two_on_probation_the_first_to_be_trusted_is_taken(void **state)
+{
+	g_auto(TwoPaths) two = {0};
+	Side *source = NULL;
+
+	start(&two, state);
+	source = &two.pair->source;
+	lose_by_turns(&two, 2);
+	pr_params_set_capability(&source->params, "auto-recover", FALSE, NULL);
+	pr_faults_cut_paths(two.faults[0]);
+	pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
+	wait_probed(source, two.uri[0]);
+	wait_probed(source, two.uri[1]);
+	pr_params_set_capability(&source->params, "auto-recover", TRUE, NULL);
+	pair_wait_recovered(two.pair, 3);
+	side_check_path(source, two.uri[1], PR_PATH_ACTIVE);
 	finish(&two);
 }
 
@@ -303,17 +357,19 @@ static void a_late_attempt_for_a_standby_says_nothing_of_the_path_in_use(void **
 	assert_true(pr_migration_start(source->engine, uris, FALSE, NULL));
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
 	door_wait_knocked(door);
+	guint news = news_so_far(source);
 	pr_faults_cut_paths(pair->faults);
 	pair_wait_recovered(pair, 1);
-	assert_int_equal(side_path(source, second).state, PR_PATH_ACTIVE);
+	side_check_path(source, second, PR_PATH_ACTIVE);
 
-	side_wait_path(source, pair->uri, PR_PATH_PROBATION);
+	wait_path_news_behind(source, news, pair->uri, PR_PATH_PROBATION);
 	door_turn_away(door);
 	/* Another standby comes and goes: by then the keeper has taken notice. */
+	news = news_so_far(source);
 	pr_faults_cut_paths(pair->faults);
-	side_wait_path(source, pair->uri, PR_PATH_FAILED);
-	side_wait_path(source, pair->uri, PR_PATH_PROBATION);
-	assert_int_equal(side_path(source, second).state, PR_PATH_ACTIVE);
+	news = wait_path_news_behind(source, news, pair->uri, PR_PATH_FAILED);
+	wait_path_news_behind(source, news, pair->uri, PR_PATH_PROBATION);
+	side_check_path(source, second, PR_PATH_ACTIVE);
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);
@@ -326,6 +382,7 @@ int main(void)
 		BOTH(a_standby_takes_over_without_a_new_connection),
 		BOTH(a_standby_that_dies_is_known_and_disturbs_nobody),
 		BOTH(a_path_on_probation_is_taken_where_there_is_no_better_one),
+		BOTH(of_two_on_probation_the_first_to_be_trusted_is_taken),
 		BOTH(no_standby_is_kept_when_that_is_switched_off),
 		BOTH(news_over_a_standby_pauses_and_old_news_does_not),
 		BOTH(a_human_uses_the_standby_too),

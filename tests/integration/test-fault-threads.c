@@ -248,7 +248,7 @@ static guint ask_for_lanes(Pair *pair, guint64 epoch, guint offered)
 	memcpy(hello.secret, m->binding.secret, PR_SECRET_BYTES);
 	g_strlcpy(hello.scheme, uri->scheme, sizeof(hello.scheme));
 	g_autoptr(PrControl) control =
-		pr_control_connect(uri, pair->tls, &hello, 5000, 5000, NULL, &ack, &error);
+		pr_control_connect(uri, pair->tls, &hello, 20000, 20000, NULL, &ack, &error);
 	if (!control)
 		fail_msg("%s", error->message);
 	assert_int_equal(ack.status, PR_HELLO_OK);

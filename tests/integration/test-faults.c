@@ -103,10 +103,8 @@ static uint64_t faults_of_threads(const PrBlocktimeInfo *info)
 
 static void threads_and_totals_tell_the_same(void **state)
 {
-	PairConfig config = {.scheme = scheme_of(state),
-			     .size = 64 * MIB,
-			     .n_threads = 4,
-			     .bandwidth = 64 * MIB};
+	PairConfig config = {
+		.scheme = scheme_of(state), .size = 64 * MIB, .n_threads = 4, .bandwidth = 8 * MIB};
 	g_autoptr(Pair) pair = pair_new(&config);
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
@@ -178,9 +176,9 @@ static void a_walk_faults_far_less_with_read_ahead(void **state)
 
 	walk_and_count(scheme_of(state), 0, &without);
 	walk_and_count(scheme_of(state), 32, &with);
-	/* One page in sixteen is a hole, one is found to be zero sooner or later; a first READ or two of the
-	 * bulk pull may cover some more. */
-	assert_in_range(without.faults, 1500, 1875);
+	/* One page in sixteen is a hole, one is found to be zero: the source tells of them, sooner or later than
+	 * the walk comes by. A first READ or two of the bulk pull may cover some more. */
+	assert_in_range(without.faults, 1500, 2000);
 	assert_int_equal(without.readahead_pages, 0);
 	assert_true(with.faults < without.faults / 4);
 	assert_true(with.readahead_pages > 1000);

@@ -104,8 +104,7 @@ static void wait_parked(TestGuest *guest)
  * until everything has moved, also while the engine is another one. */
 static void what_runs_at_the_source_changes_nothing(void **state)
 {
-	PairConfig config = {
-		.scheme = scheme_of(state), .size = 32 * MIB, .bandwidth = MIB, .pace_us = 1000};
+	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	migrate_until_fenced(pair);
@@ -113,7 +112,7 @@ static void what_runs_at_the_source_changes_nothing(void **state)
 	wait_stuck(pair->source.guest);
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
-	assert_false(testguest_pause(pair->source.guest, 100));
+	assert_false(testguest_pause(pair->source.guest, 500)); /* longer than its threads rest */
 	full_speed(pair);
 	pair_resume_until_completed(pair, 3);
 	wait_parked(pair->source.guest);
@@ -165,7 +164,8 @@ static void a_fence_that_cannot_be_had_is_told_on_both_sides(void **state)
 
 static void the_source_tries_until_its_guest_runs(void **state)
 {
-	PairConfig config = {.scheme = "tcp", .size = 4 * MIB, .refused_runs = 4};
+	/* Seven tries take about seven seconds: long enough to be seen trying. */
+	PairConfig config = {.scheme = "tcp", .size = 4 * MIB, .refused_runs = 7};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	migrate_and_cancel(pair);
@@ -173,10 +173,10 @@ static void the_source_tries_until_its_guest_runs(void **state)
 	assert_int_equal(side_state(&pair->source), PR_STATE_CANCELLING);
 	side_wait(&pair->source, PR_STATE_CANCELLED);
 	end_hook();
-	assert_int_equal(testguest_refused_runs(pair->source.guest), 4);
+	assert_int_equal(testguest_refused_runs(pair->source.guest), 7);
 	pair_check_undone(pair);
 	/* And it may leave again. */
-	side_wait(&pair->destination, PR_STATE_FAILED);
+	pair_wait_taken_back(pair);
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);

@@ -96,7 +96,9 @@ static void a_flood_disturbs_no_migration(void **state)
 {
 	static const char garbage[64] = "GET / HTTP/1.1\r\n\r\n";
 	static const char tls[] = "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
-	PairConfig config = {.scheme = *state, PAIR_LASTS};
+	/* Longer than PAIR_LASTS: all of the floods have to fit in. */
+	PairConfig config = {
+		.scheme = *state, .size = 64 * MIB, .bandwidth = MIB / 4, .pace_us = 500000};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_autoptr(GByteArray) hello = foreign_hello(*state);
 	g_autoptr(GByteArray) lane = NULL;

@@ -38,7 +38,8 @@ static void assert_is_refused(Pair *pair, const PrTls *tls, int code, const char
 static void those_without_a_certificate_disturb_nothing(void **state)
 {
 	/* It has to be under way until all have come: nothing but the slow pull moves its pages. */
-	PairConfig config = {.scheme = *state, .size = 16 * MIB, .bandwidth = MIB, .paused = TRUE};
+	PairConfig config = {
+		.scheme = *state, .size = 16 * MIB, .bandwidth = MIB / 8, .paused = TRUE};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_autoptr(Certs) none = certs_new_beside(pair->certs);
 	g_autoptr(Certs) old = certs_new_beside(pair->certs);

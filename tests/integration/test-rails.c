@@ -110,10 +110,13 @@ static void set_bandwidth(Rails *rails, uint64_t rate)
 				  NULL));
 }
 
+/* What a rail has to carry before a test goes on; the limit is far lower than what rails can do. */
+#define SHARE (128 * 1024)
+
 /* In mid-pull, over all n of them. */
-static void start(Rails *rails, guint n, void **state, uint64_t bandwidth)
+static void start(Rails *rails, guint n, void **state)
 {
-	PairConfig config = {.size = 32 * MIB, .bandwidth = bandwidth, .pace_us = 50000};
+	PairConfig config = {PAIR_LASTS};
 
 	rails_init(rails, n, scheme_of(state), config);
 	assert_true(pr_migration_start(rails->pair->source.engine, rails->uris, FALSE, NULL));
@@ -143,17 +146,17 @@ static void every_rail_carries_its_share(void **state)
 {
 	g_auto(Rails) rails = {0};
 
-	start(&rails, 3, state, 4 * MIB);
+	start(&rails, 3, state);
 	for (guint i = 0; i < 3; i++)
-		wait_carries(&rails, i, 512 * 1024);
+		wait_carries(&rails, i, SHARE);
 	/* The source hears of it, too. */
 	wait_rails(&rails.pair->source, 3);
 	finish(&rails, 0);
 	for (guint i = 0; i < 3; i++) {
 		uint64_t here = path_bytes(&rails, i);
 		uint64_t there = side_path(&rails.pair->source, rails.there[i]).bytes;
-		assert_true(here > 512 * 1024);
-		assert_true(there > 512 * 1024);
+		assert_true(here >= SHARE);
+		assert_true(there >= SHARE);
 	}
 	/* What is over is no rail. */
 	wait_rails(&rails.pair->source, 0);
@@ -163,12 +166,12 @@ static void a_rail_that_is_cut_is_not_missed(void **state)
 {
 	g_auto(Rails) rails = {0};
 
-	start(&rails, 3, state, 4 * MIB);
+	start(&rails, 3, state);
 	for (guint i = 1; i < 3; i++) {
-		wait_carries(&rails, i, 256 * 1024);
+		wait_carries(&rails, i, SHARE);
 		pr_faults_cut_paths(rails.faults[i]);
 		wait_rails(&rails.pair->destination, 3 - i);
-		wait_carries(&rails, 0, 256 * 1024);
+		wait_carries(&rails, 0, SHARE);
 	}
 	finish(&rails, 0);
 }
@@ -178,7 +181,7 @@ static void a_rail_that_dies_at_a_read_is_not_missed(void **state)
 {
 	g_auto(Rails) rails = {0};
 
-	start(&rails, 3, state, 4 * MIB);
+	start(&rails, 3, state);
 	guint64 posted = pr_faults_counts(rails.faults[1]).reads;
 	PrFaultPlan cut = {.cut_after_reads = posted + 4};
 	pr_faults_set_plan(rails.faults[1], &cut);
@@ -186,7 +189,7 @@ static void a_rail_that_dies_at_a_read_is_not_missed(void **state)
 	PrFaultPlan fail = {.error_read = done + 4};
 	pr_faults_set_plan(rails.faults[2], &fail);
 	wait_rails(&rails.pair->destination, 1);
-	wait_carries(&rails, 0, 256 * 1024);
+	wait_carries(&rails, 0, SHARE);
 	finish(&rails, 0);
 }
 
@@ -195,10 +198,10 @@ static void a_rail_that_is_silent_is_given_up(void **state)
 {
 	g_auto(Rails) rails = {0};
 
-	start(&rails, 2, state, 4 * MIB);
+	start(&rails, 2, state);
 	assert_true(
-		pr_params_set(&rails.pair->destination.params, "heartbeat-timeout", 3000, NULL));
-	wait_carries(&rails, 1, 256 * 1024);
+		pr_params_set(&rails.pair->destination.params, "heartbeat-timeout", 6000, NULL));
+	wait_carries(&rails, 1, SHARE);
 	guint64 posted = pr_faults_counts(rails.faults[1]).reads;
 	pr_faults_stall_paths(rails.faults[1]);
 	wait_rails(&rails.pair->destination, 1);
@@ -210,18 +213,18 @@ static void the_path_in_use_is_lost_and_a_rail_takes_over(void **state)
 {
 	g_auto(Rails) rails = {0};
 
-	start(&rails, 3, state, 4 * MIB);
+	start(&rails, 3, state);
 	for (guint i = 0; i < 3; i++)
-		wait_carries(&rails, i, 256 * 1024);
+		wait_carries(&rails, i, SHARE);
 	pr_faults_cut_paths(rails.faults[0]);
 	pair_wait_recovered(rails.pair, 1);
-	assert_int_equal(side_path(&rails.pair->destination, rails.here[1]).state, PR_PATH_ACTIVE);
+	side_check_path(&rails.pair->destination, rails.here[1], PR_PATH_ACTIVE);
 	/* The third one was a rail all the time. */
-	wait_carries(&rails, 1, 256 * 1024);
-	wait_carries(&rails, 2, 256 * 1024);
+	wait_carries(&rails, 1, SHARE);
+	wait_carries(&rails, 2, SHARE);
 	pr_faults_cut_paths(rails.faults[1]);
 	pair_wait_recovered(rails.pair, 2);
-	wait_carries(&rails, 2, 256 * 1024);
+	wait_carries(&rails, 2, SHARE);
 	finish(&rails, 2);
 }
 
@@ -233,10 +236,10 @@ static void reads_of_slow_rails_outlive_the_path_in_use(void **state)
 	PrFaultPlan slow[] = {{0}, {.delay_ms = 5}, {.delay_ms = 1000}};
 
 	/* It lasts until the last rail has brought its first few READs, a second each. */
-	start(&rails, 3, state, 4 * MIB);
+	start(&rails, 3, state);
 	for (guint i = 1; i < 3; i++) {
 		pr_faults_set_plan(rails.faults[i], &slow[i]);
-		wait_carries(&rails, i, 128 * 1024);
+		wait_carries(&rails, i, SHARE);
 	}
 	pr_faults_cut_paths(rails.faults[0]);
 	pair_wait_recovered(rails.pair, 1);
@@ -249,14 +252,25 @@ static void two_of_three_die_at_once(void **state)
 {
 	g_auto(Rails) rails = {0};
 
-	start(&rails, 3, state, 4 * MIB);
+	start(&rails, 3, state);
 	for (guint i = 0; i < 3; i++)
-		wait_carries(&rails, i, 256 * 1024);
+		wait_carries(&rails, i, SHARE);
 	pr_faults_cut_paths(rails.faults[1]);
 	pr_faults_cut_paths(rails.faults[0]);
 	pair_wait_recovered(rails.pair, 1);
-	wait_carries(&rails, 2, 256 * 1024);
+	wait_carries(&rails, 2, SHARE);
 	finish(&rails, 1);
+}
+
+/* Waits until more READs than these have been posted. */
+static void wait_reads(PrFaults *faults, guint64 posted)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	while (pr_faults_counts(faults).reads == posted) {
+		assert_true(g_get_monotonic_time() < deadline);
+		g_usleep(500); /* between two looks at the condition */
+	}
 }
 
 /* A rail whose READs stay without an answer can't be activated before they are accounted for; it is given up
@@ -265,16 +279,15 @@ static void a_silent_rail_is_not_activated(void **state)
 {
 	g_auto(Rails) rails = {0};
 
-	start(&rails, 3, state, 4 * MIB);
+	start(&rails, 3, state);
 	assert_true(
-		pr_params_set(&rails.pair->destination.params, "heartbeat-timeout", 3000, NULL));
+		pr_params_set(&rails.pair->destination.params, "heartbeat-timeout", 6000, NULL));
 	guint64 posted = pr_faults_counts(rails.faults[1]).reads;
 	pr_faults_stall_paths(rails.faults[1]);
-	while (pr_faults_counts(rails.faults[1]).reads == posted)
-		g_usleep(500); /* between two looks at the condition */
+	wait_reads(rails.faults[1], posted);
 	pr_faults_cut_paths(rails.faults[0]);
 	pair_wait_recovered(rails.pair, 1);
-	assert_int_equal(side_path(&rails.pair->destination, rails.here[2]).state, PR_PATH_ACTIVE);
+	side_check_path(&rails.pair->destination, rails.here[2], PR_PATH_ACTIVE);
 	finish(&rails, 1);
 }
 
@@ -286,22 +299,33 @@ static uint64_t transferred(Rails *rails)
 	return info.transferred;
 }
 
-/* What comes in within some time at this limit, relative to what may. */
-static void check_rate(Rails *rails, uint64_t rate)
+/* Whether at least half of what may come in at this limit does, within some time. More never comes. */
+static gboolean comes_at_rate(Rails *rails, uint64_t rate)
 {
 	uint64_t slack =
 		3 * 8 * 128 *
 		1024; /* what is outstanding: counted when it lands, not when it is posted */
 
-	set_bandwidth(rails, rate);
-	wait_carries(rails, 0, 128 * 1024);
-	uint64_t before = transferred(rails);
+	/* The clock is read outside of the counts, so that a stall between the two makes it no more. */
 	gint64 began = g_get_monotonic_time();
+	uint64_t before = transferred(rails);
 	g_usleep(1500 * 1000); /* a rate is taken over time */
 	uint64_t came = transferred(rails) - before;
 	double allowed = (double)rate * (double)(g_get_monotonic_time() - began) / G_USEC_PER_SEC;
 	assert_true((double)came < allowed * 1.05 + (double)slack);
-	assert_true((double)came > allowed * 0.5);
+	return (double)came > allowed * 0.5;
+}
+
+/* A stalled machine may make the pull slow, though not in every one of these windows. */
+static void check_rate(Rails *rails, uint64_t rate)
+{
+	gboolean holds = FALSE;
+
+	set_bandwidth(rails, rate);
+	wait_carries(rails, 0, SHARE);
+	for (guint i = 0; i < 10 && !holds; i++)
+		holds = comes_at_rate(rails, rate);
+	assert_true(holds);
 }
 
 static void the_bandwidth_is_that_of_all_rails(void **state)
@@ -313,10 +337,21 @@ static void the_bandwidth_is_that_of_all_rails(void **state)
 	assert_true(pr_migration_start(rails.pair->source.engine, rails.uris, FALSE, NULL));
 	pair_wait(rails.pair, PR_STATE_POSTCOPY_ACTIVE);
 	wait_rails(&rails.pair->destination, 3);
-	check_rate(&rails, 16 * MIB);
+	/* Ten windows at half of these rates are less than there is. */
 	check_rate(&rails, 8 * MIB);
+	check_rate(&rails, 4 * MIB);
 	set_bandwidth(&rails, 0);
 	pair_wait(rails.pair, PR_STATE_COMPLETED);
+}
+
+static void wait_pulls_no_more(Rails *rails, guint i)
+{
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+
+	while (side_path(&rails->pair->destination, rails->here[i]).pulls) {
+		assert_true(g_get_monotonic_time() < deadline);
+		g_usleep(500); /* between two looks at the condition */
+	}
 }
 
 static void a_pause_holds_every_rail(void **state)
@@ -324,15 +359,14 @@ static void a_pause_holds_every_rail(void **state)
 	g_auto(Rails) rails = {0};
 	g_autoptr(GError) error = NULL;
 
-	start(&rails, 3, state, 4 * MIB);
+	start(&rails, 3, state);
 	for (guint i = 0; i < 3; i++)
-		wait_carries(&rails, i, 256 * 1024);
+		wait_carries(&rails, i, SHARE);
 	assert_true(pr_migration_pause(rails.pair->destination.engine, NULL));
 	pair_wait(rails.pair, PR_STATE_POSTCOPY_PAUSED);
 	/* The stripes are ended where there is nothing to pull for, once their READs are in. */
-	while (side_path(&rails.pair->destination, rails.here[1]).pulls ||
-	       side_path(&rails.pair->destination, rails.here[2]).pulls)
-		g_usleep(500); /* between two looks at the condition */
+	wait_pulls_no_more(&rails, 1);
+	wait_pulls_no_more(&rails, 2);
 	uint64_t before = transferred(&rails);
 	/* Nothing may come for as long: there is no condition to wait for. */
 	g_usleep(300 * 1000);
@@ -350,18 +384,18 @@ static void can_be_switched_off_and_on(void **state)
 {
 	g_auto(Rails) rails = {0};
 
-	start(&rails, 2, state, 4 * MIB);
-	wait_carries(&rails, 1, 256 * 1024);
+	start(&rails, 2, state);
+	wait_carries(&rails, 1, SHARE);
 	assert_true(pr_params_set_capability(&rails.pair->destination.params, "multi-rail", FALSE,
 					     NULL));
 	wait_rails(&rails.pair->destination, 1);
 	uint64_t before = path_bytes(&rails, 1);
-	wait_carries(&rails, 0, 512 * 1024);
+	wait_carries(&rails, 0, 2 * SHARE);
 	assert_int_equal(path_bytes(&rails, 1), before);
-	assert_int_equal(side_path(&rails.pair->destination, rails.here[1]).state, PR_PATH_STANDBY);
+	side_check_path(&rails.pair->destination, rails.here[1], PR_PATH_STANDBY);
 	assert_true(pr_params_set_capability(&rails.pair->destination.params, "multi-rail", TRUE,
 					     NULL));
-	wait_carries(&rails, 1, 256 * 1024);
+	wait_carries(&rails, 1, SHARE);
 	finish(&rails, 0);
 }
 
@@ -370,10 +404,10 @@ static void either_side_may_quit_in_mid_pull(void **state)
 {
 	for (guint i = 0; i < 2; i++) {
 		g_auto(Rails) rails = {0};
-		start(&rails, 3, state, 4 * MIB);
+		start(&rails, 3, state);
 		Side *quits = i ? &rails.pair->source : &rails.pair->destination;
 		Side *left = i ? &rails.pair->destination : &rails.pair->source;
-		wait_carries(&rails, 2, 256 * 1024);
+		wait_carries(&rails, 2, SHARE);
 		pr_migration_free(g_steal_pointer(&quits->engine));
 		side_wait_any(left, 1u << PR_STATE_POSTCOPY_PAUSED |
 					    1u << PR_STATE_POSTCOPY_RECOVER_SETUP);
@@ -383,11 +417,7 @@ static void either_side_may_quit_in_mid_pull(void **state)
 /* A path of another transport is there for when all else fails. */
 static void the_path_of_last_resort_is_no_rail(void **state)
 {
-	PairConfig config = {.scheme = "ofi",
-			     .size = 16 * MIB,
-			     .bandwidth = 2 * MIB,
-			     .pace_us = 50000,
-			     .more = {"tcp"}};
+	PairConfig config = {.scheme = "ofi", PAIR_LASTS, .more = {"tcp"}};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_auto(PrMigrationInfo) info = {0};
 

@@ -25,13 +25,14 @@
 #define BLOCK_BYTES (64ull * 1024 * 1024)
 #define MARK	    0xee
 #define PROBE_TOKEN 0x1234567890ull
-#define READ_MS	    10000 /* for a READ, whatever becomes of it */
+#define READ_MS	    10000 /* for a READ, whatever becomes of it, or the end of a path */
 
 typedef struct Puller {
 	struct Side *side;
 	PrLaneId lane;
 	guint length;
-	guint posted, ok, failed;
+	guint posted;
+	guint ok, failed; /* atomic */
 	GThread *thread;
 } Puller;
 
@@ -246,6 +247,20 @@ static gboolean is_filled(Side *side, guint block, uint64_t start, uint64_t end,
 	return TRUE;
 }
 
+/* A READ that failed; says why, as the path does. */
+static gboolean complain_of_read(Side *side, GError **error)
+{
+	gint64 end = g_get_monotonic_time() + G_USEC_PER_SEC;
+
+	g_mutex_lock(&side->lock);
+	while (!side->n_failures && g_cond_wait_until(&side->changed, &side->lock, end))
+		;
+	g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "the READ failed: %s",
+		    side->n_failures ? side->reason : "the path has told no reason");
+	g_mutex_unlock(&side->lock);
+	return FALSE;
+}
+
 static gboolean read_one(Side *side, PrLaneId lane, guint block, uint64_t offset, uint32_t length,
 			 GError **error)
 {
@@ -255,7 +270,9 @@ static gboolean read_one(Side *side, PrLaneId lane, guint block, uint64_t offset
 		return complain(error, "the READ was not posted");
 	if (!await(side, lane, &done, 1))
 		return complain(error, "the READ did not complete");
-	return done.ok && done.token == offset ? TRUE : complain(error, "the READ failed");
+	if (!done.ok)
+		return complain_of_read(side, error);
+	return done.token == offset ? TRUE : complain(error, "another READ's completion came");
 }
 
 /* LANE BLOCK OFFSET LENGTH SIZE SEED: READs of SIZE bytes, one by one. */
@@ -359,7 +376,7 @@ static gboolean neglect(Side *side, char **words, GString *ret, GError **error)
 	g_usleep(number(words[2]) * 1000);
 	if (!await(side, lane, &done, 1))
 		return complain(error, "the READ did not complete");
-	return done.ok ? TRUE : complain(error, "the READ failed");
+	return done.ok ? TRUE : complain_of_read(side, error);
 }
 
 /* Answers for each lane what its queue pair is set to: see test_verbs.py. */
@@ -408,15 +425,23 @@ static gpointer pull_thread(gpointer opaque)
 			return NULL;
 		n = await(side, puller->lane, completions, G_N_ELEMENTS(completions));
 		for (guint i = 0; i < n; i++)
-			*(completions[i].ok ? &puller->ok : &puller->failed) += 1;
+			g_atomic_int_inc(completions[i].ok ? &puller->ok : &puller->failed);
 		done += n;
 		if (!n)
 			return NULL;
 	}
 }
 
+static gboolean has_begun(Puller *puller)
+{
+	return g_atomic_int_get(&puller->ok) || g_atomic_int_get(&puller->failed);
+}
+
+/* Returns when READs are under way on each lane. */
 static gboolean start_pull(Side *side, char **words, GString *ret, GError **error)
 {
+	gint64 deadline = g_get_monotonic_time() + READ_MS * 1000;
+
 	for (guint i = 0; i < side->path->n_lanes; i++) {
 		side->pullers[i] = (Puller){
 			.side = side,
@@ -425,6 +450,12 @@ static gboolean start_pull(Side *side, char **words, GString *ret, GError **erro
 		};
 		side->pullers[i].thread = g_thread_new("pull", pull_thread, &side->pullers[i]);
 	}
+	for (guint i = 0; i < side->path->n_lanes; i++)
+		while (!has_begun(&side->pullers[i])) {
+			if (g_get_monotonic_time() > deadline)
+				return complain(error, "no READ of a lane has come back");
+			g_usleep(1000);
+		}
 	return TRUE;
 }
 
@@ -462,7 +493,8 @@ static gboolean await_failure(Side *side, char **words, GString *ret, GError **e
 static gboolean close_path(Side *side, char **words, GString *ret, GError **error)
 {
 	gint64 begin = g_get_monotonic_time();
-	gboolean drained = side->ops->drain(side->path, words[1] ? (guint)number(words[1]) : 1000);
+	gboolean drained =
+		side->ops->drain(side->path, words[1] ? (guint)number(words[1]) : READ_MS);
 
 	foreign_take_bait(&side->bait);
 	g_string_printf(ret, "%" PRId64, g_get_monotonic_time() - begin);
@@ -481,7 +513,7 @@ static gboolean abandon(Side *side, char **words, GString *ret, GError **error)
 		if (!side->ops->post_read(side->path, lane, 0, (uint64_t)i * size, size, i))
 			return complain(error, "the READ was not posted");
 	begin = g_get_monotonic_time();
-	if (!side->ops->drain(side->path, 1000))
+	if (!side->ops->drain(side->path, READ_MS))
 		return complain(error, "not drained in time");
 	g_string_printf(ret, "%" PRId64, g_get_monotonic_time() - begin);
 	memset(at(side, 0, 0), MARK, (gsize)n * size);
@@ -562,7 +594,7 @@ static gboolean latency(Side *side, char **words, GString *ret, GError **error)
 			;
 		clock_gettime(CLOCK_MONOTONIC, &end);
 		if (!done.ok)
-			return complain(error, "the READ failed");
+			return complain_of_read(side, error);
 		times[i] = (end.tv_sec - begin.tv_sec) * 1000000000ll + end.tv_nsec - begin.tv_nsec;
 	}
 	qsort(times, n, sizeof(*times), compare);

@@ -12,15 +12,15 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(HERE, "..", "..", "soft-roce"), os.path.join(HERE, "..", "e2e")]
 
 from harness.process import Failure  # noqa: E402
-from roce_lab import RAILS, Lab, LabError, start_time  # noqa: E402
+from roce_lab import KERNELS, RAILS, Lab, LabError, start_time  # noqa: E402
 
-CASE_SECONDS = 150
+CASE_SECONDS = 400
 CLEANING_SECONDS = 60
 
 
@@ -36,6 +36,7 @@ class Group:
     cases: list  # (name, function)
     perform: object  # (lab, build, function, notes): runs one; raises if it fails. notes: lines for the report
     seconds: int = CASE_SECONDS  # what a test may take
+    hosts: dict = field(default_factory=dict)  # what the lab's hosts are like that it needs: roce_lab.Spec
 
 
 @contextmanager
@@ -62,24 +63,44 @@ class Bench:
         self.options = options
         self.build = os.path.abspath(options.build)
         self.lab = None
+        self.hosts = None  # what they are like, of a lab that runs
+        self.refused = []  # (hosts, error) of labs that did not boot; no second try
 
     def __enter__(self):
-        self._start()
-        return self
-
-    def _start(self):
-        began = time.monotonic()
         if self.options.lab:
             self.lab = Lab.attach(self.options.lab)
-            return
-        self.lab = Lab(build=self.build)
+        return self
+
+    def _start(self, hosts):
+        began = time.monotonic()
+        self.lab = Lab(build=self.build, **hosts)
         self.lab.start()
+        self.hosts = hosts
         seconds = time.monotonic() - began
-        print(f"the lab is up under {self.lab.accel} ({seconds:.1f} s)", flush=True)
+        print(f"the lab is up under {self.lab.accel}, Linux {self.lab.spec.kernel} ({seconds:.1f} s)", flush=True)
+
+    def have_hosts(self, hosts):
+        """Has a lab with hosts like these."""
+        if hosts == self.hosts or self.options.lab:
+            return
+        for refused, error in self.refused:
+            if refused == hosts:
+                raise error
+        self._stop()
+        try:
+            self._start(hosts)
+        except LabError as error:
+            self.refused.append((hosts, error))
+            raise
+
+    def _stop(self):
+        self.hosts = None
+        if self.lab:
+            self.lab.stop()
 
     def __exit__(self, *_):
         if not self.options.lab:
-            self.lab.stop()
+            self._stop()
 
     def recover(self):
         """Has a lab for the next test, after one that failed."""
@@ -90,10 +111,15 @@ class Bench:
             if self.options.lab:
                 raise
             print(f"the lab is booted anew: {error}", flush=True)
-            self.lab.stop()
-            self._start()
+            self._stop()
 
     def run(self, group, name, function):
+        try:
+            self.have_hosts(group.hosts)
+        except LabError as error:
+            entry = {"name": f"{group.name}: {name}", "result": "fail", "seconds": 0, "message": f"the lab: {error}"}
+            report(entry)
+            return {**entry, "notes": []}
         began = time.monotonic()
         result, message, notes = "pass", "", []
         try:
@@ -147,9 +173,19 @@ def run_groups(groups, options):
     if options.list:
         print("\n".join(f"{group.name}: {name}" for group, name, _ in wanted))
         return []
+    if options.lab:
+        wanted = fit(wanted, Lab.attach(options.lab).spec)
     with Bench(options) as bench:
         results = [bench.run(*each) for each in wanted]
-        return results if options.lab else [*results, leaves_nothing(bench)]
+        return [*results, leaves_nothing(bench)] if bench.hosts is not None else results
+
+
+def fit(wanted, spec):
+    """Of these tests those that the hosts of a lab that runs are good for."""
+    fitting = [each for each in wanted if each[0].hosts.get("kernel", KERNELS[0]) == spec.kernel]
+    if len(fitting) < len(wanted):
+        print(f"{len(wanted) - len(fitting)} tests are left out, for labs with another kernel than {spec.kernel}")
+    return fitting
 
 
 def exit_on_signals():

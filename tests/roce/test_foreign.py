@@ -4,7 +4,7 @@
 As in test_verbs.py, rdma-pairs stand in for the engines; the path is the engines' own. Here one of them turns on the
 other."""
 
-from test_verbs import MIB, PORT, Pair, expect
+from test_verbs import MIB, PATIENT, PORT, Pair, expect
 
 CASES = []
 
@@ -13,7 +13,7 @@ def case(name):
     """Registers a test under the behaviour that it proves."""
 
     def register(function):
-        CASES.append((name, function))
+        CASES.append((name, function, PATIENT))
         return function
 
     return register

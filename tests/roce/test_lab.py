@@ -43,6 +43,14 @@ def pings(host, rail, peer):
     return done.returncode == 0
 
 
+def expect_pings(host, rail, peer, message):
+    """A busy host may take seconds to answer."""
+    try:
+        wait_until("a ping is answered", 30, lambda: pings(host, rail, peer))
+    except LabError:
+        raise LabError(message) from None
+
+
 def connects(host, address, port):
     """Whether a TCP connection is made within a second."""
     argv = ["socat", "-u", "OPEN:/dev/null", f"TCP:{address}:{port},connect-timeout=1"]
@@ -107,7 +115,7 @@ def received(host, rail):
 
 
 def expect_whole(lab, rail):
-    wait_until(f"rail {rail} carries again", 20, lambda: pings(lab.a, rail, lab.b))
+    wait_until(f"rail {rail} carries again", 30, lambda: pings(lab.a, rail, lab.b))
     expect_reads(lab, rail)
 
 
@@ -115,7 +123,7 @@ def expect_dead(lab, rail):
     expect(not pings(lab.a, rail, lab.b), f"rail {rail} still carries a's ping to b")
     expect(not pings(lab.b, rail, lab.a), f"rail {rail} still carries b's ping to a")
     other = 3 - rail
-    expect(pings(lab.a, other, lab.b), f"the fault of rail {rail} has hit rail {other} as well")
+    expect_pings(lab.a, other, lab.b, f"the fault of rail {rail} has hit rail {other} as well")
 
 
 # The hosts
@@ -161,10 +169,10 @@ def terminal(lab):
     shell = lab.a.popen("bash", "--norc", tty=[33, 77])
     try:
         shell.write(b"stty size; sleep 1000; echo interrupted=$?\r")
-        wait_until("the terminal has its size", 10, lambda: "33 77" in shell.output())
-        wait_until("sleep runs", 10, lambda: sleeps(lab.a))
+        wait_until("the terminal has its size", 30, lambda: "33 77" in shell.output())
+        wait_until("sleep runs", 30, lambda: sleeps(lab.a))
         shell.write(b"\x03")
-        wait_until("Ctrl-C ends it", 10, lambda: not sleeps(lab.a))
+        wait_until("Ctrl-C ends it", 30, lambda: not sleeps(lab.a))
         shell.write(b"exit 9\r")
         expect(shell.wait(10) == 9, f"the shell ended with {shell.exit_code()}, not 9")
     finally:
@@ -175,10 +183,10 @@ def terminal(lab):
 def sessions(lab):
     for _ in range(30):  # more than there are ports
         process = lab.a.popen("sh", "-c", "sleep 1000 & echo here; wait")
-        wait_until("the command prints", 10, lambda running=process: running.output())
+        wait_until("the command prints", 30, lambda running=process: running.output())
         process.close()
     lab.a.run("sh", "-c", "sleep 1000 >/dev/null 2>&1 &", check=True)
-    wait_until("only the one in the background is left", 10, lambda: sleeps(lab.a) == 1)
+    wait_until("only the one in the background is left", 30, lambda: sleeps(lab.a) == 1)
     lab.a.run("busybox", "killall", "sleep", check=True)
 
 
@@ -186,7 +194,7 @@ def sessions(lab):
 def sockets(lab):
     server = lab.b.popen("socat", "UNIX-LISTEN:/run/echo", "EXEC:cat")
     try:
-        wait_until("socat listens", 10, lambda: lab.b.run("test", "-S", "/run/echo").returncode == 0)
+        wait_until("socat listens", 30, lambda: lab.b.run("test", "-S", "/run/echo").returncode == 0)
         with lab.b.connect("/run/echo") as connection:
             connection.settimeout(10)
             connection.sendall(b"hello" * 10000)
@@ -243,18 +251,18 @@ def nested(lab):
 @case("both-rails-carry-pings-and-rdma-reads")
 def rails(lab):
     for rail in RAILS:
-        expect(pings(lab.a, rail, lab.b), f"no answer to a ping over rail {rail}")
+        expect_pings(lab.a, rail, lab.b, f"no answer to a ping over rail {rail}")
         expect_reads(lab, rail)
         typical = read_lat(lab, rail)
         # Delays of a TCP socket in between would be 40 ms.
-        expect(typical < 20000, f"a 4 KiB READ takes {typical} us over rail {rail}")
+        expect(typical < 30000, f"a 4 KiB READ takes {typical} us over rail {rail}")
 
 
 @case("cut-takes-the-carrier-of-both-ends")
 def cut(lab):
     lab.cut(1)
     for host in lab.hosts:
-        wait_until(f"port on host {host.name} is down", 5, lambda at=host: port_state(at, 1) == "DOWN")
+        wait_until(f"port on host {host.name} is down", 30, lambda at=host: port_state(at, 1) == "DOWN")
     expect_dead(lab, 1)
     lab.mend(1)
     expect_whole(lab, 1)
@@ -263,7 +271,7 @@ def cut(lab):
 @case("cut-of-one-end-is-not-seen-at-the-other")
 def cut_one_end(lab):
     lab.cut(2, "a")
-    wait_until("the port on host a is down", 5, lambda: port_state(lab.a, 2) == "DOWN")
+    wait_until("the port on host a is down", 30, lambda: port_state(lab.a, 2) == "DOWN")
     expect_dead(lab, 2)
     expect(port_state(lab.b, 2) == "ACTIVE", f"b's port is {port_state(lab.b, 2)}, it should know nothing")
     lab.mend(2)
@@ -327,10 +335,10 @@ def address_del(lab):
     mine = "ffff:0a58:0102"
     expect(mine in gids(), f"no GID of 10.88.1.2 on host b: {gids()}")
     lab.inject("address-del", 1, "b")
-    wait_until("the GID of 10.88.1.2 is gone", 5, lambda: mine not in gids())
+    wait_until("the GID of 10.88.1.2 is gone", 30, lambda: mine not in gids())
     expect_dead(lab, 1)
     lab.undo("address-del", 1, "b")
-    wait_until("the GID of 10.88.1.2 is back", 5, lambda: mine in gids())
+    wait_until("the GID of 10.88.1.2 is back", 30, lambda: mine in gids())
     expect_whole(lab, 1)
 
 
@@ -338,7 +346,7 @@ def address_del(lab):
 def rdma_del(lab):
     lab.inject("rdma-del", 1, "a")
     expect(port_state(lab.a, 1) == "", "host a still has rxe1")
-    expect(pings(lab.a, 1, lab.b), "the network device has gone along with the RDMA device")
+    expect_pings(lab.a, 1, lab.b, "the network device has gone along with the RDMA device")
     expect_no_reads(lab, 1)
     lab.undo("rdma-del", 1, "a")
     expect_whole(lab, 1)
@@ -352,10 +360,10 @@ def rdma_del_in_use(lab):
     client = lab.a.popen("rping", "-c", *options)
     watch = lab.a.popen("ibv_asyncwatch", "-d", "rxe1")
     try:
-        wait_until("RDMA READs go", 20, lambda: client.output().count("ping data:") > 3)
+        wait_until("RDMA READs go", 30, lambda: client.output().count("ping data:") > 3)
         lab.inject("rdma-del", 1, "a")
         expect(watch.alive(), "the program that holds the device has ended")
-        expect(pings(lab.a, 1, lab.b), "the network device has gone along with the RDMA device")
+        expect_pings(lab.a, 1, lab.b, "the network device has gone along with the RDMA device")
         client.kill()
         expect_no_reads(lab, 1)
     finally:
@@ -428,12 +436,12 @@ def killed(lab):
     with tempfile.TemporaryDirectory(prefix="postroad-lab-") as directory:
         owner = subprocess.Popen([sys.executable, "-B", "-c", code, directory, lab.spec.build, lab.accel])
         try:
-            pids = wait_until("two machines run", 30, lambda: started(directory))
+            pids = wait_until("two machines run", 120, lambda: started(directory))
             expect(all(map(start_time, pids)), f"of the machines {pids}, one has ended")
         finally:
             owner.send_signal(signal.SIGKILL)
             owner.wait()
-        wait_until("its machines have ended", 10, lambda: not any(map(start_time, pids)))
+        wait_until("its machines have ended", 30, lambda: not any(map(start_time, pids)))
 
 
 GROUP = runner.Group("lab", CASES, lambda lab, _build, function, _notes: function(lab))

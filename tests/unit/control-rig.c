@@ -2,10 +2,13 @@
 #include "tests/unit/control-rig.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <netinet/in.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#include "transport/control-internal.h"
 
 static gint64 deadline_in(gint64 ms)
 {
@@ -72,17 +75,7 @@ void on_hello(PrControl *control, const PrHello *hello, PrListener *listener, vo
 	g_mutex_unlock(&destination->lock);
 }
 
-Destination *destination_new(const char *text)
-{
-	return destination_new_tls(text, NULL);
-}
-
-Destination *destination_new_tls(const char *text, const PrTls *tls)
-{
-	return destination_new_patient(text, tls, HANDSHAKE_MS);
-}
-
-Destination *destination_new_patient(const char *text, const PrTls *tls, guint handshake_ms)
+static Destination *new_destination(const char *text, const PrTls *tls, guint handshake_ms)
 {
 	const PrSecurity security = {.tls = tls};
 	Destination *destination = g_new0(Destination, 1);
@@ -98,6 +91,21 @@ Destination *destination_new_patient(const char *text, const PrTls *tls, guint h
 	if (!destination->listener)
 		fail_msg("%s", error->message);
 	return destination;
+}
+
+Destination *destination_new(const char *text)
+{
+	return destination_new_tls(text, NULL);
+}
+
+Destination *destination_new_tls(const char *text, const PrTls *tls)
+{
+	return new_destination(text, tls, PATIENT_MS);
+}
+
+Destination *destination_new_hasty(const char *text, const PrTls *tls)
+{
+	return new_destination(text, tls, STALL_MS);
 }
 
 void destination_hold(Destination *destination, gboolean hold)
@@ -265,6 +273,16 @@ void raw_send(int fd, uint16_t type, const void *body, uint32_t length)
 		raw_write(fd, body, length);
 }
 
+void raw_read(int fd, void *data, gsize length)
+{
+	for (gsize got = 0; got < length;) {
+		ssize_t n = recv(fd, (uint8_t *)data + got, length - got, MSG_WAITALL);
+
+		assert_true(n > 0 || (n < 0 && errno == EINTR));
+		got += n > 0 ? (gsize)n : 0;
+	}
+}
+
 gboolean raw_reaches_end(int fd)
 {
 	char waste[4096];
@@ -272,7 +290,7 @@ gboolean raw_reaches_end(int fd)
 
 	do
 		n = recv(fd, waste, sizeof waste, 0);
-	while (n > 0);
+	while (n > 0 || (n < 0 && errno == EINTR));
 	return n == 0 || errno == ECONNRESET;
 }
 
@@ -282,18 +300,20 @@ void raw_read_hello(int fd)
 	PrMsgHeader header;
 	g_autofree uint8_t *body = NULL;
 
-	assert_int_equal(recv(fd, head, sizeof head, MSG_WAITALL), sizeof head);
+	raw_read(fd, head, sizeof head);
 	assert_true(pr_header_decode(head, &header, NULL));
 	assert_int_equal(header.type, PR_MSG_HELLO);
 	body = g_malloc(header.length);
-	assert_int_equal(recv(fd, body, header.length, MSG_WAITALL), header.length);
+	raw_read(fd, body, header.length);
 }
 
 static gpointer raw_main(gpointer opaque)
 {
 	Raw *raw = opaque;
 
-	raw->fd = accept(raw->listening, NULL, NULL);
+	do
+		raw->fd = accept(raw->listening, NULL, NULL);
+	while (raw->fd < 0 && errno == EINTR);
 	raw_configure(raw->fd);
 	raw->script(raw->fd);
 	return NULL;
@@ -335,7 +355,7 @@ void script_answer(int fd)
 	raw_send(fd, PR_MSG_HELLO_ACK, ack->data, ack->len);
 }
 
-PrControl *connect_raw(Raw *raw, Failure *failure)
+static PrControl *connect_raw_unstarted(Raw *raw)
 {
 	g_autoptr(GError) error = NULL;
 	PrHelloAck ack;
@@ -344,7 +364,22 @@ PrControl *connect_raw(Raw *raw, Failure *failure)
 	if (!control)
 		fail_msg("%s", error->message);
 	raw_join(raw);
+	return control;
+}
+
+PrControl *connect_raw(Raw *raw, Failure *failure)
+{
+	PrControl *control = connect_raw_unstarted(raw);
+
 	start(control, failure);
+	return control;
+}
+
+PrControl *connect_raw_hasty(Raw *raw, Failure *failure)
+{
+	PrControl *control = connect_raw_unstarted(raw);
+
+	assert_true(pr_control_start(control, INTERVAL_MS, SILENCE_MS, on_failed, failure, NULL));
 	return control;
 }
 
@@ -375,4 +410,17 @@ void assert_receives(PrControl *control, uint16_t type, const void *body, gsize 
 	assert_int_equal(msg->length, length);
 	if (length)
 		assert_memory_equal(msg->body, body, length);
+}
+
+int put_socket_pair(PrControl *control)
+{
+	int pair[2];
+	g_autoptr(GSocketConnection) before = pr_control_take_connection(control);
+	g_autoptr(GSocket) socket = NULL;
+
+	assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
+	socket = g_socket_new_from_fd(pair[0], NULL);
+	assert_non_null(socket);
+	pr_control_put_connection(control, g_socket_connection_factory_create_connection(socket));
+	return pair[1];
 }

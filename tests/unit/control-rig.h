@@ -11,11 +11,13 @@
 
 #include "transport/control.h"
 
-#define LONG_MS	     20000 /* bounds what should come at once, on a slow machine with a sanitizer */
-#define HANDSHAKE_MS 3000
-#define INTERVAL_MS  20
-#define TIMEOUT_MS   1000
-#define MIB	     (1024 * 1024)
+#define LONG_MS	    20000  /* bounds what should come at once, on a slow machine with a sanitizer */
+#define PATIENT_MS  120000 /* a destination's handshake: longer than any test waits for anything */
+#define STALL_MS    3000   /* in place of it, for tests that wait until it is over */
+#define INTERVAL_MS 20
+#define TIMEOUT_MS  4000 /* a thread may get no CPU for a few seconds */
+#define SILENCE_MS  1000 /* in place of TIMEOUT_MS, for tests that wait until it is over */
+#define MIB	    (1024 * 1024)
 
 /* The failure of a channel, as on_failed tells it. */
 typedef struct Failure {
@@ -73,7 +75,8 @@ void start(PrControl *control, Failure *failure);
 void on_hello(PrControl *control, const PrHello *hello, PrListener *listener, void *opaque);
 Destination *destination_new(const char *text);
 Destination *destination_new_tls(const char *text, const PrTls *tls);
-Destination *destination_new_patient(const char *text, const PrTls *tls, guint handshake_ms);
+/* The same with STALL_MS for a handshake. */
+Destination *destination_new_hasty(const char *text, const PrTls *tls);
 void destination_hold(Destination *destination, gboolean hold);
 PrControl *destination_control(Destination *destination);
 void destination_wait_hellos(Destination *destination, guint n);
@@ -87,6 +90,8 @@ int raw_connect(uint16_t port);
 int raw_listen(PrUri **ret_uri);
 void raw_write(int fd, const void *data, gsize length);
 void raw_send(int fd, uint16_t type, const void *body, uint32_t length);
+/* All of it; a process that was stopped meanwhile reads on. */
+void raw_read(int fd, void *data, gsize length);
 /* Everything up to the end of the stream or a reset is read and dropped. FALSE: it didn't end. */
 gboolean raw_reaches_end(int fd);
 void raw_read_hello(int fd);
@@ -96,6 +101,11 @@ int raw_join(Raw *raw);
 void script_answer(int fd);
 /* A started channel to a raw peer that has answered HELLO properly. */
 PrControl *connect_raw(Raw *raw, Failure *failure);
+/* The same with SILENCE_MS. */
+PrControl *connect_raw_hasty(Raw *raw, Failure *failure);
+/* A connection whose end the test holds, for a channel that is not started: its writes fail as soon as the test says so.
+ * Returns that end. */
+int put_socket_pair(PrControl *control);
 /* The channel has failed with this code and text; on_failed was called once, before. */
 void assert_fails(PrControl *control, Failure *failure, int code, const char *text);
 void assert_receives(PrControl *control, uint16_t type, const void *body, gsize length);

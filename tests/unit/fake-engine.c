@@ -204,6 +204,7 @@ void pr_migration_query(PrMigration *migration, PrMigrationInfo *ret)
 		.faults = 78,
 		.fault_latency_ns = 21000,
 		.fault_latency_max_ns = 900000,
+		.fault_repeats = 5,
 		.readahead_pages = 40,
 		.readahead_waited = 9,
 		.latency_dist = {[4] = 70, [9] = 8},
@@ -213,6 +214,8 @@ void pr_migration_query(PrMigration *migration, PrMigrationInfo *ret)
 		.vcpus_known = TRUE,
 		.all_blocked_ns = 7800000,
 		.threads = g_array_new(FALSE, FALSE, sizeof(PrThreadTime)),
+		.at_most_ns = 17900000,
+		.other_blocked_ns = 13000000,
 		.other_faults = 3,
 		.other_latency_ns = 33000,
 	};

@@ -7,7 +7,7 @@
 #include "tests/unit/fake-qmp.h"
 
 #define RAM		 (64u << 20)
-#define QEMU_RIG_TIMEOUT 5000 /* ms */
+#define QEMU_RIG_TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 
 typedef struct Qemu {
 	FakeQmp *fake;

@@ -9,7 +9,7 @@
 #include "guest/guest.h"
 #include "tests/guest/testguest.h"
 
-#define TIMEOUT 5000 /* ms */
+#define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 
 static TestGuest *new_guest(void)
 {

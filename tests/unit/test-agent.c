@@ -26,7 +26,7 @@
 #include "tests/guest/testguest.h"
 
 #define PAGE	4096
-#define TIMEOUT 5000 /* ms */
+#define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 
 static const TestGuestConfig small = {
 	.size = 4 << 20, .n_blocks = 2, .n_threads = 2, .pace_us = 200, .load_touches = 4};

@@ -577,7 +577,7 @@ static void assert_alive(Death *death)
 
 static void wait_death(Death *death)
 {
-	gint64 deadline = g_get_monotonic_time() + G_TIME_SPAN_SECOND;
+	gint64 deadline = g_get_monotonic_time() + TIMEOUT * G_TIME_SPAN_MILLISECOND;
 
 	g_mutex_lock(&death->lock);
 	while (!death->calls)

@@ -112,6 +112,68 @@ static void others_do_not_count_as_vcpus(void **state)
 	g_array_unref(info.threads);
 }
 
+static void expect_bounds(PrBlocktime *times, int64_t now_ns, uint64_t all_ns, uint64_t at_most_ns,
+			  uint64_t other_ns)
+{
+	PrBlocktimeInfo info = look(times, now_ns);
+
+	assert_int_equal(info.all_blocked_ns, all_ns);
+	assert_int_equal(info.at_most_ns, at_most_ns);
+	assert_int_equal(info.other_blocked_ns, other_ns);
+	g_array_unref(info.threads);
+}
+
+/* Kworkers wait for the halted vCPUs of a Linux guest under KVM. */
+static void waits_of_others_bound_the_time_from_above(void **state)
+{
+	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 2);
+	PrPageWait a, b, vcpu;
+
+	pr_blocktime_blocked(times, 901, 100, &a);
+	expect_bounds(times, 150, 0, 0, 50);
+	pr_blocktime_blocked(times, 902, 200, &b);
+	expect_bounds(times, 250, 0, 50, 150);
+	pr_blocktime_woken(times, &a, 300);
+	expect_bounds(times, 350, 0, 100, 250);
+	/* A vCPU that waits by itself beside a kworker. */
+	pr_blocktime_blocked(times, 101, 400, &vcpu);
+	pr_blocktime_woken(times, &b, 500);
+	expect_bounds(times, 600, 0, 200, 400);
+	pr_blocktime_woken(times, &vcpu, 700);
+	/* Without others it is the same as what is known. */
+	pr_blocktime_blocked(times, 101, 1000, &a);
+	pr_blocktime_blocked(times, 102, 1100, &b);
+	pr_blocktime_woken(times, &a, 1150);
+	pr_blocktime_woken(times, &b, 1200);
+	expect_bounds(times, 2000, 50, 250, 400);
+}
+
+static void waits_of_others_end_with_the_service(void **state)
+{
+	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 1);
+	PrPageWait wait;
+
+	pr_blocktime_blocked(times, 901, 100, &wait);
+	pr_blocktime_close(times, 300);
+	expect_bounds(times, 900, 0, 200, 200);
+	pr_blocktime_woken(times, &wait, 950);
+	expect_bounds(times, 990, 0, 200, 200);
+}
+
+static void tells_vcpus_from_others(void **state)
+{
+	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 2);
+	g_autoptr(PrBlocktime) unknown = pr_blocktime_new(NULL, 0);
+
+	assert_false(pr_blocktime_is_other(times, 101));
+	assert_false(pr_blocktime_is_other(times, 102));
+	assert_true(pr_blocktime_is_other(times, 103));
+	assert_true(pr_blocktime_is_other(times, 0));
+	/* Any of these may be a vCPU. */
+	assert_false(pr_blocktime_is_other(unknown, 101));
+	assert_true(pr_blocktime_is_other(unknown, 0));
+}
+
 /* It was woken, and faults again, before the one who keeps the books hears that its page is there. */
 static void a_new_wait_ends_the_one_before(void **state)
 {
@@ -253,6 +315,9 @@ int main(void)
 		cmocka_unit_test(sums_up_each_vcpus_waits),
 		cmocka_unit_test(counts_the_time_when_all_vcpus_wait),
 		cmocka_unit_test(others_do_not_count_as_vcpus),
+		cmocka_unit_test(waits_of_others_bound_the_time_from_above),
+		cmocka_unit_test(waits_of_others_end_with_the_service),
+		cmocka_unit_test(tells_vcpus_from_others),
 		cmocka_unit_test(a_new_wait_ends_the_one_before),
 		cmocka_unit_test(a_wait_that_goes_on_counts),
 		cmocka_unit_test(follows_the_first_threads_up_to_the_bound),

@@ -12,223 +12,6 @@
 #include "transport/control-internal.h"
 #include "transport/faulty.h"
 
-/* The handshake */
-
-static void hello_is_answered_and_messages_pass(void **state)
-{
-	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
-	g_auto(Failure) source_failure = {0}, sink_failure = {0};
-	g_autoptr(PrControl) source = NULL;
-	g_autoptr(PrControl) sink = NULL;
-	g_autoptr(GError) error = NULL;
-	PrHelloAck ack;
-
-	source = connect_to(pr_listener_uri(destination->listener), LONG_MS, &ack, &error);
-	assert_non_null(source);
-	assert_int_equal(ack.status, PR_HELLO_OK);
-	assert_int_equal(ack.data_port, 4445);
-	assert_string_equal(destination->scheme, "tcp");
-	sink = destination_control(destination);
-	assert_true(g_str_has_prefix(pr_control_peer(sink), "127.0.0.1:"));
-	start(source, &source_failure);
-	start(sink, &sink_failure);
-	assert_true(pr_control_send(source, PR_CMD_PING, "\0\0\0\1", 4, NULL));
-	assert_receives(sink, PR_CMD_PING, "\0\0\0\1", 4);
-	assert_true(pr_control_send_bytes(sink, PR_CMD_POSTCOPY_RUN, NULL, NULL));
-	assert_receives(source, PR_CMD_POSTCOPY_RUN, NULL, 0);
-}
-
-static void a_refusal_carries_its_reason(void **state)
-{
-	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
-	g_autoptr(PrControl) source = NULL;
-	g_autoptr(GError) error = NULL;
-	PrHelloAck ack = {.status = 77};
-
-	destination->ack.status = PR_HELLO_REFUSED;
-	strcpy(destination->ack.reason, "RAM block mem0: 4 GiB here, 8 GiB there");
-	source = connect_to(pr_listener_uri(destination->listener), LONG_MS, &ack, &error);
-	assert_null(source);
-	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
-	assert_non_null(strstr(error->message, "RAM block mem0: 4 GiB here, 8 GiB there"));
-	assert_int_equal(ack.status, 77);
-}
-
-static void a_completed_migration_is_no_error(void **state)
-{
-	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
-	g_autoptr(PrControl) source = NULL;
-	g_autoptr(GError) error = NULL;
-	PrHelloAck ack;
-
-	destination->ack.status = PR_HELLO_COMPLETED;
-	source = connect_to(pr_listener_uri(destination->listener), LONG_MS, &ack, &error);
-	assert_non_null(source);
-	assert_int_equal(ack.status, PR_HELLO_COMPLETED);
-}
-
-static void another_version_is_refused_with_both_numbers(void **state)
-{
-	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
-	PrHello hello = hello_of(9);
-	g_autoptr(GError) error = NULL;
-	PrHelloAck ack;
-
-	assert_null(pr_control_connect(pr_listener_uri(destination->listener), NULL, &hello,
-				       LONG_MS, LONG_MS, NULL, &ack, &error));
-	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
-	assert_non_null(strstr(error->message, "version 9"));
-	assert_non_null(strstr(error->message, "version " G_STRINGIFY(PR_WIRE_VERSION)));
-	assert_int_equal(destination->hellos, 0);
-}
-
-static void script_speak_http(int fd)
-{
-	static const char answer[] = "HTTP/1.1 400 Bad Request\r\n\r\n";
-
-	raw_write(fd, answer, strlen(answer));
-}
-
-static void script_answer_with_hello(int fd)
-{
-	g_autoptr(GByteArray) body = g_byte_array_new();
-	PrHello hello = hello_of(PR_WIRE_VERSION);
-
-	raw_read_hello(fd);
-	pr_hello_encode(body, &hello);
-	raw_send(fd, PR_MSG_HELLO, body->data, body->len);
-}
-
-static void script_claim_too_much(int fd)
-{
-	static const uint8_t header[] = {0, 2, 0, 0, 0x7f, 0xff, 0xff, 0xff};
-
-	raw_read_hello(fd);
-	raw_write(fd, header, sizeof header);
-}
-
-static void script_send_garbled_ack(int fd)
-{
-	static const uint8_t body[32] = "this is not a HELLO_ACK";
-
-	raw_read_hello(fd);
-	raw_send(fd, PR_MSG_HELLO_ACK, body, sizeof body);
-}
-
-static void script_close(int fd)
-{
-	raw_read_hello(fd);
-	shutdown(fd, SHUT_RDWR);
-}
-
-static void script_stall(int fd)
-{
-	raw_read_hello(fd);
-}
-
-static void peers_that_do_not_answer_properly_are_told_apart(void **state)
-{
-	static const struct {
-		void (*script)(int fd);
-		int code;
-		const char *says;
-	} table[] = {
-		{script_speak_http, PR_PATH_ERROR_CONNECT, "is not Postroad"},
-		{script_answer_with_hello, PR_PATH_ERROR_CONNECT, "answers HELLO with HELLO"},
-		{script_claim_too_much, PR_PATH_ERROR_CONNECT, "HELLO_ACK claims 2147483647"},
-		{script_send_garbled_ack, PR_PATH_ERROR_CONNECT, "magic"},
-		{script_close, PR_PATH_ERROR_LOST, "closed the connection"},
-		{script_stall, PR_PATH_ERROR_TIMEOUT, "does not answer"},
-	};
-
-	for (gsize i = 0; i < G_N_ELEMENTS(table); i++) {
-		g_autoptr(Raw) raw = raw_new(table[i].script);
-		g_autoptr(GError) error = NULL;
-		g_autofree char *path = pr_uri_address(raw->uri);
-		PrHelloAck ack;
-
-		assert_null(connect_to(raw->uri,
-				       table[i].code == PR_PATH_ERROR_TIMEOUT ? 100 : LONG_MS, &ack,
-				       &error));
-		if (!g_error_matches(error, PR_PATH_ERROR, table[i].code) ||
-		    !strstr(error->message, table[i].says) || !strstr(error->message, path))
-			fail_msg("case %zu: %s", i, error->message);
-	}
-}
-
-static void nobody_listening_names_the_path_and_the_cause(void **state)
-{
-	g_autoptr(PrUri) uri = NULL;
-	g_autoptr(GError) error = NULL;
-	g_autofree char *path = NULL;
-	PrHelloAck ack;
-
-	close(raw_listen(&uri));
-	path = pr_uri_address(uri);
-	assert_null(connect_to(uri, LONG_MS, &ack, &error));
-	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
-	assert_non_null(strstr(error->message, path));
-	assert_non_null(strstr(error->message, "refused"));
-}
-
-static void an_unknown_scheme_lists_those_of_this_build(void **state)
-{
-	g_autoptr(PrUri) uri = pr_uri_parse("pigeon:127.0.0.1:1", FALSE, NULL);
-	g_autoptr(GError) error = NULL;
-	PrHelloAck ack;
-
-	assert_null(connect_to(uri, LONG_MS, &ack, &error));
-	assert_non_null(strstr(error->message, "scheme \"pigeon\" is not known here; use one of"));
-	assert_non_null(strstr(error->message, "ofi, tcp, faulty+SCHEME"));
-}
-
-static void the_local_address_can_be_chosen(void **state)
-{
-	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
-	g_autofree char *good =
-		g_strdup_printf("tcp:127.0.0.1:%u?bind=127.0.0.77", destination_port(destination));
-	g_autofree char *bad =
-		g_strdup_printf("tcp:127.0.0.1:%u?bind=192.0.2.1", destination_port(destination));
-	g_autoptr(PrUri) good_uri = pr_uri_parse(good, FALSE, NULL);
-	g_autoptr(PrUri) bad_uri = pr_uri_parse(bad, FALSE, NULL);
-	g_autoptr(PrControl) source = NULL;
-	g_autoptr(PrControl) sink = NULL;
-	g_autoptr(GError) error = NULL;
-	PrHelloAck ack;
-
-	source = connect_to(good_uri, LONG_MS, &ack, &error);
-	assert_non_null(source);
-	sink = destination_control(destination);
-	assert_true(g_str_has_prefix(pr_control_peer(sink), "127.0.0.77:"));
-	assert_null(connect_to(bad_uri, LONG_MS, &ack, &error));
-	assert_non_null(strstr(error->message, "bind=192.0.2.1"));
-}
-
-static gpointer cancel_main(gpointer cancel)
-{
-	g_cancellable_cancel(cancel);
-	return NULL;
-}
-
-/* The kernel takes the connection, nobody ever answers. */
-static void a_connect_can_be_cancelled(void **state)
-{
-	g_autoptr(GCancellable) cancel = g_cancellable_new();
-	g_autoptr(GError) error = NULL;
-	g_autoptr(PrUri) uri = NULL;
-	PrHello hello = hello_of(PR_WIRE_VERSION);
-	int listening = raw_listen(&uri);
-	GThread *thread = g_thread_new("cancel", cancel_main, cancel);
-	gint64 began = g_get_monotonic_time();
-	PrHelloAck ack;
-
-	assert_null(pr_control_connect(uri, NULL, &hello, LONG_MS, LONG_MS, cancel, &ack, &error));
-	assert_true(g_error_matches(error, G_IO_ERROR, G_IO_ERROR_CANCELLED));
-	assert_true(g_get_monotonic_time() - began < LONG_MS * 1000);
-	g_thread_join(thread);
-	close(listening);
-}
-
 /* The heartbeat */
 
 static void an_idle_channel_stays_open_and_knows_its_round_trip(void **state)
@@ -236,7 +19,7 @@ static void an_idle_channel_stays_open_and_knows_its_round_trip(void **state)
 	g_autoptr(Pair) pair = pair_new();
 	g_autoptr(GError) error = NULL;
 
-	assert_false(failure_wait(&pair->source_failure, 3 * TIMEOUT_MS));
+	assert_false(failure_wait(&pair->source_failure, TIMEOUT_MS + 1000));
 	assert_int_equal(failure_calls(&pair->sink_failure), 0);
 	assert_true(pr_control_rtt_us(pair->source) > 0);
 	assert_true(pr_control_rtt_us(pair->sink) > 0);
@@ -251,12 +34,12 @@ static void a_silent_peer_is_dead_after_the_timeout(void **state)
 	g_autoptr(Raw) raw = raw_new(script_answer);
 	g_auto(Failure) failure = {0};
 	gint64 began = g_get_monotonic_time();
-	g_autoptr(PrControl) control = connect_raw(raw, &failure);
+	g_autoptr(PrControl) control = connect_raw_hasty(raw, &failure);
 	gint64 took;
 
 	assert_fails(control, &failure, PR_PATH_ERROR_SILENT, "nothing heard from 127.0.0.1:");
 	took = g_get_monotonic_time() - began;
-	assert_true(took >= TIMEOUT_MS * 1000);
+	assert_true(took >= SILENCE_MS * 1000);
 	assert_true(took < LONG_MS * 1000);
 }
 
@@ -292,10 +75,10 @@ static void raw_expect(int fd, uint16_t type)
 	uint8_t head[PR_WIRE_HEADER_BYTES], body[64];
 
 	while (header.type != type) {
-		assert_int_equal(recv(fd, head, sizeof head, MSG_WAITALL), sizeof head);
+		raw_read(fd, head, sizeof head);
 		assert_true(pr_header_decode(head, &header, NULL));
 		assert_true(header.length <= sizeof body);
-		assert_int_equal(recv(fd, body, header.length, MSG_WAITALL), header.length);
+		raw_read(fd, body, header.length);
 	}
 }
 
@@ -327,7 +110,7 @@ static void a_process_that_was_stopped_does_not_take_its_peer_for_dead(void **st
 	assert_int_equal(kill(pid, SIGSTOP), 0);
 	assert_int_equal(waitpid(pid, &status, WUNTRACED), pid);
 	assert_true(WIFSTOPPED(status));
-	g_usleep(3 * TIMEOUT_MS * 1000);
+	g_usleep((TIMEOUT_MS + 1000) * 1000);
 	raw_drop_all(raw->fd);
 	assert_int_equal(kill(pid, SIGCONT), 0);
 	/* It looks at the silence after each heartbeat: the second shows that it goes on. */
@@ -345,7 +128,7 @@ static void a_send_that_cannot_go_on_ends_with_the_silence(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
 	g_auto(Failure) failure = {0};
-	g_autoptr(PrControl) control = connect_raw(raw, &failure);
+	g_autoptr(PrControl) control = connect_raw_hasty(raw, &failure);
 	g_autofree uint8_t *body = g_malloc0(MIB);
 	g_autoptr(GError) error = NULL;
 	guint sent = 0;
@@ -399,8 +182,11 @@ static void a_busy_consumer_with_a_full_queue_is_not_dead(void **state)
 	g_autoptr(Pair) pair = pair_new();
 	Sender sender = {.control = pair->source, .n = 80, .length = MIB};
 	GThread *thread = g_thread_new("sender", sender_main, &sender);
+	gint64 deadline = g_get_monotonic_time() + LONG_MS * 1000;
 
-	assert_false(failure_wait(&pair->sink_failure, 3 * TIMEOUT_MS));
+	while (g_atomic_int_get(&sender.sent) < 30 && g_get_monotonic_time() < deadline)
+		g_usleep(1000); /* between two looks at the condition */
+	assert_false(failure_wait(&pair->sink_failure, TIMEOUT_MS + 1000));
 	assert_int_equal(failure_calls(&pair->source_failure), 0);
 	/* The queue is bounded: what it and the sockets don't take is still here. */
 	assert_in_range(g_atomic_int_get(&sender.sent), 30, 79);
@@ -503,6 +289,12 @@ static void frames_may_come_byte_by_byte(void **state)
 
 /* Ends */
 
+/* Times of control-reader.c. A try in which one ran out, as where a thread gets no CPU, is made
+ * again. */
+#define LINGER_MS     200
+#define LAST_WORDS_MS 1000
+#define TRIES	      5
+
 static void what_no_postroad_sends_ends_the_channel(void **state)
 {
 	static const struct {
@@ -567,6 +359,53 @@ static void last_words_are_heard_although_a_write_failed(void **state)
 	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "127.0.0.1:");
 }
 
+/* FALSE: it took longer than the channel waits for last words, and proves nothing. */
+static gboolean hears_last_words_after_a_failed_write(void)
+{
+	static const uint8_t shut[] = {
+		PR_RP_SHUT >> 8, PR_RP_SHUT & 0xff, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0};
+	g_autoptr(Raw) raw = raw_new(script_answer);
+	g_auto(Failure) failure = {0};
+	g_autoptr(PrControl) control = NULL;
+	g_autoptr(GError) error = NULL;
+	g_autoptr(PrMsg) msg = NULL;
+	PrHelloAck ack;
+	gboolean failed;
+	gint64 began;
+	int peer;
+
+	control = connect_to(raw->uri, LONG_MS, &ack, &error);
+	assert_non_null(control);
+	raw_join(raw);
+	peer = put_socket_pair(control);
+	shutdown(peer, SHUT_RD);
+	began = g_get_monotonic_time();
+	start(control, &failure);
+	/* Several heartbeats: each is a write that fails. */
+	failed = failure_wait(&failure, 5 * INTERVAL_MS);
+	send(peer, shut, sizeof shut, MSG_NOSIGNAL);
+	close(peer);
+	msg = pr_control_recv(control, LONG_MS, NULL);
+	if (g_get_monotonic_time() - began >= LAST_WORDS_MS * 1000)
+		return FALSE;
+	assert_false(failed);
+	assert_non_null(msg);
+	assert_int_equal(msg->type, PR_RP_SHUT);
+	assert_int_equal(msg->length, 4);
+	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "127.0.0.1:");
+	return TRUE;
+}
+
+/* TLS behind a descriptor learns that it can't write any more while its thread still has what the
+ * peer said. */
+static void last_words_that_come_after_a_failed_write_are_heard(void **state)
+{
+	for (guint i = 0; i < TRIES; i++)
+		if (hears_last_words_after_a_failed_write())
+			return;
+	fail_msg("no last words were heard in time");
+}
+
 static void the_end_in_the_middle_of_a_message_says_so(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
@@ -618,27 +457,42 @@ static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
 	g_clear_error(&receiver.error);
 }
 
-static void what_was_sent_before_a_shutdown_arrives(void **state)
+/* FALSE: it took longer than the channel lingers, and proves nothing. */
+static gboolean delivers_what_was_sent_before_a_shutdown(void)
 {
-	for (guint round = 0; round < 20; round++) {
-		g_autoptr(Pair) pair = pair_new();
-		g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "done");
-		g_autofree uint8_t *body = g_malloc0(MIB);
-		g_autoptr(GByteArray) last = g_byte_array_new();
-		Sender noise = {.control = pair->source, .n = 3, .length = MIB};
-		GThread *thread = g_thread_new("noise", sender_main, &noise);
+	g_autoptr(Pair) pair = pair_new();
+	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "done");
+	g_autofree uint8_t *body = g_malloc0(MIB);
+	g_autoptr(GByteArray) last = g_byte_array_new();
+	Sender noise = {.control = pair->source, .n = 3, .length = MIB};
+	GThread *thread = g_thread_new("noise", sender_main, &noise);
+	gboolean in_time;
+	gint64 ended;
 
-		pr_reason_encode(last, "done");
-		/* The other side talks meanwhile, and nobody listens to it. */
-		assert_true(pr_control_send(pair->sink, PR_CMD_PACKAGED, body, MIB, NULL));
-		pr_control_farewell(pair->sink, PR_MSG_PAUSE, last);
-		pr_control_shutdown(pair->sink, reason);
-		g_clear_pointer(&pair->sink, pr_control_free);
+	pr_reason_encode(last, "done");
+	/* The other side talks meanwhile, and nobody listens to it. */
+	assert_true(pr_control_send(pair->sink, PR_CMD_PACKAGED, body, MIB, NULL));
+	ended = g_get_monotonic_time();
+	pr_control_farewell(pair->sink, PR_MSG_PAUSE, last);
+	pr_control_shutdown(pair->sink, reason);
+	g_clear_pointer(&pair->sink, pr_control_free);
+	in_time = g_get_monotonic_time() - ended < LINGER_MS * 1000;
+	if (in_time) {
 		assert_receives(pair->source, PR_CMD_PACKAGED, body, MIB);
 		assert_receives(pair->source, PR_MSG_PAUSE, "\0\4done", 6);
-		g_thread_join(thread);
-		g_clear_error(&noise.error);
 	}
+	g_thread_join(thread);
+	g_clear_error(&noise.error);
+	return in_time;
+}
+
+static void what_was_sent_before_a_shutdown_arrives(void **state)
+{
+	guint arrived = 0;
+
+	for (guint round = 0; round < 20 || (!arrived && round < 20 * TRIES); round++)
+		arrived += delivers_what_was_sent_before_a_shutdown();
+	assert_true(arrived > 0);
 }
 
 static void the_end_is_told_after_the_last_words(void **state)
@@ -720,15 +574,6 @@ static int forget_tls(void **state)
 int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(hello_is_answered_and_messages_pass),
-		cmocka_unit_test(a_refusal_carries_its_reason),
-		cmocka_unit_test(a_completed_migration_is_no_error),
-		cmocka_unit_test(another_version_is_refused_with_both_numbers),
-		cmocka_unit_test(peers_that_do_not_answer_properly_are_told_apart),
-		cmocka_unit_test(nobody_listening_names_the_path_and_the_cause),
-		cmocka_unit_test(an_unknown_scheme_lists_those_of_this_build),
-		cmocka_unit_test(the_local_address_can_be_chosen),
-		cmocka_unit_test(a_connect_can_be_cancelled),
 		cmocka_unit_test(an_idle_channel_stays_open_and_knows_its_round_trip),
 		cmocka_unit_test(a_silent_peer_is_dead_after_the_timeout),
 		cmocka_unit_test(a_process_that_was_stopped_does_not_take_its_peer_for_dead),
@@ -742,6 +587,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(what_no_postroad_sends_ends_the_channel),
 		cmocka_unit_test(messages_before_the_end_are_returned_first),
 		cmocka_unit_test(last_words_are_heard_although_a_write_failed),
+		cmocka_unit_test(last_words_that_come_after_a_failed_write_are_heard),
 		cmocka_unit_test(the_end_in_the_middle_of_a_message_says_so),
 		cmocka_unit_test(shutdown_ends_a_blocked_send_and_a_blocked_receive),
 		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),

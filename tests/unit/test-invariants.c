@@ -113,7 +113,7 @@ static void nothing_is_read_into_an_unclaimed_page(void **state)
 static void empty_received(PrRam *ram)
 {
 	pr_ram_zero(ram, &ram->blocks[0], 3, 1);
-	pr_ram_punch(ram, NULL);
+	pr_ram_empty(ram, NULL);
 }
 
 static void received_pages_are_not_emptied(void **state)
@@ -137,7 +137,7 @@ static void what_is_right_is_let_be(void **state)
 	g_autoptr(PrRam) ram = new_ram();
 	PrRamBlock *block = &ram->blocks[0];
 
-	assert_true(pr_ram_punch(ram, NULL));
+	assert_true(pr_ram_empty(ram, NULL));
 	assert_true(pr_ram_claim(block, 7));
 	pr_invariant_check_claimed(block, 7, 1, "a READ is posted");
 	pr_ram_received(ram, block, 7, 1, TRUE);

@@ -5,6 +5,7 @@
 #include <setjmp.h>
 #include <cmocka.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -251,6 +252,64 @@ static void the_last_engine_is_waited_for(void **state)
 	close_blocks(blocks);
 }
 
+static void *sleep_on(void *opaque)
+{
+	pause();
+	return NULL;
+}
+
+/* Its first thread has ended, and another one lives on. */
+static void end_first_thread(void)
+{
+	pthread_t thread;
+
+	pthread_create(&thread, NULL, sleep_on, NULL);
+	pthread_exit(NULL);
+}
+
+static void wait_gone(const char *text, gboolean (*is_so)(const char *text))
+{
+	gint64 deadline = g_get_monotonic_time() + 10 * G_TIME_SPAN_SECOND;
+
+	while (is_so(text) && g_get_monotonic_time() < deadline)
+		g_usleep(1000); /* between two looks at the condition */
+	assert_false(is_so(text));
+}
+
+static void a_process_uses_its_memory_until_its_last_thread_ends(void **state)
+{
+	pid_t child = fork();
+
+	if (child == 0) {
+		end_first_thread();
+		_exit(1);
+	}
+	g_autofree char *text = pr_process_text(child);
+	g_autofree char *first = g_strdup_printf("/proc/%d/task/%d/statm", child, child);
+	g_autofree char *statm = NULL;
+	gint64 deadline = g_get_monotonic_time() + 10 * G_TIME_SPAN_SECOND;
+	while (!g_file_get_contents(first, &statm, NULL, NULL) || statm[0] != '0') {
+		assert_true(g_get_monotonic_time() < deadline);
+		g_clear_pointer(&statm, g_free);
+		g_usleep(1000); /* between two looks at the condition */
+	}
+	assert_true(pr_process_uses_memory(text));
+	kill(child, SIGKILL);
+	/* As a zombie, and when nothing is left of it. */
+	wait_gone(text, pr_process_uses_memory);
+	assert_int_equal(waitpid(child, NULL, 0), child);
+	assert_false(pr_process_uses_memory(text));
+}
+
+/* What can't be seen is not taken to have ended. */
+static void a_process_out_of_sight_may_use_its_memory(void **state)
+{
+	assert_true(pr_process_uses_memory("0 0 4026531836 -"));
+	assert_true(pr_process_uses_memory("4711 0 4026531836 -"));
+	assert_true(pr_process_uses_memory("nobody"));
+	assert_false(pr_process_uses_memory("4711 1 4026531836 -"));
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -259,6 +318,8 @@ int main(void)
 		cmocka_unit_test(what_is_not_whole_is_refused),
 		cmocka_unit_test(no_word_of_the_head_leads_outside),
 		cmocka_unit_test(the_last_engine_is_waited_for),
+		cmocka_unit_test(a_process_uses_its_memory_until_its_last_thread_ends),
+		cmocka_unit_test(a_process_out_of_sight_may_use_its_memory),
 	};
 
 	return cmocka_run_group_tests_name("kept", tests, NULL, NULL);

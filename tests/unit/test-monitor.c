@@ -168,6 +168,7 @@ static void every_mistake_is_answered_and_named(void **state)
 		{"\xff\xfe\n", "not UTF-8"},
 		{"{\"execute\":\"\\ud800\"}", "JSON parse error"},
 		{"{\"execute\":\"quit\",\"id\":\"\\ud83ddu\\e00\"}", NO_PAIR},
+		{"{\"execute\":\"quit\",\"id\":{\"a\":[1e999]}}", "number in it is too large"},
 		{"{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"speed\":\"x\"}}",
 		 "unknown parameter 'speed'"},
 		{"{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"bulk-window\":\"8\"}}",
@@ -276,7 +277,9 @@ static void query_migrate_has_qemus_fields_and_ours(void **state)
 		 "\"postcopy-blocktime\":7,\"postcopy-vcpu-blocktime\":[9,12],"
 		 "\"postcopy-vcpu-latency\":[198000,480000],\"postcopy-non-vcpu-latency\":33000"},
 		{"{\"execute\":\"query-migrate\"}",
-		 "\"readahead-pages\":40,\"readahead-waited\":9"},
+		 "\"blocktime-at-most\":17,\"non-vcpu-blocktime\":13"},
+		{"{\"execute\":\"query-migrate\"}",
+		 "\"fault-repeats\":5,\"readahead-pages\":40,\"readahead-waited\":9"},
 		{"{\"execute\":\"query-migrate\"}",
 		 "\"vcpus\":[{\"thread-id\":4711,\"blocked-us\":9900,\"faults\":50,"
 		 "\"latency\":198000},"},
@@ -462,8 +465,11 @@ static void hmp_shows_and_sets(void **state)
 		{HMP("info migrate"), "total ram: 65536 kbytes\\n"},
 		{HMP("info migrate"), "[ 16 us - 32 us ): 70\\n"},
 		{HMP("info migrate"), "longest fault: 900 us\\n"},
+		{HMP("info migrate"), "repeated faults: 5\\n"},
 		{HMP("info migrate"), "read ahead: 40 pages\\nwaited for of these: 9 pages\\n"},
-		{HMP("info migrate"), "postcopy blocktime: 7 ms\\n"},
+		{HMP("info migrate"),
+		 "postcopy blocktime: 7 ms\\npostcopy blocktime at most: 17 ms\\n"
+		 "postcopy non-vcpu blocktime: 13 ms\\n"},
 		{HMP("info migrate"),
 		 "vcpu 1 (thread 4712): blocked 12.0 ms, 25 faults, latency 480000 ns\\n"},
 		{HMP("info paths"), "tcp:10.0.1.2:4444: failed for 1.5 s, mlx5_0, rtt 120 us "

@@ -12,7 +12,7 @@
 #include "guest/qemu-ram.h"
 #include "tests/unit/qemu-rig.h"
 
-#define TIMEOUT 5000 /* ms */
+#define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 
 /* prepare() */
 

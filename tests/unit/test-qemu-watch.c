@@ -13,8 +13,8 @@
 #include "tests/guest/testguest.h"
 #include "tests/unit/fake-qmp.h"
 
-#define TIMEOUT	      5000 /* ms */
-#define SHORT_TIMEOUT 200  /* ms; for what never comes */
+#define TIMEOUT	      20000 /* ms; the machine may be busy with other tests */
+#define SHORT_TIMEOUT 3000  /* ms; for an answer that never comes, among others that must */
 #define PATIENCE_US   (20 * G_USEC_PER_SEC)
 
 #define RESUMED	      "{\"event\": \"RESUME\"}\n"

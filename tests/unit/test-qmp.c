@@ -13,8 +13,9 @@
 #include "guest/qmp.h"
 #include "tests/unit/fake-qmp.h"
 
-#define TIMEOUT	      5000 /* ms */
-#define SHORT_TIMEOUT 100  /* ms; for answers that never come */
+#define TIMEOUT	      20000 /* ms; the machine may be busy with other tests */
+#define SHORT_TIMEOUT 100   /* ms; where nothing ever comes */
+#define LATE_TIMEOUT  3000  /* ms; for one answer that comes too late, among others that must not */
 
 /* What the client told us, from its thread. */
 typedef struct Seen {
@@ -246,7 +247,7 @@ static void a_descriptor_travels_with_its_command(void **state)
 static void a_late_answer_hurts_nobody(void **state)
 {
 	g_autoptr(FakeQmp) fake = fake_qmp_new(NULL);
-	PrQmp *qmp = connect_to(fake, SHORT_TIMEOUT, NULL);
+	PrQmp *qmp = connect_to(fake, LATE_TIMEOUT, NULL);
 
 	fake_qmp_set(fake, "slow", FAKE_HOLD);
 	fake_qmp_set(fake, "fast", "{}");

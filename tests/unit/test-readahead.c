@@ -187,6 +187,34 @@ static void threads_do_not_disturb_each_other(void **state)
 	assert_true(bench->faults < 3000 / 8);
 }
 
+/* KVM's asynchronous faults: whichever kworker comes to it waits in a vCPU's place. */
+static void faults_of_nobody_are_followed_by_address(void **state)
+{
+	g_autofree Bench *bench = bench_new(16);
+
+	/* Eight walks at a time: more than one thread's streams. */
+	for (uint64_t i = 0; i < 500; i++)
+		for (uint64_t walk = 0; walk < 8; walk++)
+			touch(bench, PR_READAHEAD_NO_THREAD, walk * 10000 + 3 * i);
+	assert_true(bench->faults < 4000 / 8);
+}
+
+static void walks_of_nobody_and_of_threads_are_told_apart(void **state)
+{
+	g_autofree Bench *bench = bench_new(16);
+	uint64_t random = 88172645463325252ull;
+
+	/* A thread walks, and as much is touched at random by nobody. */
+	for (uint64_t i = 0; i < 1000; i++) {
+		touch(bench, 1, 1000 + i);
+		random ^= random << 13;
+		random ^= random >> 7;
+		random ^= random << 17;
+		touch(bench, PR_READAHEAD_NO_THREAD, 3000 + random % (N_PAGES - 3000));
+	}
+	assert_true(bench->faults < 1000 + 1000 / 8);
+}
+
 static void stays_within_the_block(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
@@ -247,6 +275,8 @@ int main(void)
 		cmocka_unit_test(random_faults_suggest_next_to_nothing),
 		cmocka_unit_test(two_walks_of_one_thread_are_told_apart),
 		cmocka_unit_test(threads_do_not_disturb_each_other),
+		cmocka_unit_test(faults_of_nobody_are_followed_by_address),
+		cmocka_unit_test(walks_of_nobody_and_of_threads_are_told_apart),
 		cmocka_unit_test(stays_within_the_block),
 		cmocka_unit_test(blocks_are_walked_separately),
 		cmocka_unit_test(a_limit_of_zero_turns_it_off),

@@ -305,8 +305,7 @@ static const char half[] = "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
 static void those_that_stall_in_the_handshake_stop_nobody(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
-	g_autoptr(Destination) destination =
-		destination_new_patient("tcp:127.0.0.1:0", tls, LONG_MS);
+	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
 	gint64 began = g_get_monotonic_time();
 	int silent[4], halfway[30];
 
@@ -320,7 +319,7 @@ static void those_that_stall_in_the_handshake_stop_nobody(void **state)
 		assert_works(connect_destination(destination), destination);
 	/* The oldest had to go; those that may stay were not waited for. */
 	assert_true(raw_reaches_end(halfway[0]));
-	if (g_get_monotonic_time() - began > LONG_MS * 1000)
+	if (g_get_monotonic_time() - began > 3 * LONG_MS * 1000)
 		fail_msg("the peer had to wait for the stallers");
 	for (guint i = 0; i < G_N_ELEMENTS(silent); i++)
 		close(silent[i]);
@@ -332,8 +331,7 @@ static void those_that_stall_in_the_handshake_stop_nobody(void **state)
 static void a_flood_of_handshakes_from_another_host_starves_nobody(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
-	g_autoptr(Destination) destination =
-		destination_new_patient("tcp:127.0.0.1:0", tls, LONG_MS);
+	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
 	g_autoptr(Flood) flood =
 		flood_new("127.0.0.2", destination_port(destination), half, sizeof half - 1);
 
@@ -345,7 +343,7 @@ static void a_flood_of_handshakes_from_another_host_starves_nobody(void **state)
 static void those_that_stall_are_closed_when_their_time_is_over(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
-	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
+	g_autoptr(Destination) destination = destination_new_hasty("tcp:127.0.0.1:0", tls);
 	int silent = raw_connect(destination_port(destination));
 	int halfway = raw_connect(destination_port(destination));
 
@@ -371,7 +369,7 @@ static void a_listener_can_be_freed_in_the_middle_of_handshakes(void **state)
 		raw_write(fds[i], half, sizeof half - 1);
 	}
 	g_clear_pointer(&destination->listener, pr_listener_free);
-	assert_true(g_get_monotonic_time() - began < HANDSHAKE_MS * 1000);
+	assert_true(g_get_monotonic_time() - began < LONG_MS * 1000);
 	for (guint i = 0; i < G_N_ELEMENTS(fds); i++) {
 		assert_true(raw_reaches_end(fds[i]));
 		close(fds[i]);
@@ -446,7 +444,7 @@ static void a_directory_that_lacks_something_is_refused_by_name(void **state)
 	certs_add(dir, 30, "client source");
 	client = tls_of(dir, NULL);
 	security.tls = client;
-	assert_null(pr_listener_new(uri, &security, HANDSHAKE_MS, on_hello, NULL, NULL, &error));
+	assert_null(pr_listener_new(uri, &security, PATIENT_MS, on_hello, NULL, NULL, &error));
 	assert_non_null(strstr(error->message, "server-cert.pem"));
 	assert_true(g_file_set_contents(crl, "", 0, NULL));
 	assert_bad_dir(dir, "ca-crl.pem: certificate revocation lists are not supported");
@@ -464,7 +462,7 @@ static void without_tls_only_this_host_is_listened_to(void **state)
 		g_autoptr(PrUri) uri = pr_uri_parse(open[i], TRUE, NULL);
 		g_autoptr(GError) error = NULL;
 
-		assert_null(pr_listener_new(uri, NULL, HANDSHAKE_MS, on_hello, NULL, NULL, &error));
+		assert_null(pr_listener_new(uri, NULL, PATIENT_MS, on_hello, NULL, NULL, &error));
 		assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
 		assert_non_null(strstr(error->message, "--tls-dir DIR"));
 		assert_non_null(strstr(error->message, "--insecure"));
@@ -472,7 +470,7 @@ static void without_tls_only_this_host_is_listened_to(void **state)
 	{
 		g_autoptr(PrUri) uri = pr_uri_parse(open[0], TRUE, NULL);
 		g_autoptr(PrListener) listener =
-			pr_listener_new(uri, &insecure, HANDSHAKE_MS, on_hello, NULL, NULL, NULL);
+			pr_listener_new(uri, &insecure, PATIENT_MS, on_hello, NULL, NULL, NULL);
 
 		assert_non_null(listener);
 	}

@@ -7,7 +7,6 @@ import subprocess
 from .process import Failure, expect, wait_for
 from .qmp import Qmp
 
-
 class Engine:
     def __init__(
         self,
@@ -33,7 +32,7 @@ class Engine:
         argv += ["--incoming", incoming] if incoming else []
         argv += ["--tls-dir", tls] if tls else ["--insecure"]
         argv += options
-        for setting in settings:
+        for setting in (*lab.settings, *settings):
             argv += ["--set", setting]
         self.argv = host.command([*wrapper, *argv])
         self.process = lab.start(self.name, self.argv, lab.sanitizer_env)
@@ -126,7 +125,7 @@ class Engine:
     def remaining(self):
         return self.query().get("ram", {}).get("remaining", 0)
 
-    def wait_status(self, status, seconds=30):
+    def wait_status(self, status, seconds=40):
         try:
             wait_for(f"{self.name} is {status}", seconds, lambda: self.status() == status)
         except Failure as failure:
@@ -139,7 +138,7 @@ class Engine:
         events = self.qmp.drain_events()
         return [event["data"]["status"] for event in events if event["event"] == "MIGRATION"]
 
-    def wait_said(self, words, seconds=1):
+    def wait_said(self, words, seconds=20):
         """Waits until its operator has heard these words, in an event."""
         wait_for(
             f"{self.name} says {words!r}",

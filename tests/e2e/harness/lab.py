@@ -13,15 +13,17 @@ from .process import Failure, Process, expect, wait_for
 from .vm import GuestSpec, Qemu
 
 # Slow enough that a guest's memory takes seconds, so that what a test cuts is in the middle of it.
-SLOW = "24M"
+SLOW = "1M"
 
 
 class Lab:
-    def __init__(self, build, accel, engine_build=None, keep=False):
+    def __init__(self, build, accel, engine_build=None, keep=False, settings=()):
+        """settings: of all engines, before those of a test."""
         self.build = build
         self.engine_build = engine_build or build
         self.accel = accel
         self.keep = keep
+        self.settings = settings
         self.processes = []
         self.sanitizer_env = sanitizer_env()
         self.directory = tempfile.mkdtemp(prefix="postroad-")
@@ -189,13 +191,13 @@ class Move:
     def resume(self, **uri):
         self.source.hmp(f"migrate -d -r {self.uri(**uri)}")
 
-    def start_midway(self, bandwidth=SLOW, fraction=0.7):
+    def start_midway(self, bandwidth=SLOW, fraction=0.9):
         """Starts, slowly, and waits for the middle."""
         self.slow_down(bandwidth)
         self.start()
         self.wait_midway(fraction)
 
-    def wait_midway(self, fraction=0.7):
+    def wait_midway(self, fraction=0.9):
         """Waits for a postcopy with at most that fraction of what it began with still to come; there has
         to be something left."""
         info = wait_for(
@@ -228,15 +230,15 @@ class Move:
         expect(left > 0, "all pages had arrived before the path could be cut: the test proves nothing")
         return left
 
-    def wait_paused(self, seconds=20):
+    def wait_paused(self, seconds=40):
         """Both sides in postcopy-paused, with pages still to come."""
         for engine in self.engines:
             engine.wait_status("postcopy-paused", seconds)
         self.expect_midway()
 
-    def wait_recovered(self, seconds=30):
+    def wait_recovered(self, seconds=60):
         """The source says that it has, for the first time."""
-        wait_for("the source recovers", seconds, lambda: self.source.query()["postroad"]["recoveries"] == 1)
+        wait_for("the source recovers", seconds, lambda: self.source.query()["postroad"]["recoveries"] >= 1)
 
     def wait_completed(self, seconds=60):
         for engine in self.engines:

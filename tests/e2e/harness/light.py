@@ -11,6 +11,7 @@ from .lab import Move, find_built
 from .process import Failure, expect, wait_for
 
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
+PACE = "50000"  # us: both threads visit some 640 pages a second, so that they have not soon brought in all
 FINAL = re.compile(r"^final corrupt=(\d+) now=(\d+)$", re.M)
 
 
@@ -20,7 +21,7 @@ class TestGuest:
     def __init__(self, lab, host, name, size, incoming=False):
         self.socket = lab.path(f"{name}.agent")
         argv = [find_built(lab.build, "workload"), "--socket", self.socket, "--size", size]
-        argv += ["--threads", "2", "--pace", "4000"] + (["--incoming"] if incoming else [])
+        argv += ["--threads", "2", "--pace", PACE] + (["--incoming"] if incoming else [])
         self.process = lab.start(name, host.command(argv))
 
     def option(self):
@@ -29,7 +30,7 @@ class TestGuest:
     def lines(self):
         return [(word, int(verified), int(corrupt)) for word, verified, _, corrupt in LINE.findall(self.process.output())]
 
-    def wait_running(self, seconds=20):
+    def wait_running(self, seconds=60):
         wait_for(
             f"{self.process.name} has filled its memory and runs",
             seconds,
@@ -40,7 +41,7 @@ class TestGuest:
         lines = self.lines()
         return lines[-1][1] if lines else 0
 
-    def wait_goes_on(self, seconds=20):
+    def wait_goes_on(self, seconds=60):
         before = self.verified()
         wait_for(f"{self.process.name} runs on", seconds, lambda: self.verified() > before)
 
@@ -70,7 +71,7 @@ class LightMove(Move):
             lab, self.network.destination, f"guest-destination{name}", size, incoming=True
         )
         for guest in (self.source_guest, self.destination_guest):
-            wait_for("the guest's agent listens", 10, lambda g=guest: os.path.exists(g.socket))
+            wait_for("the guest's agent listens", 30, lambda g=guest: os.path.exists(g.socket))
         certs = lab.certificates() if tls else (None, None)
         self.source = Engine(
             lab,
@@ -107,7 +108,7 @@ class LightMove(Move):
         """What has arrived is right, and the source's guest has not run since."""
         wait_for(
             "the source guest says that it is stopped",
-            5,
+            30,
             lambda: self.source_guest.lines()[-1][0] == "paused",
         )
         self.destination_guest.expect_sound()
@@ -125,7 +126,7 @@ class Frozen:
 
     def __enter__(self):
         self.process.popen.send_signal(signal.SIGSTOP)
-        wait_for(f"{self.process.name} is stopped", 5, lambda: self._state() == "T")
+        wait_for(f"{self.process.name} is stopped", 30, lambda: self._state() == "T")
 
     def __exit__(self, *_):
         self.process.popen.send_signal(signal.SIGCONT)

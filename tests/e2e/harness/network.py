@@ -46,7 +46,7 @@ class Host:
         )
         wait_for(
             f"a network namespace for {name}",
-            5,
+            30,
             lambda: self._namespace(self.holder.pid) != self._namespace(os.getpid()),
         )
 

@@ -81,7 +81,7 @@ class Process:
     def exit_code(self):
         return self.popen.poll()
 
-    def wait(self, seconds=10):
+    def wait(self, seconds=30):
         try:
             return self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -92,7 +92,7 @@ class Process:
         if self.alive() and self.gently:
             self.popen.terminate()
             try:
-                self.popen.wait(5)
+                self.popen.wait(20)
             except subprocess.TimeoutExpired:
                 pass
         self.kill()

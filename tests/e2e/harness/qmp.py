@@ -13,7 +13,7 @@ class QmpError(Failure):
 
 
 class Qmp:
-    def __init__(self, path, seconds=10):
+    def __init__(self, path, seconds=40):
         self.path = path
         self.events = []  # all since the connection was made
         self.buffer = b""

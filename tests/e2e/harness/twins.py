@@ -4,13 +4,15 @@ time, and check every page all the time."""
 
 import os
 import re
+import time
 
 from .engine import Engine
 from .process import Failure, expect, wait_for
 
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 OVER = ("none", "failed", "cancelled")
-SLOW = "1M"
+SLOW = "256K"
+PACE = "100000"  # us: all three threads visit some 500 pages a second, so that they have not soon brought in all
 
 
 class Guest:
@@ -20,7 +22,7 @@ class Guest:
         self.name = f"guest-{host.name}"
         self.socket = lab.path(f"{self.name}.agent")
         argv = [lab.build_file("workload"), "--socket", self.socket, "--size", size, "--report", "20"]
-        argv += ["--threads", "3", "--pace", "2000"] + (["--incoming"] if incoming else [])
+        argv += ["--threads", "3", "--pace", PACE] + (["--incoming"] if incoming else [])
         self.lab, self.argv = lab, host.command(argv)
         self.start_again()
 
@@ -36,7 +38,7 @@ class Guest:
         seen = len(LINE.findall(self.process.output()))
         wait_for(
             f"{self.name} {what}",
-            20,
+            60,
             lambda: len(LINE.findall(self.process.output())) > seen + 1 and wanted(self.last()),
         )
 
@@ -68,7 +70,7 @@ class Twins:
     """A guest at the source, and the steps of its migration. Its memory travels slowly, also by engines that come
     later, until full_speed()."""
 
-    def __init__(self, lab, scheme="tcp", size="8M", settings=("auto-recover=off",), program="killable-postroad"):
+    def __init__(self, lab, scheme="tcp", size="16M", settings=("auto-recover=off",), program="killable-postroad"):
         self.lab, self.scheme, self.network = lab, scheme, lab.network
         settings = (*settings, f"max-postcopy-bandwidth={SLOW}")
         self.source_guest = Guest(lab, lab.network.source, size, incoming=False)
@@ -98,7 +100,7 @@ class Twins:
     def start_midway(self):
         """In postcopy, with some of the pages in place."""
         self.migrate()
-        at_start = wait_for("the guest is on its way", 20, self._remaining)
+        at_start = wait_for("the guest is on its way", 40, self._remaining)
         wait_for("part of the pages is in place", 30, lambda: self.destination.remaining() < at_start * 0.9)
         self.expect_midway()
 
@@ -127,13 +129,18 @@ class Twins:
         """migrate -r, and back in postcopy on both sides."""
         for engine in self.engines:
             engine.wait_status("postcopy-paused")
-        self.migrate(resume=True)
-        for engine in self.engines:
-            wait_for(
-                f"{engine.name} has recovered",
-                20,
-                lambda e=engine: e.status() in ("postcopy-active", "completed"),
-            )
+        asked = 0.0
+
+        def recovered():
+            """A recovery that runs out of time leads back to the pause."""
+            nonlocal asked
+            found = {engine.status() for engine in self.engines}
+            if found == {"postcopy-paused"} and time.monotonic() > asked + 1:
+                asked = time.monotonic()
+                self.migrate(resume=True)
+            return found <= {"postcopy-active", "completed"}
+
+        wait_for("both engines have recovered", 60, recovered)
 
     def expect_one_runs(self):
         """It never goes back, so whoever runs at the source must still do so after it was seen to run at the
@@ -161,7 +168,7 @@ class Twins:
             self.source.hmp(f"migrate -d {self.uri()}")
         return False
 
-    def finish(self, seconds=40):
+    def finish(self, seconds=90):
         """Sees it through, whatever state it is in, and has every page read at the end."""
         self.full_speed()
         wait_for("the guest has arrived", seconds, self.step)

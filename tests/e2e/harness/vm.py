@@ -17,7 +17,15 @@ PROGRESS = re.compile(
 DEVICE_ROUNDS = re.compile(r"^guest: devices: rounds=(\d+) bad=(\d+)\s*$", re.M)
 QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
 
-TMPFS = "/dev/shm"
+HUGETLBFS = "/mnt"  # in a mount namespace of a QEMU
+# Memory backends. In a directory QEMU makes a file without a name.
+BACKENDS = {
+    "memfd": "memfd",
+    "file": "file,mem-path=/dev/shm",
+    "shm": "shm",
+    "huge": "memfd,hugetlb=on,hugetlbsize=2M",
+    "huge-file": f"file,mem-path={HUGETLBFS}",
+}
 
 # The reporter's CPU keeps the time (nohz=off) and serves the serial port (irqaffinity), so that the console stays alive while the other CPU
 # waits for a page that can't be fetched. On a busy machine the kernel's check of its timer fails under TCG now and then.
@@ -48,10 +56,14 @@ class GuestSpec:
     work_threads: int = 1
     tick_ms: int = 200
     survey: bool = False  # read all other pages of RAM as well, over and over
+    per_survey: int = 0  # pages that the workers visit meanwhile; 0: no limit
     nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
     share: str = "on"  # of each node's backend: "on", "on,off", …
     image: str = ""  # a disk image that both sides have, with locking
-    backend: str = "memfd"  # or "file": on a tmpfs
+    backend: str = "memfd"  # a kind of BACKENDS
+    prealloc: bool = False
+    room_mb: int = 0  # for memory that is plugged
+    extra: tuple = ()  # more of QEMU's arguments
     qemu: str = QEMU
     machine: str = "pc"
     cpu: str = "max"
@@ -62,14 +74,13 @@ class GuestSpec:
     def _backend(self, node, megabytes):
         shares = self.share.split(",")
         options = f"id=ram{node},size={megabytes}M,share={shares[node % len(shares)]}"
-        if self.backend == "memfd":
-            return ["-object", f"memory-backend-memfd,{options}"]
-        # In a directory QEMU makes a file without a name.
-        return ["-object", f"memory-backend-file,{options},mem-path={TMPFS}"]
+        prealloc = ",prealloc=on" if self.prealloc else ""
+        return ["-object", f"memory-backend-{BACKENDS[self.backend]},{options}{prealloc}"]
 
     def memory(self, machine_options=""):
         each = self.ram_mb // self.nodes
-        args = ["-m", str(self.ram_mb)]
+        room = f",slots=4,maxmem={self.ram_mb + self.room_mb}M" if self.room_mb else ""
+        args = ["-m", f"{self.ram_mb}{room}"]
         for node in range(self.nodes):
             args += self._backend(node, each)
         if self.nodes == 1:
@@ -98,6 +109,7 @@ class GuestSpec:
         line = (
             f"{KERNEL} work_mb={self.work_mb} work_rate={self.work_rate}"
             f" work_threads={self.work_threads} work_tick={self.tick_ms} work_survey={int(self.survey)}"
+            f" work_per_survey={self.per_survey}"
         )
         # efifb would take the VGA card's memory.
         return f"{line} devices={uses(self.devices)} video=efifb:off" if self.devices else line
@@ -192,7 +204,7 @@ class Qemu:
         for path in (self.qmp_path, self.second_qmp_path):
             argv += ["-qmp", f"unix:{path},server=on,wait=off"]
         argv += ["-incoming", "defer"] if incoming else []
-        argv += options
+        argv += [*spec.extra, *options]
         self.agent = agent
         env = {}
         if agent:

@@ -2,21 +2,25 @@
 /*
  * What the Linux test guest does with its devices beside its day's work, so that a migration finds them in use: it
  * rewrites and verifies the last 1 MiB of the VGA card's memory and the first 1 MiB of a virtio disk, and reads
- * random numbers. Each page holds a pattern made from its position and generation, which grows with each round.
+ * random numbers, and sends back what comes by UDP to port 7. Each page holds a pattern made from its position and generation, which grows with each round.
  *
- * Environment: devices, with any of "vram", "disk", "rng". Prints after each round over all of them:
+ * Environment: devices, with any of "vram", "disk", "rng", "echo", "kvm". Prints after each round over all of them:
  *
  *	guest: devices: rounds=3 bad=0
+ *	guest: kvm: clock=kvm-clock steal=12 told=345		with "kvm": see print_kvm()
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
 #include <inttypes.h>
+#include <netinet/in.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -25,6 +29,7 @@
 #define WORDS	 (PAGE / sizeof(uint64_t))
 #define N_PAGES	 256u
 #define ROUND_MS 200
+#define ECHO	 7 /* the port */
 
 static void die(const char *what)
 {
@@ -143,6 +148,77 @@ static void use_rng(int rng)
 		die("reading /dev/hwrng");
 }
 
+/* A network that is down or full costs the datagram. */
+static void *echo(void *unused)
+{
+	struct sockaddr_in here = {.sin_family = AF_INET, .sin_port = htons(ECHO)};
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+	char datagram[2048];
+
+	(void)unused;
+	if (fd < 0 || bind(fd, (struct sockaddr *)&here, sizeof(here)) < 0)
+		die("the port for datagrams");
+	for (;;) {
+		struct sockaddr_in peer;
+		socklen_t length = sizeof(peer);
+		ssize_t n = recvfrom(fd, datagram, sizeof(datagram), 0, (struct sockaddr *)&peer,
+				     &length);
+
+		if (n >= 0)
+			sendto(fd, datagram, (size_t)n, 0, (struct sockaddr *)&peer, length);
+	}
+	return NULL;
+}
+
+static void start_echo(void)
+{
+	pthread_t thread;
+
+	errno = pthread_create(&thread, NULL, echo, NULL);
+	if (errno)
+		die("a thread");
+}
+
+/* Of a file that the kernel makes, with its end marked. */
+static void read_text(const char *path, char *text, size_t size)
+{
+	FILE *file = fopen(path, "r");
+
+	if (!file)
+		die(path);
+	text[fread(text, 1, size - 1, file)] = '\0';
+	fclose(file);
+}
+
+/* The sum of the numbers behind a word, which are one for each CPU. */
+static unsigned long sum_behind(const char *text, const char *word)
+{
+	const char *at = strstr(text, word);
+	unsigned long sum = 0, number;
+	int length;
+
+	for (at += at ? strlen(word) : 0; at && sscanf(at, " %lu%n", &number, &length) == 1;
+	     at += length)
+		sum += number;
+	return sum;
+}
+
+/* The clock that Linux uses; ticks that the host took from all CPUs; how often KVM has told of a page that has come. */
+static void print_kvm(void)
+{
+	static char text[16384];
+	char clock[32] = "";
+	unsigned long steal = 0;
+
+	read_text("/sys/devices/system/clocksource/clocksource0/current_clocksource", clock,
+		  sizeof(clock));
+	clock[strcspn(clock, "\n")] = '\0';
+	read_text("/proc/stat", text, sizeof(text));
+	sscanf(text, "cpu %*u %*u %*u %*u %*u %*u %*u %lu", &steal);
+	read_text("/proc/interrupts", text, sizeof(text));
+	printf("guest: kvm: clock=%s steal=%lu told=%lu\n", clock, steal, sum_behind(text, "HYP:"));
+}
+
 static bool wanted(const char *device)
 {
 	const char *list = getenv("devices");
@@ -156,12 +232,15 @@ int main(void)
 	volatile uint64_t *vram = wanted("vram") ? map_vram() : NULL;
 	int disk = wanted("disk") ? open("/dev/vda", O_RDWR | O_DIRECT) : -1;
 	int rng = wanted("rng") ? open("/dev/hwrng", O_RDONLY) : -1;
+	bool kvm = wanted("kvm");
 	uint64_t *buffer = aligned_alloc(PAGE, PAGE);
 	unsigned int bad = 0;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	if (!buffer || (wanted("disk") && disk < 0) || (wanted("rng") && rng < 0))
 		die("opening the disk and the random number generator");
+	if (wanted("echo"))
+		start_echo();
 	for (uint64_t generation = 0;; generation++) {
 		if (vram)
 			bad += use_vram(vram, generation);
@@ -170,6 +249,8 @@ int main(void)
 		if (rng >= 0)
 			use_rng(rng);
 		printf("guest: devices: rounds=%" PRIu64 " bad=%u\n", generation + 1, bad);
+		if (kvm)
+			print_kvm();
 		nanosleep(&rest, NULL);
 	}
 }

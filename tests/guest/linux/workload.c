@@ -13,10 +13,11 @@
  *
  * The kernel has pages of its own, though, and CPU 0 may need any of them. With work_survey=1 a surveyor
  * on CPU 1 reads a word of every page of RAM that is not in the buffer, over and over: once it has
- * gone round after a switch-over, only pages of the buffer can still be missing.
+ * gone round after a switch-over, only pages of the buffer can still be missing. With work_per_survey=N the
+ * workers visit at most N pages during a round of the surveyor, so that it does go round before they do.
  *
  * Environment: work_mb (size of the buffer, MiB), work_threads, work_rate (pages a second, 0: no
- * limit), work_survey. Prints, once all pages have their first generation and then every work_tick ms:
+ * limit), work_survey, work_per_survey (pages, 0: no limit). Prints, once all pages have their first generation and then every work_tick ms:
  *
  *	guest: t=12.345 rounds=3 pages=123456 corrupt=0 surveys=0
  */
@@ -67,7 +68,8 @@ struct worker {
 	uint64_t *buffer; /* its own part */
 	uint64_t first;	  /* page number of that part within the whole buffer */
 	uint64_t n_pages;
-	uint64_t rate; /* pages a second, 0: no limit */
+	uint64_t rate;	     /* pages a second, 0: no limit */
+	uint64_t per_survey; /* pages during a round of the surveyor, 0: no limit */
 };
 
 static uint64_t env_number(const char *name, uint64_t otherwise)
@@ -166,6 +168,15 @@ static uint64_t scatter(uint64_t n)
 	}
 }
 
+/* Waits until the surveyor has gone far enough for n pages in all. */
+static void await_survey(const struct worker *w, uint64_t n)
+{
+	struct timespec rest = {.tv_nsec = 1000000};
+
+	while (n > w->per_survey * (atomic_load(&w->stats->surveys) + 1))
+		nanosleep(&rest, NULL);
+}
+
 static void work_round(struct worker *w, uint64_t step, uint64_t generation)
 {
 	struct worker_stats *stats = &w->stats->worker[w->id];
@@ -180,6 +191,8 @@ static void work_round(struct worker *w, uint64_t step, uint64_t generation)
 		at = (at + step) % w->n_pages;
 		if (w->rate && i % BATCH == BATCH - 1)
 			pace(w, start, i + 1);
+		if (w->per_survey && i % BATCH == BATCH - 1)
+			await_survey(w, atomic_load(&stats->pages));
 	}
 	atomic_fetch_add(&stats->rounds, 1);
 }
@@ -300,6 +313,7 @@ static void run_workers(struct stats *stats, uint64_t n_pages, unsigned int n, u
 			.first = i * each,
 			.n_pages = each,
 			.rate = rate ? rate / n + 1 : 0,
+			.per_survey = env_number("work_per_survey", 0) / n,
 		};
 		if (pthread_create(&threads[i], NULL, work, &workers[i]))
 			die("pthread_create");

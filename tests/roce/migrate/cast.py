@@ -20,9 +20,9 @@ from roce_lab import FAULTS, RAILS, Lab, LabError, on_each  # noqa: E402
 
 PORT, TCP_PORT = 4444, 4445
 SLOW = "1M"  # a guest's memory takes many seconds: what is cut is in the middle of it
-# Emulated hosts stop for long moments on a busy machine: READs get 1.1 s (urgent) and 1.6 s (bulk), heartbeats 3 s.
-BOTH = f"rdma:0.0.0.0:{PORT}?ack-timeout=16,tcp:0.0.0.0:{TCP_PORT}"
-PATIENT = ("heartbeat-timeout=3000", "connect-timeout=4000")
+# Emulated hosts stop for long moments on a busy machine: READs get 2.1 s (urgent) and 3.2 s (bulk), heartbeats 5 s.
+BOTH = f"rdma:0.0.0.0:{PORT}?ack-timeout=17,tcp:0.0.0.0:{TCP_PORT}"
+PATIENT = ("heartbeat-timeout=5000", "connect-timeout=10000", "handshake-timeout=20000")
 IN_PAUSE = {"postcopy-paused", "postcopy-recover-setup", "postcopy-recover"}
 NUMBERS = itertools.count(1)
 
@@ -128,6 +128,10 @@ class Move:
     def replace(self, engine):
         """An engine is killed, another one takes its place."""
         engine.kill()
+        self.follow(engine)
+
+    def follow(self, engine):
+        """Another one takes the place of one that was killed."""
         engine.resume()
         self._keep(engine)
 
@@ -187,10 +191,10 @@ class Move:
         for engine in self.engines:
             engine.wait_status(status, seconds)
 
-    def complete(self):
+    def complete(self, seconds=90):
         """Sees the migration through; then everything that the guest has must be right."""
         self.full_speed()
-        self.wait_all("completed", 90)
+        self.wait_all("completed", seconds)
         expect(self.source.remaining() == self.destination.remaining() == 0, "completed with pages remaining")
         self.destination_guest.wait_verifies()
         self.source_guest.expect_stopped()
@@ -247,10 +251,10 @@ class Cut:
                 lambda e=engine: status in self.statuses(e),
             )
 
-    def wait_paused(self, seconds=30):
+    def wait_paused(self, seconds=60):
         self.wait_seen("postcopy-paused", seconds)
 
-    def wait_active(self, seconds=60):
+    def wait_active(self, seconds=90):
         """Paused, and in postcopy again."""
         self.wait_paused(seconds)
         self.wait_seen("postcopy-active", seconds)

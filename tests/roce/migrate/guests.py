@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.join(HERE, "..", "..", "e2e"))
 from harness.lab import find_built  # noqa: E402
 from harness.process import Failure, expect, wait_for  # noqa: E402
 from harness.qmp import Qmp  # noqa: E402
+from harness.versions import qemu_versions  # noqa: E402,F401
 from harness.vm import QEMU, GuestSpec  # noqa: E402
 
 MB = 1 << 20
@@ -98,22 +99,19 @@ class Workload:
         expect(code == 0, f"the guest ended with {code}: {said[-1000:]}")
 
 
-class BootGuest:
-    """A stock QEMU with the boot-sector guest (tests/roce/bootguest): emulation within emulation. It prints a dot for
-    each round in which all of its memory was right."""
+class HostQemu:
+    """A stock QEMU on a host. Its guest prints to its standard output."""
 
-    RAM_MB = 32
-    ROUNDS = 3
-
-    def __init__(self, host, build, directory, incoming=False, image=None, preload=False):
-        """preload: with the preload agent in it; else its engine attaches to it."""
+    def __init__(self, host, build, directory, argv, incoming=False, preload=False, kvm=False, qemu=QEMU):
+        """argv: what the guest is like. preload: with the preload agent in it; else its engine attaches to it. kvm: under
+        KVM instead of TCG. qemu: the program."""
         self.host = host
+        self.kvm = kvm
         self.agent, self.qmp_path, self.our_qmp_path = (f"{directory}/{name}" for name in ("agent", "qmp", "qmp2"))
         self.option = f"qemu:qmp={self.qmp_path}" + (f",agent={self.agent}" if preload else "")
         self.qmp = None
-        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
-        argv += ["-accel", "tcg,tb-size=16", *GuestSpec(ram_mb=self.RAM_MB).memory(), "-serial", "stdio"]
-        argv += ["-drive", f"file={image},format=raw,if=ide,snapshot=on"]
+        argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-serial", "stdio", *argv]
+        argv += ["-accel", "kvm", "-cpu", "host"] if kvm else ["-accel", "tcg,tb-size=16"]
         for path in (self.qmp_path, self.our_qmp_path):
             argv += ["-qmp", f"unix:{path},server=on,wait=off"]
         argv += ["-incoming", "defer"] if incoming else []
@@ -126,6 +124,37 @@ class BootGuest:
         for path in self.sockets:
             wait_socket(self.host, path, self.process)
         self.qmp = HostQmp(self.host, self.our_qmp_path)
+        enabled = self.qmp.command("query-kvm")["enabled"]
+        expect(enabled == self.kvm, f"whether QEMU on host {self.host.name} uses KVM: {enabled}")
+
+    def expect_alive(self):
+        expect(self.process.alive(), f"QEMU on host {self.host.name} has ended: {self.process.output()[-1000:]}")
+
+    def expect_stopped(self):
+        status = self.qmp.command("query-status")["status"]
+        expect(status in ("paused", "postmigrate"), f"QEMU on host {self.host.name} is {status}, too")
+
+    def end(self):
+        self.expect_sound()
+        self.qmp.send("quit")
+        code = self.process.wait(20)
+        expect(code == 0, f"QEMU on host {self.host.name} ended with {code}: {self.process.output()[-1000:]}")
+
+    def expect_sound(self):
+        """What the guest has found on this host was right."""
+        raise NotImplementedError
+
+
+class BootGuest(HostQemu):
+    """The boot-sector guest (tests/roce/bootguest), small enough for emulation within emulation. It prints a dot for
+    each round in which all of its memory was right."""
+
+    RAM_MB = 32
+    ROUNDS = 3
+
+    def __init__(self, host, build, directory, image=None, backend="memfd", **kind):
+        argv = [*GuestSpec(ram_mb=self.RAM_MB, backend=backend).memory(), "-drive", f"file={image},format=raw,if=ide,snapshot=on"]
+        super().__init__(host, build, directory, argv, **kind)
 
     def said(self):
         """What it has printed on this host, and that it was nothing bad."""
@@ -140,11 +169,8 @@ class BootGuest:
         wait_for(
             f"the guest of QEMU goes through its memory on host {self.host.name}",
             seconds,
-            lambda: self.rounds() > 0 or self._expect_alive(),
+            lambda: self.rounds() > 0 or self.expect_alive(),
         )
-
-    def _expect_alive(self):
-        expect(self.process.alive(), f"QEMU on host {self.host.name} has ended: {self.process.output()[-1000:]}")
 
     def wait_verifies(self, seconds=90):
         """The round that it is in, and more: each word is compared at least twice."""
@@ -152,18 +178,11 @@ class BootGuest:
         wait_for(
             f"the guest of QEMU on host {self.host.name} goes through its memory {self.ROUNDS} more times",
             seconds,
-            lambda: self.rounds() >= before + self.ROUNDS or self._expect_alive(),
+            lambda: self.rounds() >= before + self.ROUNDS or self.expect_alive(),
         )
 
-    def expect_stopped(self):
-        status = self.qmp.command("query-status")["status"]
-        expect(status in ("paused", "postmigrate"), f"QEMU on host {self.host.name} is {status}, too")
-
-    def end(self):
+    def expect_sound(self):
         self.said()
-        self.qmp.send("quit")
-        code = self.process.wait(20)
-        expect(code == 0, f"QEMU on host {self.host.name} ended with {code}: {self.process.output()[-1000:]}")
 
 
 def build_boot_sector(path, megabytes):

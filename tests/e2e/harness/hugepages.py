@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Huge pages of 2 MiB for as long as they are needed: the kernel's pool is made larger, and smaller again by a process
+that outlives whoever asked, however that ends."""
+
+import contextlib
+import subprocess
+import sys
+
+from .process import expect
+
+SIZE_MB = 2
+POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
+LOCK = "/run/lock/postroad-huge-pages"  # others change the pool at the same time
+
+# Says how many pages the pool has got more, and gives them back when its standard input ends.
+KEEPER = """
+import fcntl, os, signal, sys
+
+pool, lock_path, wanted = sys.argv[1], sys.argv[2], int(sys.argv[3])
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
+def change(by):
+    with open(lock_path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(pool + "/nr_hugepages") as file:
+            before = int(file.read())
+        with open(pool + "/nr_hugepages", "w") as file:
+            file.write(str(max(0, before + by)))
+        with open(pool + "/nr_hugepages") as file:
+            return int(file.read()) - before
+
+
+got = change(wanted)
+print(got, flush=True)
+sys.stdin.read()
+change(-got)
+"""
+
+
+def available_pages():
+    """How many of the pool are neither in use nor reserved."""
+    counts = []
+    for name in ("free_hugepages", "resv_hugepages"):
+        with open(f"{POOL}/{name}") as file:
+            counts.append(int(file.read()))
+    return counts[0] - counts[1]
+
+
+@contextlib.contextmanager
+def huge_pages(megabytes):
+    """megabytes more in the pool."""
+    pages = -(-megabytes // SIZE_MB)
+    keeper = subprocess.Popen(
+        [sys.executable, "-c", KEEPER, POOL, LOCK, str(pages)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        got = int(keeper.stdout.readline() or 0)
+        expect(got == pages, f"the kernel has {got} of {pages} huge pages of {SIZE_MB} MiB to give")
+        yield
+    finally:
+        keeper.stdin.close()
+        keeper.wait(30)
+        keeper.stdout.close()

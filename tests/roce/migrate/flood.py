@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""flood.py ADDRESS PORT: on a host of the lab, sends datagrams of random bytes in bursts to an echo service, for ever, and
+compares what comes back. Prints twice a second how many have come back and how many were not what was sent."""
+
+import os
+import select
+import socket
+import sys
+import time
+
+BURST = 8
+SIZE = 1400
+PATIENCE = 0.2  # for the rest of a burst, in seconds; what comes later is not counted
+TICK = 0.5
+
+
+def burst(port, number):
+    """Returns (echoed, bad)."""
+    sent = {}
+    for i in range(BURST):
+        name = (number * BURST + i).to_bytes(8, "big")
+        sent[name] = name + os.urandom(SIZE - len(name))
+        port.send(sent[name])
+    echoed = bad = 0
+    while sent and select.select([port], [], [], PATIENCE)[0]:
+        data = port.recv(SIZE * 2)
+        expected = sent.pop(data[:8], None)
+        if expected is None and int.from_bytes(data[:8], "big") < number * BURST:
+            continue  # late
+        echoed += 1
+        bad += data != expected
+    return echoed, bad
+
+
+def main():
+    port = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    port.connect((sys.argv[1], int(sys.argv[2])))
+    echoed = bad = number = 0
+    said = time.monotonic()
+    while True:
+        try:
+            more, wrong = burst(port, number)
+            echoed, bad = echoed + more, bad + wrong
+        except OSError:  # nobody is there (yet)
+            time.sleep(PATIENCE)
+        number += 1
+        if time.monotonic() >= said + TICK:
+            print(f"flood: echoed={echoed} bad={bad}", flush=True)
+            said = time.monotonic()
+
+
+if __name__ == "__main__":
+    main()
