@@ -6,8 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "migration/internal.h"
-#include "transport/spare.h"
+#include "migration/session/session.h"
+#include "util/try-alloc.h"
 
 G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 

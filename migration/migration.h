@@ -10,11 +10,11 @@
 #include <stdint.h>
 
 #include "guest/guest.h"
-#include "migration/blocktime.h"
-#include "migration/params.h"
-#include "migration/state.h"
+#include "migration/postcopy/blocktime.h"
+#include "migration/core/params.h"
+#include "migration/core/state.h"
 #include "transport/health.h"
-#include "transport/tls.h"
+#include "transport/net/tls.h"
 
 typedef enum PrMigrationError {
 	PR_MIGRATION_ERROR_BUSY,     /* a migration is in progress */

@@ -2,7 +2,7 @@
 /*
  * An engine follows one that has died.
  *
- * The destination's facts are in the state memfd that the agent keeps (kept.h), the source's in a file (record.h).
+ * The destination's facts are in the state memfd that the agent keeps (state-memfd.h), the source's in a file (handover-record.h).
  * Both say how far the migration had come, and each step of them is in force before what it says may be seen by
  * anybody else:
  *
@@ -36,14 +36,14 @@
  * record before the first epoch of a new engine is used.
  *
  * Two engines for one guest: the agent serves one connection at a time, and the kernel closes that of a process that
- * ends. kept.h tells why nothing of the dead one lands late.
+ * ends. state-memfd.h tells why nothing of the dead one lands late.
  */
 #include <string.h>
 
-#include "migration/internal.h"
-#include "migration/killpoint.h"
-#include "migration/place.h"
-#include "transport/spare.h"
+#include "migration/session/session.h"
+#include "migration/core/crash-point.h"
+#include "migration/memory/uffd.h"
+#include "util/try-alloc.h"
 
 /* ---- what the source notes ---- */
 

@@ -39,7 +39,7 @@ typedef struct PrCommand {
 	const PrArg *args;     /* NULL: none */
 	gboolean free_members; /* run() checks the arguments itself */
 	gboolean waits; /* in HMP, without -d, answered when the migration has come to a stop */
-	/* Instead of run(): what it does with its URIs, on a thread of its own (errand.c). It has no result to show. */
+	/* Instead of run(): what it does with its URIs, on a thread of its own (async-command.c). It has no result to show. */
 	gboolean (*listen)(PrMigration *migration, const char *uris, GCancellable *cancel,
 			   GError **error);
 	/* Returns the result, NULL on error. */

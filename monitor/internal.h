@@ -49,7 +49,7 @@ guint64 pr_monitor_mark(PrMonitor *monitor);
 PrWait *pr_monitor_wait(PrMonitor *monitor, guint64 since, PrAnswer answer, void *opaque);
 void pr_monitor_unwait(PrWait *wait);
 
-/* errand.c */
+/* async-command.c */
 /* Runs a command that has listen(), and answers when it has ended. NULL with an error: it was not begun. */
 PrWait *pr_errand_begin(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
 			PrAnswer answer, void *opaque, GError **error);

@@ -11,7 +11,7 @@
 #include <glib.h>
 
 #include "migration/migration.h"
-#include "migration/params.h"
+#include "migration/core/params.h"
 
 typedef enum PrMonitorError {
 	PR_MONITOR_ERROR_SOCKET, /* the QMP socket can't be made; names its path and why */

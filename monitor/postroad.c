@@ -12,13 +12,13 @@
 
 #include "guest/guest.h"
 #include "migration/migration.h"
-#include "migration/record.h"
+#include "migration/source/handover-record.h"
 #include "monitor/log.h"
-#include "monitor/loop-watch.h"
+#include "monitor/main-loop-watchdog.h"
 #include "monitor/monitor.h"
 #include "monitor/sandbox.h"
-#include "transport/spare.h"
-#include "transport/tls.h"
+#include "util/try-alloc.h"
+#include "transport/net/tls.h"
 #include "transport/transport.h"
 
 #define EXIT_USAGE    2

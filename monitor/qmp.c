@@ -2,7 +2,7 @@
 /*
  * The QMP server: QEMU's protocol, so that QEMU's own clients can drive it. Commands are run in the order
  * in which they come and answered at once. Two answers may come later: that of an HMP `migrate` without -d carries its id
- * and holds nothing else up; that of an errand (errand.c) is in its order, so that this client's next commands wait for
+ * and holds nothing else up; that of an errand (async-command.c) is in its order, so that this client's next commands wait for
  * it, and no other client's.
  */
 #include <errno.h>
@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 #include "monitor/commands.h"
-#include "monitor/framer.h"
+#include "util/json-framer.h"
 #include "monitor/internal.h"
 #include "monitor/json.h"
 #include "monitor/stream.h"

@@ -10,7 +10,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "transport/dial.h"
+#include "transport/net/dial.h"
 
 gboolean pr_backend_check_options(const PrUri *uri, const char *const *known, GError **error)
 {

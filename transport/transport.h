@@ -18,9 +18,9 @@
 #include <gio/gio.h>
 #include <stdint.h>
 
-#include "transport/path.h"
-#include "transport/tls.h"
-#include "transport/wire.h"
+#include "transport/uri.h"
+#include "transport/net/tls.h"
+#include "transport/wire/wire.h"
 
 typedef enum PrPathError {
 	PR_PATH_ERROR_CONNECT, /* could not be connected: says to where and why */

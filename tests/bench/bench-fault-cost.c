@@ -3,8 +3,8 @@
 #include <stdio.h>
 #include <time.h>
 
-#include "migration/blocktime.h"
-#include "migration/readahead.h"
+#include "migration/postcopy/blocktime.h"
+#include "migration/postcopy/readahead.h"
 
 #define ROUNDS 2000000u
 

@@ -6,7 +6,7 @@
 #include <json-glib/json-glib.h>
 #include <stdint.h>
 
-#include "migration/params.h"
+#include "migration/core/params.h"
 #include "tests/bench/raw.h"
 
 #define BENCH_MAX_ROUNDS 25

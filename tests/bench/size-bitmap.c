@@ -6,9 +6,9 @@
 #include <string.h>
 #include <sys/resource.h>
 
-#include "migration/bitmap.h"
+#include "migration/memory/bitmap.h"
 #include "tests/bench/size.h"
-#include "transport/wire.h"
+#include "transport/wire/wire.h"
 
 #define PAGE	  4096
 #define RUN_PAGES 512 /* 2 MiB */

@@ -3,7 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "migration/ram.h"
+#include "migration/memory/ram.h"
 #include "tests/bench/raw-memory.h"
 #include "tests/bench/size.h"
 

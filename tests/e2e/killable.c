@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Linked into the engine, makes one that kills itself at a point (migration/killpoint.h), or whose attach helper does
+ * Linked into the engine, makes one that kills itself at a point (migration/core/crash-point.h), or whose attach helper does
  * (guest/attach/kill.h): POSTROAD_KILL=NAME[:N] kills it when it gets there for the N-th time, with SIGKILL: nothing is
  * tidied up. POSTROAD_KILL=list prints the engine's names, list-attach the helper's. POSTROAD_FREEZE=NAME[:N] stops it
  * there instead, with SIGSTOP: it goes on from there when it is sent SIGCONT.
@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #include "guest/attach/kill.h"
-#include "migration/killpoint.h"
+#include "migration/core/crash-point.h"
 
 static int wanted = -1;	       /* constant after the start */
 static int wanted_helper = -1; /* constant after the start */

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An engine dies at every step at which it matters what it leaves behind (migration/killpoint.h); the next one takes
+"""An engine dies at every step at which it matters what it leaves behind (migration/core/crash-point.h); the next one takes
 it up. The guest checks all its pages all the time: in the end it runs on one side, with nothing wrong."""
 
 import os

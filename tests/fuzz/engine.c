@@ -6,7 +6,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "migration/bitmap.h"
+#include "migration/memory/bitmap.h"
 #include "tests/fuzz/seams.h"
 
 #define CONNECTIONS_MAX 12

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/fuzz/fake-migration.h"
 
-#include "transport/path.h"
+#include "transport/uri.h"
 
 G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 

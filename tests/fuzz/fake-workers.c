@@ -3,9 +3,9 @@
  * The destination's fault and pull threads, and userfaultfd, without threads and without a kernel. They hold their
  * owner to the rules: one path at a time, none when they are stopped, and nothing is woken outside of a block.
  */
-#include "migration/fault.h"
-#include "migration/place.h"
-#include "migration/pull.h"
+#include "migration/postcopy/fault.h"
+#include "migration/memory/uffd.h"
+#include "migration/postcopy/pull.h"
 
 #define PULLED_AT_ONCE 3
 

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Received bitmaps, as the source takes them in a recovery (migration/recover.c). An input is a list: a byte
+ * Received bitmaps, as the source takes them in a recovery (migration/source/recover.c). An input is a list: a byte
  * that says what, a length of two bytes, as many bytes. They are the body of a RECV_BITMAP or RECV_BITMAP_ZSTD,
  * or bits, which travel both ways and are to arrive as they are.
  */
 #include <string.h>
 
-#include "migration/bitmap.h"
-#include "migration/internal.h"
+#include "migration/memory/bitmap.h"
+#include "migration/session/session.h"
 #include "tests/fuzz/fuzz.h"
 
 #define N_BLOCKS 4

@@ -6,7 +6,7 @@
  */
 #include <string.h>
 
-#include "migration/params.h"
+#include "migration/core/params.h"
 #include "tests/fuzz/fuzz.h"
 
 static void check_values(const PrParams *params)

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* URIs and lists of them (transport/path.c). The first byte says whether it is to be listened there. */
+/* URIs and lists of them (transport/uri.c). The first byte says whether it is to be listened there. */
 #include <string.h>
 
 #include "tests/fuzz/fuzz.h"
-#include "transport/path.h"
+#include "transport/uri.h"
 
 static void same_uri(const PrUri *a, const PrUri *b)
 {

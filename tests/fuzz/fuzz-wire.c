@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Every decoder of transport/wire.c. The first byte chooses the message, the rest is its body. What a decoder
+ * Every decoder of transport/wire/wire.c. The first byte chooses the message, the rest is its body. What a decoder
  * takes its encoder gives back, byte for byte where there is only one way to say it.
  */
 #include <string.h>
 
 #include "tests/fuzz/fuzz.h"
-#include "transport/bytes.h"
-#include "transport/wire.h"
+#include "transport/wire/bytes.h"
+#include "transport/wire/wire.h"
 
 #define MANY_BITS 8192
 

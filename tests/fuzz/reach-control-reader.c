@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/fuzz/reach.h"
 
-#include "transport/control-reader.c"
+#include "transport/control/reader.c"
 
 gboolean reach_control_read(PrControl *control)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/fuzz/reach.h"
 
-#include "transport/listener.c"
+#include "transport/control/listener.c"
 
 #define HANDSHAKE_MS 10000
 

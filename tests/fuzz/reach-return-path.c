@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/fuzz/reach.h"
 
-#include "migration/return-path.c"
+#include "migration/source/return-path.c"
 
 /* As pr_source_return_path_thread() does it. */
 void reach_source_take(PrConn *conn)

@@ -2,10 +2,10 @@
 /* Ways to what the engine's files keep to themselves; each is in the file reach-FILE.c, which includes FILE.c. */
 #pragma once
 
-#include "migration/internal.h"
-#include "transport/control.h"
+#include "migration/session/session.h"
+#include "transport/control/control.h"
 
-/* control-reader.c: what the reader thread does until there is a message for the engine or the channel has
+/* reader.c: what the reader thread does until there is a message for the engine or the channel has
  * ended, and has told so. FALSE: nothing is there to be read. */
 gboolean reach_control_read(PrControl *control);
 int reach_control_fd(PrControl *control);

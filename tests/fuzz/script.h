@@ -7,7 +7,7 @@
 #pragma once
 
 #include "tests/fuzz/fuzz.h"
-#include "transport/wire.h"
+#include "transport/wire/wire.h"
 
 typedef enum ScriptOp {
 	SCRIPT_END,

@@ -8,8 +8,8 @@
 
 #include <gio/gio.h>
 
-#include "transport/dial.h"
-#include "transport/spare.h"
+#include "transport/net/dial.h"
+#include "util/try-alloc.h"
 #include "transport/transport.h"
 
 GThread *fuzz_thread_new(const char *name, GThreadFunc func, gpointer opaque);

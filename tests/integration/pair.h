@@ -7,7 +7,7 @@
 #include "guest/guest.h"
 #include "migration/migration.h"
 #include "tests/guest/testguest.h"
-#include "transport/faulty.h"
+#include "transport/faulty/faulty.h"
 
 /* What was told of a path. */
 typedef struct PathNews {

@@ -2,7 +2,7 @@
 /* Two listed paths: which one is taken when the one in use is lost, and what stands by. */
 #include <string.h>
 
-#include "migration/internal.h"
+#include "migration/session/session.h"
 #include "tests/integration/cases.h"
 #include "tests/integration/door.h"
 

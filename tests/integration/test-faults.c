@@ -3,7 +3,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "migration/readahead.h"
+#include "migration/postcopy/readahead.h"
 #include "tests/integration/cases.h"
 
 #define MIB	    (1024ull * 1024)

@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "migration/killpoint.h"
+#include "migration/core/crash-point.h"
 #include "tests/integration/cases.h"
 
 #define MIB	    (1024ull * 1024)

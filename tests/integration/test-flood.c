@@ -2,10 +2,10 @@
 /* A host that floods the port of a running migration in every way: it goes on, and whoever belongs to it gets in. */
 #include <string.h>
 
-#include "migration/internal.h"
+#include "migration/session/session.h"
 #include "tests/integration/cases.h"
 #include "tests/unit/flood.h"
-#include "transport/control.h"
+#include "transport/control/control.h"
 
 #define MIB (1024ull * 1024)
 

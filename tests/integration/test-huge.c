@@ -4,7 +4,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-#include "migration/internal.h"
+#include "migration/session/session.h"
 #include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)

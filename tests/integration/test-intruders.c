@@ -2,10 +2,10 @@
 /* Others that come to the port of a running migration: with TLS they are turned away, and change nothing. */
 #include <string.h>
 
-#include "migration/internal.h"
+#include "migration/session/session.h"
 #include "tests/integration/cases.h"
 #include "tests/tls/certs.h"
-#include "transport/control.h"
+#include "transport/control/control.h"
 
 #define MIB (1024ull * 1024)
 

@@ -2,7 +2,7 @@
 /* Whole migrations of the test guest: the way it goes, and what an operator may do to it. */
 #include <string.h>
 
-#include "migration/killpoint.h"
+#include "migration/core/crash-point.h"
 #include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)

@@ -3,8 +3,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "migration/bitmap.h"
-#include "migration/internal.h"
+#include "migration/memory/bitmap.h"
+#include "migration/session/session.h"
 #include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)

@@ -6,7 +6,7 @@
 #include <glib/gstdio.h>
 #include <string.h>
 
-#include "migration/killpoint.h"
+#include "migration/core/crash-point.h"
 #include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)

@@ -2,7 +2,7 @@
 /* What a peer may try over a connection that is its own, past the engine's code: any operation, any key. */
 #pragma once
 
-#include "transport/verbs.h"
+#include "transport/rdma/path.h"
 
 #define FOREIGN_BYTES 4096 /* of each operation but an atomic one */
 

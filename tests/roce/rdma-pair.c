@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 #include "tests/roce/foreign.h"
-#include "transport/verbs.h"
+#include "transport/rdma/path.h"
 
 #define BLOCKS	    2
 #define BLOCK_BYTES (64ull * 1024 * 1024)

@@ -8,7 +8,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "transport/control-internal.h"
+#include "transport/control/internal.h"
 
 static gint64 deadline_in(gint64 ms)
 {

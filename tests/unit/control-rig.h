@@ -9,7 +9,7 @@
 
 #include <cmocka.h>
 
-#include "transport/control.h"
+#include "transport/control/control.h"
 
 #define LONG_MS	    20000  /* bounds what should come at once, on a slow machine with a sanitizer */
 #define PATIENT_MS  120000 /* a destination's handshake: longer than any test waits for anything */

@@ -20,7 +20,7 @@
 #define WAIT_MS 20000 /* longest wait for an answer before a test has failed */
 
 G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
-/* Of transport/spare.c. */
+/* Of util/try-alloc.c. */
 G_DEFINE_QUARK(pr_path_error, pr_path_error)
 
 struct PrMigration {

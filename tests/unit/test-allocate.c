@@ -19,9 +19,9 @@
 #include <unistd.h>
 
 #include "guest/allocator.h"
-#include "migration/allocate.h"
-#include "migration/bitmap.h"
-#include "migration/scratch.h"
+#include "migration/destination/allocate.h"
+#include "migration/memory/bitmap.h"
+#include "migration/memory/scratch.h"
 
 #define PAGE	    4096u
 #define PIECE	    (2ull << 20)

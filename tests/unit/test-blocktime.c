@@ -6,7 +6,7 @@
 
 #include <cmocka.h>
 
-#include "migration/blocktime.h"
+#include "migration/postcopy/blocktime.h"
 
 static const uint32_t two[] = {101, 102};
 

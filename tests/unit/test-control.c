@@ -9,8 +9,8 @@
 #include <unistd.h>
 
 #include "tests/tls/certs.h"
-#include "transport/control-internal.h"
-#include "transport/faulty.h"
+#include "transport/control/internal.h"
+#include "transport/faulty/faulty.h"
 
 /* The heartbeat */
 
@@ -289,7 +289,7 @@ static void frames_may_come_byte_by_byte(void **state)
 
 /* Ends */
 
-/* Times of control-reader.c. A try in which one ran out, as where a thread gets no CPU, is made
+/* Times of reader.c. A try in which one ran out, as where a thread gets no CPU, is made
  * again. */
 #define LINGER_MS     200
 #define LAST_WORDS_MS 1000

@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-#include "transport/crowd.h"
+#include "transport/control/peer-limits.h"
 
 #define SECOND G_USEC_PER_SEC
 

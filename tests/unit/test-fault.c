@@ -17,8 +17,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "migration/bitmap.h"
-#include "migration/fault.h"
+#include "migration/memory/bitmap.h"
+#include "migration/postcopy/fault.h"
 
 #define PAGE	    4096u
 #define N_PAGES	    256u

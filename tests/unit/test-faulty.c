@@ -8,7 +8,7 @@
 #include <cmocka.h>
 
 #include "tests/unit/transport-rig.h"
-#include "transport/faulty.h"
+#include "transport/faulty/faulty.h"
 
 #define PAGE 4096
 

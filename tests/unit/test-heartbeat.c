@@ -5,7 +5,7 @@
 
 #include <cmocka.h>
 
-#include "transport/heartbeat.h"
+#include "transport/control/heartbeat.h"
 
 #define MS	 1000
 #define INTERVAL (100 * MS)

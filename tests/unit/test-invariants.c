@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "migration/invariants.h"
+#include "migration/memory/invariants.h"
 
 #define PAGE	4096u
 #define N_PAGES 64

@@ -14,9 +14,9 @@
 #include <unistd.h>
 
 #include "guest/process.h"
-#include "migration/bitmap.h"
+#include "migration/memory/bitmap.h"
 #include "migration/migration.h"
-#include "migration/ram.h"
+#include "migration/memory/ram.h"
 
 #define N_BLOCKS 2
 

@@ -8,7 +8,7 @@
 
 #include <string.h>
 
-#include "transport/lane-desk.h"
+#include "transport/lane-rendezvous.h"
 
 #define NEVER_MS 60000
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/unit/control-rig.h"
 #include "tests/unit/flood.h"
-#include "transport/dial.h"
+#include "transport/net/dial.h"
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>

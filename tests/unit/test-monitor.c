@@ -16,7 +16,7 @@
 #include <cmocka.h>
 
 #include "tests/unit/fake-engine.h"
-#include "monitor/framer.h"
+#include "util/json-framer.h"
 #include "monitor/hmp.h"
 
 /* Half a pair in an escape: json-glib before 1.10 takes it for a pair, and what it makes of it is refused later. */

@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-#include "migration/params.h"
+#include "migration/core/params.h"
 
 static void defaults_are_within_their_ranges(void **state)
 {

@@ -6,7 +6,7 @@
 
 #include <cmocka.h>
 
-#include "transport/path.h"
+#include "transport/uri.h"
 
 static void uris_are_taken_apart(void **state)
 {

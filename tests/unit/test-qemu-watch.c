@@ -9,7 +9,7 @@
 
 #include "guest/guest.h"
 #include "migration/migration.h"
-#include "migration/record.h"
+#include "migration/source/handover-record.h"
 #include "tests/guest/testguest.h"
 #include "tests/unit/fake-qmp.h"
 

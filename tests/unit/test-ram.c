@@ -8,9 +8,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "migration/bitmap.h"
+#include "migration/memory/bitmap.h"
 #include "migration/migration.h"
-#include "migration/ram.h"
+#include "migration/memory/ram.h"
 
 #define N_BITS 1000
 

@@ -6,7 +6,7 @@
 
 #include <cmocka.h>
 
-#include "migration/readahead.h"
+#include "migration/postcopy/readahead.h"
 
 #define N_PAGES 100000u
 

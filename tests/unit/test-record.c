@@ -10,8 +10,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "migration/killpoint.h"
-#include "migration/record.h"
+#include "migration/core/crash-point.h"
+#include "migration/source/handover-record.h"
 
 #define SPEC	"qemu:qmp=/run/vm/qmp,agent=/run/vm/agent"
 #define PROCESS "12 34 56 boot"

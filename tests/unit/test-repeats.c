@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-#include "migration/repeats.h"
+#include "migration/postcopy/repeats.h"
 
 #define STEP_NS 10000
 

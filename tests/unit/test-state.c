@@ -6,7 +6,7 @@
 #include <cmocka.h>
 #include <string.h>
 
-#include "migration/state.h"
+#include "migration/core/state.h"
 
 #define MAX_STEPS 24
 

@@ -9,8 +9,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "migration/bitmap.h"
-#include "migration/verify.h"
+#include "migration/memory/bitmap.h"
+#include "migration/postcopy/verify.h"
 
 #define PAGE	    4096u
 #define N_PAGES	    256

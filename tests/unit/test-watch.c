@@ -7,8 +7,8 @@
 
 #include <cmocka.h>
 
-#include "monitor/loop-watch.h"
-#include "transport/watch.h"
+#include "monitor/main-loop-watchdog.h"
+#include "util/stall-watchdog.h"
 
 #define MS	 1000
 #define LOOK	 (PR_WATCH_LOOK_MS * MS)

@@ -6,7 +6,7 @@
 
 #include <cmocka.h>
 
-#include "migration/window.h"
+#include "migration/postcopy/bulk-window.h"
 
 #define READ  (128u * 1024)
 #define LIMIT 64 /* of the caller: bulk-window */

@@ -7,7 +7,7 @@
 #include <cmocka.h>
 
 #include "tests/unit/wire-samples.h"
-#include "transport/wire.h"
+#include "transport/wire/wire.h"
 
 static void every_body_is_read_back_and_within_its_maximum(void **state)
 {
@@ -372,7 +372,7 @@ static void a_reason_with_control_characters_is_refused(void **state)
 	assert_false(decode_reason(nul, sizeof nul, NULL));
 }
 
-/* What QEMU itself would put on the wire (migration/savevm.c, migration/ram.c). */
+/* What QEMU itself would put on the wire (migration/savevm.c, migration/memory/ram.c). */
 static void bodies_of_qemu_are_its_bytes(void **state)
 {
 	static const uint8_t ping[] = {0, 0, 0, 0x42};

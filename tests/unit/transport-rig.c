@@ -13,7 +13,7 @@
 
 #include <cmocka.h>
 
-#include "transport/wire.h"
+#include "transport/wire/wire.h"
 
 #define CHILD_ARGUMENT "--rig-source"
 

@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-#include "transport/wire.h"
+#include "transport/wire/wire.h"
 
 static void sample_hello(GByteArray *out)
 {

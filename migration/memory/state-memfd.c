@@ -1,0 +1,349 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "migration/memory/state-memfd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "guest/agent-proto.h"
+#include "guest/process.h"
+#include "migration/memory/bitmap.h"
+#include "migration/migration.h"
+
+#define KEPT_MAGIC   0x5053544154454d46ull /* "PSTATEMF" */
+#define KEPT_VERSION 3
+#define KEPT_ALIGN   4096
+#define KEPT_SEALS   (F_SEAL_SHRINK | F_SEAL_GROW)
+
+#define LOOK_US	     (5 * 1000) /* between two looks whether the last engine is gone */
+
+typedef struct KeptBlock {
+	char idstr[PR_IDSTR_MAX + 1];
+	uint64_t size, page_size, base; /* page_size: the host pages' */
+	uint64_t bitmap_offset;		/* bytes, page aligned */
+} KeptBlock;
+
+/* Fixed widths and no pointers: the reader may be another build. Whoever changes it raises KEPT_VERSION. */
+typedef struct KeptHead {
+	uint64_t magic; /* of a complete one */
+	uint32_t version;
+	uint32_t head_bytes;
+	uint64_t total_bytes;
+	PrBinding binding; /* the engine's owner thread writes it, who follows reads it */
+	uint32_t stage;	   /* atomic */
+	uint32_t held;	   /* atomic */
+	uint32_t was_running;
+	uint32_t n_vcpus;
+	uint32_t verifies;
+	uint32_t spare; /* 0 */
+	uint32_t vcpus[PR_KEPT_VCPUS_MAX];
+	uint64_t zero_bytes;		    /* atomic */
+	char engine[PR_PROCESS_TEXT_BYTES]; /* the process that works on it */
+	uint64_t n_blocks;
+	KeptBlock blocks[PR_BLOCKS_MAX];
+} KeptHead;
+
+struct PrKept {
+	int fd;
+	KeptHead *head;
+	gsize bytes;
+};
+
+static uint64_t align_up(uint64_t value)
+{
+	return (value + KEPT_ALIGN - 1) & ~(uint64_t)(KEPT_ALIGN - 1);
+}
+
+static uint64_t bitmap_bytes(uint64_t size)
+{
+	return pr_bitmap_words(size / PR_TARGET_PAGE) * sizeof(unsigned long);
+}
+
+static gboolean map(PrKept *kept, gsize bytes, GError **error)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, kept->fd, 0);
+
+	if (at == MAP_FAILED) {
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
+			    "mmap of the state memfd: %s", g_strerror(errno));
+		return FALSE;
+	}
+	kept->head = at;
+	kept->bytes = bytes;
+	return TRUE;
+}
+
+static void note_engine(KeptHead *head)
+{
+	g_autofree char *self = pr_process_text(getpid());
+
+	g_strlcpy(head->engine, self, sizeof(head->engine));
+}
+
+static void fill(KeptHead *head, const PrGuestBlock *blocks, guint n, uint64_t total)
+{
+	uint64_t at = align_up(sizeof(KeptHead));
+
+	head->version = KEPT_VERSION;
+	head->head_bytes = sizeof(KeptHead);
+	head->total_bytes = total;
+	head->n_blocks = n;
+	for (guint i = 0; i < n; i++) {
+		KeptBlock *block = &head->blocks[i];
+
+		g_strlcpy(block->idstr, blocks[i].idstr, sizeof(block->idstr));
+		block->size = blocks[i].size;
+		block->page_size = blocks[i].page_size;
+		block->base = blocks[i].base;
+		block->bitmap_offset = at;
+		at += align_up(bitmap_bytes(block->size));
+	}
+	note_engine(head);
+}
+
+PrKept *pr_kept_new(const PrGuestBlock *blocks, guint n, GError **error)
+{
+	g_autoptr(PrKept) kept = g_new0(PrKept, 1);
+	uint64_t bytes = align_up(sizeof(KeptHead));
+
+	g_assert(n <= PR_BLOCKS_MAX);
+	for (guint i = 0; i < n; i++)
+		bytes += align_up(bitmap_bytes(blocks[i].size));
+	kept->fd = memfd_create(PR_AGENT_STATE_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (kept->fd < 0 || ftruncate(kept->fd, (off_t)bytes) < 0 ||
+	    fcntl(kept->fd, F_ADD_SEALS, KEPT_SEALS) < 0) {
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
+			    "memfd for the received bitmap: %s", g_strerror(errno));
+		return NULL;
+	}
+	if (!map(kept, bytes, error))
+		return NULL;
+	fill(kept->head, blocks, n, bytes);
+	return g_steal_pointer(&kept);
+}
+
+static gboolean refuse(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
+
+static gboolean refuse(GError **error, const char *format, ...)
+{
+	g_autofree char *what = NULL;
+	va_list args;
+
+	va_start(args, format);
+	what = g_strdup_vprintf(format, args);
+	va_end(args);
+	g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+		    "what the agent keeps is not the state of a migration that this engine can go "
+		    "on with: %s",
+		    what);
+	return FALSE;
+}
+
+/* Nobody may change the size under the mapping. */
+static gboolean check_file(int fd, uint64_t *ret_bytes, GError **error)
+{
+	struct stat st;
+
+	if (fstat(fd, &st) < 0)
+		return refuse(error, "fstat: %s", g_strerror(errno));
+	if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size < sizeof(KeptHead))
+		return refuse(error,
+			      "it has %" G_GINT64_FORMAT " bytes, its head alone %" G_GSIZE_FORMAT,
+			      (gint64)st.st_size, sizeof(KeptHead));
+	if ((fcntl(fd, F_GET_SEALS) & KEPT_SEALS) != KEPT_SEALS)
+		return refuse(error, "its size is not sealed");
+	*ret_bytes = (uint64_t)st.st_size;
+	return TRUE;
+}
+
+static gboolean check_head(const KeptHead *head, uint64_t bytes, GError **error)
+{
+	if (head->magic != KEPT_MAGIC)
+		return refuse(error, "its first bytes are 0x%" G_GINT64_MODIFIER "x", head->magic);
+	if (head->version != KEPT_VERSION || head->head_bytes != sizeof(KeptHead))
+		return refuse(error,
+			      "its layout is version %u with a head of %u bytes, this engine's "
+			      "version %u with %" G_GSIZE_FORMAT
+			      "; start the engine that it was made by",
+			      head->version, head->head_bytes, KEPT_VERSION, sizeof(KeptHead));
+	if (head->total_bytes != bytes)
+		return refuse(error,
+			      "it has %" G_GUINT64_FORMAT
+			      " bytes and should have %" G_GUINT64_FORMAT,
+			      bytes, head->total_bytes);
+	if (head->n_blocks == 0 || head->n_blocks > PR_BLOCKS_MAX ||
+	    head->n_vcpus > PR_KEPT_VCPUS_MAX || head->stage >= PR_KEPT_N_STAGES ||
+	    !memchr(head->engine, '\0', sizeof(head->engine)))
+		return refuse(error,
+			      "its head makes no sense (%" G_GUINT64_FORMAT " blocks, stage %u)",
+			      head->n_blocks, head->stage);
+	return TRUE;
+}
+
+static gboolean check_block(const KeptBlock *block, guint index, uint64_t bytes, GError **error)
+{
+	gboolean sound = memchr(block->idstr, '\0', sizeof(block->idstr)) &&
+			 block->page_size >= KEPT_ALIGN && block->page_size <= G_MAXUINT32 &&
+			 !(block->page_size & (block->page_size - 1)) && block->size > 0 &&
+			 block->size % block->page_size == 0;
+
+	if (sound && block->bitmap_offset % KEPT_ALIGN == 0 &&
+	    block->bitmap_offset >= sizeof(KeptHead) && block->bitmap_offset <= bytes &&
+	    bitmap_bytes(block->size) <= bytes - block->bitmap_offset)
+		return TRUE;
+	return refuse(error, "RAM block %u (size %" G_GUINT64_FORMAT ") makes no sense", index,
+		      block->size);
+}
+
+PrKept *pr_kept_attach(int fd, GError **error)
+{
+	g_autoptr(PrKept) kept = g_new0(PrKept, 1);
+	uint64_t bytes = 0;
+
+	kept->fd = fd;
+	if (!check_file(fd, &bytes, error) || !map(kept, bytes, error) ||
+	    !check_head(kept->head, bytes, error))
+		return NULL;
+	for (guint i = 0; i < kept->head->n_blocks; i++)
+		if (!check_block(&kept->head->blocks[i], i, bytes, error))
+			return NULL;
+	return g_steal_pointer(&kept);
+}
+
+void pr_kept_free(PrKept *kept)
+{
+	if (!kept)
+		return;
+	if (kept->head)
+		munmap(kept->head, kept->bytes);
+	if (kept->fd >= 0)
+		close(kept->fd);
+	g_free(kept);
+}
+
+int pr_kept_fd(const PrKept *kept)
+{
+	return kept->fd;
+}
+
+gsize pr_kept_bytes(const PrKept *kept)
+{
+	return kept->bytes;
+}
+
+unsigned long *pr_kept_received(const PrKept *kept, guint block)
+{
+	return (unsigned long *)((uint8_t *)kept->head + kept->head->blocks[block].bitmap_offset);
+}
+
+uint64_t *pr_kept_zero_bytes(const PrKept *kept)
+{
+	return &kept->head->zero_bytes;
+}
+
+PrGuestBlock *pr_kept_blocks(const PrKept *kept, guint *ret_n)
+{
+	guint n = (guint)kept->head->n_blocks;
+	PrGuestBlock *blocks = g_new0(PrGuestBlock, n);
+
+	for (guint i = 0; i < n; i++) {
+		KeptBlock *block = &kept->head->blocks[i];
+
+		blocks[i] = (PrGuestBlock){.idstr = block->idstr,
+					   .size = block->size,
+					   .page_size = (uint32_t)block->page_size,
+					   .base = block->base,
+					   .memfd = -1};
+	}
+	*ret_n = n;
+	return blocks;
+}
+
+void pr_kept_set_identity(PrKept *kept, const PrBinding *binding)
+{
+	kept->head->binding = *binding;
+	__atomic_store_n(&kept->head->magic, KEPT_MAGIC, __ATOMIC_RELEASE);
+}
+
+void pr_kept_identity(const PrKept *kept, PrBinding *ret)
+{
+	*ret = kept->head->binding;
+}
+
+PrKeptStage pr_kept_stage(const PrKept *kept)
+{
+	return __atomic_load_n(&kept->head->stage, __ATOMIC_SEQ_CST);
+}
+
+void pr_kept_set_stage(PrKept *kept, PrKeptStage stage)
+{
+	__atomic_store_n(&kept->head->stage, stage, __ATOMIC_SEQ_CST);
+}
+
+gboolean pr_kept_held(const PrKept *kept)
+{
+	return __atomic_load_n(&kept->head->held, __ATOMIC_SEQ_CST) != 0;
+}
+
+void pr_kept_set_held(PrKept *kept, gboolean held)
+{
+	__atomic_store_n(&kept->head->held, held != FALSE, __ATOMIC_SEQ_CST);
+}
+
+gboolean pr_kept_verifies(const PrKept *kept)
+{
+	return kept->head->verifies != 0;
+}
+
+void pr_kept_set_verifies(PrKept *kept, gboolean verifies)
+{
+	kept->head->verifies = verifies != FALSE;
+}
+
+gboolean pr_kept_was_running(const PrKept *kept)
+{
+	return kept->head->was_running != 0;
+}
+
+void pr_kept_set_was_running(PrKept *kept, gboolean was_running)
+{
+	kept->head->was_running = was_running != FALSE;
+}
+
+void pr_kept_set_vcpus(PrKept *kept, const uint32_t *vcpus, guint n)
+{
+	n = MIN(n, PR_KEPT_VCPUS_MAX);
+	if (n > 0)
+		memcpy(kept->head->vcpus, vcpus, n * sizeof(*vcpus));
+	kept->head->n_vcpus = n;
+}
+
+const uint32_t *pr_kept_vcpus(const PrKept *kept, guint *ret_n)
+{
+	*ret_n = kept->head->n_vcpus;
+	return kept->head->vcpus;
+}
+
+gboolean pr_kept_await_engine(PrKept *kept, guint timeout_ms, GError **error)
+{
+	gint64 deadline = g_get_monotonic_time() + timeout_ms * 1000ll;
+	g_autofree char *self = pr_process_text(getpid());
+
+	/* Whoever ended in order has fenced its paths itself; so has a former engine of this process. */
+	while (strcmp(kept->head->engine, self) != 0 && pr_process_lives(kept->head->engine)) {
+		if (g_get_monotonic_time() > deadline) {
+			g_set_error(
+				error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_BUSY,
+				"the engine that served this guest has not ended yet (process %s); "
+				"end it first",
+				kept->head->engine);
+			return FALSE;
+		}
+		g_usleep(LOOK_US); /* between two looks at the condition */
+	}
+	note_engine(kept->head);
+	return TRUE;
+}

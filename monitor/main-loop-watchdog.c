@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include "monitor/main-loop-watchdog.h"
+
+static const PrWatchPoint turning = {"answering the monitor and other events", 100};
+
+static PrWatch *loop_watch; /* the loop's thread's */
+
+static gint watched_poll(GPollFD *fds, guint n, gint timeout)
+{
+	pr_watch_idle(loop_watch);
+	gint ready = g_poll(fds, n, timeout);
+	pr_watch_busy(loop_watch, &turning);
+	return ready;
+}
+
+void pr_loop_watch(PrWatchdog *dog, GMainContext *context)
+{
+	g_clear_pointer(&loop_watch, pr_watch_free);
+	loop_watch = pr_watch_new(dog, "main loop");
+	g_main_context_set_poll_func(context, dog ? watched_poll : NULL);
+}

@@ -1,0 +1,534 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Theory of operation: the source's memory
+ *
+ * What the destination may read is registered for remote READ and nothing else, in this path's own
+ * protection domain, and ends with it. Registering pins, and pinning a hole would fill it: so only
+ * extents that hold data (SEEK_DATA) are registered, in pieces of up to CHUNK bytes, by several threads.
+ *
+ * The guest may still run while connect() registers, so that when it has stopped not all of that is right any
+ * more. Two things can have happened:
+ *  - a hole has become data: a new extent.
+ *  - the guest gave memory back (a balloon, free page reporting: the memfd got a hole) and perhaps took it
+ *    again. Our pin then keeps the old page, which is no longer the guest's; the destination would read
+ *    what is long gone. Punching a hole also takes the page out of every mapping of the memfd. So each piece
+ *    has one that is there for nothing else: it is filled before the piece is pinned and never touched
+ *    again. A page that is not present there (/proc/self/pagemap) may have been exchanged. It has to be a
+ *    mapping for each piece, since filling one also brings in whatever lies around in the same mapping, and
+ *    not the one that is registered, since pinning does the same.
+ *
+ * That a READ never meets a page that was exchanged rests on the order, page by page: nothing is granted before the
+ * guest has stopped, when the memfd changes no more. Then pr_verbs_export_within() looks at a range, as often and in
+ * whatever pieces the caller likes. A page that is present in its piece's own mapping has been there since before it
+ * was pinned: what is pinned is the guest's page, now and for good; it is granted. Every other page is looked for in
+ * the memfd, with SEEK_DATA: a hole is not granted, the engine says that it is zero; data is registered anew,
+ * and granted with the new key. So the looking may go on while other READs are under way: the destination can read
+ * what was granted, and that is right already. The piece with the old pages stays registered until the path ends:
+ * nobody has been told its key for them. A page that the kernel took out of the mapping for reasons of its own costs
+ * one more registration, and that is all.
+ *
+ * A device has only so many memory regions, and each costs a system call. When there are more than
+ * EXTENTS_MAX extents, or half of what the device has, those with small holes between them are taken together,
+ * and these holes filled.
+ *
+ * Kernels before 6.2 pin for writing whatever the access, which a read-only shared mapping does not
+ * permit (EFAULT). Then we make a writable mapping of the same memfd, for the pinning alone: the peer still
+ * gets REMOTE_READ only.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "transport/extents.h"
+#include "transport/rdma/path.h"
+
+#define CHUNK	      (1024ull * 1024 * 1024)
+#define EXTENTS_MAX   8192
+#define SMALLEST_HOLE (64ull * 1024)
+#define MAX_THREADS   4
+#define PAGES_AT_ONCE 8192
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#endif
+
+static uint64_t page_size(void)
+{
+	return (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* The next data in [from, end). A region without a memfd is all data. */
+static gboolean next_data(const PrRegion *region, uint64_t from, uint64_t end, PrExtent *ret)
+{
+	end = MIN(end, region->size);
+	*ret = (PrExtent){from, end};
+	return region->memfd < 0
+		       ? from < end
+		       : pr_extent_next(region->memfd, region->memfd_offset, from, end, ret);
+}
+
+uint64_t pr_verbs_export_bytes(const PrRegion *regions, guint n)
+{
+	uint64_t bytes = 0;
+
+	for (guint i = 0; i < n; i++) {
+		PrExtent extent = {0};
+
+		while (next_data(&regions[i], extent.end, regions[i].size, &extent))
+			bytes += extent.end - extent.start;
+	}
+	return bytes;
+}
+
+static int compare(gconstpointer a, gconstpointer b)
+{
+	const PrVerbsExport *x = a, *y = b;
+
+	if (x->block != y->block)
+		return x->block < y->block ? -1 : 1;
+	return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+static void add_chunks(const PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t start,
+		       uint64_t end)
+{
+	uint64_t chunk_bytes = MIN(CHUNK, path->rail.caps.max_mr_size & ~(page_size() - 1));
+
+	for (uint64_t at = start; at < end; at += chunk_bytes) {
+		PrVerbsExport chunk = {
+			.block = block, .offset = at, .length = MIN(chunk_bytes, end - at)};
+
+		g_array_append_val(todo, chunk);
+	}
+}
+
+/* Adds what of an extent is not among the block's exports, which are sorted; *next is the first one
+ * that may matter. */
+static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const PrExtent *extent,
+			guint *next)
+{
+	uint64_t at = extent->start;
+
+	for (; *next < path->exports->len && at < extent->end; (*next)++) {
+		const PrVerbsExport *have = &g_array_index(path->exports, PrVerbsExport, *next);
+
+		if (have->block > block || have->offset >= extent->end)
+			break;
+		if (have->block < block || have->offset + have->length <= at)
+			continue;
+		if (have->offset > at)
+			add_chunks(path, todo, block, at, have->offset);
+		at = have->offset + have->length;
+		if (at > extent->end)
+			break;
+	}
+	if (at < extent->end)
+		add_chunks(path, todo, block, at, extent->end);
+}
+
+static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t smallest_hole)
+{
+	const PrRegion *region = &path->regions[block];
+	PrExtent extent = {0}, next;
+	guint have = 0;
+
+	if (!next_data(region, 0, region->size, &extent))
+		return;
+	while (next_data(region, extent.end, region->size, &next)) {
+		if (next.start - extent.end < smallest_hole) {
+			extent.end = next.end;
+			continue;
+		}
+		add_missing(path, todo, block, &extent, &have);
+		extent = next;
+	}
+	add_missing(path, todo, block, &extent, &have);
+}
+
+static GArray *scan(PrVerbsPath *path)
+{
+	GArray *todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+	/* Of a device that has few memory regions we take no more than half. */
+	guint max = MIN(EXTENTS_MAX, (guint)path->rail.caps.max_mr / 2);
+
+	for (uint64_t hole = 0;; hole = MAX(hole * 4, SMALLEST_HOLE)) {
+		g_array_set_size(todo, 0);
+		for (guint i = 0; i < path->n_regions; i++)
+			scan_region(path, todo, i, hole);
+		if (todo->len <= max || hole >= CHUNK)
+			return todo;
+	}
+}
+
+static uint8_t *host(const PrVerbsPath *path, uint32_t block)
+{
+	void *writable = path->writable[block].addr;
+
+	return writable ? writable : path->regions[block].addr;
+}
+
+/* ---- a mapping that shows which pages were exchanged ---- */
+
+static uint8_t *watched(const PrVerbsExport *export)
+{
+	return (uint8_t *)export->watch.addr + export->watch_at;
+}
+
+/* Maps a piece for `watch`, with all of its pages, as they are now. If that fails, the piece is registered once
+ * more than necessary, and that is all. */
+static void watch(const PrRegion *region, PrVerbsExport *export)
+{
+	off_t from = (off_t)(region->memfd_offset + export->offset);
+	struct stat st;
+	uint64_t size;
+	void *room;
+
+	if (region->memfd < 0 || fstat(region->memfd, &st) < 0)
+		return;
+	/* To be aligned as huge pages want it, and with something behind it that is not mapped, or the kernel
+	 * might join it with its neighbour. */
+	size = export->length + 2 * (uint64_t)st.st_blksize;
+	room = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (room == MAP_FAILED)
+		return;
+	export->watch = (PrVerbsMapping){room, size};
+	export->watch_at = -(uintptr_t)room & ((uintptr_t)st.st_blksize - 1);
+	if (mmap(watched(export), export->length, PROT_READ, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
+		 region->memfd, from) == MAP_FAILED)
+		return;
+	(void)madvise(watched(export), export->length, MADV_DONTDUMP);
+	(void)madvise(watched(export), export->length, MADV_POPULATE_READ);
+}
+
+static void unwatch(PrVerbsExport *export)
+{
+	if (export->watch.addr)
+		munmap(export->watch.addr, export->watch.size);
+	export->watch = (PrVerbsMapping){NULL, 0};
+}
+
+static void drop(PrVerbsExport *export)
+{
+	ibv_dereg_mr(export->mr);
+	unwatch(export);
+}
+
+/* ---- registering ---- */
+
+typedef struct Job {
+	PrVerbsPath *path;
+	GArray *todo;
+	GCancellable *cancel;
+	gint next;  /* index in todo; atomic */
+	gint error; /* the first; atomic */
+} Job;
+
+static struct ibv_mr *register_range(PrVerbsPath *path, uint32_t block, uint64_t offset,
+				     uint64_t length)
+{
+	return ibv_reg_mr(path->rail.pd, host(path, block) + offset, length,
+			  IBV_ACCESS_REMOTE_READ);
+}
+
+static gpointer register_thread(gpointer opaque)
+{
+	Job *job = opaque;
+
+	while (!g_atomic_int_get(&job->error) && !g_cancellable_is_cancelled(job->cancel)) {
+		guint i = (guint)g_atomic_int_add(&job->next, 1);
+		PrVerbsExport *export;
+
+		if (i >= job->todo->len)
+			break;
+		export = &g_array_index(job->todo, PrVerbsExport, i);
+		watch(&job->path->regions[export->block], export);
+		export->mr =
+			register_range(job->path, export->block, export->offset, export->length);
+		if (!export->mr)
+			g_atomic_int_set(&job->error, errno ? errno : EIO);
+	}
+	return NULL;
+}
+
+static void run_job(Job *job)
+{
+	GThread *threads[MAX_THREADS];
+	guint n = MIN(MAX_THREADS, job->todo->len);
+
+	/* Fewer of them do as well. */
+	for (guint i = 1; i < n; i++)
+		threads[i] = g_thread_try_new("pr-rdma-register", register_thread, job, NULL);
+	register_thread(job);
+	for (guint i = 1; i < n; i++)
+		if (threads[i])
+			g_thread_join(threads[i]);
+}
+
+/* Whether the kernel refuses to pin a read-only mapping: found out on one page. */
+static gboolean needs_writable(PrVerbsPath *path, const PrVerbsExport *sample)
+{
+	struct ibv_mr *mr;
+
+	if (path->regions[sample->block].memfd < 0 || path->writable[sample->block].addr)
+		return FALSE;
+	mr = register_range(path, sample->block, sample->offset, page_size());
+	if (!mr)
+		return errno == EFAULT;
+	ibv_dereg_mr(mr);
+	return FALSE;
+}
+
+static gboolean map_writable(PrVerbsPath *path, GError **error)
+{
+	for (guint i = 0; i < path->n_regions; i++) {
+		const PrRegion *region = &path->regions[i];
+		void *map;
+
+		if (path->writable[i].addr || region->memfd < 0 || !region->size)
+			continue;
+		map = mmap(NULL, region->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+			   region->memfd, (off_t)region->memfd_offset);
+		if (map == MAP_FAILED)
+			return pr_verbs_error(path->uri,
+					      "this kernel pins memory only for writing, and the "
+					      "guest's cannot be mapped for that",
+					      errno, error);
+		(void)madvise(map, region->size, MADV_DONTDUMP);
+		path->writable[i] = (PrVerbsMapping){map, region->size};
+	}
+	return TRUE;
+}
+
+static gboolean register_all(PrVerbsPath *path, GArray *todo, GCancellable *cancel, GError **error)
+{
+	Job job = {.path = path, .todo = todo, .cancel = cancel};
+
+	if (!todo->len)
+		return TRUE;
+	if (needs_writable(path, &g_array_index(todo, PrVerbsExport, 0)) &&
+	    !map_writable(path, error))
+		return FALSE;
+	run_job(&job);
+	/* What is registered is ours to free, whatever became of the rest. */
+	for (guint i = 0; i < todo->len; i++) {
+		PrVerbsExport *export = &g_array_index(todo, PrVerbsExport, i);
+
+		if (export->mr)
+			g_array_append_val(path->exports, *export);
+		else
+			unwatch(export);
+	}
+	g_array_sort(path->exports, compare);
+	if (g_cancellable_set_error_if_cancelled(cancel, error))
+		return FALSE;
+	if (job.error)
+		return pr_verbs_error(path->uri, "cannot register guest memory", job.error, error);
+	return TRUE;
+}
+
+gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error)
+{
+	g_autoptr(GArray) todo = scan(path);
+
+	return register_all(path, todo, cancel, error);
+}
+
+/* ---- what may be granted: the guest has stopped ---- */
+
+static PrGrant grant_of(const PrVerbsExport *export, uint64_t start, uint64_t end)
+{
+	return (PrGrant){
+		.block = export->block,
+		.offset = start,
+		.length = end - start,
+		.addr = (uintptr_t) export->mr->addr + (start - export->offset),
+		.key = export->mr->rkey,
+	};
+}
+
+/* Adds the runs of pages in [start, end) of a piece that are its own mapping's still. Where that cannot be told, there
+ * are none. */
+static void add_kept_runs(GArray *kept, int pagemap, const PrVerbsExport *export, uint64_t start,
+			  uint64_t end)
+{
+	const uint64_t present = 1ull << 63, bytes = page_size();
+	g_autofree uint64_t *entries = g_new(uint64_t, PAGES_AT_ONCE);
+	uint64_t run = end; /* where one begins; `end`: there is none */
+
+	for (uint64_t at = start; at < end;) {
+		uint64_t n = MIN((end - at) / bytes, PAGES_AT_ONCE);
+		ssize_t size = (ssize_t)(n * sizeof(*entries));
+		uint64_t first = ((uintptr_t)watched(export) + at - export->offset) / bytes;
+
+		if (pread(pagemap, entries, (size_t)size, (off_t)(first * sizeof(*entries))) !=
+		    size)
+			memset(entries, 0, (size_t)size);
+		for (uint64_t i = 0; i < n; i++, at += bytes) {
+			gboolean here = (entries[i] & present) != 0;
+
+			if (here && run == end)
+				run = at;
+			if (here || run == end)
+				continue;
+			g_array_append_vals(kept, &(PrGrant[]){grant_of(export, run, at)}, 1);
+			run = end;
+		}
+	}
+	if (run < end)
+		g_array_append_vals(kept, &(PrGrant[]){grant_of(export, run, end)}, 1);
+}
+
+static int by_offset(gconstpointer a, gconstpointer b)
+{
+	const PrGrant *x = a, *y = b;
+
+	return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+/* What of a range is registered, and still the guest's: sorted. */
+static GArray *find_kept(PrVerbsPath *path, uint32_t block, uint64_t start, uint64_t end)
+{
+	GArray *kept = g_array_new(FALSE, FALSE, sizeof(PrGrant));
+	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+
+	for (guint i = 0; i < path->exports->len; i++) {
+		const PrVerbsExport *export = &g_array_index(path->exports, PrVerbsExport, i);
+		uint64_t from = MAX(start, export->offset);
+		uint64_t to = MIN(end, export->offset + export->length);
+
+		if (export->block != block || from >= to)
+			continue;
+		if (path->regions[block].memfd < 0)
+			g_array_append_vals(kept, &(PrGrant[]){grant_of(export, from, to)}, 1);
+		else if (export->watch.addr)
+			add_kept_runs(kept, pagemap, export, from, to);
+	}
+	if (pagemap >= 0)
+		close(pagemap);
+	g_array_sort(kept, by_offset);
+	return kept;
+}
+
+static void add_data(const PrRegion *region, GArray *fresh, uint64_t start, uint64_t end)
+{
+	PrExtent extent = {.end = start};
+
+	while (next_data(region, extent.end, end, &extent))
+		g_array_append_val(fresh, extent);
+}
+
+/* The data in what is left of the range; sorted. */
+static GArray *find_fresh(const PrRegion *region, const GArray *kept, uint64_t start, uint64_t end)
+{
+	GArray *fresh = g_array_new(FALSE, FALSE, sizeof(PrExtent));
+	uint64_t at = start;
+
+	for (guint i = 0; i < kept->len; i++) {
+		const PrGrant *run = &g_array_index(kept, PrGrant, i);
+
+		if (run->offset > at)
+			add_data(region, fresh, at, run->offset);
+		at = MAX(at, run->offset + run->length);
+	}
+	if (at < end)
+		add_data(region, fresh, at, end);
+	return fresh;
+}
+
+/* Takes extents with less than `gap` between them together: holes are filled, kept pages are registered twice. */
+static void join(GArray *extents, uint64_t gap)
+{
+	guint n = 0;
+
+	for (guint i = 0; i < extents->len; i++) {
+		PrExtent next = g_array_index(extents, PrExtent, i);
+		PrExtent *last = n > 0 ? &g_array_index(extents, PrExtent, n - 1) : NULL;
+
+		if (last && next.start - last->end < gap)
+			last->end = next.end;
+		else
+			g_array_index(extents, PrExtent, n++) = next;
+	}
+	g_array_set_size(extents, n);
+}
+
+/* How many memory regions a range of so many bytes may take of those that are left. */
+static guint share(const PrVerbsPath *path, uint64_t bytes)
+{
+	guint max = MIN(EXTENTS_MAX, (guint)path->rail.caps.max_mr / 2);
+	guint left = max - MIN(max, path->exports->len);
+	uint64_t all = 0;
+
+	for (guint i = 0; i < path->n_regions; i++)
+		all += path->regions[i].size;
+	return MAX(4, (guint)((double)left * (double)bytes / (double)all));
+}
+
+/* Appends what was found, in order, each byte once and neighbours together. */
+static void merge_grants(GArray *found, GArray *ret)
+{
+	uint64_t at = 0;
+	PrGrant *last = NULL;
+
+	g_array_sort(found, by_offset);
+	for (guint i = 0; i < found->len; i++) {
+		PrGrant next = g_array_index(found, PrGrant, i);
+		uint64_t end = next.offset + next.length;
+		uint64_t cut = at > next.offset ? at - next.offset : 0;
+
+		if (cut >= next.length)
+			continue;
+		next.offset += cut;
+		next.addr += cut;
+		next.length -= cut;
+		at = end;
+		if (last && last->key == next.key && last->offset + last->length == next.offset &&
+		    last->addr + last->length == next.addr) {
+			last->length += next.length;
+			continue;
+		}
+		g_array_append_val(ret, next);
+		last = &g_array_index(ret, PrGrant, ret->len - 1);
+	}
+}
+
+gboolean pr_verbs_export_within(PrVerbsPath *path, uint32_t block, uint64_t offset, uint64_t length,
+				GArray *ret, GError **error)
+{
+	g_autoptr(GArray) found = find_kept(path, block, offset, offset + length);
+	g_autoptr(GArray) fresh = find_fresh(&path->regions[block], found, offset, offset + length);
+	g_autoptr(GArray) todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+	guint most = share(path, length);
+
+	for (uint64_t gap = SMALLEST_HOLE; fresh->len > most; gap *= 4)
+		join(fresh, gap);
+	for (guint i = 0; i < fresh->len; i++) {
+		const PrExtent *extent = &g_array_index(fresh, PrExtent, i);
+
+		add_chunks(path, todo, block, extent->start, extent->end);
+	}
+	if (!register_all(path, todo, NULL, error))
+		return FALSE;
+	for (guint i = 0; i < todo->len; i++) {
+		const PrVerbsExport *export = &g_array_index(todo, PrVerbsExport, i);
+		PrGrant grant = grant_of(export, export->offset, export->offset + export->length);
+
+		g_array_append_val(found, grant);
+	}
+	merge_grants(found, ret);
+	return TRUE;
+}
+
+void pr_verbs_export_free(PrVerbsPath *path)
+{
+	for (guint i = 0; path->exports && i < path->exports->len; i++)
+		drop(&g_array_index(path->exports, PrVerbsExport, i));
+	g_clear_pointer(&path->exports, g_array_unref);
+	for (guint i = 0; path->writable && i < path->n_regions; i++)
+		if (path->writable[i].addr)
+			munmap(path->writable[i].addr, path->writable[i].size);
+	g_clear_pointer(&path->writable, g_free);
+}

@@ -1,0 +1,263 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The destination's listening id. A thread of its own reads rdma_cm's events, for two reasons:
+ *  - connect requests that nobody waits for (yet) are kept, at the desk where they meet accept().
+ *  - when the device goes away, the kernel waits for us to let go of it. The thread does, and listens again
+ *    as soon as the address is on some RDMA device again. (librdmacm keeps the device open all the same. Most
+ *    drivers go nevertheless; soft-RoCE waits for the end of our process. Making librdmacm look again,
+ *    by rdma_get_devices(), may lock it up for good: its version 44 then takes a lock twice.)
+ */
+#include <arpa/inet.h>
+#include <errno.h>
+
+#include "transport/backends.h"
+#include "transport/net/dial.h"
+#include "transport/lane-rendezvous.h"
+#include "util/try-alloc.h"
+#include "transport/rdma/path.h"
+
+#define BACKLOG	    16
+#define RELISTEN_MS 250
+#define RESOLVE_MS  5000
+
+typedef struct Request {
+	struct rdma_cm_id *id;
+	guint depth;
+} Request;
+
+typedef struct VerbsListener {
+	PrDataListener base;
+	/* constant */
+	PrUri *uri;
+	PrVerbsOptions options;
+	struct sockaddr_storage address; /* with the port that we got */
+	PrLaneDesk *desk;		 /* of Request* */
+	PrWaker waker;			 /* of the thread; wake: anyone */
+	GThread *thread;
+
+	gint closing; /* atomic */
+	struct rdma_event_channel
+		*channel;      /* the thread's, as is id; before it starts, listen()'s */
+	struct rdma_cm_id *id; /* NULL while the device is gone */
+} VerbsListener;
+
+/* PrDeskRefuse */
+static void request_reject(gpointer data, const char *reason, gpointer opaque)
+{
+	Request *request = data;
+
+	pr_verbs_reject(request->id, reason);
+	g_free(request);
+}
+
+static void listener_free(VerbsListener *listener)
+{
+	if (listener->thread) {
+		g_atomic_int_set(&listener->closing, TRUE);
+		pr_waker_wake(&listener->waker);
+		g_thread_join(listener->thread);
+	}
+	pr_lane_desk_free(listener->desk);
+	if (listener->id)
+		rdma_destroy_id(listener->id);
+	if (listener->channel)
+		rdma_destroy_event_channel(listener->channel);
+	pr_waker_clear(&listener->waker);
+	pr_uri_free(listener->uri);
+	g_free(listener);
+}
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(VerbsListener, listener_free)
+
+/* Where both families have the port. */
+static in_port_t *port_of(VerbsListener *listener)
+{
+	if (listener->address.ss_family == AF_INET6)
+		return &((struct sockaddr_in6 *)&listener->address)->sin6_port;
+	return &((struct sockaddr_in *)&listener->address)->sin_port;
+}
+
+static gboolean check_bound(VerbsListener *listener, GError **error)
+{
+	const char *wanted = listener->options.device;
+	const char *name =
+		listener->id->verbs ? ibv_get_device_name(listener->id->verbs->device) : NULL;
+
+	if (!wanted || !g_strcmp0(wanted, name))
+		return TRUE;
+	g_set_error(
+		error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		"path %s: option dev=%s, but that address is on %s; listen at the address of %s, "
+		"or leave dev out",
+		listener->uri->text, wanted, name ? name : "all devices", wanted);
+	return FALSE;
+}
+
+/* Also chooses the port, where it is 0. */
+static gboolean open_id(VerbsListener *listener, GError **error)
+{
+	const PrUri *uri = listener->uri;
+
+	if (rdma_create_id(listener->channel, &listener->id, NULL, RDMA_PS_TCP))
+		return pr_verbs_error(uri, "no rdma_cm id", errno, error);
+	if (rdma_bind_addr(listener->id, (struct sockaddr *)&listener->address))
+		return pr_verbs_error(uri, "cannot listen for RDMA connections at that address",
+				      errno, error);
+	if (!check_bound(listener, error))
+		return FALSE;
+	if (rdma_listen(listener->id, BACKLOG))
+		return pr_verbs_error(uri, "cannot listen for RDMA connections", errno, error);
+	if (!*port_of(listener))
+		*port_of(listener) = rdma_get_src_port(listener->id);
+	return TRUE;
+}
+
+/* ---- the thread ---- */
+
+static void keep_request(VerbsListener *listener, const PrVerbsEvent *event)
+{
+	/* rdma_cm pads private data. */
+	gsize size = MIN(event->n_data, PR_LANE_HELLO_BYTES);
+	PrLaneHello hello;
+	Request *request;
+
+	if (!pr_lane_hello_decode(event->data, size, &hello, NULL)) {
+		pr_verbs_reject(event->id, "that is no Postroad");
+		return;
+	}
+	request = g_new0(Request, 1);
+	request->id = event->id;
+	request->depth = event->depth;
+	pr_lane_desk_offer(listener->desk, request, &hello);
+}
+
+static gboolean has_id(gconstpointer request, gconstpointer id)
+{
+	return ((const Request *)request)->id == id;
+}
+
+/* A request that has come to nothing before anybody took it. */
+static void forget_request(VerbsListener *listener, const struct rdma_cm_id *id)
+{
+	Request *found = pr_lane_desk_withdraw(listener->desk, has_id, id);
+
+	if (found)
+		request_reject(found, "it has come to nothing", NULL);
+}
+
+static void take_event(VerbsListener *listener, const PrVerbsEvent *event)
+{
+	if (event->type == RDMA_CM_EVENT_CONNECT_REQUEST) {
+		keep_request(listener, event);
+	} else if (event->id != listener->id) {
+		forget_request(listener, event->id);
+	} else if (event->type == RDMA_CM_EVENT_DEVICE_REMOVAL) {
+		g_message("path %s: the RDMA device was removed; listening again when it is back",
+			  listener->uri->text);
+		g_clear_pointer(&listener->id, rdma_destroy_id);
+	}
+}
+
+static void listen_again(VerbsListener *listener)
+{
+	g_autoptr(GError) error = NULL;
+
+	if (open_id(listener, &error)) {
+		g_message("path %s: listening again", listener->uri->text);
+		return;
+	}
+	g_debug("%s", error->message);
+	if (listener->id)
+		g_clear_pointer(&listener->id, rdma_destroy_id);
+}
+
+static gpointer listener_thread(gpointer opaque)
+{
+	VerbsListener *listener = opaque;
+	struct pollfd fd = {.fd = listener->waker.epoll_fd, .events = POLLIN};
+
+	while (!g_atomic_int_get(&listener->closing)) {
+		PrVerbsEvent event;
+
+		if (!listener->id)
+			listen_again(listener);
+		while (pr_verbs_next_event(listener->channel, &event))
+			take_event(listener, &event);
+		poll(&fd, 1, listener->id ? -1 : RELISTEN_MS);
+	}
+	return NULL;
+}
+
+/* ---- the engine's side ---- */
+
+static gboolean find_address(VerbsListener *listener, GError **error)
+{
+	gint64 deadline = pr_backend_deadline(RESOLVE_MS);
+	g_autoptr(GPtrArray) addresses =
+		pr_resolve(listener->uri->host, listener->uri->port, deadline, NULL, error);
+
+	if (!addresses) {
+		g_prefix_error(error, "path %s: ", listener->uri->text);
+		return FALSE;
+	}
+	return g_socket_address_to_native(addresses->pdata[0], &listener->address,
+					  sizeof(listener->address), error);
+}
+
+static gboolean open_waker(VerbsListener *listener, GError **error)
+{
+	return pr_waker_init(&listener->waker, error) &&
+	       pr_waker_watch(&listener->waker, listener->channel->fd, error);
+}
+
+PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
+{
+	g_autoptr(VerbsListener) listener = g_new0(VerbsListener, 1);
+
+	listener->base.ops = pr_transport_rdma;
+	listener->uri = pr_uri_copy(uri);
+	listener->waker = PR_WAKER_INIT;
+	if (!pr_verbs_parse_options(listener->uri, &listener->options, error) ||
+	    !find_address(listener, error))
+		return NULL;
+	listener->channel = pr_verbs_open_channel(uri, error);
+	if (!listener->channel || !open_waker(listener, error) || !open_id(listener, error))
+		return NULL;
+	listener->desk = pr_lane_desk_new(request_reject, NULL, error);
+	if (!listener->desk)
+		return NULL;
+	listener->thread = pr_thread_try("pr-rdma-listen", listener_thread, listener, error);
+	return listener->thread ? &g_steal_pointer(&listener)->base : NULL;
+}
+
+uint16_t pr_verbs_listener_port(PrDataListener *base)
+{
+	return ntohs(*port_of((VerbsListener *)base));
+}
+
+void pr_verbs_listener_close(PrDataListener *listener)
+{
+	listener_free((VerbsListener *)listener);
+}
+
+void pr_verbs_expect(PrDataListener *listener, const PrBinding *binding)
+{
+	pr_lane_desk_expect(((VerbsListener *)listener)->desk, binding);
+}
+
+void pr_verbs_forget(PrDataListener *listener, const PrBinding *binding)
+{
+	pr_lane_desk_forget(((VerbsListener *)listener)->desk, binding);
+}
+
+struct rdma_cm_id *pr_verbs_listener_next(PrDataListener *base, const PrPathSetup *setup,
+					  gint64 deadline, PrLaneId *ret_lane, guint *ret_depth,
+					  GError **error)
+{
+	g_autofree Request *request =
+		pr_lane_desk_claim(((VerbsListener *)base)->desk, setup, deadline, ret_lane, error);
+
+	if (!request)
+		return NULL;
+	*ret_depth = request->depth;
+	return request->id;
+}
