@@ -157,7 +157,7 @@ static int call_for_fd(PrAgentClient *client, PrAgentOp op, GCancellable *cancel
 	return fd;
 }
 
-int pr_agent_client_fault_on(PrAgentClient *client, GError **error)
+int pr_agent_client_uffd_enable(PrAgentClient *client, GError **error)
 {
 	int uffd = call_for_fd(client, PR_AGENT_FAULT_ON, NULL, error);
 
@@ -167,12 +167,12 @@ int pr_agent_client_fault_on(PrAgentClient *client, GError **error)
 	return uffd;
 }
 
-gboolean pr_agent_client_fault_off(PrAgentClient *client, GError **error)
+gboolean pr_agent_client_uffd_disable(PrAgentClient *client, GError **error)
 {
 	return call_simple(client, PR_AGENT_FAULT_OFF, error);
 }
 
-gboolean pr_agent_client_keep_state(PrAgentClient *client, int memfd, GError **error)
+gboolean pr_agent_client_store_state_fd(PrAgentClient *client, int memfd, GError **error)
 {
 	g_autoptr(PrAgentAnswer) reply =
 		pr_agent_call(client, PR_AGENT_KEEP_STATE, memfd, 1, NULL, error);

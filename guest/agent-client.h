@@ -56,10 +56,10 @@ gboolean pr_agent_client_choose(PrAgentClient *client, const PrGuestBlock *block
 char *pr_agent_client_process(PrAgentClient *client);
 
 gboolean pr_agent_client_probe(PrAgentClient *client, GError **error);
-int pr_agent_client_fault_on(PrAgentClient *client, GError **error);
-gboolean pr_agent_client_fault_off(PrAgentClient *client, GError **error);
+int pr_agent_client_uffd_enable(PrAgentClient *client, GError **error);
+gboolean pr_agent_client_uffd_disable(PrAgentClient *client, GError **error);
 /* memfd -1: forget the one kept so far. */
-gboolean pr_agent_client_keep_state(PrAgentClient *client, int memfd, GError **error);
+gboolean pr_agent_client_store_state_fd(PrAgentClient *client, int memfd, GError **error);
 /* -1 without an error: the agent keeps none. */
 int pr_agent_client_fetch_state(PrAgentClient *client, GError **error);
 

@@ -148,7 +148,7 @@ static gboolean agent_stop(PrGuest *guest, gboolean *ret_was_running, GError **e
 
 /* To stop it once more does no harm, and is how the agent is asked whether it ran (agent/worker.c). It may still
  * be at what the last engine wanted. */
-static gboolean agent_take_stopped(PrGuest *guest, gboolean was_running, GError **error)
+static gboolean agent_assume_stopped(PrGuest *guest, gboolean was_running, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() + BUSY_MS * G_TIME_SPAN_MILLISECOND;
 
@@ -291,14 +291,14 @@ static GArray *agent_vcpu_threads(PrGuest *guest, GError **error)
 	return g_array_new(FALSE, FALSE, sizeof(uint32_t));
 }
 
-static int agent_fault_on(PrGuest *guest, GError **error)
+static int agent_uffd_enable(PrGuest *guest, GError **error)
 {
-	return pr_agent_client_fault_on(((AgentGuest *)guest)->client, error);
+	return pr_agent_client_uffd_enable(((AgentGuest *)guest)->client, error);
 }
 
-static gboolean agent_fault_off(PrGuest *guest, GError **error)
+static gboolean agent_uffd_disable(PrGuest *guest, GError **error)
 {
-	return pr_agent_client_fault_off(((AgentGuest *)guest)->client, error);
+	return pr_agent_client_uffd_disable(((AgentGuest *)guest)->client, error);
 }
 
 static int agent_allocator(PrGuest *guest, GError **error)
@@ -327,9 +327,9 @@ static void agent_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *
 {
 }
 
-static gboolean agent_keep_state(PrGuest *guest, int memfd, GError **error)
+static gboolean agent_store_state_fd(PrGuest *guest, int memfd, GError **error)
 {
-	return pr_agent_client_keep_state(((AgentGuest *)guest)->client, memfd, error);
+	return pr_agent_client_store_state_fd(((AgentGuest *)guest)->client, memfd, error);
 }
 
 static int agent_fetch_state(PrGuest *guest, GError **error)
@@ -350,7 +350,7 @@ const PrGuestOps pr_guest_agent = {
 	.process = agent_process,
 	.adopt = agent_adopt,
 	.is_running = agent_is_running,
-	.take_stopped = agent_take_stopped,
+	.assume_stopped = agent_assume_stopped,
 	.stop = agent_stop,
 	.resume = agent_resume,
 	.save = agent_save,
@@ -360,14 +360,14 @@ const PrGuestOps pr_guest_agent = {
 	.load_abort = agent_load_abort,
 	.run = agent_run,
 	.vcpu_threads = agent_vcpu_threads,
-	.fault_on = agent_fault_on,
-	.fault_off = agent_fault_off,
+	.uffd_enable = agent_uffd_enable,
+	.uffd_disable = agent_uffd_disable,
 	.allocator = agent_allocator,
 	.fence = agent_fence,
 	.unfence = agent_unfence,
 	.was_fenced = agent_was_fenced,
 	.on_run_again = agent_on_run_again,
-	.keep_state = agent_keep_state,
+	.store_state_fd = agent_store_state_fd,
 	.fetch_state = agent_fetch_state,
 	.on_death = agent_on_death,
 };

@@ -91,11 +91,11 @@ struct PrGuestOps {
 				     GError **error);
 
 	/* Source. is_running(): what stop() is about to say, so that it can be written down first.
-	 * take_stopped(): what an engine that has died since wrote down then; that one may have got no
+	 * assume_stopped(): what an engine that has died since wrote down then; that one may have got no
 	 * further, or have begun to save. resume() undoes it. A kind whose process remembers
 	 * itself who was stopped says TRUE, and does not believe what it is told. */
 	gboolean (*is_running)(PrGuest *guest, gboolean *ret_running, GError **error);
-	gboolean (*take_stopped)(PrGuest *guest, gboolean was_running, GError **error);
+	gboolean (*assume_stopped)(PrGuest *guest, gboolean was_running, GError **error);
 
 	/* While the guest still runs. Source: describe() tells what the destination must be like, save_early() what
 	 * it may have early. Destination: load_early() takes the pieces of both as they come, and refuses a guest
@@ -139,9 +139,9 @@ struct PrGuestOps {
 	 * process, every block registered MISSING|MINOR, stale page table entries dropped. Returns
 	 * the descriptor (non-blocking, the caller's to close) or -1. The agent keeps a duplicate; where the
 	 * fault mode is on already, by an engine that has died, it gives that one and changes nothing. */
-	int (*fault_on)(PrGuest *guest, GError **error);
+	int (*uffd_enable)(PrGuest *guest, GError **error);
 	/* Unregisters, wakes everybody, closes the agent's duplicate. Harmless when off. */
-	gboolean (*fault_off)(PrGuest *guest, GError **error);
+	gboolean (*uffd_disable)(PrGuest *guest, GError **error);
 	/* The guest's process has ended: closes what keeps its address space busy, which is any userfaultfd of it that the guest
 	 * object has. NULL: it has none. */
 	void (*let_go)(PrGuest *guest);
@@ -163,7 +163,7 @@ struct PrGuestOps {
 	void (*on_run_again)(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque);
 
 	/* The agent keeps the engine's state memfd, and gives it back (a new descriptor, or -1). */
-	gboolean (*keep_state)(PrGuest *guest, int memfd, GError **error);
+	gboolean (*store_state_fd)(PrGuest *guest, int memfd, GError **error);
 	int (*fetch_state)(PrGuest *guest, GError **error);
 
 	/* Watches for the death of the guest's process; NULL: no more,

@@ -345,7 +345,7 @@ static gboolean qemu_is_running(PrGuest *guest, gboolean *ret_running, GError **
 	return query_running((QemuGuest *)guest, ret_running, error);
 }
 
-static gboolean qemu_take_stopped(PrGuest *guest, gboolean was_running, GError **error)
+static gboolean qemu_assume_stopped(PrGuest *guest, gboolean was_running, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
@@ -500,10 +500,10 @@ static GArray *qemu_vcpu_threads(PrGuest *guest, GError **error)
 	return connect_qmp(self, error) ? pr_qemu_vcpu_threads(self->qmp, error) : NULL;
 }
 
-static int qemu_fault_on(PrGuest *guest, GError **error)
+static int qemu_uffd_enable(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
-	int uffd = pr_agent_client_fault_on(self->agent, error);
+	int uffd = pr_agent_client_uffd_enable(self->agent, error);
 
 	if (uffd >= 0 && pr_agent_client_is_helper(self->agent))
 		keep_uffd(self, fcntl(uffd, F_DUPFD_CLOEXEC, 3));
@@ -521,12 +521,12 @@ static gboolean unregister(QemuGuest *self)
 	return TRUE;
 }
 
-static gboolean qemu_fault_off(PrGuest *guest, GError **error)
+static gboolean qemu_uffd_disable(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 	g_autoptr(GError) failure = NULL;
 
-	if (!pr_agent_client_fault_off(self->agent, &failure) &&
+	if (!pr_agent_client_uffd_disable(self->agent, &failure) &&
 	    (!g_error_matches(failure, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE) ||
 	     !unregister(self))) {
 		g_propagate_error(error, g_steal_pointer(&failure));
@@ -594,9 +594,9 @@ static void qemu_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *o
 	pr_qemu_watch_tell(((QemuGuest *)guest)->watch, ran_again, opaque);
 }
 
-static gboolean qemu_keep_state(PrGuest *guest, int memfd, GError **error)
+static gboolean qemu_store_state_fd(PrGuest *guest, int memfd, GError **error)
 {
-	return pr_agent_client_keep_state(((QemuGuest *)guest)->agent, memfd, error);
+	return pr_agent_client_store_state_fd(((QemuGuest *)guest)->agent, memfd, error);
 }
 
 static int qemu_fetch_state(PrGuest *guest, GError **error)
@@ -632,7 +632,7 @@ const PrGuestOps pr_guest_qemu = {
 	.process = qemu_process,
 	.adopt = qemu_adopt,
 	.is_running = qemu_is_running,
-	.take_stopped = qemu_take_stopped,
+	.assume_stopped = qemu_assume_stopped,
 	.describe = qemu_describe,
 	.save_early = qemu_save_early,
 	.load_early = qemu_load_early,
@@ -648,15 +648,15 @@ const PrGuestOps pr_guest_qemu = {
 	.load_abort = qemu_load_abort,
 	.run = qemu_run,
 	.vcpu_threads = qemu_vcpu_threads,
-	.fault_on = qemu_fault_on,
-	.fault_off = qemu_fault_off,
+	.uffd_enable = qemu_uffd_enable,
+	.uffd_disable = qemu_uffd_disable,
 	.let_go = qemu_let_go,
 	.allocator = qemu_allocator,
 	.fence = qemu_fence,
 	.unfence = qemu_unfence,
 	.was_fenced = qemu_was_fenced,
 	.on_run_again = qemu_on_run_again,
-	.keep_state = qemu_keep_state,
+	.store_state_fd = qemu_store_state_fd,
 	.fetch_state = qemu_fetch_state,
 	.on_death = qemu_on_death,
 };

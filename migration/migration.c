@@ -35,7 +35,7 @@ static gint64 now_us(void)
 
 /* ---- changes of state ---- */
 
-static void note_state(PrMigration *m, PrState old, const char *reason)
+static void queue_state_event(PrMigration *m, PrState old, const char *reason)
 {
 	PrNotice *notice = g_new(PrNotice, 1);
 
@@ -61,7 +61,7 @@ PrAction pr_migration_step_locked(PrMigration *m, PrEvent event, PrRole role, co
 		m->pages_at_pause = (m->sm.role == PR_ROLE_DESTINATION
 					     ? pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE
 					     : m->progress.received_pages);
-	note_state(m, old, reason);
+	queue_state_event(m, old, reason);
 	return action;
 }
 
@@ -69,7 +69,7 @@ void pr_migration_restore_locked(PrMigration *m, PrRole role, PrState state, gbo
 				 const char *reason)
 {
 	pr_state_restore(&m->sm, role, state, run, now_us());
-	note_state(m, PR_STATE_NONE, reason);
+	queue_state_event(m, PR_STATE_NONE, reason);
 }
 
 void pr_migration_note_path(PrMigration *m, const PrPathRecord *record, const char *reason)
@@ -96,7 +96,7 @@ static void tell(PrMigration *m, const PrNotice *notice)
 			       hooks->opaque);
 }
 
-void pr_migration_tell(PrMigration *m)
+void pr_session_flush_events(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
 	while (!m->notifying && !g_queue_is_empty(&m->notices)) {
@@ -129,7 +129,7 @@ gboolean pr_migration_step(PrMigration *m, PrEvent event, const char *reason, GE
 	if (!done)
 		pr_migration_copy_failure(m, error);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return done;
 }
 
@@ -147,7 +147,7 @@ static void account_bytes(PrMigration *m, PrConn *conn)
 	__atomic_fetch_add(&own->bytes, all - MIN(all, others), __ATOMIC_RELAXED);
 }
 
-void pr_migration_withdraw(PrMigration *m)
+void pr_session_detach_conn(PrMigration *m)
 {
 	if (m->conn)
 		account_bytes(m, m->conn);
@@ -165,12 +165,12 @@ static PrEvent event_of(const GError *error)
 	return PR_EVENT_ERROR;
 }
 
-void pr_migration_farewell(PrConn *conn, uint16_t type, const char *reason)
+void pr_send_reason_nowait(PrConn *conn, uint16_t type, const char *reason)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
 	pr_reason_encode(body, reason);
-	pr_control_farewell(conn->control, type, body);
+	pr_control_send_nowait(conn->control, type, body);
 }
 
 /* Tells the peer, if that can be done without waiting, and shuts everything down. */
@@ -185,7 +185,7 @@ static void cut(PrMigration *m, PrAction action, const GError *error)
 	if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER) &&
 	    !g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD) &&
 	    !g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER)) {
-		pr_migration_farewell(m->conn,
+		pr_send_reason_nowait(m->conn,
 				      action == PR_ACTION_UNDO ? PR_MSG_ERROR
 				      : m->held		       ? PR_MSG_HOLD
 							       : PR_MSG_PAUSE,
@@ -201,8 +201,8 @@ static void cut(PrMigration *m, PrAction action, const GError *error)
 void pr_migration_set_held(PrMigration *m, gboolean held)
 {
 	m->held = held;
-	if (m->sm.role == PR_ROLE_DESTINATION && m->ram && m->ram->kept)
-		pr_kept_set_held(m->ram->kept, held);
+	if (m->sm.role == PR_ROLE_DESTINATION && m->ram && m->ram->state_memfd)
+		pr_state_memfd_set_held(m->ram->state_memfd, held);
 }
 
 PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
@@ -225,7 +225,7 @@ PrAction pr_migration_failed_locked(PrMigration *m, const GError *error)
 		pr_path_ended(m, m->conn->name, error);
 	cut(m, action, error);
 	/* What else is heard of this connection is old news. Its owner still has it, and closes it. */
-	pr_migration_withdraw(m);
+	pr_session_detach_conn(m);
 	return action;
 }
 
@@ -235,7 +235,7 @@ void pr_migration_failed(PrMigration *m, PrConn *from, const GError *error)
 	if (!from || m->conn == from)
 		pr_migration_failed_locked(m, error);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 void pr_attempt_failed(PrMigration *m, const GError *error)
@@ -244,7 +244,7 @@ void pr_attempt_failed(PrMigration *m, const GError *error)
 	if (!m->failure)
 		pr_migration_failed_locked(m, error);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 gboolean pr_attempt_has_failed(PrMigration *m)
@@ -266,7 +266,7 @@ static void source_guest_died(PrMigration *m, const char *reason)
 
 	pr_migration_note_locked(m, here);
 	if (m->conn)
-		pr_migration_farewell(m->conn, PR_MSG_NOTE, there);
+		pr_send_reason_nowait(m->conn, PR_MSG_NOTE, there);
 }
 
 /* The destination's is all there was of the guest. A recovery would bring memory that nobody needs: both sides
@@ -302,7 +302,7 @@ static void guest_died(const char *reason, void *opaque)
 	else
 		destination_guest_died(m, reason);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 /* ---- connections ---- */
@@ -324,13 +324,13 @@ gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error)
 void pr_migration_note_locked(PrMigration *m, const char *what)
 {
 	g_warning("%s", what);
-	note_state(m, m->sm.state, what);
+	queue_state_event(m, m->sm.state, what);
 }
 
 void pr_migration_alarm_locked(PrMigration *m, const char *what)
 {
 	g_critical("%s", what);
-	note_state(m, m->sm.state, what);
+	queue_state_event(m, m->sm.state, what);
 }
 
 gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError **error)
@@ -344,7 +344,7 @@ gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError
 	g_mutex_lock(&m->lock);
 	pr_migration_note_locked(m, what);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return TRUE;
 }
 
@@ -364,15 +364,15 @@ gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error)
 	return FALSE;
 }
 
-void pr_newcomer_free(PrNewcomer *newcomer)
+void pr_pending_peer_free(PrPendingPeer *pending_peer)
 {
-	if (!newcomer)
+	if (!pending_peer)
 		return;
-	pr_control_free(newcomer->control);
-	if (newcomer->standby)
-		pr_conn_close(newcomer->standby);
-	pr_hello_clear(&newcomer->hello);
-	g_free(newcomer);
+	pr_control_free(pending_peer->control);
+	if (pending_peer->standby)
+		pr_conn_close(pending_peer->standby);
+	pr_hello_clear(&pending_peer->hello);
+	g_free(pending_peer);
 }
 
 /* ---- life ---- */
@@ -395,8 +395,8 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 	m->keepers = g_ptr_array_new();
 	m->cancel = g_cancellable_new();
 	m->uffd = -1;
-	m->dog = pr_watchdog_new();
-	pr_watchdog_start(m->dog);
+	m->watchdog = pr_watchdog_new();
+	pr_watchdog_start(m->watchdog);
 	guest->ops->on_death(guest, guest_died, m);
 	guest->ops->on_run_again(guest, pr_source_ran_again, m);
 	return m;
@@ -404,7 +404,7 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
 
 PrWatchdog *pr_migration_watchdog(PrMigration *m)
 {
-	return m->dog;
+	return m->watchdog;
 }
 
 void pr_migration_secure(PrMigration *m, const PrSecurity *security)
@@ -418,7 +418,7 @@ static void quit(PrMigration *m)
 	g_autoptr(GError) cancelled = g_error_new_literal(
 		PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_CANCELLED, "the engine quits");
 	g_autoptr(GError) left =
-		g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "the engine quits");
+		g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "the engine quits");
 
 	g_mutex_lock(&m->lock);
 	m->quit = TRUE;
@@ -427,7 +427,7 @@ static void quit(PrMigration *m)
 	pr_migration_failed_locked(m, pr_state_is_postcopy(m->sm.state) ? left : cancelled);
 	g_cond_broadcast(&m->changed);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 void pr_migration_free(PrMigration *m)
@@ -436,22 +436,22 @@ void pr_migration_free(PrMigration *m)
 		return;
 	quit(m);
 	/* Listeners are what these threads accept lanes from. Whoever comes in meanwhile is turned away, or is
-	 * a newcomer that nobody serves. */
-	if (m->owner)
-		g_thread_join(m->owner);
-	if (m->before)
-		g_thread_join(m->before);
+	 * a pending_peer that nobody serves. */
+	if (m->thread)
+		g_thread_join(m->thread);
+	if (m->previous_thread)
+		g_thread_join(m->previous_thread);
 	pr_migration_await_threads(m);
 	for (guint i = 0; i < m->listeners->len; i++)
 		pr_listener_free(g_ptr_array_index(m->listeners, i));
 	m->guest->ops->on_death(m->guest, NULL, NULL);
 	m->guest->ops->on_run_again(m->guest, NULL, NULL);
-	pr_newcomer_free(m->newcomer);
+	pr_pending_peer_free(m->pending_peer);
 	pr_migration_await_threads(m);
-	pr_watchdog_free(m->dog);
+	pr_watchdog_free(m->watchdog);
 	pr_ram_free(m->ram);
 	pr_source_forget(m);
-	pr_record_free(m->record);
+	pr_handover_record_free(m->record);
 	pr_blocktime_free(m->times);
 	g_clear_pointer(&m->uris, g_ptr_array_unref);
 	g_ptr_array_unref(m->listeners);
@@ -574,8 +574,8 @@ static void prefer_uris(PrMigration *m, GPtrArray *uris)
 static gboolean resume_locked(PrMigration *m, GPtrArray *uris, GError **error)
 {
 	gboolean mine = m->sm.role == PR_ROLE_SOURCE;
-	g_autoptr(GError) outranked =
-		g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "migrate -r was asked for");
+	g_autoptr(GError) outranked = g_error_new_literal(
+		PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "migrate -r was asked for");
 
 	/* A human's word ends an automatic attempt. */
 	if (mine && m->resume == PR_RESUME_AUTOMATIC &&
@@ -604,9 +604,9 @@ static gboolean begin_source(PrMigration *m, GThread *old, GError **error)
 
 	g_mutex_lock(&m->lock);
 	if (old)
-		m->before = old;
-	m->owner = pr_thread_try("migration", pr_source_thread, m, &why);
-	gboolean begun = m->owner != NULL;
+		m->previous_thread = old;
+	m->thread = pr_thread_try("migration", pr_source_thread, m, &why);
+	gboolean begun = m->thread != NULL;
 	if (!begun) {
 		g_autoptr(GError) failure = g_error_new_literal(
 			PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM, why->message);
@@ -628,13 +628,13 @@ gboolean pr_migration_start(PrMigration *m, const char *text, gboolean resume, G
 		return FALSE;
 	g_mutex_lock(&m->lock);
 	gboolean done = resume ? resume_locked(m, uris, error) : start_locked(m, uris, error);
-	GThread *old = done && !resume ? g_steal_pointer(&m->owner) : NULL;
+	GThread *old = done && !resume ? g_steal_pointer(&m->thread) : NULL;
 	g_mutex_unlock(&m->lock);
 	if (!done)
 		return FALSE;
 	if (!resume)
 		done = begin_source(m, old, error);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return done;
 }
 
@@ -655,7 +655,7 @@ static gboolean add_listener(PrMigration *m, const PrUri *uri, GCancellable *can
 	g_ptr_array_add(m->listeners, listener);
 	pr_path_step(m, pr_listener_uri(listener)->text, PR_HEALTH_LISTENS, "listening");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	g_message("listening on %s", pr_listener_uri(listener)->text);
 	return TRUE;
 }
@@ -687,9 +687,9 @@ gboolean pr_migration_incoming(PrMigration *m, const char *text, GCancellable *c
 					? "this side is listening already"
 					: "it is only for a side that has done nothing yet",
 				error);
-	else if (!m->owner)
-		m->owner = pr_thread_try("load", pr_load_thread, m, error);
-	fresh = fresh && m->owner;
+	else if (!m->thread)
+		m->thread = pr_thread_try("load", pr_load_thread, m, error);
+	fresh = fresh && m->thread;
 	if (fresh)
 		m->opening = TRUE;
 	g_mutex_unlock(&m->lock);
@@ -719,7 +719,7 @@ gboolean pr_migration_recover(PrMigration *m, const char *text, GCancellable *ca
 
 gboolean pr_migration_pause(PrMigration *m, GError **error)
 {
-	g_autoptr(GError) asked = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED,
+	g_autoptr(GError) asked = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
 						      "migrate_pause was asked for");
 
 	g_mutex_lock(&m->lock);
@@ -734,7 +734,7 @@ gboolean pr_migration_pause(PrMigration *m, GError **error)
 		set_state_error(m, "migrate_pause", "only a migration in postcopy can be paused",
 				error);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return fit;
 }
 
@@ -754,6 +754,6 @@ gboolean pr_migration_cancel(PrMigration *m, GError **error)
 			"migration, migrate -r resumes it",
 			error);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return action != PR_ACTION_REFUSE;
 }

@@ -21,7 +21,7 @@ void pr_migration_begin_times(PrMigration *m)
 	g_mutex_unlock(&m->lock);
 	pr_blocktime_free(old);
 	if (vcpus)
-		pr_kept_set_vcpus(m->ram->kept, (uint32_t *)vcpus->data, vcpus->len);
+		pr_state_memfd_set_vcpus(m->ram->state_memfd, (uint32_t *)vcpus->data, vcpus->len);
 }
 
 /* Bytes of guest RAM that travelled so far. */
@@ -219,7 +219,7 @@ void pr_migration_query(PrMigration *m, PrMigrationInfo *ret)
 	query_ram(m, ret, now);
 	query_paths(m, ret, now);
 	g_mutex_unlock(&m->lock);
-	ret->stalls = pr_watchdog_stalls(m->dog, &ret->last_stall);
+	ret->stalls = pr_watchdog_stalls(m->watchdog, &ret->last_stall);
 }
 
 void pr_migration_info_clear(PrMigrationInfo *info)

@@ -59,7 +59,7 @@ static char *join_uris(PrMigration *m)
 	return g_string_free(text, FALSE);
 }
 
-static void note_blocks(PrRecord *record, const PrRam *ram)
+static void note_blocks(PrHandoverRecord *record, const PrRam *ram)
 {
 	g_autofree PrGuestBlock *blocks = g_new0(PrGuestBlock, ram->n_blocks);
 
@@ -69,12 +69,12 @@ static void note_blocks(PrRecord *record, const PrRam *ram)
 					   .page_size = (uint32_t)ram->blocks[i].per_host *
 							PR_TARGET_PAGE,
 					   .base = ram->blocks[i].base};
-	pr_record_set_blocks(record, blocks, ram->n_blocks);
+	pr_handover_record_set_blocks(record, blocks, ram->n_blocks);
 }
 
-gboolean pr_source_note_stopping(PrMigration *m, GError **error)
+gboolean pr_handover_stopping(PrMigration *m, GError **error)
 {
-	PrRecord *record = m->record;
+	PrHandoverRecord *record = m->record;
 	g_autofree char *uris = NULL;
 
 	if (!record)
@@ -88,73 +88,74 @@ gboolean pr_source_note_stopping(PrMigration *m, GError **error)
 	g_mutex_unlock(&m->lock);
 	record->incarnation = 0;
 	record->held = FALSE;
-	pr_record_set_uris(record, uris);
+	pr_handover_record_set_uris(record, uris);
 	note_blocks(record, m->ram);
-	if (!pr_record_save(record, PR_RECORD_STOPPING, error))
+	if (!pr_handover_record_save(record, PR_HANDOVER_STOPPING, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_SOURCE_STOPPING_NOTED);
+	pr_crash_point(PR_CRASH_SOURCE_STOPPING_NOTED);
 	return TRUE;
 }
 
-gboolean pr_source_note_handed_over(PrMigration *m, GError **error)
+gboolean pr_handover_handed_over(PrMigration *m, GError **error)
 {
-	if (m->record && !pr_record_save(m->record, PR_RECORD_HANDED_OVER, error))
+	if (m->record && !pr_handover_record_save(m->record, PR_HANDOVER_HANDED_OVER, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_SOURCE_HANDED_OVER_NOTED);
+	pr_crash_point(PR_CRASH_SOURCE_HANDED_OVER_NOTED);
 	return TRUE;
 }
 
 /* A full disk lets a file be removed, if it lets none be written. Without any record who follows would not let the
  * guest run either, but could not resume it by a mistake. */
-void pr_source_note_taken_back(PrMigration *m)
+void pr_handover_revoked(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
-	if (!m->record || m->record->stage != PR_RECORD_HANDED_OVER)
+	if (!m->record || m->record->stage != PR_HANDOVER_HANDED_OVER)
 		return;
-	if (!pr_record_save(m->record, PR_RECORD_STOPPING, &error) &&
-	    !pr_record_remove(m->record, NULL))
+	if (!pr_handover_record_save(m->record, PR_HANDOVER_STOPPING, &error) &&
+	    !pr_handover_record_remove(m->record, NULL))
 		g_critical(
 			"%s; remove %s by hand: it says that this guest was handed over, and it was "
 			"not",
 			error->message, m->record->path);
-	pr_kill_point(PR_KILL_SOURCE_TAKEN_BACK_NOTED);
+	pr_crash_point(PR_CRASH_SOURCE_TAKEN_BACK_NOTED);
 }
 
-void pr_source_note_stays(PrMigration *m)
+void pr_handover_aborted(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
-	pr_kill_point(PR_KILL_SOURCE_RESUMED_GUEST);
-	if (m->record && m->record->stage != PR_RECORD_NONE && !pr_record_remove(m->record, &error))
+	pr_crash_point(PR_CRASH_SOURCE_RESUMED_GUEST);
+	if (m->record && m->record->stage != PR_HANDOVER_NONE &&
+	    !pr_handover_record_remove(m->record, &error))
 		g_warning("%s", error->message);
 }
 
-void pr_source_note_completed(PrMigration *m)
+void pr_handover_completed(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
-	pr_kill_point(PR_KILL_SOURCE_COMPLETED);
+	pr_crash_point(PR_CRASH_SOURCE_COMPLETED);
 	/* HANDED_OVER says enough: a recovery would learn that it is complete. */
-	if (m->record && !pr_record_save(m->record, PR_RECORD_COMPLETED, &error))
+	if (m->record && !pr_handover_record_save(m->record, PR_HANDOVER_COMPLETED, &error))
 		g_warning("%s", error->message);
-	pr_kill_point(PR_KILL_SOURCE_COMPLETED_NOTED);
+	pr_crash_point(PR_CRASH_SOURCE_COMPLETED_NOTED);
 }
 
 void pr_source_forget(PrMigration *m)
 {
-	if (m->record && m->record->stage == PR_RECORD_COMPLETED && m->guest_gone)
-		pr_record_remove(m->record, NULL);
+	if (m->record && m->record->stage == PR_HANDOVER_COMPLETED && m->guest_gone)
+		pr_handover_record_remove(m->record, NULL);
 }
 
 /* Paths that were named since, and a human's wish that it stays paused. */
-void pr_source_note_changes(PrMigration *m)
+void pr_handover_update(PrMigration *m)
 {
-	PrRecord *record = m->record;
+	PrHandoverRecord *record = m->record;
 	g_autoptr(GError) error = NULL;
 	g_autofree char *uris = NULL;
 
-	if (!record || record->stage != PR_RECORD_HANDED_OVER)
+	if (!record || record->stage != PR_HANDOVER_HANDED_OVER)
 		return;
 	uris = join_uris(m);
 	g_mutex_lock(&m->lock);
@@ -163,8 +164,8 @@ void pr_source_note_changes(PrMigration *m)
 	if (held == record->held && strcmp(uris, record->uris ? record->uris : "") == 0)
 		return;
 	record->held = held;
-	pr_record_set_uris(record, uris);
-	if (!pr_record_save(record, PR_RECORD_HANDED_OVER, &error))
+	pr_handover_record_set_uris(record, uris);
+	if (!pr_handover_record_save(record, PR_HANDOVER_HANDED_OVER, &error))
 		g_warning("%s", error->message);
 }
 
@@ -172,7 +173,7 @@ gboolean pr_migration_keep_record(PrMigration *m, const char *dir, const char *s
 {
 	g_autofree char *process = m->guest->ops->process(m->guest);
 
-	m->record = pr_record_open(dir, spec, process, error);
+	m->record = pr_handover_record_open(dir, spec, process, error);
 	return m->record != NULL;
 }
 
@@ -180,8 +181,8 @@ gboolean pr_migration_keep_record(PrMigration *m, const char *dir, const char *s
 static gboolean begin_owner(PrMigration *m, const char *name, GThreadFunc func, GError **error)
 {
 	g_mutex_lock(&m->lock);
-	m->owner = pr_thread_try(name, func, m, error);
-	gboolean begun = m->owner != NULL;
+	m->thread = pr_thread_try(name, func, m, error);
+	gboolean begun = m->thread != NULL;
 	g_mutex_unlock(&m->lock);
 	return begun;
 }
@@ -190,9 +191,9 @@ static gboolean begin_owner(PrMigration *m, const char *name, GThreadFunc func, 
 
 static gboolean wake_all(PrMigration *m, GError **error)
 {
-	if (!pr_place_wake_all(m->uffd, m->ram, error))
+	if (!pr_uffd_wake_all(m->uffd, m->ram, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_DESTINATION_WOKEN);
+	pr_crash_point(PR_CRASH_DESTINATION_WOKEN);
 	return TRUE;
 }
 
@@ -203,49 +204,49 @@ static gboolean serve_faults(PrMigration *m, GError **error)
 }
 
 /* Which parts of the state machine follow from the stage. */
-static void restore_destination(PrMigration *m, PrKeptStage stage)
+static void restore_destination(PrMigration *m, PrStateMemfdStage stage)
 {
-	gboolean completed = stage == PR_KEPT_COMPLETED;
+	gboolean completed = stage == PR_STATE_MEMFD_COMPLETED;
 	const char *reason =
 		completed ? "the guest had arrived when the last engine ended"
-		: stage == PR_KEPT_LOADED
+		: stage == PR_STATE_MEMFD_LOADED
 			? "the last engine ended when the device state had been loaded"
 			: "the last engine ended while the guest's memory was under way";
 
 	g_mutex_lock(&m->lock);
-	pr_kept_identity(m->ram->kept, &m->binding);
-	m->held = pr_kept_held(m->ram->kept);
-	m->verifies = pr_kept_verifies(m->ram->kept);
-	m->guest_was_running = pr_kept_was_running(m->ram->kept);
-	m->guest_started = stage == PR_KEPT_STARTED || completed;
+	pr_state_memfd_identity(m->ram->state_memfd, &m->binding);
+	m->held = pr_state_memfd_held(m->ram->state_memfd);
+	m->verifies = pr_state_memfd_verifies(m->ram->state_memfd);
+	m->guest_was_running = pr_state_memfd_was_running(m->ram->state_memfd);
+	m->guest_started = stage == PR_STATE_MEMFD_STARTED || completed;
 	m->pages_at_pause = pr_ram_received_bytes(m->ram) / PR_TARGET_PAGE;
 	pr_migration_restore_locked(m, PR_ROLE_DESTINATION,
 				    completed ? PR_STATE_COMPLETED : PR_STATE_POSTCOPY_PAUSED,
-				    stage >= PR_KEPT_RUN, reason);
+				    stage >= PR_STATE_MEMFD_RUN, reason);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 /* Takes kept. */
-static gboolean adopt_ram(PrMigration *m, PrKept *kept, GError **error)
+static gboolean adopt_ram(PrMigration *m, PrStateMemfd *kept, GError **error)
 {
 	guint n, n_vcpus;
-	g_autofree PrGuestBlock *known = pr_kept_blocks(kept, &n);
+	g_autofree PrGuestBlock *known = pr_state_memfd_blocks(kept, &n);
 	const PrGuestBlock *blocks = m->guest->ops->adopt(m->guest, known, n, error);
 	PrRam *ram = NULL;
 
 	if (blocks)
 		ram = pr_ram_adopt(blocks, n, kept, error);
 	else
-		pr_kept_free(kept);
+		pr_state_memfd_free(kept);
 	if (!ram)
 		return FALSE;
-	const uint32_t *vcpus = pr_kept_vcpus(kept, &n_vcpus);
+	const uint32_t *vcpus = pr_state_memfd_vcpus(kept, &n_vcpus);
 	g_mutex_lock(&m->lock);
 	m->ram = ram;
 	m->times = pr_blocktime_new(vcpus, n_vcpus);
 	g_mutex_unlock(&m->lock);
-	pr_kill_point(PR_KILL_DESTINATION_ADOPTED);
+	pr_crash_point(PR_CRASH_DESTINATION_ADOPTED);
 	return TRUE;
 }
 
@@ -265,24 +266,24 @@ static void let_run(PrMigration *m)
 }
 
 /* Takes kept. */
-static gboolean resume_destination(PrMigration *m, PrKept *kept, GError **error)
+static gboolean resume_destination(PrMigration *m, PrStateMemfd *kept, GError **error)
 {
-	PrKeptStage stage = pr_kept_stage(kept);
+	PrStateMemfdStage stage = pr_state_memfd_stage(kept);
 	guint timeout = (guint)pr_param(m->params, PR_PARAM_GUEST_TIMEOUT);
 
-	if (!pr_kept_await_engine(kept, timeout, error)) {
-		pr_kept_free(kept);
+	if (!pr_state_memfd_await_engine(kept, timeout, error)) {
+		pr_state_memfd_free(kept);
 		return FALSE;
 	}
 	if (!adopt_ram(m, kept, error))
 		return FALSE;
 	restore_destination(m, stage);
-	if (stage == PR_KEPT_COMPLETED ? !m->guest->ops->fault_off(m->guest, error)
-				       : !serve_faults(m, error)) {
+	if (stage == PR_STATE_MEMFD_COMPLETED ? !m->guest->ops->uffd_disable(m->guest, error)
+					      : !serve_faults(m, error)) {
 		pr_destination_leave(m);
 		return FALSE;
 	}
-	if (stage == PR_KEPT_RUN)
+	if (stage == PR_STATE_MEMFD_RUN)
 		let_run(m);
 	g_message("going on as the destination of a migration that is %s: %" G_GUINT64_FORMAT
 		  " of %" G_GUINT64_FORMAT " pages are here",
@@ -296,14 +297,14 @@ static gboolean resume_destination(PrMigration *m, PrKept *kept, GError **error)
 
 /* The guest had not come. What is left of it in the process is of no use to anybody. */
 /* Takes kept. What the dead engine's card still writes is to land before this memory is used again. */
-static gboolean give_up_half(PrMigration *m, PrKept *kept, GError **error)
+static gboolean discard_partial_load(PrMigration *m, PrStateMemfd *kept, GError **error)
 {
 	guint timeout = (guint)pr_param(m->params, PR_PARAM_GUEST_TIMEOUT);
-	gboolean ended = pr_kept_await_engine(kept, timeout, error);
+	gboolean ended = pr_state_memfd_await_engine(kept, timeout, error);
 
-	pr_kept_free(kept);
-	if (!ended || !m->guest->ops->fault_off(m->guest, error) ||
-	    !m->guest->ops->keep_state(m->guest, -1, error))
+	pr_state_memfd_free(kept);
+	if (!ended || !m->guest->ops->uffd_disable(m->guest, error) ||
+	    !m->guest->ops->store_state_fd(m->guest, -1, error))
 		return FALSE;
 	g_message("the last engine ended before the guest had come here: the guest is still the "
 		  "source's, and this side begins anew");
@@ -312,7 +313,7 @@ static gboolean give_up_half(PrMigration *m, PrKept *kept, GError **error)
 
 /* ---- the source ---- */
 
-static GPtrArray *parse_recorded_uris(const PrRecord *record)
+static GPtrArray *parse_recorded_uris(const PrHandoverRecord *record)
 {
 	g_autoptr(GError) error = NULL;
 	GPtrArray *uris = record->uris && *record->uris
@@ -326,8 +327,8 @@ static GPtrArray *parse_recorded_uris(const PrRecord *record)
 
 static void restore_source(PrMigration *m)
 {
-	const PrRecord *record = m->record;
-	gboolean completed = record->stage == PR_RECORD_COMPLETED;
+	const PrHandoverRecord *record = m->record;
+	gboolean completed = record->stage == PR_HANDOVER_COMPLETED;
 
 	g_mutex_lock(&m->lock);
 	memcpy(m->binding.uuid, record->uuid, PR_UUID_BYTES);
@@ -342,12 +343,12 @@ static void restore_source(PrMigration *m)
 		completed ? "the guest had moved when the last engine ended"
 			  : "the last engine ended when the guest had been handed over");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 static gboolean resume_source(PrMigration *m, GError **error)
 {
-	PrRecord *record = m->record;
+	PrHandoverRecord *record = m->record;
 	const PrGuestBlock *blocks;
 	PrRam *ram;
 
@@ -359,14 +360,14 @@ static gboolean resume_source(PrMigration *m, GError **error)
 	m->ram = ram;
 	g_mutex_unlock(&m->lock);
 	record->incarnation++;
-	if (!pr_record_save(record, record->stage, error))
+	if (!pr_handover_record_save(record, record->stage, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_SOURCE_INCARNATION_NOTED);
+	pr_crash_point(PR_CRASH_SOURCE_INCARNATION_NOTED);
 	restore_source(m);
 	g_message("going on as the source of a migration that is %s; this guest belongs to the "
 		  "destination",
 		  pr_state_name(m->sm.state));
-	if (record->stage == PR_RECORD_HANDED_OVER)
+	if (record->stage == PR_HANDOVER_HANDED_OVER)
 		return begin_owner(m, "migration", pr_source_resumed_thread, error);
 	pr_source_unfence(m);
 	return TRUE;
@@ -384,11 +385,11 @@ static gboolean go_on_trying(PrMigration *m, const GError *why, GError **error)
 	m->error_desc = g_strdup(words);
 	pr_migration_restore_locked(m, PR_ROLE_SOURCE, PR_STATE_FAILING, FALSE, words);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return begin_owner(m, "migration", pr_source_take_back_thread, error);
 }
 
-static gboolean let_run_on(PrMigration *m, GError **error)
+static gboolean resume_guest(PrMigration *m, GError **error)
 {
 	g_autoptr(GError) why = NULL;
 
@@ -396,7 +397,7 @@ static gboolean let_run_on(PrMigration *m, GError **error)
 		  "ran; should the destination be postcopy-paused, cancel there (migrate_cancel)");
 	if (!pr_source_try_run(m, /* follows= */ TRUE, &why))
 		return go_on_trying(m, why, error);
-	pr_source_note_stays(m);
+	pr_handover_aborted(m);
 	return TRUE;
 }
 
@@ -409,16 +410,16 @@ static gboolean needs_resume(GError **error, const char *what)
 	return FALSE;
 }
 
-static gboolean take_up_source(PrMigration *m, gboolean asked, GError **error)
+static gboolean resume_as_source(PrMigration *m, gboolean asked, GError **error)
 {
 	static const char *const words[] = {
-		[PR_RECORD_STOPPING] =
+		[PR_HANDOVER_STOPPING] =
 			"the last engine of this guest ended while it was moving it, and "
 			"may have left it stopped",
-		[PR_RECORD_HANDED_OVER] =
+		[PR_HANDOVER_HANDED_OVER] =
 			"the last engine of this guest ended when it had handed it over: "
 			"it belongs to the destination, which needs its memory",
-		[PR_RECORD_COMPLETED] =
+		[PR_HANDOVER_COMPLETED] =
 			"this guest has moved to another host for good: quit its VMM; or",
 	};
 
@@ -427,26 +428,28 @@ static gboolean take_up_source(PrMigration *m, gboolean asked, GError **error)
 		g_prefix_error(error, "%s: ", m->record->path);
 		return FALSE;
 	}
-	return m->record->stage == PR_RECORD_STOPPING ? let_run_on(m, error)
-						      : resume_source(m, error);
+	return m->record->stage == PR_HANDOVER_STOPPING ? resume_guest(m, error)
+							: resume_source(m, error);
 }
 
 /* Takes kept. */
-static gboolean take_up_destination(PrMigration *m, PrKept *kept, gboolean asked, GError **error)
+static gboolean take_up_destination(PrMigration *m, PrStateMemfd *kept, gboolean asked,
+				    GError **error)
 {
-	PrKeptStage stage = pr_kept_stage(kept);
-	gboolean half = stage == PR_KEPT_SETUP || stage == PR_KEPT_ENDED;
+	PrStateMemfdStage stage = pr_state_memfd_stage(kept);
+	gboolean half = stage == PR_STATE_MEMFD_SETUP || stage == PR_STATE_MEMFD_ENDED;
 
 	if (half || asked)
-		return half ? give_up_half(m, kept, error) : resume_destination(m, kept, error);
-	pr_kept_free(kept);
-	return stage == PR_KEPT_COMPLETED ||
+		return half ? discard_partial_load(m, kept, error)
+			    : resume_destination(m, kept, error);
+	pr_state_memfd_free(kept);
+	return stage == PR_STATE_MEMFD_COMPLETED ||
 	       needs_resume(error, "the last engine of this guest ended in the middle of its "
 				   "migration to here");
 }
 
 /* FALSE with *ret NULL: the agent keeps nothing, or an error. */
-static gboolean fetch_kept(PrMigration *m, PrKept **ret, GError **error)
+static gboolean fetch_kept(PrMigration *m, PrStateMemfd **ret, GError **error)
 {
 	g_autoptr(GError) inner = NULL;
 	int fd = m->guest->ops->fetch_state(m->guest, &inner);
@@ -455,7 +458,7 @@ static gboolean fetch_kept(PrMigration *m, PrKept **ret, GError **error)
 	if (inner)
 		g_propagate_error(error, g_steal_pointer(&inner));
 	else if (fd >= 0)
-		*ret = pr_kept_attach(fd, error);
+		*ret = pr_state_memfd_attach(fd, error);
 	return *ret != NULL;
 }
 
@@ -463,7 +466,7 @@ static gboolean fetch_kept(PrMigration *m, PrKept **ret, GError **error)
  * what its engine wrote down is lost. */
 static gboolean check_fence(PrMigration *m, GError **error)
 {
-	if (!m->record || m->record->stage >= PR_RECORD_HANDED_OVER ||
+	if (!m->record || m->record->stage >= PR_HANDOVER_HANDED_OVER ||
 	    !m->guest->ops->was_fenced(m->guest))
 		return TRUE;
 	g_set_error(
@@ -478,13 +481,13 @@ static gboolean check_fence(PrMigration *m, GError **error)
 gboolean pr_migration_resume(PrMigration *m, gboolean asked, PrRole *ret_role, GError **error)
 {
 	g_autoptr(GError) inner = NULL;
-	PrKept *kept;
+	PrStateMemfd *kept;
 	gboolean done = TRUE;
 
 	if (!check_fence(m, error))
 		return FALSE;
-	if (m->record && m->record->stage != PR_RECORD_NONE)
-		done = take_up_source(m, asked, error);
+	if (m->record && m->record->stage != PR_HANDOVER_NONE)
+		done = resume_as_source(m, asked, error);
 	else if (fetch_kept(m, &kept, &inner))
 		done = take_up_destination(m, kept, asked, error);
 	else if (inner) {

@@ -8,7 +8,7 @@
 #include "util/try-alloc.h"
 
 /* Owned by the thread of the main context; `error` is the errand's own until that has been joined. */
-struct PrErrand {
+struct PrAsyncCommand {
 	PrMonitor *monitor;
 	const PrCommand *command;
 	char *uris;
@@ -21,7 +21,7 @@ struct PrErrand {
 
 static gpointer errand_thread(gpointer opaque)
 {
-	PrErrand *errand = opaque;
+	PrAsyncCommand *errand = opaque;
 	PrMonitor *monitor = errand->monitor;
 
 	errand->command->listen(monitor->migration, errand->uris, errand->cancel, &errand->error);
@@ -31,7 +31,7 @@ static gpointer errand_thread(gpointer opaque)
 
 static gboolean on_ended(gpointer opaque)
 {
-	PrErrand *errand = opaque;
+	PrAsyncCommand *errand = opaque;
 	PrWait *wait = errand->wait;
 	g_autoptr(GError) error = NULL;
 
@@ -50,15 +50,15 @@ static gboolean on_ended(gpointer opaque)
 	return G_SOURCE_REMOVE;
 }
 
-PrWait *pr_errand_begin(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
-			PrAnswer answer, void *opaque, GError **error)
+PrWait *pr_async_command_begin(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
+			       PrAnswer answer, void *opaque, GError **error)
 {
 	const char *uris = pr_command_uris(args, error);
-	PrErrand *errand;
+	PrAsyncCommand *errand;
 
 	if (!uris)
 		return NULL;
-	errand = g_new0(PrErrand, 1);
+	errand = g_new0(PrAsyncCommand, 1);
 	errand->monitor = monitor;
 	errand->command = command;
 	errand->uris = g_strdup(uris);
@@ -68,7 +68,7 @@ PrWait *pr_errand_begin(PrMonitor *monitor, const PrCommand *command, JsonObject
 	g_source_set_callback(errand->ended, on_ended, errand, NULL);
 	errand->thread = pr_thread_try("errand", errand_thread, errand, error);
 	if (!errand->thread) {
-		pr_errand_free(errand);
+		pr_async_command_free(errand);
 		return NULL;
 	}
 	g_ptr_array_add(monitor->errands, errand);
@@ -78,12 +78,12 @@ PrWait *pr_errand_begin(PrMonitor *monitor, const PrCommand *command, JsonObject
 	return errand->wait;
 }
 
-void pr_errand_forget(PrErrand *errand)
+void pr_async_command_forget(PrAsyncCommand *errand)
 {
 	errand->wait = NULL;
 }
 
-void pr_errand_free(PrErrand *errand)
+void pr_async_command_free(PrAsyncCommand *errand)
 {
 	g_cancellable_cancel(errand->cancel);
 	if (errand->thread)

@@ -383,7 +383,7 @@ static const PrCommand command_table[] = {
 	{"migrate-set-capabilities", NULL, .args = capabilities_args, .run = run_set_capabilities},
 	{NULL, "migrate_set_capability", .args = set_capability_args,
 	 .run = run_set_capability_text, .usage = "NAME on|off", .help = "set a capability"},
-	{"migrate-set-parameters", NULL, .free_members = TRUE, .run = run_set_parameters},
+	{"migrate-set-parameters", NULL, .unchecked_args = TRUE, .run = run_set_parameters},
 	{NULL, "migrate_set_parameter", .args = set_parameter_args, .run = run_set_parameter_text,
 	 .usage = "NAME VALUE", .help = "set a parameter (VALUE may end in k, M or G)"},
 	{NULL, "help", .args = help_args, .run = run_help, .show = pr_show_text,
@@ -468,7 +468,7 @@ gboolean pr_command_check(const PrCommand *command, JsonObject *args, GError **e
 {
 	g_autoptr(GList) names = json_object_get_members(args);
 
-	if (command->free_members)
+	if (command->unchecked_args)
 		return TRUE;
 	for (const PrArg *arg = command->args; arg && arg->name; arg++) {
 		JsonNode *node = json_object_get_member(args, arg->name);

@@ -36,8 +36,8 @@ typedef struct PrCommand {
 	const char *qmp; /* its name there; NULL: only in HMP */
 	const char *hmp; /* its name there; NULL: only in QMP */
 	PrCommandKind kind;
-	const PrArg *args;     /* NULL: none */
-	gboolean free_members; /* run() checks the arguments itself */
+	const PrArg *args;	 /* NULL: none */
+	gboolean unchecked_args; /* run() checks the arguments itself */
 	gboolean waits; /* in HMP, without -d, answered when the migration has come to a stop */
 	/* Instead of run(): what it does with its URIs, on a thread of its own (async-command.c). It has no result to show. */
 	gboolean (*listen)(PrMigration *migration, const char *uris, GCancellable *cancel,

@@ -106,7 +106,7 @@ PrWait *pr_hmp_run(PrMonitor *monitor, const char *line, PrAnswer answer, void *
 		return NULL;
 	}
 	if (command && command->listen)
-		wait = pr_errand_begin(monitor, command, args, answer, opaque, &error);
+		wait = pr_async_command_begin(monitor, command, args, answer, opaque, &error);
 	else if (command)
 		result = pr_command_run(monitor, command, args, &error);
 	if (wait)

@@ -10,16 +10,16 @@
 /* An HMP line has an answer: text (may be empty), or an error. Called once. */
 typedef void (*PrAnswer)(const char *text, const GError *error, void *opaque);
 
-typedef struct PrErrand PrErrand;
+typedef struct PrAsyncCommand PrAsyncCommand;
 
 /* Somebody who waits until the migration has completed, failed, been cancelled or paused; or for an errand. */
 typedef struct PrWait {
 	PrMonitor *monitor;
 	PrAnswer answer;
 	void *opaque;
-	guint64 since;	  /* events before this one are of an earlier migration */
-	gboolean begun;	  /* a change to a busy state was seen: the command has taken effect */
-	PrErrand *errand; /* NULL: it waits for the migration */
+	guint64 since;	/* events before this one are of an earlier migration */
+	gboolean begun; /* a change to a busy state was seen: the command has taken effect */
+	PrAsyncCommand *errand; /* NULL: it waits for the migration */
 } PrWait;
 
 typedef struct PrQmpServer PrQmpServer;
@@ -35,7 +35,7 @@ struct PrMonitor {
 	PrQmpServer *qmp;
 	GPtrArray *sessions; /* PrHmpSession */
 	GPtrArray *waits;    /* PrWait, those for the migration */
-	GPtrArray *errands;  /* PrErrand */
+	GPtrArray *errands;  /* PrAsyncCommand */
 
 	GMutex lock;
 	GQueue events;	   /* lock; PrStateEvent, oldest first */
@@ -51,12 +51,12 @@ void pr_monitor_unwait(PrWait *wait);
 
 /* async-command.c */
 /* Runs a command that has listen(), and answers when it has ended. NULL with an error: it was not begun. */
-PrWait *pr_errand_begin(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
-			PrAnswer answer, void *opaque, GError **error);
+PrWait *pr_async_command_begin(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
+			       PrAnswer answer, void *opaque, GError **error);
 /* Whoever waited has gone; the errand goes on. */
-void pr_errand_forget(PrErrand *errand);
+void pr_async_command_forget(PrAsyncCommand *errand);
 /* Has it give up its look-ups, waits for it and frees it; nobody is answered. */
-void pr_errand_free(PrErrand *errand);
+void pr_async_command_free(PrAsyncCommand *errand);
 
 /* qmp.c */
 PrQmpServer *pr_qmp_server_new(PrMonitor *monitor, const char *path, GError **error);

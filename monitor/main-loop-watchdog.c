@@ -9,13 +9,13 @@ static gint watched_poll(GPollFD *fds, guint n, gint timeout)
 {
 	pr_watch_idle(loop_watch);
 	gint ready = g_poll(fds, n, timeout);
-	pr_watch_busy(loop_watch, &turning);
+	pr_watch_enter(loop_watch, &turning);
 	return ready;
 }
 
-void pr_loop_watch(PrWatchdog *dog, GMainContext *context)
+void pr_loop_watch(PrWatchdog *watchdog, GMainContext *context)
 {
 	g_clear_pointer(&loop_watch, pr_watch_free);
-	loop_watch = pr_watch_new(dog, "main loop");
-	g_main_context_set_poll_func(context, dog ? watched_poll : NULL);
+	loop_watch = pr_watch_new(watchdog, "main loop");
+	g_main_context_set_poll_func(context, watchdog ? watched_poll : NULL);
 }

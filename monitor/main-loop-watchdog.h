@@ -4,6 +4,6 @@
 
 #include "util/stall-watchdog.h"
 
-/* From the thread that runs the context's loop; dog NULL: no more. One loop of the process: GLib's hook for the place
+/* From the thread that runs the context's loop; watchdog NULL: no more. One loop of the process: GLib's hook for the place
  * where a loop waits knows nothing but what to wait for. */
-void pr_loop_watch(PrWatchdog *dog, GMainContext *context);
+void pr_loop_watch(PrWatchdog *watchdog, GMainContext *context);

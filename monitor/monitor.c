@@ -36,7 +36,7 @@ PrMonitor *pr_monitor_new(PrParams *params, GMainContext *context, PrMonitorQuit
 	monitor->opaque = opaque;
 	monitor->sessions = g_ptr_array_new_with_free_func((GDestroyNotify)pr_hmp_session_free);
 	monitor->waits = g_ptr_array_new();
-	monitor->errands = g_ptr_array_new_with_free_func((GDestroyNotify)pr_errand_free);
+	monitor->errands = g_ptr_array_new_with_free_func((GDestroyNotify)pr_async_command_free);
 	g_mutex_init(&monitor->lock);
 	g_queue_init(&monitor->events);
 	return monitor;
@@ -80,7 +80,7 @@ PrWait *pr_monitor_wait(PrMonitor *monitor, guint64 since, PrAnswer answer, void
 void pr_monitor_unwait(PrWait *wait)
 {
 	if (wait->errand)
-		pr_errand_forget(wait->errand);
+		pr_async_command_forget(wait->errand);
 	else
 		g_ptr_array_remove(wait->monitor->waits, wait);
 	g_free(wait);

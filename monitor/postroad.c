@@ -334,8 +334,8 @@ static gboolean give_up_privileges(const Options *options, Engine *engine, GErro
 static gboolean take_up(const Options *options, PrMigration *migration, PrRole *ret_role,
 			GError **error)
 {
-	g_autofree char *dir =
-		options->state_dir ? g_strdup(options->state_dir) : pr_record_default_dir();
+	g_autofree char *dir = options->state_dir ? g_strdup(options->state_dir)
+						  : pr_handover_record_default_dir();
 
 	return pr_migration_keep_record(migration, dir, options->guest, error) &&
 	       pr_migration_resume(migration, options->resume, ret_role, error);
@@ -354,7 +354,7 @@ static gboolean wants_incoming(const Options *options, PrRole role)
  * the migration's threads can take the last one. SIGTERM keeps its default action until the main loop is about to run. */
 static gboolean begin_signal_thread(GError **error)
 {
-	if (!pr_spare_thread(error))
+	if (!pr_probe_thread(error))
 		return FALSE;
 	g_source_unref(g_unix_signal_source_new(SIGUSR2));
 	return TRUE;
@@ -477,7 +477,7 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	prepare_process();
-	if (!pr_spare_files(&error)) {
+	if (!pr_check_fd_headroom(&error)) {
 		pr_log_last_words("postroad: %s\n", error->message);
 		return 1;
 	}

@@ -214,8 +214,8 @@ static void run_errand(QmpClient *client, const PrCommand *command, JsonObject *
 {
 	Pending *pending = pending_new(client, id);
 	g_autoptr(GError) error = NULL;
-	PrWait *wait = pr_errand_begin(client->server->monitor, command, args, on_errand_answer,
-				       pending, &error);
+	PrWait *wait = pr_async_command_begin(client->server->monitor, command, args,
+					      on_errand_answer, pending, &error);
 
 	if (wait)
 		pending_begin(pending, wait);

@@ -118,7 +118,7 @@ void pr_backend_lane_hello(PrLaneHello *ret, const PrBinding *binding, PrLaneId 
 	make_token(ret->token, binding, lane);
 }
 
-void pr_fate_init(PrFate *fate, const PrPathSetup *setup)
+void pr_fate_init(PrPathLife *fate, const PrPathSetup *setup)
 {
 	g_autofree char *address = pr_uri_address(setup->uri);
 
@@ -128,22 +128,22 @@ void pr_fate_init(PrFate *fate, const PrPathSetup *setup)
 	fate->opaque = setup->opaque;
 }
 
-void pr_fate_clear(PrFate *fate)
+void pr_fate_clear(PrPathLife *fate)
 {
 	g_clear_pointer(&fate->name, g_free);
 }
 
-gboolean pr_fate_is_up(PrFate *fate)
+gboolean pr_fate_is_up(PrPathLife *fate)
 {
 	return g_atomic_int_get(&fate->state) == PR_FATE_UP;
 }
 
-gboolean pr_fate_end(PrFate *fate, PrFateState how)
+gboolean pr_fate_end(PrPathLife *fate, PrPathLifeState how)
 {
 	return g_atomic_int_compare_and_exchange(&fate->state, PR_FATE_UP, (int)how);
 }
 
-void pr_fate_notify(PrFate *fate, const char *reason)
+void pr_fate_notify(PrPathLife *fate, const char *reason)
 {
 	g_autoptr(GError) error =
 		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "%s: %s", fate->name, reason);

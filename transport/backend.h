@@ -36,27 +36,27 @@ void pr_backend_lane_hello(PrLaneHello *ret, const PrBinding *binding, PrLaneId 
 /*
  * How a path ends: once, by failure or by shutdown(), whichever comes first. Thread-safe.
  */
-typedef enum PrFateState {
+typedef enum PrPathLifeState {
 	PR_FATE_UP,	/* READs may be posted */
 	PR_FATE_FAILED, /* on_failed has been or is being called */
 	PR_FATE_SHUT,	/* shutdown() came first: on_failed is never called */
-} PrFateState;
+} PrPathLifeState;
 
-typedef struct PrFate {
-	int state;		/* PrFateState; atomic, leaves UP once */
+typedef struct PrPathLife {
+	int state;		/* PrPathLifeState; atomic, leaves UP once */
 	char *name;		/* "path tcp:HOST:PORT"; constant */
 	PrPathFailed on_failed; /* constant, like opaque */
 	void *opaque;
-} PrFate;
+} PrPathLife;
 
-void pr_fate_init(PrFate *fate, const PrPathSetup *setup);
-void pr_fate_clear(PrFate *fate);
-gboolean pr_fate_is_up(PrFate *fate);
+void pr_fate_init(PrPathLife *fate, const PrPathSetup *setup);
+void pr_fate_clear(PrPathLife *fate);
+gboolean pr_fate_is_up(PrPathLife *fate);
 /* TRUE for the one caller that ended the path. It then stops the lanes, and after a failure calls
  * pr_fate_notify(). */
-gboolean pr_fate_end(PrFate *fate, PrFateState how);
+gboolean pr_fate_end(PrPathLife *fate, PrPathLifeState how);
 /* Calls on_failed with PR_PATH_ERROR_LOST and "NAME: REASON". */
-void pr_fate_notify(PrFate *fate, const char *reason);
+void pr_fate_notify(PrPathLife *fate, const char *reason);
 
 /* Waits until poll(2) reports one of `events` (or an error) on fd. FALSE: PR_PATH_ERROR_TIMEOUT at the
  * deadline (monotonic time, microseconds), G_IO_ERROR_CANCELLED when cancelled. */

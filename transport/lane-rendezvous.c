@@ -13,7 +13,7 @@ typedef struct Arrival {
 	gint64 expires; /* monotonic, microseconds */
 } Arrival;
 
-struct PrLaneDesk {
+struct PrPendingLanes {
 	/* constant */
 	PrDeskRefuse refuse;
 	gpointer opaque;
@@ -27,7 +27,7 @@ struct PrLaneDesk {
 };
 
 /* Takes arrivals that were unlinked under the lock; without it. */
-static void refuse_all(PrLaneDesk *desk, GQueue *refused)
+static void refuse_all(PrPendingLanes *desk, GQueue *refused)
 {
 	Arrival *arrival;
 
@@ -37,7 +37,7 @@ static void refuse_all(PrLaneDesk *desk, GQueue *refused)
 	}
 }
 
-static gboolean is_expected(PrLaneDesk *desk, const PrLaneHello *hello)
+static gboolean is_expected(PrPendingLanes *desk, const PrLaneHello *hello)
 {
 	for (guint i = 0; i < desk->expected->len; i++)
 		if (pr_backend_binding_matches(&g_array_index(desk->expected, PrBinding, i), hello))
@@ -46,7 +46,7 @@ static gboolean is_expected(PrLaneDesk *desk, const PrLaneHello *hello)
 }
 
 /* Unlinks what has no hope. Under the lock. */
-static void sort_out(PrLaneDesk *desk, GQueue *refused)
+static void sort_out(PrPendingLanes *desk, GQueue *refused)
 {
 	GList *next;
 
@@ -62,7 +62,7 @@ static void sort_out(PrLaneDesk *desk, GQueue *refused)
 }
 
 /* Returns when to look again, 0 for never. Under the lock. */
-static gint64 expire(PrLaneDesk *desk, GQueue *refused)
+static gint64 expire(PrPendingLanes *desk, GQueue *refused)
 {
 	Arrival *oldest;
 
@@ -76,7 +76,7 @@ static gint64 expire(PrLaneDesk *desk, GQueue *refused)
 
 static gpointer janitor_thread(gpointer opaque)
 {
-	PrLaneDesk *desk = opaque;
+	PrPendingLanes *desk = opaque;
 
 	g_mutex_lock(&desk->lock);
 	while (!desk->closing) {
@@ -98,9 +98,9 @@ static gpointer janitor_thread(gpointer opaque)
 	return NULL;
 }
 
-PrLaneDesk *pr_lane_desk_new(PrDeskRefuse refuse, gpointer opaque, GError **error)
+PrPendingLanes *pr_pending_lanes_new(PrDeskRefuse refuse, gpointer opaque, GError **error)
 {
-	PrLaneDesk *desk = g_new0(PrLaneDesk, 1);
+	PrPendingLanes *desk = g_new0(PrPendingLanes, 1);
 
 	desk->refuse = refuse;
 	desk->opaque = opaque;
@@ -111,11 +111,11 @@ PrLaneDesk *pr_lane_desk_new(PrDeskRefuse refuse, gpointer opaque, GError **erro
 	desk->janitor = pr_thread_try("pr-lanes", janitor_thread, desk, error);
 	if (desk->janitor)
 		return desk;
-	pr_lane_desk_free(desk);
+	pr_pending_lanes_free(desk);
 	return NULL;
 }
 
-void pr_lane_desk_free(PrLaneDesk *desk)
+void pr_pending_lanes_free(PrPendingLanes *desk)
 {
 	if (!desk)
 		return;
@@ -132,7 +132,7 @@ void pr_lane_desk_free(PrLaneDesk *desk)
 	g_free(desk);
 }
 
-void pr_lane_desk_offer(PrLaneDesk *desk, gpointer what, const PrLaneHello *hello)
+void pr_pending_lanes_offer(PrPendingLanes *desk, gpointer what, const PrLaneHello *hello)
 {
 	GQueue refused = G_QUEUE_INIT;
 	Arrival *arrival = g_new0(Arrival, 1);
@@ -150,7 +150,7 @@ void pr_lane_desk_offer(PrLaneDesk *desk, gpointer what, const PrLaneHello *hell
 	refuse_all(desk, &refused);
 }
 
-gpointer pr_lane_desk_withdraw(PrLaneDesk *desk, GEqualFunc matches, gconstpointer what)
+gpointer pr_pending_lanes_withdraw(PrPendingLanes *desk, GEqualFunc matches, gconstpointer what)
 {
 	gpointer found = NULL;
 
@@ -169,7 +169,7 @@ gpointer pr_lane_desk_withdraw(PrLaneDesk *desk, GEqualFunc matches, gconstpoint
 	return found;
 }
 
-static gboolean find_expected(PrLaneDesk *desk, const PrBinding *binding, guint *ret)
+static gboolean find_expected(PrPendingLanes *desk, const PrBinding *binding, guint *ret)
 {
 	PrLaneHello hello;
 
@@ -184,7 +184,7 @@ static gboolean find_expected(PrLaneDesk *desk, const PrBinding *binding, guint 
 	return FALSE;
 }
 
-void pr_lane_desk_expect(PrLaneDesk *desk, const PrBinding *binding)
+void pr_pending_lanes_expect(PrPendingLanes *desk, const PrBinding *binding)
 {
 	GQueue refused = G_QUEUE_INIT;
 	guint at;
@@ -197,7 +197,7 @@ void pr_lane_desk_expect(PrLaneDesk *desk, const PrBinding *binding)
 	refuse_all(desk, &refused);
 }
 
-void pr_lane_desk_forget(PrLaneDesk *desk, const PrBinding *binding)
+void pr_pending_lanes_forget(PrPendingLanes *desk, const PrBinding *binding)
 {
 	guint at;
 
@@ -209,7 +209,7 @@ void pr_lane_desk_forget(PrLaneDesk *desk, const PrBinding *binding)
 
 static void on_cancelled(GCancellable *cancel, gpointer opaque)
 {
-	PrLaneDesk *desk = opaque;
+	PrPendingLanes *desk = opaque;
 
 	g_mutex_lock(&desk->lock);
 	g_cond_broadcast(&desk->changed);
@@ -217,7 +217,7 @@ static void on_cancelled(GCancellable *cancel, gpointer opaque)
 }
 
 /* Under the lock. NULL: it has not come yet. */
-static gpointer take_matching(PrLaneDesk *desk, const PrBinding *binding, PrLaneId *ret_lane)
+static gpointer take_matching(PrPendingLanes *desk, const PrBinding *binding, PrLaneId *ret_lane)
 {
 	for (GList *link = desk->arrivals.head; link; link = link->next) {
 		Arrival *arrival = link->data;
@@ -233,8 +233,8 @@ static gpointer take_matching(PrLaneDesk *desk, const PrBinding *binding, PrLane
 	return NULL;
 }
 
-gpointer pr_lane_desk_claim(PrLaneDesk *desk, const PrPathSetup *setup, gint64 deadline,
-			    PrLaneId *ret_lane, GError **error)
+gpointer pr_pending_lanes_claim(PrPendingLanes *desk, const PrPathSetup *setup, gint64 deadline,
+				PrLaneId *ret_lane, GError **error)
 {
 	gboolean cancelled = FALSE, in_time = TRUE;
 	gulong on_cancel = 0;

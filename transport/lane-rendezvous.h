@@ -14,26 +14,26 @@
 #define PR_DESK_HELD	16
 #define PR_DESK_HOLD_MS 5000
 
-typedef struct PrLaneDesk PrLaneDesk;
+typedef struct PrPendingLanes PrPendingLanes;
 
 /* Takes an arrival that nobody wants. From any thread that calls in here or the desk's own, with no
  * lock held. */
 typedef void (*PrDeskRefuse)(gpointer arrival, const char *reason, gpointer opaque);
 
-PrLaneDesk *pr_lane_desk_new(PrDeskRefuse refuse, gpointer opaque, GError **error);
+PrPendingLanes *pr_pending_lanes_new(PrDeskRefuse refuse, gpointer opaque, GError **error);
 /* Refuses what is left. Nobody waits any more. */
-void pr_lane_desk_free(PrLaneDesk *desk);
+void pr_pending_lanes_free(PrPendingLanes *desk);
 
 /* Takes the arrival. */
-void pr_lane_desk_offer(PrLaneDesk *desk, gpointer arrival, const PrLaneHello *hello);
+void pr_pending_lanes_offer(PrPendingLanes *desk, gpointer arrival, const PrLaneHello *hello);
 /* Gives back the held arrival for which `matches` holds, or NULL: it has come to nothing by itself. */
-gpointer pr_lane_desk_withdraw(PrLaneDesk *desk, GEqualFunc matches, gconstpointer what);
+gpointer pr_pending_lanes_withdraw(PrPendingLanes *desk, GEqualFunc matches, gconstpointer what);
 
 /* Lanes with this binding are expected, from now on and until they are not any more. Expecting twice is
  * as good as once. */
-void pr_lane_desk_expect(PrLaneDesk *desk, const PrBinding *binding);
-void pr_lane_desk_forget(PrLaneDesk *desk, const PrBinding *binding);
+void pr_pending_lanes_expect(PrPendingLanes *desk, const PrBinding *binding);
+void pr_pending_lanes_forget(PrPendingLanes *desk, const PrBinding *binding);
 /* Waits for an arrival with the setup's binding, which is then the caller's. NULL when time is up or on
  * cancel. */
-gpointer pr_lane_desk_claim(PrLaneDesk *desk, const PrPathSetup *setup, gint64 deadline,
-			    PrLaneId *ret_lane, GError **error);
+gpointer pr_pending_lanes_claim(PrPendingLanes *desk, const PrPathSetup *setup, gint64 deadline,
+				PrLaneId *ret_lane, GError **error);

@@ -23,14 +23,14 @@
 #include "transport/wire/wire.h"
 
 typedef enum PrPathError {
-	PR_PATH_ERROR_CONNECT, /* could not be connected: says to where and why */
-	PR_PATH_ERROR_REFUSED, /* the peer turned us away: says its reason */
-	PR_PATH_ERROR_LOST,    /* was up and died */
-	PR_PATH_ERROR_SILENT,  /* nothing heard within the heartbeat timeout */
-	PR_PATH_ERROR_TIMEOUT, /* a step of the handshake took too long */
-	PR_PATH_ERROR_PEER,    /* the peer told us that it has left (PR_MSG_PAUSE) */
-	PR_PATH_ERROR_HELD,    /* the peer was asked by a human to pause (PR_MSG_HOLD) */
-	PR_PATH_ERROR_ASKED,   /* a human asked for it (migrate_pause) */
+	PR_PATH_ERROR_CONNECT,	     /* could not be connected: says to where and why */
+	PR_PATH_ERROR_REFUSED,	     /* the peer turned us away: says its reason */
+	PR_PATH_ERROR_LOST,	     /* was up and died */
+	PR_PATH_ERROR_SILENT,	     /* nothing heard within the heartbeat timeout */
+	PR_PATH_ERROR_TIMEOUT,	     /* a step of the handshake took too long */
+	PR_PATH_ERROR_PEER,	     /* the peer told us that it has left (PR_MSG_PAUSE) */
+	PR_PATH_ERROR_HELD,	     /* the peer was asked by a human to pause (PR_MSG_HOLD) */
+	PR_PATH_ERROR_LOCAL_REQUEST, /* a human asked for it (migrate_pause) */
 } PrPathError;
 #define PR_PATH_ERROR pr_path_error_quark()
 GQuark pr_path_error_quark(void);
@@ -88,7 +88,7 @@ typedef struct PrTransportOps PrTransportOps;
 typedef struct PrDataPath {
 	const PrTransportOps *ops;
 	gboolean
-		piecewise; /* constant: what is not granted cannot be read, and grants may come beside READs */
+		incremental_grants; /* constant: what is not granted cannot be read, and grants may come beside READs */
 	guint n_lanes; /* constant */
 } PrDataPath;
 typedef struct PrDataListener {
@@ -146,7 +146,7 @@ struct PrTransportOps {
 	 * granted, before the first READ. */
 	GArray *(*grants)(PrDataPath *path);
 	void (*set_grants)(PrDataPath *path, const PrGrant *grants, guint n);
-	/* Where the path is piecewise, else NULL. Source, after the guest has stopped: the same for a range (on page
+	/* Where the path is incremental_grants, else NULL. Source, after the guest has stopped: the same for a range (on page
 	 * boundaries), appended to `ret`, in order; all else in it is zero. By any thread, by one at a time. Destination,
 	 * after set_grants() and beside READs: more of them. */
 	void (*grants_within)(PrDataPath *path, uint32_t block, uint64_t offset, uint64_t length,

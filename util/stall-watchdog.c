@@ -11,7 +11,7 @@
 #define RUNNABLE_FACTOR 4	       /* who only lacks a CPU may take so much longer */
 
 struct PrWatch {
-	PrWatchdog *dog;
+	PrWatchdog *watchdog;
 	const char *name; /* constant */
 	pid_t tid;	  /* constant */
 
@@ -72,7 +72,7 @@ static gboolean is_runnable(pid_t tid)
 static void blame(PrWatch *watch, const PrWatchPoint *point, gint64 since, gint64 lasts,
 		  GArray *words)
 {
-	PrWatchdog *dog = watch->dog;
+	PrWatchdog *watchdog = watch->watchdog;
 	gboolean again = watch->blamed_since == since;
 	gboolean runnable = is_runnable(watch->tid);
 
@@ -80,15 +80,15 @@ static void blame(PrWatch *watch, const PrWatchPoint *point, gint64 since, gint6
 		  : runnable && lasts < (gint64)point->ms * 1000 * RUNNABLE_FACTOR)
 		return;
 	if (!again)
-		dog->stalls++;
+		watchdog->stalls++;
 	watch->say_again = (again ? watch->say_again : (gint64)point->ms * 1000) * 2;
 	watch->blamed_since = since;
 	watch->blamed_point = point;
-	g_free(dog->last);
-	dog->last = g_strdup_printf("thread \"%s\": %s for %d ms", watch->name, point->what,
-				    (int)(lasts / 1000));
+	g_free(watchdog->last);
+	watchdog->last = g_strdup_printf("thread \"%s\": %s for %d ms", watch->name, point->what,
+					 (int)(lasts / 1000));
 	say(words, G_LOG_LEVEL_WARNING,
-	    g_strdup_printf("%s (%u is usual): %s", dog->last, point->ms,
+	    g_strdup_printf("%s (%u is usual): %s", watchdog->last, point->ms,
 			    runnable ? "it runs, or waits for a CPU" : "it is blocked"));
 }
 
@@ -106,51 +106,51 @@ static void look_at(PrWatch *watch, gint64 now, GArray *words)
 	}
 	if (!since || !point)
 		return;
-	gint64 lasts = now - MAX(since, watch->dog->excused);
+	gint64 lasts = now - MAX(since, watch->watchdog->excused);
 	if (lasts > (gint64)point->ms * 1000)
 		blame(watch, point, since, lasts, words);
 }
 
-GArray *pr_watchdog_look(PrWatchdog *dog, gint64 now)
+GArray *pr_watchdog_look(PrWatchdog *watchdog, gint64 now)
 {
 	GArray *words = g_array_new(FALSE, FALSE, sizeof(PrWatchWord));
 
 	g_array_set_clear_func(words, word_clear);
-	g_mutex_lock(&dog->lock);
-	gint64 late = dog->looked ? now - dog->looked - PR_WATCH_LOOK_MS * 1000 : 0;
+	g_mutex_lock(&watchdog->lock);
+	gint64 late = watchdog->looked ? now - watchdog->looked - PR_WATCH_LOOK_MS * 1000 : 0;
 	if (late > LATE_US)
-		dog->excused = now;
+		watchdog->excused = now;
 	if (late > STANDSTILL_US)
 		say(words, G_LOG_LEVEL_WARNING,
 		    g_strdup_printf("this engine stood still for %d ms: it was stopped, or got no "
 				    "CPU",
 				    (int)(late / 1000)));
-	dog->looked = now;
-	for (guint i = 0; i < dog->watches->len; i++)
-		look_at(dog->watches->pdata[i], now, words);
-	g_mutex_unlock(&dog->lock);
+	watchdog->looked = now;
+	for (guint i = 0; i < watchdog->watches->len; i++)
+		look_at(watchdog->watches->pdata[i], now, words);
+	g_mutex_unlock(&watchdog->lock);
 	return words;
 }
 
 /* FALSE: it is to end. */
-static gboolean wait_a_look(PrWatchdog *dog)
+static gboolean wait_a_look(PrWatchdog *watchdog)
 {
 	gint64 until = g_get_monotonic_time() + PR_WATCH_LOOK_MS * 1000;
 
-	g_mutex_lock(&dog->lock);
-	while (!dog->stop && g_cond_wait_until(&dog->changed, &dog->lock, until))
+	g_mutex_lock(&watchdog->lock);
+	while (!watchdog->stop && g_cond_wait_until(&watchdog->changed, &watchdog->lock, until))
 		;
-	gboolean go_on = !dog->stop;
-	g_mutex_unlock(&dog->lock);
+	gboolean go_on = !watchdog->stop;
+	g_mutex_unlock(&watchdog->lock);
 	return go_on;
 }
 
 static gpointer watchdog_thread(gpointer opaque)
 {
-	PrWatchdog *dog = opaque;
+	PrWatchdog *watchdog = opaque;
 
-	while (wait_a_look(dog)) {
-		g_autoptr(GArray) words = pr_watchdog_look(dog, g_get_monotonic_time());
+	while (wait_a_look(watchdog)) {
+		g_autoptr(GArray) words = pr_watchdog_look(watchdog, g_get_monotonic_time());
 
 		for (guint i = 0; i < words->len; i++) {
 			const PrWatchWord *word = &g_array_index(words, PrWatchWord, i);
@@ -163,62 +163,62 @@ static gpointer watchdog_thread(gpointer opaque)
 
 PrWatchdog *pr_watchdog_new(void)
 {
-	PrWatchdog *dog = g_new0(PrWatchdog, 1);
+	PrWatchdog *watchdog = g_new0(PrWatchdog, 1);
 
-	g_mutex_init(&dog->lock);
-	g_cond_init(&dog->changed);
-	dog->watches = g_ptr_array_new();
-	return dog;
+	g_mutex_init(&watchdog->lock);
+	g_cond_init(&watchdog->changed);
+	watchdog->watches = g_ptr_array_new();
+	return watchdog;
 }
 
-void pr_watchdog_start(PrWatchdog *dog)
+void pr_watchdog_start(PrWatchdog *watchdog)
 {
 	g_autoptr(GError) error = NULL;
 
-	dog->thread = pr_thread_try("watchdog", watchdog_thread, dog, &error);
-	if (!dog->thread)
+	watchdog->thread = pr_thread_try("watchdog", watchdog_thread, watchdog, &error);
+	if (!watchdog->thread)
 		g_warning("there will be no word of threads that hang: %s", error->message);
 }
 
-void pr_watchdog_free(PrWatchdog *dog)
+void pr_watchdog_free(PrWatchdog *watchdog)
 {
-	if (!dog)
+	if (!watchdog)
 		return;
-	g_mutex_lock(&dog->lock);
-	dog->stop = TRUE;
-	g_cond_signal(&dog->changed);
-	g_mutex_unlock(&dog->lock);
-	if (dog->thread)
-		g_thread_join(dog->thread);
-	g_ptr_array_unref(dog->watches);
-	g_free(dog->last);
-	g_mutex_clear(&dog->lock);
-	g_cond_clear(&dog->changed);
-	g_free(dog);
+	g_mutex_lock(&watchdog->lock);
+	watchdog->stop = TRUE;
+	g_cond_signal(&watchdog->changed);
+	g_mutex_unlock(&watchdog->lock);
+	if (watchdog->thread)
+		g_thread_join(watchdog->thread);
+	g_ptr_array_unref(watchdog->watches);
+	g_free(watchdog->last);
+	g_mutex_clear(&watchdog->lock);
+	g_cond_clear(&watchdog->changed);
+	g_free(watchdog);
 }
 
-guint64 pr_watchdog_stalls(PrWatchdog *dog, char **ret_last)
+guint64 pr_watchdog_stalls(PrWatchdog *watchdog, char **ret_last)
 {
-	g_mutex_lock(&dog->lock);
-	guint64 stalls = dog->stalls;
-	*ret_last = g_strdup(dog->last);
-	g_mutex_unlock(&dog->lock);
+	g_mutex_lock(&watchdog->lock);
+	guint64 stalls = watchdog->stalls;
+	*ret_last = g_strdup(watchdog->last);
+	g_mutex_unlock(&watchdog->lock);
 	return stalls;
 }
 
-PrWatch *pr_watch_new(PrWatchdog *dog, const char *name)
+PrWatch *pr_watch_new(PrWatchdog *watchdog, const char *name)
 {
 	PrWatch *watch;
 
-	if (!dog)
+	if (!watchdog)
 		return NULL;
 	watch = g_new0(PrWatch, 1);
-	watch->dog = dog;
+	watch->watchdog = watchdog;
 	watch->name = name;
 	watch->tid = gettid();
-	g_mutex_lock(&dog->lock);
-	g_ptr_array_add(dog->watches, watch);
-	g_mutex_unlock(&dog->lock);
+	g_mutex_lock(&watchdog->lock);
+	g_ptr_array_add(watchdog->watches, watch);
+	g_mutex_unlock(&watchdog->lock);
 	return watch;
 }
 
@@ -226,13 +226,13 @@ void pr_watch_free(PrWatch *watch)
 {
 	if (!watch)
 		return;
-	g_mutex_lock(&watch->dog->lock);
-	g_ptr_array_remove_fast(watch->dog->watches, watch);
-	g_mutex_unlock(&watch->dog->lock);
+	g_mutex_lock(&watch->watchdog->lock);
+	g_ptr_array_remove_fast(watch->watchdog->watches, watch);
+	g_mutex_unlock(&watch->watchdog->lock);
 	g_free(watch);
 }
 
-void pr_watch_busy_at(PrWatch *watch, const PrWatchPoint *point, gint64 now_us)
+void pr_watch_enter_at(PrWatch *watch, const PrWatchPoint *point, gint64 now_us)
 {
 	if (!watch)
 		return;
@@ -240,10 +240,10 @@ void pr_watch_busy_at(PrWatch *watch, const PrWatchPoint *point, gint64 now_us)
 	__atomic_store_n(&watch->point, point, __ATOMIC_RELEASE);
 }
 
-void pr_watch_busy(PrWatch *watch, const PrWatchPoint *point)
+void pr_watch_enter(PrWatch *watch, const PrWatchPoint *point)
 {
 	if (watch)
-		pr_watch_busy_at(watch, point, g_get_monotonic_time());
+		pr_watch_enter_at(watch, point, g_get_monotonic_time());
 }
 
 void pr_watch_idle(PrWatch *watch)

@@ -26,27 +26,27 @@ typedef struct PrWatchPoint {
 
 PrWatchdog *pr_watchdog_new(void);
 /* Starts its thread; where there is none to be had, that is logged. */
-void pr_watchdog_start(PrWatchdog *dog);
+void pr_watchdog_start(PrWatchdog *watchdog);
 /* All watches were freed before. */
-void pr_watchdog_free(PrWatchdog *dog);
+void pr_watchdog_free(PrWatchdog *watchdog);
 
 /* What it has found so far: how often a thread was slow, and the last one in words (NULL: none yet; g_free()). */
-guint64 pr_watchdog_stalls(PrWatchdog *dog, char **ret_last);
+guint64 pr_watchdog_stalls(PrWatchdog *watchdog, char **ret_last);
 
 /* One look, at this time (us, monotonic), and what there is to say; for its thread, and for tests without one. */
 typedef struct PrWatchWord {
 	GLogLevelFlags level;
 	char *text;
 } PrWatchWord;
-GArray *pr_watchdog_look(PrWatchdog *dog, gint64 now);
+GArray *pr_watchdog_look(PrWatchdog *watchdog, gint64 now);
 
-/* The calling thread's; name is not copied. dog may be NULL, and so may a watch everywhere below. */
-PrWatch *pr_watch_new(PrWatchdog *dog, const char *name);
+/* The calling thread's; name is not copied. watchdog may be NULL, and so may a watch everywhere below. */
+PrWatch *pr_watch_new(PrWatchdog *watchdog, const char *name);
 void pr_watch_free(PrWatch *watch);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrWatch, pr_watch_free)
 
 /* It comes to a point; the point has to be static. */
-void pr_watch_busy(PrWatch *watch, const PrWatchPoint *point);
-void pr_watch_busy_at(PrWatch *watch, const PrWatchPoint *point, gint64 now_us);
+void pr_watch_enter(PrWatch *watch, const PrWatchPoint *point);
+void pr_watch_enter_at(PrWatch *watch, const PrWatchPoint *point, gint64 now_us);
 /* It waits for whatever comes next. */
 void pr_watch_idle(PrWatch *watch);

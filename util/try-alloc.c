@@ -25,7 +25,7 @@ static gpointer do_nothing(gpointer opaque)
 	return opaque;
 }
 
-gboolean pr_spare_thread(GError **error)
+gboolean pr_probe_thread(GError **error)
 {
 	GThread *thread = pr_thread_try("spare", do_nothing, NULL, error);
 
@@ -34,14 +34,14 @@ gboolean pr_spare_thread(GError **error)
 	return thread != NULL;
 }
 
-gboolean pr_spare_files(GError **error)
+gboolean pr_check_fd_headroom(GError **error)
 {
-	int fds[PR_SPARE_FILES], code = 0;
+	int fds[PR_FD_HEADROOM], code = 0;
 	guint n = 0;
 
-	while (n < PR_SPARE_FILES && (fds[n] = eventfd(0, EFD_CLOEXEC)) >= 0)
+	while (n < PR_FD_HEADROOM && (fds[n] = eventfd(0, EFD_CLOEXEC)) >= 0)
 		n++;
-	if (n < PR_SPARE_FILES)
+	if (n < PR_FD_HEADROOM)
 		code = errno;
 	for (guint i = 0; i < n; i++)
 		close(fds[i]);
@@ -49,7 +49,7 @@ gboolean pr_spare_files(GError **error)
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 			    "only %u descriptors are left, %u are needed: %s; raise the engine's "
 			    "limit of open files (ulimit -n)",
-			    n, PR_SPARE_FILES, g_strerror(code));
+			    n, PR_FD_HEADROOM, g_strerror(code));
 	return !code;
 }
 
@@ -65,7 +65,7 @@ void *pr_try_alloc(gsize bytes, const char *what, GError **error)
 	return memory;
 }
 
-gboolean pr_spare_memory(gsize bytes, const char *what, GError **error)
+gboolean pr_check_memory_headroom(gsize bytes, const char *what, GError **error)
 {
 	g_autofree void *memory = pr_try_alloc(bytes, what, error);
 

@@ -12,14 +12,14 @@
 GThread *pr_thread_try(const char *name, GThreadFunc func, gpointer opaque, GError **error);
 
 /* Whether one could be had now, for what GLib will begin. */
-gboolean pr_spare_thread(GError **error);
+gboolean pr_probe_thread(GError **error);
 
 /* Whether there are descriptors for a main context and what GIO opens for it. Who asks at the same time as
- * others may be told that there are enough for both when there are not; PR_SPARE_FILES is several times what one needs. */
-#define PR_SPARE_FILES 16
-gboolean pr_spare_files(GError **error);
+ * others may be told that there are enough for both when there are not; PR_FD_HEADROOM is several times what one needs. */
+#define PR_FD_HEADROOM 16
+gboolean pr_check_fd_headroom(GError **error);
 
 /* A zeroed buffer for `what`, to be freed with g_free(). */
 void *pr_try_alloc(gsize bytes, const char *what, GError **error);
 /* Whether that much could be had now, for what GLib will allocate. */
-gboolean pr_spare_memory(gsize bytes, const char *what, GError **error);
+gboolean pr_check_memory_headroom(gsize bytes, const char *what, GError **error);

@@ -174,7 +174,7 @@ static void end_worker(PrAgent *agent)
 	pthread_mutex_lock(&agent->lock);
 	agent->quit = true;
 	/* A load that waits for a page ends with this. */
-	agent_fault_off(agent);
+	agent_uffd_disable(agent);
 	pthread_cond_signal(&agent->job_cond);
 	pthread_mutex_unlock(&agent->lock);
 	pthread_join(agent->worker, NULL);

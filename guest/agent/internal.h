@@ -103,9 +103,9 @@ bool agent_worker_start(PrAgent *agent, const PrAgentRequest *request, int fd, A
 /* uffd.c. A userfaultfd with all the needed features and those of the optional ones that there are; or -1. */
 int agent_uffd_open(uint64_t needed, uint64_t optional, AgentResult *result);
 /* The caller holds the lock. */
-bool agent_fault_probe(PrAgent *agent, AgentResult *result);
-bool agent_fault_on(PrAgent *agent, AgentResult *result);
-void agent_fault_off(PrAgent *agent);
+bool agent_uffd_probe(PrAgent *agent, AgentResult *result);
+bool agent_uffd_enable(PrAgent *agent, AgentResult *result);
+void agent_uffd_disable(PrAgent *agent);
 
 /* allocator.c; the server thread, without the lock. Begins one for the engine of this connection; returns the engine's end of
  * its socket, the caller's to close. -1 with PR_AGENT_OK: none is needed. */

@@ -261,14 +261,14 @@ static bool reply_memory(PrAgent *agent, int conn, Incoming *in)
 	pthread_mutex_lock(&agent->lock);
 	switch (in->request.op) {
 	case PR_AGENT_PROBE:
-		agent_fault_probe(agent, &result);
+		agent_uffd_probe(agent, &result);
 		break;
 	case PR_AGENT_FAULT_ON:
-		if (agent_fault_on(agent, &result))
+		if (agent_uffd_enable(agent, &result))
 			fd = agent->uffd;
 		break;
 	case PR_AGENT_FAULT_OFF:
-		agent_fault_off(agent);
+		agent_uffd_disable(agent);
 		break;
 	case PR_AGENT_KEEP_STATE:
 		agent_close_fd(&agent->state_fd);

@@ -104,7 +104,7 @@ static bool check_features(uint64_t supported, uint64_t needed, AgentResult *res
 	return !missing;
 }
 
-bool agent_fault_probe(PrAgent *agent, AgentResult *result)
+bool agent_uffd_probe(PrAgent *agent, AgentResult *result)
 {
 	uint64_t supported;
 
@@ -182,7 +182,7 @@ static void unregister_all(PrAgent *agent, int uffd)
 	}
 }
 
-bool agent_fault_on(PrAgent *agent, AgentResult *result)
+bool agent_uffd_enable(PrAgent *agent, AgentResult *result)
 {
 	int uffd;
 
@@ -204,7 +204,7 @@ bool agent_fault_on(PrAgent *agent, AgentResult *result)
 	return true;
 }
 
-void agent_fault_off(PrAgent *agent)
+void agent_uffd_disable(PrAgent *agent)
 {
 	if (agent->uffd < 0)
 		return;

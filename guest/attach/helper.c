@@ -195,7 +195,7 @@ static bool do_fd(Helper *helper, const Incoming *in)
 
 	switch (in->request.op) {
 	case PR_AGENT_FAULT_ON:
-		fd = attach_fault_on(&helper->target, &helper->ram, &result);
+		fd = attach_uffd_enable(&helper->target, &helper->ram, &result);
 		break;
 	case PR_AGENT_FETCH_STATE:
 		fd = attach_fetch_state(&helper->target, &result);
@@ -222,7 +222,7 @@ static bool do_off(Helper *helper, const Incoming *in)
 	if (!find_ram(helper, &result))
 		return reply(helper, in, &result);
 	if (in->request.op == PR_AGENT_FAULT_OFF)
-		attach_fault_off(&helper->target, &helper->ram, &result);
+		attach_uffd_disable(&helper->target, &helper->ram, &result);
 	else
 		attach_fence_off(&helper->target, &helper->ram, &result);
 	if (!reply(helper, in, &result))
@@ -242,7 +242,7 @@ static bool do_simple(Helper *helper, const Incoming *in)
 		attach_probe(target, &helper->ram, &result);
 		break;
 	case PR_AGENT_KEEP_STATE:
-		attach_keep_state(target, in->fd, &result);
+		attach_store_state_fd(target, in->fd, &result);
 		break;
 	case PR_AGENT_FENCE_ON:
 		attach_fence_on(target, &helper->ram, &result);

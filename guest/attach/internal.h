@@ -122,9 +122,9 @@ bool attach_close_there(AttachStop *stop, int fd);
 bool attach_parked(const AttachTarget *target, uint32_t *ret_flags, AttachResult *result);
 bool attach_probe(AttachTarget *target, const AttachRam *ram, AttachResult *result);
 /* Returns the userfaultfd, the caller's to close, or -1. */
-int attach_fault_on(AttachTarget *target, const AttachRam *ram, AttachResult *result);
+int attach_uffd_enable(AttachTarget *target, const AttachRam *ram, AttachResult *result);
 /* Both leave it parked: attach_close_parked() is for after the answer. */
-bool attach_fault_off(const AttachTarget *target, const AttachRam *ram, AttachResult *result);
+bool attach_uffd_disable(const AttachTarget *target, const AttachRam *ram, AttachResult *result);
 bool attach_fence_on(AttachTarget *target, const AttachRam *ram, AttachResult *result);
 bool attach_fence_off(const AttachTarget *target, const AttachRam *ram, AttachResult *result);
 /* What was turned off. When it can't be closed now it is the next time: it does nothing. */
@@ -132,7 +132,7 @@ void attach_close_parked(AttachTarget *target, AttachResult *result);
 
 /* state.c */
 /* fd -1: forget the one kept so far. */
-bool attach_keep_state(AttachTarget *target, int fd, AttachResult *result);
+bool attach_store_state_fd(AttachTarget *target, int fd, AttachResult *result);
 /* -1 with PR_AGENT_OK: there is none. */
 int attach_fetch_state(const AttachTarget *target, AttachResult *result);
 

@@ -9,11 +9,11 @@
 #include "guest/attach/internal.h"
 #include "guest/attach/kill.h"
 
-#define KEPT_MAX 16
+#define STATE_MEMFD_MAX 16
 
 typedef struct Search {
 	const AttachTarget *target;
-	int found[KEPT_MAX];
+	int found[STATE_MEMFD_MAX];
 	unsigned n;
 } Search;
 
@@ -34,7 +34,7 @@ static bool see_fd(int fd, void *opaque)
 
 	if (is_state(search->target, fd))
 		search->found[search->n++] = fd;
-	return search->n < KEPT_MAX;
+	return search->n < STATE_MEMFD_MAX;
 }
 
 /* The older one first: a helper that dies in between leaves none, as before any migration. */
@@ -48,7 +48,7 @@ static bool replace(AttachStop *stop, const Search *search, int fd)
 	return fd < 0 || attach_push(stop, fd) >= 0;
 }
 
-bool attach_keep_state(AttachTarget *target, int fd, AttachResult *result)
+bool attach_store_state_fd(AttachTarget *target, int fd, AttachResult *result)
 {
 	Search search = {.target = target};
 	AttachStop stop;

@@ -557,7 +557,7 @@ static bool refuse_unchosen(const AttachRam *ram, AttachResult *result)
 			   "the engine has not said which memory is the guest's RAM");
 }
 
-int attach_fault_on(AttachTarget *target, const AttachRam *ram, AttachResult *result)
+int attach_uffd_enable(AttachTarget *target, const AttachRam *ram, AttachResult *result)
 {
 	Parked parked;
 	int uffd;
@@ -591,7 +591,7 @@ static bool turn_off(const AttachTarget *target, const AttachRam *ram, Kind kind
 	return true;
 }
 
-bool attach_fault_off(const AttachTarget *target, const AttachRam *ram, AttachResult *result)
+bool attach_uffd_disable(const AttachTarget *target, const AttachRam *ram, AttachResult *result)
 {
 	return turn_off(target, ram, KIND_FAULTS, result);
 }

@@ -3,11 +3,11 @@
 
 PrKillHook pr_kill_hook;
 
-const char *pr_kill_point_name(PrKillPoint point)
+const char *pr_crash_point_name(PrCrashPoint point)
 {
-#define PR_KILL_POINT_NAME(id, name) [PR_KILL_##id] = name,
-	static const char *const names[] = {PR_KILL_POINTS(PR_KILL_POINT_NAME)};
-#undef PR_KILL_POINT_NAME
+#define PR_CRASH_POINT_NAME(id, name) [PR_CRASH_##id] = name,
+	static const char *const names[] = {PR_CRASH_POINTS(PR_CRASH_POINT_NAME)};
+#undef PR_CRASH_POINT_NAME
 
 	return names[point];
 }

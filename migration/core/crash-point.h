@@ -9,7 +9,7 @@
 #include <glib.h>
 
 /* What the names say has just been done. Those of the source, of the destination, of both. */
-#define PR_KILL_POINTS(POINT)                                                                      \
+#define PR_CRASH_POINTS(POINT)                                                                     \
 	POINT(SOURCE_STOPPING_NOTED, "source-stopping-noted")                                      \
 	POINT(SOURCE_STOPPED, "source-stopped")                                                    \
 	POINT(SOURCE_RAM_TOLD, "source-ram-told")                                                  \
@@ -53,15 +53,15 @@
 	POINT(RECORD_WRITTEN, "record-written")                                                    \
 	POINT(RECORD_RENAMED, "record-renamed")
 
-#define PR_KILL_POINT_ID(id, name) PR_KILL_##id,
-typedef enum PrKillPoint { PR_KILL_POINTS(PR_KILL_POINT_ID) PR_N_KILL_POINTS } PrKillPoint;
-#undef PR_KILL_POINT_ID
+#define PR_CRASH_POINT_ID(id, name) PR_CRASH_##id,
+typedef enum PrCrashPoint { PR_CRASH_POINTS(PR_CRASH_POINT_ID) PR_N_KILL_POINTS } PrCrashPoint;
+#undef PR_CRASH_POINT_ID
 
-typedef void (*PrKillHook)(PrKillPoint point);
+typedef void (*PrKillHook)(PrCrashPoint point);
 extern PrKillHook pr_kill_hook; /* atomic; NULL but in tests */
-const char *pr_kill_point_name(PrKillPoint point);
+const char *pr_crash_point_name(PrCrashPoint point);
 
-static inline void pr_kill_point(PrKillPoint point)
+static inline void pr_crash_point(PrCrashPoint point)
 {
 	PrKillHook hook = __atomic_load_n(&pr_kill_hook, __ATOMIC_ACQUIRE);
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Who may come in at the destination: judges the HELLO of a source, and the ACTIVATE of one that has a standby.
- * Whoever is found good is left to the load thread as the newcomer. In the listeners' thread, and in those of
+ * Whoever is found good is left to the load thread as the pending_peer. In the listeners' thread, and in those of
  * standbys.
  */
 #include <string.h>
@@ -31,7 +31,7 @@ void pr_note_refusal(PrMigration *m, const char *what, PrControl *control, const
 	g_autofree char *more = NULL;
 	guint left_out;
 
-	if (!pr_quiet_may_say(&m->refusals, g_get_monotonic_time(), &left_out))
+	if (!pr_log_ratelimit_allows(&m->refusals, g_get_monotonic_time(), &left_out))
 		return;
 	if (left_out)
 		more = g_strdup_printf(" (and %u more, of which nothing was said)", left_out);
@@ -76,7 +76,7 @@ static void tell_completed(PrMigration *m, PrHelloAck *ack)
 	ack->progress = pr_destination_progress(m, &m->fault_stats);
 }
 
-/* Decides with the lock held; a newcomer of the running migration pauses it. */
+/* Decides with the lock held; a pending_peer of the running migration pauses it. */
 static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 {
 	PrState state = m->sm.state;
@@ -121,7 +121,7 @@ static void judge_new(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 		pr_refuse(ack, "this engine is the source of a migration");
 	else if (m->sm.role == PR_ROLE_DESTINATION && m->sm.state == PR_STATE_COMPLETED)
 		pr_refuse(ack, "a guest has arrived here already");
-	else if (!m->owner || m->newcomer || m->sm.role == PR_ROLE_SOURCE ||
+	else if (!m->thread || m->pending_peer || m->sm.role == PR_ROLE_SOURCE ||
 		 pr_migration_step_locked(m, PR_EVENT_START, PR_ROLE_DESTINATION,
 					  "a source has connected") == PR_ACTION_REFUSE)
 		pr_refuse(ack, "another migration is %s here", pr_state_name(m->sm.state));
@@ -136,23 +136,23 @@ static void judge_new(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
 	m->guest_started = FALSE;
 }
 
-static PrNewcomer *newcomer_new(const PrHello *hello, PrListener *listener)
+static PrPendingPeer *pending_peer_new(const PrHello *hello, PrListener *listener)
 {
-	PrNewcomer *newcomer = g_new0(PrNewcomer, 1);
+	PrPendingPeer *pending_peer = g_new0(PrPendingPeer, 1);
 
-	newcomer->listener = listener;
-	pr_hello_copy(&newcomer->hello, hello);
-	return newcomer;
+	pending_peer->listener = listener;
+	pr_hello_copy(&pending_peer->hello, hello);
+	return pending_peer;
 }
 
 /* The load thread has it from now on. Returns whom it pushes out. With the lock held. */
-static PrNewcomer *enqueue(PrMigration *m, PrNewcomer *newcomer)
+static PrPendingPeer *enqueue(PrMigration *m, PrPendingPeer *pending_peer)
 {
-	PrNewcomer *old = m->newcomer;
+	PrPendingPeer *old = m->pending_peer;
 
 	/* The epoch is taken now, so that whoever comes next has to be newer still. */
-	m->binding.epoch = newcomer->hello.epoch;
-	m->newcomer = newcomer;
+	m->binding.epoch = pending_peer->hello.epoch;
+	m->pending_peer = pending_peer;
 	g_cond_broadcast(&m->changed);
 	return old;
 }
@@ -161,7 +161,7 @@ void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *
 			  void *opaque)
 {
 	PrMigration *m = opaque;
-	PrNewcomer *old = NULL;
+	PrPendingPeer *old = NULL;
 	PrHelloAck ack = {.status = PR_HELLO_OK};
 
 	if (hello->role == PR_HELLO_SOURCE && hello->resume == PR_RESUME_STANDBY) {
@@ -176,14 +176,14 @@ void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *
 	else
 		judge_new(m, hello, &ack);
 	if (ack.status == PR_HELLO_OK) {
-		PrNewcomer *newcomer = newcomer_new(hello, listener);
+		PrPendingPeer *pending_peer = pending_peer_new(hello, listener);
 
-		newcomer->control = control;
-		old = enqueue(m, newcomer);
+		pending_peer->control = control;
+		old = enqueue(m, pending_peer);
 	}
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
-	pr_newcomer_free(old);
+	pr_session_flush_events(m);
+	pr_pending_peer_free(old);
 	if (ack.status == PR_HELLO_OK)
 		return;
 	if (ack.status != PR_HELLO_COMPLETED)
@@ -196,7 +196,7 @@ gboolean pr_destination_activate(PrConn *conn, const PrHello *hello, PrListener 
 				 PrHelloAck *ret)
 {
 	PrMigration *m = conn->m;
-	PrNewcomer *old = NULL;
+	PrPendingPeer *old = NULL;
 
 	g_mutex_lock(&m->lock);
 	if (conn->failure || !conn->granted)
@@ -204,16 +204,16 @@ gboolean pr_destination_activate(PrConn *conn, const PrHello *hello, PrListener 
 	else
 		judge_resume(m, hello, ret);
 	if (ret->status == PR_HELLO_OK) {
-		PrNewcomer *newcomer = newcomer_new(hello, listener);
+		PrPendingPeer *pending_peer = pending_peer_new(hello, listener);
 
 		pr_conn_unlist(conn);
 		conn->epoch = hello->epoch;
-		newcomer->standby = conn;
-		old = enqueue(m, newcomer);
+		pending_peer->standby = conn;
+		old = enqueue(m, pending_peer);
 	}
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
-	pr_newcomer_free(old);
+	pr_session_flush_events(m);
+	pr_pending_peer_free(old);
 	return ret->status == PR_HELLO_OK;
 }
 

@@ -197,7 +197,7 @@ static uint64_t next_run(const PrRamBlock *block, uint64_t *page)
 	for (uint64_t i = *page / PR_LONG_BITS; i < pr_bitmap_words(block->n_pages); i++) {
 		unsigned long bits = __atomic_load_n(&block->allocated[i], __ATOMIC_RELAXED) |
 				     __atomic_load_n(&block->received[i], __ATOMIC_RELAXED) |
-				     __atomic_load_n(&block->veiled[i], __ATOMIC_RELAXED);
+				     __atomic_load_n(&block->ungranted[i], __ATOMIC_RELAXED);
 
 		bits = ~bits & pr_bitmap_span(i, *page, block->n_pages);
 		if (!bits)
@@ -357,7 +357,7 @@ static gboolean walk_block(PrAllocate *self, guint index, GError **error)
 		if (has_many_tables(self))
 			give_tables_back(self);
 		let_others_pass(self);
-		pr_watch_busy(self->watch, &walking);
+		pr_watch_enter(self->watch, &walking);
 		if (should_stop(self) || (n > 0 && !allocate_some(self, index, page, n, &n, error)))
 			return FALSE;
 		page += n;
@@ -398,12 +398,12 @@ static gboolean wait_news(PrAllocate *self, gboolean *ret_walk)
 static gpointer allocate_thread(gpointer opaque)
 {
 	PrAllocate *self = opaque;
-	g_autoptr(PrWatch) watch = pr_watch_new(self->hooks.dog, "allocate");
+	g_autoptr(PrWatch) watch = pr_watch_new(self->hooks.watchdog, "allocate");
 	gboolean may_walk;
 
 	self->watch = watch;
 	while (wait_news(self, &may_walk)) {
-		pr_watch_busy(watch, &walking);
+		pr_watch_enter(watch, &walking);
 		if (has_many_tables(self))
 			give_tables_back(self);
 		if (may_walk)
@@ -443,12 +443,13 @@ static gboolean prepare_block(PrAllocate *self, guint index, GError **error)
 static gboolean prepare(PrAllocate *self, GError **error)
 {
 	const PrRam *ram = self->ram;
-	gsize kept = pr_kept_bytes(ram->kept), scratch = pr_scratch_bytes(ram->scratch);
+	gsize kept = pr_state_memfd_bytes(ram->state_memfd),
+	      scratch = pr_scratch_bytes(ram->scratch);
 
 	for (guint i = 0; i < ram->n_blocks; i++)
 		if (!prepare_block(self, i, error))
 			return FALSE;
-	return give_file(self, FILE_KEPT, pr_kept_fd(ram->kept), error) &&
+	return give_file(self, FILE_KEPT, pr_state_memfd_fd(ram->state_memfd), error) &&
 	       give_file(self, FILE_SCRATCH, pr_scratch_fd(ram->scratch), error) &&
 	       ask_in_turn(self, FILE_KEPT, 0, kept, error) &&
 	       ask_in_turn(self, FILE_SCRATCH, 0, scratch, error);
@@ -485,7 +486,9 @@ static gboolean make_tables(PrAllocate *self, int uffd, GError **error)
 		return TRUE;
 	gboolean made = give_file(self, FILE_UFFD, uffd, error) && ask_for_tables(self, error);
 
-	return give_file(self, FILE_UFFD, pr_kept_fd(self->ram->kept), made ? error : NULL) && made;
+	return give_file(self, FILE_UFFD, pr_state_memfd_fd(self->ram->state_memfd),
+			 made ? error : NULL) &&
+	       made;
 }
 
 static void allocate_free(PrAllocate *self)

@@ -11,7 +11,7 @@ typedef struct PrAllocateHooks {
 	/* Pages that are to be read now can't be allocated. From whoever wanted to read them; each time. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;
-	PrWatchdog *dog;
+	PrWatchdog *watchdog;
 } PrAllocateHooks;
 
 /* socket: of an allocator (guest/allocator.h), stays the caller's. Both, and what hooks name, outlive it. uffd: the guest's, of a

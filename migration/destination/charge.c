@@ -18,12 +18,12 @@ static void tell_charged_here(PrMigration *m, const GError *why)
 	g_mutex_lock(&m->lock);
 	pr_migration_note_locked(m, note);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 gboolean pr_destination_start_allocator(PrMigration *m, gboolean fresh, GError **error)
 {
-	const PrAllocateHooks hooks = {broken, m, m->dog};
+	const PrAllocateHooks hooks = {broken, m, m->watchdog};
 	g_autoptr(GError) why = NULL;
 	int socket = m->guest->ops->allocator ? m->guest->ops->allocator(m->guest, &why) : -1;
 

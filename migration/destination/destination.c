@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The destination's story. The load thread waits for a newcomer, a source whose HELLO was found good,
+ * The destination's story. The load thread waits for a pending_peer, a source whose HELLO was found good,
  * answers it, and carries out its commands until the connection ends; then it fences the connection and
- * either waits for the next newcomer (paused) or tidies up. Beside it work the fault threads and the
+ * either waits for the next pending_peer (paused) or tidies up. Beside it work the fault threads and the
  * pull thread, from the moment the source's guest is stopped.
  *
  * Fence: the workers let go of the path, every READ that was posted has come back, the path is
@@ -42,7 +42,7 @@ static void send_progress(PrMigration *m, PrConn *conn)
 	PrProgress progress = pr_destination_progress(m, &stats);
 	pr_progress_encode(body, &progress);
 	/* A failure reports itself. */
-	if (pr_stripe_send_rails(m, conn, NULL))
+	if (pr_rail_send_rails(m, conn, NULL))
 		pr_send(conn, PR_RP_PROGRESS, body, NULL);
 }
 
@@ -82,19 +82,19 @@ void pr_destination_check_complete(PrMigration *m)
 			pr_migration_step_locked(m, PR_EVENT_SHUT, PR_ROLE_DESTINATION,
 						 "every page is in place") == PR_ACTION_RELEASE;
 	if (done)
-		pr_kept_set_stage(m->ram->kept, PR_KEPT_COMPLETED);
+		pr_state_memfd_set_stage(m->ram->state_memfd, PR_STATE_MEMFD_COMPLETED);
 	g_mutex_unlock(&m->lock);
 	if (!done)
 		return;
-	pr_kill_point(PR_KILL_DESTINATION_COMPLETED_NOTED);
+	pr_crash_point(PR_CRASH_DESTINATION_COMPLETED_NOTED);
 	if (conn) {
 		send_progress(m, conn);
 		pr_u32_encode(body, 0);
 		/* If it is lost, the source finds out when it comes to resume: PR_HELLO_COMPLETED. */
 		pr_send(conn, PR_RP_SHUT, body, NULL);
-		pr_kill_point(PR_KILL_DESTINATION_SHUT_SENT);
+		pr_crash_point(PR_CRASH_DESTINATION_SHUT_SENT);
 	}
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 static void on_complete(void *opaque)
@@ -108,7 +108,7 @@ static void on_want(guint block, uint64_t page, void *opaque)
 	PrConn *conn = current_conn(m);
 
 	if (conn)
-		pr_told_ask(m, conn, block, page);
+		pr_live_grants_request(m, conn, block, page);
 }
 
 /* A pull that is being ended meanwhile is not kicked any more. */
@@ -172,15 +172,16 @@ void pr_destination_use_grants(PrConn *conn)
 
 gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **error)
 {
-	PrFaultHooks fault_hooks = {on_complete, on_want, on_no_huge_read, on_broken, m, m->dog};
-	PrPullHooks pull_hooks = {on_progress, on_complete, on_broken, m, m->dog};
+	PrFaultHooks fault_hooks = {on_complete, on_want, on_no_huge_read,
+				    on_broken,	 m,	  m->watchdog};
+	PrPullHooks pull_hooks = {on_progress, on_complete, on_broken, m, m->watchdog};
 
 	g_free(m->guest_process);
 	m->guest_process = m->guest->ops->process(m->guest);
-	m->uffd = m->guest->ops->fault_on(m->guest, error);
+	m->uffd = m->guest->ops->uffd_enable(m->guest, error);
 	if (m->uffd < 0)
 		return FALSE;
-	pr_kill_point(PR_KILL_DESTINATION_FAULTS_ON);
+	pr_crash_point(PR_CRASH_DESTINATION_FAULTS_ON);
 	/* Now that every access faults, what the memfds held before can go. */
 	if (fresh && !pr_ram_empty(m->ram, error))
 		return FALSE;
@@ -205,16 +206,16 @@ gboolean pr_destination_start_workers(PrMigration *m, gboolean fresh, GError **e
 
 static gboolean begin_told(PrMigration *m, PrConn *conn)
 {
-	if (conn->path->piecewise)
-		pr_told_begin(m, conn);
+	if (conn->path->incremental_grants)
+		pr_live_grants_start(m, conn);
 	return TRUE;
 }
 
-static gboolean keep_state(PrMigration *m, GError **error)
+static gboolean store_state_fd(PrMigration *m, GError **error)
 {
-	if (!m->guest->ops->keep_state(m->guest, pr_kept_fd(m->ram->kept), error))
+	if (!m->guest->ops->store_state_fd(m->guest, pr_state_memfd_fd(m->ram->state_memfd), error))
 		return FALSE;
-	pr_kill_point(PR_KILL_DESTINATION_STATE_KEPT);
+	pr_crash_point(PR_CRASH_DESTINATION_STATE_KEPT);
 	return TRUE;
 }
 
@@ -233,12 +234,12 @@ static gboolean take_advise(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 		return FALSE;
 	}
 	pr_conn_binding(conn, &binding);
-	pr_kept_set_verifies(m->ram->kept, m->verifies);
-	pr_kept_set_identity(m->ram->kept, &binding);
+	pr_state_memfd_set_verifies(m->ram->state_memfd, m->verifies);
+	pr_state_memfd_set_identity(m->ram->state_memfd, &binding);
 	/* In this order: who finds the fault mode on finds out why. */
 	return (!m->guest->ops->prepare_load || m->guest->ops->prepare_load(m->guest, error)) &&
-	       keep_state(m, error) && pr_destination_start_workers(m, /* fresh= */ TRUE, error) &&
-	       begin_told(m, conn) &&
+	       store_state_fd(m, error) &&
+	       pr_destination_start_workers(m, /* fresh= */ TRUE, error) && begin_told(m, conn) &&
 	       pr_migration_step(m, PR_EVENT_READY, "ready for RAM and device state", error);
 }
 
@@ -273,7 +274,7 @@ gboolean pr_destination_take_zero(PrMigration *m, const PrMsg *msg, GError **err
 		uint64_t page = ranges[i].offset / block->page_size;
 		uint64_t pages = ranges[i].length / block->page_size;
 		pr_ram_zero(m->ram, block, page, pages);
-		pr_kill_point(PR_KILL_DESTINATION_ZERO_RECEIVED);
+		pr_crash_point(PR_CRASH_DESTINATION_ZERO_RECEIVED);
 		/* The fault threads wake whoever waits (fault.c); a call to the kernel for each range would
 		 * cost more than the pages. */
 		if (pages > 0 && pr_ram_take_waiting(block, page, pages) > 0)
@@ -301,16 +302,16 @@ static gboolean take_listen(PrMigration *m, PrConn *conn, const PrMsg *msg, GErr
 	/* Loading touches RAM. The bulk of it has to wait: it would slow down what the guest stands still
 	 * for. */
 	pr_fault_attach(m->faults, conn->path);
-	pr_kill_point(PR_KILL_DESTINATION_LISTENING);
+	pr_crash_point(PR_CRASH_DESTINATION_LISTENING);
 	return m->guest->ops->load_begin(m->guest, error);
 }
 
 static gboolean note_loaded(PrMigration *m)
 {
-	pr_kill_point(PR_KILL_DESTINATION_LOADED);
-	pr_kept_set_was_running(m->ram->kept, m->guest_was_running);
-	pr_kept_set_stage(m->ram->kept, PR_KEPT_LOADED);
-	pr_kill_point(PR_KILL_DESTINATION_LOADED_NOTED);
+	pr_crash_point(PR_CRASH_DESTINATION_LOADED);
+	pr_state_memfd_set_was_running(m->ram->state_memfd, m->guest_was_running);
+	pr_state_memfd_set_stage(m->ram->state_memfd, PR_STATE_MEMFD_LOADED);
+	pr_crash_point(PR_CRASH_DESTINATION_LOADED_NOTED);
 	return TRUE;
 }
 
@@ -321,7 +322,7 @@ static gboolean take_packaged(PrMigration *m, PrConn *conn, const PrMsg *msg, GE
 	if (!pr_packaged_decode(msg->body, msg->length, &packaged, error))
 		return FALSE;
 	m->guest_was_running = packaged.guest_running;
-	pr_watch_busy(m->watch, &loading);
+	pr_watch_enter(m->watch, &loading);
 	if (!packaged.last)
 		return m->guest->ops->load_data(m->guest, packaged.data, packaged.length, error);
 	/* The source hands the guest over only after the PONG that answers the PING behind this. */
@@ -342,13 +343,13 @@ static gboolean take_ping(PrMigration *m, PrConn *conn, const PrMsg *msg, GError
 
 gboolean pr_destination_try_run(PrMigration *m, GError **error)
 {
-	pr_kept_set_stage(m->ram->kept, PR_KEPT_RUN);
-	pr_kill_point(PR_KILL_DESTINATION_RUN_NOTED);
+	pr_state_memfd_set_stage(m->ram->state_memfd, PR_STATE_MEMFD_RUN);
+	pr_crash_point(PR_CRASH_DESTINATION_RUN_NOTED);
 	if (m->guest_was_running && !m->guest->ops->run(m->guest, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_DESTINATION_RUNNING);
-	pr_kept_set_stage(m->ram->kept, PR_KEPT_STARTED);
-	pr_kill_point(PR_KILL_DESTINATION_STARTED_NOTED);
+	pr_crash_point(PR_CRASH_DESTINATION_RUNNING);
+	pr_state_memfd_set_stage(m->ram->state_memfd, PR_STATE_MEMFD_STARTED);
+	pr_crash_point(PR_CRASH_DESTINATION_STARTED_NOTED);
 	return TRUE;
 }
 
@@ -356,7 +357,7 @@ void pr_destination_run(PrMigration *m)
 {
 	g_autoptr(GError) error = NULL;
 
-	pr_watch_busy(m->watch, &starting);
+	pr_watch_enter(m->watch, &starting);
 	if (!pr_destination_try_run(m, &error))
 		g_critical("the guest has arrived but could not be started, start it by hand: %s",
 			   error->message);
@@ -470,7 +471,7 @@ static gboolean take_message(PrMigration *m, PrConn *conn, const PrMsg *msg, GEr
 /* ---- the load thread ---- */
 
 /* After SHUT the source closes; should it not, we do. */
-static gboolean over_for_long(PrMigration *m)
+static gboolean shutdown_timed_out(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
 	gboolean over = pr_state_is_over(m->sm.state) &&
@@ -481,11 +482,11 @@ static gboolean over_for_long(PrMigration *m)
 
 static void carry_out_commands(PrMigration *m, PrConn *conn)
 {
-	while (!over_for_long(m)) {
+	while (!shutdown_timed_out(m)) {
 		g_autoptr(GError) error = NULL;
 		pr_watch_idle(m->watch);
 		g_autoptr(PrMsg) msg = pr_control_recv(conn->control, SHUT_WAIT_MS, &error);
-		pr_watch_busy(m->watch, &carrying_out);
+		pr_watch_enter(m->watch, &carrying_out);
 		if (!msg && g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
 			continue;
 		if (!msg || !take_message(m, conn, msg, &error)) {
@@ -498,7 +499,7 @@ static void carry_out_commands(PrMigration *m, PrConn *conn)
 static gboolean admit_guest(PrMigration *m, PrConn *conn, const PrHello *hello, GError **error)
 {
 	guint n;
-	pr_watch_busy(m->watch, &preparing);
+	pr_watch_enter(m->watch, &preparing);
 	const PrGuestBlock *blocks =
 		m->guest->ops->prepare(m->guest, PR_GUEST_DESTINATION, &n, error);
 	g_autoptr(PrRam) ram = blocks ? pr_ram_new(blocks, n, PR_GUEST_DESTINATION, error) : NULL;
@@ -539,8 +540,8 @@ static gboolean admit(PrMigration *m, PrConn *conn, const PrHello *hello, GError
 		return FALSE;
 	pr_conn_binding(conn, &binding);
 	binding.epoch = hello->epoch;
-	pr_kept_set_identity(m->ram->kept, &binding);
-	pr_kill_point(PR_KILL_DESTINATION_READMITTED);
+	pr_state_memfd_set_identity(m->ram->state_memfd, &binding);
+	pr_crash_point(PR_CRASH_DESTINATION_READMITTED);
 	return pr_migration_step(m, PR_EVENT_CONNECTED, reason, error);
 }
 
@@ -585,9 +586,9 @@ static gboolean take_over(PrConn *conn, GError **error)
 /* Nothing of this connection touches guest RAM after this. */
 static void fence(PrMigration *m, PrConn *conn)
 {
-	pr_watch_busy(m->watch, &fencing);
+	pr_watch_enter(m->watch, &fencing);
 	pr_conn_shutdown(conn);
-	pr_told_end(conn);
+	pr_live_grants_stop(conn);
 	if (m->faults) {
 		pr_fault_detach(m->faults);
 		pr_pull_detach(m->pull);
@@ -596,12 +597,12 @@ static void fence(PrMigration *m, PrConn *conn)
 	}
 	pr_conn_close(conn);
 	if (m->pull) {
-		pr_ram_drop_veil(m->ram);
-		pr_pull_forget_lost(m->pull);
+		pr_ram_clear_ungranted(m->ram);
+		pr_pull_reclaim_inflight(m->pull);
 	}
 }
 
-/* Whether the newcomer is still wanted, now that its turn has come. */
+/* Whether the pending_peer is still wanted, now that its turn has come. */
 static gboolean begin(PrMigration *m, const PrHello *hello, GError **error)
 {
 	g_mutex_lock(&m->lock);
@@ -615,16 +616,17 @@ static gboolean begin(PrMigration *m, const PrHello *hello, GError **error)
 	return wanted;
 }
 
-static PrConn *conn_of(PrMigration *m, PrNewcomer *newcomer)
+static PrConn *conn_of(PrMigration *m, PrPendingPeer *pending_peer)
 {
 	g_autofree char *name = NULL;
 	PrConn *conn;
 
-	if (newcomer->standby)
-		return g_steal_pointer(&newcomer->standby);
-	name = pr_destination_path_name(newcomer->control, newcomer->listener);
-	conn = pr_conn_new(m, pr_listener_uri(newcomer->listener), name, newcomer->hello.epoch);
-	conn->control = g_steal_pointer(&newcomer->control);
+	if (pending_peer->standby)
+		return g_steal_pointer(&pending_peer->standby);
+	name = pr_destination_path_name(pending_peer->control, pending_peer->listener);
+	conn = pr_conn_new(m, pr_listener_uri(pending_peer->listener), name,
+			   pending_peer->hello.epoch);
+	conn->control = g_steal_pointer(&pending_peer->control);
 	return conn;
 }
 
@@ -639,31 +641,32 @@ static void turn_away(PrConn *conn, gboolean standby, const GError *why)
 		pr_control_answer(conn->control, &ack, NULL);
 }
 
-static gboolean bring_up(PrConn *conn, PrNewcomer *newcomer, gboolean standby, GError **error)
+static gboolean bring_up(PrConn *conn, PrPendingPeer *pending_peer, gboolean standby,
+			 GError **error)
 {
-	pr_watch_busy(conn->m->watch, &accepting);
+	pr_watch_enter(conn->m->watch, &accepting);
 	return standby ? take_over(conn, error)
-		       : pr_destination_accept(conn, newcomer->listener, FALSE, error);
+		       : pr_destination_accept(conn, pending_peer->listener, FALSE, error);
 }
 
-static void serve(PrMigration *m, PrNewcomer *newcomer)
+static void serve(PrMigration *m, PrPendingPeer *pending_peer)
 {
 	g_autoptr(GError) error = NULL;
-	gboolean standby = newcomer->standby != NULL;
-	PrConn *conn = conn_of(m, newcomer);
+	gboolean standby = pending_peer->standby != NULL;
+	PrConn *conn = conn_of(m, pending_peer);
 
-	if (!begin(m, &newcomer->hello, &error)) {
+	if (!begin(m, &pending_peer->hello, &error)) {
 		turn_away(conn, standby, error);
 		pr_attempt_failed(m, error);
 		fence(m, conn);
 		return;
 	}
 	g_set_object(&conn->cancel, m->cancel);
-	conn->peer_can = newcomer->hello.capabilities;
-	if (!admit(m, conn, &newcomer->hello, &error)) {
+	conn->peer_can = pending_peer->hello.capabilities;
+	if (!admit(m, conn, &pending_peer->hello, &error)) {
 		turn_away(conn, standby, error);
 		pr_attempt_failed(m, error);
-	} else if (!bring_up(conn, newcomer, standby, &error)) {
+	} else if (!bring_up(conn, pending_peer, standby, &error)) {
 		pr_attempt_failed(m, error);
 	} else {
 		carry_out_commands(m, conn);
@@ -714,17 +717,17 @@ static void tidy_up(PrMigration *m)
 	PrState state = current_state(m);
 	gboolean undone = state == PR_STATE_FAILING || state == PR_STATE_CANCELLING;
 
-	pr_watch_busy(m->watch, &tidying);
+	pr_watch_enter(m->watch, &tidying);
 	stop_workers(m);
-	if (undone && m->ram && m->ram->kept) {
-		pr_kept_set_stage(m->ram->kept, PR_KEPT_ENDED);
-		pr_kill_point(PR_KILL_DESTINATION_ENDED_NOTED);
+	if (undone && m->ram && m->ram->state_memfd) {
+		pr_state_memfd_set_stage(m->ram->state_memfd, PR_STATE_MEMFD_ENDED);
+		pr_crash_point(PR_CRASH_DESTINATION_ENDED_NOTED);
 	}
-	if (m->uffd >= 0 && !m->guest->ops->fault_off(m->guest, &error))
+	if (m->uffd >= 0 && !m->guest->ops->uffd_disable(m->guest, &error))
 		g_warning("turning the fault mode off: %s", error->message);
 	else if (undone)
-		m->guest->ops->keep_state(m->guest, -1, NULL);
-	pr_kill_point(PR_KILL_DESTINATION_RELEASED);
+		m->guest->ops->store_state_fd(m->guest, -1, NULL);
+	pr_crash_point(PR_CRASH_DESTINATION_RELEASED);
 	/* A process that has ended is let go of as a whole (await_change). */
 	if (!g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
 		close_uffd(m);
@@ -748,7 +751,7 @@ static void let_go(PrMigration *m)
 static void await_change(PrMigration *m)
 {
 	if (!m->guest_gone || m->uffd < 0) {
-		/* Ended by a newcomer, a cancellation, another role, the guest's death, or the end. */
+		/* Ended by a pending_peer, a cancellation, another role, the guest's death, or the end. */
 		g_cond_wait(&m->changed, &m->lock);
 		return;
 	}
@@ -761,15 +764,15 @@ static void await_change(PrMigration *m)
 }
 
 /* Waits for something to do. FALSE: the thread's time is over. */
-static gboolean wait_newcomer(PrMigration *m, PrNewcomer **ret)
+static gboolean wait_for_peer(PrMigration *m, PrPendingPeer **ret)
 {
 	pr_watch_idle(m->watch);
 	g_mutex_lock(&m->lock);
-	while (!m->quit && !m->newcomer && m->sm.role != PR_ROLE_SOURCE &&
+	while (!m->quit && !m->pending_peer && m->sm.role != PR_ROLE_SOURCE &&
 	       m->sm.state != PR_STATE_CANCELLING)
 		await_change(m);
 	gboolean go_on = !m->quit && m->sm.role != PR_ROLE_SOURCE;
-	*ret = go_on ? g_steal_pointer(&m->newcomer) : NULL;
+	*ret = go_on ? g_steal_pointer(&m->pending_peer) : NULL;
 	g_mutex_unlock(&m->lock);
 	return go_on;
 }
@@ -777,14 +780,14 @@ static gboolean wait_newcomer(PrMigration *m, PrNewcomer **ret)
 gpointer pr_load_thread(gpointer migration)
 {
 	PrMigration *m = migration;
-	PrNewcomer *newcomer;
-	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "load");
+	PrPendingPeer *pending_peer;
+	g_autoptr(PrWatch) watch = pr_watch_new(m->watchdog, "load");
 
 	m->watch = watch;
-	while (wait_newcomer(m, &newcomer)) {
-		if (newcomer)
-			serve(m, newcomer);
-		pr_newcomer_free(newcomer);
+	while (wait_for_peer(m, &pending_peer)) {
+		if (pending_peer)
+			serve(m, pending_peer);
+		pr_pending_peer_free(pending_peer);
 		if (!pr_state_is_postcopy(current_state(m)))
 			tidy_up(m);
 	}

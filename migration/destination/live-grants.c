@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the source tells of its RAM over a piecewise path: the destination's half of ram-scan.c.
+ * What the source tells of its RAM over a incremental_grants path: the destination's half of ram-scan.c.
  *
  * From ADVISE on every page is veiled (ram.h): claimed, by nobody who reads. GRANT takes the veil off and frees the
  * claim, RAM_ZERO turns it into a received page. A page that was never told is never read, and one that was told
@@ -12,7 +12,7 @@
  * workers are kicked, and that all pages are there is found out by the pull thread. What it cannot make sense
  * of it leaves to the load thread, which says what is wrong with it.
  *
- * The end: told_lock. The connection is fenced only after pr_told_end(), when nobody takes anything any more; then
+ * The end: grants_lock. The connection is fenced only after pr_live_grants_stop(), when nobody takes anything any more; then
  * the veil is dropped, and its claims are forgotten with those of the lost READs.
  */
 #include "migration/destination/allocate.h"
@@ -32,8 +32,8 @@ static gboolean take_grant(PrConn *conn, const PrMsg *msg)
 	conn->path->ops->add_grants(conn->path, news, n);
 	for (guint i = 0; i < n; i++) {
 		PrRamBlock *block = &m->ram->blocks[news[i].block];
-		pr_ram_unveil(block, news[i].offset / block->page_size,
-			      news[i].length / block->page_size);
+		pr_ram_grant(block, news[i].offset / block->page_size,
+			     news[i].length / block->page_size);
 	}
 	/* The path has them. */
 	g_array_set_size(conn->grants, had);
@@ -54,34 +54,34 @@ static gboolean take_zero(PrConn *conn, const PrMsg *msg)
 	return TRUE;
 }
 
-gboolean pr_told_take(PrConn *conn, const PrMsg *msg)
+gboolean pr_live_grants_handle(PrConn *conn, const PrMsg *msg)
 {
 	gboolean taken = FALSE;
 
-	g_mutex_lock(&conn->told_lock);
-	if (conn->telling)
+	g_mutex_lock(&conn->grants_lock);
+	if (conn->receiving_grants)
 		taken = msg->type == PR_CMD_GRANT ? take_grant(conn, msg) : take_zero(conn, msg);
-	g_mutex_unlock(&conn->told_lock);
+	g_mutex_unlock(&conn->grants_lock);
 	return taken;
 }
 
-void pr_told_begin(PrMigration *m, PrConn *conn)
+void pr_live_grants_start(PrMigration *m, PrConn *conn)
 {
-	pr_ram_veil(m->ram);
+	pr_ram_mark_ungranted(m->ram);
 	pr_destination_use_grants(conn);
-	g_mutex_lock(&conn->told_lock);
-	conn->telling = TRUE;
-	g_mutex_unlock(&conn->told_lock);
+	g_mutex_lock(&conn->grants_lock);
+	conn->receiving_grants = TRUE;
+	g_mutex_unlock(&conn->grants_lock);
 }
 
-void pr_told_end(PrConn *conn)
+void pr_live_grants_stop(PrConn *conn)
 {
-	g_mutex_lock(&conn->told_lock);
-	conn->telling = FALSE;
-	g_mutex_unlock(&conn->told_lock);
+	g_mutex_lock(&conn->grants_lock);
+	conn->receiving_grants = FALSE;
+	g_mutex_unlock(&conn->grants_lock);
 }
 
-void pr_told_ask(PrMigration *m, PrConn *conn, guint block, uint64_t page)
+void pr_live_grants_request(PrMigration *m, PrConn *conn, guint block, uint64_t page)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 	uint64_t page_size = m->ram->blocks[block].page_size;
@@ -89,5 +89,5 @@ void pr_told_ask(PrMigration *m, PrConn *conn, guint block, uint64_t page)
 
 	pr_ranges_encode(body, block, &range, 1);
 	/* A failure reports itself. */
-	pr_send(conn, PR_RP_LOOK, body, NULL);
+	pr_send(conn, PR_RP_SCAN_FIRST, body, NULL);
 }

@@ -168,7 +168,7 @@ static void corrupt(const PrCorrupt *corrupt, void *opaque)
 		pr_conn_failed_locked(conn, error);
 	}
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 gboolean pr_destination_start_verify(PrMigration *m, GError **error)

@@ -29,7 +29,7 @@ static PrPull *pull_of(PrMigration *m)
 	return pull;
 }
 
-static void set_stripe(PrConn *conn, guint id)
+static void set_rail(PrConn *conn, guint id)
 {
 	PrMigration *m = conn->m;
 
@@ -53,7 +53,7 @@ static gboolean is_fit(PrConn *conn, uint64_t **ret_bytes)
 	return fit;
 }
 
-void pr_stripe_begin(PrConn *conn)
+void pr_rail_begin(PrConn *conn)
 {
 	PrMigration *m = conn->m;
 	uint64_t *bytes;
@@ -62,12 +62,12 @@ void pr_stripe_begin(PrConn *conn)
 		return;
 	g_mutex_lock(&m->pull_lock);
 	PrPull *pull = pull_of(m);
-	if (pull && pr_pull_wants_stripe(pull, conn->path)) {
+	if (pull && pr_pull_wants_rail(pull, conn->path)) {
 		g_autoptr(GError) error = NULL;
-		guint id = pr_pull_add_stripe(pull, conn->path, bytes, &error);
+		guint id = pr_pull_add_rail(pull, conn->path, bytes, &error);
 
 		if (id != 0) {
-			set_stripe(conn, id);
+			set_rail(conn, id);
 			g_info("path %s: pulls, too", conn->name);
 		} else {
 			g_info("path %s: can't pull along: %s", conn->name, error->message);
@@ -76,7 +76,7 @@ void pr_stripe_begin(PrConn *conn)
 	g_mutex_unlock(&m->pull_lock);
 }
 
-gboolean pr_stripe_rest(PrConn *conn, GError **error)
+gboolean pr_rail_drain(PrConn *conn, GError **error)
 {
 	PrMigration *m = conn->m;
 	gint64 deadline = g_get_monotonic_time() +
@@ -90,10 +90,10 @@ gboolean pr_stripe_rest(PrConn *conn, GError **error)
 	if (pull)
 		pr_pull_ref(pull);
 	g_mutex_unlock(&m->pull_lock);
-	gboolean rested = !pull || pr_pull_rest_stripe(pull, conn->stripe, deadline);
+	gboolean rested = !pull || pr_pull_drain_rail(pull, conn->stripe, deadline);
 	if (rested) {
-		pr_stripe_let_go(conn);
-		pr_stripe_forget(conn);
+		pr_rail_stop(conn);
+		pr_rail_reclaim(conn);
 	}
 	if (!rested)
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_SILENT,
@@ -101,7 +101,7 @@ gboolean pr_stripe_rest(PrConn *conn, GError **error)
 	return rested;
 }
 
-gboolean pr_stripe_review(PrConn *conn, GError **error)
+gboolean pr_rail_review(PrConn *conn, GError **error)
 {
 	PrMigration *m = conn->m;
 	gint64 within_us = (gint64)pr_param(m->params, PR_PARAM_HEARTBEAT_TIMEOUT) * 1000;
@@ -110,16 +110,16 @@ gboolean pr_stripe_review(PrConn *conn, GError **error)
 		return TRUE;
 	g_mutex_lock(&m->pull_lock);
 	PrPull *pull = pull_of(m);
-	gboolean wanted = pull && pr_pull_wants_stripe(pull, conn->path);
-	gboolean moves = !pull || pr_pull_stripe_moves(pull, conn->stripe, within_us);
+	gboolean wanted = pull && pr_pull_wants_rail(pull, conn->path);
+	gboolean moves = !pull || pr_pull_rail_moves(pull, conn->stripe, within_us);
 	g_mutex_unlock(&m->pull_lock);
 	if (!moves)
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_SILENT,
 			    "path %s: the bulk lane does not answer", conn->name);
-	return moves && (wanted || pr_stripe_rest(conn, error));
+	return moves && (wanted || pr_rail_drain(conn, error));
 }
 
-void pr_stripe_let_go(PrConn *conn)
+void pr_rail_stop(PrConn *conn)
 {
 	PrMigration *m = conn->m;
 
@@ -128,11 +128,11 @@ void pr_stripe_let_go(PrConn *conn)
 	g_mutex_lock(&m->pull_lock);
 	PrPull *pull = pull_of(m);
 	if (pull)
-		pr_pull_end_stripe(pull, conn->stripe);
+		pr_pull_end_rail(pull, conn->stripe);
 	g_mutex_unlock(&m->pull_lock);
 }
 
-void pr_stripe_forget(PrConn *conn)
+void pr_rail_reclaim(PrConn *conn)
 {
 	PrMigration *m = conn->m;
 
@@ -141,14 +141,14 @@ void pr_stripe_forget(PrConn *conn)
 	g_mutex_lock(&m->pull_lock);
 	PrPull *pull = pull_of(m);
 	if (pull)
-		pr_pull_forget_stripe(pull, conn->stripe);
-	set_stripe(conn, 0);
+		pr_pull_reclaim_rail(pull, conn->stripe);
+	set_rail(conn, 0);
 	g_mutex_unlock(&m->pull_lock);
 }
 
 /* ---- what the source hears of it ---- */
 
-gboolean pr_stripe_send_rails(PrMigration *m, PrConn *conn, GError **error)
+gboolean pr_rail_send_rails(PrMigration *m, PrConn *conn, GError **error)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 	PrRail rails[PR_RAILS_MAX];
@@ -185,7 +185,7 @@ static void note_rail(PrMigration *m, const PrRail *rail)
 	}
 }
 
-gboolean pr_stripe_take_rails(PrMigration *m, const PrMsg *msg, GError **error)
+gboolean pr_rail_take_rails(PrMigration *m, const PrMsg *msg, GError **error)
 {
 	g_autofree PrRail *rails = NULL;
 	guint n;

@@ -69,7 +69,7 @@ static gboolean make_bitmaps(PrRam *ram, GError **error)
 		PrRamBlock *block = &ram->blocks[i];
 
 		block->inflight = pr_scratch_take(ram->scratch, bitmap_bytes(block));
-		block->veiled = pr_scratch_take(ram->scratch, bitmap_bytes(block));
+		block->ungranted = pr_scratch_take(ram->scratch, bitmap_bytes(block));
 		block->allocated = pr_scratch_take(ram->scratch, bitmap_bytes(block));
 		block->waiting = pr_scratch_take(ram->scratch, bitmap_bytes(block));
 	}
@@ -77,16 +77,16 @@ static gboolean make_bitmaps(PrRam *ram, GError **error)
 }
 
 /* Takes kept. What it has received counts. */
-static gboolean use_kept(PrRam *ram, PrKept *kept, gboolean adopted, GError **error)
+static gboolean use_kept(PrRam *ram, PrStateMemfd *kept, gboolean adopted, GError **error)
 {
-	ram->kept = kept;
-	ram->zero_bytes = pr_kept_zero_bytes(kept);
+	ram->state_memfd = kept;
+	ram->zero_bytes = pr_state_memfd_zero_bytes(kept);
 	if (!make_bitmaps(ram, error))
 		return FALSE;
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		PrRamBlock *block = &ram->blocks[i];
 
-		block->received = pr_kept_received(kept, i);
+		block->received = pr_state_memfd_received(kept, i);
 		/* To look at a new one would allocate it, and charge this engine (allocate.h). */
 		if (adopted)
 			ram->received_bytes +=
@@ -131,7 +131,7 @@ PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError 
 	g_autoptr(PrRam) ram = map_blocks(blocks, n, role, error);
 
 	if (ram && role == PR_GUEST_DESTINATION) {
-		PrKept *kept = pr_kept_new(blocks, n, error);
+		PrStateMemfd *kept = pr_state_memfd_new(blocks, n, error);
 
 		if (!kept || !use_kept(ram, kept, /* adopted= */ FALSE, error))
 			return NULL;
@@ -139,12 +139,12 @@ PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError 
 	return g_steal_pointer(&ram);
 }
 
-PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrKept *kept, GError **error)
+PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrStateMemfd *kept, GError **error)
 {
 	g_autoptr(PrRam) ram = map_blocks(blocks, n, PR_GUEST_DESTINATION, error);
 
 	if (!ram) {
-		pr_kept_free(kept);
+		pr_state_memfd_free(kept);
 		return NULL;
 	}
 	return use_kept(ram, kept, /* adopted= */ TRUE, error) ? g_steal_pointer(&ram) : NULL;
@@ -161,7 +161,7 @@ void pr_ram_free(PrRam *ram)
 		g_free(block->idstr);
 		g_free(block->dirty);
 	}
-	pr_kept_free(ram->kept);
+	pr_state_memfd_free(ram->state_memfd);
 	pr_scratch_free(ram->scratch);
 	g_free(ram->blocks);
 	g_free(ram->regions);
@@ -366,23 +366,23 @@ void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, g
 		__atomic_fetch_add(ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
 }
 
-/* Returns which pages of a word were veiled, and are not any more. */
+/* Returns which pages of a word were ungranted, and are not any more. */
 static unsigned long take_veil(PrRamBlock *block, uint64_t index, unsigned long mask)
 {
-	return mask & __atomic_fetch_and(&block->veiled[index], ~mask, __ATOMIC_SEQ_CST);
+	return mask & __atomic_fetch_and(&block->ungranted[index], ~mask, __ATOMIC_SEQ_CST);
 }
 
-void pr_ram_veil(PrRam *ram)
+void pr_ram_mark_ungranted(PrRam *ram)
 {
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		PrRamBlock *block = &ram->blocks[i];
 
 		pr_bitmap_set(block->inflight, 0, block->n_pages);
-		pr_bitmap_set(block->veiled, 0, block->n_pages);
+		pr_bitmap_set(block->ungranted, 0, block->n_pages);
 	}
 }
 
-void pr_ram_unveil(PrRamBlock *block, uint64_t page, uint64_t n)
+void pr_ram_grant(PrRamBlock *block, uint64_t page, uint64_t n)
 {
 	uint64_t end = page + n;
 
@@ -393,10 +393,10 @@ void pr_ram_unveil(PrRamBlock *block, uint64_t page, uint64_t n)
 	}
 }
 
-void pr_ram_drop_veil(PrRam *ram)
+void pr_ram_clear_ungranted(PrRam *ram)
 {
 	for (guint i = 0; i < ram->n_blocks; i++)
-		pr_bitmap_clear(ram->blocks[i].veiled, 0, ram->blocks[i].n_pages);
+		pr_bitmap_clear(ram->blocks[i].ungranted, 0, ram->blocks[i].n_pages);
 }
 
 uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
@@ -404,13 +404,13 @@ uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
 	uint64_t changed = 0, end = page + n;
 
 	/* A word at a time, as pr_ram_claim() and pr_ram_received() do it for a page: holes are large. The claim of
-	 * a veiled page is whoever's that takes the veil off. */
+	 * a ungranted page is whoever's that takes the veil off. */
 	for (uint64_t i = page / PR_LONG_BITS; i < pr_bitmap_words(end); i++) {
 		unsigned long mask = pr_bitmap_span(i, page, end);
-		unsigned long veiled = mask & take_veil(block, i, mask);
+		unsigned long ungranted = mask & take_veil(block, i, mask);
 		unsigned long others =
 			__atomic_fetch_or(&block->inflight[i], mask, __ATOMIC_SEQ_CST);
-		unsigned long mine = (mask & ~others) | veiled;
+		unsigned long mine = (mask & ~others) | ungranted;
 		unsigned long have = __atomic_load_n(&block->received[i], __ATOMIC_SEQ_CST);
 
 		__atomic_fetch_or(&block->received[i], mine, __ATOMIC_SEQ_CST);

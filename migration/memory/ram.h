@@ -42,7 +42,8 @@ typedef struct PrRamBlock {
 
 	unsigned long *received; /* destination; atomic, in the state memfd */
 	unsigned long *inflight; /* destination; atomic: claimed by a reader */
-	unsigned long *veiled;	 /* destination; atomic: the source has not told yet what it is; its
+	unsigned long
+		*ungranted; /* destination; atomic: the source has not told yet what it is; its
 				  * in-flight bit is set for so long */
 	unsigned long *allocated; /* destination; atomic: allocate.c */
 	unsigned long
@@ -58,7 +59,7 @@ typedef struct PrRam {
 	PrRegion *regions; /* the same, for the data path */
 	uint64_t total_bytes;
 	uint64_t page_size_summary; /* OR of the page sizes, as in POSTCOPY_ADVISE */
-	PrKept *kept;		    /* destination: the state memfd; NULL on the source */
+	PrStateMemfd *state_memfd;  /* destination: the state memfd; NULL on the source */
 	struct PrScratch *scratch;  /* destination: the other bitmaps; NULL on the source */
 	struct PrAllocate *
 		allocate; /* destination: NULL: whoever fills a page allocates it. Set as `verify` is */
@@ -105,7 +106,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrRam, pr_ram_free)
 
 /* Destination: goes on with the bitmaps of an engine that has died. Takes kept. The blocks are the ones that it
  * describes, in its order. */
-PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrKept *kept, GError **error);
+PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrStateMemfd *kept, GError **error);
 
 /* The block table as HELLO carries it; g_free() it. */
 PrWireBlock *pr_ram_wire_blocks(const PrRam *ram);
@@ -144,13 +145,13 @@ void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, g
 /* The source says that n pages are zero: those that nobody has or reads are marked received.
  * Returns how many. */
 uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n);
-/* Destination, before anybody reads: no page can be claimed until the source has told what it is, by pr_ram_unveil()
+/* Destination, before anybody reads: no page can be claimed until the source has told what it is, by pr_ram_grant()
  * or pr_ram_zero(). */
-void pr_ram_veil(PrRam *ram);
-/* n pages may be read now: those that were veiled may be claimed. */
-void pr_ram_unveil(PrRamBlock *block, uint64_t page, uint64_t n);
-/* Destination: nothing is veiled any more; pr_ram_forget_inflight() is to follow. */
-void pr_ram_drop_veil(PrRam *ram);
+void pr_ram_mark_ungranted(PrRam *ram);
+/* n pages may be read now: those that were ungranted may be claimed. */
+void pr_ram_grant(PrRamBlock *block, uint64_t page, uint64_t n);
+/* Destination: nothing is ungranted any more; pr_ram_forget_inflight() is to follow. */
+void pr_ram_clear_ungranted(PrRam *ram);
 /* Destination: the READ of these pages was lost, and its path is fenced: they may be claimed again. */
 void pr_ram_forget(PrRam *ram, uint64_t token);
 /* Destination: no READ is in flight any more but those of these tokens. */

@@ -13,21 +13,21 @@
 #include "migration/memory/bitmap.h"
 #include "migration/migration.h"
 
-#define KEPT_MAGIC   0x5053544154454d46ull /* "PSTATEMF" */
-#define KEPT_VERSION 3
-#define KEPT_ALIGN   4096
-#define KEPT_SEALS   (F_SEAL_SHRINK | F_SEAL_GROW)
+#define STATE_MEMFD_MAGIC   0x5053544154454d46ull /* "PSTATEMF" */
+#define STATE_MEMFD_VERSION 3
+#define STATE_MEMFD_ALIGN   4096
+#define STATE_MEMFD_SEALS   (F_SEAL_SHRINK | F_SEAL_GROW)
 
-#define LOOK_US	     (5 * 1000) /* between two looks whether the last engine is gone */
+#define LOOK_US		    (5 * 1000) /* between two looks whether the last engine is gone */
 
-typedef struct KeptBlock {
+typedef struct StateBlock {
 	char idstr[PR_IDSTR_MAX + 1];
 	uint64_t size, page_size, base; /* page_size: the host pages' */
 	uint64_t bitmap_offset;		/* bytes, page aligned */
-} KeptBlock;
+} StateBlock;
 
-/* Fixed widths and no pointers: the reader may be another build. Whoever changes it raises KEPT_VERSION. */
-typedef struct KeptHead {
+/* Fixed widths and no pointers: the reader may be another build. Whoever changes it raises STATE_MEMFD_VERSION. */
+typedef struct StateHead {
 	uint64_t magic; /* of a complete one */
 	uint32_t version;
 	uint32_t head_bytes;
@@ -39,22 +39,22 @@ typedef struct KeptHead {
 	uint32_t n_vcpus;
 	uint32_t verifies;
 	uint32_t spare; /* 0 */
-	uint32_t vcpus[PR_KEPT_VCPUS_MAX];
+	uint32_t vcpus[PR_STATE_MEMFD_VCPUS_MAX];
 	uint64_t zero_bytes;		    /* atomic */
 	char engine[PR_PROCESS_TEXT_BYTES]; /* the process that works on it */
 	uint64_t n_blocks;
-	KeptBlock blocks[PR_BLOCKS_MAX];
-} KeptHead;
+	StateBlock blocks[PR_BLOCKS_MAX];
+} StateHead;
 
-struct PrKept {
+struct PrStateMemfd {
 	int fd;
-	KeptHead *head;
+	StateHead *head;
 	gsize bytes;
 };
 
 static uint64_t align_up(uint64_t value)
 {
-	return (value + KEPT_ALIGN - 1) & ~(uint64_t)(KEPT_ALIGN - 1);
+	return (value + STATE_MEMFD_ALIGN - 1) & ~(uint64_t)(STATE_MEMFD_ALIGN - 1);
 }
 
 static uint64_t bitmap_bytes(uint64_t size)
@@ -62,7 +62,7 @@ static uint64_t bitmap_bytes(uint64_t size)
 	return pr_bitmap_words(size / PR_TARGET_PAGE) * sizeof(unsigned long);
 }
 
-static gboolean map(PrKept *kept, gsize bytes, GError **error)
+static gboolean map(PrStateMemfd *kept, gsize bytes, GError **error)
 {
 	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, kept->fd, 0);
 
@@ -76,23 +76,23 @@ static gboolean map(PrKept *kept, gsize bytes, GError **error)
 	return TRUE;
 }
 
-static void note_engine(KeptHead *head)
+static void note_engine(StateHead *head)
 {
 	g_autofree char *self = pr_process_text(getpid());
 
 	g_strlcpy(head->engine, self, sizeof(head->engine));
 }
 
-static void fill(KeptHead *head, const PrGuestBlock *blocks, guint n, uint64_t total)
+static void fill(StateHead *head, const PrGuestBlock *blocks, guint n, uint64_t total)
 {
-	uint64_t at = align_up(sizeof(KeptHead));
+	uint64_t at = align_up(sizeof(StateHead));
 
-	head->version = KEPT_VERSION;
-	head->head_bytes = sizeof(KeptHead);
+	head->version = STATE_MEMFD_VERSION;
+	head->head_bytes = sizeof(StateHead);
 	head->total_bytes = total;
 	head->n_blocks = n;
 	for (guint i = 0; i < n; i++) {
-		KeptBlock *block = &head->blocks[i];
+		StateBlock *block = &head->blocks[i];
 
 		g_strlcpy(block->idstr, blocks[i].idstr, sizeof(block->idstr));
 		block->size = blocks[i].size;
@@ -104,17 +104,17 @@ static void fill(KeptHead *head, const PrGuestBlock *blocks, guint n, uint64_t t
 	note_engine(head);
 }
 
-PrKept *pr_kept_new(const PrGuestBlock *blocks, guint n, GError **error)
+PrStateMemfd *pr_state_memfd_new(const PrGuestBlock *blocks, guint n, GError **error)
 {
-	g_autoptr(PrKept) kept = g_new0(PrKept, 1);
-	uint64_t bytes = align_up(sizeof(KeptHead));
+	g_autoptr(PrStateMemfd) kept = g_new0(PrStateMemfd, 1);
+	uint64_t bytes = align_up(sizeof(StateHead));
 
 	g_assert(n <= PR_BLOCKS_MAX);
 	for (guint i = 0; i < n; i++)
 		bytes += align_up(bitmap_bytes(blocks[i].size));
 	kept->fd = memfd_create(PR_AGENT_STATE_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (kept->fd < 0 || ftruncate(kept->fd, (off_t)bytes) < 0 ||
-	    fcntl(kept->fd, F_ADD_SEALS, KEPT_SEALS) < 0) {
+	    fcntl(kept->fd, F_ADD_SEALS, STATE_MEMFD_SEALS) < 0) {
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
 			    "memfd for the received bitmap: %s", g_strerror(errno));
 		return NULL;
@@ -149,33 +149,34 @@ static gboolean check_file(int fd, uint64_t *ret_bytes, GError **error)
 
 	if (fstat(fd, &st) < 0)
 		return refuse(error, "fstat: %s", g_strerror(errno));
-	if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size < sizeof(KeptHead))
+	if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size < sizeof(StateHead))
 		return refuse(error,
 			      "it has %" G_GINT64_FORMAT " bytes, its head alone %" G_GSIZE_FORMAT,
-			      (gint64)st.st_size, sizeof(KeptHead));
-	if ((fcntl(fd, F_GET_SEALS) & KEPT_SEALS) != KEPT_SEALS)
+			      (gint64)st.st_size, sizeof(StateHead));
+	if ((fcntl(fd, F_GET_SEALS) & STATE_MEMFD_SEALS) != STATE_MEMFD_SEALS)
 		return refuse(error, "its size is not sealed");
 	*ret_bytes = (uint64_t)st.st_size;
 	return TRUE;
 }
 
-static gboolean check_head(const KeptHead *head, uint64_t bytes, GError **error)
+static gboolean check_head(const StateHead *head, uint64_t bytes, GError **error)
 {
-	if (head->magic != KEPT_MAGIC)
+	if (head->magic != STATE_MEMFD_MAGIC)
 		return refuse(error, "its first bytes are 0x%" G_GINT64_MODIFIER "x", head->magic);
-	if (head->version != KEPT_VERSION || head->head_bytes != sizeof(KeptHead))
+	if (head->version != STATE_MEMFD_VERSION || head->head_bytes != sizeof(StateHead))
 		return refuse(error,
 			      "its layout is version %u with a head of %u bytes, this engine's "
 			      "version %u with %" G_GSIZE_FORMAT
 			      "; start the engine that it was made by",
-			      head->version, head->head_bytes, KEPT_VERSION, sizeof(KeptHead));
+			      head->version, head->head_bytes, STATE_MEMFD_VERSION,
+			      sizeof(StateHead));
 	if (head->total_bytes != bytes)
 		return refuse(error,
 			      "it has %" G_GUINT64_FORMAT
 			      " bytes and should have %" G_GUINT64_FORMAT,
 			      bytes, head->total_bytes);
 	if (head->n_blocks == 0 || head->n_blocks > PR_BLOCKS_MAX ||
-	    head->n_vcpus > PR_KEPT_VCPUS_MAX || head->stage >= PR_KEPT_N_STAGES ||
+	    head->n_vcpus > PR_STATE_MEMFD_VCPUS_MAX || head->stage >= PR_STATE_MEMFD_N_STAGES ||
 	    !memchr(head->engine, '\0', sizeof(head->engine)))
 		return refuse(error,
 			      "its head makes no sense (%" G_GUINT64_FORMAT " blocks, stage %u)",
@@ -183,24 +184,24 @@ static gboolean check_head(const KeptHead *head, uint64_t bytes, GError **error)
 	return TRUE;
 }
 
-static gboolean check_block(const KeptBlock *block, guint index, uint64_t bytes, GError **error)
+static gboolean check_block(const StateBlock *block, guint index, uint64_t bytes, GError **error)
 {
 	gboolean sound = memchr(block->idstr, '\0', sizeof(block->idstr)) &&
-			 block->page_size >= KEPT_ALIGN && block->page_size <= G_MAXUINT32 &&
+			 block->page_size >= STATE_MEMFD_ALIGN && block->page_size <= G_MAXUINT32 &&
 			 !(block->page_size & (block->page_size - 1)) && block->size > 0 &&
 			 block->size % block->page_size == 0;
 
-	if (sound && block->bitmap_offset % KEPT_ALIGN == 0 &&
-	    block->bitmap_offset >= sizeof(KeptHead) && block->bitmap_offset <= bytes &&
+	if (sound && block->bitmap_offset % STATE_MEMFD_ALIGN == 0 &&
+	    block->bitmap_offset >= sizeof(StateHead) && block->bitmap_offset <= bytes &&
 	    bitmap_bytes(block->size) <= bytes - block->bitmap_offset)
 		return TRUE;
 	return refuse(error, "RAM block %u (size %" G_GUINT64_FORMAT ") makes no sense", index,
 		      block->size);
 }
 
-PrKept *pr_kept_attach(int fd, GError **error)
+PrStateMemfd *pr_state_memfd_attach(int fd, GError **error)
 {
-	g_autoptr(PrKept) kept = g_new0(PrKept, 1);
+	g_autoptr(PrStateMemfd) kept = g_new0(PrStateMemfd, 1);
 	uint64_t bytes = 0;
 
 	kept->fd = fd;
@@ -213,7 +214,7 @@ PrKept *pr_kept_attach(int fd, GError **error)
 	return g_steal_pointer(&kept);
 }
 
-void pr_kept_free(PrKept *kept)
+void pr_state_memfd_free(PrStateMemfd *kept)
 {
 	if (!kept)
 		return;
@@ -224,33 +225,33 @@ void pr_kept_free(PrKept *kept)
 	g_free(kept);
 }
 
-int pr_kept_fd(const PrKept *kept)
+int pr_state_memfd_fd(const PrStateMemfd *kept)
 {
 	return kept->fd;
 }
 
-gsize pr_kept_bytes(const PrKept *kept)
+gsize pr_state_memfd_bytes(const PrStateMemfd *kept)
 {
 	return kept->bytes;
 }
 
-unsigned long *pr_kept_received(const PrKept *kept, guint block)
+unsigned long *pr_state_memfd_received(const PrStateMemfd *kept, guint block)
 {
 	return (unsigned long *)((uint8_t *)kept->head + kept->head->blocks[block].bitmap_offset);
 }
 
-uint64_t *pr_kept_zero_bytes(const PrKept *kept)
+uint64_t *pr_state_memfd_zero_bytes(const PrStateMemfd *kept)
 {
 	return &kept->head->zero_bytes;
 }
 
-PrGuestBlock *pr_kept_blocks(const PrKept *kept, guint *ret_n)
+PrGuestBlock *pr_state_memfd_blocks(const PrStateMemfd *kept, guint *ret_n)
 {
 	guint n = (guint)kept->head->n_blocks;
 	PrGuestBlock *blocks = g_new0(PrGuestBlock, n);
 
 	for (guint i = 0; i < n; i++) {
-		KeptBlock *block = &kept->head->blocks[i];
+		StateBlock *block = &kept->head->blocks[i];
 
 		blocks[i] = (PrGuestBlock){.idstr = block->idstr,
 					   .size = block->size,
@@ -262,72 +263,72 @@ PrGuestBlock *pr_kept_blocks(const PrKept *kept, guint *ret_n)
 	return blocks;
 }
 
-void pr_kept_set_identity(PrKept *kept, const PrBinding *binding)
+void pr_state_memfd_set_identity(PrStateMemfd *kept, const PrBinding *binding)
 {
 	kept->head->binding = *binding;
-	__atomic_store_n(&kept->head->magic, KEPT_MAGIC, __ATOMIC_RELEASE);
+	__atomic_store_n(&kept->head->magic, STATE_MEMFD_MAGIC, __ATOMIC_RELEASE);
 }
 
-void pr_kept_identity(const PrKept *kept, PrBinding *ret)
+void pr_state_memfd_identity(const PrStateMemfd *kept, PrBinding *ret)
 {
 	*ret = kept->head->binding;
 }
 
-PrKeptStage pr_kept_stage(const PrKept *kept)
+PrStateMemfdStage pr_state_memfd_stage(const PrStateMemfd *kept)
 {
 	return __atomic_load_n(&kept->head->stage, __ATOMIC_SEQ_CST);
 }
 
-void pr_kept_set_stage(PrKept *kept, PrKeptStage stage)
+void pr_state_memfd_set_stage(PrStateMemfd *kept, PrStateMemfdStage stage)
 {
 	__atomic_store_n(&kept->head->stage, stage, __ATOMIC_SEQ_CST);
 }
 
-gboolean pr_kept_held(const PrKept *kept)
+gboolean pr_state_memfd_held(const PrStateMemfd *kept)
 {
 	return __atomic_load_n(&kept->head->held, __ATOMIC_SEQ_CST) != 0;
 }
 
-void pr_kept_set_held(PrKept *kept, gboolean held)
+void pr_state_memfd_set_held(PrStateMemfd *kept, gboolean held)
 {
 	__atomic_store_n(&kept->head->held, held != FALSE, __ATOMIC_SEQ_CST);
 }
 
-gboolean pr_kept_verifies(const PrKept *kept)
+gboolean pr_state_memfd_verifies(const PrStateMemfd *kept)
 {
 	return kept->head->verifies != 0;
 }
 
-void pr_kept_set_verifies(PrKept *kept, gboolean verifies)
+void pr_state_memfd_set_verifies(PrStateMemfd *kept, gboolean verifies)
 {
 	kept->head->verifies = verifies != FALSE;
 }
 
-gboolean pr_kept_was_running(const PrKept *kept)
+gboolean pr_state_memfd_was_running(const PrStateMemfd *kept)
 {
 	return kept->head->was_running != 0;
 }
 
-void pr_kept_set_was_running(PrKept *kept, gboolean was_running)
+void pr_state_memfd_set_was_running(PrStateMemfd *kept, gboolean was_running)
 {
 	kept->head->was_running = was_running != FALSE;
 }
 
-void pr_kept_set_vcpus(PrKept *kept, const uint32_t *vcpus, guint n)
+void pr_state_memfd_set_vcpus(PrStateMemfd *kept, const uint32_t *vcpus, guint n)
 {
-	n = MIN(n, PR_KEPT_VCPUS_MAX);
+	n = MIN(n, PR_STATE_MEMFD_VCPUS_MAX);
 	if (n > 0)
 		memcpy(kept->head->vcpus, vcpus, n * sizeof(*vcpus));
 	kept->head->n_vcpus = n;
 }
 
-const uint32_t *pr_kept_vcpus(const PrKept *kept, guint *ret_n)
+const uint32_t *pr_state_memfd_vcpus(const PrStateMemfd *kept, guint *ret_n)
 {
 	*ret_n = kept->head->n_vcpus;
 	return kept->head->vcpus;
 }
 
-gboolean pr_kept_await_engine(PrKept *kept, guint timeout_ms, GError **error)
+gboolean pr_state_memfd_await_engine(PrStateMemfd *kept, guint timeout_ms, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() + timeout_ms * 1000ll;
 	g_autofree char *self = pr_process_text(getpid());

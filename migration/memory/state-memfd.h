@@ -24,7 +24,7 @@
  *  - rdma: the card writes. A queue pair belongs to an open file of the process, and to the process's mappings of
  *    it; the kernel destroys the pair, and unpins the memory, when the last of both goes: in exit(), before the
  *    process can be waited for. So the next engine first waits until the last one's process is gone
- *    (pr_kept_await_engine). Second fence: the source puts its end of a connection to the error state before it
+ *    (pr_state_memfd_await_engine). Second fence: the source puts its end of a connection to the error state before it
  *    comes with a higher epoch (pr_conn_close), and a queue pair in that state answers no READ.
  */
 #pragma once
@@ -35,54 +35,54 @@
 #define PR_TARGET_PAGE 4096u /* bytes: what is counted as a page, as QEMU does on x86 */
 
 /* How far it has come. Only ever grows, until the memfd is forgotten. */
-typedef enum PrKeptStage {
-	PR_KEPT_SETUP,	 /* the guest is the source's, this process may hold half of it */
-	PR_KEPT_LOADED,	 /* the device state is in place: RUN may come */
-	PR_KEPT_RUN,	 /* RUN was seen: the guest lives here. It may not have been started yet */
-	PR_KEPT_STARTED, /* it was */
-	PR_KEPT_COMPLETED, /* every page is in place. The source may not know yet */
-	PR_KEPT_ENDED,	   /* given up before RUN; the fault mode may be on still */
-	PR_KEPT_N_STAGES
-} PrKeptStage;
+typedef enum PrStateMemfdStage {
+	PR_STATE_MEMFD_SETUP,  /* the guest is the source's, this process may hold half of it */
+	PR_STATE_MEMFD_LOADED, /* the device state is in place: RUN may come */
+	PR_STATE_MEMFD_RUN, /* RUN was seen: the guest lives here. It may not have been started yet */
+	PR_STATE_MEMFD_STARTED,	  /* it was */
+	PR_STATE_MEMFD_COMPLETED, /* every page is in place. The source may not know yet */
+	PR_STATE_MEMFD_ENDED,	  /* given up before RUN; the fault mode may be on still */
+	PR_STATE_MEMFD_N_STAGES
+} PrStateMemfdStage;
 
-#define PR_KEPT_VCPUS_MAX 1024
+#define PR_STATE_MEMFD_VCPUS_MAX 1024
 
-typedef struct PrKept PrKept;
+typedef struct PrStateMemfd PrStateMemfd;
 
-/* For these blocks; nothing received, PR_KEPT_SETUP. Errors: PR_MIGRATION_ERROR_SYSTEM. */
-PrKept *pr_kept_new(const PrGuestBlock *blocks, guint n, GError **error);
+/* For these blocks; nothing received, PR_STATE_MEMFD_SETUP. Errors: PR_MIGRATION_ERROR_SYSTEM. */
+PrStateMemfd *pr_state_memfd_new(const PrGuestBlock *blocks, guint n, GError **error);
 /* What an agent gave back; takes the descriptor. Refuses, in words, what was not made by an engine of this layout,
  * or is not whole. */
-PrKept *pr_kept_attach(int fd, GError **error);
-void pr_kept_free(PrKept *kept);
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrKept, pr_kept_free)
+PrStateMemfd *pr_state_memfd_attach(int fd, GError **error);
+void pr_state_memfd_free(PrStateMemfd *kept);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrStateMemfd, pr_state_memfd_free)
 
 /* For the agent; stays ours. */
-int pr_kept_fd(const PrKept *kept);
-gsize pr_kept_bytes(const PrKept *kept);
+int pr_state_memfd_fd(const PrStateMemfd *kept);
+gsize pr_state_memfd_bytes(const PrStateMemfd *kept);
 /* The received bitmap of a block. */
-unsigned long *pr_kept_received(const PrKept *kept, guint block);
+unsigned long *pr_state_memfd_received(const PrStateMemfd *kept, guint block);
 /* Atomic, for ram.c: bytes of zero pages, a statistic. */
-uint64_t *pr_kept_zero_bytes(const PrKept *kept);
+uint64_t *pr_state_memfd_zero_bytes(const PrStateMemfd *kept);
 /* As they were when it was made: idstr, size, page_size and base. The caller's to g_free(); the names belong to kept. */
-PrGuestBlock *pr_kept_blocks(const PrKept *kept, guint *ret_n);
+PrGuestBlock *pr_state_memfd_blocks(const PrStateMemfd *kept, guint *ret_n);
 
-void pr_kept_set_identity(PrKept *kept, const PrBinding *binding);
-void pr_kept_identity(const PrKept *kept, PrBinding *ret);
+void pr_state_memfd_set_identity(PrStateMemfd *kept, const PrBinding *binding);
+void pr_state_memfd_identity(const PrStateMemfd *kept, PrBinding *ret);
 /* Atomic; from any thread. */
-PrKeptStage pr_kept_stage(const PrKept *kept);
-void pr_kept_set_stage(PrKept *kept, PrKeptStage stage);
-gboolean pr_kept_held(const PrKept *kept);
-void pr_kept_set_held(PrKept *kept, gboolean held);
+PrStateMemfdStage pr_state_memfd_stage(const PrStateMemfd *kept);
+void pr_state_memfd_set_stage(PrStateMemfd *kept, PrStateMemfdStage stage);
+gboolean pr_state_memfd_held(const PrStateMemfd *kept);
+void pr_state_memfd_set_held(PrStateMemfd *kept, gboolean held);
 /* Whether pages are verified. Set with the identity. */
-gboolean pr_kept_verifies(const PrKept *kept);
-void pr_kept_set_verifies(PrKept *kept, gboolean verifies);
-/* Whether the guest ran on the source. Set before PR_KEPT_LOADED. */
-gboolean pr_kept_was_running(const PrKept *kept);
-void pr_kept_set_was_running(PrKept *kept, gboolean was_running);
+gboolean pr_state_memfd_verifies(const PrStateMemfd *kept);
+void pr_state_memfd_set_verifies(PrStateMemfd *kept, gboolean verifies);
+/* Whether the guest ran on the source. Set before PR_STATE_MEMFD_LOADED. */
+gboolean pr_state_memfd_was_running(const PrStateMemfd *kept);
+void pr_state_memfd_set_was_running(PrStateMemfd *kept, gboolean was_running);
 /* Threads of the vCPUs, for statistics. */
-void pr_kept_set_vcpus(PrKept *kept, const uint32_t *vcpus, guint n);
-const uint32_t *pr_kept_vcpus(const PrKept *kept, guint *ret_n);
+void pr_state_memfd_set_vcpus(PrStateMemfd *kept, const uint32_t *vcpus, guint n);
+const uint32_t *pr_state_memfd_vcpus(const PrStateMemfd *kept, guint *ret_n);
 
 /* Waits until the engine that worked on it last is gone, and takes its place. */
-gboolean pr_kept_await_engine(PrKept *kept, guint timeout_ms, GError **error);
+gboolean pr_state_memfd_await_engine(PrStateMemfd *kept, guint timeout_ms, GError **error);

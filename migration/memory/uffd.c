@@ -75,8 +75,8 @@ static gboolean expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_
 	return TRUE;
 }
 
-gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
-			 GError **error)
+gboolean pr_uffd_continue(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
+			  GError **error)
 {
 	if (block->per_host == 1)
 		return expose(uffd, block, page, n, error);
@@ -108,7 +108,7 @@ static int zero_page(int uffd, const PrRamBlock *block, uint64_t page)
 	return ioctl(uffd, UFFDIO_ZEROPAGE, &args) == 0 ? 0 : errno;
 }
 
-gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error)
+gboolean pr_uffd_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error)
 {
 	int code = 0;
 
@@ -128,7 +128,7 @@ gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GErr
 	}
 }
 
-gboolean pr_place_wake_all(int uffd, const PrRam *ram, GError **error)
+gboolean pr_uffd_wake_all(int uffd, const PrRam *ram, GError **error)
 {
 	for (guint i = 0; i < ram->n_blocks; i++)
 		if (!wake(uffd, &ram->blocks[i], 0, ram->blocks[i].n_pages, error))

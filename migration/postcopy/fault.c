@@ -19,7 +19,7 @@
  *  - on a page that is in place (received bit set): resolved here at once, path or no path. So the
  *    guest runs on with what it has while the migration is paused, zero pages included.
  *  - on a page that nobody reads yet: claimed, posted, kept in `pending` until it lands.
- *  - on a page that is veiled: the source has not told yet what it is (pr_ram_veil()). It is asked to look there first.
+ *  - on a page that is veiled: the source has not told yet what it is (pr_ram_mark_ungranted()). It is asked to look there first.
  *    From then on the page is like one of the next kind: whoever takes the veil off notifies us.
  *  - on a page that another thread's READ covers, a pull thread's or another fault thread's: kept in `pending`,
  *    its `waiting` bit is set. The other thread exposes the page, which wakes the vCPU, and notifies us so that we
@@ -207,7 +207,7 @@ static void resolve(PrFaultThread *self, PrRamBlock *block, uint64_t page)
 {
 	GError *error = NULL;
 
-	if (!pr_place_resolve(self->uffd, block, page, &error))
+	if (!pr_uffd_resolve(self->uffd, block, page, &error))
 		note_broken(self, error);
 }
 
@@ -259,7 +259,7 @@ static void ask(PrFaultThread *self, Pending *entry, guint index, uint64_t page)
 	const PrRamBlock *block = &self->ram->blocks[index];
 
 	if (entry->asked || !self->worker.current ||
-	    !pr_bitmap_any(block->veiled, page, block->per_host))
+	    !pr_bitmap_any(block->ungranted, page, block->per_host))
 		return;
 	entry->asked = TRUE;
 	self->service->hooks.want(index, page, self->service->hooks.opaque);
@@ -503,7 +503,8 @@ static void expose(PrFaultThread *self, Arrived *run)
 
 	if (run->n == 0)
 		return;
-	if (!pr_place_expose(self->uffd, &self->ram->blocks[run->index], run->page, run->n, &error))
+	if (!pr_uffd_continue(self->uffd, &self->ram->blocks[run->index], run->page, run->n,
+			      &error))
 		note_broken(self, error);
 	settle_all(self, run->index, run->page, run->n);
 	if (run->waited > 0)
@@ -524,9 +525,9 @@ static void take_pages(PrFaultThread *self, uint64_t token, Arrived *run)
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
 	pr_invariant_claimed(block, page, n, "an urgent READ has landed");
-	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
+	pr_crash_point(PR_CRASH_DESTINATION_PAGE_LANDED);
 	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
-	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);
+	pr_crash_point(PR_CRASH_DESTINATION_PAGE_RECEIVED);
 	if (index != run->index || page != run->page + run->n)
 		expose(self, run);
 	if (run->n == 0)
@@ -665,12 +666,12 @@ static gpointer fault_thread(gpointer opaque)
 {
 	PrFaultThread *self = opaque;
 	gint64 busy_ns = now_ns();
-	g_autoptr(PrWatch) watch = pr_watch_new(self->service->hooks.dog, "fault");
+	g_autoptr(PrWatch) watch = pr_watch_new(self->service->hooks.watchdog, "fault");
 
 	self->watch = watch;
 	for (gint64 now = busy_ns;;) {
 		gboolean kicked = pr_worker_was_kicked(&self->worker);
-		pr_watch_busy_at(watch, &serving, now / 1000);
+		pr_watch_enter_at(watch, &serving, now / 1000);
 		if (kicked && !obey(self))
 			return NULL;
 		if (may_take_over(self))
@@ -748,7 +749,7 @@ void pr_fault_attach(PrFaultService *service, PrDataPath *path)
 {
 	/* Faults that could not be resolved are lost: whoever waits is to fault again. */
 	if (__atomic_exchange_n(&service->broken, FALSE, __ATOMIC_RELAXED))
-		pr_place_wake_all(service->uffd, service->ram, NULL);
+		pr_uffd_wake_all(service->uffd, service->ram, NULL);
 	for (guint i = 0; i < service->n_threads; i++)
 		if (service->threads[i].lane < path->n_lanes)
 			pr_worker_set_path(&service->threads[i].worker, path);

@@ -14,14 +14,14 @@ typedef struct PrFaultService PrFaultService;
 typedef struct PrFaultHooks {
 	/* The last page has come in; any number of times. From any fault thread. */
 	void (*complete)(void *opaque);
-	/* A fault waits for a page that the source has not told about yet (pr_ram_veil()). From any fault thread. */
+	/* A fault waits for a page that the source has not told about yet (pr_ram_mark_ungranted()). From any fault thread. */
 	void (*want)(guint block, uint64_t page, void *opaque);
 	/* No READ for a fault on a huge page is under way any more. From any fault thread. */
 	void (*no_huge_read)(void *opaque);
 	/* The guest or the kernel failed us; once. From a fault thread, which goes on. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;
-	PrWatchdog *dog;
+	PrWatchdog *watchdog;
 } PrFaultHooks;
 
 typedef struct PrFaultStats {

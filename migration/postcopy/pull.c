@@ -23,9 +23,9 @@
  *
  * Every READ's claim is in its thread's list from before it is posted until its data is in place. A READ that is
  * lost leaves its claim there, because data may still land. Once the path is fenced exactly these are forgotten:
- *  - a standby's that died: pr_pull_forget_stripe(). The others have gone on meanwhile, and now they, or the
+ *  - a standby's that died: pr_pull_reclaim_rail(). The others have gone on meanwhile, and now they, or the
  *    fault threads, claim the pages again.
- *  - those of the path in use, and the fault threads': pr_pull_forget_lost(), which spares the stripes' claims.
+ *  - those of the path in use, and the fault threads': pr_pull_reclaim_inflight(), which spares the stripes' claims.
  *    Their paths are alive, and their READs may land at any time, as those of a running migration do.
  * While no path is in use stripes post nothing. What they have posted lands as ever: it is claimed, so nobody
  * else reads or zeroes the page, and a page that comes in after its bitmap was sent to the source is only one
@@ -106,7 +106,7 @@ struct PrPullThread {
 
 static const PrWatchPoint pulling = {"pulling pages", 500};
 
-static gboolean is_stripe(const PrPullThread *self)
+static gboolean is_rail(const PrPullThread *self)
 {
 	return self->id != 0;
 }
@@ -133,16 +133,16 @@ static void place(PrPullThread *self, uint64_t token)
 	if (self->bytes)
 		__atomic_fetch_add(self->bytes, n * block->page_size, __ATOMIC_RELAXED);
 	pr_invariant_claimed(block, page, n, "a bulk READ has landed");
-	pr_kill_point(PR_KILL_DESTINATION_PAGE_LANDED);
+	pr_crash_point(PR_CRASH_DESTINATION_PAGE_LANDED);
 	if (pull->ram->verify) {
 		pr_verify_landed(pull->ram->verify, token, self->id);
 		return;
 	}
 	pr_ram_received(pull->ram, block, page, n, /* travelled= */ TRUE);
-	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);
-	if (!pr_place_expose(pull->uffd, block, page, n, &error))
+	pr_crash_point(PR_CRASH_DESTINATION_PAGE_RECEIVED);
+	if (!pr_uffd_continue(pull->uffd, block, page, n, &error))
 		note_broken(pull, error);
-	pr_kill_point(PR_KILL_DESTINATION_PAGE_EXPOSED);
+	pr_crash_point(PR_CRASH_DESTINATION_PAGE_EXPOSED);
 	if (pr_ram_take_waiting(block, page, n) > 0)
 		pr_fault_notify(pull->faults);
 }
@@ -206,7 +206,7 @@ static void tell_complete(PrPullThread *self)
 {
 	PrPull *pull = self->pull;
 
-	if (is_stripe(self))
+	if (is_rail(self))
 		pr_worker_kick(&pull->first->worker);
 	else if (self->worker.current)
 		pull->hooks.complete(pull->hooks.opaque);
@@ -294,11 +294,11 @@ static gboolean may_post(const PrPullThread *self, gint64 now)
 	const PrPull *pull = self->pull;
 	PrDataPath *path = self->worker.current;
 
-	if (is_stripe(self) && (self->resting || !wants(pull, path->ops)))
+	if (is_rail(self) && (self->resting || !wants(pull, path->ops)))
 		return FALSE;
 	if (pull->ram->verify && !pr_verify_has_room(pull->ram->verify))
 		return FALSE;
-	if (!is_stripe(self) && __atomic_load_n(&pull->ram->huge_reads, __ATOMIC_SEQ_CST) > 0)
+	if (!is_rail(self) && __atomic_load_n(&pull->ram->huge_reads, __ATOMIC_SEQ_CST) > 0)
 		return FALSE;
 	return !self->path_dead && now >= pull->allowed_us &&
 	       self->outstanding < MIN(self->window.reads, max_window(self));
@@ -374,7 +374,7 @@ static void report(PrPullThread *self, gint64 now)
 	if (now - self->reported_us < PROGRESS_US)
 		return;
 	self->reported_us = now;
-	if (!is_stripe(self))
+	if (!is_rail(self))
 		self->pull->hooks.progress(self->pull->hooks.opaque);
 }
 
@@ -421,7 +421,7 @@ static gboolean obey(PrPullThread *self)
 		self->path_dead = FALSE;
 	}
 	/* Perhaps by a stripe that brought the last page. */
-	if (!is_stripe(self) && pr_ram_complete(self->pull->ram))
+	if (!is_rail(self) && pr_ram_complete(self->pull->ram))
 		tell_complete(self);
 	return go_on;
 }
@@ -430,12 +430,12 @@ static gpointer pull_thread(gpointer opaque)
 {
 	PrPullThread *self = opaque;
 	g_autoptr(PrWatch) watch =
-		pr_watch_new(self->pull->hooks.dog, is_stripe(self) ? "stripe" : "pull");
+		pr_watch_new(self->pull->hooks.watchdog, is_rail(self) ? "stripe" : "pull");
 
 	self->watch = watch;
 	for (;;) {
 		gint64 now = g_get_monotonic_time();
-		pr_watch_busy_at(watch, &pulling, now);
+		pr_watch_enter_at(watch, &pulling, now);
 		if (pr_worker_was_kicked(&self->worker) && !obey(self))
 			return NULL;
 		guint work = 0;
@@ -547,7 +547,7 @@ void pr_pull_notify(PrPull *pull)
 	g_mutex_unlock(&pull->lock);
 }
 
-void pr_pull_forget_lost(PrPull *pull)
+void pr_pull_reclaim_inflight(PrPull *pull)
 {
 	g_autoptr(GArray) kept = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 
@@ -598,7 +598,7 @@ void pr_pull_unref(PrPull *pull)
 
 /* ---- stripes ---- */
 
-static PrPullThread *find_stripe(PrPull *pull, guint id)
+static PrPullThread *find_rail(PrPull *pull, guint id)
 {
 	for (guint i = 1; i < pull->threads->len; i++) {
 		PrPullThread *self = pull->threads->pdata[i];
@@ -608,7 +608,7 @@ static PrPullThread *find_stripe(PrPull *pull, guint id)
 	return NULL;
 }
 
-gboolean pr_pull_wants_stripe(PrPull *pull, PrDataPath *path)
+gboolean pr_pull_wants_rail(PrPull *pull, PrDataPath *path)
 {
 	g_mutex_lock(&pull->lock);
 	gboolean wanted = wants(pull, path->ops);
@@ -616,7 +616,7 @@ gboolean pr_pull_wants_stripe(PrPull *pull, PrDataPath *path)
 	return wanted;
 }
 
-guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes, GError **error)
+guint pr_pull_add_rail(PrPull *pull, PrDataPath *path, uint64_t *bytes, GError **error)
 {
 	PrPullThread *self = thread_new(pull, ++pull->last_id, bytes, error);
 
@@ -626,9 +626,9 @@ guint pr_pull_add_stripe(PrPull *pull, PrDataPath *path, uint64_t *bytes, GError
 	return self->id;
 }
 
-gboolean pr_pull_stripe_moves(PrPull *pull, guint id, gint64 within_us)
+gboolean pr_pull_rail_moves(PrPull *pull, guint id, gint64 within_us)
 {
-	PrPullThread *self = find_stripe(pull, id);
+	PrPullThread *self = find_rail(pull, id);
 
 	if (!self)
 		return TRUE;
@@ -639,14 +639,14 @@ gboolean pr_pull_stripe_moves(PrPull *pull, guint id, gint64 within_us)
 	return moves;
 }
 
-gboolean pr_pull_rest_stripe(PrPull *pull, guint id, gint64 deadline)
+gboolean pr_pull_drain_rail(PrPull *pull, guint id, gint64 deadline)
 {
 	PrPullThread *self;
 	gboolean in_time = TRUE;
 
 	g_mutex_lock(&pull->lock);
 	/* It may be gone after each wait. */
-	while ((self = find_stripe(pull, id)) != NULL) {
+	while ((self = find_rail(pull, id)) != NULL) {
 		self->resting = TRUE;
 		if (self->outstanding == 0 || !in_time)
 			break;
@@ -657,17 +657,17 @@ gboolean pr_pull_rest_stripe(PrPull *pull, guint id, gint64 deadline)
 	return at_rest;
 }
 
-void pr_pull_end_stripe(PrPull *pull, guint id)
+void pr_pull_end_rail(PrPull *pull, guint id)
 {
-	PrPullThread *self = find_stripe(pull, id);
+	PrPullThread *self = find_rail(pull, id);
 
 	if (self)
 		end(self);
 }
 
-void pr_pull_forget_stripe(PrPull *pull, guint id)
+void pr_pull_reclaim_rail(PrPull *pull, guint id)
 {
-	PrPullThread *self = find_stripe(pull, id);
+	PrPullThread *self = find_rail(pull, id);
 
 	if (!self)
 		return;

@@ -261,10 +261,10 @@ static void place(PrVerify *verify, PrRamBlock *block, uint64_t page, uint64_t n
 	g_autoptr(GError) error = NULL;
 
 	pr_ram_received(verify->ram, block, page, n, /* travelled= */ TRUE);
-	pr_kill_point(PR_KILL_DESTINATION_PAGE_RECEIVED);
-	if (!pr_place_expose(verify->uffd, block, page, n, &error))
+	pr_crash_point(PR_CRASH_DESTINATION_PAGE_RECEIVED);
+	if (!pr_uffd_continue(verify->uffd, block, page, n, &error))
 		verify->hooks.broken(error, verify->hooks.opaque);
-	pr_kill_point(PR_KILL_DESTINATION_PAGE_EXPOSED);
+	pr_crash_point(PR_CRASH_DESTINATION_PAGE_EXPOSED);
 	__atomic_fetch_add(&verify->stats.pages, n, __ATOMIC_RELAXED);
 }
 

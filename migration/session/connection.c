@@ -15,7 +15,7 @@ PrConn *pr_conn_new(PrMigration *m, const PrUri *uri, const char *name, uint64_t
 	conn->name = g_strdup(name ? name : uri->text);
 	conn->epoch = conn->lanes_epoch = epoch;
 	conn->grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
-	g_mutex_init(&conn->told_lock);
+	g_mutex_init(&conn->grants_lock);
 	return conn;
 }
 
@@ -27,7 +27,7 @@ void pr_conn_free(PrConn *conn)
 	g_clear_error(&conn->failure);
 	g_free(conn->ack);
 	g_array_unref(conn->grants);
-	g_mutex_clear(&conn->told_lock);
+	g_mutex_clear(&conn->grants_lock);
 	pr_uri_free(conn->uri);
 	g_free(conn->name);
 	g_free(conn);
@@ -38,7 +38,7 @@ void pr_conn_binding(PrConn *conn, PrBinding *ret)
 	g_mutex_lock(&conn->m->lock);
 	*ret = conn->m->binding;
 	g_mutex_unlock(&conn->m->lock);
-	/* The migration's own may be that of a newcomer already. */
+	/* The migration's own may be that of a pending_peer already. */
 	ret->epoch = conn->lanes_epoch;
 }
 
@@ -63,7 +63,7 @@ static void path_failed(const GError *error, void *opaque)
 		;
 	pr_conn_failed_locked(conn, error);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 PrPathSetup pr_conn_setup(PrConn *conn, const PrBinding *binding, uint16_t data_port)
@@ -95,7 +95,7 @@ static gboolean take_early(const PrMsg *msg, void *opaque)
 		return pr_hashes_take(opaque, msg, NULL);
 	case PR_CMD_GRANT:
 	case PR_CMD_RAM_ZERO:
-		return pr_told_take(opaque, msg);
+		return pr_live_grants_handle(opaque, msg);
 	default:
 		return FALSE;
 	}
@@ -106,7 +106,7 @@ static gboolean start_control(PrConn *conn, GError **error)
 	const PrParams *params = conn->m->params;
 
 	pr_control_set_early(conn->control, take_early, conn);
-	pr_control_set_watchdog(conn->control, conn->m->dog);
+	pr_control_set_watchdog(conn->control, conn->m->watchdog);
 	return pr_control_start(conn->control, (guint)pr_param(params, PR_PARAM_HEARTBEAT_INTERVAL),
 				(guint)pr_param(params, PR_PARAM_HEARTBEAT_TIMEOUT), pr_conn_failed,
 				conn, error);
@@ -137,7 +137,7 @@ gboolean pr_conn_publish(PrConn *conn, GError **error)
 		return go_on;
 	g_mutex_lock(&m->lock);
 	if (m->conn == conn)
-		pr_migration_withdraw(m);
+		pr_session_detach_conn(m);
 	g_mutex_unlock(&m->lock);
 	return FALSE;
 }
@@ -153,7 +153,7 @@ gboolean pr_conn_adopt(PrConn *conn, GError **error)
 		pr_path_step(m, conn->name, PR_HEALTH_ACTIVATED, "in use");
 	}
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return go_on;
 }
 
@@ -167,8 +167,8 @@ gboolean pr_conn_stand_by(PrConn *conn, GError **error)
 		conn->standby = TRUE;
 		g_ptr_array_add(m->standbys, conn);
 	} else {
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "the migration is %s",
-			    pr_state_name(m->sm.state));
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
+			    "the migration is %s", pr_state_name(m->sm.state));
 	}
 	g_mutex_unlock(&m->lock);
 	if (!wanted || start_control(conn, error))
@@ -198,7 +198,7 @@ gboolean pr_conn_set_path(PrConn *conn, PrDataPath *path, GError **error)
 	if (go_on && !conn->standby)
 		pr_path_step(m, conn->name, PR_HEALTH_ACTIVATED, "connected");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return go_on;
 }
 
@@ -224,7 +224,7 @@ void pr_conn_failed(const GError *error, void *opaque)
 	g_mutex_lock(&m->lock);
 	pr_conn_failed_locked(conn, error);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 void pr_conn_shutdown(PrConn *conn)
@@ -255,20 +255,21 @@ void pr_conn_close(PrConn *conn)
 	pr_conn_shutdown(conn);
 	if (conn->return_path)
 		g_thread_join(conn->return_path);
-	pr_stripe_let_go(conn);
+	pr_rail_stop(conn);
 
 	g_mutex_lock(&m->lock);
 	if (m->conn == conn) {
-		pr_migration_withdraw(m);
+		pr_session_detach_conn(m);
 		pr_path_step(m, conn->name, PR_HEALTH_CLOSED, "not in use any more");
 	}
 	if (conn->standby)
 		pr_conn_unlist(conn);
 	/* What its threads still report is too late: what they would shut down is being freed. */
 	if (!conn->failure)
-		conn->failure = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "closed");
+		conn->failure =
+			g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "closed");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 
 	if (conn->path && !conn->path->ops->drain(conn->path, DRAIN_MS)) {
 		g_warning("path %s: not every READ came back within %d ms; destroying it",
@@ -276,7 +277,7 @@ void pr_conn_close(PrConn *conn)
 		/* That is the fence then, however long it takes. */
 		pr_data_path_destroy(g_steal_pointer(&conn->path));
 	}
-	pr_stripe_forget(conn);
+	pr_rail_reclaim(conn);
 	pr_migration_spawn(m, "closing", free_thread, conn);
 }
 
@@ -309,8 +310,9 @@ static void end_standbys(PrMigration *m)
 		PrConn *conn = g_ptr_array_index(m->standbys, i);
 
 		if (!conn->failure)
-			conn->failure = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED,
-							    "no standby is needed any more");
+			conn->failure =
+				g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
+						    "no standby is needed any more");
 		g_cancellable_cancel(conn->cancel);
 		pr_conn_shutdown(conn);
 	}

@@ -53,7 +53,7 @@ void pr_path_step(PrMigration *m, const char *name, PrHealthEvent event, const c
 
 void pr_path_ended(PrMigration *m, const char *name, const GError *error)
 {
-	gboolean blameless = g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_ASKED) ||
+	gboolean blameless = g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST) ||
 			     g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD) ||
 			     g_error_matches(error, G_IO_ERROR, G_IO_ERROR_CANCELLED) ||
 			     error->domain == PR_GUEST_ERROR;

@@ -44,9 +44,10 @@ typedef struct PrConn {
 	GArray *grants;	   /* destination: PrGrant, as they come */
 	uint64_t peer_can; /* destination: the source's capabilities */
 	gboolean granted;  /* all of them were sent, or given to the path */
-	/* destination, of a piecewise path in use (live-grants.c) */
-	GMutex told_lock; /* taken before all others; protects `telling`, and `grants` while that is set */
-	gboolean telling; /* the control's reader thread takes what the source tells of its RAM */
+	/* destination, of a incremental_grants path in use (live-grants.c) */
+	GMutex grants_lock; /* taken before all others; protects `telling`, and `grants` while that is set */
+	gboolean
+		receiving_grants; /* the control's reader thread takes what the source tells of its RAM */
 
 	/* PrMigration.lock */
 	uint64_t epoch;	  /* the one of HELLO or ACTIVATE */
@@ -63,12 +64,12 @@ void pr_conn_free(PrConn *conn);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrConn, pr_conn_free)
 
 /* Destination: a source whose HELLO, or ACTIVATE, was accepted; the load thread answers it. */
-typedef struct PrNewcomer {
+typedef struct PrPendingPeer {
 	PrControl *control; /* of a HELLO */
 	PrConn *standby;    /* of an ACTIVATE */
 	PrListener *listener;
 	PrHello hello; /* owned */
-} PrNewcomer;
+} PrPendingPeer;
 
 /* What is remembered of a path. */
 typedef struct PrPathRecord {
@@ -98,13 +99,13 @@ struct PrMigration {
 	PrParams *params;
 	PrMigrationHooks hooks;
 	PrSecurity security;
-	PrWatchdog *dog;
+	PrWatchdog *watchdog;
 
 	PrWatch *watch; /* the owner's, which alone uses it; no lock */
 	GThread *
 		fencer; /* the same; source: write-protects its RAM; NULL: nobody does (any more) */
 
-	PrQuiet refusals; /* has its own lock */
+	PrLogRatelimit refusals; /* has its own lock */
 	GMutex pull_lock; /* for rails.c and for ending the pull threads; taken before `lock` */
 
 	GMutex lock;   /* protects all that follows, unless it says otherwise */
@@ -119,12 +120,12 @@ struct PrMigration {
 
 	PrBinding binding;
 	PrConn *conn;
-	GPtrArray *standbys;  /* PrConn*, not owned */
-	guint n_threads;      /* that are not joined: they end by themselves and count down */
-	GCancellable *cancel; /* of the current attempt */
-	GPtrArray *records;   /* PrPathRecord*, in order of first use */
-	GThread *owner;	      /* joined by the next one and by free */
-	GThread *before;      /* the last owner, until the next one has joined it */
+	GPtrArray *standbys;	  /* PrConn*, not owned */
+	guint n_threads;	  /* that are not joined: they end by themselves and count down */
+	GCancellable *cancel;	  /* of the current attempt */
+	GPtrArray *records;	  /* PrPathRecord*, in order of first use */
+	GThread *thread;	  /* joined by the next one and by free */
+	GThread *previous_thread; /* the last owner, until the next one has joined it */
 	gint64 rate_time[PR_RATE_SAMPLES];
 	uint64_t rate_bytes[PR_RATE_SAMPLES];
 	guint rate_next;
@@ -141,7 +142,7 @@ struct PrMigration {
 	PrBlocktime *times;	    /* destination; outlives the fault thread */
 
 	/* source */
-	PrRecord *
+	PrHandoverRecord *
 		record; /* NULL: nothing is written down; the owner's, before that resume.c's: no lock */
 	GPtrArray *uris;     /* PrUri*: all known paths, the preferred ones first; replaced, never
 			      * changed */
@@ -154,7 +155,7 @@ struct PrMigration {
 	PrResume resume;	  /* what kind of recovery RECOVER_SETUP is */
 	uint32_t pong;		  /* the last one received */
 	guint bitmaps_due;	  /* RECV_BITMAP answers still missing */
-	GArray *asked; /* PrLook: where the destination wants us to look first, NULL: nowhere (ram-scan.c) */
+	GArray *asked; /* PrScanRequest: where the destination wants us to look first, NULL: nowhere (ram-scan.c) */
 	gboolean
 		looking; /* the destination has not heard of all its RAM yet; nor may it wait for us */
 	PrProgress progress; /* as the destination last reported it */
@@ -162,7 +163,7 @@ struct PrMigration {
 	/* destination */
 	GPtrArray *listeners; /* PrListener*; only added to until free */
 	gboolean opening;     /* a migrate_incoming is on its way to the first of them */
-	PrNewcomer *newcomer;
+	PrPendingPeer *pending_peer;
 	gboolean guest_was_running; /* on the source, when it was stopped */
 	gboolean guest_started;	    /* RUN has been carried out: what remains is its memory */
 
@@ -193,12 +194,12 @@ gboolean pr_migration_step(PrMigration *m, PrEvent event, const char *reason, GE
 /* Queues news of a path. With the lock held. */
 void pr_migration_note_path(PrMigration *m, const PrPathRecord *record, const char *reason);
 /* Tells what is queued. With no lock held. */
-void pr_migration_tell(PrMigration *m);
+void pr_session_flush_events(PrMigration *m);
 
 /* Something failed: steps the machine by the kind of error, shuts the connection down. `from` is the
  * connection it happened on (news of an older one are ignored), or NULL for the current one. */
 void pr_migration_failed(PrMigration *m, PrConn *from, const GError *error);
-/* As above for the current connection, with the lock held; pr_migration_tell() afterwards. */
+/* As above for the current connection, with the lock held; pr_session_flush_events() afterwards. */
 PrAction pr_migration_failed_locked(PrMigration *m, const GError *error);
 /* The owner's own report: a step of the current attempt has failed, unless somebody reported that already
  * (then the machine may have moved on to the next attempt). */
@@ -242,7 +243,7 @@ void pr_migration_thread_ends(PrMigration *m);
 /* Ends all standbys and waits until nothing of any connection is left but the current one. */
 void pr_migration_await_threads(PrMigration *m);
 
-/* path-table.c; all with the lock held, and pr_migration_tell() afterwards. */
+/* path-table.c; all with the lock held, and pr_session_flush_events() afterwards. */
 PrPathRecord *pr_path_record(PrMigration *m, const char *name);
 void pr_path_step(PrMigration *m, const char *name, PrHealthEvent event, const char *reason);
 /* The end of a path: whether it was the path's fault is in the error. */
@@ -255,18 +256,18 @@ uint64_t pr_path_bytes(const PrPathRecord *record);
 /* rails.c: the bulk pull over standbys. Destination, the thread that has the connection; harmless where there is no
  * stripe. */
 /* Begins one if the standby is fit for it and it is of use. */
-void pr_stripe_begin(PrConn *conn);
+void pr_rail_begin(PrConn *conn);
 /* Looks after one: ends it when it is of no use (any more). FALSE: the path is dead. */
-gboolean pr_stripe_review(PrConn *conn, GError **error);
+gboolean pr_rail_review(PrConn *conn, GError **error);
 /* Ends it, when what it has asked for has come in. FALSE: that does not come, the path is dead. */
-gboolean pr_stripe_rest(PrConn *conn, GError **error);
+gboolean pr_rail_drain(PrConn *conn, GError **error);
 /* Of a path that is being closed: at once; and, once the path is fenced, forgets what was lost with it. */
-void pr_stripe_let_go(PrConn *conn);
-void pr_stripe_forget(PrConn *conn);
+void pr_rail_stop(PrConn *conn);
+void pr_rail_reclaim(PrConn *conn);
 
 /* Tells the source how the standbys take part. */
-gboolean pr_stripe_send_rails(PrMigration *m, PrConn *conn, GError **error);
-gboolean pr_stripe_take_rails(PrMigration *m, const PrMsg *msg, GError **error);
+gboolean pr_rail_send_rails(PrMigration *m, PrConn *conn, GError **error);
+gboolean pr_rail_take_rails(PrMigration *m, const PrMsg *msg, GError **error);
 
 /* standby.c */
 /* Source, the owner: sees to it that every listed path has a keeper. */
@@ -289,9 +290,9 @@ gboolean pr_standby_take_activated(PrConn *conn, const PrMsg *msg, GError **erro
 /* Tells the peer over all standbys that a connection is lost. With the lock held; does not wait. */
 void pr_standby_tell_lost(PrMigration *m, uint64_t epoch, const GError *error);
 
-void pr_newcomer_free(PrNewcomer *newcomer);
+void pr_pending_peer_free(PrPendingPeer *pending_peer);
 /* The connection is no longer the current one. With the lock held. */
-void pr_migration_withdraw(PrMigration *m);
+void pr_session_detach_conn(PrMigration *m);
 /* query.c */
 /* Destination, the owner, without the lock and before the fault mode is on: forgets who waited for how
  * long, asks the guest for its vCPUs. */
@@ -302,7 +303,7 @@ void pr_migration_sample_rate(PrMigration *m, uint64_t bytes, gint64 now);
 
 /* The peer's PAUSE, HOLD or ERROR as an error; always FALSE. `peer`: "source" or "destination". */
 gboolean pr_take_reason(const PrMsg *msg, const char *peer, GError **error);
-/* Something that the operator has to know, and that changes nothing. With the lock held; pr_migration_tell()
+/* Something that the operator has to know, and that changes nothing. With the lock held; pr_session_flush_events()
  * afterwards. */
 void pr_migration_note_locked(PrMigration *m, const char *what);
 /* The same for something that must never happen. */
@@ -310,7 +311,7 @@ void pr_migration_alarm_locked(PrMigration *m, const char *what);
 /* The peer's NOTE. */
 gboolean pr_take_note(PrMigration *m, const PrMsg *msg, const char *peer, GError **error);
 /* The last word on a connection, if it can be said without waiting. */
-void pr_migration_farewell(PrConn *conn, uint16_t type, const char *reason);
+void pr_send_reason_nowait(PrConn *conn, uint16_t type, const char *reason);
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
 
 /* page-hashes.c */
@@ -341,13 +342,13 @@ gboolean pr_source_ping(PrConn *conn, uint32_t value, GError **error);
 
 /* zero-pages.c: the source's; the guest has stopped. */
 gboolean pr_source_tell_holes(PrMigration *m, PrConn *conn, GError **error);
-/* For piecewise paths: what of [start, end) is not in its grants, which are sorted, is holes. */
+/* For incremental_grants paths: what of [start, end) is not in its grants, which are sorted, is holes. */
 gboolean pr_source_tell_ungranted(PrConn *conn, uint32_t block, uint64_t start, uint64_t end,
 				  const GArray *grants, GError **error);
 /* Looks through all RAM that is not known to be in place, ahead of the destination's pull. */
 void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn);
 
-/* ram-scan.c: the source, after the guest has stopped: what the destination may read over a piecewise path, and what is
+/* ram-scan.c: the source, after the guest has stopped: what the destination may read over a incremental_grants path, and what is
  * zero. A thread does it; pr_look_end() returns whether all was told. */
 GThread *pr_look_begin(PrMigration *m, PrConn *conn, GError **error);
 gboolean pr_look_end(PrMigration *m, GThread *looker);
@@ -357,22 +358,22 @@ void pr_look_await(PrMigration *m);
 gboolean pr_source_tell_grants(PrConn *conn, const GArray *grants, GError **error);
 
 /* live-grants.c: the destination's half of it. */
-void pr_told_begin(PrMigration *m, PrConn *conn);
+void pr_live_grants_start(PrMigration *m, PrConn *conn);
 /* GRANT or RAM_ZERO; from the control channel's reader. FALSE: it is for the load thread. */
-gboolean pr_told_take(PrConn *conn, const PrMsg *msg);
+gboolean pr_live_grants_handle(PrConn *conn, const PrMsg *msg);
 /* Returns when nobody takes anything over this connection any more. */
-void pr_told_end(PrConn *conn);
+void pr_live_grants_stop(PrConn *conn);
 /* Asks the source to look at a page first. */
-void pr_told_ask(PrMigration *m, PrConn *conn, guint block, uint64_t page);
+void pr_live_grants_request(PrMigration *m, PrConn *conn, guint block, uint64_t page);
 /* resume.c: what the source writes down; of the owner. Each is in force when it returns. */
-gboolean pr_source_note_stopping(PrMigration *m, GError **error);
-gboolean pr_source_note_handed_over(PrMigration *m, GError **error);
+gboolean pr_handover_stopping(PrMigration *m, GError **error);
+gboolean pr_handover_handed_over(PrMigration *m, GError **error);
 /* RUN was not sent after all; before the guest may run. */
-void pr_source_note_taken_back(PrMigration *m);
+void pr_handover_revoked(PrMigration *m);
 /* The guest runs on here. */
-void pr_source_note_stays(PrMigration *m);
-void pr_source_note_completed(PrMigration *m);
-void pr_source_note_changes(PrMigration *m);
+void pr_handover_aborted(PrMigration *m);
+void pr_handover_completed(PrMigration *m);
+void pr_handover_update(PrMigration *m);
 /* At the end: nothing needs to be known of a guest that has moved, and whose process is gone. */
 void pr_source_forget(PrMigration *m);
 

@@ -45,9 +45,9 @@ void pr_source_ran_again(const char *what, gint64 seen, void *opaque)
 				       what, consequence(m, seen));
 	pr_migration_alarm_locked(m, m->ran_again);
 	if (m->conn)
-		pr_migration_farewell(m->conn, PR_MSG_NOTE, m->ran_again);
+		pr_send_reason_nowait(m->conn, PR_MSG_NOTE, m->ran_again);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 static void note_refused(PrMigration *m, const char *why)
@@ -59,9 +59,9 @@ static void note_refused(PrMigration *m, const char *why)
 		"the source's RAM is not write-protected: %s; its engine watches instead", why);
 	pr_migration_note_locked(m, m->unfenced);
 	if (m->conn)
-		pr_migration_farewell(m->conn, PR_MSG_NOTE, m->unfenced);
+		pr_send_reason_nowait(m->conn, PR_MSG_NOTE, m->unfenced);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 static void note_fenced(PrMigration *m, gint64 began)
@@ -74,7 +74,7 @@ static void note_fenced(PrMigration *m, gint64 began)
 		pr_migration_note_locked(m, "the source's RAM is write-protected now");
 	g_clear_pointer(&m->unfenced, g_free);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	g_info("the source's RAM is write-protected, which took %.1f ms",
 	       (double)(g_get_monotonic_time() - began) / 1e3);
 }
@@ -104,13 +104,13 @@ static gboolean rest(PrMigration *m)
 static gpointer fence_thread(gpointer migration)
 {
 	PrMigration *m = migration;
-	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "fence");
+	g_autoptr(PrWatch) watch = pr_watch_new(m->watchdog, "fence");
 	gint64 began = g_get_monotonic_time();
 
 	for (gboolean told = FALSE;; told = TRUE) {
 		g_autoptr(GError) error = NULL;
 
-		pr_watch_busy(watch, &fencing);
+		pr_watch_enter(watch, &fencing);
 		if (m->guest->ops->fence(m->guest, &error)) {
 			note_fenced(m, began);
 			break;
@@ -121,7 +121,7 @@ static gpointer fence_thread(gpointer migration)
 		if (!may_pass(error) || !rest(m))
 			break;
 	}
-	pr_kill_point(PR_KILL_SOURCE_FENCED);
+	pr_crash_point(PR_CRASH_SOURCE_FENCED);
 	return NULL;
 }
 
@@ -173,7 +173,7 @@ void pr_source_unfence(PrMigration *m)
 		m->fence = PR_FENCE_NONE;
 		g_mutex_unlock(&m->lock);
 	}
-	pr_kill_point(PR_KILL_SOURCE_UNFENCED);
+	pr_crash_point(PR_CRASH_SOURCE_UNFENCED);
 }
 
 void pr_migration_begin_unfenced(PrMigration *m)
@@ -190,12 +190,12 @@ void pr_source_tell_guest(PrMigration *m, PrConn *conn)
 {
 	g_mutex_lock(&m->lock);
 	if (m->guest_gone)
-		pr_migration_farewell(
+		pr_send_reason_nowait(
 			conn, PR_MSG_NOTE,
 			"the source's guest process is gone, its RAM is in its engine alone");
 	if (m->unfenced)
-		pr_migration_farewell(conn, PR_MSG_NOTE, m->unfenced);
+		pr_send_reason_nowait(conn, PR_MSG_NOTE, m->unfenced);
 	if (m->ran_again)
-		pr_migration_farewell(conn, PR_MSG_NOTE, m->ran_again);
+		pr_send_reason_nowait(conn, PR_MSG_NOTE, m->ran_again);
 	g_mutex_unlock(&m->lock);
 }

@@ -15,12 +15,12 @@
 #define VERSION 1
 
 static const char *const stage_names[] = {
-	[PR_RECORD_STOPPING] = "stopping",
-	[PR_RECORD_HANDED_OVER] = "handed-over",
-	[PR_RECORD_COMPLETED] = "completed",
+	[PR_HANDOVER_STOPPING] = "stopping",
+	[PR_HANDOVER_HANDED_OVER] = "handed-over",
+	[PR_HANDOVER_COMPLETED] = "completed",
 };
 
-char *pr_record_default_dir(void)
+char *pr_handover_record_default_dir(void)
 {
 	if (geteuid() == 0)
 		return g_strdup("/run/postroad");
@@ -71,7 +71,7 @@ static void put_block(GKeyFile *file, guint i, const PrGuestBlock *block)
 	g_key_file_set_uint64(file, group, "base", block->base);
 }
 
-static char *to_text(const PrRecord *record, PrRecordStage stage)
+static char *to_text(const PrHandoverRecord *record, PrHandoverStage stage)
 {
 	g_autoptr(GKeyFile) file = g_key_file_new();
 	g_autofree char *uuid = to_hex(record->uuid, PR_UUID_BYTES);
@@ -107,11 +107,11 @@ static gboolean get_block(GKeyFile *file, guint i, PrGuestBlock *ret)
 	       page_size >= 4096 && page_size <= G_MAXUINT32 && ret->size % page_size == 0;
 }
 
-static gboolean get_stage(GKeyFile *file, PrRecordStage *ret)
+static gboolean get_stage(GKeyFile *file, PrHandoverStage *ret)
 {
 	g_autofree char *name = g_key_file_get_string(file, GROUP, "stage", NULL);
 
-	for (guint i = PR_RECORD_STOPPING; i < G_N_ELEMENTS(stage_names); i++) {
+	for (guint i = PR_HANDOVER_STOPPING; i < G_N_ELEMENTS(stage_names); i++) {
 		if (g_strcmp0(name, stage_names[i]) != 0)
 			continue;
 		*ret = i;
@@ -120,7 +120,7 @@ static gboolean get_stage(GKeyFile *file, PrRecordStage *ret)
 	return FALSE;
 }
 
-static gboolean get_blocks(GKeyFile *file, PrRecord *record)
+static gboolean get_blocks(GKeyFile *file, PrHandoverRecord *record)
 {
 	uint64_t n = g_key_file_get_uint64(file, GROUP, "blocks", NULL);
 
@@ -135,7 +135,7 @@ static gboolean get_blocks(GKeyFile *file, PrRecord *record)
 }
 
 /* Returns what is wrong, or NULL. */
-static const char *from_text(PrRecord *record, GKeyFile *file)
+static const char *from_text(PrHandoverRecord *record, GKeyFile *file)
 {
 	g_autofree char *uuid = g_key_file_get_string(file, GROUP, "uuid", NULL);
 	g_autofree char *secret = g_key_file_get_string(file, GROUP, "secret", NULL);
@@ -158,7 +158,7 @@ static const char *from_text(PrRecord *record, GKeyFile *file)
 /* ---- the file ---- */
 
 /* Of another guest process, or none at all: nothing is known of this one. */
-static gboolean load(PrRecord *record, GError **error)
+static gboolean load(PrHandoverRecord *record, GError **error)
 {
 	struct stat st;
 	g_autoptr(GKeyFile) file = g_key_file_new();
@@ -193,9 +193,10 @@ static gboolean load(PrRecord *record, GError **error)
 	return FALSE;
 }
 
-PrRecord *pr_record_open(const char *dir, const char *spec, const char *process, GError **error)
+PrHandoverRecord *pr_handover_record_open(const char *dir, const char *spec, const char *process,
+					  GError **error)
 {
-	g_autoptr(PrRecord) record = g_new0(PrRecord, 1);
+	g_autoptr(PrHandoverRecord) record = g_new0(PrHandoverRecord, 1);
 	g_autofree char *hash = g_compute_checksum_for_string(G_CHECKSUM_SHA256, spec, -1);
 	g_autofree char *name = g_strdup_printf("source-%.16s", hash);
 
@@ -205,7 +206,7 @@ PrRecord *pr_record_open(const char *dir, const char *spec, const char *process,
 	return load(record, error) ? g_steal_pointer(&record) : NULL;
 }
 
-static void clear_blocks(PrRecord *record)
+static void clear_blocks(PrHandoverRecord *record)
 {
 	for (guint i = 0; i < record->n_blocks; i++)
 		g_free(record->blocks[i].idstr);
@@ -213,7 +214,7 @@ static void clear_blocks(PrRecord *record)
 	record->n_blocks = 0;
 }
 
-void pr_record_free(PrRecord *record)
+void pr_handover_record_free(PrHandoverRecord *record)
 {
 	if (!record)
 		return;
@@ -225,7 +226,7 @@ void pr_record_free(PrRecord *record)
 	g_free(record);
 }
 
-void pr_record_set_blocks(PrRecord *record, const PrGuestBlock *blocks, guint n)
+void pr_handover_record_set_blocks(PrHandoverRecord *record, const PrGuestBlock *blocks, guint n)
 {
 	clear_blocks(record);
 	record->blocks = g_new0(PrGuestBlock, n);
@@ -237,7 +238,7 @@ void pr_record_set_blocks(PrRecord *record, const PrGuestBlock *blocks, guint n)
 	}
 }
 
-void pr_record_set_uris(PrRecord *record, const char *uris)
+void pr_handover_record_set_uris(PrHandoverRecord *record, const char *uris)
 {
 	g_free(record->uris);
 	record->uris = g_strdup(uris);
@@ -268,7 +269,7 @@ static gboolean write_text(const char *path, const char *text, GError **error)
 	return done || file_error(error, path, "cannot be written", code);
 }
 
-gboolean pr_record_save(PrRecord *record, PrRecordStage stage, GError **error)
+gboolean pr_handover_record_save(PrHandoverRecord *record, PrHandoverStage stage, GError **error)
 {
 	g_autofree char *dir = g_path_get_dirname(record->path);
 	g_autofree char *beside = g_strconcat(record->path, ".new", NULL);
@@ -278,18 +279,18 @@ gboolean pr_record_save(PrRecord *record, PrRecordStage stage, GError **error)
 		return file_error(error, dir, "cannot be made", errno);
 	if (!write_text(beside, text, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_RECORD_WRITTEN);
+	pr_crash_point(PR_CRASH_RECORD_WRITTEN);
 	if (g_rename(beside, record->path) < 0)
 		return file_error(error, record->path, "cannot be replaced", errno);
-	pr_kill_point(PR_KILL_RECORD_RENAMED);
+	pr_crash_point(PR_CRASH_RECORD_RENAMED);
 	record->stage = stage;
 	return TRUE;
 }
 
-gboolean pr_record_remove(PrRecord *record, GError **error)
+gboolean pr_handover_record_remove(PrHandoverRecord *record, GError **error)
 {
 	if (g_unlink(record->path) < 0 && errno != ENOENT)
 		return file_error(error, record->path, "cannot be removed", errno);
-	record->stage = PR_RECORD_NONE;
+	record->stage = PR_HANDOVER_NONE;
 	return TRUE;
 }

@@ -15,19 +15,19 @@
 #include "guest/guest.h"
 #include "transport/transport.h"
 
-typedef enum PrRecordStage {
-	PR_RECORD_NONE,	       /* no file */
-	PR_RECORD_STOPPING,    /* the guest may have been stopped; RUN was not sent */
-	PR_RECORD_HANDED_OVER, /* RUN may have been sent: the guest is the destination's */
-	PR_RECORD_COMPLETED,   /* and it has all of it */
-} PrRecordStage;
+typedef enum PrHandoverStage {
+	PR_HANDOVER_NONE,	 /* no file */
+	PR_HANDOVER_STOPPING,	 /* the guest may have been stopped; RUN was not sent */
+	PR_HANDOVER_HANDED_OVER, /* RUN may have been sent: the guest is the destination's */
+	PR_HANDOVER_COMPLETED,	 /* and it has all of it */
+} PrHandoverStage;
 
-typedef struct PrRecord {
+typedef struct PrHandoverRecord {
 	char *path;    /* constant; of the file */
 	char *spec;    /* constant; of the guest, as in --guest */
 	char *process; /* constant; of the guest */
 
-	PrRecordStage stage;
+	PrHandoverStage stage;
 	gboolean was_running; /* the guest ran before it was stopped */
 	gboolean held;	      /* a human has paused it */
 	/* How often an engine has taken this migration up. The upper half of its epochs. */
@@ -37,20 +37,21 @@ typedef struct PrRecord {
 	char *uris;
 	PrGuestBlock *blocks; /* n_blocks; idstr, size, page_size and base */
 	guint n_blocks;
-} PrRecord;
+} PrHandoverRecord;
 
-/* Of a guest in a directory, as the file has it now; without a file, PR_RECORD_NONE. Refuses a file that is not a
+/* Of a guest in a directory, as the file has it now; without a file, PR_HANDOVER_NONE. Refuses a file that is not a
  * whole record, naming it. */
-PrRecord *pr_record_open(const char *dir, const char *spec, const char *process, GError **error);
-void pr_record_free(PrRecord *record);
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrRecord, pr_record_free)
+PrHandoverRecord *pr_handover_record_open(const char *dir, const char *spec, const char *process,
+					  GError **error);
+void pr_handover_record_free(PrHandoverRecord *record);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrHandoverRecord, pr_handover_record_free)
 
-void pr_record_set_blocks(PrRecord *record, const PrGuestBlock *blocks, guint n);
-void pr_record_set_uris(PrRecord *record, const char *uris);
+void pr_handover_record_set_blocks(PrHandoverRecord *record, const PrGuestBlock *blocks, guint n);
+void pr_handover_record_set_uris(PrHandoverRecord *record, const char *uris);
 /* In force when it returns TRUE; otherwise the file is as it was. The error names the directory. */
-gboolean pr_record_save(PrRecord *record, PrRecordStage stage, GError **error);
-/* PR_RECORD_NONE. */
-gboolean pr_record_remove(PrRecord *record, GError **error);
+gboolean pr_handover_record_save(PrHandoverRecord *record, PrHandoverStage stage, GError **error);
+/* PR_HANDOVER_NONE. */
+gboolean pr_handover_record_remove(PrHandoverRecord *record, GError **error);
 
 /* Where records are by default: /run/postroad for root, else in $XDG_RUNTIME_DIR. g_free() it. */
-char *pr_record_default_dir(void);
+char *pr_handover_record_default_dir(void);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The source looks through its RAM, over a piecewise path: what holds data is granted, all else is zero.
+ * The source looks through its RAM, over a incremental_grants path: what holds data is granted, all else is zero.
  *
  * That takes the longer the more RAM there is (holes and exchanged pages have to be looked for: transport/rdma/export.c),
  * and can't be done before the guest has stopped. So a thread does it, piece by piece, while the device state is saved
@@ -21,28 +21,28 @@
 #define UNITS	  16u		       /* that are looked at in one go when nobody asks */
 #define ASKED_MAX 8192u
 
-typedef struct PrLook {
+typedef struct PrScanRequest {
 	uint32_t block;
 	uint64_t unit;
-} PrLook;
+} PrScanRequest;
 
-typedef struct Looker {
+typedef struct RamScanner {
 	PrMigration *m;
 	PrConn *conn;
 	unsigned long *told[PR_BLOCKS_MAX]; /* for each block: units */
 	uint32_t block;			    /* the walk goes on here */
 	uint64_t unit;
-} Looker;
+} RamScanner;
 
-static void looker_free(Looker *self)
+static void looker_free(RamScanner *self)
 {
 	for (guint i = 0; i < PR_BLOCKS_MAX; i++)
 		g_free(self->told[i]);
 	g_free(self);
 }
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(Looker, looker_free)
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(RamScanner, looker_free)
 
-static uint64_t n_units(const Looker *self, uint32_t block)
+static uint64_t n_units(const RamScanner *self, uint32_t block)
 {
 	return (self->m->ram->blocks[block].size + UNIT - 1) / UNIT;
 }
@@ -54,7 +54,7 @@ static void ask_for(PrMigration *m, uint32_t block, const PrWireRange *range)
 
 	for (uint64_t unit = range->offset / UNIT; unit * UNIT < end && m->asked->len < ASKED_MAX;
 	     unit++)
-		g_array_append_vals(m->asked, &(PrLook){block, unit}, 1);
+		g_array_append_vals(m->asked, &(PrScanRequest){block, unit}, 1);
 }
 
 gboolean pr_source_take_look(PrMigration *m, const PrMsg *msg, GError **error)
@@ -82,14 +82,14 @@ gboolean pr_source_take_look(PrMigration *m, const PrMsg *msg, GError **error)
 }
 
 /* The next unit that a fault waits for and that was not told yet. */
-static gboolean next_asked(Looker *self, PrLook *ret)
+static gboolean next_asked(RamScanner *self, PrScanRequest *ret)
 {
 	PrMigration *m = self->m;
 	gboolean found = FALSE;
 
 	g_mutex_lock(&m->lock);
 	while (!found && m->asked->len > 0) {
-		*ret = g_array_index(m->asked, PrLook, 0);
+		*ret = g_array_index(m->asked, PrScanRequest, 0);
 		g_array_remove_index(m->asked, 0);
 		found = !pr_bitmap_test(self->told[ret->block], ret->unit);
 	}
@@ -98,14 +98,14 @@ static gboolean next_asked(Looker *self, PrLook *ret)
 }
 
 /* The next units in the walk; 0: all were told. */
-static uint64_t next_in_turn(Looker *self, PrLook *ret)
+static uint64_t next_in_turn(RamScanner *self, PrScanRequest *ret)
 {
 	for (; self->block < self->m->ram->n_blocks; self->block++, self->unit = 0) {
 		const unsigned long *told = self->told[self->block];
 		uint64_t all = n_units(self, self->block), n = 0;
 
 		self->unit = pr_bitmap_next_clear(told, all, self->unit);
-		*ret = (PrLook){self->block, self->unit};
+		*ret = (PrScanRequest){self->block, self->unit};
 		while (n < UNITS && self->unit < all && !pr_bitmap_test(told, self->unit)) {
 			self->unit++;
 			n++;
@@ -116,7 +116,7 @@ static uint64_t next_in_turn(Looker *self, PrLook *ret)
 	return 0;
 }
 
-static gboolean look_at(Looker *self, const PrLook *look, uint64_t n)
+static gboolean look_at(RamScanner *self, const PrScanRequest *look, uint64_t n)
 {
 	PrConn *conn = self->conn;
 	uint64_t start = look->unit * UNIT;
@@ -130,9 +130,9 @@ static gboolean look_at(Looker *self, const PrLook *look, uint64_t n)
 	       pr_source_tell_ungranted(conn, look->block, start, end, grants, NULL);
 }
 
-static gboolean look_through(Looker *self)
+static gboolean look_through(RamScanner *self)
 {
-	PrLook look;
+	PrScanRequest look;
 	uint64_t n;
 
 	for (;;) {
@@ -146,7 +146,7 @@ static gboolean look_through(Looker *self)
 
 static gpointer look_thread(gpointer opaque)
 {
-	g_autoptr(Looker) self = opaque;
+	g_autoptr(RamScanner) self = opaque;
 	PrMigration *m = self->m;
 	gint64 began = g_get_monotonic_time();
 	gboolean all = look_through(self);
@@ -162,9 +162,9 @@ static gpointer look_thread(gpointer opaque)
 	return GINT_TO_POINTER(all);
 }
 
-static Looker *looker_new(PrMigration *m, PrConn *conn, GError **error)
+static RamScanner *looker_new(PrMigration *m, PrConn *conn, GError **error)
 {
-	g_autoptr(Looker) self = g_new0(Looker, 1);
+	g_autoptr(RamScanner) self = g_new0(RamScanner, 1);
 
 	self->m = m;
 	self->conn = conn;
@@ -180,14 +180,14 @@ static Looker *looker_new(PrMigration *m, PrConn *conn, GError **error)
 
 GThread *pr_look_begin(PrMigration *m, PrConn *conn, GError **error)
 {
-	g_autoptr(Looker) self = looker_new(m, conn, error);
+	g_autoptr(RamScanner) self = looker_new(m, conn, error);
 	GThread *looker;
 
 	if (!self)
 		return NULL;
 	g_mutex_lock(&m->lock);
 	g_clear_pointer(&m->asked, g_array_unref);
-	m->asked = g_array_new(FALSE, FALSE, sizeof(PrLook));
+	m->asked = g_array_new(FALSE, FALSE, sizeof(PrScanRequest));
 	m->looking = TRUE;
 	g_mutex_unlock(&m->lock);
 	looker = pr_thread_try("look", look_thread, self, error);

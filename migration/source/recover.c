@@ -105,7 +105,7 @@ static gboolean final_handshake(PrMigration *m, PrConn *conn, GError **error)
 {
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RESUME, NULL, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_SOURCE_RESUME_SENT);
+	pr_crash_point(PR_CRASH_SOURCE_RESUME_SENT);
 	g_mutex_lock(&m->lock);
 	/* Ended by RESUME_ACK, or by any failure. */
 	while (is_recovering(m))
@@ -123,14 +123,14 @@ gboolean pr_source_recover(PrMigration *m, PrConn *conn, GError **error)
 
 	if (!pr_migration_step(m, PR_EVENT_CONNECTED, reason, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_SOURCE_RECONNECTED);
+	pr_crash_point(PR_CRASH_SOURCE_RECONNECTED);
 	for (guint i = 0; i < G_N_ELEMENTS(resume_handlers); i++)
 		if (!resume_handlers[i].resume_prepare(m, conn, error)) {
 			g_prefix_error(error,
 				       "preparing %s for the resume: ", resume_handlers[i].name);
 			return FALSE;
 		}
-	pr_kill_point(PR_KILL_SOURCE_BITMAPS_TAKEN);
+	pr_crash_point(PR_CRASH_SOURCE_BITMAPS_TAKEN);
 	return final_handshake(m, conn, error);
 }
 
@@ -152,13 +152,13 @@ gboolean pr_destination_send_bitmap(PrMigration *m, PrConn *conn, const PrMsg *m
 	g_autofree unsigned long *received = pr_bitmap_snapshot(block->received, block->n_pages);
 	/* The encoded one and, if it is compressed, what it is compressed from. */
 	gsize bytes = 3 * pr_bitmap_words(block->n_pages) * sizeof(unsigned long);
-	if (!pr_spare_memory(received ? bytes : G_MAXSSIZE, "a received bitmap", error))
+	if (!pr_check_memory_headroom(received ? bytes : G_MAXSSIZE, "a received bitmap", error))
 		return FALSE;
 	uint16_t type = pr_recv_bitmap_encode(body, idstr, received, block->n_pages,
 					      (conn->peer_can & PR_HELLO_CAN_ZSTD) != 0);
 	if (!pr_send(conn, type, body, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_DESTINATION_BITMAP_SENT);
+	pr_crash_point(PR_CRASH_DESTINATION_BITMAP_SENT);
 	return TRUE;
 }
 
@@ -169,7 +169,7 @@ gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
 	pr_u32_encode(body, PR_RESUME_ACK_VALUE);
 	if (!pr_send(conn, PR_RP_RESUME_ACK, body, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_DESTINATION_RESUME_ACKED);
+	pr_crash_point(PR_CRASH_DESTINATION_RESUME_ACKED);
 	g_mutex_lock(&m->lock);
 	PrAction action =
 		pr_migration_step_locked(m, PR_EVENT_RESUMED, PR_ROLE_DESTINATION, "recovered");
@@ -177,7 +177,7 @@ gboolean pr_destination_resume(PrMigration *m, PrConn *conn, GError **error)
 		pr_migration_copy_failure(m, error);
 	gboolean run = action == PR_ACTION_RUN || !m->guest_started;
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	if (action == PR_ACTION_REFUSE)
 		return FALSE;
 

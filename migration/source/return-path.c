@@ -71,8 +71,8 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 	case PR_RP_REQ_HASHES:
 		return pr_source_tell_hashes(m, conn, msg, error);
 	case PR_RP_RAILS:
-		return pr_stripe_take_rails(m, msg, error);
-	case PR_RP_LOOK:
+		return pr_rail_take_rails(m, msg, error);
+	case PR_RP_SCAN_FIRST:
 		return pr_source_take_look(m, msg, error);
 	case PR_RP_SHUT:
 		return take_shut(m, msg, error);
@@ -99,13 +99,13 @@ static gboolean take_message(PrConn *conn, const PrMsg *msg, GError **error)
 gpointer pr_source_return_path_thread(gpointer opaque)
 {
 	PrConn *conn = opaque;
-	g_autoptr(PrWatch) watch = pr_watch_new(conn->m->dog, "return-path");
+	g_autoptr(PrWatch) watch = pr_watch_new(conn->m->watchdog, "return-path");
 
 	for (;;) {
 		g_autoptr(GError) error = NULL;
 		pr_watch_idle(watch);
 		g_autoptr(PrMsg) msg = pr_control_recv(conn->control, G_MAXUINT, &error);
-		pr_watch_busy(watch, &hearing);
+		pr_watch_enter(watch, &hearing);
 		if (!msg || !take_message(conn, msg, &error)) {
 			pr_conn_failed(error, conn);
 			return NULL;

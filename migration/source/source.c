@@ -20,7 +20,7 @@
 #define BACKOFF_MIN_US	   (100 * 1000) /* between automatic recoveries, doubling */
 #define BACKOFF_MAX_US	   (2 * G_USEC_PER_SEC)
 #define CAPABILITY_LOOK_US (200 * 1000) /* between two looks whether auto-recover was switched on */
-/* Device state that is sent while a piecewise path's RAM is looked at, bytes; well below what a control channel
+/* Device state that is sent while a incremental_grants path's RAM is looked at, bytes; well below what a control channel
  * receives ahead. */
 #define STATE_BESIDE_LOOKING (8 * 1024 * 1024)
 
@@ -179,7 +179,7 @@ static void record_failure(PrMigration *m, const PrUri *uri, const GError *error
 	g_mutex_lock(&m->lock);
 	pr_path_step(m, uri->text, PR_HEALTH_FAILED, error->message);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 /* Orders paths on probation by the end of their hold-downs. A path that was lost just now may be connected again
@@ -277,7 +277,7 @@ static PrConn *connect_any(PrMigration *m, gboolean *ret_completed, GError **err
 
 	*ret_completed = FALSE;
 	for (guint i = 0; i < uris->len; i++) {
-		pr_watch_busy(m->watch, &connecting);
+		pr_watch_enter(m->watch, &connecting);
 		const PrUri *uri = g_ptr_array_index(uris, i);
 		g_autoptr(GError) why = NULL;
 		gboolean anew = i >= n_standbys;
@@ -304,7 +304,7 @@ static gboolean prepare_guest(PrMigration *m, GError **error)
 {
 	guint n;
 
-	pr_watch_busy(m->watch, &preparing);
+	pr_watch_enter(m->watch, &preparing);
 	const PrGuestBlock *blocks = m->guest->ops->prepare(m->guest, PR_GUEST_SOURCE, &n, error);
 	PrRam *ram = blocks ? pr_ram_new(blocks, n, PR_GUEST_SOURCE, error) : NULL;
 
@@ -314,8 +314,8 @@ static gboolean prepare_guest(PrMigration *m, GError **error)
 	 * is on its way elsewhere now. */
 	pr_migration_await_threads(m);
 	pr_migration_begin_unfenced(m);
-	if (m->ram && m->ram->kept)
-		m->guest->ops->keep_state(m->guest, -1, NULL);
+	if (m->ram && m->ram->state_memfd)
+		m->guest->ops->store_state_fd(m->guest, -1, NULL);
 	g_mutex_lock(&m->lock);
 	PrRam *old = m->ram;
 	m->ram = ram;
@@ -367,7 +367,7 @@ static gboolean advise(PrMigration *m, PrConn *conn, GError **error)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
-	pr_watch_busy(m->watch, &awaiting);
+	pr_watch_enter(m->watch, &awaiting);
 	pr_advise_encode(body, m->ram->page_size_summary, PR_TARGET_PAGE);
 	return pr_send(conn, PR_CMD_POSTCOPY_ADVISE, body, error) &&
 	       describe_guest(m, conn, error) && pr_source_ping(conn, PR_PING_READY, error) &&
@@ -397,9 +397,9 @@ static gboolean mark(gint64 *ret_now)
 	return TRUE;
 }
 
-static gboolean reached(PrKillPoint point)
+static gboolean reached(PrCrashPoint point)
 {
-	pr_kill_point(point);
+	pr_crash_point(point);
 	return TRUE;
 }
 
@@ -417,11 +417,11 @@ static void log_downtime(const Downtime *times)
 
 static gboolean stop_guest(PrMigration *m, gboolean *ret_was_running, GError **error)
 {
-	pr_watch_busy(m->watch, &stopping);
+	pr_watch_enter(m->watch, &stopping);
 	if (!pr_migration_step(m, PR_EVENT_STOP, "stopping the guest", error) ||
 	    !m->guest->ops->stop(m->guest, ret_was_running, error))
 		return FALSE;
-	pr_kill_point(PR_KILL_SOURCE_STOPPED);
+	pr_crash_point(PR_CRASH_SOURCE_STOPPED);
 	/* It ran until now: a VMM may have things to do before it stops. */
 	g_mutex_lock(&m->lock);
 	m->sm.stopped = g_get_monotonic_time();
@@ -440,19 +440,19 @@ static gboolean check_attempt(PrMigration *m, GError **error)
 	return !failed;
 }
 
-/* Tells the destination what it may read. Over a piecewise path that is looked for by a thread, beside all that
+/* Tells the destination what it may read. Over a incremental_grants path that is looked for by a thread, beside all that
  * follows: the destination reads a page once it has heard of it. */
 static gboolean tell_ram(PrMigration *m, PrConn *conn, GThread **ret_looker, GError **error)
 {
-	pr_watch_busy(m->watch, &telling);
-	if (!conn->path->piecewise)
+	pr_watch_enter(m->watch, &telling);
+	if (!conn->path->incremental_grants)
 		return pr_source_send_grants(conn, error) && check_attempt(m, error);
 	*ret_looker = pr_look_begin(m, conn, error);
 	return *ret_looker != NULL;
 }
 
 /* Whether the destination has carried out all that it was sent, while that matters. */
-static gboolean was_carried_out(PrMigration *m, PrConn *conn, uint32_t ping)
+static gboolean ping_and_wait(PrMigration *m, PrConn *conn, uint32_t ping)
 {
 	if (!pr_source_ping(conn, ping, NULL))
 		return FALSE;
@@ -468,13 +468,13 @@ static gboolean was_carried_out(PrMigration *m, PrConn *conn, uint32_t ping)
 /* What the destination need not read. Looking takes the longer the more RAM there is, and takes processors, so it waits
  * until the guest runs; while it has not been told a hole, the destination reads zeros there. Returns whether all was
  * told; a failure reports itself. */
-static gboolean tell_what_is_left(PrMigration *m, PrConn *conn, GThread *looker, gboolean moved)
+static gboolean send_remaining_holes(PrMigration *m, PrConn *conn, GThread *looker, gboolean moved)
 {
 	if (looker)
-		return pr_look_end(m, looker) && was_carried_out(m, conn, PR_PING_TOLD);
+		return pr_look_end(m, looker) && ping_and_wait(m, conn, PR_PING_TOLD);
 	pr_watch_idle(m->watch);
-	return moved && was_carried_out(m, conn, PR_PING_RUNNING) &&
-	       pr_source_tell_holes(m, conn, NULL) && was_carried_out(m, conn, PR_PING_TOLD);
+	return moved && ping_and_wait(m, conn, PR_PING_RUNNING) &&
+	       pr_source_tell_holes(m, conn, NULL) && ping_and_wait(m, conn, PR_PING_TOLD);
 }
 
 typedef struct Package {
@@ -518,14 +518,14 @@ static gboolean send_device_state(PrMigration *m, PrConn *conn, gboolean was_run
 {
 	Package package = {.conn = conn, .was_running = was_running};
 
-	pr_watch_busy(m->watch, &saving);
+	pr_watch_enter(m->watch, &saving);
 	gboolean ok = pr_send(conn, PR_CMD_POSTCOPY_LISTEN, NULL, error) &&
 		      m->guest->ops->save(m->guest, m->cancel, send_state, &package, error) &&
 		      send_chunk(&package, /* last= */ TRUE, NULL, 0, error) &&
-		      mark(&times->saved) && reached(PR_KILL_SOURCE_STATE_SENT) &&
+		      mark(&times->saved) && reached(PR_CRASH_SOURCE_STATE_SENT) &&
 		      pr_source_ping(conn, PR_PING_LOADED, error) &&
 		      wait_value(m, &m->pong, PR_PING_LOADED, error) && mark(&times->loaded) &&
-		      reached(PR_KILL_SOURCE_LOADED);
+		      reached(PR_CRASH_SOURCE_LOADED);
 
 	times->state_bytes = package.bytes;
 	return ok;
@@ -538,14 +538,14 @@ static gboolean hand_over(PrMigration *m, PrConn *conn, GError **error)
 
 	/* The order is argued in resume.c. */
 	if ((m->guest->ops->check_stopped && !m->guest->ops->check_stopped(m->guest, error)) ||
-	    !pr_source_note_handed_over(m, error) ||
+	    !pr_handover_handed_over(m, error) ||
 	    !pr_migration_step(m, PR_EVENT_LOADED, "the device state is loaded", error))
 		return FALSE;
 	m->run_may_be_seen = TRUE;
-	pr_kill_point(PR_KILL_SOURCE_ACTIVE);
+	pr_crash_point(PR_CRASH_SOURCE_ACTIVE);
 	if (!pr_send(conn, PR_CMD_POSTCOPY_RUN, NULL, &lost))
 		pr_migration_failed(m, conn, lost);
-	pr_kill_point(PR_KILL_SOURCE_RUN_SENT);
+	pr_crash_point(PR_CRASH_SOURCE_RUN_SENT);
 	pr_source_fence(m);
 	return TRUE;
 }
@@ -559,10 +559,10 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 
 	m->holes_told = FALSE;
 	m->run_may_be_seen = FALSE;
-	gboolean ok = pr_source_note_stopping(m, error) && mark(&times.began) &&
+	gboolean ok = pr_handover_stopping(m, error) && mark(&times.began) &&
 		      stop_guest(m, &was_running, error) && mark(&times.stopped) &&
 		      tell_ram(m, conn, &looker, error) && mark(&times.told) &&
-		      reached(PR_KILL_SOURCE_RAM_TOLD) &&
+		      reached(PR_CRASH_SOURCE_RAM_TOLD) &&
 		      send_device_state(m, conn, was_running, &times, error) &&
 		      hand_over(m, conn, error);
 
@@ -570,7 +570,7 @@ static gboolean move_guest(PrMigration *m, PrConn *conn, GError **error)
 		log_downtime(&times);
 	else
 		pr_attempt_failed(m, *error); /* so that the thread does not wait for the peer */
-	m->holes_told = tell_what_is_left(m, conn, looker, ok);
+	m->holes_told = send_remaining_holes(m, conn, looker, ok);
 	return ok;
 }
 
@@ -595,10 +595,10 @@ static gboolean switch_over(PrMigration *m, PrConn **ret_conn, GError **error)
 static void undo(PrMigration *m, PrConn *conn, const GError *why)
 {
 	pr_attempt_failed(m, why);
-	pr_watch_busy(m->watch, &closing);
+	pr_watch_enter(m->watch, &closing);
 	if (conn)
 		pr_conn_close(conn);
-	pr_source_note_taken_back(m);
+	pr_handover_revoked(m);
 	pr_source_take_back(m, /* follows= */ FALSE);
 }
 
@@ -640,7 +640,7 @@ static void wait_for_recovery(PrMigration *m, guint attempts)
 		gint64 look_again = g_get_monotonic_time() + CAPABILITY_LOOK_US;
 		if (!may_recover_alone(m)) {
 			g_mutex_unlock(&m->lock);
-			pr_source_note_changes(m);
+			pr_handover_update(m);
 			g_mutex_lock(&m->lock);
 			if (m->sm.state == PR_STATE_POSTCOPY_PAUSED && !m->quit)
 				g_cond_wait_until(&m->changed, &m->lock, look_again);
@@ -653,7 +653,7 @@ static void wait_for_recovery(PrMigration *m, guint attempts)
 		}
 	}
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 /* The connection may have been lost before all holes were told; over rdma they can't be read. */
@@ -681,13 +681,13 @@ static PrConn *recover(PrMigration *m)
 		pr_migration_step(m, PR_EVENT_SHUT, "the destination had every page already", NULL);
 		return NULL;
 	}
-	pr_watch_busy(m->watch, &exchanging);
+	pr_watch_enter(m->watch, &exchanging);
 	if (conn && (conn->granted || pr_source_send_grants(conn, &error)) &&
 	    tell_rest(m, conn, &error) && pr_source_recover(m, conn, &error)) {
 		m->holes_told = TRUE; /* before what it has answered */
-		pr_source_note_changes(m);
+		pr_handover_update(m);
 		pr_source_tell_guest(m, conn);
-		pr_kill_point(PR_KILL_SOURCE_RECOVERED);
+		pr_crash_point(PR_CRASH_SOURCE_RECOVERED);
 		return conn;
 	}
 	pr_attempt_failed(m, error);
@@ -699,14 +699,14 @@ static PrConn *recover(PrMigration *m)
 static void await_last_owner(PrMigration *m)
 {
 	g_mutex_lock(&m->lock);
-	GThread *before = g_steal_pointer(&m->before);
+	GThread *before = g_steal_pointer(&m->previous_thread);
 	g_mutex_unlock(&m->lock);
 	if (before)
 		g_thread_join(before);
 }
 
 /* conn NULL: paused. */
-static void see_through(PrMigration *m, PrConn *conn)
+static void run_until_complete(PrMigration *m, PrConn *conn)
 {
 	PrWatch *watch = m->watch;
 
@@ -720,13 +720,13 @@ static void see_through(PrMigration *m, PrConn *conn)
 			if (pr_capability(m->params, PR_CAP_ZERO_PAGES))
 				pr_source_tell_zero_pages(m, conn);
 			wait_while_active(m);
-			pr_watch_busy(watch, &closing);
+			pr_watch_enter(watch, &closing);
 			pr_conn_close(conn);
 		}
 		pr_watch_idle(watch);
 		wait_for_recovery(m, attempts);
 		if (is_over(m)) {
-			pr_watch_busy(watch, &closing);
+			pr_watch_enter(watch, &closing);
 			pr_standby_stop(m);
 			return;
 		}
@@ -740,7 +740,7 @@ static void note_end(PrMigration *m)
 	gboolean completed = m->sm.state == PR_STATE_COMPLETED;
 	g_mutex_unlock(&m->lock);
 	if (completed)
-		pr_source_note_completed(m);
+		pr_handover_completed(m);
 	pr_source_await_fence(m);
 	if (completed)
 		pr_source_unfence(m);
@@ -751,16 +751,16 @@ gpointer pr_source_thread(gpointer migration)
 	PrMigration *m = migration;
 	g_autoptr(GError) error = NULL;
 	PrConn *conn = NULL;
-	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "migration");
+	g_autoptr(PrWatch) watch = pr_watch_new(m->watchdog, "migration");
 
-	pr_watch_busy(watch, &closing);
+	pr_watch_enter(watch, &closing);
 	await_last_owner(m);
 	m->watch = watch;
 	if (!switch_over(m, &conn, &error)) {
 		undo(m, conn, error);
 		return NULL;
 	}
-	see_through(m, conn);
+	run_until_complete(m, conn);
 	note_end(m);
 	return NULL;
 }
@@ -768,11 +768,11 @@ gpointer pr_source_thread(gpointer migration)
 gpointer pr_source_resumed_thread(gpointer migration)
 {
 	PrMigration *m = migration;
-	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "migration");
+	g_autoptr(PrWatch) watch = pr_watch_new(m->watchdog, "migration");
 
 	m->watch = watch;
 	pr_source_fence_again(m);
-	see_through(m, NULL);
+	run_until_complete(m, NULL);
 	note_end(m);
 	return NULL;
 }

@@ -65,7 +65,7 @@ static gboolean is_over(PrKeeper *keeper)
 	return keeper->ending || keeper->m->quit || pr_state_is_over(keeper->m->sm.state);
 }
 
-static void wait_a_little(PrMigration *m, gint64 until)
+static void poll_wait(PrMigration *m, gint64 until)
 {
 	g_cond_wait_until(&m->changed, &m->lock, MIN(until, g_get_monotonic_time() + LOOK_US));
 }
@@ -81,13 +81,13 @@ static gboolean wait_until_due(PrKeeper *keeper)
 
 		if (is_over(keeper) || (is_wanted(keeper) && g_get_monotonic_time() >= due))
 			break;
-		wait_a_little(m, is_wanted(keeper) ? due : G_MAXINT64);
+		poll_wait(m, is_wanted(keeper) ? due : G_MAXINT64);
 	}
 	gboolean go_on = !is_over(keeper);
 	if (go_on)
 		pr_path_step(m, keeper->uri->text, PR_HEALTH_CONNECTS, "to be a standby");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return go_on;
 }
 
@@ -103,7 +103,7 @@ static void note_end(PrConn *conn, const GError *error)
 	if (conn->standby)
 		pr_conn_unlist(conn);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 /* Offers the connection to the owner, until it is taken, fails, or is not wanted any more. From its first
@@ -111,26 +111,26 @@ static void note_end(PrConn *conn, const GError *error)
 static void offer(PrKeeper *keeper, PrConn *conn)
 {
 	PrMigration *m = keeper->m;
-	g_autoptr(GError) closed =
-		g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "no standby is needed");
+	g_autoptr(GError) closed = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
+						       "no standby is needed");
 
 	g_mutex_lock(&m->lock);
 	keeper->conn = conn;
 	pr_path_step(m, conn->name, PR_HEALTH_CONNECTED, "connected as a standby");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	/* Has it probed. If that fails, so does the connection. */
 	pr_source_ping(conn, PR_PING_READY, NULL);
 
 	g_mutex_lock(&m->lock);
 	while (keeper->conn && !conn->failure && !is_over(keeper) && is_wanted(keeper))
-		wait_a_little(m, G_MAXINT64);
+		poll_wait(m, G_MAXINT64);
 	gboolean ours = keeper->conn != NULL;
 	keeper->conn = NULL;
 	g_mutex_unlock(&m->lock);
 	if (!ours)
 		return;
-	pr_migration_farewell(conn, PR_MSG_HOLD, closed->message);
+	pr_send_reason_nowait(conn, PR_MSG_HOLD, closed->message);
 	note_end(conn, closed);
 	pr_conn_close(conn);
 }
@@ -141,12 +141,12 @@ static gpointer keeper_thread(gpointer opaque)
 	PrMigration *m = keeper->m;
 	gboolean completed;
 
-	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "standby");
+	g_autoptr(PrWatch) watch = pr_watch_new(m->watchdog, "standby");
 
 	while (pr_watch_idle(watch), wait_until_due(keeper)) {
 		g_autoptr(GError) error = NULL;
 
-		pr_watch_busy(watch, &connecting);
+		pr_watch_enter(watch, &connecting);
 		PrConn *conn = pr_source_connect(m, keeper->uri, PR_RESUME_STANDBY, keeper->cancel,
 						 &completed, &error);
 
@@ -165,7 +165,7 @@ static gpointer keeper_thread(gpointer opaque)
 		if (!is_in_use(keeper))
 			pr_path_ended(m, keeper->uri->text, error);
 		g_mutex_unlock(&m->lock);
-		pr_migration_tell(m);
+		pr_session_flush_events(m);
 	}
 	return NULL;
 }
@@ -363,7 +363,7 @@ gboolean pr_standby_take_lost(PrMigration *m, const PrMsg *msg, const char *peer
 	if (m->conn && m->conn->epoch == lost.epoch)
 		pr_migration_failed_locked(m, why);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return TRUE;
 }
 
@@ -379,7 +379,7 @@ gboolean pr_standby_take_probed(PrConn *conn, const PrMsg *msg, GError **error)
 	if (conn->standby)
 		pr_path_step(m, conn->name, PR_HEALTH_PROBED, "answers probes");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return TRUE;
 }
 
@@ -406,7 +406,8 @@ void pr_standby_tell_lost(PrMigration *m, uint64_t epoch, const GError *error)
 	g_strlcpy(lost.reason, error->message, sizeof(lost.reason));
 	pr_lost_encode(body, &lost);
 	for (guint i = 0; i < m->standbys->len; i++)
-		pr_control_farewell(((PrConn *)m->standbys->pdata[i])->control, PR_MSG_LOST, body);
+		pr_control_send_nowait(((PrConn *)m->standbys->pdata[i])->control, PR_MSG_LOST,
+				       body);
 }
 
 /* ---- the destination ---- */
@@ -462,7 +463,7 @@ static gboolean probe(Standby *self, GError **error)
 	g_autoptr(GByteArray) body = g_byte_array_new();
 	gint64 bound = (gint64)pr_param(m->params, PR_PARAM_HEARTBEAT_TIMEOUT) * 1000;
 
-	if (!pr_stripe_review(conn, error))
+	if (!pr_rail_review(conn, error))
 		return FALSE;
 	gint64 began = g_get_monotonic_time();
 	guint n_probed = 0;
@@ -481,8 +482,8 @@ static gboolean probe(Standby *self, GError **error)
 	conn->rtt_us = probed.rtt_us;
 	pr_path_step(m, conn->name, PR_HEALTH_PROBED, "answers probes");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
-	pr_stripe_begin(conn);
+	pr_session_flush_events(m);
+	pr_rail_begin(conn);
 	pr_probed_encode(body, &probed);
 	return pr_send(conn, PR_RP_PROBED, body, error);
 }
@@ -508,7 +509,7 @@ static gboolean take_activate(Standby *self, const PrMsg *msg, gboolean *ret_tak
 
 	if (!pr_activate_decode(msg->body, msg->length, &activate, error))
 		return FALSE;
-	if (!pr_stripe_rest(self->conn, error))
+	if (!pr_rail_drain(self->conn, error))
 		return FALSE;
 	self->hello.epoch = activate.epoch;
 	self->hello.resume = activate.resume;
@@ -562,7 +563,7 @@ static gboolean serve(Standby *self, GError **error)
 			pr_control_recv(self->conn->control, ms_until(self->probe_at), &local);
 		gboolean ok;
 
-		pr_watch_busy(self->watch, &attending);
+		pr_watch_enter(self->watch, &attending);
 		if (msg)
 			ok = take_message(self, msg, &taken, &local);
 		else if (g_error_matches(local, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
@@ -587,7 +588,7 @@ static gboolean bring_up(Standby *self, GError **error)
 	g_mutex_lock(&m->lock);
 	pr_path_step(m, conn->name, PR_HEALTH_CONNECTED, "connected as a standby");
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 	return TRUE;
 }
 
@@ -597,10 +598,10 @@ static gpointer standby_thread(gpointer opaque)
 	PrConn *conn = self->conn;
 	PrMigration *m = conn->m;
 	g_autoptr(GError) error = NULL;
-	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "standby");
+	g_autoptr(PrWatch) watch = pr_watch_new(m->watchdog, "standby");
 
 	self->watch = watch;
-	pr_watch_busy(watch, &connecting);
+	pr_watch_enter(watch, &connecting);
 	if (!bring_up(self, &error) || !serve(self, &error)) {
 		g_info("standby path %s: %s", conn->name, error->message);
 		note_end(conn, error);

@@ -20,8 +20,9 @@ gboolean pr_source_try_run(PrMigration *m, gboolean follows, GError **error)
 {
 	const PrGuestOps *ops = m->guest->ops;
 
-	pr_invariant_may_run(follows ? m->record->stage != PR_RECORD_STOPPING : m->run_may_be_seen);
-	return (!follows || ops->take_stopped(m->guest, m->record->was_running, error)) &&
+	pr_invariant_may_run(follows ? m->record->stage != PR_HANDOVER_STOPPING
+				     : m->run_may_be_seen);
+	return (!follows || ops->assume_stopped(m->guest, m->record->was_running, error)) &&
 	       ops->unfence(m->guest, error) && ops->resume(m->guest, error);
 }
 
@@ -37,7 +38,7 @@ static void say(PrMigration *m, const GError *why, gint64 *said)
 	g_mutex_lock(&m->lock);
 	pr_migration_note_locked(m, words);
 	g_mutex_unlock(&m->lock);
-	pr_migration_tell(m);
+	pr_session_flush_events(m);
 }
 
 /* FALSE: the guest's process is gone, or the engine is to end. */
@@ -60,7 +61,7 @@ gboolean pr_source_let_run(PrMigration *m, gboolean follows, GError **error)
 	for (gint64 pause = BACKOFF_MIN_US;; pause = MIN(2 * pause, BACKOFF_MAX_US)) {
 		g_autoptr(GError) why = NULL;
 
-		pr_watch_busy(m->watch, &resuming);
+		pr_watch_enter(m->watch, &resuming);
 		if (pr_source_try_run(m, follows, &why))
 			return TRUE;
 		say(m, why, &said);
@@ -78,7 +79,7 @@ void pr_source_take_back(PrMigration *m, gboolean follows)
 	g_autofree char *words = NULL;
 
 	if (pr_source_let_run(m, follows, &error)) {
-		pr_source_note_stays(m);
+		pr_handover_aborted(m);
 		words = g_strdup("the guest runs on at the source");
 	} else {
 		words = g_strdup_printf(
@@ -93,7 +94,7 @@ void pr_source_take_back(PrMigration *m, gboolean follows)
 gpointer pr_source_take_back_thread(gpointer migration)
 {
 	PrMigration *m = migration;
-	g_autoptr(PrWatch) watch = pr_watch_new(m->dog, "migration");
+	g_autoptr(PrWatch) watch = pr_watch_new(m->watchdog, "migration");
 
 	m->watch = watch;
 	pr_source_take_back(m, /* follows= */ TRUE);

@@ -24,8 +24,8 @@ static const guint sizes_mib[] = {256, 1024, 2048, 4096, 8192};
 typedef struct Watch {
 	PrGuestOps ops;
 	const PrGuestOps *real;
-	gint64 stopped, save_began, saved;			  /* source */
-	gint64 fault_on_began, fault_on, load_began, loaded, ran; /* destination */
+	gint64 stopped, save_began, saved;			     /* source */
+	gint64 fault_on_began, uffd_enable, load_began, loaded, ran; /* destination */
 } Watch;
 
 static Watch *watch_of(PrGuest *guest)
@@ -50,11 +50,11 @@ static gboolean watched_save(PrGuest *guest, GCancellable *cancel, PrGuestSink s
 	return done;
 }
 
-static int watched_fault_on(PrGuest *guest, GError **error)
+static int watched_uffd_enable(PrGuest *guest, GError **error)
 {
 	watch_of(guest)->fault_on_began = g_get_monotonic_time();
-	int fd = watch_of(guest)->real->fault_on(guest, error);
-	watch_of(guest)->fault_on = g_get_monotonic_time();
+	int fd = watch_of(guest)->real->uffd_enable(guest, error);
+	watch_of(guest)->uffd_enable = g_get_monotonic_time();
 	return fd;
 }
 
@@ -86,7 +86,7 @@ static void watch_begin(Watch *watch, PrGuest *guest)
 	*watch = (Watch){.ops = *guest->ops, .real = guest->ops};
 	watch->ops.stop = watched_stop;
 	watch->ops.save = watched_save;
-	watch->ops.fault_on = watched_fault_on;
+	watch->ops.uffd_enable = watched_uffd_enable;
 	watch->ops.load_begin = watched_load_begin;
 	watch->ops.load_end = watched_load_end;
 	watch->ops.run = watched_run;
@@ -137,14 +137,14 @@ static void take_times(Figures *f, Pair *pair, const Watch *here, const Watch *t
 	g_auto(PrMigrationInfo) info = {0};
 
 	pr_migration_query(destination->engine, &info);
-	g_assert(here->stopped && here->save_began && there->fault_on && there->ran);
+	g_assert(here->stopped && here->save_began && there->uffd_enable && there->ran);
 	series_add(&f->of[TOTAL], ms_between(began, completed));
 	series_add(&f->of[SETUP], ms_between(began, device));
 	series_add(&f->of[DOWNTIME], ms_between(device, there->ran));
 	series_add(&f->of[STOP], ms_between(device, here->stopped));
 	series_add(&f->of[HOLES], ms_between(here->stopped, here->save_began));
 	series_add(&f->of[STATE], ms_between(here->save_began, handed_over));
-	series_add(&f->of[FAULT_MODE], ms_between(there->fault_on_began, there->fault_on));
+	series_add(&f->of[FAULT_MODE], ms_between(there->fault_on_began, there->uffd_enable));
 	series_add(&f->of[RUN], ms_between(handed_over, there->ran));
 	series_add(&f->of[PULL], (double)info.transferred / (double)(completed - pull_began));
 }

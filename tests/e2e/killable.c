@@ -45,7 +45,7 @@ static void die(void)
 		pause();
 }
 
-static void reached(PrKillPoint point)
+static void reached(PrCrashPoint point)
 {
 	if ((int)point == wanted)
 		die();
@@ -59,7 +59,7 @@ static void reached_in_helper(PrAttachPoint point)
 
 static const char *engine_name(int point)
 {
-	return point < PR_N_KILL_POINTS ? pr_kill_point_name(point) : NULL;
+	return point < PR_N_KILL_POINTS ? pr_crash_point_name(point) : NULL;
 }
 
 static const char *helper_name(int point)

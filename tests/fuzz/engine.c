@@ -133,7 +133,7 @@ static GArray *guest_vcpu_threads(PrGuest *guest, GError **error)
 	return g_array_new(FALSE, FALSE, sizeof(uint32_t));
 }
 
-static int guest_fault_on(PrGuest *guest, GError **error)
+static int guest_uffd_enable(PrGuest *guest, GError **error)
 {
 	if (!guest_does(FUZZ_FAIL_FAULTS, error))
 		return -1;
@@ -141,7 +141,7 @@ static int guest_fault_on(PrGuest *guest, GError **error)
 	return dup(guest_blocks[0].memfd);
 }
 
-static gboolean guest_fault_off(PrGuest *guest, GError **error)
+static gboolean guest_uffd_disable(PrGuest *guest, GError **error)
 {
 	engine->faulting = FALSE;
 	return TRUE;
@@ -166,7 +166,7 @@ static void guest_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *
 {
 }
 
-static gboolean guest_keep_state(PrGuest *guest, int memfd, GError **error)
+static gboolean guest_store_state_fd(PrGuest *guest, int memfd, GError **error)
 {
 	return TRUE;
 }
@@ -198,13 +198,13 @@ static const PrGuestOps guest_ops = {
 	.load_abort = guest_load_abort,
 	.run = guest_run,
 	.vcpu_threads = guest_vcpu_threads,
-	.fault_on = guest_fault_on,
-	.fault_off = guest_fault_off,
+	.uffd_enable = guest_uffd_enable,
+	.uffd_disable = guest_uffd_disable,
 	.fence = guest_fence,
 	.unfence = guest_unfence,
 	.was_fenced = guest_was_fenced,
 	.on_run_again = guest_on_run_again,
-	.keep_state = guest_keep_state,
+	.store_state_fd = guest_store_state_fd,
 	.fetch_state = guest_fetch_state,
 	.on_death = guest_on_death,
 };

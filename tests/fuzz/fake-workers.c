@@ -89,7 +89,7 @@ void pr_pull_notify(PrPull *self)
 {
 }
 
-void pr_pull_forget_lost(PrPull *self)
+void pr_pull_reclaim_inflight(PrPull *self)
 {
 	g_assert(!self->path);
 	pr_ram_forget_inflight(self->ram, NULL, 0);
@@ -114,49 +114,49 @@ void pr_pull_stop(PrPull *self)
 }
 
 /* Nothing pulls along. */
-gboolean pr_pull_wants_stripe(PrPull *self, PrDataPath *path)
+gboolean pr_pull_wants_rail(PrPull *self, PrDataPath *path)
 {
 	return FALSE;
 }
 
-guint pr_pull_add_stripe(PrPull *self, PrDataPath *path, uint64_t *bytes, GError **error)
+guint pr_pull_add_rail(PrPull *self, PrDataPath *path, uint64_t *bytes, GError **error)
 {
 	g_assert_not_reached();
 }
 
-gboolean pr_pull_stripe_moves(PrPull *self, guint id, gint64 within_us)
+gboolean pr_pull_rail_moves(PrPull *self, guint id, gint64 within_us)
 {
 	g_assert_not_reached();
 }
 
-gboolean pr_pull_rest_stripe(PrPull *self, guint id, gint64 deadline)
+gboolean pr_pull_drain_rail(PrPull *self, guint id, gint64 deadline)
 {
 	g_assert_not_reached();
 }
 
-void pr_pull_end_stripe(PrPull *self, guint id)
+void pr_pull_end_rail(PrPull *self, guint id)
 {
 	g_assert_not_reached();
 }
 
-void pr_pull_forget_stripe(PrPull *self, guint id)
+void pr_pull_reclaim_rail(PrPull *self, guint id)
 {
 	g_assert_not_reached();
 }
 
-gboolean pr_place_expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
-			 GError **error)
+gboolean pr_uffd_continue(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
+			  GError **error)
 {
 	g_assert(uffd >= 0 && page <= block->n_pages && n <= block->n_pages - page);
 	return TRUE;
 }
 
-gboolean pr_place_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error)
+gboolean pr_uffd_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error)
 {
-	return pr_place_expose(uffd, block, page, 1, error);
+	return pr_uffd_continue(uffd, block, page, 1, error);
 }
 
-gboolean pr_place_wake_all(int uffd, const PrRam *ram, GError **error)
+gboolean pr_uffd_wake_all(int uffd, const PrRam *ram, GError **error)
 {
 	return TRUE;
 }

@@ -154,7 +154,7 @@ static void call(guint which, GError **error)
 		pr_agent_client_probe(rig.client, error);
 		break;
 	case 3:
-		close_fd(pr_agent_client_fault_on(rig.client, error));
+		close_fd(pr_agent_client_uffd_enable(rig.client, error));
 		break;
 	case 4:
 		close_fd(pr_agent_client_fetch_state(rig.client, error));

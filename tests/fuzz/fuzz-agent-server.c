@@ -39,19 +39,19 @@ static int vmm_load(void *opaque, int fd)
 }
 
 /* In the place of uffd.c and fence.c. */
-bool agent_fault_probe(PrAgent *agent, AgentResult *result)
+bool agent_uffd_probe(PrAgent *agent, AgentResult *result)
 {
 	return true;
 }
 
-bool agent_fault_on(PrAgent *agent, AgentResult *result)
+bool agent_uffd_enable(PrAgent *agent, AgentResult *result)
 {
 	if (agent->uffd < 0)
 		agent->uffd = dup(STDERR_FILENO);
 	return true;
 }
 
-void agent_fault_off(PrAgent *agent)
+void agent_uffd_disable(PrAgent *agent)
 {
 	agent_close_fd(&agent->uffd);
 }
@@ -202,7 +202,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	g_assert(agent && memfd >= 0 && pr_agent_add_region(agent, &region) == 0);
 	close(memfd);
 	run_engines(agent, &input);
-	agent_fault_off(agent);
+	agent_uffd_disable(agent);
 	agent_fence_off(agent);
 	pr_agent_free(agent);
 	g_assert_cmpint(next_fd, ==, fuzz_next_fd());

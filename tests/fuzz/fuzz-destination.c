@@ -5,7 +5,7 @@
  */
 #include "tests/fuzz/engine.h"
 
-static void wait_for_newcomer(FuzzEngine *engine)
+static void wait_for_peer(FuzzEngine *engine)
 {
 	if (fuzz_engine_knock(engine))
 		return;
@@ -20,11 +20,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	g_autoptr(FuzzEngine) engine = fuzz_engine_new(data, size, PR_GUEST_DESTINATION);
 	g_autoptr(PrUri) uri = pr_uri_parse(FUZZ_URI, TRUE, NULL);
 
-	engine->wait = wait_for_newcomer;
+	engine->wait = wait_for_peer;
 	engine->listener = reach_listener_new(uri, &fuzz_transport, &engine->data,
 					      pr_destination_hello, engine->m);
 	/* As pr_migration_incoming() leaves it. */
-	engine->m->owner = g_thread_ref(g_thread_self());
+	engine->m->thread = g_thread_ref(g_thread_self());
 	pr_load_thread(engine->m);
 	return 0;
 }

@@ -123,7 +123,7 @@ static void side_clear(Side *side)
 	g_autoptr(GError) error = NULL;
 
 	pr_migration_free(side->engine);
-	if (!side->adapter->ops->fault_off(side->adapter, &error))
+	if (!side->adapter->ops->uffd_disable(side->adapter, &error))
 		g_warning("%s: fault off: %s", side->name, error->message);
 	pr_guest_close(side->adapter);
 	testguest_free(side->guest);
@@ -139,9 +139,9 @@ static char *incoming_uris(const PairConfig *config)
 {
 	GString *uris = g_string_new(NULL);
 
-	if (config->piecewise_us)
-		g_string_printf(uris, "faulty+%s:127.0.0.1:0?piecewise-us=%u", config->scheme,
-				config->piecewise_us);
+	if (config->incremental_grants_us)
+		g_string_printf(uris, "faulty+%s:127.0.0.1:0?incremental_grants-us=%u",
+				config->scheme, config->incremental_grants_us);
 	else if (config->landing)
 		g_string_printf(uris, "faulty+%s:127.0.0.1:0?fault-id=%s", config->scheme,
 				config->landing);
@@ -213,10 +213,11 @@ Pair *pair_new(const PairConfig *config)
 	g_assert_no_error(error);
 	g_autofree char *listening = listening_uri(&pair->destination);
 	pair->faults = pr_faults_new(id);
-	g_autofree char *piecewise =
-		config->piecewise_us ? g_strdup_printf("piecewise-us=%u&", config->piecewise_us)
-				     : g_strdup("");
-	pair->uri = g_strdup_printf("faulty+%s?%sfault-id=%s", listening, piecewise, id);
+	g_autofree char *incremental_grants =
+		config->incremental_grants_us ? g_strdup_printf("incremental_grants-us=%u&",
+								config->incremental_grants_us)
+					      : g_strdup("");
+	pair->uri = g_strdup_printf("faulty+%s?%sfault-id=%s", listening, incremental_grants, id);
 	return pair;
 }
 

@@ -42,8 +42,8 @@ typedef struct PairConfig {
 	guint pace_us;
 	uint64_t bandwidth;  /* of the bulk pull, bytes a second; 0: unlimited */
 	const char *more[3]; /* schemes of further listeners */
-	guint piecewise_us;  /* the paths are piecewise (transport.h), and each MiB takes so long */
-	gboolean paused;     /* the guest does not run; compared byte for byte at the end */
+	guint incremental_grants_us; /* the paths are incremental_grants (transport.h), and each MiB takes so long */
+	gboolean paused;   /* the guest does not run; compared byte for byte at the end */
 	guint small_pages; /* PairSides with pages of 4 KiB where PAIR_HUGE is in the environment */
 	gboolean verify;   /* capability verify, on both sides */
 	guint refused_runs;  /* the source's VMM refuses so many times to let its guest run on */

@@ -42,11 +42,11 @@ static void full_speed(Pair *pair)
 static Pair *cancelled;
 static gint fenced; /* atomic */
 
-static void hook(PrKillPoint point)
+static void hook(PrCrashPoint point)
 {
-	if (point == PR_KILL_SOURCE_LOADED && cancelled)
+	if (point == PR_CRASH_SOURCE_LOADED && cancelled)
 		pr_migration_cancel(cancelled->source.engine, NULL);
-	if (point == PR_KILL_SOURCE_FENCED)
+	if (point == PR_CRASH_SOURCE_FENCED)
 		g_atomic_int_set(&fenced, TRUE);
 }
 

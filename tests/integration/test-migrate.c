@@ -176,16 +176,16 @@ static void says_when_nobody_listens(void **state)
 
 /* What the hook looks for: there is one pair at a time. */
 static Pair *to_cancel;
-static PrKillPoint cancel_at;
+static PrCrashPoint cancel_at;
 static gint cancels; /* atomic: how many were accepted */
 
-static void cancel_hook(PrKillPoint point)
+static void cancel_hook(PrCrashPoint point)
 {
 	if (point == cancel_at && pr_migration_cancel(to_cancel->source.engine, NULL))
 		g_atomic_int_inc(&cancels);
 }
 
-static void cancel_once(Pair *pair, PrKillPoint point)
+static void cancel_once(Pair *pair, PrCrashPoint point)
 {
 	to_cancel = pair;
 	cancel_at = point;
@@ -200,8 +200,8 @@ static void cancel_once(Pair *pair, PrKillPoint point)
 /* Wherever it comes before the hand-over. It is asked for by the source itself, so it never comes too late. */
 static void cancel_leaves_the_guest_at_the_source(void **state)
 {
-	static const PrKillPoint points[] = {PR_KILL_SOURCE_STOPPED, PR_KILL_SOURCE_RAM_TOLD,
-					     PR_KILL_SOURCE_STATE_SENT, PR_KILL_SOURCE_LOADED};
+	static const PrCrashPoint points[] = {PR_CRASH_SOURCE_STOPPED, PR_CRASH_SOURCE_RAM_TOLD,
+					      PR_CRASH_SOURCE_STATE_SENT, PR_CRASH_SOURCE_LOADED};
 
 	for (guint i = 0; i < G_N_ELEMENTS(points); i++) {
 		PairConfig config = {.scheme = scheme_of(state), .size = 8 * MIB};

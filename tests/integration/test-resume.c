@@ -196,16 +196,16 @@ static struct {
 		paused; /* times; of the source's thread, read when it is over */
 } seen;
 
-static void cancel_when_noted(PrKillPoint point)
+static void cancel_when_noted(PrCrashPoint point)
 {
 	g_autoptr(GError) error = NULL;
 	Side *source = &seen.rig->pair->source;
 
-	if (point == PR_KILL_SOURCE_HANDED_OVER_NOTED) {
+	if (point == PR_CRASH_SOURCE_HANDED_OVER_NOTED) {
 		seen.cancelled += pr_migration_cancel(source->engine, &error);
 		return;
 	}
-	if (point != PR_KILL_SOURCE_TAKEN_BACK_NOTED)
+	if (point != PR_CRASH_SOURCE_TAKEN_BACK_NOTED)
 		return;
 	/* Whoever came now would find this. */
 	g_autoptr(GDir) dir = g_dir_open(seen.rig->dir, 0, NULL);
@@ -240,11 +240,11 @@ static void what_was_not_sent_is_taken_back_before_the_guest_runs(void **state)
 	pair_check_undone(rig->pair);
 }
 
-static void pause_before_run(PrKillPoint point)
+static void pause_before_run(PrCrashPoint point)
 {
 	g_autoptr(GError) error = NULL;
 
-	if (point == PR_KILL_SOURCE_ACTIVE)
+	if (point == PR_CRASH_SOURCE_ACTIVE)
 		pr_migration_pause(seen.rig->pair->source.engine, &error);
 }
 

@@ -331,8 +331,8 @@ static gboolean bait(Side *side, char **words, GString *ret, GError **error)
 static gboolean own_key(Side *side, char **words, GString *ret, GError **error)
 {
 	uint64_t offset = number(words[2]);
-	const PrVerbsImport *import =
-		pr_verbs_import_find((PrVerbsPath *)side->path, number(words[1]), offset);
+	const PrVerbsDestinationMr *import =
+		pr_verbs_destination_mr_find((PrVerbsPath *)side->path, number(words[1]), offset);
 
 	if (!import || !import->mr)
 		return complain(error, "nothing is registered there");

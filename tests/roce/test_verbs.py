@@ -294,7 +294,7 @@ def covered(grants):
 
 
 @case("grants-that-come-piece-by-piece-never-name-a-page-that-was-exchanged")
-def piecewise(pair):
+def incremental_grants(pair):
     """In each MiB the guest gives 128 KiB back that were registered, and takes half of it again. Then the source looks at
     its RAM in an order of the destination's choice, and what it grants is read before it looks at the rest."""
     pair.fill(0, 0, 16 * MIB)

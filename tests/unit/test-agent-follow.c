@@ -47,14 +47,14 @@ static void the_next_engine_lets_run_who_ran(void **state)
 
 	assert_true(engine->ops->stop(engine, &was_running, &error));
 	attach_again(guest, &engine);
-	assert_true(engine->ops->take_stopped(engine, FALSE, &error));
+	assert_true(engine->ops->assume_stopped(engine, FALSE, &error));
 	assert_true(engine->ops->resume(engine, &error));
 	assert_true(testguest_running(guest));
 
 	assert_true(testguest_pause(guest, TIMEOUT));
 	assert_true(engine->ops->stop(engine, &was_running, &error));
 	attach_again(guest, &engine);
-	assert_true(engine->ops->take_stopped(engine, TRUE, &error));
+	assert_true(engine->ops->assume_stopped(engine, TRUE, &error));
 	assert_true(engine->ops->resume(engine, &error));
 	assert_false(testguest_running(guest));
 }

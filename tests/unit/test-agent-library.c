@@ -272,14 +272,14 @@ static void huge_pages_are_served(void **state)
 	assert_null(error);
 	blocks = pr_agent_client_regions(client, &error);
 	assert_int_equal(g_array_index(blocks, PrGuestBlock, 0).page_size, HUGE);
-	uffd = pr_agent_client_fault_on(client, &error);
+	uffd = pr_agent_client_uffd_enable(client, &error);
 	assert_null(error);
 	reader.address = (guint8 *)region.base + 5;
 	thread = g_thread_new("reader", read_thread, &reader);
 	resolve_huge_fault(uffd, &g_array_index(blocks, PrGuestBlock, 0), 42);
 	g_thread_join(thread);
 	assert_int_equal(reader.value, 42);
-	assert_true(pr_agent_client_fault_off(client, &error));
+	assert_true(pr_agent_client_uffd_disable(client, &error));
 	close(uffd);
 	pr_agent_free(agent);
 	munmap(region.base, HUGE);

@@ -70,7 +70,7 @@ static const PrGuestBlock *prepare(PrGuest *engine, guint *ret_n)
 static int fault_on_or_skip(PrGuest *engine)
 {
 	g_autoptr(GError) error = NULL;
-	int uffd = engine->ops->fault_on(engine, &error);
+	int uffd = engine->ops->uffd_enable(engine, &error);
 
 	if (g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION)) {
 		print_message("skipped: %s\n", error->message);
@@ -250,7 +250,7 @@ static void a_fault_arrives_and_continue_resolves_it(void **state)
 	place_and_continue(uffd, &blocks[1], blocks[1].base + 5 * PAGE, 0x5a);
 	g_thread_join(thread);
 	assert_int_equal(atomic_load(&reader.value), 0x5a);
-	assert_true(engine->ops->fault_off(engine, &error));
+	assert_true(engine->ops->uffd_disable(engine, &error));
 	close(uffd);
 }
 
@@ -279,7 +279,7 @@ static void stale_mappings_are_dropped(void **state)
 	place_and_continue(uffd, &blocks[0], blocks[0].base + 2 * PAGE, 7);
 	g_thread_join(thread);
 	assert_int_equal(atomic_load(&reader.value), 7);
-	assert_true(engine->ops->fault_off(engine, &error));
+	assert_true(engine->ops->uffd_disable(engine, &error));
 	close(uffd);
 }
 
@@ -296,10 +296,10 @@ static void fault_mode_off_wakes_everybody(void **state)
 	thread = g_thread_new("reader", read_thread, &reader);
 	next_fault(uffd);
 	assert_int_equal(atomic_load(&reader.value), -1);
-	assert_true(engine->ops->fault_off(engine, &error));
+	assert_true(engine->ops->uffd_disable(engine, &error));
 	g_thread_join(thread);
 	assert_int_equal(atomic_load(&reader.value), 0);
-	assert_true(engine->ops->fault_off(engine, &error));
+	assert_true(engine->ops->uffd_disable(engine, &error));
 	close(uffd);
 }
 
@@ -330,7 +330,7 @@ static void faults_outlive_the_engine(void **state)
 	place_and_continue(uffd, &blocks[0], blocks[0].base, 9);
 	g_thread_join(thread);
 	assert_int_equal(atomic_load(&reader.value), 9);
-	assert_true(second->ops->fault_off(second, &error));
+	assert_true(second->ops->uffd_disable(second, &error));
 	close(uffd);
 }
 
@@ -347,7 +347,7 @@ static void the_state_memfd_outlives_the_engine(void **state)
 	assert_int_equal(first->ops->fetch_state(first, &error), -1);
 	assert_null(error);
 	assert_int_equal(write(memfd, "bitmap", 6), 6);
-	assert_true(first->ops->keep_state(first, memfd, &error));
+	assert_true(first->ops->store_state_fd(first, memfd, &error));
 	close(memfd);
 	pr_guest_close(first);
 
@@ -357,7 +357,7 @@ static void the_state_memfd_outlives_the_engine(void **state)
 	assert_int_equal(pread(back, text, sizeof(text), 0), 6);
 	assert_string_equal(text, "bitmap");
 	close(back);
-	assert_true(second->ops->keep_state(second, -1, &error));
+	assert_true(second->ops->store_state_fd(second, -1, &error));
 	assert_int_equal(second->ops->fetch_state(second, &error), -1);
 	assert_null(error);
 }
@@ -700,7 +700,7 @@ static void a_load_that_waits_for_a_page_can_be_aborted(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED));
 	assert_non_null(strstr(error->message, "busy"));
 	g_clear_error(&error);
-	assert_true(to->ops->fault_off(to, &error));
+	assert_true(to->ops->uffd_disable(to, &error));
 	close(uffd);
 }
 

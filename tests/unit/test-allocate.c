@@ -186,19 +186,19 @@ static void blocks_of_huge_pages_are_left_alone(void **state)
 	rig_free(rig);
 }
 
-static void the_walk_leaves_out_what_is_received_and_what_is_veiled(void **state)
+static void the_walk_leaves_out_what_is_received_and_what_is_ungranted(void **state)
 {
 	Rig *rig = rig_new(real_server, N_PAGES * PAGE);
 	PrRamBlock *block = &rig->ram->blocks[0];
 
-	pr_ram_veil(rig->ram);
-	pr_ram_unveil(block, 0, 1000);
+	pr_ram_mark_ungranted(rig->ram);
+	pr_ram_grant(block, 0, 1000);
 	pr_ram_zero(rig->ram, block, 100, 33);
 	pr_allocate_walk(rig->allocate);
 	wait_has(rig, 1000 - 33);
 	/* More of it has been told. */
 	pr_ram_zero(rig->ram, block, 1500, 500);
-	pr_ram_unveil(block, 1000, 1000);
+	pr_ram_grant(block, 1000, 1000);
 	pr_allocate_notify(rig->allocate);
 	wait_has(rig, 1000 - 33 + 500);
 	pr_allocate_stop(g_steal_pointer(&rig->allocate));
@@ -212,7 +212,8 @@ static void the_engines_own_bitmaps_are_allocated_likewise(void **state)
 	const PrRam *ram = rig->ram;
 
 	assert_int_equal(has(pr_scratch_fd(ram->scratch)), pr_scratch_bytes(ram->scratch) / PAGE);
-	assert_int_equal(has(pr_kept_fd(ram->kept)), pr_kept_bytes(ram->kept) / PAGE);
+	assert_int_equal(has(pr_state_memfd_fd(ram->state_memfd)),
+			 pr_state_memfd_bytes(ram->state_memfd) / PAGE);
 	rig_free(rig);
 }
 
@@ -446,7 +447,7 @@ int main(void)
 		cmocka_unit_test(only_what_is_read_is_allocated_before_the_guest_runs),
 		cmocka_unit_test(what_lies_in_an_allocated_page_stays),
 		cmocka_unit_test(blocks_of_huge_pages_are_left_alone),
-		cmocka_unit_test(the_walk_leaves_out_what_is_received_and_what_is_veiled),
+		cmocka_unit_test(the_walk_leaves_out_what_is_received_and_what_is_ungranted),
 		cmocka_unit_test(the_engines_own_bitmaps_are_allocated_likewise),
 		cmocka_unit_test(a_full_cgroup_is_told_to_who_reads_and_can_be_mended),
 		cmocka_unit_test(a_failure_ahead_of_the_pull_is_nobodys),

@@ -100,10 +100,10 @@ static int choose(Attached *attached, AttachGuest *guest)
 	return memfd;
 }
 
-static int fault_on(Attached *attached)
+static int uffd_enable(Attached *attached)
 {
 	g_autoptr(GError) error = NULL;
-	int uffd = pr_agent_client_fault_on(attached->client, &error);
+	int uffd = pr_agent_client_uffd_enable(attached->client, &error);
 
 	check(uffd >= 0, error);
 	return uffd;
@@ -120,11 +120,11 @@ static void wait_closed(Attached *attached)
 	check(TRUE, error);
 }
 
-static void fault_off(Attached *attached)
+static void uffd_disable(Attached *attached)
 {
 	g_autoptr(GError) error = NULL;
 
-	check(pr_agent_client_fault_off(attached->client, &error), error);
+	check(pr_agent_client_uffd_disable(attached->client, &error), error);
 	wait_closed(attached);
 }
 
@@ -170,7 +170,7 @@ static void serve_fault(int uffd, AttachGuest *guest, int memfd, uint64_t at, ui
 /* A read of a page that was there before, and one that never was. */
 static void check_faults(Attached *attached, AttachGuest *guest, int memfd)
 {
-	int uffd = fault_on(attached);
+	int uffd = uffd_enable(attached);
 
 	for (guint page = 0; page < ATTACH_MEMFD_PAGES; page += ATTACH_MEMFD_PAGES - 1) {
 		uint64_t at = attach_guest_memfd(guest) + page * ATTACH_PAGE + 7;
@@ -229,7 +229,7 @@ static void faults_are_served(void **state)
 	assert_int_equal(attach_guest_files(guest), files + 1);
 	/* What was not chosen is left alone. */
 	assert_int_equal(attach_guest_value(guest, attach_guest_tmpfs(guest)), 0);
-	fault_off(&attached);
+	uffd_disable(&attached);
 	assert_int_equal(attach_guest_files(guest), files);
 	assert_int_equal(attach_guest_value(guest, base + 9 * ATTACH_PAGE), 0);
 	close(memfd);
@@ -241,11 +241,11 @@ static void fault_off_wakes(void **state)
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
 	int memfd = choose(&attached, guest);
-	int uffd = fault_on(&attached);
+	int uffd = uffd_enable(&attached);
 	pid_t thread = attach_guest_read(guest, attach_guest_memfd(guest));
 
 	attach_guest_wait_faulting(guest, thread);
-	fault_off(&attached);
+	uffd_disable(&attached);
 	assert_int_equal(attach_guest_done(guest, NULL), thread);
 	close(uffd);
 	close(memfd);
@@ -277,7 +277,7 @@ static void keep(Attached *attached, int fd)
 {
 	g_autoptr(GError) error = NULL;
 
-	check(pr_agent_client_keep_state(attached->client, fd, &error), error);
+	check(pr_agent_client_store_state_fd(attached->client, fd, &error), error);
 }
 
 static int fetch(Attached *attached)
@@ -301,7 +301,7 @@ static void what_is_parked_outlives_helpers(void **state)
 
 	assert_int_equal(fetch(&first), -1);
 	keep(&first, kept);
-	close(fault_on(&first));
+	close(uffd_enable(&first));
 	attach_guest_read(guest, at);
 	kill_helper(&first);
 	detach(&first);
@@ -311,11 +311,11 @@ static void what_is_parked_outlives_helpers(void **state)
 	fetched = fetch(&second);
 	assert_int_equal(inode_of(fetched), inode_of(kept));
 	close(choose(&second, guest));
-	uffd = fault_on(&second);
+	uffd = uffd_enable(&second);
 	serve_fault(uffd, guest, memfd, at, 99);
 	attach_guest_done(guest, &value);
 	assert_int_equal(value, 99);
-	fault_off(&second);
+	uffd_disable(&second);
 	keep(&second, -1);
 	assert_int_equal(attach_guest_files(guest), files);
 	assert_int_equal(fetch(&second), -1);
@@ -598,7 +598,7 @@ static void the_end_of_the_process_is_told(void **state)
 	pr_agent_client_on_death(attached.client, on_died, &death);
 	kill(attach_guest_pid(guest), SIGKILL);
 	wait_death(&death);
-	assert_false(pr_agent_client_fault_off(attached.client, &error));
+	assert_false(pr_agent_client_uffd_disable(attached.client, &error));
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED));
 }
 
@@ -614,7 +614,7 @@ static void the_end_of_the_helper_is_not_the_guests(void **state)
 	for (guint i = 0; i < 2; i++) {
 		g_autoptr(GError) error = NULL;
 
-		assert_false(pr_agent_client_fault_off(attached.client, &error));
+		assert_false(pr_agent_client_uffd_disable(attached.client, &error));
 		assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE));
 		assert_non_null(strstr(error->message, "--resume"));
 	}
@@ -643,13 +643,13 @@ static void do_all(Attached *attached, AttachGuest *guest, int kept, int ret_uff
 	if (regions)
 		pr_agent_client_choose(client, find_at(regions, attach_guest_memfd(guest)), 1,
 				       NULL);
-	pr_agent_client_keep_state(client, kept, NULL);
-	pr_agent_client_keep_state(client, kept, NULL);
-	ret_uffd[0] = pr_agent_client_fault_on(client, NULL);
-	pr_agent_client_fault_off(client, NULL);
+	pr_agent_client_store_state_fd(client, kept, NULL);
+	pr_agent_client_store_state_fd(client, kept, NULL);
+	ret_uffd[0] = pr_agent_client_uffd_enable(client, NULL);
+	pr_agent_client_uffd_disable(client, NULL);
 	pr_agent_client_fence_on(client, NULL);
 	pr_agent_client_fence_off(client, NULL);
-	pr_agent_client_keep_state(client, -1, NULL);
+	pr_agent_client_store_state_fd(client, -1, NULL);
 }
 
 static void assert_killed(pid_t helper, PrAttachPoint point)
@@ -693,12 +693,12 @@ static void a_helper_may_die_anywhere(void **state)
 		die_at(guest, point);
 		attached = attach(guest);
 		memfd = choose(&attached, guest);
-		fault_off(&attached);
+		uffd_disable(&attached);
 		keep(&attached, kept);
 		fetched = fetch(&attached);
 		assert_int_equal(inode_of(fetched), inode_of(kept));
 		check_faults(&attached, guest, memfd);
-		fault_off(&attached);
+		uffd_disable(&attached);
 		fence_on(&attached);
 		fence_off(&attached);
 		attach_guest_write(guest, attach_guest_memfd(guest), 9);
@@ -728,7 +728,7 @@ static void an_unfinished_fault_mode_is_finished(void **state)
 		attached = attach(guest);
 		memfd = choose(&attached, guest);
 		check_faults(&attached, guest, memfd);
-		fault_off(&attached);
+		uffd_disable(&attached);
 		keep(&attached, -1);
 		/* At most the device, which the first helper had no time to close. */
 		assert_in_range(attach_guest_files(guest), files, files + 1);

@@ -430,7 +430,7 @@ static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
 	g_autoptr(Raw) raw = raw_new(script_answer);
 	g_auto(Failure) failure = {0};
 	g_autoptr(GError) reason =
-		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "somebody asked");
+		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "somebody asked");
 	g_autoptr(GError) later = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "too late");
 	PrHelloAck ack;
 	g_autoptr(PrControl) control = connect_to(raw->uri, LONG_MS, &ack, NULL);
@@ -451,7 +451,7 @@ static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
 	g_thread_join(receiving);
 	assert_true(sender.sent < 4096);
 	assert_string_equal(sender.error->message, "somebody asked");
-	assert_true(g_error_matches(receiver.error, PR_PATH_ERROR, PR_PATH_ERROR_ASKED));
+	assert_true(g_error_matches(receiver.error, PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST));
 	assert_int_equal(failure_calls(&failure), 0);
 	g_clear_error(&sender.error);
 	g_clear_error(&receiver.error);
@@ -461,7 +461,7 @@ static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
 static gboolean delivers_what_was_sent_before_a_shutdown(void)
 {
 	g_autoptr(Pair) pair = pair_new();
-	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "done");
+	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "done");
 	g_autofree uint8_t *body = g_malloc0(MIB);
 	g_autoptr(GByteArray) last = g_byte_array_new();
 	Sender noise = {.control = pair->source, .n = 3, .length = MIB};
@@ -473,7 +473,7 @@ static gboolean delivers_what_was_sent_before_a_shutdown(void)
 	/* The other side talks meanwhile, and nobody listens to it. */
 	assert_true(pr_control_send(pair->sink, PR_CMD_PACKAGED, body, MIB, NULL));
 	ended = g_get_monotonic_time();
-	pr_control_farewell(pair->sink, PR_MSG_PAUSE, last);
+	pr_control_send_nowait(pair->sink, PR_MSG_PAUSE, last);
 	pr_control_shutdown(pair->sink, reason);
 	g_clear_pointer(&pair->sink, pr_control_free);
 	in_time = g_get_monotonic_time() - ended < LINGER_MS * 1000;
@@ -498,12 +498,12 @@ static void what_was_sent_before_a_shutdown_arrives(void **state)
 static void the_end_is_told_after_the_last_words(void **state)
 {
 	g_autoptr(Pair) pair = pair_new();
-	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED, "done");
+	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "done");
 	g_autoptr(GByteArray) last = g_byte_array_new();
 	gint64 deadline = g_get_monotonic_time() + LONG_MS * 1000;
 
 	pr_reason_encode(last, "done");
-	pr_control_farewell(pair->sink, PR_MSG_PAUSE, last);
+	pr_control_send_nowait(pair->sink, PR_MSG_PAUSE, last);
 	pr_control_shutdown(pair->sink, reason);
 	while (!pr_control_has_ended(pair->source)) {
 		assert_true(g_get_monotonic_time() < deadline);
@@ -523,8 +523,8 @@ static void a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message(void *
 
 	pr_reason_encode(word, "word");
 	g_mutex_lock(&pair->source->send_lock);
-	pr_control_farewell(pair->source, PR_MSG_PAUSE, word);
-	pr_control_farewell(pair->source, PR_MSG_HOLD, word);
+	pr_control_send_nowait(pair->source, PR_MSG_PAUSE, word);
+	pr_control_send_nowait(pair->source, PR_MSG_HOLD, word);
 	g_mutex_unlock(&pair->source->send_lock);
 	assert_receives(pair->sink, PR_MSG_PAUSE, "\0\4word", 6);
 	assert_receives(pair->sink, PR_MSG_HOLD, "\0\4word", 6);

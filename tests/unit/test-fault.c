@@ -30,7 +30,7 @@ typedef struct Bench {
 	PrRam *ram;
 	PrParams params;
 	PrBlocktime *times;
-	PrWatchdog *dog;
+	PrWatchdog *watchdog;
 	PrFaultService *faults;
 } Bench;
 
@@ -85,7 +85,7 @@ static Bench *bench_new(void)
 	g_autoptr(GError) error = NULL;
 
 	bench->uffd = -1;
-	bench->dog = pr_watchdog_new();
+	bench->watchdog = pr_watchdog_new();
 	bench->memfd = memfd_create("guest", MFD_CLOEXEC);
 	assert_int_equal(ftruncate(bench->memfd, N_PAGES * PAGE), 0);
 	bench->guest =
@@ -107,7 +107,7 @@ static Bench *bench_new(void)
 static void bench_serve(Bench *bench, int uffd, guint n_threads)
 {
 	const PrFaultHooks hooks = {on_complete, on_want, on_no_huge_read,
-				    on_broken,	 NULL,	  bench->dog};
+				    on_broken,	 NULL,	  bench->watchdog};
 	g_autoptr(GError) error = NULL;
 
 	assert_true(pr_params_set(&bench->params, "fault-threads", n_threads, NULL));
@@ -136,7 +136,7 @@ static void bench_stop(Bench *bench)
 static void bench_free(Bench *bench)
 {
 	bench_stop(bench);
-	pr_watchdog_free(bench->dog);
+	pr_watchdog_free(bench->watchdog);
 	pr_blocktime_free(bench->times);
 	pr_ram_free(bench->ram);
 	munmap(bench->guest, N_PAGES * PAGE);

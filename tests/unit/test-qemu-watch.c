@@ -195,7 +195,7 @@ static void a_guest_that_the_engine_resumes_runs_on(void **state)
 	g_autoptr(GError) error = NULL;
 	gboolean running;
 
-	assert_true(qemu->guest->ops->take_stopped(qemu->guest, TRUE, &error));
+	assert_true(qemu->guest->ops->assume_stopped(qemu->guest, TRUE, &error));
 	fence(qemu);
 	wait_count(qemu, "query-status", 1);
 	assert_true(qemu->guest->ops->unfence(qemu->guest, &error));
@@ -226,12 +226,13 @@ static void leave_record(Qemu *qemu, const char *dir)
 		.idstr = "mem", .size = 1 << 20, .page_size = 4096, .base = 1 << 20};
 	g_autofree char *process = qemu->guest->ops->process(qemu->guest);
 	g_autoptr(GError) error = NULL;
-	g_autoptr(PrRecord) record = pr_record_open(dir, qemu->spec, process, &error);
+	g_autoptr(PrHandoverRecord) record =
+		pr_handover_record_open(dir, qemu->spec, process, &error);
 
 	g_assert_no_error(error);
 	record->was_running = TRUE;
-	pr_record_set_blocks(record, &block, 1);
-	assert_true(pr_record_save(record, PR_RECORD_STOPPING, &error));
+	pr_handover_record_set_blocks(record, &block, 1);
+	assert_true(pr_handover_record_save(record, PR_HANDOVER_STOPPING, &error));
 }
 
 static void engine_begin(Engine *engine, Qemu *qemu)

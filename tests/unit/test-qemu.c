@@ -495,13 +495,13 @@ static void locked_ram_takes_the_fault_mode(void **state)
 	start_qemu(*state, "a", TRUE, args);
 	guest = attach(*state, "a");
 	prepare(guest, PR_GUEST_SOURCE, &n);
-	uffd = guest->ops->fault_on(guest, &error);
+	uffd = guest->ops->uffd_enable(guest, &error);
 	if (g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION))
 		skip();
 	assert_null(error);
 	assert_true(uffd >= 0);
 	close(uffd);
-	assert_true(guest->ops->fault_off(guest, &error));
+	assert_true(guest->ops->uffd_disable(guest, &error));
 }
 
 static gboolean collect(const void *data, gsize len, void *opaque, GError **error)

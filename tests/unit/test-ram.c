@@ -169,21 +169,21 @@ static gpointer claim_all(gpointer data)
 }
 
 /* Each page is told once, in whatever way; twice does no harm. */
-static void veiled_pages_are_claimed_by_nobody(void **state)
+static void ungranted_pages_are_claimed_by_nobody(void **state)
 {
 	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
 	PrRam *ram = fixture->ram;
 	PrRamBlock *block = &ram->blocks[1];
 	uint64_t page;
 
-	pr_ram_veil(ram);
+	pr_ram_mark_ungranted(ram);
 	assert_false(pr_ram_claim(block, 70));
 	assert_int_equal(pr_ram_claim_run(block, 0, 8, &page), 0);
-	pr_ram_unveil(block, 60, 20);
+	pr_ram_grant(block, 60, 20);
 	assert_int_equal(pr_ram_claim_run(block, 0, 8, &page), 8);
 	assert_int_equal(page, 60);
 	/* The claims of 60 to 67 are a reader's now. */
-	pr_ram_unveil(block, 60, 20);
+	pr_ram_grant(block, 60, 20);
 	assert_false(pr_ram_claim(block, 60));
 	assert_int_equal(pr_ram_zero(ram, block, 50, 100), 92);
 	assert_false(pr_bitmap_any(block->received, 60, 8));
@@ -191,11 +191,11 @@ static void veiled_pages_are_claimed_by_nobody(void **state)
 	pr_ram_received(ram, block, 60, 8, TRUE);
 	assert_int_equal(pr_bitmap_count(block->received, block->n_pages), 100);
 	assert_int_equal(pr_ram_zero_bytes(ram), 92 * 4096);
-	pr_ram_unveil(block, 0, 300);
-	assert_int_equal(pr_bitmap_count(block->veiled, block->n_pages), 0);
+	pr_ram_grant(block, 0, 300);
+	assert_int_equal(pr_bitmap_count(block->ungranted, block->n_pages), 0);
 	assert_int_equal(pr_bitmap_count(block->inflight, block->n_pages), 0);
 
-	pr_ram_drop_veil(ram);
+	pr_ram_clear_ungranted(ram);
 	pr_ram_forget_inflight(ram, NULL, 0);
 	assert_true(pr_ram_claim(&ram->blocks[0], 3));
 }
@@ -327,7 +327,7 @@ int main(void)
 		cmocka_unit_test(a_page_has_one_reader_at_a_time),
 		cmocka_unit_test(claims_of_other_rails_outlive_a_fence),
 		cmocka_unit_test(zeros_spare_what_is_being_read),
-		cmocka_unit_test(veiled_pages_are_claimed_by_nobody),
+		cmocka_unit_test(ungranted_pages_are_claimed_by_nobody),
 		cmocka_unit_test(readers_share_the_pages),
 		cmocka_unit_test(holes_and_zero_pages_are_found),
 		cmocka_unit_test(differing_block_tables_are_named),

@@ -340,7 +340,7 @@ static const struct Kind {
 	{PR_RP_ACTIVATED, sample_hello_ack, decode_hello_ack},
 	{PR_RP_PROBED, sample_probed, decode_probed},
 	{PR_RP_RAILS, sample_rails, decode_rails},
-	{PR_RP_LOOK, sample_ranges, decode_ranges},
+	{PR_RP_SCAN_FIRST, sample_ranges, decode_ranges},
 	{PR_CMD_HASHES, sample_hashes, decode_hashes},
 	{PR_RP_REQ_HASHES, sample_ranges, decode_ranges},
 };

@@ -12,7 +12,7 @@
 #include "transport/net/dial.h"
 #include "util/try-alloc.h"
 
-#define FAREWELL_US 2000 /* that pr_control_farewell() waits at most */
+#define FAREWELL_US 2000 /* that pr_control_send_nowait() waits at most */
 
 void pr_msg_free(PrMsg *msg)
 {
@@ -315,7 +315,7 @@ static gboolean lock_in_passing(PrControl *control)
 	return TRUE;
 }
 
-void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *body)
+void pr_control_send_nowait(PrControl *control, uint16_t type, const GByteArray *body)
 {
 	g_autoptr(GByteArray) frame = g_byte_array_new();
 	uint8_t header[PR_WIRE_HEADER_BYTES];
@@ -333,9 +333,9 @@ void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *bo
 	g_mutex_unlock(&control->send_lock);
 }
 
-void pr_control_set_watchdog(PrControl *control, PrWatchdog *dog)
+void pr_control_set_watchdog(PrControl *control, PrWatchdog *watchdog)
 {
-	control->dog = dog;
+	control->watchdog = watchdog;
 }
 
 gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
@@ -432,7 +432,7 @@ GSocketConnection *pr_control_release(PrControl *control)
 /* Ends a started channel, if nothing else has, and waits for its reader. */
 static void stop_reader(PrControl *control)
 {
-	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_ASKED,
+	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
 					       "%s: this side has left", control->peer);
 
 	pr_control_shutdown(control, reason);

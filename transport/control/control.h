@@ -49,7 +49,7 @@ typedef gboolean (*PrControlEarly)(const PrMsg *msg, void *opaque);
 void pr_control_set_early(PrControl *control, PrControlEarly early, void *opaque);
 
 /* Before it is started: who looks after its reader. */
-void pr_control_set_watchdog(PrControl *control, PrWatchdog *dog);
+void pr_control_set_watchdog(PrControl *control, PrWatchdog *watchdog);
 
 /* Starts the reader thread and the heartbeat. on_failed is called once, from the reader thread or from
  * whichever thread's send failed, before any pr_control_recv() returns the failure. */
@@ -66,7 +66,7 @@ gboolean pr_control_send_bytes(PrControl *control, uint16_t type, GByteArray *bo
 /* Sends a message and waits for 2 ms at most: the last word before a pr_control_shutdown(), or a word in passing.
  * If somebody is in the middle of a message for longer, it is sent a little later, unless the channel is shut down
  * meanwhile: then the peer sees the end without a reason. Any thread. */
-void pr_control_farewell(PrControl *control, uint16_t type, const GByteArray *body);
+void pr_control_send_nowait(PrControl *control, uint16_t type, const GByteArray *body);
 
 /* Takes the next message for the engine. Waits for at most timeout_ms (G_MAXUINT: until one
  * comes or the channel fails). Unknown types were skipped already. Messages that arrived before

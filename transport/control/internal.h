@@ -42,7 +42,7 @@ struct PrControl {
 	PrControlEarly early; /* or NULL */
 	void *early_opaque;
 	GThread *reader;
-	PrWatchdog *dog;	   /* constant once it is started */
+	PrWatchdog *watchdog;	   /* constant once it is started */
 	gint64 handshake_deadline; /* bounds reads and writes until the start, then 0 */
 	GCancellable *cancel;	   /* the caller's, until the start */
 

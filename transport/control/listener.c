@@ -77,8 +77,8 @@ struct PrListener {
 
 	GPtrArray *strangers; /* the door thread's, in the order of their coming */
 	gint64 rest_until;    /* the door thread's: accepting rests */
-	PrTurns turns;	      /* the door thread's: at TLS handshakes */
-	PrQuiet quiet;	      /* has its own lock */
+	PrTokenBucket turns;  /* the door thread's: at TLS handshakes */
+	PrLogRatelimit quiet; /* has its own lock */
 
 	GMutex lock; /* of the rest */
 	GCond changed;
@@ -113,7 +113,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(Visitor, visitor_free)
 
 static gboolean may_say(PrListener *listener, guint *ret_left_out)
 {
-	return pr_quiet_may_say(&listener->quiet, g_get_monotonic_time(), ret_left_out);
+	return pr_log_ratelimit_allows(&listener->quiet, g_get_monotonic_time(), ret_left_out);
 }
 
 static void say(const char *what, const char *why, guint left_out)
@@ -204,7 +204,7 @@ static Visitor *push_out_visitor(PrListener *listener)
 
 	for (GList *link = listener->visitors.head; link; link = link->next)
 		hosts[n++] = ((Visitor *)link->data)->host;
-	return g_queue_pop_nth(&listener->visitors, pr_crowd_victim(hosts, n));
+	return g_queue_pop_nth(&listener->visitors, pr_peer_pick_eviction(hosts, n));
 }
 
 static void hand_over_hello(PrListener *listener, PrControl *control, const PrMsg *msg)
@@ -314,7 +314,7 @@ static void cancel_shake(PrListener *listener)
 
 	for (GList *link = listener->shakes.head; link; link = link->next)
 		hosts[n++] = ((Shake *)link->data)->stranger->host;
-	shake = g_queue_pop_nth(&listener->shakes, pr_crowd_victim(hosts, n));
+	shake = g_queue_pop_nth(&listener->shakes, pr_peer_pick_eviction(hosts, n));
 	/* It frees itself, but not without the lock. */
 	g_cancellable_cancel(shake->cancel);
 }
@@ -368,7 +368,7 @@ static void begin_shakes(PrListener *listener)
 {
 	gint64 now = g_get_monotonic_time();
 
-	while (pr_turns_when(&listener->turns, now) <= now) {
+	while (pr_token_bucket_when(&listener->turns, now) <= now) {
 		PrCrowdHost hosts[STRANGERS_MAX];
 		guint who[STRANGERS_MAX], n = 0, next;
 
@@ -381,9 +381,9 @@ static void begin_shakes(PrListener *listener)
 		}
 		if (!n)
 			return;
-		next = who[pr_turns_whose(&listener->turns, hosts, n)];
-		pr_turns_take(&listener->turns,
-			      &((Stranger *)listener->strangers->pdata[next])->host, now);
+		next = who[pr_token_bucket_whose(&listener->turns, hosts, n)];
+		pr_token_bucket_take(&listener->turns,
+				     &((Stranger *)listener->strangers->pdata[next])->host, now);
 		if (make_control(listener, listener->strangers->pdata[next]))
 			begin_shake(listener, listener->strangers->pdata[next]);
 		g_ptr_array_remove_index(listener->strangers, next);
@@ -470,7 +470,7 @@ static void push_out_stranger(PrListener *listener)
 
 	for (; n < listener->strangers->len; n++)
 		hosts[n] = ((Stranger *)listener->strangers->pdata[n])->host;
-	g_ptr_array_remove_index(listener->strangers, pr_crowd_victim(hosts, n));
+	g_ptr_array_remove_index(listener->strangers, pr_peer_pick_eviction(hosts, n));
 }
 
 /* Takes the stranger. */
@@ -559,7 +559,7 @@ static int door_timeout(PrListener *listener, gint64 now)
 
 		until = MIN(until, stranger->deadline);
 		if (stranger->waits)
-			until = MIN(until, pr_turns_when(&listener->turns, now));
+			until = MIN(until, pr_token_bucket_when(&listener->turns, now));
 	}
 	if (until == G_MAXINT64)
 		return -1;

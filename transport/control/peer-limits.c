@@ -40,7 +40,7 @@ static guint count(const PrCrowdHost *hosts, guint n, const PrCrowdHost *host)
 	return found;
 }
 
-guint pr_crowd_victim(const PrCrowdHost *hosts, guint n)
+guint pr_peer_pick_eviction(const PrCrowdHost *hosts, guint n)
 {
 	guint victim = 0, most = 0;
 
@@ -55,12 +55,12 @@ guint pr_crowd_victim(const PrCrowdHost *hosts, guint n)
 	return victim;
 }
 
-gint64 pr_turns_when(const PrTurns *turns, gint64 now)
+gint64 pr_token_bucket_when(const PrTokenBucket *turns, gint64 now)
 {
 	return MAX(now, turns->full_at - (PR_TURNS_BURST - 1) * TURN_US);
 }
 
-guint pr_turns_whose(const PrTurns *turns, const PrCrowdHost *hosts, guint n)
+guint pr_token_bucket_whose(const PrTokenBucket *turns, const PrCrowdHost *hosts, guint n)
 {
 	guint known = MIN(turns->n, PR_TURNS_REMEMBERED), whose = 0, fewest = G_MAXUINT;
 
@@ -75,13 +75,13 @@ guint pr_turns_whose(const PrTurns *turns, const PrCrowdHost *hosts, guint n)
 	return whose;
 }
 
-void pr_turns_take(PrTurns *turns, const PrCrowdHost *host, gint64 now)
+void pr_token_bucket_take(PrTokenBucket *turns, const PrCrowdHost *host, gint64 now)
 {
 	turns->full_at = MAX(turns->full_at, now) + TURN_US;
 	turns->last[turns->n++ % PR_TURNS_REMEMBERED] = *host;
 }
 
-gboolean pr_quiet_may_say(PrQuiet *quiet, gint64 now, guint *ret_left_out)
+gboolean pr_log_ratelimit_allows(PrLogRatelimit *quiet, gint64 now, guint *ret_left_out)
 {
 	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&quiet->lock);
 

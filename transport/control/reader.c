@@ -402,7 +402,7 @@ static void reader_turn(PrControl *control, PrWatch *watch, gint64 now)
 	if (pr_heartbeat_is_due(&control->heartbeat, now))
 		send_heartbeat(control, now);
 	if (has_send_error(control)) {
-		pr_watch_busy(watch, &ending);
+		pr_watch_enter(watch, &ending);
 		end_after_send_error(control);
 	} else {
 		end_if_silent(control, now);
@@ -451,16 +451,16 @@ gpointer pr_control_reader(gpointer opaque)
 {
 	PrControl *control = opaque;
 	gint64 now = g_get_monotonic_time();
-	g_autoptr(PrWatch) watch = pr_watch_new(control->dog, "control");
+	g_autoptr(PrWatch) watch = pr_watch_new(control->watchdog, "control");
 	gboolean wait;
 
 	while (!pr_control_has_ended(control)) {
-		pr_watch_busy_at(watch, &reading, now);
+		pr_watch_enter_at(watch, &reading, now);
 		reader_turn(control, watch, now);
 		pr_watch_idle(watch);
 		now = reader_sleep(control);
 	}
-	pr_watch_busy(watch, &ending);
+	pr_watch_enter(watch, &ending);
 	if (await_last_words(control))
 		report(control);
 	g_mutex_lock(&control->lock);

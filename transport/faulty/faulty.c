@@ -35,13 +35,13 @@ typedef struct FaultyLane {
 typedef struct FaultyPath {
 	PrDataPath base;
 	PrFaultyHook hook; /* how plan.c reaches us */
-	PrFate fate;	   /* thread-safe */
+	PrPathLife fate;   /* thread-safe */
 	PrFaults *faults;
 	PrDataPath *inner;	 /* constant once opened */
 	int stalled;		 /* atomic, once set stays */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
-	guint piece_us;			/* not 0: we play a piecewise path; constant */
+	guint piece_us;			/* not 0: we play a incremental_grants path; constant */
 	GMutex granted_lock;		/* protects granted */
 	GArray *granted;		/* PrGrant: what may be read then */
 	FaultyLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
@@ -211,7 +211,7 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 
 static PrDataPath *path_opened(FaultyPath *path)
 {
-	path->base.piecewise = path->inner->piecewise || path->piece_us;
+	path->base.incremental_grants = path->inner->incremental_grants || path->piece_us;
 	path->hook.cut = cut_now;
 	path->hook.stall = stall_now;
 	pr_faults_attach(path->faults, &path->hook);

@@ -22,7 +22,7 @@ typedef struct PrFaultPlan {
 	guint64 corrupt_read;  /* a bit of what the N-th READ to complete has brought is flipped */
 	guint64 corrupt_reads; /* and of so many from there on; 0: of that one */
 	guint64 delay_ms;      /* every completion comes so much later */
-	guint64 piecewise_us; /* the path is piecewise (transport.h), and a MiB takes so long; for both sides */
+	guint64 incremental_grants_us; /* the path is incremental_grants (transport.h), and a MiB takes so long; for both sides */
 } PrFaultPlan;
 
 /* Thread-safe. */

@@ -28,7 +28,7 @@ static const FaultOption fault_options[] = {
 	 "and of as many READs from there on (1)"},
 	{"delay-ms", G_STRUCT_OFFSET(PrFaultPlan, delay_ms), 60000,
 	 "report every READ so much later"},
-	{"piecewise-us", G_STRUCT_OFFSET(PrFaultPlan, piecewise_us), 60000,
+	{"incremental_grants-us", G_STRUCT_OFFSET(PrFaultPlan, incremental_grants_us), 60000,
 	 "grant guest RAM piece by piece, in so much time for each MiB (both sides)"},
 };
 
@@ -312,7 +312,7 @@ guint64 pr_faults_piecewise_us(PrFaults *faults)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&faults->lock);
 
-	return faults->plan.piecewise_us;
+	return faults->plan.incremental_grants_us;
 }
 
 guint64 pr_faults_delay_ms(PrFaults *faults)

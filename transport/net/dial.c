@@ -122,7 +122,7 @@ static GPtrArray *look_up(const char *host, uint16_t port, gint64 deadline, GCan
 	g_autoptr(GPtrArray) addresses = NULL;
 	Lookup lookup = {.give_up = give_up};
 
-	if (!pr_spare_files(error) || !pr_spare_thread(error))
+	if (!pr_check_fd_headroom(error) || !pr_probe_thread(error))
 		return NULL;
 	g_debug("looking up the name %s", host);
 	lookup_run(&lookup, host, ms_left(deadline), cancel);

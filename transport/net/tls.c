@@ -250,7 +250,7 @@ static void log_success(const Handshake *handshake)
 static gboolean shake(Handshake *handshake, const PrTls *tls, gint64 deadline, GCancellable *cancel,
 		      GError **error)
 {
-	if (!pr_spare_files(error))
+	if (!pr_check_fd_headroom(error))
 		return FALSE;
 	handshake->give_up = g_cancellable_new();
 	g_tls_connection_set_require_close_notify(handshake->tls, FALSE);

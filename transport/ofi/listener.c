@@ -29,8 +29,8 @@ typedef struct OfiListener {
 	uint16_t port;
 	PrWaker waker; /* of the thread; wake: anyone */
 	GThread *thread;
-	gint closing;	  /* atomic */
-	PrLaneDesk *desk; /* of struct fi_info*, connect requests */
+	gint closing;	      /* atomic */
+	PrPendingLanes *desk; /* of struct fi_info*, connect requests */
 } OfiListener;
 
 static void listener_free(OfiListener *listener)
@@ -40,7 +40,7 @@ static void listener_free(OfiListener *listener)
 		pr_waker_wake(&listener->waker);
 		g_thread_join(listener->thread);
 	}
-	pr_lane_desk_free(listener->desk);
+	pr_pending_lanes_free(listener->desk);
 	if (listener->pep)
 		fi_close(&listener->pep->fid);
 	pr_waker_clear(&listener->waker);
@@ -129,7 +129,7 @@ static void take_event(OfiListener *listener, const PrOfiEvent *event)
 	if (event->error || event->type != FI_CONNREQ)
 		return;
 	if (pr_lane_hello_decode(event->data, size, &hello, NULL))
-		pr_lane_desk_offer(listener->desk, event->info, &hello);
+		pr_pending_lanes_offer(listener->desk, event->info, &hello);
 	else
 		pr_ofi_listener_reject(&listener->base, event->info);
 }
@@ -177,7 +177,7 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 	if (!pr_waker_init(&listener->waker, error) ||
 	    !pr_waker_watch(&listener->waker, pr_ofi_events_fd(&listener->events), error))
 		return NULL;
-	listener->desk = pr_lane_desk_new(refuse, listener, error);
+	listener->desk = pr_pending_lanes_new(refuse, listener, error);
 	if (!listener->desk)
 		return NULL;
 	listener->thread = pr_thread_try("pr-ofi-listen", listener_thread, listener, error);
@@ -200,7 +200,7 @@ void pr_ofi_listener_close(PrDataListener *listener)
 	listener_free((OfiListener *)listener);
 }
 
-PrLaneDesk *pr_ofi_listener_desk(PrDataListener *listener)
+PrPendingLanes *pr_ofi_listener_desk(PrDataListener *listener)
 {
 	return ((OfiListener *)listener)->desk;
 }

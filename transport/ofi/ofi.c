@@ -61,7 +61,7 @@ typedef struct OfiLane {
 
 typedef struct OfiPath {
 	PrDataPath base;
-	PrFate fate;		 /* thread-safe */
+	PrPathLife fate;	 /* thread-safe */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
 	PrGrant *grants; /* destination: set before the first READ */
@@ -148,7 +148,7 @@ static gboolean accept_one(OfiPath *path, PrDataListener *listener, const PrPath
 {
 	PrLaneId id;
 	struct fi_info *info =
-		pr_lane_desk_claim(pr_ofi_listener_desk(listener), setup, deadline, &id, error);
+		pr_pending_lanes_claim(pr_ofi_listener_desk(listener), setup, deadline, &id, error);
 	PrOfiLane *lane;
 
 	if (!info)
@@ -168,12 +168,12 @@ static gboolean accept_one(OfiPath *path, PrDataListener *listener, const PrPath
 
 static void ofi_expect(PrDataListener *listener, const PrBinding *binding)
 {
-	pr_lane_desk_expect(pr_ofi_listener_desk(listener), binding);
+	pr_pending_lanes_expect(pr_ofi_listener_desk(listener), binding);
 }
 
 static void ofi_forget(PrDataListener *listener, const PrBinding *binding)
 {
-	pr_lane_desk_forget(pr_ofi_listener_desk(listener), binding);
+	pr_pending_lanes_forget(pr_ofi_listener_desk(listener), binding);
 }
 
 static gboolean has_all_lanes(const OfiPath *path)
@@ -187,14 +187,14 @@ static gboolean has_all_lanes(const OfiPath *path)
 static PrDataPath *ofi_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
 {
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
-	PrLaneDesk *desk = pr_ofi_listener_desk(listener);
+	PrPendingLanes *desk = pr_ofi_listener_desk(listener);
 	g_autoptr(OfiPath) path = path_new(setup);
 	gboolean ok = TRUE;
 
-	pr_lane_desk_expect(desk, &setup->binding);
+	pr_pending_lanes_expect(desk, &setup->binding);
 	while (ok && !has_all_lanes(path))
 		ok = accept_one(path, listener, setup, deadline, error);
-	pr_lane_desk_forget(desk, &setup->binding);
+	pr_pending_lanes_forget(desk, &setup->binding);
 	return ok ? &g_steal_pointer(&path)->base : NULL;
 }
 

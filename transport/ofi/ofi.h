@@ -104,7 +104,7 @@ void pr_ofi_offer(PrDataListener *listener, GSocketConnection *connection,
 		  const PrLaneHello *hello);
 void pr_ofi_listener_close(PrDataListener *listener);
 /* Where accept() claims connect requests, struct fi_info* to open the lanes with. */
-PrLaneDesk *pr_ofi_listener_desk(PrDataListener *listener);
+PrPendingLanes *pr_ofi_listener_desk(PrDataListener *listener);
 void pr_ofi_listener_reject(PrDataListener *listener, struct fi_info *info);
 gboolean pr_ofi_check_options(const PrUri *uri, guint64 *ret_data_port, GError **error);
 /* Sets a PR_PATH_ERROR_CONNECT; returns FALSE. */

@@ -192,13 +192,13 @@ static gboolean use_rail(PrVerbsPath *path, struct rdma_cm_id *id, GError **erro
 	const char *name = ibv_get_device_name(id->verbs->device);
 
 	if (!path->rail.context)
-		return pr_verbs_rail_open(&path->rail, id, path->uri, &path->options, error);
-	if (!strcmp(name, pr_verbs_rail_name(&path->rail)) && id->port_num == path->rail.port)
+		return pr_verbs_device_open(&path->rail, id, path->uri, &path->options, error);
+	if (!strcmp(name, pr_verbs_device_name(&path->rail)) && id->port_num == path->rail.port)
 		return TRUE;
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 		    "path %s: one lane is on %s port %u, the other on %s port %u; name one host "
 		    "address, and ?" PR_OPTION_BIND "= the one of a single device",
-		    path->uri->text, pr_verbs_rail_name(&path->rail), path->rail.port, name,
+		    path->uri->text, pr_verbs_device_name(&path->rail), path->rail.port, name,
 		    id->port_num);
 	return FALSE;
 }
@@ -263,7 +263,7 @@ static gboolean rail_is_down(PrVerbsPath *path, GError **error)
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 		    "path %s: rail %s is DOWN, or its address has gone; bring it up or use another "
 		    "path",
-		    path->uri->text, pr_verbs_rail_name(&path->rail));
+		    path->uri->text, pr_verbs_device_name(&path->rail));
 	return FALSE;
 }
 
@@ -289,7 +289,7 @@ gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPat
 			g_propagate_error(error, g_steal_pointer(&local));
 			return FALSE;
 		}
-		if (pr_verbs_must_linger(path))
+		if (pr_verbs_must_defer_free(path))
 			return rail_is_down(path, error);
 		g_info("%s; trying again", local->message);
 		pr_verbs_lane_close(lane);
@@ -388,7 +388,7 @@ gboolean pr_verbs_accept_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPath
 		g_propagate_error(error, g_steal_pointer(&local));
 		return FALSE;
 	}
-	if (pr_verbs_must_linger(path))
+	if (pr_verbs_must_defer_free(path))
 		return rail_is_down(path, error);
 	g_info("%s; waiting for another attempt", local->message);
 	pr_verbs_lane_close(lane);

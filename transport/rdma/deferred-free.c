@@ -55,7 +55,7 @@ static gboolean address_is_there(const PrVerbsPath *path, const PrVerbsLane *lan
 	return FALSE;
 }
 
-gboolean pr_verbs_must_linger(PrVerbsPath *path)
+gboolean pr_verbs_must_defer_free(PrVerbsPath *path)
 {
 	struct ibv_port_attr port;
 
@@ -83,9 +83,9 @@ static void wait_for_rail(PrVerbsPath *path)
 {
 	struct pollfd fd = {.fd = path->channel->fd, .events = POLLIN};
 
-	pr_verbs_export_free(path);
-	pr_verbs_import_free(path);
-	for (guint up = 0; up < LOOKS_UP; up = pr_verbs_must_linger(path) ? 0 : up + 1) {
+	pr_verbs_source_mr_free(path);
+	pr_verbs_destination_mr_free(path);
+	for (guint up = 0; up < LOOKS_UP; up = pr_verbs_must_defer_free(path) ? 0 : up + 1) {
 		look_for_removal(path);
 		if (g_atomic_int_get(&path->removed))
 			break;
@@ -141,13 +141,13 @@ void pr_verbs_release(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path))
 	GThread *thread;
 	gboolean freed;
 
-	*remains = (Remains){path, free_path, .linger = pr_verbs_must_linger(path)};
+	*remains = (Remains){path, free_path, .linger = pr_verbs_must_defer_free(path)};
 	g_mutex_init(&remains->lock);
 	g_cond_init(&remains->changed);
 	if (remains->linger)
 		g_message("%s: rail %s is down; its connection ends when it is up again, for which "
 			  "this process has to live",
-			  name, pr_verbs_rail_name(&path->rail));
+			  name, pr_verbs_device_name(&path->rail));
 	thread = g_thread_try_new("pr-rdma-release", release_thread, remains, NULL);
 	if (!thread) {
 		/* What lingers stays for good then. */

@@ -83,15 +83,15 @@ struct rdma_event_channel *pr_verbs_open_channel(const PrUri *uri, GError **erro
 	return NULL;
 }
 
-const char *pr_verbs_rail_name(const PrVerbsRail *rail)
+const char *pr_verbs_device_name(const PrVerbsDevice *rail)
 {
 	return rail->context ? ibv_get_device_name(rail->context->device) : "(none)";
 }
 
-static gboolean check_device(const PrVerbsRail *rail, const PrUri *uri,
+static gboolean check_device(const PrVerbsDevice *rail, const PrUri *uri,
 			     const PrVerbsOptions *options, GError **error)
 {
-	const char *name = pr_verbs_rail_name(rail);
+	const char *name = pr_verbs_device_name(rail);
 
 	if (options->device && strcmp(options->device, name))
 		g_set_error(
@@ -114,8 +114,8 @@ static gboolean check_device(const PrVerbsRail *rail, const PrUri *uri,
 }
 
 /* rdma_cm's own context is shared by all users of the device in this process; this one is not. */
-gboolean pr_verbs_rail_open(PrVerbsRail *rail, struct rdma_cm_id *id, const PrUri *uri,
-			    const PrVerbsOptions *options, GError **error)
+gboolean pr_verbs_device_open(PrVerbsDevice *rail, struct rdma_cm_id *id, const PrUri *uri,
+			      const PrVerbsOptions *options, GError **error)
 {
 	int err;
 
@@ -134,13 +134,13 @@ gboolean pr_verbs_rail_open(PrVerbsRail *rail, struct rdma_cm_id *id, const PrUr
 	return check_device(rail, uri, options, error);
 }
 
-void pr_verbs_rail_close(PrVerbsRail *rail)
+void pr_verbs_device_close(PrVerbsDevice *rail)
 {
 	if (rail->pd)
 		ibv_dealloc_pd(rail->pd);
 	if (rail->context)
 		ibv_close_device(rail->context);
-	*rail = (PrVerbsRail){NULL};
+	*rail = (PrVerbsDevice){NULL};
 }
 
 /* A number of /proc/self/status; `base` as in strtoull(3). */

@@ -17,7 +17,7 @@
 
 static void judge_connection(PrVerbsPath *path, const PrVerbsEvent *event)
 {
-	const char *rail = pr_verbs_rail_name(&path->rail);
+	const char *rail = pr_verbs_device_name(&path->rail);
 
 	switch (event->type) {
 	case RDMA_CM_EVENT_ESTABLISHED:
@@ -54,7 +54,7 @@ static void check_addresses(PrVerbsPath *path)
 	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (!pr_verbs_has_address(path, &path->lanes[i]))
 			pr_verbs_fail(path, "rail %s: its address has gone (GID %u)",
-				      pr_verbs_rail_name(&path->rail), path->lanes[i].gid_index);
+				      pr_verbs_device_name(&path->rail), path->lanes[i].gid_index);
 }
 
 static void judge_port(PrVerbsPath *path, const struct ibv_async_event *event)
@@ -66,7 +66,7 @@ static void judge_port(PrVerbsPath *path, const struct ibv_async_event *event)
 	else if (event->event_type == IBV_EVENT_PORT_ERR)
 		pr_verbs_fail(path,
 			      "rail %s: port %u is DOWN; bring its link up or use another path",
-			      pr_verbs_rail_name(&path->rail), path->rail.port);
+			      pr_verbs_device_name(&path->rail), path->rail.port);
 }
 
 static void judge_device(PrVerbsPath *path, const struct ibv_async_event *event)
@@ -81,11 +81,11 @@ static void judge_device(PrVerbsPath *path, const struct ibv_async_event *event)
 	case IBV_EVENT_QP_FATAL:
 	case IBV_EVENT_QP_REQ_ERR:
 	case IBV_EVENT_QP_ACCESS_ERR:
-		pr_verbs_fail(path, "rail %s: %s", pr_verbs_rail_name(&path->rail),
+		pr_verbs_fail(path, "rail %s: %s", pr_verbs_device_name(&path->rail),
 			      ibv_event_type_str(event->event_type));
 		break;
 	default:
-		g_debug("%s: rail %s: %s", path->fate.name, pr_verbs_rail_name(&path->rail),
+		g_debug("%s: rail %s: %s", path->fate.name, pr_verbs_device_name(&path->rail),
 			ibv_event_type_str(event->event_type));
 	}
 }
@@ -128,7 +128,7 @@ static void look_at_reads(PrVerbsPath *path, const PrVerbsLane *lane, Watch *wat
 		pr_verbs_fail(path,
 			      "rail %s: an urgent READ has not come back for %" G_GINT64_FORMAT
 			      " ms (read-deadline-ms is %u)",
-			      pr_verbs_rail_name(&path->rail), age / 1000,
+			      pr_verbs_device_name(&path->rail), age / 1000,
 			      path->options.read_deadline_ms);
 }
 

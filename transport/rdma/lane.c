@@ -95,7 +95,7 @@ static gboolean check_mtu(PrVerbsPath *path, enum ibv_mtu mtu, GError **error)
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 		    "path %s: the peer sends packets of %u bytes, the port of %s takes %u; set the "
 		    "same MTU on both hosts (ip link set dev ETH mtu N, on every switch too)",
-		    path->uri->text, smallest << mtu, pr_verbs_rail_name(&path->rail),
+		    path->uri->text, smallest << mtu, pr_verbs_device_name(&path->rail),
 		    smallest << port.active_mtu);
 	return FALSE;
 }
@@ -116,8 +116,8 @@ static gboolean check_gid(PrVerbsPath *path, PrVerbsLane *lane, uint8_t index, G
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 		    "path %s: %s would speak RoCE version 1 (GID %u), which is not routed; choose "
 		    "version 2: cma_roce_mode -d %s -p %u -m 2, or on the peer",
-		    path->uri->text, pr_verbs_rail_name(&path->rail), index,
-		    pr_verbs_rail_name(&path->rail), path->rail.port);
+		    path->uri->text, pr_verbs_device_name(&path->rail), index,
+		    pr_verbs_device_name(&path->rail), path->rail.port);
 	return FALSE;
 }
 
@@ -209,7 +209,7 @@ static gboolean is_bug(enum ibv_wc_status status)
 static void note_failure(PrVerbsPath *path, const PrVerbsLane *lane, const PrVerbsSlot *slot,
 			 const struct ibv_wc *wc)
 {
-	const char *rail = pr_verbs_rail_name(&path->rail);
+	const char *rail = pr_verbs_device_name(&path->rail);
 	gint64 ms = (g_get_monotonic_time() - posted_at(lane, slot)) / 1000;
 
 	if (!pr_fate_is_up(&path->fate))
@@ -296,7 +296,7 @@ static guint reap(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret, guint
 
 		if (got < 0)
 			pr_verbs_fail(path, "rail %s: the completion queue is broken",
-				      pr_verbs_rail_name(&path->rail));
+				      pr_verbs_device_name(&path->rail));
 		if (got <= 0)
 			break;
 		*ret_any = TRUE;
@@ -368,7 +368,7 @@ static gboolean request_event(PrVerbsPath *path, PrVerbsLane *lane)
 	err = ibv_req_notify_cq(lane->cq, 0);
 	if (err)
 		pr_verbs_fail(path, "rail %s: no completion events: %s",
-			      pr_verbs_rail_name(&path->rail), g_strerror(err));
+			      pr_verbs_device_name(&path->rail), g_strerror(err));
 	return !reap_early(path, lane);
 }
 
@@ -414,7 +414,7 @@ static gboolean wait_for_room(PrVerbsPath *path, PrVerbsLane *lane)
 			continue;
 		if (!pr_backend_wait(lane->waker.epoll_fd, POLLIN, deadline, NULL, NULL))
 			pr_verbs_fail(path, "rail %s: no READ has completed for %d ms",
-				      pr_verbs_rail_name(&path->rail), POST_TIMEOUT_MS);
+				      pr_verbs_device_name(&path->rail), POST_TIMEOUT_MS);
 	}
 	return lane->room > 0;
 }
@@ -426,7 +426,7 @@ static gboolean post_wr(PrVerbsPath *path, PrVerbsLane *lane, struct ibv_send_wr
 
 	if (!err)
 		return TRUE;
-	pr_verbs_fail(path, "rail %s: a READ was not taken: %s", pr_verbs_rail_name(&path->rail),
+	pr_verbs_fail(path, "rail %s: a READ was not taken: %s", pr_verbs_device_name(&path->rail),
 		      g_strerror(err));
 	return FALSE;
 }
@@ -436,7 +436,7 @@ static gboolean post_wr(PrVerbsPath *path, PrVerbsLane *lane, struct ibv_send_wr
 static uint32_t post_piece(PrVerbsPath *path, PrVerbsLane *lane, PrVerbsSlot *slot, uint32_t block,
 			   uint64_t offset, uint32_t length)
 {
-	PrVerbsImport *import = pr_verbs_import_find(path, block, offset);
+	PrVerbsDestinationMr *import = pr_verbs_destination_mr_find(path, block, offset);
 	struct ibv_sge sge = {.addr = (uintptr_t)path->regions[block].addr + offset};
 	struct ibv_send_wr wr = {.sg_list = &sge, .num_sge = 1, .opcode = IBV_WR_RDMA_READ};
 	gboolean last, alone;
@@ -448,7 +448,8 @@ static uint32_t post_piece(PrVerbsPath *path, PrVerbsLane *lane, PrVerbsSlot *sl
 	sge.length = (uint32_t)MIN(length, import->offset + import->length - offset);
 	last = sge.length == length;
 	alone = pr_lane_is_urgent(lane->id) && last && !slot->n_wrs;
-	if (!pr_verbs_import_key(path, import, alone, offset, sge.length, &sge.lkey, &slot->mr) ||
+	if (!pr_verbs_destination_mr_key(path, import, alone, offset, sge.length, &sge.lkey,
+					 &slot->mr) ||
 	    !wait_for_room(path, lane))
 		return 0;
 	wr.wr_id = wr_id(lane, last ? WR_LAST : WR_PIECE, slot - lane->slots);

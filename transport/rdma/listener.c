@@ -31,7 +31,7 @@ typedef struct VerbsListener {
 	PrUri *uri;
 	PrVerbsOptions options;
 	struct sockaddr_storage address; /* with the port that we got */
-	PrLaneDesk *desk;		 /* of Request* */
+	PrPendingLanes *desk;		 /* of Request* */
 	PrWaker waker;			 /* of the thread; wake: anyone */
 	GThread *thread;
 
@@ -57,7 +57,7 @@ static void listener_free(VerbsListener *listener)
 		pr_waker_wake(&listener->waker);
 		g_thread_join(listener->thread);
 	}
-	pr_lane_desk_free(listener->desk);
+	pr_pending_lanes_free(listener->desk);
 	if (listener->id)
 		rdma_destroy_id(listener->id);
 	if (listener->channel)
@@ -127,7 +127,7 @@ static void keep_request(VerbsListener *listener, const PrVerbsEvent *event)
 	request = g_new0(Request, 1);
 	request->id = event->id;
 	request->depth = event->depth;
-	pr_lane_desk_offer(listener->desk, request, &hello);
+	pr_pending_lanes_offer(listener->desk, request, &hello);
 }
 
 static gboolean has_id(gconstpointer request, gconstpointer id)
@@ -138,7 +138,7 @@ static gboolean has_id(gconstpointer request, gconstpointer id)
 /* A request that has come to nothing before anybody took it. */
 static void forget_request(VerbsListener *listener, const struct rdma_cm_id *id)
 {
-	Request *found = pr_lane_desk_withdraw(listener->desk, has_id, id);
+	Request *found = pr_pending_lanes_withdraw(listener->desk, has_id, id);
 
 	if (found)
 		request_reject(found, "it has come to nothing", NULL);
@@ -222,7 +222,7 @@ PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
 	listener->channel = pr_verbs_open_channel(uri, error);
 	if (!listener->channel || !open_waker(listener, error) || !open_id(listener, error))
 		return NULL;
-	listener->desk = pr_lane_desk_new(request_reject, NULL, error);
+	listener->desk = pr_pending_lanes_new(request_reject, NULL, error);
 	if (!listener->desk)
 		return NULL;
 	listener->thread = pr_thread_try("pr-rdma-listen", listener_thread, listener, error);
@@ -241,20 +241,20 @@ void pr_verbs_listener_close(PrDataListener *listener)
 
 void pr_verbs_expect(PrDataListener *listener, const PrBinding *binding)
 {
-	pr_lane_desk_expect(((VerbsListener *)listener)->desk, binding);
+	pr_pending_lanes_expect(((VerbsListener *)listener)->desk, binding);
 }
 
 void pr_verbs_forget(PrDataListener *listener, const PrBinding *binding)
 {
-	pr_lane_desk_forget(((VerbsListener *)listener)->desk, binding);
+	pr_pending_lanes_forget(((VerbsListener *)listener)->desk, binding);
 }
 
 struct rdma_cm_id *pr_verbs_listener_next(PrDataListener *base, const PrPathSetup *setup,
 					  gint64 deadline, PrLaneId *ret_lane, guint *ret_depth,
 					  GError **error)
 {
-	g_autofree Request *request =
-		pr_lane_desk_claim(((VerbsListener *)base)->desk, setup, deadline, ret_lane, error);
+	g_autofree Request *request = pr_pending_lanes_claim(((VerbsListener *)base)->desk, setup,
+							     deadline, ret_lane, error);
 
 	if (!request)
 		return NULL;

@@ -46,18 +46,18 @@ void pr_verbs_describe(GString *out);
  * A device as one path uses it: opened for this path alone, so that each path hears its own
  * asynchronous events.
  */
-typedef struct PrVerbsRail {
+typedef struct PrVerbsDevice {
 	struct ibv_context *context; /* NULL: not open */
 	struct ibv_pd *pd;
 	struct ibv_device_attr caps;
 	uint8_t port;
-} PrVerbsRail;
+} PrVerbsDevice;
 
 /* Opens the device that rdma_cm has chosen for an id. */
-gboolean pr_verbs_rail_open(PrVerbsRail *rail, struct rdma_cm_id *id, const PrUri *uri,
-			    const PrVerbsOptions *options, GError **error);
-void pr_verbs_rail_close(PrVerbsRail *rail);
-const char *pr_verbs_rail_name(const PrVerbsRail *rail);
+gboolean pr_verbs_device_open(PrVerbsDevice *rail, struct rdma_cm_id *id, const PrUri *uri,
+			      const PrVerbsOptions *options, GError **error);
+void pr_verbs_device_close(PrVerbsDevice *rail);
+const char *pr_verbs_device_name(const PrVerbsDevice *rail);
 /* Sets a PR_PATH_ERROR_CONNECT that says what to do about it; returns FALSE. */
 gboolean pr_verbs_error(const PrUri *uri, const char *what, int number, GError **error);
 /* Whether `bytes` more may be pinned. The error names the number needed. */
@@ -116,14 +116,14 @@ typedef struct PrVerbsLane {
 } PrVerbsLane;
 
 /* A range of a block, within one of its chunks (import.c), that the destination may read, and how. */
-typedef struct PrVerbsImport {
-	struct PrVerbsImport *next; /* in the same chunk; atomic */
+typedef struct PrVerbsDestinationMr {
+	struct PrVerbsDestinationMr *next; /* in the same chunk; atomic */
 	uint32_t block;
 	uint32_t rkey;
 	uint64_t offset, length; /* bytes within the block */
 	uint64_t remote;	 /* address of its first byte at the source */
 	struct ibv_mr *mr;	 /* our side of it, NULL: not yet; atomic, set under import_lock */
-} PrVerbsImport;
+} PrVerbsDestinationMr;
 
 /* A mapping of ours; addr NULL: none. */
 typedef struct PrVerbsMapping {
@@ -132,17 +132,17 @@ typedef struct PrVerbsMapping {
 } PrVerbsMapping;
 
 /* A range of a block that the source has registered. */
-typedef struct PrVerbsExport {
+typedef struct PrVerbsSourceMr {
 	uint32_t block;
 	uint64_t offset, length; /* bytes within the block */
 	struct ibv_mr *mr;
 	PrVerbsMapping watch; /* around a mapping that shows whether pages were exchanged */
 	uint64_t watch_at;    /* where in it that begins */
-} PrVerbsExport;
+} PrVerbsSourceMr;
 
 typedef struct PrVerbsPath {
 	PrDataPath base;
-	PrFate fate; /* thread-safe */
+	PrPathLife fate; /* thread-safe */
 	/* constant once connected */
 	PrUri *uri;
 	PrVerbsOptions options;
@@ -151,7 +151,7 @@ typedef struct PrVerbsPath {
 	PrPathAllocate allocate; /* NULL: nothing is to be done before memory is registered */
 	void *allocate_opaque;
 	struct rdma_event_channel *channel; /* read by the event thread */
-	PrVerbsRail rail;
+	PrVerbsDevice rail;
 
 	PrVerbsLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
 	GMutex qp_lock;	 /* whoever moves a queue pair to the error state finds it alive */
@@ -161,13 +161,13 @@ typedef struct PrVerbsPath {
 	gint removed;	      /* the device is about to go and waits for us; atomic */
 
 	/* destination */
-	PrVerbsImport **
+	PrVerbsDestinationMr **
 		*imports;   /* for each region and chunk: a list; atomic, added to by one thread */
-	GMutex import_lock; /* PrVerbsImport.mr is set under it */
+	GMutex import_lock; /* PrVerbsDestinationMr.mr is set under it */
 	gint probe_key;	    /* the remote key of some grant, 0: none; atomic */
 
 	/* source; the thread that calls connect(), grants() and grants_within(): one at a time */
-	GArray *exports;	  /* PrVerbsExport, sorted */
+	GArray *exports;	  /* PrVerbsSourceMr, sorted */
 	PrVerbsMapping *writable; /* per region; see export.c */
 } PrVerbsPath;
 
@@ -209,27 +209,28 @@ void pr_verbs_reject(struct rdma_cm_id *id, const char *reason);
 
 /* export.c */
 /* Registers all that holds data and is not registered yet. */
-gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error);
+gboolean pr_verbs_source_mr_new(PrVerbsPath *path, GCancellable *cancel, GError **error);
 /* Of a range, after the guest has stopped: appends what may be granted (PrGrant), in order; has the rest registered
  * that needs it. What is not granted is zero. */
-gboolean pr_verbs_export_within(PrVerbsPath *path, uint32_t block, uint64_t offset, uint64_t length,
-				GArray *ret, GError **error);
+gboolean pr_verbs_source_mr_within(PrVerbsPath *path, uint32_t block, uint64_t offset,
+				   uint64_t length, GArray *ret, GError **error);
 /* How much data there is; for RLIMIT_MEMLOCK. */
-uint64_t pr_verbs_export_bytes(const PrRegion *regions, guint n);
-void pr_verbs_export_free(PrVerbsPath *path);
+uint64_t pr_verbs_source_mr_bytes(const PrRegion *regions, guint n);
+void pr_verbs_source_mr_free(PrVerbsPath *path);
 
 /* import.c */
-void pr_verbs_import_set(PrVerbsPath *path, const PrGrant *grants, guint n);
+void pr_verbs_destination_mr_set(PrVerbsPath *path, const PrGrant *grants, guint n);
 /* Beside the lanes. */
-void pr_verbs_import_add(PrVerbsPath *path, const PrGrant *grants, guint n);
+void pr_verbs_destination_mr_add(PrVerbsPath *path, const PrGrant *grants, guint n);
 /* The import that has the byte at `offset`, or NULL. */
-PrVerbsImport *pr_verbs_import_find(PrVerbsPath *path, uint32_t block, uint64_t offset);
+PrVerbsDestinationMr *pr_verbs_destination_mr_find(PrVerbsPath *path, uint32_t block,
+						   uint64_t offset);
 /* The local key for a range of an import. `alone`: if the import is not registered, the range is, by
  * itself; its memory region is then the caller's, in *ret_own. FALSE: the path has failed. */
-gboolean pr_verbs_import_key(PrVerbsPath *path, PrVerbsImport *import, gboolean alone,
-			     uint64_t offset, uint32_t length, uint32_t *ret_key,
-			     struct ibv_mr **ret_own);
-void pr_verbs_import_free(PrVerbsPath *path);
+gboolean pr_verbs_destination_mr_key(PrVerbsPath *path, PrVerbsDestinationMr *import,
+				     gboolean alone, uint64_t offset, uint32_t length,
+				     uint32_t *ret_key, struct ibv_mr **ret_own);
+void pr_verbs_destination_mr_free(PrVerbsPath *path);
 
 /* events.c */
 gboolean pr_verbs_events_start(PrVerbsPath *path, GError **error);
@@ -240,7 +241,7 @@ gboolean pr_verbs_has_address(const PrVerbsPath *path, const PrVerbsLane *lane);
 
 /* deferred-free.c */
 /* Whether a path is not to tell its peer that it has ended, because it cannot now. */
-gboolean pr_verbs_must_linger(PrVerbsPath *path);
+gboolean pr_verbs_must_defer_free(PrVerbsPath *path);
 /* Has `free_path` free a path that is fenced, now or later; blocks for no more than a moment. */
 void pr_verbs_release(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path));
 

@@ -66,9 +66,9 @@ static void path_free(PrVerbsPath *path)
 {
 	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_verbs_lane_close(&path->lanes[i]);
-	pr_verbs_export_free(path);
-	pr_verbs_import_free(path);
-	pr_verbs_rail_close(&path->rail);
+	pr_verbs_source_mr_free(path);
+	pr_verbs_destination_mr_free(path);
+	pr_verbs_device_close(&path->rail);
 	if (path->channel)
 		rdma_destroy_event_channel(path->channel);
 	pr_waker_clear(&path->events_waker);
@@ -93,7 +93,7 @@ static PrVerbsPath *path_new(const PrPathSetup *setup)
 	PrVerbsPath *path = g_new0(PrVerbsPath, 1);
 
 	path->base.ops = pr_transport_rdma;
-	path->base.piecewise = TRUE;
+	path->base.incremental_grants = TRUE;
 	path->base.n_lanes = pr_backend_n_lanes(setup);
 	path->uri = pr_uri_copy(setup->uri);
 	path->regions = setup->regions;
@@ -193,15 +193,16 @@ static PrDataPath *verbs_connect(const PrPathSetup *setup, GError **error)
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
 	g_autoptr(PrVerbsPath) path = path_new(setup);
 
-	path->exports = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+	path->exports = g_array_new(FALSE, FALSE, sizeof(PrVerbsSourceMr));
 	path->writable = g_new0(PrVerbsMapping, setup->n_regions);
 	if (!prepare(path, error) ||
-	    !check_memlock(path, pr_verbs_export_bytes(setup->regions, setup->n_regions), error))
+	    !check_memlock(path, pr_verbs_source_mr_bytes(setup->regions, setup->n_regions), error))
 		return NULL;
 	for (guint i = 0; i < path->base.n_lanes; i++)
 		if (!pr_verbs_connect_lane(path, &path->lanes[i], setup, deadline, error))
 			return NULL;
-	if (!pr_verbs_export(path, setup->cancel, error) || !pr_verbs_events_start(path, error))
+	if (!pr_verbs_source_mr_new(path, setup->cancel, error) ||
+	    !pr_verbs_events_start(path, error))
 		return NULL;
 	return &g_steal_pointer(&path)->base;
 }
@@ -219,7 +220,7 @@ static void verbs_grants_within(PrDataPath *base, uint32_t block, uint64_t offse
 	PrVerbsPath *path = (PrVerbsPath *)base;
 	g_autoptr(GError) error = NULL;
 
-	if (path->exports && !pr_verbs_export_within(path, block, offset, length, ret, &error))
+	if (path->exports && !pr_verbs_source_mr_within(path, block, offset, length, ret, &error))
 		pr_verbs_fail(path, "%s", error->message);
 }
 
@@ -235,12 +236,12 @@ static GArray *verbs_grants(PrDataPath *base)
 
 static void verbs_set_grants(PrDataPath *base, const PrGrant *grants, guint n)
 {
-	pr_verbs_import_set((PrVerbsPath *)base, grants, n);
+	pr_verbs_destination_mr_set((PrVerbsPath *)base, grants, n);
 }
 
 static void verbs_add_grants(PrDataPath *base, const PrGrant *grants, guint n)
 {
-	pr_verbs_import_add((PrVerbsPath *)base, grants, n);
+	pr_verbs_destination_mr_add((PrVerbsPath *)base, grants, n);
 }
 
 static guint verbs_max_reads(PrDataPath *base, PrLaneId lane)
@@ -288,7 +289,7 @@ static gboolean verbs_arm(PrDataPath *base, PrLaneId id)
 
 static const char *verbs_device(PrDataPath *base)
 {
-	return pr_verbs_rail_name(&((PrVerbsPath *)base)->rail);
+	return pr_verbs_device_name(&((PrVerbsPath *)base)->rail);
 }
 
 static void verbs_shutdown(PrDataPath *base)

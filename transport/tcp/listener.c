@@ -10,7 +10,7 @@
 
 typedef struct TcpListener {
 	PrDataListener base;
-	PrLaneDesk *desk; /* of GSocketConnection*, owned */
+	PrPendingLanes *desk; /* of GSocketConnection*, owned */
 } TcpListener;
 
 /* Twelve bytes into an empty socket buffer: never blocks. */
@@ -42,16 +42,16 @@ PrDataListener *pr_tcp_listen(const PrUri *uri, GError **error)
 		return NULL;
 	listener = g_new0(TcpListener, 1);
 	listener->base.ops = &pr_transport_tcp;
-	listener->desk = pr_lane_desk_new(refuse, NULL, error);
+	listener->desk = pr_pending_lanes_new(refuse, NULL, error);
 	return &listener->base;
 }
 
 void pr_tcp_offer(PrDataListener *listener, GSocketConnection *connection, const PrLaneHello *hello)
 {
-	pr_lane_desk_offer(((TcpListener *)listener)->desk, connection, hello);
+	pr_pending_lanes_offer(((TcpListener *)listener)->desk, connection, hello);
 }
 
-static gboolean claim_lanes(PrLaneDesk *desk, const PrPathSetup *setup,
+static gboolean claim_lanes(PrPendingLanes *desk, const PrPathSetup *setup,
 			    GSocketConnection *lanes[PR_LANES_MAX], GError **error)
 {
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
@@ -59,7 +59,7 @@ static gboolean claim_lanes(PrLaneDesk *desk, const PrPathSetup *setup,
 	for (guint n = 0, n_lanes = pr_backend_n_lanes(setup); n < n_lanes;) {
 		PrLaneId lane;
 		GSocketConnection *connection =
-			pr_lane_desk_claim(desk, setup, deadline, &lane, error);
+			pr_pending_lanes_claim(desk, setup, deadline, &lane, error);
 
 		if (!connection)
 			return FALSE;
@@ -77,13 +77,13 @@ static gboolean claim_lanes(PrLaneDesk *desk, const PrPathSetup *setup,
 gboolean pr_tcp_listener_claim(PrDataListener *listener, const PrPathSetup *setup,
 			       GSocketConnection *ret[PR_LANES_MAX], GError **error)
 {
-	PrLaneDesk *desk = ((TcpListener *)listener)->desk;
+	PrPendingLanes *desk = ((TcpListener *)listener)->desk;
 	GSocketConnection *lanes[PR_LANES_MAX] = {NULL};
 	gboolean ok;
 
-	pr_lane_desk_expect(desk, &setup->binding);
+	pr_pending_lanes_expect(desk, &setup->binding);
 	ok = claim_lanes(desk, setup, lanes, error);
-	pr_lane_desk_forget(desk, &setup->binding);
+	pr_pending_lanes_forget(desk, &setup->binding);
 	for (guint i = 0; i < pr_backend_n_lanes(setup); i++) {
 		if (ok)
 			ret[i] = lanes[i];
@@ -95,16 +95,16 @@ gboolean pr_tcp_listener_claim(PrDataListener *listener, const PrPathSetup *setu
 
 void pr_tcp_expect(PrDataListener *listener, const PrBinding *binding)
 {
-	pr_lane_desk_expect(((TcpListener *)listener)->desk, binding);
+	pr_pending_lanes_expect(((TcpListener *)listener)->desk, binding);
 }
 
 void pr_tcp_forget(PrDataListener *listener, const PrBinding *binding)
 {
-	pr_lane_desk_forget(((TcpListener *)listener)->desk, binding);
+	pr_pending_lanes_forget(((TcpListener *)listener)->desk, binding);
 }
 
 void pr_tcp_listener_close(PrDataListener *listener)
 {
-	pr_lane_desk_free(((TcpListener *)listener)->desk);
+	pr_pending_lanes_free(((TcpListener *)listener)->desk);
 	g_free(listener);
 }

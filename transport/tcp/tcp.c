@@ -57,7 +57,7 @@ typedef struct TcpLane {
 
 typedef struct TcpPath {
 	PrDataPath base;
-	PrFate fate;		 /* thread-safe */
+	PrPathLife fate;	 /* thread-safe */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
 	gboolean *stored;	     /* constant: for each region: by pr_region_store() */

@@ -52,7 +52,7 @@
  *	                                            ◀── RP_SHUT
  *
  * Over rdma: GRANT and RAM_ZERO may come any time after LISTEN, RUN included, until each page was in one of them:
- *	                                            ◀── RP_LOOK (a fault waits for one)
+ *	                                            ◀── RP_SCAN_FIRST (a fault waits for one)
  *
  * Where pages are verified (capabilities of HELLO and HELLO_ACK), beside everything from LISTEN on:
  *	                                            ◀── RP_REQ_HASHES (of what is being read)
@@ -140,7 +140,7 @@ typedef enum PrMsgType {
 	PR_RP_PROBED = 0x0283,		 /* a standby path's lanes have answered */
 	PR_RP_RECV_BITMAP_ZSTD = 0x0284, /* RECV_BITMAP, the bitmap compressed */
 	PR_RP_RAILS = 0x0285,		 /* what the standby paths have carried */
-	PR_RP_LOOK = 0x0286,		 /* ranges that faults wait to hear of: first, please */
+	PR_RP_SCAN_FIRST = 0x0286,	 /* ranges that faults wait to hear of: first, please */
 	PR_RP_REQ_HASHES = 0x0287,	 /* what these pages have to be */
 } PrMsgType;
 

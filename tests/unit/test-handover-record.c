@@ -44,16 +44,16 @@ static int tear_down(void **state)
 	return 0;
 }
 
-static PrRecord *open_record(const Fixture *fixture, const char *process)
+static PrHandoverRecord *open_record(const Fixture *fixture, const char *process)
 {
 	g_autoptr(GError) error = NULL;
-	PrRecord *record = pr_record_open(fixture->sub, SPEC, process, &error);
+	PrHandoverRecord *record = pr_handover_record_open(fixture->sub, SPEC, process, &error);
 
 	g_assert_no_error(error);
 	return record;
 }
 
-static void fill(PrRecord *record)
+static void fill(PrHandoverRecord *record)
 {
 	const PrGuestBlock blocks[] = {
 		{.idstr = (char *)"ram0",
@@ -66,8 +66,8 @@ static void fill(PrRecord *record)
 		 .base = 1ull << 46},
 	};
 
-	pr_record_set_blocks(record, blocks, G_N_ELEMENTS(blocks));
-	pr_record_set_uris(record, "rdma:10.0.1.2:4444,ofi:[fe80::1]:5555?bind=10.0.0.1");
+	pr_handover_record_set_blocks(record, blocks, G_N_ELEMENTS(blocks));
+	pr_handover_record_set_uris(record, "rdma:10.0.1.2:4444,ofi:[fe80::1]:5555?bind=10.0.0.1");
 	memset(record->uuid, 0xa5, PR_UUID_BYTES);
 	memset(record->secret, 0x5a, PR_SECRET_BYTES);
 	record->was_running = TRUE;
@@ -75,26 +75,26 @@ static void fill(PrRecord *record)
 	record->incarnation = 3;
 }
 
-static void save(PrRecord *record, PrRecordStage stage)
+static void save(PrHandoverRecord *record, PrHandoverStage stage)
 {
 	g_autoptr(GError) error = NULL;
 
-	pr_record_save(record, stage, &error);
+	pr_handover_record_save(record, stage, &error);
 	g_assert_no_error(error);
 }
 
 static void what_was_saved_is_found(void **state)
 {
 	Fixture *fixture = *state;
-	g_autoptr(PrRecord) record = open_record(fixture, PROCESS);
+	g_autoptr(PrHandoverRecord) record = open_record(fixture, PROCESS);
 	struct stat st;
 
-	assert_int_equal(record->stage, PR_RECORD_NONE);
+	assert_int_equal(record->stage, PR_HANDOVER_NONE);
 	fill(record);
-	save(record, PR_RECORD_STOPPING);
-	save(record, PR_RECORD_HANDED_OVER);
-	g_autoptr(PrRecord) found = open_record(fixture, PROCESS);
-	assert_int_equal(found->stage, PR_RECORD_HANDED_OVER);
+	save(record, PR_HANDOVER_STOPPING);
+	save(record, PR_HANDOVER_HANDED_OVER);
+	g_autoptr(PrHandoverRecord) found = open_record(fixture, PROCESS);
+	assert_int_equal(found->stage, PR_HANDOVER_HANDED_OVER);
 	assert_memory_equal(found->uuid, record->uuid, PR_UUID_BYTES);
 	assert_memory_equal(found->secret, record->secret, PR_SECRET_BYTES);
 	assert_int_equal(found->incarnation, 3);
@@ -110,20 +110,20 @@ static void what_was_saved_is_found(void **state)
 	assert_int_equal(stat(fixture->sub, &st), 0);
 	assert_int_equal(st.st_mode & 0777, 0700);
 
-	assert_true(pr_record_remove(found, NULL));
-	g_autoptr(PrRecord) none = open_record(fixture, PROCESS);
-	assert_int_equal(none->stage, PR_RECORD_NONE);
+	assert_true(pr_handover_record_remove(found, NULL));
+	g_autoptr(PrHandoverRecord) none = open_record(fixture, PROCESS);
+	assert_int_equal(none->stage, PR_HANDOVER_NONE);
 }
 
 /* Its sockets have the same names; it is another guest all the same. */
 static void another_process_has_no_record(void **state)
 {
-	g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+	g_autoptr(PrHandoverRecord) record = open_record(*state, PROCESS);
 
 	fill(record);
-	save(record, PR_RECORD_HANDED_OVER);
-	g_autoptr(PrRecord) other = open_record(*state, "12 35 56 boot");
-	assert_int_equal(other->stage, PR_RECORD_NONE);
+	save(record, PR_HANDOVER_HANDED_OVER);
+	g_autoptr(PrHandoverRecord) other = open_record(*state, "12 35 56 boot");
+	assert_int_equal(other->stage, PR_HANDOVER_NONE);
 }
 
 static void what_is_no_record_is_refused(void **state)
@@ -136,11 +136,11 @@ static void what_is_no_record_is_refused(void **state)
 		"[postroad source]\nversion=1\nprocess=" PROCESS "\nstage=perhaps\n",
 		"[postroad source]\nversion=1\nprocess=" PROCESS "\nstage=stopping\nuuid=xy\n",
 	};
-	g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+	g_autoptr(PrHandoverRecord) record = open_record(*state, PROCESS);
 	g_autofree char *whole = NULL;
 
 	fill(record);
-	save(record, PR_RECORD_HANDED_OVER);
+	save(record, PR_HANDOVER_HANDED_OVER);
 	assert_true(g_file_get_contents(record->path, &whole, NULL, NULL));
 	for (guint i = 0; i <= G_N_ELEMENTS(texts); i++) {
 		g_autoptr(GError) error = NULL;
@@ -150,8 +150,8 @@ static void what_is_no_record_is_refused(void **state)
 			whole[strlen(whole) / 2] = '\0';
 		assert_true(g_file_set_contents(
 			record->path, i < G_N_ELEMENTS(texts) ? texts[i] : whole, -1, NULL));
-		g_autoptr(PrRecord) found =
-			pr_record_open(((Fixture *)*state)->sub, SPEC, PROCESS, &error);
+		g_autoptr(PrHandoverRecord) found =
+			pr_handover_record_open(((Fixture *)*state)->sub, SPEC, PROCESS, &error);
 		assert_null(found);
 		assert_non_null(strstr(error->message, record->path));
 	}
@@ -160,18 +160,18 @@ static void what_is_no_record_is_refused(void **state)
 /* What was not synced before the host went down; the guest went with it. */
 static void what_a_crash_of_the_host_emptied_says_nothing(void **state)
 {
-	g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+	g_autoptr(PrHandoverRecord) record = open_record(*state, PROCESS);
 
 	fill(record);
-	save(record, PR_RECORD_HANDED_OVER);
+	save(record, PR_HANDOVER_HANDED_OVER);
 	assert_int_equal(truncate(record->path, 0), 0);
-	g_autoptr(PrRecord) none = open_record(*state, PROCESS);
-	assert_int_equal(none->stage, PR_RECORD_NONE);
+	g_autoptr(PrHandoverRecord) none = open_record(*state, PROCESS);
+	assert_int_equal(none->stage, PR_HANDOVER_NONE);
 }
 
-static PrKillPoint die_at;
+static PrCrashPoint die_at;
 
-static void die_there(PrKillPoint point)
+static void die_there(PrCrashPoint point)
 {
 	if (point == die_at)
 		_exit(0);
@@ -181,27 +181,27 @@ static void die_there(PrKillPoint point)
 static void a_change_is_whole_or_has_not_happened(void **state)
 {
 	static const struct {
-		PrKillPoint point;
-		PrRecordStage then;
-	} deaths[] = {{PR_KILL_RECORD_WRITTEN, PR_RECORD_STOPPING},
-		      {PR_KILL_RECORD_RENAMED, PR_RECORD_HANDED_OVER}};
+		PrCrashPoint point;
+		PrHandoverStage then;
+	} deaths[] = {{PR_CRASH_RECORD_WRITTEN, PR_HANDOVER_STOPPING},
+		      {PR_CRASH_RECORD_RENAMED, PR_HANDOVER_HANDED_OVER}};
 
 	for (guint i = 0; i < G_N_ELEMENTS(deaths); i++) {
-		g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+		g_autoptr(PrHandoverRecord) record = open_record(*state, PROCESS);
 		int status;
 
 		fill(record);
-		save(record, PR_RECORD_STOPPING);
+		save(record, PR_HANDOVER_STOPPING);
 		pid_t child = fork();
 		if (child == 0) {
 			die_at = deaths[i].point;
 			pr_kill_hook = die_there;
-			pr_record_save(record, PR_RECORD_HANDED_OVER, NULL);
+			pr_handover_record_save(record, PR_HANDOVER_HANDED_OVER, NULL);
 			_exit(1);
 		}
 		assert_int_equal(waitpid(child, &status, 0), child);
 		assert_int_equal(status, 0);
-		g_autoptr(PrRecord) found = open_record(*state, PROCESS);
+		g_autoptr(PrHandoverRecord) found = open_record(*state, PROCESS);
 		assert_int_equal(found->stage, deaths[i].then);
 		assert_int_equal(found->n_blocks, 2);
 	}
@@ -209,15 +209,15 @@ static void a_change_is_whole_or_has_not_happened(void **state)
 
 static void a_directory_that_cannot_be_written_is_named(void **state)
 {
-	g_autoptr(PrRecord) record = open_record(*state, PROCESS);
+	g_autoptr(PrHandoverRecord) record = open_record(*state, PROCESS);
 	g_autoptr(GError) error = NULL;
 
 	fill(record);
 	assert_true(g_file_set_contents(((Fixture *)*state)->sub, "a file", -1, NULL));
-	assert_false(pr_record_save(record, PR_RECORD_STOPPING, &error));
+	assert_false(pr_handover_record_save(record, PR_HANDOVER_STOPPING, &error));
 	assert_non_null(strstr(error->message, ((Fixture *)*state)->sub));
 	assert_non_null(strstr(error->message, "--state-dir"));
-	assert_int_equal(record->stage, PR_RECORD_NONE);
+	assert_int_equal(record->stage, PR_HANDOVER_NONE);
 }
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)

@@ -18,7 +18,7 @@
  *    not the one that is registered, since pinning does the same.
  *
  * That a READ never meets a page that was exchanged rests on the order, page by page: nothing is granted before the
- * guest has stopped, when the memfd changes no more. Then pr_verbs_export_within() looks at a range, as often and in
+ * guest has stopped, when the memfd changes no more. Then pr_verbs_source_mr_within() looks at a range, as often and in
  * whatever pieces the caller likes. A page that is present in its piece's own mapping has been there since before it
  * was pinned: what is pinned is the guest's page, now and for good; it is granted. Every other page is looked for in
  * the memfd, with SEEK_DATA: a hole is not granted, the engine says that it is zero; data is registered anew,
@@ -70,7 +70,7 @@ static gboolean next_data(const PrRegion *region, uint64_t from, uint64_t end, P
 		       : pr_extent_next(region->memfd, region->memfd_offset, from, end, ret);
 }
 
-uint64_t pr_verbs_export_bytes(const PrRegion *regions, guint n)
+uint64_t pr_verbs_source_mr_bytes(const PrRegion *regions, guint n)
 {
 	uint64_t bytes = 0;
 
@@ -85,7 +85,7 @@ uint64_t pr_verbs_export_bytes(const PrRegion *regions, guint n)
 
 static int compare(gconstpointer a, gconstpointer b)
 {
-	const PrVerbsExport *x = a, *y = b;
+	const PrVerbsSourceMr *x = a, *y = b;
 
 	if (x->block != y->block)
 		return x->block < y->block ? -1 : 1;
@@ -98,7 +98,7 @@ static void add_chunks(const PrVerbsPath *path, GArray *todo, uint32_t block, ui
 	uint64_t chunk_bytes = MIN(CHUNK, path->rail.caps.max_mr_size & ~(page_size() - 1));
 
 	for (uint64_t at = start; at < end; at += chunk_bytes) {
-		PrVerbsExport chunk = {
+		PrVerbsSourceMr chunk = {
 			.block = block, .offset = at, .length = MIN(chunk_bytes, end - at)};
 
 		g_array_append_val(todo, chunk);
@@ -113,7 +113,7 @@ static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const P
 	uint64_t at = extent->start;
 
 	for (; *next < path->exports->len && at < extent->end; (*next)++) {
-		const PrVerbsExport *have = &g_array_index(path->exports, PrVerbsExport, *next);
+		const PrVerbsSourceMr *have = &g_array_index(path->exports, PrVerbsSourceMr, *next);
 
 		if (have->block > block || have->offset >= extent->end)
 			break;
@@ -150,7 +150,7 @@ static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_
 
 static GArray *scan(PrVerbsPath *path)
 {
-	GArray *todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+	GArray *todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsSourceMr));
 	/* Of a device that has few memory regions we take no more than half. */
 	guint max = MIN(EXTENTS_MAX, (guint)path->rail.caps.max_mr / 2);
 
@@ -172,14 +172,14 @@ static uint8_t *host(const PrVerbsPath *path, uint32_t block)
 
 /* ---- a mapping that shows which pages were exchanged ---- */
 
-static uint8_t *watched(const PrVerbsExport *export)
+static uint8_t *watched(const PrVerbsSourceMr *export)
 {
 	return (uint8_t *)export->watch.addr + export->watch_at;
 }
 
 /* Maps a piece for `watch`, with all of its pages, as they are now. If that fails, the piece is registered once
  * more than necessary, and that is all. */
-static void watch(const PrRegion *region, PrVerbsExport *export)
+static void watch(const PrRegion *region, PrVerbsSourceMr *export)
 {
 	off_t from = (off_t)(region->memfd_offset + export->offset);
 	struct stat st;
@@ -203,14 +203,14 @@ static void watch(const PrRegion *region, PrVerbsExport *export)
 	(void)madvise(watched(export), export->length, MADV_POPULATE_READ);
 }
 
-static void unwatch(PrVerbsExport *export)
+static void unwatch(PrVerbsSourceMr *export)
 {
 	if (export->watch.addr)
 		munmap(export->watch.addr, export->watch.size);
 	export->watch = (PrVerbsMapping){NULL, 0};
 }
 
-static void drop(PrVerbsExport *export)
+static void drop(PrVerbsSourceMr *export)
 {
 	ibv_dereg_mr(export->mr);
 	unwatch(export);
@@ -239,11 +239,11 @@ static gpointer register_thread(gpointer opaque)
 
 	while (!g_atomic_int_get(&job->error) && !g_cancellable_is_cancelled(job->cancel)) {
 		guint i = (guint)g_atomic_int_add(&job->next, 1);
-		PrVerbsExport *export;
+		PrVerbsSourceMr *export;
 
 		if (i >= job->todo->len)
 			break;
-		export = &g_array_index(job->todo, PrVerbsExport, i);
+		export = &g_array_index(job->todo, PrVerbsSourceMr, i);
 		watch(&job->path->regions[export->block], export);
 		export->mr =
 			register_range(job->path, export->block, export->offset, export->length);
@@ -268,7 +268,7 @@ static void run_job(Job *job)
 }
 
 /* Whether the kernel refuses to pin a read-only mapping: found out on one page. */
-static gboolean needs_writable(PrVerbsPath *path, const PrVerbsExport *sample)
+static gboolean needs_writable(PrVerbsPath *path, const PrVerbsSourceMr *sample)
 {
 	struct ibv_mr *mr;
 
@@ -308,13 +308,13 @@ static gboolean register_all(PrVerbsPath *path, GArray *todo, GCancellable *canc
 
 	if (!todo->len)
 		return TRUE;
-	if (needs_writable(path, &g_array_index(todo, PrVerbsExport, 0)) &&
+	if (needs_writable(path, &g_array_index(todo, PrVerbsSourceMr, 0)) &&
 	    !map_writable(path, error))
 		return FALSE;
 	run_job(&job);
 	/* What is registered is ours to free, whatever became of the rest. */
 	for (guint i = 0; i < todo->len; i++) {
-		PrVerbsExport *export = &g_array_index(todo, PrVerbsExport, i);
+		PrVerbsSourceMr *export = &g_array_index(todo, PrVerbsSourceMr, i);
 
 		if (export->mr)
 			g_array_append_val(path->exports, *export);
@@ -329,7 +329,7 @@ static gboolean register_all(PrVerbsPath *path, GArray *todo, GCancellable *canc
 	return TRUE;
 }
 
-gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error)
+gboolean pr_verbs_source_mr_new(PrVerbsPath *path, GCancellable *cancel, GError **error)
 {
 	g_autoptr(GArray) todo = scan(path);
 
@@ -338,7 +338,7 @@ gboolean pr_verbs_export(PrVerbsPath *path, GCancellable *cancel, GError **error
 
 /* ---- what may be granted: the guest has stopped ---- */
 
-static PrGrant grant_of(const PrVerbsExport *export, uint64_t start, uint64_t end)
+static PrGrant grant_of(const PrVerbsSourceMr *export, uint64_t start, uint64_t end)
 {
 	return (PrGrant){
 		.block = export->block,
@@ -351,7 +351,7 @@ static PrGrant grant_of(const PrVerbsExport *export, uint64_t start, uint64_t en
 
 /* Adds the runs of pages in [start, end) of a piece that are its own mapping's still. Where that cannot be told, there
  * are none. */
-static void add_kept_runs(GArray *kept, int pagemap, const PrVerbsExport *export, uint64_t start,
+static void add_kept_runs(GArray *kept, int pagemap, const PrVerbsSourceMr *export, uint64_t start,
 			  uint64_t end)
 {
 	const uint64_t present = 1ull << 63, bytes = page_size();
@@ -395,7 +395,7 @@ static GArray *find_kept(PrVerbsPath *path, uint32_t block, uint64_t start, uint
 	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 
 	for (guint i = 0; i < path->exports->len; i++) {
-		const PrVerbsExport *export = &g_array_index(path->exports, PrVerbsExport, i);
+		const PrVerbsSourceMr *export = &g_array_index(path->exports, PrVerbsSourceMr, i);
 		uint64_t from = MAX(start, export->offset);
 		uint64_t to = MIN(end, export->offset + export->length);
 
@@ -495,12 +495,12 @@ static void merge_grants(GArray *found, GArray *ret)
 	}
 }
 
-gboolean pr_verbs_export_within(PrVerbsPath *path, uint32_t block, uint64_t offset, uint64_t length,
-				GArray *ret, GError **error)
+gboolean pr_verbs_source_mr_within(PrVerbsPath *path, uint32_t block, uint64_t offset,
+				   uint64_t length, GArray *ret, GError **error)
 {
 	g_autoptr(GArray) found = find_kept(path, block, offset, offset + length);
 	g_autoptr(GArray) fresh = find_fresh(&path->regions[block], found, offset, offset + length);
-	g_autoptr(GArray) todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsExport));
+	g_autoptr(GArray) todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsSourceMr));
 	guint most = share(path, length);
 
 	for (uint64_t gap = SMALLEST_HOLE; fresh->len > most; gap *= 4)
@@ -513,7 +513,7 @@ gboolean pr_verbs_export_within(PrVerbsPath *path, uint32_t block, uint64_t offs
 	if (!register_all(path, todo, NULL, error))
 		return FALSE;
 	for (guint i = 0; i < todo->len; i++) {
-		const PrVerbsExport *export = &g_array_index(todo, PrVerbsExport, i);
+		const PrVerbsSourceMr *export = &g_array_index(todo, PrVerbsSourceMr, i);
 		PrGrant grant = grant_of(export, export->offset, export->offset + export->length);
 
 		g_array_append_val(found, grant);
@@ -522,10 +522,10 @@ gboolean pr_verbs_export_within(PrVerbsPath *path, uint32_t block, uint64_t offs
 	return TRUE;
 }
 
-void pr_verbs_export_free(PrVerbsPath *path)
+void pr_verbs_source_mr_free(PrVerbsPath *path)
 {
 	for (guint i = 0; path->exports && i < path->exports->len; i++)
-		drop(&g_array_index(path->exports, PrVerbsExport, i));
+		drop(&g_array_index(path->exports, PrVerbsSourceMr, i));
 	g_clear_pointer(&path->exports, g_array_unref);
 	for (guint i = 0; path->writable && i < path->n_regions; i++)
 		if (path->writable[i].addr)

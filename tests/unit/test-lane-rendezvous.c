@@ -13,7 +13,7 @@
 #define NEVER_MS 60000
 
 typedef struct Bench {
-	PrLaneDesk *desk;
+	PrPendingLanes *desk;
 	PrUri *uri;
 	GMutex lock;
 	GCond changed;
@@ -39,7 +39,7 @@ static int setup(void **state)
 	g_cond_init(&bench->changed);
 	bench->refused = g_ptr_array_new();
 	bench->uri = pr_uri_parse("tcp:127.0.0.1:1", FALSE, NULL);
-	bench->desk = pr_lane_desk_new(refuse, bench, NULL);
+	bench->desk = pr_pending_lanes_new(refuse, bench, NULL);
 	*state = bench;
 	return 0;
 }
@@ -48,7 +48,7 @@ static int teardown(void **state)
 {
 	Bench *bench = *state;
 
-	pr_lane_desk_free(bench->desk);
+	pr_pending_lanes_free(bench->desk);
 	g_ptr_array_unref(bench->refused);
 	pr_uri_free(bench->uri);
 	g_mutex_clear(&bench->lock);
@@ -71,13 +71,13 @@ static void offer(Bench *bench, guint number, const PrPathSetup *whose, PrLaneId
 	PrLaneHello hello;
 
 	pr_backend_lane_hello(&hello, &whose->binding, lane);
-	pr_lane_desk_offer(bench->desk, GUINT_TO_POINTER(number), &hello);
+	pr_pending_lanes_offer(bench->desk, GUINT_TO_POINTER(number), &hello);
 }
 
 static guint claim(Bench *bench, const PrPathSetup *setup, guint ms, PrLaneId *ret_lane)
 {
-	return GPOINTER_TO_UINT(
-		pr_lane_desk_claim(bench->desk, setup, pr_backend_deadline(ms), ret_lane, NULL));
+	return GPOINTER_TO_UINT(pr_pending_lanes_claim(bench->desk, setup, pr_backend_deadline(ms),
+						       ret_lane, NULL));
 }
 
 static gboolean is_refused(Bench *bench, guint number)
@@ -96,16 +96,16 @@ static void each_accept_gets_its_own(void **state)
 	PrPathSetup old = waiter(bench, 3), new = waiter(bench, 4);
 	PrLaneId lane;
 
-	pr_lane_desk_expect(bench->desk, &old.binding);
-	pr_lane_desk_expect(bench->desk, &new.binding);
+	pr_pending_lanes_expect(bench->desk, &old.binding);
+	pr_pending_lanes_expect(bench->desk, &new.binding);
 	offer(bench, 41, &new, PR_LANE_BULK);
 	offer(bench, 31, &old, PR_LANE_URGENT);
 	assert_int_equal(claim(bench, &old, NEVER_MS, &lane), 31);
 	assert_int_equal(lane, PR_LANE_URGENT);
 	assert_int_equal(claim(bench, &new, NEVER_MS, &lane), 41);
 	assert_int_equal(lane, PR_LANE_BULK);
-	pr_lane_desk_forget(bench->desk, &old.binding);
-	pr_lane_desk_forget(bench->desk, &new.binding);
+	pr_pending_lanes_forget(bench->desk, &old.binding);
+	pr_pending_lanes_forget(bench->desk, &new.binding);
 	assert_int_equal(bench->refused->len, 0);
 }
 
@@ -116,13 +116,13 @@ static void what_nobody_expects_is_refused_while_somebody_waits(void **state)
 	PrLaneId lane;
 
 	stranger.binding.secret[0] ^= 1;
-	pr_lane_desk_expect(bench->desk, &setup.binding);
+	pr_pending_lanes_expect(bench->desk, &setup.binding);
 	offer(bench, 1, &past, PR_LANE_BULK);
 	offer(bench, 2, &stranger, PR_LANE_BULK);
 	assert_true(is_refused(bench, 1));
 	assert_true(is_refused(bench, 2));
 	assert_int_equal(claim(bench, &setup, 1, &lane), 0);
-	pr_lane_desk_forget(bench->desk, &setup.binding);
+	pr_pending_lanes_forget(bench->desk, &setup.binding);
 }
 
 static void what_is_expected_is_kept_for_the_claim_that_comes(void **state)
@@ -131,16 +131,16 @@ static void what_is_expected_is_kept_for_the_claim_that_comes(void **state)
 	PrPathSetup setup = waiter(bench, 3), other = waiter(bench, 2);
 	PrLaneId lane;
 
-	pr_lane_desk_expect(bench->desk, &setup.binding);
-	pr_lane_desk_expect(bench->desk, &other.binding);
-	pr_lane_desk_expect(bench->desk, &other.binding);
+	pr_pending_lanes_expect(bench->desk, &setup.binding);
+	pr_pending_lanes_expect(bench->desk, &other.binding);
+	pr_pending_lanes_expect(bench->desk, &other.binding);
 	offer(bench, 7, &other, PR_LANE_BULK);
 	assert_int_equal(claim(bench, &setup, 1, &lane), 0);
 	assert_int_equal(claim(bench, &other, NEVER_MS, &lane), 7);
-	pr_lane_desk_forget(bench->desk, &other.binding);
+	pr_pending_lanes_forget(bench->desk, &other.binding);
 	offer(bench, 8, &other, PR_LANE_BULK);
 	assert_true(is_refused(bench, 8));
-	pr_lane_desk_forget(bench->desk, &setup.binding);
+	pr_pending_lanes_forget(bench->desk, &setup.binding);
 }
 
 static void strangers_that_came_early_go_when_somebody_waits(void **state)
@@ -151,9 +151,9 @@ static void strangers_that_came_early_go_when_somebody_waits(void **state)
 	stranger.binding.uuid[0] ^= 1;
 	offer(bench, 1, &stranger, PR_LANE_BULK);
 	assert_false(is_refused(bench, 1));
-	pr_lane_desk_expect(bench->desk, &setup.binding);
+	pr_pending_lanes_expect(bench->desk, &setup.binding);
 	assert_true(is_refused(bench, 1));
-	pr_lane_desk_forget(bench->desk, &setup.binding);
+	pr_pending_lanes_forget(bench->desk, &setup.binding);
 }
 
 static void a_flood_pushes_the_oldest_out(void **state)
@@ -195,9 +195,9 @@ static void what_has_come_to_nothing_can_be_withdrawn(void **state)
 
 	offer(bench, 1, &setup, PR_LANE_BULK);
 	offer(bench, 2, &setup, PR_LANE_BULK);
-	assert_ptr_equal(pr_lane_desk_withdraw(bench->desk, is_number, GUINT_TO_POINTER(1)),
+	assert_ptr_equal(pr_pending_lanes_withdraw(bench->desk, is_number, GUINT_TO_POINTER(1)),
 			 GUINT_TO_POINTER(1));
-	assert_null(pr_lane_desk_withdraw(bench->desk, is_number, GUINT_TO_POINTER(1)));
+	assert_null(pr_pending_lanes_withdraw(bench->desk, is_number, GUINT_TO_POINTER(1)));
 	assert_int_equal(claim(bench, &setup, NEVER_MS, &lane), 2);
 }
 
@@ -217,8 +217,8 @@ static void a_claim_can_be_cancelled(void **state)
 	PrLaneId lane;
 
 	setup.cancel = cancel;
-	assert_null(pr_lane_desk_claim(bench->desk, &setup, pr_backend_deadline(NEVER_MS), &lane,
-				       &error));
+	assert_null(pr_pending_lanes_claim(bench->desk, &setup, pr_backend_deadline(NEVER_MS),
+					   &lane, &error));
 	assert_true(g_error_matches(error, G_IO_ERROR, G_IO_ERROR_CANCELLED));
 	g_thread_join(thread);
 }

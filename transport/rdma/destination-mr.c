@@ -32,9 +32,9 @@ static guint64 n_chunks(const PrRegion *region)
 }
 
 /* Behind what is there already: of ranges that overlap, the first one counts. */
-static void add_import(PrVerbsPath *path, const PrVerbsImport *import)
+static void add_import(PrVerbsPath *path, const PrVerbsDestinationMr *import)
 {
-	PrVerbsImport **at = &path->imports[import->block][import->offset / CHUNK];
+	PrVerbsDestinationMr **at = &path->imports[import->block][import->offset / CHUNK];
 
 	while (*at)
 		at = &(*at)->next;
@@ -48,7 +48,7 @@ static void add_grant(PrVerbsPath *path, const PrGrant *grant)
 
 	for (uint64_t from = grant->offset; from < end;) {
 		uint64_t length = MIN(end, (from / CHUNK + 1) * CHUNK) - from;
-		PrVerbsImport import = {
+		PrVerbsDestinationMr import = {
 			.block = grant->block,
 			.rkey = (uint32_t)grant->key,
 			.offset = from,
@@ -61,7 +61,7 @@ static void add_grant(PrVerbsPath *path, const PrGrant *grant)
 	}
 }
 
-void pr_verbs_import_add(PrVerbsPath *path, const PrGrant *grants, guint n)
+void pr_verbs_destination_mr_add(PrVerbsPath *path, const PrGrant *grants, guint n)
 {
 	for (guint i = 0; i < n; i++)
 		add_grant(path, &grants[i]);
@@ -69,19 +69,20 @@ void pr_verbs_import_add(PrVerbsPath *path, const PrGrant *grants, guint n)
 		g_atomic_int_set(&path->probe_key, (gint)grants[0].key);
 }
 
-void pr_verbs_import_set(PrVerbsPath *path, const PrGrant *grants, guint n)
+void pr_verbs_destination_mr_set(PrVerbsPath *path, const PrGrant *grants, guint n)
 {
-	pr_verbs_import_free(path);
-	path->imports = g_new0(PrVerbsImport **, path->n_regions);
+	pr_verbs_destination_mr_free(path);
+	path->imports = g_new0(PrVerbsDestinationMr **, path->n_regions);
 	for (guint i = 0; i < path->n_regions; i++)
-		path->imports[i] = g_new0(PrVerbsImport *, n_chunks(&path->regions[i]));
+		path->imports[i] = g_new0(PrVerbsDestinationMr *, n_chunks(&path->regions[i]));
 	g_atomic_int_set(&path->probe_key, 0);
-	pr_verbs_import_add(path, grants, n);
+	pr_verbs_destination_mr_add(path, grants, n);
 }
 
-PrVerbsImport *pr_verbs_import_find(PrVerbsPath *path, uint32_t block, uint64_t offset)
+PrVerbsDestinationMr *pr_verbs_destination_mr_find(PrVerbsPath *path, uint32_t block,
+						   uint64_t offset)
 {
-	PrVerbsImport *import = NULL;
+	PrVerbsDestinationMr *import = NULL;
 
 	if (path->imports)
 		import = g_atomic_pointer_get(&path->imports[block][offset / CHUNK]);
@@ -108,11 +109,11 @@ static struct ibv_mr *register_range(PrVerbsPath *path, uint32_t block, uint64_t
 		return mr;
 	if (pr_verbs_check_memlock(length, &error))
 		pr_verbs_error(path->uri, "cannot register guest memory", number, &error);
-	pr_verbs_fail(path, "rail %s: %s", pr_verbs_rail_name(&path->rail), error->message);
+	pr_verbs_fail(path, "rail %s: %s", pr_verbs_device_name(&path->rail), error->message);
 	return NULL;
 }
 
-static struct ibv_mr *register_import(PrVerbsPath *path, PrVerbsImport *import)
+static struct ibv_mr *register_import(PrVerbsPath *path, PrVerbsDestinationMr *import)
 {
 	struct ibv_mr *mr;
 
@@ -126,9 +127,9 @@ static struct ibv_mr *register_import(PrVerbsPath *path, PrVerbsImport *import)
 	return mr;
 }
 
-gboolean pr_verbs_import_key(PrVerbsPath *path, PrVerbsImport *import, gboolean alone,
-			     uint64_t offset, uint32_t length, uint32_t *ret_key,
-			     struct ibv_mr **ret_own)
+gboolean pr_verbs_destination_mr_key(PrVerbsPath *path, PrVerbsDestinationMr *import,
+				     gboolean alone, uint64_t offset, uint32_t length,
+				     uint32_t *ret_key, struct ibv_mr **ret_own)
 {
 	struct ibv_mr *mr = g_atomic_pointer_get(&import->mr);
 
@@ -141,10 +142,10 @@ gboolean pr_verbs_import_key(PrVerbsPath *path, PrVerbsImport *import, gboolean 
 	return mr != NULL;
 }
 
-static void free_list(PrVerbsImport *import)
+static void free_list(PrVerbsDestinationMr *import)
 {
 	while (import) {
-		PrVerbsImport *next = import->next;
+		PrVerbsDestinationMr *next = import->next;
 
 		if (import->mr)
 			ibv_dereg_mr(import->mr);
@@ -153,7 +154,7 @@ static void free_list(PrVerbsImport *import)
 	}
 }
 
-void pr_verbs_import_free(PrVerbsPath *path)
+void pr_verbs_destination_mr_free(PrVerbsPath *path)
 {
 	for (guint i = 0; path->imports && i < path->n_regions; i++) {
 		for (guint64 j = 0; j < n_chunks(&path->regions[i]); j++)

@@ -22,7 +22,7 @@ static const PrWatchPoint eating = {"eating", 400};
 /* A watchdog without a thread of its own; time is passed in. What it watches is a thread that sleeps; what that has to
  * say the test says for it. */
 typedef struct Bench {
-	PrWatchdog *dog;
+	PrWatchdog *watchdog;
 	PrWatch *watch;
 	GThread *cook;
 	pid_t tid; /* lock; the cook's */
@@ -39,7 +39,7 @@ static gpointer cook_thread(gpointer opaque)
 
 	g_mutex_lock(&bench->lock);
 	bench->tid = gettid();
-	bench->watch = pr_watch_new(bench->dog, "cook");
+	bench->watch = pr_watch_new(bench->watchdog, "cook");
 	g_cond_broadcast(&bench->changed);
 	while (!bench->end)
 		g_cond_wait(&bench->changed, &bench->lock);
@@ -66,7 +66,7 @@ static int set_up(void **state)
 {
 	Bench *bench = g_new0(Bench, 1);
 
-	bench->dog = pr_watchdog_new();
+	bench->watchdog = pr_watchdog_new();
 	g_mutex_init(&bench->lock);
 	g_cond_init(&bench->changed);
 	g_mutex_lock(&bench->lock);
@@ -91,7 +91,7 @@ static int tear_down(void **state)
 	g_mutex_unlock(&bench->lock);
 	g_thread_join(bench->cook);
 	pr_watch_free(bench->watch);
-	pr_watchdog_free(bench->dog);
+	pr_watchdog_free(bench->watchdog);
 	g_mutex_clear(&bench->lock);
 	g_cond_clear(&bench->changed);
 	g_string_free(bench->said, TRUE);
@@ -101,7 +101,7 @@ static int tear_down(void **state)
 
 static void look(Bench *bench)
 {
-	g_autoptr(GArray) words = pr_watchdog_look(bench->dog, bench->now);
+	g_autoptr(GArray) words = pr_watchdog_look(bench->watchdog, bench->now);
 
 	for (guint i = 0; i < words->len; i++)
 		g_string_append_printf(bench->said, "%s\n",
@@ -129,7 +129,7 @@ static guint64 stalls(Bench *bench)
 {
 	g_autofree char *last = NULL;
 
-	return pr_watchdog_stalls(bench->dog, &last);
+	return pr_watchdog_stalls(bench->watchdog, &last);
 }
 
 static void who_moves_or_is_idle_is_not_mentioned(void **state)
@@ -138,7 +138,7 @@ static void who_moves_or_is_idle_is_not_mentioned(void **state)
 
 	pass(bench, 1000);
 	for (guint i = 0; i < 20; i++) {
-		pr_watch_busy_at(bench->watch, &cooking, bench->now);
+		pr_watch_enter_at(bench->watch, &cooking, bench->now);
 		pass(bench, 150);
 	}
 	pr_watch_idle(bench->watch);
@@ -153,13 +153,13 @@ static void who_is_slow_is_named_with_the_point_and_the_time(void **state)
 	g_autofree char *last = NULL;
 
 	pass(bench, 100);
-	pr_watch_busy_at(bench->watch, &cooking, bench->now);
+	pr_watch_enter_at(bench->watch, &cooking, bench->now);
 	pass(bench, 200);
 	assert_string_equal(bench->said->str, "");
 	pass(bench, 50);
 	assert_int_equal(count_said(bench, "thread \"cook\": cooking for 250 ms (200 is usual)"),
 			 1);
-	assert_int_equal(pr_watchdog_stalls(bench->dog, &last), 1);
+	assert_int_equal(pr_watchdog_stalls(bench->watchdog, &last), 1);
 	assert_string_equal(last, "thread \"cook\": cooking for 250 ms");
 }
 
@@ -168,7 +168,7 @@ static void it_is_said_again_at_doubling_intervals_and_when_it_goes_on(void **st
 	Bench *bench = *state;
 
 	pass(bench, 100);
-	pr_watch_busy_at(bench->watch, &cooking, bench->now);
+	pr_watch_enter_at(bench->watch, &cooking, bench->now);
 	pass(bench, 250);
 	assert_int_equal(count_said(bench, "cooking for"), 1);
 	pass(bench, 100);
@@ -176,7 +176,7 @@ static void it_is_said_again_at_doubling_intervals_and_when_it_goes_on(void **st
 	/* At 0.4, 0.8, 1.6, 3.2, 6.4 s. */
 	pass(bench, 6400);
 	assert_int_equal(count_said(bench, "cooking for"), 5);
-	pr_watch_busy_at(bench->watch, &eating, bench->now);
+	pr_watch_enter_at(bench->watch, &eating, bench->now);
 	pass(bench, 50);
 	assert_int_equal(count_said(bench, "goes on after 6800 ms: it was cooking"), 1);
 	assert_int_equal(stalls(bench), 1);
@@ -193,7 +193,7 @@ static void nobody_is_blamed_when_the_whole_process_stood_still(void **state)
 	Bench *bench = *state;
 
 	pass(bench, 100);
-	pr_watch_busy_at(bench->watch, &cooking, bench->now);
+	pr_watch_enter_at(bench->watch, &cooking, bench->now);
 	bench->now += 10000 * MS;
 	look(bench);
 	assert_int_equal(count_said(bench, "this engine stood still for 9950 ms"), 1);
@@ -207,10 +207,10 @@ static void nobody_is_blamed_when_the_whole_process_stood_still(void **state)
 static void who_runs_is_given_longer(void **state)
 {
 	Bench *bench = *state;
-	g_autoptr(PrWatch) own = pr_watch_new(bench->dog, "own");
+	g_autoptr(PrWatch) own = pr_watch_new(bench->watchdog, "own");
 
 	pass(bench, 100);
-	pr_watch_busy_at(own, &cooking, bench->now);
+	pr_watch_enter_at(own, &cooking, bench->now);
 	pass(bench, 750);
 	assert_string_equal(bench->said->str, "");
 	pass(bench, 100);
@@ -223,7 +223,7 @@ static void thread_that_has_ended_is_forgotten(void **state)
 	Bench *bench = *state;
 
 	pass(bench, 100);
-	pr_watch_busy_at(bench->watch, &cooking, bench->now);
+	pr_watch_enter_at(bench->watch, &cooking, bench->now);
 	g_clear_pointer(&bench->watch, pr_watch_free);
 	pass(bench, 1000);
 	assert_string_equal(bench->said->str, "");
@@ -248,27 +248,27 @@ static void main_loop_that_does_not_turn_is_named(void **state)
 	g_autoptr(GMainLoop) loop = g_main_loop_new(context, FALSE);
 	g_autoptr(GSource) rests = g_timeout_source_new(SLOW_US / 1000);
 	g_autoptr(GSource) holds_up = g_timeout_source_new(0);
-	PrWatchdog *dog = pr_watchdog_new();
+	PrWatchdog *watchdog = pr_watchdog_new();
 	gint64 until = g_get_monotonic_time() + PATIENCE;
 	g_autofree char *last = NULL;
 
-	pr_watchdog_start(dog);
-	pr_loop_watch(dog, context);
+	pr_watchdog_start(watchdog);
+	pr_loop_watch(watchdog, context);
 	/* It waits. */
 	g_source_set_callback(rests, end_idle, loop, NULL);
 	g_source_attach(rests, context);
 	g_main_loop_run(loop);
-	assert_int_equal(pr_watchdog_stalls(dog, &last), 0);
+	assert_int_equal(pr_watchdog_stalls(watchdog, &last), 0);
 	/* It is held up. */
 	g_source_set_callback(holds_up, be_slow, loop, NULL);
 	g_source_attach(holds_up, context);
 	g_main_loop_run(loop);
-	while (pr_watchdog_stalls(dog, &last) == 0 && g_get_monotonic_time() < until)
+	while (pr_watchdog_stalls(watchdog, &last) == 0 && g_get_monotonic_time() < until)
 		g_clear_pointer(&last, g_free);
 	assert_non_null(last);
 	assert_non_null(strstr(last, "thread \"main loop\": answering the monitor"));
 	pr_loop_watch(NULL, context);
-	pr_watchdog_free(dog);
+	pr_watchdog_free(watchdog);
 }
 
 int main(void)

@@ -11,11 +11,11 @@
 
 /* All of it takes 1.5 s to be told. */
 static const PairConfig slow = {
-	.scheme = "tcp", .size = SIZE, .piecewise_us = US_A_MIB, .pace_us = 1000};
+	.scheme = "tcp", .size = SIZE, .incremental_grants_us = US_A_MIB, .pace_us = 1000};
 /* The same, and its pages take far longer to move, until full_speed(). */
 static const PairConfig lasting = {.scheme = "tcp",
 				   .size = SIZE,
-				   .piecewise_us = US_A_MIB,
+				   .incremental_grants_us = US_A_MIB,
 				   .bandwidth = MIB,
 				   .pace_us = 200000};
 
@@ -59,7 +59,7 @@ static void guest_runs_before_its_ram_was_told(void **state)
 static void moves_a_paused_guest_byte_for_byte(void **state)
 {
 	PairConfig config = {
-		.scheme = "tcp", .size = 64 * MIB, .paused = TRUE, .piecewise_us = 300};
+		.scheme = "tcp", .size = 64 * MIB, .paused = TRUE, .incremental_grants_us = 300};
 	g_autoptr(Pair) pair = pair_new(&config);
 	g_autofree char *difference = NULL;
 
@@ -126,5 +126,5 @@ int main(void)
 		cmocka_unit_test(path_that_is_lost_before_run_leaves_the_guest_at_the_source),
 	};
 
-	return RUN_CASES("piecewise", tests);
+	return RUN_CASES("incremental_grants", tests);
 }

@@ -53,17 +53,17 @@ static int left_behind(const PrGuestBlock *blocks)
 	uint64_t page;
 
 	g_assert_no_error(error);
-	pr_kept_set_identity(ram->kept, &binding);
-	pr_kept_set_was_running(ram->kept, TRUE);
-	pr_kept_set_vcpus(ram->kept, vcpus, G_N_ELEMENTS(vcpus));
-	pr_kept_set_held(ram->kept, TRUE);
-	pr_kept_set_stage(ram->kept, PR_KEPT_STARTED);
+	pr_state_memfd_set_identity(ram->state_memfd, &binding);
+	pr_state_memfd_set_was_running(ram->state_memfd, TRUE);
+	pr_state_memfd_set_vcpus(ram->state_memfd, vcpus, G_N_ELEMENTS(vcpus));
+	pr_state_memfd_set_held(ram->state_memfd, TRUE);
+	pr_state_memfd_set_stage(ram->state_memfd, PR_STATE_MEMFD_STARTED);
 	assert_int_equal(pr_ram_claim_run(&ram->blocks[0], 10, 5, &page), 5);
 	pr_ram_received(ram, &ram->blocks[0], 10, 5, TRUE);
 	assert_int_equal(pr_ram_zero(ram, &ram->blocks[1], 60000, 10000), 10000);
 	/* Under way when it ended. */
 	assert_true(pr_ram_claim(&ram->blocks[1], 5));
-	return dup(pr_kept_fd(ram->kept));
+	return dup(pr_state_memfd_fd(ram->state_memfd));
 }
 
 static void what_was_received_is_found_again(void **state)
@@ -74,21 +74,21 @@ static void what_was_received_is_found_again(void **state)
 	guint n;
 
 	make_blocks(blocks);
-	PrKept *kept = pr_kept_attach(left_behind(blocks), &error);
+	PrStateMemfd *kept = pr_state_memfd_attach(left_behind(blocks), &error);
 	g_assert_no_error(error);
-	g_autofree PrGuestBlock *known = pr_kept_blocks(kept, &n);
+	g_autofree PrGuestBlock *known = pr_state_memfd_blocks(kept, &n);
 	assert_int_equal(n, N_BLOCKS);
 	for (guint i = 0; i < n; i++) {
 		assert_string_equal(known[i].idstr, blocks[i].idstr);
 		assert_int_equal(known[i].size, blocks[i].size);
 		assert_int_equal(known[i].base, blocks[i].base);
 	}
-	pr_kept_identity(kept, &found);
+	pr_state_memfd_identity(kept, &found);
 	assert_memory_equal(&found, &binding, sizeof(found));
-	assert_int_equal(pr_kept_stage(kept), PR_KEPT_STARTED);
-	assert_true(pr_kept_held(kept));
-	assert_true(pr_kept_was_running(kept));
-	assert_int_equal(pr_kept_vcpus(kept, &n)[2], 13);
+	assert_int_equal(pr_state_memfd_stage(kept), PR_STATE_MEMFD_STARTED);
+	assert_true(pr_state_memfd_held(kept));
+	assert_true(pr_state_memfd_was_running(kept));
+	assert_int_equal(pr_state_memfd_vcpus(kept, &n)[2], 13);
 	assert_int_equal(n, 3);
 
 	g_autoptr(PrRam) ram = pr_ram_adopt(blocks, N_BLOCKS, kept, &error);
@@ -110,13 +110,14 @@ static void the_bitmap_is_the_memfd(void **state)
 	make_blocks(blocks);
 	g_autoptr(PrRam) ram = pr_ram_new(blocks, N_BLOCKS, PR_GUEST_DESTINATION, &error);
 	g_assert_no_error(error);
-	pr_kept_set_identity(ram->kept, &binding);
-	g_autoptr(PrKept) other = pr_kept_attach(dup(pr_kept_fd(ram->kept)), &error);
+	pr_state_memfd_set_identity(ram->state_memfd, &binding);
+	g_autoptr(PrStateMemfd) other =
+		pr_state_memfd_attach(dup(pr_state_memfd_fd(ram->state_memfd)), &error);
 	g_assert_no_error(error);
 	assert_true(pr_ram_claim(&ram->blocks[1], 4711));
-	assert_false(pr_bitmap_test(pr_kept_received(other, 1), 4711));
+	assert_false(pr_bitmap_test(pr_state_memfd_received(other, 1), 4711));
 	pr_ram_received(ram, &ram->blocks[1], 4711, 1, TRUE);
-	assert_true(pr_bitmap_test(pr_kept_received(other, 1), 4711));
+	assert_true(pr_bitmap_test(pr_state_memfd_received(other, 1), 4711));
 	close_blocks(blocks);
 }
 
@@ -131,7 +132,7 @@ static int plain_memfd(gsize bytes)
 static void assert_refused(int fd, const char *why)
 {
 	g_autoptr(GError) error = NULL;
-	g_autoptr(PrKept) kept = pr_kept_attach(fd, &error);
+	g_autoptr(PrStateMemfd) kept = pr_state_memfd_attach(fd, &error);
 
 	assert_null(kept);
 	assert_non_null(error);
@@ -175,7 +176,8 @@ static void what_is_not_whole_is_refused(void **state)
 	assert_refused(spoilt(G_MAXSIZE, 16, 5), "should have 5");
 	/* Not spoilt at all, the copy is as good as the original. */
 	g_autoptr(GError) error = NULL;
-	g_autoptr(PrKept) kept = pr_kept_attach(spoilt(G_MAXSIZE, G_MAXSIZE, 0), &error);
+	g_autoptr(PrStateMemfd) kept =
+		pr_state_memfd_attach(spoilt(G_MAXSIZE, G_MAXSIZE, 0), &error);
 	g_assert_no_error(error);
 }
 
@@ -196,13 +198,13 @@ static void no_word_of_the_head_leads_outside(void **state)
 
 			assert_int_equal(pread(good, &old, sizeof(old), (off_t)offset), 8);
 			assert_int_equal(pwrite(good, &values[i], 8, (off_t)offset), 8);
-			g_autoptr(PrKept) kept = pr_kept_attach(dup(good), &error);
+			g_autoptr(PrStateMemfd) kept = pr_state_memfd_attach(dup(good), &error);
 			refused += !kept;
 			for (guint b = 0; kept && b < N_BLOCKS; b++) {
 				guint n;
-				g_autofree PrGuestBlock *known = pr_kept_blocks(kept, &n);
+				g_autofree PrGuestBlock *known = pr_state_memfd_blocks(kept, &n);
 				if (b < n)
-					pr_bitmap_count(pr_kept_received(kept, b),
+					pr_bitmap_count(pr_state_memfd_received(kept, b),
 							known[b].size / known[b].page_size);
 			}
 			assert_int_equal(pwrite(good, &old, 8, (off_t)offset), 8);
@@ -227,24 +229,24 @@ static void the_last_engine_is_waited_for(void **state)
 	}
 	g_autofree char *text = pr_process_text(child);
 	assert_true(pr_process_lives(text));
-	g_autoptr(PrKept) kept = pr_kept_new(blocks, N_BLOCKS, &error);
+	g_autoptr(PrStateMemfd) kept = pr_state_memfd_new(blocks, N_BLOCKS, &error);
 	g_assert_no_error(error);
-	pr_kept_set_identity(kept, &binding);
+	pr_state_memfd_set_identity(kept, &binding);
 	/* As if it had been the child's: its text stands in the head. */
 	g_autofree char *own = pr_process_text(getpid());
 	uint8_t *head =
-		mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, pr_kept_fd(kept), 0);
+		mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, pr_state_memfd_fd(kept), 0);
 	assert_ptr_not_equal(head, MAP_FAILED);
 	uint8_t *at = memmem(head, 64 * 1024, own, strlen(own) + 1);
 	assert_non_null(at);
 	strcpy((char *)at, text);
 
-	assert_false(pr_kept_await_engine(kept, 20, &error));
+	assert_false(pr_state_memfd_await_engine(kept, 20, &error));
 	assert_non_null(strstr(error->message, "has not ended yet"));
 	g_clear_error(&error);
 	kill(child, SIGKILL);
 	/* A zombie has let go of everything; nobody has waited for this one. */
-	assert_true(pr_kept_await_engine(kept, 10000, &error));
+	assert_true(pr_state_memfd_await_engine(kept, 10000, &error));
 	assert_false(pr_process_lives(text));
 	assert_int_equal(waitpid(child, NULL, 0), child);
 	assert_string_equal((char *)at, own);
