@@ -156,7 +156,7 @@ void pr_session_detach_conn(PrMigration *m)
 
 static PrEvent event_of(const GError *error)
 {
-	if (error->domain == PR_PATH_ERROR)
+	if (error->domain == PR_PATH_ERROR || error->domain == PR_RESOURCE_ERROR)
 		return PR_EVENT_PATH_LOST;
 	if (g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_CANCELLED))
 		return PR_EVENT_CANCEL;

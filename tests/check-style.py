@@ -12,14 +12,25 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MAX_LINES = 800
 
-# Who may include whom, by folder: monitor -> migration -> {guest, transport}.
-LAYERS = {
-    "include": {"postroad"},
-    "transport": {"transport"},
-    "guest": {"guest", "postroad"},
-    "migration": {"migration", "transport", "guest", "postroad"},
-    "monitor": {"monitor", "migration", "transport", "guest", "postroad"},
+# The rooms of the house: who may include whom. A file belongs to the room with the longest matching name; what a
+# room may include are these rooms and itself. HACKING.md has the picture.
+UTIL = ("util", "postroad")
+GROUND = ("guest", "transport", *UTIL)
+ROOMS = {
+    "include": ("postroad",),
+    "util": (),
+    "guest": ("guest/agent", "guest/attach", *UTIL),
+    "transport": ("transport", *UTIL),
+    "migration/core": GROUND,
+    "migration/memory": ("migration/core", *GROUND),
+    "migration/postcopy": ("migration/memory", "migration/core", *GROUND),
+    "migration/session": ("migration/postcopy", "migration/memory", "migration/core", *GROUND),
+    "migration/source": ("migration/session", "migration/postcopy", "migration/memory", "migration/core", *GROUND),
+    "migration/destination": ("migration/session", "migration/postcopy", "migration/memory", "migration/core", *GROUND),
+    "migration": ("migration", *GROUND),
+    "monitor": ("migration", *GROUND),
 }
+CIRCLE_MAX = 3  # files of one room that may need each other
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 NO_LICENCE_LINE = (".md", ".gitignore", ".editorconfig", ".clang-format", ".txt")
 NO_LICENCE_FOLDERS = ("LICENSES/", "tests/fuzz/corpus/")  # the inputs of a fuzz target have no room for a line
@@ -76,15 +87,81 @@ def check_licence(names):
     ]
 
 
-def check_layers(names):
+def room_of(name):
+    """The longest of the rooms that this file is in, or its top folder."""
+    inside = [room for room in ROOMS if name.startswith(room + "/")]
+    return max(inside, key=len) if inside else name.split("/")[0]
+
+
+def check_rooms(names):
     wrong = []
     for name in names:
-        allowed = LAYERS.get(name.split("/")[0])
-        if not allowed or not name.endswith((".c", ".h")):
+        room = room_of(name)
+        if room not in ROOMS or not name.endswith((".c", ".h")):
             continue
         for included in INCLUDE.findall(read(name)):
-            if included.split("/")[0] not in allowed:
-                wrong.append(f"{name}: includes {included}; allowed from there: {', '.join(sorted(allowed))}")
+            if not included.startswith(tuple(other + "/" for other in (room, *ROOMS[room]))):
+                wrong.append(f"{name}: includes {included}; allowed: {', '.join((room, *ROOMS[room]))}")
+    return wrong
+
+
+# A function that other files see, as clang-format writes it; and anything that may be its use.
+DEFINITION = re.compile(r"^(?!static\b|typedef\b|extern\b)[A-Za-z_][^;{}=#]*?\b(\w+)\([^;{}]*\)\n\{", re.M)
+WORD = re.compile(r"\b(?:pr|agent|attach)_\w+\b")
+COMMENT = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:[^"\\\n]|\\.)*"', re.S)
+
+
+def dependencies(names):
+    """For each module (a source with its header) the modules that it includes or calls."""
+    sources = [name for name in names if name.endswith((".c", ".h")) and room_of(name) in ROOMS]
+    texts = {name: COMMENT.sub("", read(name)) for name in sources}
+    homes = {}
+    for name in sources:
+        for function in DEFINITION.findall(texts[name]):
+            homes.setdefault(function, set()).add(name[:-2])
+    needs = {}
+    for name in sources:
+        module = needs.setdefault(name[:-2], set())
+        module.update(included[:-2] for included in INCLUDE.findall(read(name)))
+        if name.endswith(".c"):
+            for word in set(WORD.findall(texts[name])):
+                # A function of several homes is chosen as the program is built.
+                if len(homes.get(word, ())) == 1:
+                    module.update(homes[word])
+    return {module: {other for other in others if other in needs and other != module} for module, others in needs.items()}
+
+
+def circles(needs):
+    """The sets of modules that need each other (strongly connected; Tarjan)."""
+    order, low, stack, found = {}, {}, [], []
+
+    def visit(module):
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for other in sorted(needs[module]):
+            if other not in order:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], order[other])
+        if low[module] == order[module]:
+            at = stack.index(module)
+            if len(stack) - at > 1:
+                found.append(sorted(stack[at:]))
+            del stack[at:]
+
+    for module in sorted(needs):
+        if module not in order:
+            visit(module)
+    return found
+
+
+def check_circles(names):
+    wrong = []
+    for circle in circles(dependencies(names)):
+        rooms = {os.path.dirname(module) for module in circle}
+        if len(rooms) > 1 or len(circle) > CIRCLE_MAX:
+            wrong.append(f"{len(circle)} files of {len(rooms)} rooms need each other: {', '.join(circle)}")
     return wrong
 
 
@@ -140,7 +217,8 @@ def check_waits(names):
 CHECKS = {
     "sources are formatted": check_format,
     "files name their licence": check_licence,
-    "includes only point downwards": check_layers,
+    "rooms include only those below them": check_rooms,
+    "no circle of files of several rooms, or of many files": check_circles,
     "includes are spelled from the root": check_includes_from_root,
     "files stay small": check_sizes,
     "nothing is left to do": check_left_overs,

@@ -5,7 +5,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "transport/transport.h"
+G_DEFINE_QUARK(pr_resource_error, pr_resource_error)
 
 GThread *pr_thread_try(const char *name, GThreadFunc func, gpointer opaque, GError **error)
 {
@@ -13,7 +13,7 @@ GThread *pr_thread_try(const char *name, GThreadFunc func, gpointer opaque, GErr
 	GThread *thread = g_thread_try_new(name, func, opaque, &why);
 
 	if (!thread)
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		g_set_error(error, PR_RESOURCE_ERROR, PR_RESOURCE_ERROR_SCARCE,
 			    "no thread \"%s\": %s; raise the engine's limits of memory and "
 			    "processes (ulimit -v, -u)",
 			    name, why->message);
@@ -46,7 +46,7 @@ gboolean pr_check_fd_headroom(GError **error)
 	for (guint i = 0; i < n; i++)
 		close(fds[i]);
 	if (code)
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		g_set_error(error, PR_RESOURCE_ERROR, PR_RESOURCE_ERROR_SCARCE,
 			    "only %u descriptors are left, %u are needed: %s; raise the engine's "
 			    "limit of open files (ulimit -n)",
 			    n, PR_FD_HEADROOM, g_strerror(code));
@@ -58,7 +58,7 @@ void *pr_try_alloc(gsize bytes, const char *what, GError **error)
 	void *memory = g_try_malloc0(MAX(bytes, 1));
 
 	if (!memory)
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		g_set_error(error, PR_RESOURCE_ERROR, PR_RESOURCE_ERROR_SCARCE,
 			    "no memory for %s (%" G_GSIZE_FORMAT
 			    " bytes); raise the engine's limit (ulimit -v), or free some",
 			    what, bytes);

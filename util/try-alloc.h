@@ -1,12 +1,19 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Threads, descriptors and memory that may not be there. GLib ends the process where it gets none, so what is
- * wanted after RUN, when only a pause may come of it, is asked for here. Errors are PR_PATH_ERROR_CONNECT: they
- * pause, and name the limit.
+ * Threads, descriptors and memory that the system may refuse. GLib aborts the process where it gets none. After RUN a
+ * lack of anything may only pause the migration, so code that runs then asks here first. The errors name the limit
+ * that the operator has to raise.
  */
 #pragma once
 
 #include <gio/gio.h>
+
+#define PR_RESOURCE_ERROR (pr_resource_error_quark())
+GQuark pr_resource_error_quark(void);
+
+typedef enum PrResourceError {
+	PR_RESOURCE_ERROR_SCARCE, /* no thread, descriptor or memory is left; names the limit */
+} PrResourceError;
 
 /* As g_thread_try_new(). */
 GThread *pr_thread_try(const char *name, GThreadFunc func, gpointer opaque, GError **error);

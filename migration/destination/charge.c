@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The destination: who is charged for the guest's memory. */
-#include "migration/destination/allocate.h"
+#include "migration/postcopy/allocate.h"
 #include "migration/session/session.h"
 
 static void broken(const GError *error, void *opaque)

@@ -15,7 +15,7 @@
  * The end: grants_lock. The connection is fenced only after pr_live_grants_stop(), when nobody takes anything any more; then
  * the veil is dropped, and its claims are forgotten with those of the lost READs.
  */
-#include "migration/destination/allocate.h"
+#include "migration/postcopy/allocate.h"
 #include "migration/session/session.h"
 
 static gboolean take_grant(PrConn *conn, const PrMsg *msg)

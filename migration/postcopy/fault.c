@@ -59,7 +59,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "migration/destination/allocate.h"
+#include "migration/postcopy/allocate.h"
 #include "migration/memory/bitmap.h"
 #include "migration/postcopy/fault-stats.h"
 #include "migration/memory/invariants.h"

@@ -36,7 +36,7 @@
 #include <poll.h>
 #include <unistd.h>
 
-#include "migration/destination/allocate.h"
+#include "migration/postcopy/allocate.h"
 #include "migration/memory/bitmap.h"
 #include "migration/memory/invariants.h"
 #include "migration/core/crash-point.h"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What it costs that the guest's pages are allocated by another process, before they are read (migration/destination/allocate.c):
+ * What it costs that the guest's pages are allocated by another process, before they are read (migration/postcopy/allocate.c):
  * the bulk pull, and a guest that touches pages in an order that nobody would guess, while the bulk stands still. Side by
  * side in each round: as where engine and guest share a memory cgroup (nobody allocates), and with the allocator.
  */

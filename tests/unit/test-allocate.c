@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 #include "guest/allocator.h"
-#include "migration/destination/allocate.h"
+#include "migration/postcopy/allocate.h"
 #include "migration/memory/bitmap.h"
 #include "migration/memory/scratch.h"
 

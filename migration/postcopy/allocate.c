@@ -30,7 +30,7 @@
  * The allocator's end: when its cgroup is full the kernel may kill it. Then nothing can be read any more, and each try
  * says why.
  */
-#include "migration/destination/allocate.h"
+#include "migration/postcopy/allocate.h"
 
 #include <errno.h>
 #include <string.h>
