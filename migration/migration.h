@@ -10,29 +10,15 @@
 #include <stdint.h>
 
 #include "guest/guest.h"
-#include "migration/postcopy/blocktime.h"
 #include "migration/core/params.h"
 #include "migration/core/state.h"
+#include "migration/core/types.h"
+#include "migration/postcopy/blocktime.h"
+#include "migration/session/events.h"
 #include "transport/health.h"
 #include "transport/net/tls.h"
 
-typedef enum PrMigrationError {
-	PR_MIGRATION_ERROR_BUSY,     /* a migration is in progress */
-	PR_MIGRATION_ERROR_STATE,    /* the command makes no sense in this state; says which */
-	PR_MIGRATION_ERROR_URI,	     /* malformed URI or unknown scheme */
-	PR_MIGRATION_ERROR_LISTEN,   /* could not listen */
-	PR_MIGRATION_ERROR_MISMATCH, /* the block tables of the two sides differ */
-	PR_MIGRATION_ERROR_PEER,     /* the other side gave up; its reason */
-	PR_MIGRATION_ERROR_PROTOCOL, /* the other side broke the protocol */
-	PR_MIGRATION_ERROR_CANCELLED,
-	PR_MIGRATION_ERROR_SYSTEM, /* the kernel refused something */
-} PrMigrationError;
-#define PR_MIGRATION_ERROR pr_migration_error_quark()
-GQuark pr_migration_error_quark(void);
-
 typedef struct PrMigration PrMigration;
-
-#define PR_LATENCY_BUCKETS 24 /* bucket N: [2^N us, 2^(N+1) us), as QEMU's postcopy-latency-dist */
 
 /* A path as the operator sees it. */
 typedef struct PrPathInfo {
@@ -102,15 +88,6 @@ typedef struct PrMigrationInfo {
 } PrMigrationInfo;
 void pr_migration_info_clear(PrMigrationInfo *info);
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PrMigrationInfo, pr_migration_info_clear)
-
-/* News, told from any thread, with no lock held, in the order of the changes. */
-typedef struct PrMigrationHooks {
-	void (*on_state)(PrState state, const char *reason, void *opaque);
-	/* device: NULL: none that has a name. NULL for who does not want to know. */
-	void (*on_path)(const char *uri, PrPathState state, const char *device, const char *reason,
-			void *opaque);
-	void *opaque;
-} PrMigrationHooks;
 
 /* Neither guest nor params are owned; both outlive the migration. */
 PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigrationHooks *hooks);

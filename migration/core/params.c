@@ -4,7 +4,6 @@
 #include <errno.h>
 #include <string.h>
 
-#include "migration/postcopy/readahead.h"
 #include "transport/transport.h"
 
 G_DEFINE_QUARK(pr_params_error, pr_params_error)

@@ -8,6 +8,8 @@
 #include <glib.h>
 #include <stdint.h>
 
+#define PR_READAHEAD_MAX 64 /* pages: the largest value of fault-readahead */
+
 typedef enum PrParam {
 	PR_PARAM_MAX_POSTCOPY_BANDWIDTH,
 	PR_PARAM_HEARTBEAT_INTERVAL,

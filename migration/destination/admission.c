@@ -1,236 +1,227 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/*
- * Who may come in at the destination: judges the HELLO of a source, and the ACTIVATE of one that has a standby.
- * Whoever is found good is left to the load thread as the pending_peer. In the listeners' thread, and in those of
- * standbys.
- */
+#include "migration/destination/admission.h"
+
 #include <string.h>
 
-#include "migration/session/session.h"
+#include "migration/destination/completion.h"
+#include "migration/destination/refusal.h"
 
-#define TIDY_WAIT_US (10 * G_USEC_PER_SEC) /* for an ended migration to be tidied up */
+#define TIDY_WAIT_US (10 * G_USEC_PER_SEC) /* for the owner to tidy up a migration that has ended */
 
-gboolean pr_destination_same_migration(PrMigration *m, const PrHello *hello)
+/* ---- judging; all with the lock held ---- */
+
+gboolean pr_destination_same_migration(const PrDestination *destination, const PrHello *hello)
 {
-	return memcmp(m->binding.uuid, hello->uuid, PR_UUID_BYTES) == 0 &&
-	       memcmp(m->binding.secret, hello->secret, PR_SECRET_BYTES) == 0;
+	const PrBinding *binding = &destination->session->binding;
+
+	return memcmp(binding->uuid, hello->uuid, PR_UUID_BYTES) == 0 &&
+	       memcmp(binding->secret, hello->secret, PR_SECRET_BYTES) == 0;
 }
 
-void pr_refuse(PrHelloAck *ack, const char *format, ...)
+static PrHelloAck completed(PrDestination *destination)
 {
-	va_list args;
-
-	va_start(args, format);
-	g_vsnprintf(ack->reason, sizeof(ack->reason), format, args);
-	va_end(args);
-	ack->status = PR_HELLO_REFUSED;
-}
-
-void pr_note_refusal(PrMigration *m, const char *what, PrControl *control, const char *reason)
-{
-	g_autofree char *more = NULL;
-	guint left_out;
-
-	if (!pr_log_ratelimit_allows(&m->refusals, g_get_monotonic_time(), &left_out))
-		return;
-	if (left_out)
-		more = g_strdup_printf(" (and %u more, of which nothing was said)", left_out);
-	g_message("refused a %s from %s: %s%s", what, pr_control_peer(control), reason,
-		  more ? more : "");
-}
-
-/* A human has paused this side: a source that comes by itself is to wait for a human, too. */
-static void hold(PrHelloAck *ack)
-{
-	pr_refuse(ack, "this side was paused by hand; resume it by hand (migrate -r)");
-	ack->status = PR_HELLO_HELD;
-}
-
-/* With the lock held. */
-static void refuse_guest_gone(PrMigration *m, PrHelloAck *ack)
-{
-	pr_refuse(ack, "the guest is gone at the destination, there is nothing to resume: %s",
-		  m->guest_gone);
-	ack->status = PR_HELLO_HELD;
-}
-
-PrProgress pr_destination_progress(PrMigration *m, const PrFaultStats *stats)
-{
-	uint64_t received = pr_ram_received_bytes(m->ram), zero = pr_ram_zero_bytes(m->ram);
-
-	return (PrProgress){
-		.received_pages = received / PR_TARGET_PAGE,
-		.postcopy_requests = stats->requests,
-		.postcopy_bytes = received - zero,
-		.remaining = m->ram->total_bytes - received,
-		.zero_pages = zero / PR_TARGET_PAGE,
+	if (destination->faults)
+		pr_fault_stats(destination->faults, &destination->fault_stats);
+	return (PrHelloAck){
+		.status = PR_HELLO_COMPLETED,
+		.progress = pr_destination_progress(destination, &destination->fault_stats),
 	};
 }
 
-/* What a source hears that comes to resume what is complete. With the lock held. */
-static void tell_completed(PrMigration *m, PrHelloAck *ack)
+static PrHelloAck judge_resume(PrDestination *destination, const PrHello *hello)
 {
-	if (m->faults)
-		pr_fault_stats(m->faults, &m->fault_stats);
-	ack->status = PR_HELLO_COMPLETED;
-	ack->progress = pr_destination_progress(m, &m->fault_stats);
+	const PrSession *session = destination->session;
+	PrState state = session->sm.state;
+
+	if (session->sm.role != PR_ROLE_DESTINATION ||
+	    !pr_destination_same_migration(destination, hello))
+		return pr_hello_refusal(PR_HELLO_REFUSED,
+					"there is no such migration here to resume");
+	if (state == PR_STATE_COMPLETED)
+		return completed(destination);
+	if (!pr_state_is_postcopy(state))
+		return pr_hello_refusal(PR_HELLO_REFUSED,
+					"this migration is %s and can't be resumed",
+					pr_state_name(state));
+	if (hello->epoch <= session->binding.epoch)
+		return pr_hello_refusal(PR_HELLO_REFUSED,
+					"epoch %" G_GUINT64_FORMAT
+					" is over; the current one is %" G_GUINT64_FORMAT,
+					hello->epoch, session->binding.epoch);
+	if (session->guest_gone)
+		return pr_hello_refusal(
+			PR_HELLO_HELD,
+			"the guest is gone at the destination, there is nothing to resume: %s",
+			session->guest_gone);
+	/* A source that resumes by itself has to wait for its operator, too. */
+	if (session->paused_by_operator && hello->resume == PR_RESUME_AUTOMATIC)
+		return pr_hello_refusal(
+			PR_HELLO_HELD,
+			"this side was paused by hand; resume it by hand (migrate -r)");
+	return pr_hello_accepted();
 }
 
-/* Decides with the lock held; a pending_peer of the running migration pauses it. */
-static void judge_resume(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
+/* The source comes back: whatever connection is in use is lost. */
+static void accept_resume(PrSession *session, const PrHello *hello)
 {
-	PrState state = m->sm.state;
-	g_autoptr(GError) superseded = NULL;
-
-	if (m->sm.role != PR_ROLE_DESTINATION || !pr_destination_same_migration(m, hello))
-		pr_refuse(ack, "there is no such migration here to resume");
-	else if (state == PR_STATE_COMPLETED)
-		tell_completed(m, ack);
-	else if (!pr_state_is_postcopy(state))
-		pr_refuse(ack, "this migration is %s and can't be resumed", pr_state_name(state));
-	else if (hello->epoch <= m->binding.epoch)
-		pr_refuse(ack,
-			  "epoch %" G_GUINT64_FORMAT
-			  " is over; the current one is %" G_GUINT64_FORMAT,
-			  hello->epoch, m->binding.epoch);
-	else if (m->guest_gone)
-		refuse_guest_gone(m, ack);
-	else if (m->held && hello->resume == PR_RESUME_AUTOMATIC)
-		hold(ack);
-	if (ack->status == PR_HELLO_OK)
-		pr_migration_set_held(m, FALSE);
-	if (ack->status != PR_HELLO_OK || state == PR_STATE_POSTCOPY_PAUSED)
-		return;
-	superseded =
+	g_autoptr(GError) superseded =
 		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_PEER,
 			    "the source has come back with epoch %" G_GUINT64_FORMAT, hello->epoch);
-	pr_migration_failed_locked(m, superseded);
+
+	pr_session_set_paused_by_operator(session, FALSE);
+	if (session->sm.state != PR_STATE_POSTCOPY_PAUSED)
+		pr_session_failed_locked(session, superseded);
 }
 
-static void judge_new(PrMigration *m, const PrHello *hello, PrHelloAck *ack)
+/* The owner may still be tidying up the last migration, which perhaps came over another path of the same source. */
+static void await_tidy_up(PrSession *session)
 {
 	gint64 deadline = g_get_monotonic_time() + TIDY_WAIT_US;
 
-	/* The one before may be tidying up still, perhaps over another path of the same source. */
-	while ((m->sm.state == PR_STATE_FAILING || m->sm.state == PR_STATE_CANCELLING) && !m->quit)
-		if (!g_cond_wait_until(&m->changed, &m->lock, deadline))
-			break;
-	if (m->quit)
-		pr_refuse(ack, "the engine is quitting");
-	else if (m->sm.role == PR_ROLE_SOURCE && !pr_state_is_over(m->sm.state))
-		pr_refuse(ack, "this engine is the source of a migration");
-	else if (m->sm.role == PR_ROLE_DESTINATION && m->sm.state == PR_STATE_COMPLETED)
-		pr_refuse(ack, "a guest has arrived here already");
-	else if (!m->thread || m->pending_peer || m->sm.role == PR_ROLE_SOURCE ||
-		 pr_migration_step_locked(m, PR_EVENT_START, PR_ROLE_DESTINATION,
-					  "a source has connected") == PR_ACTION_REFUSE)
-		pr_refuse(ack, "another migration is %s here", pr_state_name(m->sm.state));
-	if (ack->status != PR_HELLO_OK)
-		return;
-	memcpy(m->binding.uuid, hello->uuid, PR_UUID_BYTES);
-	memcpy(m->binding.secret, hello->secret, PR_SECRET_BYTES);
-	g_clear_pointer(&m->error_desc, g_free);
-	memset(&m->fault_stats, 0, sizeof(m->fault_stats));
-	m->pages_at_pause = 0;
-	m->held = FALSE;
-	m->guest_started = FALSE;
+	while ((session->sm.state == PR_STATE_FAILING ||
+		session->sm.state == PR_STATE_CANCELLING) &&
+	       !session->quit && g_cond_wait_until(&session->changed, &session->lock, deadline))
+		;
 }
+
+static PrHelloAck judge_new(PrDestination *destination)
+{
+	const PrSession *session = destination->session;
+	PrState state = session->sm.state;
+	PrRole role = session->sm.role;
+
+	if (session->quit)
+		return pr_hello_refusal(PR_HELLO_REFUSED, "the engine is quitting");
+	if (role == PR_ROLE_SOURCE && !pr_state_is_over(state))
+		return pr_hello_refusal(PR_HELLO_REFUSED,
+					"this engine is the source of a migration");
+	if (role == PR_ROLE_DESTINATION && state == PR_STATE_COMPLETED)
+		return pr_hello_refusal(PR_HELLO_REFUSED, "a guest has arrived here already");
+	if (!session->thread || destination->pending_peer || role == PR_ROLE_SOURCE)
+		return pr_hello_refusal(PR_HELLO_REFUSED, "another migration is %s here",
+					pr_state_name(state));
+	return pr_hello_accepted();
+}
+
+static PrHelloAck accept_new(PrDestination *destination, const PrHello *hello)
+{
+	PrSession *session = destination->session;
+
+	if (pr_session_step_locked(session, PR_EVENT_START, PR_ROLE_DESTINATION,
+				   "a source has connected") == PR_ACTION_REFUSE)
+		return pr_hello_refusal(PR_HELLO_REFUSED, "another migration is %s here",
+					pr_state_name(session->sm.state));
+	memcpy(session->binding.uuid, hello->uuid, PR_UUID_BYTES);
+	memcpy(session->binding.secret, hello->secret, PR_SECRET_BYTES);
+	g_clear_pointer(&session->error_desc, g_free);
+	session->pages_at_pause = 0;
+	session->paused_by_operator = FALSE;
+	memset(&destination->fault_stats, 0, sizeof(destination->fault_stats));
+	destination->guest_started = FALSE;
+	return pr_hello_accepted();
+}
+
+static PrHelloAck judge_hello(PrDestination *destination, const PrHello *hello)
+{
+	PrHelloAck ack;
+
+	if (hello->role != PR_HELLO_SOURCE)
+		return pr_hello_refusal(PR_HELLO_REFUSED,
+					"this is a destination; it takes only sources");
+	if (hello->resume) {
+		ack = judge_resume(destination, hello);
+		if (ack.status == PR_HELLO_OK)
+			accept_resume(destination->session, hello);
+		return ack;
+	}
+	await_tidy_up(destination->session);
+	ack = judge_new(destination);
+	return ack.status == PR_HELLO_OK ? accept_new(destination, hello) : ack;
+}
+
+/* ---- the pending peer ---- */
 
 static PrPendingPeer *pending_peer_new(const PrHello *hello, PrListener *listener)
 {
-	PrPendingPeer *pending_peer = g_new0(PrPendingPeer, 1);
+	PrPendingPeer *peer = g_new0(PrPendingPeer, 1);
 
-	pending_peer->listener = listener;
-	pr_hello_copy(&pending_peer->hello, hello);
-	return pending_peer;
+	peer->listener = listener;
+	pr_hello_copy(&peer->hello, hello);
+	return peer;
 }
 
-/* The load thread has it from now on. Returns whom it pushes out. With the lock held. */
-static PrPendingPeer *enqueue(PrMigration *m, PrPendingPeer *pending_peer)
+void pr_pending_peer_free(PrPendingPeer *peer)
 {
-	PrPendingPeer *old = m->pending_peer;
-
-	/* The epoch is taken now, so that whoever comes next has to be newer still. */
-	m->binding.epoch = pending_peer->hello.epoch;
-	m->pending_peer = pending_peer;
-	g_cond_broadcast(&m->changed);
-	return old;
+	if (!peer)
+		return;
+	pr_control_free(peer->control);
+	if (peer->standby)
+		pr_conn_close(peer->standby);
+	pr_hello_clear(&peer->hello);
+	g_free(peer);
 }
 
-void pr_destination_hello(PrControl *control, const PrHello *hello, PrListener *listener,
-			  void *opaque)
+/* Leaves the peer to the owner; returns the peer that it replaces. With the lock held. */
+static PrPendingPeer *enqueue(PrDestination *destination, PrPendingPeer *peer)
 {
-	PrMigration *m = opaque;
-	PrPendingPeer *old = NULL;
-	PrHelloAck ack = {.status = PR_HELLO_OK};
+	PrSession *session = destination->session;
+	PrPendingPeer *replaced = destination->pending_peer;
 
-	if (hello->role == PR_HELLO_SOURCE && hello->resume == PR_RESUME_STANDBY) {
-		pr_standby_admit(m, control, hello, listener);
-		return;
-	}
-	g_mutex_lock(&m->lock);
-	if (hello->role != PR_HELLO_SOURCE)
-		pr_refuse(&ack, "this is a destination; it takes only sources");
-	else if (hello->resume)
-		judge_resume(m, hello, &ack);
-	else
-		judge_new(m, hello, &ack);
-	if (ack.status == PR_HELLO_OK) {
-		PrPendingPeer *pending_peer = pending_peer_new(hello, listener);
+	/* The epoch counts from now on: the next peer has to bring a higher one. */
+	session->binding.epoch = peer->hello.epoch;
+	destination->pending_peer = peer;
+	g_cond_broadcast(&session->changed);
+	return replaced;
+}
 
-		pending_peer->control = control;
-		old = enqueue(m, pending_peer);
-	}
-	g_mutex_unlock(&m->lock);
-	pr_session_flush_events(m);
-	pr_pending_peer_free(old);
-	if (ack.status == PR_HELLO_OK)
-		return;
-	if (ack.status != PR_HELLO_COMPLETED)
-		pr_note_refusal(m, "connection", control, ack.reason);
-	pr_control_answer(control, &ack, NULL);
+static void refuse(PrDestination *destination, PrControl *control, const PrHelloAck *ack)
+{
+	if (ack->status != PR_HELLO_COMPLETED)
+		pr_destination_log_refusal(destination, "connection", control, ack->reason);
+	pr_control_answer(control, ack, NULL);
 	pr_control_free(control);
 }
 
-gboolean pr_destination_activate(PrConn *conn, const PrHello *hello, PrListener *listener,
-				 PrHelloAck *ret)
+void pr_destination_admit(PrDestination *destination, PrControl *control, const PrHello *hello,
+			  PrListener *listener)
 {
-	PrMigration *m = conn->m;
-	PrPendingPeer *old = NULL;
+	PrSession *session = destination->session;
+	PrPendingPeer *replaced = NULL;
 
-	g_mutex_lock(&m->lock);
-	if (conn->failure || !conn->granted)
-		pr_refuse(ret, "this standby path is not up");
-	else
-		judge_resume(m, hello, ret);
-	if (ret->status == PR_HELLO_OK) {
-		PrPendingPeer *pending_peer = pending_peer_new(hello, listener);
+	pr_session_lock(session);
+	PrHelloAck ack = judge_hello(destination, hello);
+	if (ack.status == PR_HELLO_OK) {
+		PrPendingPeer *peer = pending_peer_new(hello, listener);
 
+		peer->control = control;
+		replaced = enqueue(destination, peer);
+	}
+	pr_session_unlock(session);
+	pr_pending_peer_free(replaced);
+	if (ack.status != PR_HELLO_OK)
+		refuse(destination, control, &ack);
+}
+
+PrHelloAck pr_destination_activate(PrConn *conn, const PrHello *hello, PrListener *listener)
+{
+	PrDestination *destination = pr_conn_destination(conn);
+	PrSession *session = destination->session;
+	PrPendingPeer *replaced = NULL;
+
+	pr_session_lock(session);
+	PrHelloAck ack = conn->failure || !conn->granted
+				 ? pr_hello_refusal(PR_HELLO_REFUSED, "this standby path is not up")
+				 : judge_resume(destination, hello);
+	if (ack.status == PR_HELLO_OK) {
+		PrPendingPeer *peer = pending_peer_new(hello, listener);
+
+		accept_resume(session, hello);
 		pr_conn_unlist(conn);
 		conn->epoch = hello->epoch;
-		pending_peer->standby = conn;
-		old = enqueue(m, pending_peer);
+		peer->standby = conn;
+		replaced = enqueue(destination, peer);
 	}
-	g_mutex_unlock(&m->lock);
-	pr_session_flush_events(m);
-	pr_pending_peer_free(old);
-	return ret->status == PR_HELLO_OK;
-}
-
-gboolean pr_destination_send_activated(PrConn *conn, const PrHelloAck *ack, GError **error)
-{
-	g_autoptr(GByteArray) body = g_byte_array_new();
-
-	pr_hello_ack_encode(body, ack);
-	return pr_send(conn, PR_RP_ACTIVATED, body, error);
-}
-
-char *pr_destination_path_name(PrControl *control, PrListener *listener)
-{
-	const PrUri *uri = pr_listener_uri(listener);
-	g_autofree char *host = pr_control_local_host(control);
-	PrUri local = *uri;
-
-	local.host = host;
-	return pr_uri_address(&local);
+	pr_session_unlock(session);
+	pr_pending_peer_free(replaced);
+	return ack;
 }

@@ -4,115 +4,120 @@
  *
  * The destination pulls over its fit standbys at the same time as over the path in use, when they are of the same
  * transport (a plain socket that is listed as a last resort is no rail) and capability multi-rail is on. Faults are
- * served over the path in use alone. A standby that pulls stays a standby in everything else: its control channel
- * and its urgent lanes, which are probed, are its thread's (standby.c); its bulk lane is its stripe's (pull.c).
+ * served over the path in use alone. A standby that is a rail stays a standby in everything else: its thread has the
+ * control channel and the urgent lanes, which are probed (standby.c). The rail's pull thread has the bulk lane (pull.c).
  *
- * The thread that has the standby begins its stripe after a probe was answered, and ends it before it gives the
- * connection away or closes it:
- *  - to be activated, or because nothing is to be pulled there now: the stripe posts no more, and what it has posted
- *    comes in, within heartbeat-timeout; else the path is dead.
- *  - lost: the stripe lets go at once, the path is fenced, then the claims of its READs are forgotten and whoever
- *    wants the pages is woken. The path in use and the other stripes go on all the while.
- * When the path in use is lost, stripes post no more until there is another one; their READs land as ever (pull.c).
+ * The standby's thread begins the rail after a probe was answered. It ends the rail before it leaves the connection to
+ * the owner, or closes it:
+ *  - to be activated, or because nothing is to be pulled there: the rail posts no more, and the READs that it has posted
+ *    come back within heartbeat-timeout. Otherwise the path is dead.
+ *  - the path is lost: the rail stops at once, the path is fenced, then the claims of its READs are freed and the threads
+ *    that wait for these pages are woken. The path in use and the other rails go on meanwhile.
+ * When the path in use is lost, rails post no more until there is another one; their READs land as before (pull.c).
  *
- * So a late READ harms nobody: its pages are claimed until it has landed or its own path is fenced, whatever becomes
- * of the path in use and of the epoch in between.
+ * So a late READ does no harm: its pages are claimed until it has landed or its own path is fenced, whatever happens to
+ * the path in use and to the epoch in between.
  */
-#include "migration/session/session.h"
+#include "migration/destination/rails.h"
+
+#include "migration/session/messages.h"
 
 /* With pull_lock held. */
-static PrPull *pull_of(PrMigration *m)
+static PrPull *pull_of(PrDestination *destination)
 {
-	g_mutex_lock(&m->lock);
-	PrPull *pull = m->pull;
-	g_mutex_unlock(&m->lock);
+	PrSession *session = destination->session;
+
+	pr_session_lock(session);
+	PrPull *pull = destination->pull;
+	pr_session_unlock(session);
 	return pull;
 }
 
 static void set_rail(PrConn *conn, guint id)
 {
-	PrMigration *m = conn->m;
+	PrSession *session = conn->session;
 
-	g_mutex_lock(&m->lock);
-	conn->stripe = id;
+	pr_session_lock(session);
+	conn->rail = id;
 	conn->pulls = id != 0;
-	g_mutex_unlock(&m->lock);
+	pr_session_unlock(session);
 }
 
 /* Whether its path is fit, and where to count what it carries. */
 static gboolean is_fit(PrConn *conn, uint64_t **ret_bytes)
 {
-	PrMigration *m = conn->m;
+	PrSession *session = conn->session;
 
-	g_mutex_lock(&m->lock);
-	PrPathRecord *record = pr_path_record(m, conn->name);
+	pr_session_lock(session);
+	PrPathRecord *record = pr_path_record(&session->paths, conn->name);
 	gboolean fit = conn->standby && !conn->failure && conn->granted &&
 		       record->health.state == PR_PATH_STANDBY;
-	g_mutex_unlock(&m->lock);
+	pr_session_unlock(session);
 	*ret_bytes = &record->bytes;
 	return fit;
 }
 
 void pr_rail_begin(PrConn *conn)
 {
-	PrMigration *m = conn->m;
+	PrDestination *destination = pr_conn_destination(conn);
 	uint64_t *bytes;
 
-	if (conn->stripe || !is_fit(conn, &bytes))
+	if (conn->rail || !is_fit(conn, &bytes))
 		return;
-	g_mutex_lock(&m->pull_lock);
-	PrPull *pull = pull_of(m);
+	g_mutex_lock(&destination->pull_lock);
+	PrPull *pull = pull_of(destination);
 	if (pull && pr_pull_wants_rail(pull, conn->path)) {
 		g_autoptr(GError) error = NULL;
 		guint id = pr_pull_add_rail(pull, conn->path, bytes, &error);
 
 		if (id != 0) {
 			set_rail(conn, id);
-			g_info("path %s: pulls, too", conn->name);
+			g_info("path %s: joins the bulk pull", conn->name);
 		} else {
-			g_info("path %s: can't pull along: %s", conn->name, error->message);
+			g_info("path %s: can't join the bulk pull: %s", conn->name, error->message);
 		}
 	}
-	g_mutex_unlock(&m->pull_lock);
+	g_mutex_unlock(&destination->pull_lock);
 }
 
 gboolean pr_rail_drain(PrConn *conn, GError **error)
 {
-	PrMigration *m = conn->m;
-	gint64 deadline = g_get_monotonic_time() +
-			  (gint64)pr_param(m->params, PR_PARAM_HEARTBEAT_TIMEOUT) * 1000;
+	PrDestination *destination = pr_conn_destination(conn);
+	gint64 deadline =
+		g_get_monotonic_time() +
+		(gint64)pr_param(conn->session->params, PR_PARAM_HEARTBEAT_TIMEOUT) * 1000;
 
-	if (!conn->stripe)
+	if (!conn->rail)
 		return TRUE;
-	/* Others must not wait as long. */
-	g_mutex_lock(&m->pull_lock);
-	g_autoptr(PrPull) pull = pull_of(m);
+	/* Draining takes long, so it is done without pull_lock. */
+	g_mutex_lock(&destination->pull_lock);
+	g_autoptr(PrPull) pull = pull_of(destination);
 	if (pull)
 		pr_pull_ref(pull);
-	g_mutex_unlock(&m->pull_lock);
-	gboolean rested = !pull || pr_pull_drain_rail(pull, conn->stripe, deadline);
-	if (rested) {
-		pr_rail_stop(conn);
-		pr_rail_reclaim(conn);
-	}
-	if (!rested)
+	g_mutex_unlock(&destination->pull_lock);
+	if (pull && !pr_pull_drain_rail(pull, conn->rail, deadline)) {
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_SILENT,
-			    "path %s: pages that are to come over it do not come", conn->name);
-	return rested;
+			    "path %s: pages that were asked for over it do not come", conn->name);
+		return FALSE;
+	}
+	pr_rail_stop(conn);
+	pr_rail_reclaim(conn);
+	return TRUE;
 }
 
 gboolean pr_rail_review(PrConn *conn, GError **error)
 {
-	PrMigration *m = conn->m;
-	gint64 within_us = (gint64)pr_param(m->params, PR_PARAM_HEARTBEAT_TIMEOUT) * 1000;
+	PrDestination *destination = pr_conn_destination(conn);
+	gint64 within_us =
+		(gint64)pr_param(conn->session->params, PR_PARAM_HEARTBEAT_TIMEOUT) * 1000;
 
-	if (!conn->stripe)
+	if (!conn->rail)
 		return TRUE;
-	g_mutex_lock(&m->pull_lock);
-	PrPull *pull = pull_of(m);
+	g_mutex_lock(&destination->pull_lock);
+	PrPull *pull = pull_of(destination);
 	gboolean wanted = pull && pr_pull_wants_rail(pull, conn->path);
-	gboolean moves = !pull || pr_pull_rail_moves(pull, conn->stripe, within_us);
-	g_mutex_unlock(&m->pull_lock);
+	gboolean moves = !pull || pr_pull_rail_moves(pull, conn->rail, within_us);
+	g_mutex_unlock(&destination->pull_lock);
 	if (!moves)
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_SILENT,
 			    "path %s: the bulk lane does not answer", conn->name);
@@ -121,80 +126,52 @@ gboolean pr_rail_review(PrConn *conn, GError **error)
 
 void pr_rail_stop(PrConn *conn)
 {
-	PrMigration *m = conn->m;
+	PrDestination *destination = pr_conn_destination(conn);
 
-	if (!conn->stripe)
+	if (!conn->rail)
 		return;
-	g_mutex_lock(&m->pull_lock);
-	PrPull *pull = pull_of(m);
+	g_mutex_lock(&destination->pull_lock);
+	PrPull *pull = pull_of(destination);
 	if (pull)
-		pr_pull_end_rail(pull, conn->stripe);
-	g_mutex_unlock(&m->pull_lock);
+		pr_pull_end_rail(pull, conn->rail);
+	g_mutex_unlock(&destination->pull_lock);
 }
 
 void pr_rail_reclaim(PrConn *conn)
 {
-	PrMigration *m = conn->m;
+	PrDestination *destination = pr_conn_destination(conn);
 
-	if (!conn->stripe)
+	if (!conn->rail)
 		return;
-	g_mutex_lock(&m->pull_lock);
-	PrPull *pull = pull_of(m);
+	g_mutex_lock(&destination->pull_lock);
+	PrPull *pull = pull_of(destination);
 	if (pull)
-		pr_pull_reclaim_rail(pull, conn->stripe);
+		pr_pull_reclaim_rail(pull, conn->rail);
 	set_rail(conn, 0);
-	g_mutex_unlock(&m->pull_lock);
+	g_mutex_unlock(&destination->pull_lock);
 }
 
-/* ---- what the source hears of it ---- */
-
-gboolean pr_rail_send_rails(PrMigration *m, PrConn *conn, GError **error)
+gboolean pr_destination_send_rails(PrConn *conn, GError **error)
 {
+	PrSession *session = conn->session;
 	g_autoptr(GByteArray) body = g_byte_array_new();
 	PrRail rails[PR_RAILS_MAX];
-	guint n;
 
-	g_mutex_lock(&m->lock);
-	n = MIN(m->standbys->len, PR_RAILS_MAX);
+	pr_session_lock(session);
+	guint n = MIN(session->standbys->len, PR_RAILS_MAX);
 	for (guint i = 0; i < n; i++) {
-		const PrConn *standby = m->standbys->pdata[i];
+		const PrConn *standby = session->standbys->pdata[i];
+		const PrPathRecord *record = pr_path_record(&session->paths, standby->name);
+
 		rails[i] = (PrRail){
 			.epoch = standby->lanes_epoch,
-			.bytes = pr_path_bytes(pr_path_record(m, standby->name)),
+			.bytes = pr_path_bytes(record),
 			.pulls = standby->pulls,
 		};
 	}
-	g_mutex_unlock(&m->lock);
+	pr_session_unlock(session);
 	if (n == 0)
 		return TRUE;
 	pr_rails_encode(body, rails, n);
 	return pr_send(conn, PR_RP_RAILS, body, error);
-}
-
-/* With the lock held. */
-static void note_rail(PrMigration *m, const PrRail *rail)
-{
-	for (guint i = 0; i < m->standbys->len; i++) {
-		PrConn *conn = m->standbys->pdata[i];
-
-		if (conn->lanes_epoch != rail->epoch)
-			continue;
-		conn->pulls = rail->pulls;
-		__atomic_store_n(&pr_path_record(m, conn->name)->bytes, rail->bytes,
-				 __ATOMIC_RELAXED);
-	}
-}
-
-gboolean pr_rail_take_rails(PrMigration *m, const PrMsg *msg, GError **error)
-{
-	g_autofree PrRail *rails = NULL;
-	guint n;
-
-	if (!pr_rails_decode(msg->body, msg->length, &rails, &n, error))
-		return FALSE;
-	g_mutex_lock(&m->lock);
-	for (guint i = 0; i < n; i++)
-		note_rail(m, &rails[i]);
-	g_mutex_unlock(&m->lock);
-	return TRUE;
 }

@@ -10,7 +10,7 @@
 
 #include "migration/memory/bitmap.h"
 #include "migration/memory/invariants.h"
-#include "migration/migration.h"
+#include "migration/core/types.h"
 #include "migration/memory/scratch.h"
 
 #define CLEARED_AT_ONCE (64ull << 20) /* bytes */

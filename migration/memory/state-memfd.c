@@ -11,7 +11,7 @@
 #include "guest/agent-proto.h"
 #include "guest/process.h"
 #include "migration/memory/bitmap.h"
-#include "migration/migration.h"
+#include "migration/core/types.h"
 
 #define STATE_MEMFD_MAGIC   0x5053544154454d46ull /* "PSTATEMF" */
 #define STATE_MEMFD_VERSION 3

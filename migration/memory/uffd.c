@@ -7,7 +7,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
-#include "migration/migration.h"
+#include "migration/core/types.h"
 
 static struct uffdio_range range_of(const PrRamBlock *block, uint64_t page, uint64_t n)
 {

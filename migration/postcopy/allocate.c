@@ -43,7 +43,7 @@
 
 #include "guest/allocator.h"
 #include "migration/memory/bitmap.h"
-#include "migration/migration.h"
+#include "migration/core/types.h"
 #include "migration/memory/scratch.h"
 #include "util/try-alloc.h"
 

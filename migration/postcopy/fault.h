@@ -3,7 +3,7 @@
 #pragma once
 
 #include "migration/postcopy/blocktime.h"
-#include "migration/migration.h"
+#include "migration/core/types.h"
 #include "migration/core/params.h"
 #include "migration/memory/ram.h"
 #include "transport/transport.h"

@@ -20,9 +20,9 @@
 #include <glib.h>
 #include <stdint.h>
 
+#include "migration/core/params.h"
 #include "migration/memory/ram.h"
 
-#define PR_READAHEAD_MAX       64   /* pages: the largest window */
 #define PR_READAHEAD_START     2    /* pages: the first window */
 #define PR_READAHEAD_STRIDE    1024 /* pages */
 #define PR_READAHEAD_STREAMS   4    /* of each thread */

@@ -33,7 +33,7 @@
 #include "migration/memory/bitmap.h"
 #include "migration/memory/invariants.h"
 #include "migration/core/crash-point.h"
-#include "migration/migration.h"
+#include "migration/core/types.h"
 #include "migration/memory/uffd.h"
 #include "util/try-alloc.h"
 

@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include "migration/core/crash-point.h"
-#include "migration/migration.h"
+#include "migration/core/types.h"
 
 #define GROUP	"postroad source"
 #define VERSION 1
@@ -82,7 +82,7 @@ static char *to_text(const PrHandoverRecord *record, PrHandoverStage stage)
 	g_key_file_set_string(file, GROUP, "process", record->process);
 	g_key_file_set_string(file, GROUP, "stage", stage_names[stage]);
 	g_key_file_set_boolean(file, GROUP, "was-running", record->was_running);
-	g_key_file_set_boolean(file, GROUP, "held", record->held);
+	g_key_file_set_boolean(file, GROUP, "held", record->paused_by_operator);
 	g_key_file_set_uint64(file, GROUP, "incarnation", record->incarnation);
 	g_key_file_set_string(file, GROUP, "uuid", uuid);
 	g_key_file_set_string(file, GROUP, "secret", secret);
@@ -150,7 +150,7 @@ static const char *from_text(PrHandoverRecord *record, GKeyFile *file)
 		return "uuid, secret or incarnation make no sense";
 	record->incarnation = (uint32_t)incarnation;
 	record->was_running = g_key_file_get_boolean(file, GROUP, "was-running", NULL);
-	record->held = g_key_file_get_boolean(file, GROUP, "held", NULL);
+	record->paused_by_operator = g_key_file_get_boolean(file, GROUP, "held", NULL);
 	record->uris = g_key_file_get_string(file, GROUP, "uris", NULL);
 	return get_blocks(file, record) ? NULL : "its RAM blocks make no sense";
 }

@@ -28,8 +28,8 @@ typedef struct PrHandoverRecord {
 	char *process; /* constant; of the guest */
 
 	PrHandoverStage stage;
-	gboolean was_running; /* the guest ran before it was stopped */
-	gboolean held;	      /* a human has paused it */
+	gboolean was_running;	     /* the guest ran before it was stopped */
+	gboolean paused_by_operator; /* a human has paused it */
 	/* How often an engine has taken this migration up. The upper half of its epochs. */
 	uint32_t incarnation;
 	uint8_t uuid[PR_UUID_BYTES];

@@ -1,25 +1,28 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The source looks through its RAM, over a incremental_grants path: what holds data is granted, all else is zero.
+ * The scan of the source's RAM over a path with incremental grants: ranges with data are granted, all others are zero.
  *
- * That takes the longer the more RAM there is (holes and exchanged pages have to be looked for: transport/rdma/export.c),
- * and can't be done before the guest has stopped. So a thread does it, piece by piece, while the device state is saved
- * and loaded and while the guest runs at the destination already; each piece is told as soon as it was
- * looked at. Nothing between the stop and RUN waits for it.
+ * The scan takes longer the more RAM there is (holes and exchanged pages have to be found: transport/rdma/source-mr.c),
+ * and can't begin before the guest has stopped. So a thread scans piece by piece, while the device state is saved and
+ * loaded and while the guest runs at the destination already. Each piece is granted as soon as it was scanned. Nothing
+ * between the stop and RUN waits for the scan.
  *
- * Every page is told once: either by GRANT or by RAM_ZERO. Until then the destination does not read it (live-grants.c); if
- * a fault waits for it, the destination asks, and the unit with that page is the next one to be looked at. So a fault
- * waits for one piece that is being looked at, its own unit and a round trip, however much RAM there is.
+ * The destination is told about every page once: by GRANT or by RAM_ZERO. Until then it does not read the page
+ * (destination/live-grants.c). If a fault waits for it, the destination asks, and the unit with that page is scanned
+ * next. So a fault waits for the piece that is being scanned, its own unit and a round trip, however much RAM there is.
  *
- * The guest's RAM is what it was when it stopped, so it makes no difference when a piece is looked at.
+ * The guest's RAM is what it was when it stopped, so it makes no difference when a piece is scanned.
  */
+#include "migration/source/ram-scan.h"
+
 #include "migration/memory/bitmap.h"
-#include "migration/session/session.h"
+#include "migration/source/grants.h"
+#include "migration/source/zero-pages.h"
 #include "util/try-alloc.h"
 
-#define UNIT	  (2ull * 1024 * 1024) /* bytes: what is looked at for one fault */
-#define UNITS	  16u		       /* that are looked at in one go when nobody asks */
-#define ASKED_MAX 8192u
+#define UNIT	     (2ull * 1024 * 1024) /* bytes: scanned for one fault */
+#define UNITS	     16u		  /* scanned in one piece when no fault waits */
+#define REQUESTS_MAX 8192u
 
 typedef struct PrScanRequest {
 	uint32_t block;
@@ -27,38 +30,39 @@ typedef struct PrScanRequest {
 } PrScanRequest;
 
 typedef struct RamScanner {
-	PrMigration *m;
 	PrConn *conn;
-	unsigned long *told[PR_BLOCKS_MAX]; /* for each block: units */
-	uint32_t block;			    /* the walk goes on here */
+	unsigned long *told[PR_BLOCKS_MAX]; /* for each block a bitmap of its units */
+	uint32_t block;			    /* the scan goes on here */
 	uint64_t unit;
 } RamScanner;
 
-static void looker_free(RamScanner *self)
+static void scanner_free(RamScanner *self)
 {
 	for (guint i = 0; i < PR_BLOCKS_MAX; i++)
 		g_free(self->told[i]);
 	g_free(self);
 }
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(RamScanner, looker_free)
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(RamScanner, scanner_free)
 
 static uint64_t n_units(const RamScanner *self, uint32_t block)
 {
-	return (self->m->ram->blocks[block].size + UNIT - 1) / UNIT;
+	return (self->conn->session->ram->blocks[block].size + UNIT - 1) / UNIT;
 }
 
-/* All comes in its turn; what does not fit need not come first. With the lock held. */
-static void ask_for(PrMigration *m, uint32_t block, const PrWireRange *range)
+/* All RAM is scanned in the end, so requests that do not fit may be dropped. With the lock held. */
+static void add_requests(PrSource *source, uint32_t block, const PrWireRange *range)
 {
 	uint64_t end = range->offset + range->length;
 
-	for (uint64_t unit = range->offset / UNIT; unit * UNIT < end && m->asked->len < ASKED_MAX;
-	     unit++)
-		g_array_append_vals(m->asked, &(PrScanRequest){block, unit}, 1);
+	for (uint64_t unit = range->offset / UNIT;
+	     unit * UNIT < end && source->scan_requests->len < REQUESTS_MAX; unit++)
+		g_array_append_vals(source->scan_requests, &(PrScanRequest){block, unit}, 1);
 }
 
-gboolean pr_source_take_look(PrMigration *m, const PrMsg *msg, GError **error)
+gboolean pr_source_handle_scan_first(PrConn *conn, const PrMsg *msg, GError **error)
 {
+	PrSource *source = pr_conn_source(conn);
+	PrSession *session = conn->session;
 	g_autofree PrWireRange *ranges = NULL;
 	uint32_t block;
 	guint n;
@@ -66,41 +70,42 @@ gboolean pr_source_take_look(PrMigration *m, const PrMsg *msg, GError **error)
 	if (!pr_ranges_decode(msg->body, msg->length, &block, &ranges, &n, error))
 		return FALSE;
 	for (guint i = 0; i < n; i++)
-		if (block >= m->ram->n_blocks ||
-		    !pr_ram_block_contains(&m->ram->blocks[block], ranges[i].offset,
+		if (block >= session->ram->n_blocks ||
+		    !pr_ram_block_contains(&session->ram->blocks[block], ranges[i].offset,
 					   ranges[i].length)) {
 			g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PROTOCOL,
 				    "the destination asks about a range outside of RAM block %u",
 				    block);
 			return FALSE;
 		}
-	g_mutex_lock(&m->lock);
-	for (guint i = 0; i < n && m->looking; i++)
-		ask_for(m, block, &ranges[i]);
-	g_mutex_unlock(&m->lock);
+	pr_session_lock(session);
+	for (guint i = 0; i < n && source->scanning; i++)
+		add_requests(source, block, &ranges[i]);
+	pr_session_unlock(session);
 	return TRUE;
 }
 
-/* The next unit that a fault waits for and that was not told yet. */
-static gboolean next_asked(RamScanner *self, PrScanRequest *ret)
+/* The next unit that a fault waits for. */
+static gboolean next_requested(RamScanner *self, PrScanRequest *ret)
 {
-	PrMigration *m = self->m;
+	PrSource *source = pr_conn_source(self->conn);
+	PrSession *session = source->session;
 	gboolean found = FALSE;
 
-	g_mutex_lock(&m->lock);
-	while (!found && m->asked->len > 0) {
-		*ret = g_array_index(m->asked, PrScanRequest, 0);
-		g_array_remove_index(m->asked, 0);
+	pr_session_lock(session);
+	while (!found && source->scan_requests->len > 0) {
+		*ret = g_array_index(source->scan_requests, PrScanRequest, 0);
+		g_array_remove_index(source->scan_requests, 0);
 		found = !pr_bitmap_test(self->told[ret->block], ret->unit);
 	}
-	g_mutex_unlock(&m->lock);
+	pr_session_unlock(session);
 	return found;
 }
 
-/* The next units in the walk; 0: all were told. */
+/* The next units in their order; 0: all were scanned. */
 static uint64_t next_in_turn(RamScanner *self, PrScanRequest *ret)
 {
-	for (; self->block < self->m->ram->n_blocks; self->block++, self->unit = 0) {
+	for (; self->block < self->conn->session->ram->n_blocks; self->block++, self->unit = 0) {
 		const unsigned long *told = self->told[self->block];
 		uint64_t all = n_units(self, self->block), n = 0;
 
@@ -116,103 +121,110 @@ static uint64_t next_in_turn(RamScanner *self, PrScanRequest *ret)
 	return 0;
 }
 
-static gboolean look_at(RamScanner *self, const PrScanRequest *look, uint64_t n)
+static gboolean scan_piece(RamScanner *self, const PrScanRequest *piece, uint64_t n)
 {
 	PrConn *conn = self->conn;
-	uint64_t start = look->unit * UNIT;
-	uint64_t end = MIN(start + n * UNIT, self->m->ram->blocks[look->block].size);
+	uint64_t start = piece->unit * UNIT;
+	uint64_t end = MIN(start + n * UNIT, self->conn->session->ram->blocks[piece->block].size);
 	g_autoptr(GArray) grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
 
-	pr_bitmap_set(self->told[look->block], look->unit, n);
-	conn->path->ops->grants_within(conn->path, look->block, start, end - start, grants);
-	/* A path that has failed does not grant all that there is: the rest would pass for zero. */
-	return !pr_attempt_has_failed(self->m) && pr_source_tell_grants(conn, grants, NULL) &&
-	       pr_source_tell_ungranted(conn, look->block, start, end, grants, NULL);
+	pr_bitmap_set(self->told[piece->block], piece->unit, n);
+	conn->path->ops->grants_within(conn->path, piece->block, start, end - start, grants);
+	/* A path that has failed does not grant all data. The rest must not pass for zeros. */
+	return !pr_session_attempt_has_failed(conn->session) &&
+	       pr_source_send_grants(conn, grants, NULL) &&
+	       pr_source_send_ungranted(conn, piece->block, start, end, grants, NULL);
 }
 
-static gboolean look_through(RamScanner *self)
+static gboolean scan_all(RamScanner *self)
 {
-	PrScanRequest look;
+	PrScanRequest piece;
 	uint64_t n;
 
 	for (;;) {
-		n = next_asked(self, &look) ? 1 : next_in_turn(self, &look);
+		n = next_requested(self, &piece) ? 1 : next_in_turn(self, &piece);
 		if (n == 0)
 			return TRUE;
-		if (!look_at(self, &look, n))
+		if (!scan_piece(self, &piece, n))
 			return FALSE;
 	}
 }
 
-static gpointer look_thread(gpointer opaque)
+static gpointer scan_thread(gpointer opaque)
 {
 	g_autoptr(RamScanner) self = opaque;
-	PrMigration *m = self->m;
+	PrSource *source = pr_conn_source(self->conn);
+	PrSession *session = source->session;
 	gint64 began = g_get_monotonic_time();
-	gboolean all = look_through(self);
+	gboolean all = scan_all(self);
 
-	g_info("looking at %" G_GUINT64_FORMAT " MiB of RAM took %.1f ms, beside all else%s",
-	       m->ram->total_bytes >> 20, (double)(g_get_monotonic_time() - began) / 1e3,
-	       all ? "" : "; not all was told");
+	g_info("scanning %" G_GUINT64_FORMAT " MiB of RAM took %.1f ms, in the background%s",
+	       session->ram->total_bytes >> 20, (double)(g_get_monotonic_time() - began) / 1e3,
+	       all ? "" : "; it was not finished");
 
-	g_mutex_lock(&m->lock);
-	m->looking = FALSE;
-	g_cond_broadcast(&m->changed);
-	g_mutex_unlock(&m->lock);
+	pr_session_lock(session);
+	source->scanning = FALSE;
+	g_cond_broadcast(&session->changed);
+	pr_session_unlock(session);
 	return GINT_TO_POINTER(all);
 }
 
-static RamScanner *looker_new(PrMigration *m, PrConn *conn, GError **error)
+static RamScanner *scanner_new(PrConn *conn, GError **error)
 {
+	const PrRam *ram = conn->session->ram;
 	g_autoptr(RamScanner) self = g_new0(RamScanner, 1);
 
-	self->m = m;
 	self->conn = conn;
-	for (guint i = 0; i < m->ram->n_blocks; i++) {
+	for (guint i = 0; i < ram->n_blocks; i++) {
 		gsize bytes = pr_bitmap_words(n_units(self, i)) * sizeof(unsigned long);
 
-		self->told[i] = pr_try_alloc(bytes, "what of the RAM was looked at", error);
+		self->told[i] = pr_try_alloc(bytes, "the bitmap of scanned RAM", error);
 		if (!self->told[i])
 			return NULL;
 	}
 	return g_steal_pointer(&self);
 }
 
-GThread *pr_look_begin(PrMigration *m, PrConn *conn, GError **error)
+GThread *pr_ram_scan_start(PrConn *conn, GError **error)
 {
-	g_autoptr(RamScanner) self = looker_new(m, conn, error);
-	GThread *looker;
+	PrSource *source = pr_conn_source(conn);
+	PrSession *session = conn->session;
+	g_autoptr(RamScanner) self = scanner_new(conn, error);
+	GThread *scanner;
 
 	if (!self)
 		return NULL;
-	g_mutex_lock(&m->lock);
-	g_clear_pointer(&m->asked, g_array_unref);
-	m->asked = g_array_new(FALSE, FALSE, sizeof(PrScanRequest));
-	m->looking = TRUE;
-	g_mutex_unlock(&m->lock);
-	looker = pr_thread_try("look", look_thread, self, error);
-	if (looker)
+	pr_session_lock(session);
+	g_clear_pointer(&source->scan_requests, g_array_unref);
+	source->scan_requests = g_array_new(FALSE, FALSE, sizeof(PrScanRequest));
+	source->scanning = TRUE;
+	pr_session_unlock(session);
+	scanner = pr_thread_try("ram-scan", scan_thread, self, error);
+	if (scanner)
 		g_steal_pointer(&self);
 	else
-		m->looking = FALSE; /* nobody waits for it yet */
-	return looker;
+		source->scanning = FALSE; /* no thread waits for it yet */
+	return scanner;
 }
 
-gboolean pr_look_end(PrMigration *m, GThread *looker)
+gboolean pr_ram_scan_finish(PrSource *source, GThread *scanner)
 {
-	gboolean all = GPOINTER_TO_INT(g_thread_join(looker));
+	PrSession *session = source->session;
+	gboolean all = GPOINTER_TO_INT(g_thread_join(scanner));
 
-	g_mutex_lock(&m->lock);
-	g_clear_pointer(&m->asked, g_array_unref);
-	g_mutex_unlock(&m->lock);
+	pr_session_lock(session);
+	g_clear_pointer(&source->scan_requests, g_array_unref);
+	pr_session_unlock(session);
 	return all;
 }
 
-void pr_look_await(PrMigration *m)
+void pr_ram_scan_await(PrSource *source)
 {
-	g_mutex_lock(&m->lock);
-	/* Ended by the looker, or by a failure. */
-	while (m->looking && !m->failure)
-		g_cond_wait(&m->changed, &m->lock);
-	g_mutex_unlock(&m->lock);
+	PrSession *session = source->session;
+
+	pr_session_lock(session);
+	/* Ended by the end of the scan, or by a failure. */
+	while (source->scanning && !session->failure)
+		g_cond_wait(&session->changed, &session->lock);
+	pr_session_unlock(session);
 }

@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What need not travel: the source tells the destination which ranges of its RAM hold zeros only. Holes
- * of a memfd are found without reading them, zero pages by reading what has not arrived yet.
+ * The source tells the destination which ranges of its RAM hold zeros only, so that they need not travel. Holes of a memfd
+ * are found without reading them. Zero pages are found by reading the pages that have not arrived yet.
  */
-#include "migration/memory/bitmap.h"
-#include "migration/session/session.h"
+#include "migration/source/zero-pages.h"
 
-#define STRETCH	     (2ull * 1024 * 1024) /* bytes; what one look decides on */
-#define SAMPLED_PAGE 32			  /* one page in so many is looked at first */
+#include "migration/memory/bitmap.h"
+#include "migration/session/messages.h"
+
+#define STRETCH	     (2ull * 1024 * 1024) /* bytes; sampled as one */
+#define SAMPLED_PAGE 32			  /* one page in so many is sampled */
 
 typedef struct Ranges {
 	PrConn *conn;
@@ -41,7 +43,7 @@ static gboolean add_range(Ranges *ranges, uint64_t offset, uint64_t length, GErr
 	return TRUE;
 }
 
-/* What the memfd has never held is zero, and known without reading it. */
+/* A range that the memfd has never held is zero, which is known without reading it. */
 static gboolean send_block_holes(Ranges *ranges, const PrRamBlock *block, GError **error)
 {
 	uint64_t at = 0;
@@ -57,20 +59,21 @@ static gboolean send_block_holes(Ranges *ranges, const PrRamBlock *block, GError
 	return flush_ranges(ranges, error);
 }
 
-gboolean pr_source_tell_holes(PrMigration *m, PrConn *conn, GError **error)
+gboolean pr_source_send_holes(PrConn *conn, GError **error)
 {
+	const PrRam *ram = conn->session->ram;
 	g_autofree Ranges *ranges = g_new0(Ranges, 1);
 
 	ranges->conn = conn;
-	for (guint i = 0; i < m->ram->n_blocks; i++) {
+	for (guint i = 0; i < ram->n_blocks; i++) {
 		ranges->block = i;
-		if (!send_block_holes(ranges, &m->ram->blocks[i], error))
+		if (!send_block_holes(ranges, &ram->blocks[i], error))
 			return FALSE;
 	}
 	return TRUE;
 }
 
-gboolean pr_source_tell_ungranted(PrConn *conn, uint32_t block, uint64_t start, uint64_t end,
+gboolean pr_source_send_ungranted(PrConn *conn, uint32_t block, uint64_t start, uint64_t end,
 				  const GArray *grants, GError **error)
 {
 	g_autofree Ranges *ranges = g_new0(Ranges, 1);
@@ -88,58 +91,59 @@ gboolean pr_source_tell_ungranted(PrConn *conn, uint32_t block, uint64_t start, 
 	return (at >= end || add_range(ranges, at, end - at, error)) && flush_ranges(ranges, error);
 }
 
-static gboolean is_zero_to_tell(const PrRamBlock *block, uint64_t at)
+static gboolean is_missing_zero(const PrRamBlock *block, uint64_t at)
 {
 	uint64_t page = at / block->page_size;
 
 	return pr_bitmap_test(block->dirty, page) && pr_ram_page_is_zero(block, page);
 }
 
-/* Zero pages lie together. Reading each page of RAM that has none takes processors from what has to be sent. */
+/* Zero pages lie together. Reading every page of RAM that has none would take processors from the transfer. */
 static gboolean seems_to_have_zeros(const PrRamBlock *block, uint64_t start, uint64_t end)
 {
 	for (uint64_t at = start; at < end; at += (uint64_t)SAMPLED_PAGE * block->page_size)
-		if (is_zero_to_tell(block, at))
+		if (is_missing_zero(block, at))
 			return TRUE;
 	return FALSE;
 }
 
-static gboolean tell_zeros(Ranges *ranges, const PrRamBlock *block, uint64_t start, uint64_t end,
+static gboolean send_zeros(Ranges *ranges, const PrRamBlock *block, uint64_t start, uint64_t end,
 			   GError **error)
 {
 	for (uint64_t at = start; at < end; at += block->page_size)
-		if (is_zero_to_tell(block, at) && !add_range(ranges, at, block->page_size, error))
+		if (is_missing_zero(block, at) && !add_range(ranges, at, block->page_size, error))
 			return FALSE;
 	return TRUE;
 }
 
-static gboolean scan_extent(PrMigration *m, Ranges *ranges, const PrRamBlock *block, uint64_t start,
-			    uint64_t end, GError **error)
+static gboolean scan_extent(Ranges *ranges, const PrRamBlock *block, uint64_t start, uint64_t end,
+			    GError **error)
 {
 	for (uint64_t at = start, next; at < end; at = next) {
 		next = MIN(end, (at / STRETCH + 1) * STRETCH);
-		if (pr_attempt_has_failed(m))
+		if (pr_session_attempt_has_failed(ranges->conn->session))
 			return FALSE;
 		if (seems_to_have_zeros(block, at, next) &&
-		    !tell_zeros(ranges, block, at, next, error))
+		    !send_zeros(ranges, block, at, next, error))
 			return FALSE;
 	}
 	return flush_ranges(ranges, error);
 }
 
-void pr_source_tell_zero_pages(PrMigration *m, PrConn *conn)
+void pr_source_send_zero_pages(PrConn *conn)
 {
+	const PrRam *ram = conn->session->ram;
 	g_autofree Ranges *ranges = g_new0(Ranges, 1);
-	g_autoptr(GError) error = NULL; /* the connection's, which is reported by itself */
+	g_autoptr(GError) error = NULL; /* a failure of the connection reports itself */
 
 	ranges->conn = conn;
-	for (guint i = 0; i < m->ram->n_blocks; i++) {
-		const PrRamBlock *block = &m->ram->blocks[i];
+	for (guint i = 0; i < ram->n_blocks; i++) {
+		const PrRamBlock *block = &ram->blocks[i];
 		PrExtent data = {0};
 
 		ranges->block = i;
 		while (pr_ram_next_data(block, data.end, block->size, &data))
-			if (!scan_extent(m, ranges, block, data.start, data.end, &error))
+			if (!scan_extent(ranges, block, data.start, data.end, &error))
 				return;
 	}
 }

@@ -380,7 +380,7 @@ static void read_message(PrControl *control)
 void fuzz_cond_wait(GCond *cond, GMutex *lock)
 {
 	g_mutex_unlock(lock);
-	if (cond == &engine->m->changed)
+	if (cond == &engine->m->session.changed)
 		engine->wait(engine);
 	else
 		read_message(reach_control_of(cond));
@@ -389,7 +389,7 @@ void fuzz_cond_wait(GCond *cond, GMutex *lock)
 
 gboolean fuzz_cond_wait_until(GCond *cond, GMutex *lock, gint64 deadline)
 {
-	if (cond != &engine->m->changed && deadline <= g_get_monotonic_time())
+	if (cond != &engine->m->session.changed && deadline <= g_get_monotonic_time())
 		return FALSE;
 	fuzz_cond_wait(cond, lock);
 	return TRUE;
@@ -458,28 +458,28 @@ FuzzEngine *fuzz_engine_new(const uint8_t *data, gsize size, PrGuestRole role)
 }
 
 /* What is in place, what travelled, and what is on its way: the bitmaps and the sums agree. */
-static void check_ram(const PrMigration *m)
+static void check_ram(const PrSession *session)
 {
 	uint64_t received = 0;
 
-	if (!m->ram || engine->role == PR_GUEST_SOURCE)
+	if (!session->ram || engine->role == PR_GUEST_SOURCE)
 		return;
-	for (guint i = 0; i < m->ram->n_blocks; i++) {
-		const PrRamBlock *block = &m->ram->blocks[i];
+	for (guint i = 0; i < session->ram->n_blocks; i++) {
+		const PrRamBlock *block = &session->ram->blocks[i];
 
 		received += pr_bitmap_count(block->received, block->n_pages) * block->page_size;
 		g_assert(!pr_bitmap_any(block->inflight, 0, block->n_pages));
 	}
-	g_assert_cmpuint(received, ==, pr_ram_received_bytes(m->ram));
-	g_assert_cmpuint(pr_ram_zero_bytes(m->ram), <=, received);
-	if (m->sm.role == PR_ROLE_DESTINATION && m->sm.state == PR_STATE_COMPLETED)
-		g_assert(pr_ram_complete(m->ram));
+	g_assert_cmpuint(received, ==, pr_ram_received_bytes(session->ram));
+	g_assert_cmpuint(pr_ram_zero_bytes(session->ram), <=, received);
+	if (session->sm.role == PR_ROLE_DESTINATION && session->sm.state == PR_STATE_COMPLETED)
+		g_assert(pr_ram_complete(session->ram));
 }
 
 void fuzz_engine_free(FuzzEngine *self)
 {
-	check_ram(self->m);
-	g_assert(!self->m->conn);
+	check_ram(&self->m->session);
+	g_assert(!self->m->session.conn);
 	pr_migration_free(self->m);
 	if (self->listener)
 		reach_listener_free(self->listener);

@@ -3,8 +3,6 @@
 
 #include "transport/uri.h"
 
-G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
-
 void fake_migration_set(PrMigration *migration, PrState state)
 {
 	migration->state = state;

@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "migration/memory/bitmap.h"
-#include "migration/session/session.h"
+#include "migration/source/recover.h"
 #include "tests/fuzz/fuzz.h"
 
 #define N_BLOCKS 4
@@ -15,7 +15,9 @@
 
 /* What the return-path thread needs of an engine. */
 typedef struct Source {
-	PrMigration m;
+	PrSession session;
+	PrSource role;
+	PrConn conn;
 	PrRam ram;
 	PrRamBlock blocks[N_BLOCKS];
 } Source;
@@ -25,10 +27,12 @@ static char *const names[N_BLOCKS] = {"one", "group", "odd", "many"};
 
 static void source_init(Source *source)
 {
-	source->m = (PrMigration){.ram = &source->ram};
+	source->session = (PrSession){.ram = &source->ram};
+	source->role = (PrSource){.session = &source->session};
+	source->conn = (PrConn){.session = &source->session, .role = &source->role};
 	source->ram = (PrRam){.n_blocks = N_BLOCKS, .blocks = source->blocks};
-	g_mutex_init(&source->m.lock);
-	g_cond_init(&source->m.changed);
+	g_mutex_init(&source->session.lock);
+	g_cond_init(&source->session.changed);
 	for (guint i = 0; i < N_BLOCKS; i++)
 		source->blocks[i] = (PrRamBlock){
 			.idstr = names[i],
@@ -41,8 +45,8 @@ static void source_clear(Source *source)
 {
 	for (guint i = 0; i < N_BLOCKS; i++)
 		g_free(source->blocks[i].dirty);
-	g_mutex_clear(&source->m.lock);
-	g_cond_clear(&source->m.changed);
+	g_mutex_clear(&source->session.lock);
+	g_cond_clear(&source->session.changed);
 }
 
 static gboolean take(Source *source, uint16_t type, const uint8_t *body, gsize len)
@@ -53,10 +57,10 @@ static gboolean take(Source *source, uint16_t type, const uint8_t *body, gsize l
 	g_autoptr(GError) error = NULL;
 	gboolean ok;
 
-	source->m.bitmaps_due = 1;
-	ok = pr_source_take_bitmap(&source->m, &msg, &error);
+	source->role.bitmaps_due = 1;
+	ok = pr_source_handle_bitmap(&source->conn, &msg, &error);
 	fuzz_clean_outcome(ok, error);
-	g_assert(source->m.bitmaps_due == !ok);
+	g_assert(source->role.bitmaps_due == !ok);
 	return ok;
 }
 
@@ -66,9 +70,9 @@ static void take_unasked(Source *source, uint16_t type, const uint8_t *body, gsi
 	g_autofree uint8_t *exact = g_memdup2(body, len);
 	PrMsg msg = {.type = type, .length = len, .body = exact};
 
-	source->m.bitmaps_due = 0;
-	g_assert(!pr_source_take_bitmap(&source->m, &msg, NULL));
-	g_assert(!source->m.bitmaps_due);
+	source->role.bitmaps_due = 0;
+	g_assert(!pr_source_handle_bitmap(&source->conn, &msg, NULL));
+	g_assert(!source->role.bitmaps_due);
 }
 
 /* What is dirty at the source is what is not received at the destination. */

@@ -3,16 +3,18 @@
  * The destination, as its source and as strangers: the listener's first frames, the load thread with all of its
  * commands, recoveries and standby paths.
  */
+#include "migration/destination/destination.h"
+#include "migration/destination/listen.h"
 #include "tests/fuzz/engine.h"
 
 static void wait_for_peer(FuzzEngine *engine)
 {
 	if (fuzz_engine_knock(engine))
 		return;
-	g_assert(!engine->m->quit);
-	g_mutex_lock(&engine->m->lock);
-	engine->m->quit = TRUE;
-	g_mutex_unlock(&engine->m->lock);
+	g_assert(!engine->m->session.quit);
+	g_mutex_lock(&engine->m->session.lock);
+	engine->m->session.quit = TRUE;
+	g_mutex_unlock(&engine->m->session.lock);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -22,9 +24,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	engine->wait = wait_for_peer;
 	engine->listener = reach_listener_new(uri, &fuzz_transport, &engine->data,
-					      pr_destination_hello, engine->m);
+					      pr_destination_hello, &engine->m->destination);
 	/* As pr_migration_incoming() leaves it. */
-	engine->m->thread = g_thread_ref(g_thread_self());
-	pr_load_thread(engine->m);
+	engine->m->session.thread = g_thread_ref(g_thread_self());
+	pr_load_thread(&engine->m->destination);
 	return 0;
 }

@@ -3,23 +3,24 @@
  * The source, as its destination: from `migrate` on, with recoveries as long as the input has connections. The
  * answer to HELLO, and all that the return path may bring.
  */
+#include "migration/source/source.h"
 #include "tests/fuzz/engine.h"
 
 static PrState state_of(PrMigration *m, PrConn **ret_conn)
 {
-	g_mutex_lock(&m->lock);
-	PrState state = m->sm.state;
-	*ret_conn = m->conn;
-	g_mutex_unlock(&m->lock);
+	g_mutex_lock(&m->session.lock);
+	PrState state = m->session.sm.state;
+	*ret_conn = m->session.conn;
+	g_mutex_unlock(&m->session.lock);
 	return state;
 }
 
 static void quit(PrMigration *m)
 {
-	g_assert(!m->quit);
-	g_mutex_lock(&m->lock);
-	m->quit = TRUE;
-	g_mutex_unlock(&m->lock);
+	g_assert(!m->session.quit);
+	g_mutex_lock(&m->session.lock);
+	m->session.quit = TRUE;
+	g_mutex_unlock(&m->session.lock);
 }
 
 static void wait_for_peer(FuzzEngine *engine)
@@ -42,7 +43,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	engine->wait = wait_for_peer;
 	g_assert(pr_migration_start(engine->m, FUZZ_URI, FALSE, NULL));
-	pr_source_thread(engine->m);
+	pr_source_thread(&engine->m->source);
 	state = state_of(engine->m, &conn);
 	/* The guest runs here exactly if it has not been handed over. */
 	g_assert(engine->handed_over ==

@@ -9,6 +9,6 @@ void reach_source_take(PrConn *conn)
 	g_autoptr(GError) error = NULL;
 	g_autoptr(PrMsg) msg = pr_control_recv(conn->control, G_MAXUINT, &error);
 
-	if (!msg || !take_message(conn, msg, &error))
+	if (!msg || !handle_message(conn, msg, &error))
 		pr_conn_failed(error, conn);
 }

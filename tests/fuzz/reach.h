@@ -2,7 +2,7 @@
 /* Ways to what the engine's files keep to themselves; each is in the file reach-FILE.c, which includes FILE.c. */
 #pragma once
 
-#include "migration/session/session.h"
+#include "migration/internal.h"
 #include "transport/control/control.h"
 
 /* reader.c: what the reader thread does until there is a message for the engine or the channel has

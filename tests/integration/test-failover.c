@@ -2,7 +2,8 @@
 /* Two listed paths: which one is taken when the one in use is lost, and what stands by. */
 #include <string.h>
 
-#include "migration/session/session.h"
+#include "migration/internal.h"
+#include "migration/session/messages.h"
 #include "tests/integration/cases.h"
 #include "tests/integration/door.h"
 
@@ -210,10 +211,10 @@ static void say_lost(Pair *pair, uint64_t epoch)
 	PrMigration *m = pair->destination.engine;
 	g_autoptr(GError) why = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "a test");
 
-	g_mutex_lock(&m->lock);
-	assert_int_equal(m->standbys->len, 1);
-	pr_standby_tell_lost(m, epoch, why);
-	g_mutex_unlock(&m->lock);
+	g_mutex_lock(&m->session.lock);
+	assert_int_equal(m->session.standbys->len, 1);
+	pr_send_lost_nowait(&m->session, epoch, why);
+	g_mutex_unlock(&m->session.lock);
 }
 
 static void news_over_a_standby_pauses_and_old_news_does_not(void **state)
@@ -224,9 +225,9 @@ static void news_over_a_standby_pauses_and_old_news_does_not(void **state)
 	start(&two, state);
 	side_wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
 	PrMigration *m = two.pair->source.engine;
-	g_mutex_lock(&m->lock);
-	uint64_t epoch = m->conn->epoch;
-	g_mutex_unlock(&m->lock);
+	g_mutex_lock(&m->session.lock);
+	uint64_t epoch = m->session.conn->epoch;
+	g_mutex_unlock(&m->session.lock);
 	say_lost(two.pair, epoch + 1);
 	say_lost(two.pair, epoch);
 	pair_wait_recovered(two.pair, 1);
@@ -281,10 +282,10 @@ static void wait_held(Pair *pair)
 	PrMigration *m = pair->source.engine;
 	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
 
-	g_mutex_lock(&m->lock);
-	while (!m->held || m->sm.state != PR_STATE_POSTCOPY_PAUSED)
-		assert_true(g_cond_wait_until(&m->changed, &m->lock, deadline));
-	g_mutex_unlock(&m->lock);
+	g_mutex_lock(&m->session.lock);
+	while (!m->session.paused_by_operator || m->session.sm.state != PR_STATE_POSTCOPY_PAUSED)
+		assert_true(g_cond_wait_until(&m->session.changed, &m->session.lock, deadline));
+	g_mutex_unlock(&m->session.lock);
 }
 
 static guint count_told(Side *side, PrState state)

@@ -3,7 +3,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "migration/session/session.h"
+#include "migration/internal.h"
 #include "tests/integration/cases.h"
 
 #define MIB	 (1024ull * 1024)
@@ -126,10 +126,10 @@ static PrFaultStats fault_stats(Pair *pair)
 	PrMigration *m = pair->destination.engine;
 	PrFaultStats stats = {0};
 
-	g_mutex_lock(&m->lock);
-	if (m->faults)
-		pr_fault_stats(m->faults, &stats);
-	g_mutex_unlock(&m->lock);
+	g_mutex_lock(&m->session.lock);
+	if (m->destination.faults)
+		pr_fault_stats(m->destination.faults, &stats);
+	g_mutex_unlock(&m->session.lock);
 	return stats;
 }
 
@@ -237,15 +237,15 @@ static guint ask_for_lanes(Pair *pair, guint64 epoch, guint offered)
 			 .epoch = epoch,
 			 .resume = PR_RESUME_ASKED,
 			 .capabilities = pr_hello_more_lanes(offered),
-			 .n_blocks = m->ram->n_blocks};
-	g_autofree PrWireBlock *blocks = pr_ram_wire_blocks(m->ram);
+			 .n_blocks = m->session.ram->n_blocks};
+	g_autofree PrWireBlock *blocks = pr_ram_wire_blocks(m->session.ram);
 	g_autoptr(PrUri) uri = pr_uri_parse(strchr(pair->uri, '+') + 1, FALSE, NULL);
 	g_autoptr(GError) error = NULL;
 	PrHelloAck ack;
 
 	hello.blocks = blocks;
-	memcpy(hello.uuid, m->binding.uuid, PR_UUID_BYTES);
-	memcpy(hello.secret, m->binding.secret, PR_SECRET_BYTES);
+	memcpy(hello.uuid, m->session.binding.uuid, PR_UUID_BYTES);
+	memcpy(hello.secret, m->session.binding.secret, PR_SECRET_BYTES);
 	g_strlcpy(hello.scheme, uri->scheme, sizeof(hello.scheme));
 	g_autoptr(PrControl) control =
 		pr_control_connect(uri, pair->tls, &hello, 20000, 20000, NULL, &ack, &error);

@@ -2,7 +2,7 @@
 /* A host that floods the port of a running migration in every way: it goes on, and whoever belongs to it gets in. */
 #include <string.h>
 
-#include "migration/session/session.h"
+#include "migration/internal.h"
 #include "tests/integration/cases.h"
 #include "tests/unit/flood.h"
 #include "transport/control/control.h"
@@ -50,10 +50,11 @@ static GByteArray *foreign_lane(Pair *pair)
 	uint8_t header[PR_WIRE_HEADER_BYTES];
 	PrLaneHello lane = {.lane = 0, .token = "guessed"};
 
-	g_mutex_lock(&pair->source.engine->lock);
-	memcpy(lane.uuid, pair->source.engine->binding.uuid, PR_UUID_BYTES);
-	lane.epoch = pair->source.engine->binding.epoch + 1; /* that of the recovery to come */
-	g_mutex_unlock(&pair->source.engine->lock);
+	g_mutex_lock(&pair->source.engine->session.lock);
+	memcpy(lane.uuid, pair->source.engine->session.binding.uuid, PR_UUID_BYTES);
+	lane.epoch =
+		pair->source.engine->session.binding.epoch + 1; /* that of the recovery to come */
+	g_mutex_unlock(&pair->source.engine->session.lock);
 	pr_lane_hello_encode(body, &lane);
 	pr_header_encode(header, PR_MSG_LANE, body->len);
 	g_byte_array_append(frame, header, sizeof(header));

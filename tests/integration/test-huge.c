@@ -4,7 +4,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-#include "migration/session/session.h"
+#include "migration/internal.h"
 #include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)
@@ -159,7 +159,7 @@ static void recovers_from_cuts_within_huge_pages(void **state)
 	pair_migrate(pair);
 	for (guint i = 0; i < 5; i++) {
 		pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
-		received = pr_ram_received_bytes(pair->destination.engine->ram);
+		received = pr_ram_received_bytes(pair->destination.engine->session.ram);
 		pair_wait_received(pair, received + MIB / 2 + i * 65536);
 		pr_faults_cut_paths(pair->faults);
 		pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);

@@ -2,7 +2,7 @@
 /* Others that come to the port of a running migration: with TLS they are turned away, and change nothing. */
 #include <string.h>
 
-#include "migration/session/session.h"
+#include "migration/internal.h"
 #include "tests/integration/cases.h"
 #include "tests/tls/certs.h"
 #include "transport/control/control.h"
@@ -25,11 +25,11 @@ static void assert_is_refused(Pair *pair, const PrTls *tls, int code, const char
 	pr_migration_query(pair->destination.engine, &info);
 	const PrPathInfo *path = g_ptr_array_index(info.paths, 0);
 	g_autoptr(PrUri) uri = pr_uri_parse(path->uri, FALSE, NULL);
-	g_mutex_lock(&pair->source.engine->lock);
-	hello.epoch = pair->source.engine->binding.epoch + 1;
-	memcpy(hello.uuid, pair->source.engine->binding.uuid, PR_UUID_BYTES);
-	memcpy(hello.secret, pair->source.engine->binding.secret, PR_SECRET_BYTES);
-	g_mutex_unlock(&pair->source.engine->lock);
+	g_mutex_lock(&pair->source.engine->session.lock);
+	hello.epoch = pair->source.engine->session.binding.epoch + 1;
+	memcpy(hello.uuid, pair->source.engine->session.binding.uuid, PR_UUID_BYTES);
+	memcpy(hello.secret, pair->source.engine->session.binding.secret, PR_SECRET_BYTES);
+	g_mutex_unlock(&pair->source.engine->session.lock);
 	assert_null(pr_control_connect(uri, tls, &hello, 20000, 20000, NULL, &ack, &error));
 	if (!g_error_matches(error, PR_PATH_ERROR, code) || !strstr(error->message, words))
 		fail_msg("failed with %d, \"%s\", not \"%s\"", error->code, error->message, words);

@@ -2,7 +2,7 @@
 /* Several rails at once: the standbys pull along, and may die at any time. */
 #include <string.h>
 
-#include "migration/session/session.h"
+#include "migration/internal.h"
 #include "tests/integration/cases.h"
 
 #define MIB	    (1024ull * 1024)

@@ -4,7 +4,7 @@
 #include <unistd.h>
 
 #include "migration/memory/bitmap.h"
-#include "migration/session/session.h"
+#include "migration/internal.h"
 #include "tests/integration/cases.h"
 
 #define MIB (1024ull * 1024)
@@ -98,8 +98,8 @@ static gboolean have_arrived(const PrRamBlock *block, uint64_t start, uint64_t e
 /* What the source's memfds do not have. */
 static gboolean holes_have_arrived(Pair *pair)
 {
-	const PrRam *ram = pair->source.engine->ram;
-	const PrRam *there = pair->destination.engine->ram;
+	const PrRam *ram = pair->source.engine->session.ram;
+	const PrRam *there = pair->destination.engine->session.ram;
 
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		const PrRamBlock *block = &ram->blocks[i];
@@ -164,7 +164,7 @@ static void zero_pages_are_told(void **state)
 	assert_int_equal(pwrite(memfd, zeros, end - start, (off_t)start), end - start);
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
-	while (!have_arrived(&pair->destination.engine->ram->blocks[0], start, end)) {
+	while (!have_arrived(&pair->destination.engine->session.ram->blocks[0], start, end)) {
 		assert_true(g_get_monotonic_time() < deadline);
 		g_usleep(500); /* between two looks at the condition */
 	}
@@ -236,7 +236,7 @@ static void guest_runs_on_while_paused(void **state)
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
 
-	const PrRamBlock *block = &pair->destination.engine->ram->blocks[0];
+	const PrRamBlock *block = &pair->destination.engine->session.ram->blocks[0];
 	const volatile uint8_t *map = testguest_block_map(pair->destination.guest, 0);
 	for (uint64_t page = 0; page < block->n_pages; page++)
 		if (pr_bitmap_test(block->received, page)) {
@@ -340,13 +340,13 @@ static PrHello resume_hello(Pair *pair, const char *scheme)
 	PrHello hello = {
 		.version = PR_WIRE_VERSION, .role = PR_HELLO_SOURCE, .resume = PR_RESUME_ASKED};
 
-	g_mutex_lock(&m->lock);
-	memcpy(hello.uuid, m->binding.uuid, PR_UUID_BYTES);
-	memcpy(hello.secret, m->binding.secret, PR_SECRET_BYTES);
-	hello.epoch = m->binding.epoch;
-	hello.n_blocks = m->ram->n_blocks;
-	hello.blocks = pr_ram_wire_blocks(m->ram);
-	g_mutex_unlock(&m->lock);
+	g_mutex_lock(&m->session.lock);
+	memcpy(hello.uuid, m->session.binding.uuid, PR_UUID_BYTES);
+	memcpy(hello.secret, m->session.binding.secret, PR_SECRET_BYTES);
+	hello.epoch = m->session.binding.epoch;
+	hello.n_blocks = m->session.ram->n_blocks;
+	hello.blocks = pr_ram_wire_blocks(m->session.ram);
+	g_mutex_unlock(&m->session.lock);
 	g_strlcpy(hello.scheme, scheme, sizeof(hello.scheme));
 	return hello;
 }

@@ -19,7 +19,6 @@
 
 #define WAIT_MS 20000 /* longest wait for an answer before a test has failed */
 
-G_DEFINE_QUARK(pr_migration_error, pr_migration_error)
 /* Of util/try-alloc.c. */
 G_DEFINE_QUARK(pr_path_error, pr_path_error)
 

@@ -71,7 +71,7 @@ static void fill(PrHandoverRecord *record)
 	memset(record->uuid, 0xa5, PR_UUID_BYTES);
 	memset(record->secret, 0x5a, PR_SECRET_BYTES);
 	record->was_running = TRUE;
-	record->held = TRUE;
+	record->paused_by_operator = TRUE;
 	record->incarnation = 3;
 }
 
@@ -98,7 +98,7 @@ static void what_was_saved_is_found(void **state)
 	assert_memory_equal(found->uuid, record->uuid, PR_UUID_BYTES);
 	assert_memory_equal(found->secret, record->secret, PR_SECRET_BYTES);
 	assert_int_equal(found->incarnation, 3);
-	assert_true(found->was_running && found->held);
+	assert_true(found->was_running && found->paused_by_operator);
 	assert_string_equal(found->uris, record->uris);
 	assert_int_equal(found->n_blocks, 2);
 	assert_string_equal(found->blocks[1].idstr, "odd;=name\n");
