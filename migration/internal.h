@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What a migration consists of. A side takes one role at a time; a source may become a destination later, and back. */
+/* What a migration consists of. A side takes one role at a time; a source may become a destination
+ * later, and back. */
 #pragma once
 
 #include "migration/destination/role.h"

@@ -14,7 +14,8 @@
 
 /* ---- the guest's process ends ---- */
 
-/* The source's guest is needed no more, only its RAM, and that is mapped here. With the lock held. */
+/* The source's guest is needed no more, only its RAM, and that is mapped here. With the lock
+ * held. */
 static void source_guest_died(PrSession *session, const char *reason)
 {
 	g_autofree char *here = g_strdup_printf(
@@ -28,8 +29,8 @@ static void source_guest_died(PrSession *session, const char *reason)
 		pr_send_reason_nowait(session->conn, PR_MSG_NOTE, there);
 }
 
-/* The destination's process was all of the guest. A recovery would bring memory that nobody needs, so both sides stay
- * paused until the operator acts. With the lock held. */
+/* The destination's process was all of the guest. A recovery would bring memory that nobody needs,
+ * so both sides stay paused until the operator acts. With the lock held. */
 static void destination_guest_died(PrSession *session, const char *reason)
 {
 	g_autoptr(GError) error = g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
@@ -97,8 +98,9 @@ static void quit(PrSession *session)
 
 	pr_session_lock(session);
 	session->quit = TRUE;
-	/* A destination that is paused before it has seen RUN could be cancelled. But RUN may have been lost, and then
-	 * nobody else has the guest. Only the operator may decide that, not whoever ends an engine. */
+	/* A destination that is paused before it has seen RUN could be cancelled. But RUN may have
+	 * been lost, and then nobody else has the guest. Only the operator may decide that, not
+	 * whoever ends an engine. */
 	pr_session_failed_locked(session,
 				 pr_state_is_postcopy(session->sm.state) ? left : cancelled);
 	g_cond_broadcast(&session->changed);
@@ -112,8 +114,8 @@ void pr_migration_free(PrMigration *m)
 	PrSession *session = &m->session;
 
 	quit(session);
-	/* These threads accept lanes from the listeners, so the listeners end after them. A source that connects
-	 * meanwhile is refused, or becomes a pending peer that nobody serves. */
+	/* These threads accept lanes from the listeners, so the listeners end after them. A source
+	 * that connects meanwhile is refused, or becomes a pending peer that nobody serves. */
 	if (session->thread)
 		g_thread_join(session->thread);
 	if (session->previous_thread)

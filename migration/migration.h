@@ -61,7 +61,7 @@ typedef struct PrMigrationInfo {
 	uint64_t time_paused; /* total, the current pause included */
 	uint64_t last_pause;  /* length of the last pause, the current one included */
 	uint64_t
-		last_recovery; /* from the command (source) or HELLO (destination) to postcopy-active */
+		last_recovery; /* from command (source) or HELLO (destination) to postcopy-active */
 	uint64_t pages_at_pause; /* pages in place when the last pause began */
 
 	/* destination only */
@@ -91,38 +91,44 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PrMigrationInfo, pr_migration_info_clear)
 
 /* Neither guest nor params are owned; both outlive the migration. */
 PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigrationHooks *hooks);
-/* Cancels what may be cancelled, leaves a paused or running postcopy as a path failure for the other
- * side, joins all threads. */
+/* Cancels what may be cancelled, leaves a paused or running postcopy as a path failure for the
+ * other side, joins all threads. */
 void pr_migration_free(PrMigration *migration);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrMigration, pr_migration_free)
-/* That looks after its threads; of use for others, which have to have freed their watches before. */
+/* That looks after its threads; of use for others, which have to have freed their watches
+ * before. */
 struct PrWatchdog *pr_migration_watchdog(PrMigration *migration);
 /* Before the first command; without it connections are plain, and come in from this host only. */
 void pr_migration_secure(PrMigration *migration, const PrSecurity *security);
 
 /*
- * An engine that follows one that has died (resume.c); both before the first command, from the thread that made the
- * migration, and they may block for the guest's timeout.
+ * An engine that follows one that has died (resume.c); both before the first command, from the
+ * thread that made the migration, and they may block for the guest's timeout.
  *
- * keep_record(): a source writes down, in a file of this directory, what the engine after it has to know; spec is the
- * guest's, as in --guest. Without it nothing is written. Refuses a file that it does not understand.
+ * keep_record(): a source writes down, in a file of this directory, what the engine after it has to
+ * know; spec is the guest's, as in --guest. Without it nothing is written. Refuses a file that it
+ * does not understand.
  *
- * resume(): takes up what the last engine has left of this guest's migration. Not asked for, it refuses where there is
- * something that must be taken up. *ret_role: what this side is now; PR_ROLE_NONE: there was nothing.
+ * resume(): takes up what the last engine has left of this guest's migration. Not asked for, it
+ * refuses where there is something that must be taken up. *ret_role: what this side is now;
+ * PR_ROLE_NONE: there was nothing.
  */
 gboolean pr_migration_keep_record(PrMigration *migration, const char *dir, const char *spec,
 				  GError **error);
 gboolean pr_migration_resume(PrMigration *migration, gboolean asked, PrRole *ret_role,
 			     GError **error);
 
-/* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is used. */
+/* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is
+ * used. */
 gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean resume,
 			    GError **error);
-/* Destination: listens on all of the URIs (`--incoming`, `migrate-incoming`). This and the next one wait for the
- * look-up of names, at most 5 s each or until cancelled, and may be called from any thread. */
+/* Destination: listens on all of the URIs (`--incoming`, `migrate-incoming`). This and the next one
+ * wait for the look-up of names, at most 5 s each or until cancelled, and may be called from any
+ * thread. */
 gboolean pr_migration_incoming(PrMigration *migration, const char *uris, GCancellable *cancel,
 			       GError **error);
-/* Destination: adds listeners, the old ones stay open (`migrate_recover`). Only in postcopy-paused. */
+/* Destination: adds listeners, the old ones stay open (`migrate_recover`). Only in
+ * postcopy-paused. */
 gboolean pr_migration_recover(PrMigration *migration, const char *uris, GCancellable *cancel,
 			      GError **error);
 /* Either side: pauses both (`migrate_pause`). */

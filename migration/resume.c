@@ -2,41 +2,42 @@
 /*
  * An engine follows one that has died.
  *
- * The destination's facts are in the state memfd that the agent keeps (state-memfd.h), the source's in a file (handover-record.h).
- * Both say how far the migration had come, and each step of them is in force before what it says may be seen by
- * anybody else:
+ * The destination's facts are in the state memfd that the agent keeps (memory/state-memfd.h), the
+ * source's in a file (source/handover-record.h). Both say how far the migration had come. Each step
+ * is in force before anybody else may see what it stands for:
  *
- *	source                                             what who follows does
+ *	source                                             what the next engine does
  *	  no record                                         nothing: the guest has not been stopped
  *	  STOPPING     before the guest is stopped          lets it run on (take-back.c), removes the record
  *	  HANDED_OVER  before RUN can be sent               postcopy-paused; this guest never runs again;
  *	                                                    fences it (fence.c), which is harmless if it is fenced
- *	  (STOPPING    again, before a guest whose RUN was never sent may run: taken back)
- *	  (removed     after it runs)
+ *	  (STOPPING    again, before a guest whose RUN was never sent may run: revoked)
+ *	  (removed     after it runs: aborted)
  *	  COMPLETED    after the destination has said so    completed; lifts the fence
  *
  *	destination
- *	  SETUP        before the fault mode is on          gives it up: the guest is the source's
+ *	  SETUP        before the fault mode is on          discards it: the guest is the source's
  *	  LOADED       before PONG can be sent              postcopy-paused; runs when a recovery says so
- *	  RUN          before the guest is let run          lets it run (again: harmless), postcopy-paused
- *	  STARTED      after it                             postcopy-paused
+ *	  RUN          before the guest may run             lets it run (again: harmless), postcopy-paused
+ *	  STARTED      after it runs                        postcopy-paused
  *	  COMPLETED    before SHUT can be sent              completed, and tells a source that asks
  *	  ENDED        before the fault mode is turned off  turns it off
  *
- * So the guest runs on one side at most: the source runs it only while its record says that RUN was never sent, and
- * the destination only after it has seen RUN, or a RESUME, which a source sends only after HANDED_OVER. And on one
- * side at least, once a human or the paths let the two sides meet: HANDED_OVER is only ever left for COMPLETED, and a
- * destination that has LOADED waits for ever.
+ * So the guest runs on one side at most. The source runs it only while its record says that RUN was
+ * never sent. The destination runs it only after it has seen RUN, or RESUME, which a source sends
+ * only after HANDED_OVER. And the guest runs on one side at least, once the operator or a path lets
+ * the two sides meet: HANDED_OVER is only ever left for COMPLETED, and a destination that has
+ * LOADED waits for ever.
  *
- * RAM of the guest itself needs no durability: whatever loses it loses the guest's process, and the record or
- * the memfd with it, as they are about that one process.
+ * The guest's RAM needs no durability. An event that loses it also ends the guest's process, and
+ * the record or the state memfd is about that one process.
  *
- * Epochs. A destination takes no epoch that is not higher than those it knows. A source may have used any number
- * of them since its record was written; so the upper half of an epoch is the incarnation, which is raised in the
- * record before the first epoch of a new engine is used.
+ * Epochs. A destination takes no epoch that is not higher than those it knows. A source may have
+ * used any number of epochs since its record was written. So the upper half of an epoch is the
+ * incarnation, which is raised in the record before a new engine uses its first epoch.
  *
- * Two engines for one guest: the agent serves one connection at a time, and the kernel closes that of a process that
- * ends. state-memfd.h tells why nothing of the dead one lands late.
+ * Two engines for one guest: the agent serves one connection at a time, and the kernel closes the
+ * connection of a process that ends. state-memfd.h tells why no READ of the dead engine lands late.
  */
 #include "migration/destination/resume.h"
 #include "migration/internal.h"
@@ -51,8 +52,8 @@ gboolean pr_migration_keep_record(PrMigration *m, const char *dir, const char *s
 	return m->source.record != NULL;
 }
 
-/* The fence (source/fence.c) stands from RUN until everything has moved. A guest with a fence is the destination's, also
- * when the record of its engine is lost. */
+/* The fence (source/fence.c) stands from RUN until everything has moved. A guest with a fence is
+ * the destination's, also when the record of its engine is lost. */
 static gboolean check_fence(PrMigration *m, GError **error)
 {
 	const PrHandoverRecord *record = m->source.record;

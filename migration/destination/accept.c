@@ -6,7 +6,8 @@
 #include "migration/destination/page-hashes.h"
 #include "migration/destination/rails.h"
 
-/* The owner may be waiting for a guest that itself waits for a page, so these messages must not wait for the owner. */
+/* The owner may be waiting for a guest that itself waits for a page, so these messages must not
+ * wait for the owner. */
 static gboolean handle_early(PrConn *conn, const PrMsg *msg)
 {
 	switch (msg->type) {

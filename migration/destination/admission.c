@@ -73,7 +73,8 @@ static void accept_resume(PrSession *session, const PrHello *hello)
 		pr_session_failed_locked(session, superseded);
 }
 
-/* The owner may still be tidying up the last migration, which perhaps came over another path of the same source. */
+/* The owner may still be tidying up the last migration, which perhaps came over another path of the
+ * same source. */
 static void await_tidy_up(PrSession *session)
 {
 	gint64 deadline = g_get_monotonic_time() + TIDY_WAIT_US;

@@ -11,8 +11,8 @@ static void broken(const GError *error, void *opaque)
 static void note_charged_here(PrSession *session, const GError *why)
 {
 	g_autofree char *note = g_strdup_printf(
-		"the kernel charges the guest's memory to this engine's memory cgroup as it comes in, "
-		"so the engine must not have a limit below the guest's size: %s",
+		"the kernel charges the guest's memory to this engine's memory cgroup as it comes "
+		"in, so the engine must not have a limit below the guest's size: %s",
 		why->message);
 
 	pr_session_lock(session);

@@ -27,7 +27,8 @@ static gboolean check_advise(const PrMsg *msg, GError **error)
 	return FALSE;
 }
 
-/* The agent keeps the state before the fault mode is on: an engine that finds the fault mode on finds out why. */
+/* The agent keeps the state before the fault mode is on: an engine that finds the fault mode on
+ * finds out why. */
 static gboolean store_state(PrConn *conn, GError **error)
 {
 	PrSession *session = conn->session;
@@ -83,8 +84,8 @@ static gboolean handle_zero(PrConn *conn, const PrMsg *msg, GError **error)
 	return TRUE;
 }
 
-/* POSTCOPY_LISTEN. Loading the device state touches RAM, so faults are served from here on. The pull waits for RUN: it
- * would lengthen the downtime. */
+/* POSTCOPY_LISTEN. Loading the device state touches RAM, so faults are served from here on. The
+ * pull waits for RUN: it would lengthen the downtime. */
 static gboolean handle_listen(PrConn *conn, const PrMsg *msg, GError **error)
 {
 	PrSession *session = conn->session;
@@ -108,8 +109,8 @@ static void note_loaded(PrDestination *destination)
 	pr_crash_point(PR_CRASH_DESTINATION_LOADED_NOTED);
 }
 
-/* PACKAGED: a piece of the device state. The source hands the guest over only after the PONG that answers the PING
- * behind the last piece. */
+/* PACKAGED: a piece of the device state. The source hands the guest over only after the PONG that
+ * answers the PING behind the last piece. */
 static gboolean handle_packaged(PrConn *conn, const PrMsg *msg, GError **error)
 {
 	PrDestination *destination = pr_conn_destination(conn);
@@ -182,8 +183,9 @@ static gboolean handle_lost(PrConn *conn, const PrMsg *msg, GError **error)
 	(IN(POSTCOPY_ACTIVE) | IN(POSTCOPY_PAUSED) | IN(POSTCOPY_RECOVER) | IN(COMPLETED))
 #define IN_ANY (~0u)
 
-/* The commands, and the states in which they make sense. A late one, of an epoch that has ended, is carried out where
- * that is harmless. HASHES come here when they are malformed: others are handled early (accept.c). */
+/* The commands, and the states in which they make sense. A late one, of an epoch that has ended, is
+ * carried out where that is harmless. HASHES come here when they are malformed: others are handled
+ * early (accept.c). */
 static const struct Command {
 	uint16_t type;
 	guint states;

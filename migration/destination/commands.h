@@ -4,5 +4,6 @@
 
 #include "migration/destination/role.h"
 
-/* Carries out one message. FALSE: it makes no sense in this state, or it has failed. By the owner. */
+/* Carries out one message. FALSE: it makes no sense in this state, or it has failed. By the
+ * owner. */
 gboolean pr_destination_handle_command(PrConn *conn, const PrMsg *msg, GError **error);

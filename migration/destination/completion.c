@@ -35,7 +35,8 @@ void pr_destination_send_progress(PrDestination *destination, PrConn *conn)
 		pr_send(conn, PR_RP_PROGRESS, body, NULL);
 }
 
-/* The guest runs here, and every page is in place. Only one thread can find that so. With the lock held. */
+/* The guest runs here, and every page is in place. Only one thread can find that so. With the lock
+ * held. */
 static gboolean complete_locked(PrDestination *destination)
 {
 	PrSession *session = destination->session;
@@ -69,7 +70,8 @@ void pr_destination_check_complete(PrDestination *destination)
 	g_mutex_lock(&session->lock);
 	PrConn *conn = session->conn;
 	gboolean completed = complete_locked(destination);
-	/* The event comes after SHUT: whoever hears that the migration has completed may end this engine. */
+	/* The event comes after SHUT: whoever hears that the migration has completed may end this
+	 * engine. */
 	g_mutex_unlock(&session->lock);
 	if (completed) {
 		pr_crash_point(PR_CRASH_DESTINATION_COMPLETED_NOTED);

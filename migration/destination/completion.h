@@ -9,7 +9,7 @@ PrProgress pr_destination_progress(const PrDestination *destination, const PrFau
 void pr_destination_send_progress(PrDestination *destination, PrConn *conn);
 /* Completes the migration if every page is in place. From any thread. */
 void pr_destination_check_complete(PrDestination *destination);
-/* The owner lets the guest run, if it ran at the source. The first fails if that is not possible now; the second leaves
- * it to the operator then. */
+/* The owner lets the guest run, if it ran at the source. The first fails if that is not possible
+ * now; the second leaves it to the operator then. */
 gboolean pr_destination_try_run(PrDestination *destination, GError **error);
 void pr_destination_run(PrDestination *destination);

@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The destination's story. The load thread waits for a pending peer: a source whose HELLO was accepted (admission.c).
- * It answers that source, carries out its commands until the connection ends, and fences the connection. Then it
- * waits for the next peer (paused), or tidies up. From POSTCOPY_ADVISE on the workers are beside it (workers.c).
+ * The destination's story. The load thread waits for a pending peer: a source whose HELLO was
+ * accepted (admission.c). It answers that source, carries out its commands until the connection
+ * ends, and fences the connection. Then it waits for the next peer (paused), or tidies up. From
+ * POSTCOPY_ADVISE on the workers are beside it (workers.c).
  *
- * Fencing: the workers stop to use the path, every READ that was posted has come back, the path is destroyed. Only then
- * are the claims of lost READs freed and the next HELLO is answered. So nothing lands late from that path. Standbys
- * that are rails (rails.c) fence their own paths; their READs that are under way keep their claims meanwhile. So the
- * received bitmap that the next source gets never says too much.
+ * Fencing: the workers stop to use the path, every READ that was posted has come back, the path is
+ * destroyed. Only then are the claims of lost READs freed and the next HELLO is answered. So
+ * nothing lands late from that path. Standbys that are rails (rails.c) fence their own paths; their
+ * READs that are under way keep their claims meanwhile. So the received bitmap that the next source
+ * gets never says too much.
  */
 #include "migration/destination/destination.h"
 
@@ -27,7 +29,8 @@
 #define GONE_POLL_US                                                                               \
 	(100 * 1000) /* between two checks whether the process of a dead guest has ended */
 
-/* What the load thread does, and how long that may take. Where a parameter bounds it, that applies instead. */
+/* What the load thread does, and how long that may take. Where a parameter bounds it, that applies
+ * instead. */
 static const PrWatchPoint carrying_out = {"carrying out a command of the source", 2000};
 static const PrWatchPoint preparing = {"preparing the guest", 1000};
 static const PrWatchPoint accepting = {"waiting for the source's data lanes", 6000};
@@ -216,8 +219,8 @@ static void serve(PrDestination *destination, PrPendingPeer *peer)
 
 /* ---- the end ---- */
 
-/* The agent keeps no state of a migration that has come to nothing. Said before the fault mode is off, so that an
- * engine that finds it off knows why. */
+/* The agent keeps no state of a migration that has come to nothing. Said before the fault mode is
+ * off, so that an engine that finds it off knows why. */
 static void note_ended(PrSession *session)
 {
 	if (!session->ram || !session->ram->state_memfd)
@@ -251,9 +254,9 @@ static void tidy_up(PrDestination *destination)
 		pr_session_step(session, PR_EVENT_CLEANED_UP, "ready for another try", NULL);
 }
 
-/* A guest whose process has ended can't be recovered (admission.c). But threads of the kernel may wait for its pages, as
- * KVM's do for asynchronous page faults. They, the guest's memory, and perhaps the end of its process wait as long as a
- * userfaultfd of the process is open. */
+/* A guest whose process has ended can't be recovered (admission.c). But threads of the kernel may
+ * wait for its pages, as KVM's do for asynchronous page faults. They, the guest's memory, and
+ * perhaps the end of its process wait as long as a userfaultfd of the process is open. */
 static void release_dead_guest(PrDestination *destination)
 {
 	PrGuest *guest = destination->session->guest;
@@ -264,7 +267,8 @@ static void release_dead_guest(PrDestination *destination)
 	g_info("the guest's process has ended: its page faults are served no more");
 }
 
-/* A lost QMP socket also counts as the guest's death, so the process itself is checked. With the lock held. */
+/* A lost QMP socket also counts as the guest's death, so the process itself is checked. With the
+ * lock held. */
 static void await_end_of_process(PrDestination *destination)
 {
 	PrSession *session = destination->session;
@@ -289,7 +293,9 @@ static gboolean wait_for_peer(PrDestination *destination, PrPendingPeer **ret)
 	       session->sm.state != PR_STATE_CANCELLING) {
 		if (session->guest_gone && destination->uffd >= 0)
 			await_end_of_process(destination);
-		else /* Ended by a peer, a cancellation, another role, the guest's death, or the engine's end. */
+		else
+			/* Ended by a peer, a cancellation, another role, the guest's death, or the
+			 * engine's end. */
 			g_cond_wait(&session->changed, &session->lock);
 	}
 	gboolean go_on = !session->quit && session->sm.role != PR_ROLE_SOURCE;

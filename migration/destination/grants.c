@@ -65,8 +65,8 @@ gboolean pr_destination_handle_zero(PrConn *conn, const PrMsg *msg, GError **err
 		uint64_t pages = ranges[i].length / block->page_size;
 		pr_ram_zero(ram, block, page, pages);
 		pr_crash_point(PR_CRASH_DESTINATION_ZERO_RECEIVED);
-		/* The fault threads wake the waiting threads (fault.c): a system call for each range would cost
-		 * more than the pages. */
+		/* The fault threads wake the waiting threads (fault.c): a system call for each
+		 * range would cost more than the pages. */
 		if (pages > 0 && pr_ram_take_waiting(block, page, pages) > 0)
 			pr_fault_notify(destination->faults);
 	}

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What the source says about its RAM: GRANT, which allows a range to be read, and RAM_ZERO, for ranges of zeros. */
+/* What the source says about its RAM: GRANT, which allows a range to be read, and RAM_ZERO, for
+ * ranges of zeros. */
 #pragma once
 
 #include "migration/destination/role.h"

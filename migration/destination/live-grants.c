@@ -2,17 +2,19 @@
 /*
  * The destination's half of source/ram-scan.c.
  *
- * From ADVISE on every page is ungranted (ram.h): claimed, but by no thread that reads. GRANT frees the claim, RAM_ZERO
- * turns the page into a received one. A page that was never granted is never read. A page that is granted twice is
- * not freed twice: the claim of an ungranted page can be freed only once.
+ * From ADVISE on every page is ungranted (ram.h): claimed, but by no thread that reads. GRANT frees
+ * the claim, RAM_ZERO turns the page into a received one. A page that was never granted is never
+ * read. A page that is granted twice is not freed twice: the claim of an ungranted page can be
+ * freed only once.
  *
- * The owner cannot handle these messages: while it loads the device state or starts the guest it waits for the guest's
- * process, which may itself wait for a page. So the control channel's reader thread handles them as they come, ahead of
- * the commands that the owner has yet to carry out. It never blocks: the bitmaps are atomic, the workers are notified,
- * and the pull thread finds out that all pages are in place. A malformed message is left to the owner, which refuses it.
+ * The owner cannot handle these messages: while it loads the device state or starts the guest it
+ * waits for the guest's process, which may itself wait for a page. So the control channel's reader
+ * thread handles them as they come, ahead of the commands that the owner has yet to carry out. It
+ * never blocks: the bitmaps are atomic, the workers are notified, and the pull thread finds out
+ * that all pages are in place. A malformed message is left to the owner, which refuses it.
  *
- * The end: grants_lock. The connection is fenced only after pr_live_grants_stop(). Then no page is ungranted any more, and
- * the claims are freed with those of the lost READs.
+ * The end: grants_lock. The connection is fenced only after pr_live_grants_stop(). Then no page is
+ * ungranted any more, and the claims are freed with those of the lost READs.
  */
 #include "migration/destination/live-grants.h"
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Grants that come while the guest runs, over a path with incremental grants. The source's half: source/ram-scan.c. */
+/* Grants that come while the guest runs, over a path with incremental grants. The source's half:
+ * source/ram-scan.c. */
 #pragma once
 
 #include "migration/destination/role.h"

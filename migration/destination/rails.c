@@ -2,21 +2,23 @@
 /*
  * Several rails
  *
- * The destination pulls over its fit standbys at the same time as over the path in use, when they are of the same
- * transport (a plain socket that is listed as a last resort is no rail) and capability multi-rail is on. Faults are
- * served over the path in use alone. A standby that is a rail stays a standby in everything else: its thread has the
- * control channel and the urgent lanes, which are probed (standby.c). The rail's pull thread has the bulk lane (pull.c).
+ * The destination pulls over its fit standbys at the same time as over the path in use, when they
+ * are of the same transport (a plain socket that is listed as a last resort is no rail) and
+ * capability multi-rail is on. Faults are served over the path in use alone. A standby that is a
+ * rail stays a standby in everything else: its thread has the control channel and the urgent lanes,
+ * which are probed (standby.c). The rail's pull thread has the bulk lane (pull.c).
  *
- * The standby's thread begins the rail after a probe was answered. It ends the rail before it leaves the connection to
- * the owner, or closes it:
- *  - to be activated, or because nothing is to be pulled there: the rail posts no more, and the READs that it has posted
- *    come back within heartbeat-timeout. Otherwise the path is dead.
- *  - the path is lost: the rail stops at once, the path is fenced, then the claims of its READs are freed and the threads
- *    that wait for these pages are woken. The path in use and the other rails go on meanwhile.
- * When the path in use is lost, rails post no more until there is another one; their READs land as before (pull.c).
+ * The standby's thread begins the rail after a probe was answered. It ends the rail before it
+ * leaves the connection to the owner, or closes it:
+ *  - to be activated, or because nothing is to be pulled there: the rail posts no more, and the
+ *    READs that it has posted come back within heartbeat-timeout. Otherwise the path is dead.
+ *  - the path is lost: the rail stops at once, the path is fenced, then the claims of its READs are
+ *    freed and the threads that wait for these pages are woken. The path in use and the other rails
+ *    go on meanwhile. When the path in use is lost, rails post no more until there is another one;
+ *    their READs land as before (pull.c).
  *
- * So a late READ does no harm: its pages are claimed until it has landed or its own path is fenced, whatever happens to
- * the path in use and to the epoch in between.
+ * So a late READ does no harm: its pages are claimed until it has landed or its own path is fenced,
+ * whatever happens to the path in use and to the epoch in between.
  */
 #include "migration/destination/rails.h"
 

@@ -7,7 +7,8 @@
 #include "migration/destination/workers.h"
 #include "migration/memory/uffd.h"
 
-/* The faults that the dead engine has read are lost. So all waiting threads are woken, and fault again. */
+/* The faults that the dead engine has read are lost. So all waiting threads are woken, and fault
+ * again. */
 static gboolean serve_faults(PrDestination *destination, GError **error)
 {
 	if (!pr_destination_start_workers(destination, /* fresh= */ FALSE, error) ||
@@ -66,7 +67,8 @@ static gboolean adopt_ram(PrDestination *destination, PrStateMemfd *state, GErro
 	return TRUE;
 }
 
-/* A VMM that waits for a page can't start its guest now. Then the recovery, which brings the page, tries again. */
+/* A VMM that waits for a page can't start its guest now. Then the recovery, which brings the page,
+ * tries again. */
 static void start_guest(PrDestination *destination)
 {
 	PrSession *session = destination->session;
@@ -116,8 +118,9 @@ static gboolean resume_as_destination(PrDestination *destination, PrStateMemfd *
 	return FALSE;
 }
 
-/* The guest had not come here: the state that is left in its process is of no use. Takes ownership of state. READs that
- * the dead engine's card has posted have to land before this memory is used again. */
+/* The guest had not come here: the state that is left in its process is of no use. Takes ownership
+ * of state. READs that the dead engine's card has posted have to land before this memory is used
+ * again. */
 static gboolean discard_partial_load(PrSession *session, PrStateMemfd *state, GError **error)
 {
 	guint timeout = (guint)pr_param(session->params, PR_PARAM_GUEST_TIMEOUT);

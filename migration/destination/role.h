@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The destination of a migration. What it shares with the source is in the session. "The owner" is the load thread,
- * PrSession.thread.
+ * The destination of a migration. What it shares with the source is in the session. "The owner" is
+ * the load thread, PrSession.thread.
  */
 #pragma once
 
@@ -22,16 +22,16 @@ typedef struct PrPendingPeer {
 typedef struct PrDestination {
 	PrSession *session;	 /* constant */
 	PrLogRatelimit refusals; /* has a lock of its own */
-	GMutex pull_lock; /* for rails.c, and for ending the pull threads; taken before PrSession.lock */
+	GMutex pull_lock; /* for rails.c, and to end the pull threads; before PrSession.lock */
 
 	/* The owner; before it starts, and after it has ended, the thread that calls in. */
 	PrWatch *watch;
 	int uffd;	     /* -1: none. Closed only after the workers, who read it, have ended */
-	char *guest_process; /* the process that the uffd belongs to, as text (guest/process.h); NULL: none */
+	char *guest_process; /* whose uffd it is (guest/process.h); NULL: none */
 	gboolean guest_was_running; /* on the source, when it was stopped */
 
-	/* The owner sets these pointers under PrSession.lock, and may read them without. What they point to has rules of
-	 * its own. */
+	/* The owner sets these pointers under PrSession.lock, and may read them without. What they
+	 * point to has rules of its own. */
 	PrFaultService *faults;
 	PrPull *pull;
 	PrVerify *verify;   /* if pages are verified */

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Each standby has a thread, which reads its control channel and probes its lanes every probe-interval: a READ of
- * nothing has to come back within heartbeat-timeout. That covers both directions of the data path; heartbeats cover
- * those of the control channel. Where the standby is a rail (rails.c), the READs on its bulk lane take the place of
- * that lane's probe.
+ * Each standby has a thread, which reads its control channel and probes its lanes every
+ * probe-interval: a READ of nothing has to come back within heartbeat-timeout. That covers both
+ * directions of the data path; heartbeats cover those of the control channel. Where the standby is
+ * a rail (rails.c), the READs on its bulk lane take the place of that lane's probe.
  *
- * With ACTIVATE the thread drains the rail and leaves the connection to the owner, which fences the old one first. Until
- * then no lane of the standby is given to the fault threads or the first pull thread.
+ * With ACTIVATE the thread drains the rail and leaves the connection to the owner, which fences the
+ * old one first. Until then no lane of the standby is given to the fault threads or the first pull
+ * thread.
  */
 #include "migration/destination/standby.h"
 
@@ -129,6 +130,17 @@ static gboolean handle_activate(Standby *self, const PrMsg *msg, gboolean *ret_a
 	return *ret_activated || pr_destination_send_activated(self->conn, &ack, error);
 }
 
+/* HOLD: the source closes the standby, which is not the path's fault. Always FALSE. */
+static gboolean handle_close(const PrMsg *msg, GError **error)
+{
+	char reason[PR_REASON_MAX + 1];
+
+	if (pr_reason_decode(msg->body, msg->length, reason, error))
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD, "closed by the source: %s",
+			    reason);
+	return FALSE;
+}
+
 static gboolean handle_message(Standby *self, const PrMsg *msg, gboolean *ret_activated,
 			       GError **error)
 {
@@ -141,8 +153,9 @@ static gboolean handle_message(Standby *self, const PrMsg *msg, gboolean *ret_ac
 		return handle_activate(self, msg, ret_activated, error);
 	case PR_MSG_LOST:
 		return pr_handle_lost(self->conn->session, msg, "source", error);
-	case PR_MSG_PAUSE:
 	case PR_MSG_HOLD:
+		return handle_close(msg, error);
+	case PR_MSG_PAUSE:
 	case PR_MSG_ERROR:
 		return pr_handle_reason(msg, "source", error);
 	default:

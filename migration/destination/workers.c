@@ -31,8 +31,8 @@ void pr_destination_reset_blocktime(PrDestination *destination)
 					 vcpus->len);
 }
 
-/* The connection in use. A worker may use it as long as it has the path: pr_destination_detach() comes before
- * pr_conn_close(). */
+/* The connection in use. A worker may use it as long as it has the path: pr_destination_detach()
+ * comes before pr_conn_close(). */
 static PrConn *current_conn(PrSession *session)
 {
 	pr_session_lock(session);
@@ -122,7 +122,8 @@ gboolean pr_destination_start_workers(PrDestination *destination, gboolean fresh
 	if (destination->uffd < 0)
 		return FALSE;
 	pr_crash_point(PR_CRASH_DESTINATION_FAULTS_ON);
-	/* Every access faults from now on, so the memfds can be emptied of what they held before. */
+	/* Every access faults from now on, so the memfds can be emptied of what they held
+	 * before. */
 	if (fresh && !pr_ram_empty(session->ram, error))
 		return FALSE;
 	return pr_destination_start_allocator(destination, fresh, error) &&

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The workers bring the guest's memory in: fault threads, pull threads, the verify thread, the allocator. All calls are
- * the owner's. */
+/* The workers bring the guest's memory in: fault threads, pull threads, the verify thread, the
+ * allocator. All calls are the owner's. */
 #pragma once
 
 #include "migration/destination/role.h"
 
-/* Before the fault mode is on, when no thread of the guest can wait for a page yet: forgets who waited for how long, and
- * asks the guest for its vCPUs. */
+/* Before the fault mode is on, when no thread of the guest can wait for a page yet: forgets who
+ * waited for how long, and asks the guest for its vCPUs. */
 void pr_destination_reset_blocktime(PrDestination *destination);
 /* Turns the fault mode on, and starts the workers. fresh: no page was received yet. */
 gboolean pr_destination_start_workers(PrDestination *destination, gboolean fresh, GError **error);

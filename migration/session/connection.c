@@ -52,8 +52,8 @@ static gboolean may_still_stay(PrSession *session)
 	return session->sm.role == PR_ROLE_SOURCE && !pr_state_is_postcopy(session->sm.state);
 }
 
-/* A destination that gives up says why on the control channel and closes the data path as well. Whichever is seen
- * first, the operator of the source has to hear the reason. */
+/* A destination that gives up says why on the control channel and closes the data path as well.
+ * Whichever is seen first, the operator of the source has to hear the reason. */
 static void path_failed(const GError *error, void *opaque)
 {
 	PrConn *conn = opaque;
@@ -305,7 +305,7 @@ static void end_standbys(PrSession *session)
 		if (!conn->failure)
 			conn->failure =
 				g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
-						    "no standby is needed any more");
+						    "the migration ends; standby closed");
 		g_cancellable_cancel(conn->cancel);
 		pr_conn_shutdown(conn);
 	}

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * One incarnation of the connection: control channel and data path. It is either the one in use, which the owner
- * makes, publishes in PrSession.conn, and closes; or a standby, listed in PrSession.standbys, which belongs to a thread
- * of its own until the owner takes it over or that thread closes it.
+ * One incarnation of the connection: control channel and data path. It is either the one in use,
+ * which the owner makes, publishes in PrSession.conn, and closes; or a standby, listed in
+ * PrSession.standbys, which belongs to a thread of its own until the owner takes it over or that
+ * thread closes it.
  *
- * "The thread that has the connection" is the owner of the one in use, and that thread of a standby.
+ * "The thread that has the connection" is the owner of the one in use, and that thread of a
+ * standby.
  */
 #pragma once
 
@@ -13,8 +15,8 @@
 
 /* What a connection needs of its role: the source or the destination. */
 typedef struct PrConnOps {
-	/* From the control channel's reader thread: a message that must not wait for the thread that has the connection.
-	 * TRUE: it was handled. */
+	/* From the control channel's reader thread: a message that must not wait for the thread
+	 * that has the connection. TRUE: it was handled. */
 	gboolean (*early)(PrConn *conn, const PrMsg *msg);
 	/* PrPathAllocate; opaque is the role. */
 	gboolean (*allocate)(uint32_t block, uint64_t offset, uint64_t length, void *role);
@@ -43,23 +45,21 @@ struct PrConn {
 	GThread *return_path; /* source: reads what the destination sends */
 	gboolean granted;     /* all grants were sent, or given to the path */
 
-	/* Destination: the thread that has the connection; while `receiving_grants` the control's reader thread, with
-	 * grants_lock, which is taken before all others (live-grants.c). */
+	/* Destination: the thread that has the connection; while `receiving_grants` the control's
+	 * reader thread, with grants_lock, which is taken before all others (live-grants.c). */
 	GArray *grants; /* PrGrant, as they come */
 	GMutex grants_lock;
 	gboolean receiving_grants;
 
 	/* PrSession.lock */
-	PrDataPath *
-		path; /* set when the lanes are up; the thread that has the connection reads it without */
+	PrDataPath *path; /* set when the lanes are up; its owner reads it without */
 	uint64_t epoch;	  /* the one of HELLO or ACTIVATE */
 	gboolean standby; /* listed in PrSession.standbys */
 	GError *failure;  /* of a connection that is not in use */
 	PrHelloAck *ack;  /* source: what the destination answered to ACTIVATE */
 	uint64_t rtt_us;  /* of the last probe of the lanes, 0: none yet */
 	gboolean pulls;	  /* a standby that is a rail: the destination pulls over it, too */
-	guint rail; /* destination: id of its rail (pull.h), 0: none; written by the thread that has the
-		     * connection, which reads it without the lock */
+	guint rail; /* destination: id of its rail (pull.h), 0: none; its owner reads it without */
 };
 
 /* name: NULL: the text of the URI. */
@@ -92,8 +92,8 @@ void pr_conn_failed(const GError *error, void *opaque);
 void pr_conn_failed_locked(PrConn *conn, const GError *error);
 /* Ends all waits on the connection; it stays valid. */
 void pr_conn_shutdown(PrConn *conn);
-/* The thread that has the connection ends it: when this returns, its path is fenced. A thread that nobody joins frees
- * the rest. Not to be called from the connection's return-path thread. */
+/* The thread that has the connection ends it: when this returns, its path is fenced. A thread that
+ * nobody joins frees the rest. Not to be called from the connection's return-path thread. */
 void pr_conn_close(PrConn *conn);
 /* Ends all standbys, and waits until nothing of any connection is left but the one in use. */
 void pr_conn_await_threads(PrSession *session);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Events of a migration: changes of its state and of its paths. They are queued under the lock of the session and
- * reported without it, in the order of the changes, by whichever thread releases the lock next.
+ * Events of a migration: changes of its state and of its paths. They are queued under the lock of
+ * the session and reported without it, in the order of the changes, by whichever thread releases
+ * the lock next.
  */
 #pragma once
 
@@ -13,7 +14,8 @@
 /* Called from any thread, with no lock of the engine held. */
 typedef struct PrMigrationHooks {
 	void (*on_state)(PrState state, const char *reason, void *opaque);
-	/* device: NULL where the path has no named device. The hook is NULL where nobody wants to know. */
+	/* device: NULL where the path has no named device. The hook is NULL where nobody wants to
+	 * know. */
 	void (*on_path)(const char *uri, PrPathState state, const char *device, const char *reason,
 			void *opaque);
 	void *opaque;
@@ -33,5 +35,6 @@ void pr_events_clear(PrEvents *self);
 void pr_events_queue_state(PrEvents *self, PrState state, const char *reason);
 void pr_events_queue_path(PrEvents *self, const char *path, PrPathState state, const char *device,
 			  const char *reason);
-/* Reports all queued events, unless another thread is doing that. With `lock` held, which is released meanwhile. */
+/* Reports all queued events, unless another thread is doing that. With `lock` held, which is
+ * released meanwhile. */
 void pr_events_flush(PrEvents *self, GMutex *lock);

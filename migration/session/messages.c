@@ -1,15 +1,23 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "migration/session/messages.h"
 
+/* The peer has left the connection. */
+static GError *pause_error(const char *peer, gboolean by_operator, const char *reason)
+{
+	if (by_operator)
+		return g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_HELD,
+				   "paused by the operator at the %s: %s", peer, reason);
+	return g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_PEER, "the %s has paused: %s", peer,
+			   reason);
+}
+
 gboolean pr_handle_lost(PrSession *session, const PrMsg *msg, const char *peer, GError **error)
 {
 	PrLost lost;
 
 	if (!pr_lost_decode(msg->body, msg->length, &lost, error))
 		return FALSE;
-	g_autoptr(GError) why =
-		g_error_new(PR_PATH_ERROR, lost.held ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_PEER,
-			    "the %s has paused: %s", peer, lost.reason);
+	g_autoptr(GError) why = pause_error(peer, lost.held, lost.reason);
 	pr_session_lock(session);
 	/* The end of an older connection is known already. */
 	if (session->conn && session->conn->epoch == lost.epoch)
@@ -67,8 +75,6 @@ gboolean pr_handle_reason(const PrMsg *msg, const char *peer, GError **error)
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER,
 			    "the %s has given up: %s", peer, reason);
 	else
-		g_set_error(error, PR_PATH_ERROR,
-			    msg->type == PR_MSG_HOLD ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_PEER,
-			    "the %s has paused: %s", peer, reason);
+		g_propagate_error(error, pause_error(peer, msg->type == PR_MSG_HOLD, reason));
 	return FALSE;
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Messages that both sides send, and handle in the same way. peer: "source" or "destination", for the operator. */
+/* Messages that both sides send, and handle in the same way. peer: "source" or "destination", for
+ * the operator. */
 #pragma once
 
 #include "migration/session/connection.h"
@@ -7,7 +8,8 @@
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
 /* PAUSE, HOLD, ERROR or NOTE, unless it would have to wait. */
 void pr_send_reason_nowait(PrConn *conn, uint16_t type, const char *reason);
-/* Tells the peer over all standbys that the connection of this epoch is lost. With the lock held; does not wait. */
+/* Tells the peer over all standbys that the connection of this epoch is lost. With the lock held;
+ * does not wait. */
 void pr_send_lost_nowait(PrSession *session, uint64_t epoch, const GError *error);
 
 /* LOST, of the connection in use; it comes over another one. */

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What a side knows of each path: its health, its device, its last error, the bytes that it has carried. A path is
- * known by its name: the text of its URI; at the destination with the address that the source has called.
+ * What a side knows of each path: its health, its device, its last error, the bytes that it has
+ * carried. A path is known by its name: the text of its URI; at the destination with the address
+ * that the source has called.
  *
  * All calls with PrSession.lock held. Changes of a path's state are queued as events.
  */
@@ -14,8 +15,7 @@ typedef struct PrPathRecord {
 	char *name;
 	char *device;	  /* or NULL */
 	char *last_error; /* or NULL */
-	uint64_t
-		bytes; /* of guest RAM; atomic. Those of the connection in use are added when it ends */
+	uint64_t bytes;	  /* of guest RAM; atomic. A connection's are added when it ends */
 	PrHealth health;
 } PrPathRecord;
 

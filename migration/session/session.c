@@ -235,7 +235,8 @@ PrAction pr_session_failed_locked(PrSession *session, const GError *error)
 	if (session->conn)
 		pr_path_ended(&session->paths, session->conn->name, error);
 	cut(session, action, error);
-	/* Later failures of this connection say nothing new. Its owner still has it, and closes it. */
+	/* Later failures of this connection say nothing new. Its owner still has it, and closes
+	 * it. */
 	pr_session_detach_conn(session);
 	return action;
 }

@@ -1,15 +1,17 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A session: what the source's and the destination's half of a migration have in common. It holds the state
- * machine, the failure of the current attempt, the connection in use and the standbys.
+ * A session: what the source's and the destination's half of a migration have in common. It holds
+ * the state machine, the failure of the current attempt, the connection in use and the standbys.
  *
- * Threads. Each migration has one thread that owns its course: the migration thread on the source, the load thread
- * on the destination (PrSession.thread). It alone opens and closes the connection in use and walks through the
- * steps. Any thread may report a failure (pr_session_failed()): that steps the state machine and shuts the connection
- * down under the lock, which ends every wait of the owner; the owner then tidies up.
+ * Threads. Each migration has one thread that owns its course: the migration thread on the source,
+ * the load thread on the destination (PrSession.thread). It alone opens and closes the connection
+ * in use and walks through the steps. Any thread may report a failure (pr_session_failed()): that
+ * steps the state machine and shuts the connection down under the lock, which ends every wait of
+ * the owner; the owner then tidies up.
  *
- * Lock order: PrSession.lock is taken last (PrDestination.pull_lock before it). With it held, the engine makes no call
- * that may block or call back. Shutting down a control channel or a data path does neither.
+ * Lock order: PrSession.lock is taken last (PrDestination.pull_lock before it). With it held, the
+ * engine makes no call that may block or call back. Shutting down a control channel or a data path
+ * does neither.
  */
 #pragma once
 
@@ -48,7 +50,8 @@ typedef struct PrRate {
 } PrRate;
 
 typedef struct PrSession {
-	/* Constant after pr_session_init() and pr_migration_secure(), which come before any thread. */
+	/* Constant after pr_session_init() and pr_migration_secure(), which come before any
+	 * thread. */
 	PrGuest *guest;
 	PrParams *params;
 	PrSecurity security;
@@ -70,14 +73,14 @@ typedef struct PrSession {
 	PrPathTable paths;
 
 	PrBinding binding;
-	PrConn *conn;	     /* in use */
-	GPtrArray *standbys; /* PrConn*, not owned */
-	guint n_threads;     /* that nobody joins: they count down when they end */
-	GThread *
-		thread; /* owns the course of the migration; joined by the next one, or at the end */
+	PrConn *conn;		  /* in use */
+	GPtrArray *standbys;	  /* PrConn*, not owned */
+	guint n_threads;	  /* that nobody joins: they count down when they end */
+	GThread *thread;	  /* the owner; joined by the next one, or at the end */
 	GThread *previous_thread; /* the one before, until the next one has joined it */
 
-	/* The owner sets the pointer under the lock, and may read it without. PrRam has rules of its own. */
+	/* The owner sets the pointer under the lock, and may read it without. PrRam has rules of
+	 * its own. */
 	PrRam *ram;
 	gboolean verifies; /* both sides want pages verified */
 	PrProgress
@@ -105,11 +108,13 @@ void pr_session_restore_locked(PrSession *session, PrRole role, PrState state, g
 			       const char *reason);
 /* Steps the state machine; records the reason, queues the event. */
 PrAction pr_session_step_locked(PrSession *session, PrEvent event, PrRole role, const char *reason);
-/* The same without the lock. FALSE: the step was refused; `error` says why: by the failure that came in between. */
+/* The same without the lock. FALSE: the step was refused; `error` says why: by the failure that
+ * came in between. */
 gboolean pr_session_step(PrSession *session, PrEvent event, const char *reason, GError **error);
 /* The operator has paused the migration, or lets it go on. */
 void pr_session_set_paused_by_operator(PrSession *session, gboolean paused);
-/* Reports something that the operator has to know and that changes no state; the second for what must never happen. */
+/* Reports something that the operator has to know and that changes no state; the second for what
+ * must never happen. */
 void pr_session_note_locked(PrSession *session, const char *what);
 void pr_session_alarm_locked(PrSession *session, const char *what);
 PrState pr_session_state(PrSession *session);
@@ -119,13 +124,13 @@ void pr_session_set_state_error(const PrSession *session, const char *command, c
 
 /* ---- failures ---- */
 
-/* Steps the state machine by the kind of error, and shuts the connection down. from: the connection that it happened
- * on; a failure of an older connection is ignored. NULL: the connection in use. */
+/* Steps the state machine by the kind of error, and shuts the connection down. from: the connection
+ * that it happened on; a failure of an older connection is ignored. NULL: the connection in use. */
 void pr_session_failed(PrSession *session, PrConn *from, const GError *error);
 /* The same for the connection in use. */
 PrAction pr_session_failed_locked(PrSession *session, const GError *error);
-/* The owner reports that a step of the current attempt has failed. Ignored if somebody reported a failure already:
- * the state machine may have moved on to the next attempt. */
+/* The owner reports that a step of the current attempt has failed. Ignored if somebody reported a
+ * failure already: the state machine may have moved on to the next attempt. */
 void pr_session_attempt_failed(PrSession *session, const GError *error);
 gboolean pr_session_attempt_has_failed(PrSession *session);
 /* Why the current attempt can't go on; never leaves *error unset. With the lock held. */
@@ -155,8 +160,8 @@ void pr_session_forget_fence(PrSession *session);
 /* Starts the thread that owns the course of the migration. */
 gboolean pr_session_start_thread(PrSession *session, const char *name, GThreadFunc func,
 				 gpointer opaque, GError **error);
-/* A thread that nobody joins; pr_conn_await_threads() waits for all of them. Without memory for a thread, func is
- * called here. */
+/* A thread that nobody joins; pr_conn_await_threads() waits for all of them. Without memory for a
+ * thread, func is called here. */
 void pr_session_spawn(PrSession *session, const char *name, GThreadFunc func, gpointer opaque);
 /* To be called by such a thread when it is done. */
 void pr_session_thread_ends(PrSession *session);

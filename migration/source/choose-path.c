@@ -30,8 +30,8 @@ static gint64 hold_until(PrSource *source, const PrUri *uri)
 	return pr_path_record(&source->session->paths, uri->text)->health.hold_until;
 }
 
-/* The path whose hold-down ends first comes first. A path that was lost just now may be connected again already; its
- * hold-down has only begun. A GCompareDataFunc of Candidate. */
+/* The path whose hold-down ends first comes first. A path that was lost just now may be connected
+ * again already; its hold-down has only begun. A GCompareDataFunc of Candidate. */
 static gint compare_hold_down(gconstpointer a, gconstpointer b, gpointer source)
 {
 	gint64 one = hold_until(source, ((const Candidate *)a)->uri);
@@ -50,7 +50,8 @@ static GArray *standbys_of_rank(PrSource *source, PrStandbyRank rank)
 	return standbys;
 }
 
-/* The fit standbys in the operator's order, then those on probation, the first to be trusted first. */
+/* The fit standbys in the operator's order, then those on probation, the first to be trusted
+ * first. */
 static void add_standbys(PrSource *source, GArray *candidates)
 {
 	g_autoptr(GArray) fit = standbys_of_rank(source, PR_STANDBY_FIT);
@@ -72,9 +73,9 @@ static guint behind_last_path(const PrSource *source)
 	return 0;
 }
 
-/* The paths of this attempt in the order in which to try them. Paths that the operator has named: as they were named. An
- * automatic attempt: first the standbys, since connecting anew may take long; then all paths, beginning behind the one
- * that was lost. */
+/* The paths of this attempt in the order in which to try them. Paths that the operator has named:
+ * as they were named. An automatic attempt: first the standbys, since connecting anew may take
+ * long; then all paths, beginning behind the one that was lost. */
 static GArray *candidates_of_attempt(PrSource *source)
 {
 	GArray *candidates = g_array_new(FALSE, FALSE, sizeof(Candidate));
@@ -114,7 +115,8 @@ static gboolean is_refusal(const GError *error)
 	       g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD);
 }
 
-/* Over the path's standby if it has one. Where it has none, or that one turns out to be dead, anew if it may. */
+/* Over the path's standby if it has one. Where it has none, or that one turns out to be dead, anew
+ * if it may. */
 static PrConnectOutcome try_path(PrSource *source, const Candidate *candidate, PrResume resume,
 				 PrConn **ret_conn, GError **error)
 {

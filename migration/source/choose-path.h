@@ -4,6 +4,6 @@
 
 #include "migration/source/role.h"
 
-/* Tries the paths in order; the first that connects is used. A destination that refuses ends it, as it would refuse over
- * any path. By the owner. */
+/* Tries the paths in order; the first that connects is used. A destination that refuses ends it, as
+ * it would refuse over any path. By the owner. */
 PrConnectOutcome pr_source_connect_any(PrSource *source, PrConn **ret_conn, GError **error);

@@ -49,8 +49,8 @@ static gboolean start_locked(PrSource *source, GPtrArray *uris, GError **error)
 	return TRUE;
 }
 
-/* old: the owner of the migration before, which has ended but may still be closing its connection. The main loop must
- * not wait for that; the new owner does. */
+/* old: the owner of the migration before, which has ended but may still be closing its connection.
+ * The main loop must not wait for that; the new owner does. */
 static gboolean start_owner(PrSource *source, GThread *old, GError **error)
 {
 	PrSession *session = source->session;
@@ -79,7 +79,8 @@ gboolean pr_source_start(PrSource *source, GPtrArray *uris, GError **error)
 	PrSession *session = source->session;
 	GThread *old = NULL;
 
-	/* Events are reported when the owner has started: until then a hook finds no thread to wait for. */
+	/* Events are reported when the owner has started: until then a hook finds no thread to wait
+	 * for. */
 	g_mutex_lock(&session->lock);
 	gboolean begun = start_locked(source, uris, error);
 	if (begun)

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The source's commands. uris: PrUri*, in the order of preference; the caller keeps its reference. */
+/* The source's commands. uris: PrUri*, in the order of preference; the caller keeps its
+ * reference. */
 #pragma once
 
 #include "migration/source/role.h"

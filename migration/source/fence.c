@@ -2,17 +2,20 @@
 /*
  * The fence of the source's RAM, and the watch over its guest.
  *
- * The destination reads the source's RAM until all of it has moved. Whoever lets the guest run at the source in that
- * time, or resets it, would change pages that are still to be read. The destination's memory would be wrong, and nobody
- * would know. So right after RUN, where it costs no downtime, the guest's RAM is write-protected in its process
- * (guest/guest.h), and the guest is watched. The kernel keeps the fence when this engine dies. The next engine fences
- * again, which is harmless, and watches.
+ * The destination reads the source's RAM until all of it has moved. Whoever lets the guest run at
+ * the source in that time, or resets it, would change pages that are still to be read. The
+ * destination's memory would be wrong, and nobody would know. So right after RUN, where it costs no
+ * downtime, the guest's RAM is write-protected in its process (guest/guest.h), and the guest is
+ * watched. The kernel keeps the fence when this engine dies. The next engine fences again, which is
+ * harmless, and watches.
  *
- * Where the protection is not possible the watch remains, and both sides are told so. Both are also told when the watch
- * has seen something. The fence is lifted when everything has moved: the source's RAM does not matter any more.
+ * Where the protection is not possible the watch remains, and both sides are told so. Both are also
+ * told when the watch has seen something. The fence is lifted when everything has moved: the
+ * source's RAM does not matter any more.
  *
- * A thread of its own fences: it takes long for much RAM, and meanwhile the owner has to serve its connection. The
- * protection does not cover the time from RUN until the fence stands. The watch does.
+ * A thread of its own fences: it takes long for much RAM, and meanwhile the owner has to serve its
+ * connection. The protection does not cover the time from RUN until the fence stands. The watch
+ * does.
  */
 #include "migration/source/fence.h"
 
@@ -22,7 +25,8 @@
 
 #define RETRY_US G_USEC_PER_SEC /* between two tries to fence */
 
-/* Walking the page tables takes about 70 ms for a GiB of present pages, 1 ms for a GiB of absent ones. */
+/* Walking the page tables takes about 70 ms for a GiB of present pages, 1 ms for a GiB of absent
+ * ones. */
 static const PrWatchPoint fencing = {"write-protecting the guest's RAM", 10000};
 
 /* What follows from a guest that ran, or was reset, at that time. With the lock held. */
@@ -32,8 +36,8 @@ static const char *consequence(const PrSession *session, gint64 seen)
 		return "all its memory had moved: the destination reads nothing there any more";
 	if (session->fence.state == PR_FENCE_ON && session->fence.since <= seen)
 		return "its RAM is write-protected: what the destination reads has not changed";
-	return "its RAM was not write-protected then: what the destination has read of it since may "
-	       "be wrong";
+	return "its RAM was not write-protected then: what the destination has read of it since "
+	       "may be wrong";
 }
 
 void pr_source_ran_again(const char *what, gint64 seen, void *opaque)
@@ -85,7 +89,8 @@ static gboolean is_worth_a_retry(const GError *error)
 	       g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_TIMEOUT);
 }
 
-/* Waits before the next try. FALSE: no RAM has to be protected any more, or the engine is to end. */
+/* Waits before the next try. FALSE: no RAM has to be protected any more, or the engine is to
+ * end. */
 static gboolean wait_for_retry(PrSession *session)
 {
 	gint64 until = g_get_monotonic_time() + RETRY_US;

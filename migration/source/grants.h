@@ -4,7 +4,8 @@
 
 #include "migration/source/role.h"
 
-/* Sends all grants of the path. Only once the guest has stopped: until then it may touch what was a hole. */
+/* Sends all grants of the path. Only once the guest has stopped: until then it may touch what was a
+ * hole. */
 gboolean pr_source_send_all_grants(PrConn *conn, GError **error);
 /* Sends these: PrGrant, sorted by block. */
 gboolean pr_source_send_grants(PrConn *conn, const GArray *grants, GError **error);

@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What a source writes down, so that the engine which follows it knows whose the guest is.
+ * The hand-over record: what a source writes down, so that the engine which follows it knows whose
+ * the guest is.
  *
- * One file for each guest, in the state directory; it holds the migration's secret and is for its owner only (0600).
- * A change is in force when the call returns: written beside it, renamed over it. So whatever moment the engine dies
- * at, the file is the old one or the new one. It need not reach a disk, which would be part of the downtime: a host
- * that goes down takes the guest's process with it, and the file is about that one.
+ * One file for each guest, in the state directory. It holds the migration's secret and is readable
+ * by its owner only (0600). A change is in force when the call returns: it is written beside the
+ * file, and renamed over it. So whenever the engine dies, the file is the old one or the new one.
+ * The file need not reach a disk, which would lengthen the downtime: a host that goes down takes
+ * the guest's process with it, and the file is about that process.
  *
- * It is about one process of a guest (process.h): the file of a guest that is gone says nothing about the one that
- * has its sockets now.
+ * It is about one process of a guest (guest/process.h). The file of a guest that is gone says
+ * nothing about the guest that has its sockets now.
  */
 #pragma once
 
@@ -29,8 +31,8 @@ typedef struct PrHandoverRecord {
 
 	PrHandoverStage stage;
 	gboolean was_running;	     /* the guest ran before it was stopped */
-	gboolean paused_by_operator; /* a human has paused it */
-	/* How often an engine has taken this migration up. The upper half of its epochs. */
+	gboolean paused_by_operator; /* automatic recovery waits until the operator resumes */
+	/* How many engines have gone on with this migration. The upper half of its epochs. */
 	uint32_t incarnation;
 	uint8_t uuid[PR_UUID_BYTES];
 	uint8_t secret[PR_SECRET_BYTES];
@@ -39,8 +41,8 @@ typedef struct PrHandoverRecord {
 	guint n_blocks;
 } PrHandoverRecord;
 
-/* Of a guest in a directory, as the file has it now; without a file, PR_HANDOVER_NONE. Refuses a file that is not a
- * whole record, naming it. */
+/* Reads the record of a guest in a directory; without a file, PR_HANDOVER_NONE. Refuses a file that
+ * is not a whole record, naming it. */
 PrHandoverRecord *pr_handover_record_open(const char *dir, const char *spec, const char *process,
 					  GError **error);
 void pr_handover_record_free(PrHandoverRecord *record);

@@ -65,8 +65,8 @@ gboolean pr_handover_handed_over(PrSource *source, GError **error)
 	return TRUE;
 }
 
-/* A full disk lets a file be removed even if none can be written. Without a record the next engine would not let the
- * guest run, either, but it could not resume it by mistake. */
+/* A full disk lets a file be removed even if none can be written. Without a record the next engine
+ * would not let the guest run, either, but it could not resume it by mistake. */
 void pr_handover_revoked(PrSource *source)
 {
 	g_autoptr(GError) error = NULL;
@@ -75,10 +75,9 @@ void pr_handover_revoked(PrSource *source)
 		return;
 	if (!pr_handover_record_save(source->record, PR_HANDOVER_STOPPING, &error) &&
 	    !pr_handover_record_remove(source->record, NULL))
-		g_critical(
-			"%s; remove %s by hand: it says that this guest was handed over, and it was "
-			"not",
-			error->message, source->record->path);
+		g_critical("%s; remove %s by hand: it says that this guest was handed over, and it "
+			   "was not",
+			   error->message, source->record->path);
 	pr_crash_point(PR_CRASH_SOURCE_TAKEN_BACK_NOTED);
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The hand-over, as the source writes it down; migration/resume.c argues the order. Each call is the owner's, and in
- * force when it returns. Where no record is kept, they do nothing.
+ * The hand-over, as the source writes it down; migration/resume.c argues the order. Each call is
+ * the owner's, and in force when it returns. Where no record is kept, they do nothing.
  */
 #pragma once
 

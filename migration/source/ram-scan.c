@@ -1,17 +1,21 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The scan of the source's RAM over a path with incremental grants: ranges with data are granted, all others are zero.
+ * The scan of the source's RAM over a path with incremental grants: ranges with data are granted,
+ * all others are zero.
  *
- * The scan takes longer the more RAM there is (holes and exchanged pages have to be found: transport/rdma/source-mr.c),
- * and can't begin before the guest has stopped. So a thread scans piece by piece, while the device state is saved and
- * loaded and while the guest runs at the destination already. Each piece is granted as soon as it was scanned. Nothing
- * between the stop and RUN waits for the scan.
+ * The scan takes longer the more RAM there is (holes and exchanged pages have to be found:
+ * transport/rdma/source-mr.c), and can't begin before the guest has stopped. So a thread scans
+ * piece by piece, while the device state is saved and loaded and while the guest runs at the
+ * destination already. Each piece is granted as soon as it was scanned. Nothing between the stop
+ * and RUN waits for the scan.
  *
- * The destination is told about every page once: by GRANT or by RAM_ZERO. Until then it does not read the page
- * (destination/live-grants.c). If a fault waits for it, the destination asks, and the unit with that page is scanned
- * next. So a fault waits for the piece that is being scanned, its own unit and a round trip, however much RAM there is.
+ * The destination is told about every page once: by GRANT or by RAM_ZERO. Until then it does not
+ * read the page (destination/live-grants.c). If a fault waits for it, the destination asks, and the
+ * unit with that page is scanned next. So a fault waits for the piece that is being scanned, its
+ * own unit and a round trip, however much RAM there is.
  *
- * The guest's RAM is what it was when it stopped, so it makes no difference when a piece is scanned.
+ * The guest's RAM is what it was when it stopped, so it makes no difference when a piece is
+ * scanned.
  */
 #include "migration/source/ram-scan.h"
 

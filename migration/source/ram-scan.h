@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Finds out, after the guest has stopped, what the destination may read over a path with incremental grants, and what is
- * zero; tells it. A thread does that. */
+/* Finds out, after the guest has stopped, what the destination may read over a path with
+ * incremental grants, and what is zero; tells it. A thread does that. */
 #pragma once
 
 #include "migration/source/role.h"

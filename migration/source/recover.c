@@ -2,10 +2,10 @@
 /*
  * Recovery, both halves.
  *
- * When a path is lost both sides end up in postcopy-paused with their connection fenced: at the destination no READ of
- * it is in flight any more. The received bitmap says which pages are in place. READs that rails have posted before
- * (destination/rails.c) may land later; their pages are claimed until then. The source then connects again, over any
- * path, with a higher epoch:
+ * When a path is lost both sides end up in postcopy-paused with their connection fenced: at the
+ * destination no READ of it is in flight any more. The received bitmap says which pages are in
+ * place. READs that rails have posted before (destination/rails.c) may land later; their pages are
+ * claimed until then. The source then connects again, over any path, with a higher epoch:
  *
  *	source                                          destination
  *	  RECOVER_SETUP                                   PAUSED
@@ -20,11 +20,11 @@
  *	                                                  is asked for again; ACTIVE
  *	  ACTIVE                                  ◀──     RESUME_ACK
  *
- * No failure is fatal: any leads back to paused, and the next attempt starts at the top. What has to be prepared for a
- * resume is a table of handlers, as in QEMU; RAM is the first.
+ * No failure is fatal: any leads back to paused, and the next attempt starts at the top. What has
+ * to be prepared for a resume is a table of handlers, as in QEMU; RAM is the first.
  *
- * POSTCOPY_RESUME implies RUN: the source sends it only after it has handed the guest over, and RUN may have been lost
- * with the path.
+ * POSTCOPY_RESUME implies RUN: the source sends it only after it has handed the guest over, and RUN
+ * may have been lost with the path.
  */
 #include "migration/source/recover.h"
 
@@ -38,8 +38,8 @@ typedef struct ResumeHandler {
 	gboolean (*resume_prepare)(PrConn *conn, GError **error);
 } ResumeHandler;
 
-/* A destination that breaks the protocol may send RESUME_ACK, and even SHUT, before its bitmaps. A loss of the path fails
- * nothing after that, so the state is checked, too. With the lock held. */
+/* A destination that breaks the protocol may send RESUME_ACK, and even SHUT, before its bitmaps. A
+ * loss of the path fails nothing after that, so the state is checked, too. With the lock held. */
 static gboolean is_recovering(const PrSession *session)
 {
 	return !session->failure && session->sm.state == PR_STATE_POSTCOPY_RECOVER;

@@ -73,7 +73,8 @@ static gboolean resume_as_source(PrSource *source, GError **error)
 	return TRUE;
 }
 
-/* The obstacle may last. A thread goes on trying, so that the monitor can answer meanwhile and say so. */
+/* The obstacle may last. A thread goes on trying, so that the monitor can answer meanwhile and say
+ * so. */
 static gboolean go_on_trying(PrSource *source, const GError *why, GError **error)
 {
 	PrSession *session = source->session;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The source of a migration. What it shares with the destination is in the session. "The owner" is the migration
- * thread, PrSession.thread.
+ * The source of a migration. What it shares with the destination is in the session. "The owner" is
+ * the migration thread, PrSession.thread.
  */
 #pragma once
 
@@ -20,16 +20,16 @@ typedef struct PrSource {
 	gboolean run_may_be_seen; /* this guest never runs here again */
 
 	/* PrSession.lock */
-	GPtrArray *
-		uris; /* PrUri*: all known paths, the preferred ones first; replaced, never changed */
-	guint n_asked;	   /* so many of them were named by the last command */
-	char *last_path;   /* text of the URI that connected last */
-	char *claimed;	   /* text of the URI that the owner is connecting: no standby for it */
-	PrResume resume;   /* which kind of recovery RECOVER_SETUP is */
-	uint32_t pong;	   /* the last one received */
-	guint bitmaps_due; /* RECV_BITMAP answers that are missing */
-	GArray *scan_requests; /* PrScanRequest: what the destination wants scanned first; NULL: no scan */
-	gboolean scanning; /* not all RAM was scanned for the destination yet (ram-scan.c) */
+	GPtrArray
+		*uris; /* PrUri*: all known paths, preferred ones first; replaced, never changed */
+	guint n_asked; /* so many of them were named by the last command */
+	char *last_path;       /* text of the URI that connected last */
+	char *claimed;	       /* text of the URI that the owner is connecting: no standby for it */
+	PrResume resume;       /* which kind of recovery RECOVER_SETUP is */
+	uint32_t pong;	       /* the last one received */
+	guint bitmaps_due;     /* RECV_BITMAP answers that are missing */
+	GArray *scan_requests; /* PrScanRequest; NULL: there is no scan */
+	gboolean scanning;     /* not all RAM was scanned for the destination yet (ram-scan.c) */
 } PrSource;
 
 /* How an attempt to connect has ended. */

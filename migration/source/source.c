@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The source's story. The migration thread walks it from pr_source_thread() down. Each connection has a return-path
- * thread beside it, which handles what the destination sends.
+ * The source's story. The migration thread walks it from pr_source_thread() down. Each connection
+ * has a return-path thread beside it, which handles what the destination sends.
  *
- * The source's RAM does not change once the guest is stopped, and the data path serves it without this thread. What the
- * thread does in postcopy is to search for zero pages, so that they need not travel, and to recover.
+ * The source's RAM does not change once the guest is stopped, and the data path serves it without
+ * this thread. What the thread does in postcopy is to search for zero pages, so that they need not
+ * travel, and to recover.
  */
 #include "migration/source/source.h"
 
@@ -24,7 +25,8 @@
 #define CAPABILITY_POLL_US                                                                         \
 	(200 * 1000) /* between two checks whether auto-recover was switched on */
 
-/* What the migration thread does, and how long that may take. Where a parameter bounds it, that applies instead. */
+/* What the migration thread does, and how long that may take. Where a parameter bounds it, that
+ * applies instead. */
 static const PrWatchPoint exchanging = {"exchanging what has arrived", 3000};
 static const PrWatchPoint closing = {"closing a connection", 3000};
 
@@ -54,7 +56,8 @@ static void serve_pull(PrSource *source, PrConn *conn)
 	PrSession *session = source->session;
 
 	pr_standby_keep(source);
-	/* Progress is up to the destination from here on; even a channel that takes nothing is not this thread's stall. */
+	/* Progress is up to the destination from here on; even a channel that takes nothing is not
+	 * this thread's stall. */
 	pr_watch_idle(source->watch);
 	if (pr_capability(session->params, PR_CAP_ZERO_PAGES))
 		pr_source_send_zero_pages(conn);
@@ -92,8 +95,8 @@ static gboolean may_recover_alone(const PrSource *source)
 	       pr_capability(session->params, PR_CAP_AUTO_RECOVER);
 }
 
-/* The operator has to act. What has changed meanwhile is written down for the next engine. With the lock held, which is
- * released meanwhile. */
+/* The operator has to act. What has changed meanwhile is written down for the next engine. With the
+ * lock held, which is released meanwhile. */
 static void wait_for_operator(PrSource *source)
 {
 	PrSession *session = source->session;
@@ -154,7 +157,8 @@ static gboolean begin_recovery(PrSource *source)
 	return wanted;
 }
 
-/* The last connection may have been lost before all holes were told, and over rdma a hole can't be read. */
+/* The last connection may have been lost before all holes were told, and over rdma a hole can't be
+ * read. */
 static gboolean send_missing_holes(PrSource *source, PrConn *conn, GError **error)
 {
 	return source->holes_told || pr_source_send_holes(conn, error);

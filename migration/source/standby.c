@@ -2,15 +2,17 @@
 /*
  * Standby paths
  *
- * While one path carries the migration, every other path that the source knows is kept connected: control channel and
- * lanes, with the source's memory registered and granted. Failing over to a standby costs one message each way
- * (ACTIVATE, ACTIVATED) before the bitmaps are exchanged. The side that loses the path in use can say so at once over
- * the standbys (LOST), and a standby that dies is known before it is needed.
+ * While one path carries the migration, every other path that the source knows is kept connected:
+ * control channel and lanes, with the source's memory registered and granted. Failing over to a
+ * standby costs one message each way (ACTIVATE, ACTIVATED) before the bitmaps are exchanged. The
+ * side that loses the path in use can say so at once over the standbys (LOST), and a standby that
+ * dies is known before it is needed.
  *
- * Source: a keeper for each listed path. It is a thread that connects the path whenever it is not the one in use, again
- * and again; how soon, and when the path is to be trusted, is in transport/health.h. The owner takes a keeper's
- * connection when it needs one. A standby has its return-path thread from the beginning, and keeps it. The guest's RAM
- * does not change any more, so grants are valid for good.
+ * Source: a keeper for each listed path. It is a thread that connects the path whenever it is not
+ * the one in use, again and again; how soon, and when the path is to be trusted, is in
+ * transport/health.h. The owner takes a keeper's connection when it needs one. A standby has its
+ * return-path thread from the beginning, and keeps it. The guest's RAM does not change any more, so
+ * grants are valid for good.
  *
  * Destination: destination/standby.c.
  *
@@ -94,6 +96,17 @@ static gboolean wait_until_due(PrKeeper *keeper)
 	return go_on;
 }
 
+/* Why the source closes a standby that has not failed. */
+static const char *why_closed(const PrKeeper *keeper)
+{
+	const PrSession *session = keeper->source->session;
+
+	if (session->sm.state == PR_STATE_COMPLETED)
+		return "migration completed; standby closed";
+	return is_over(keeper) ? "the migration has ended; standby closed"
+			       : "the standby is not wanted any more";
+}
+
 /* Ends a standby, from the keeper's thread. Without the lock. */
 static void end_standby(PrConn *conn, const GError *why)
 {
@@ -101,13 +114,11 @@ static void end_standby(PrConn *conn, const GError *why)
 	pr_conn_close(conn);
 }
 
-/* Offers the connection to the owner, until the owner takes it, it fails, or it is not wanted any more. The owner may take
- * it after its first answered probe. Without the lock. */
+/* Offers the connection to the owner, until the owner takes it, it fails, or it is not wanted any
+ * more. The owner may take it after its first answered probe. Without the lock. */
 static void offer(PrKeeper *keeper, PrConn *conn)
 {
 	PrSession *session = keeper->source->session;
-	g_autoptr(GError) closed = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
-						       "no standby is needed");
 
 	pr_session_lock(session);
 	keeper->conn = conn;
@@ -121,6 +132,8 @@ static void offer(PrKeeper *keeper, PrConn *conn)
 		poll_wait(session, G_MAXINT64);
 	gboolean ours = keeper->conn != NULL;
 	keeper->conn = NULL;
+	g_autoptr(GError) closed =
+		g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, why_closed(keeper));
 	pr_session_unlock(session);
 	if (!ours)
 		return;
@@ -128,7 +141,8 @@ static void offer(PrKeeper *keeper, PrConn *conn)
 	end_standby(conn, closed);
 }
 
-/* If the owner has connected the path meanwhile, this attempt says nothing about the path. Without the lock. */
+/* If the owner has connected the path meanwhile, this attempt says nothing about the path. Without
+ * the lock. */
 static void note_failure(PrKeeper *keeper, const GError *error)
 {
 	PrSession *session = keeper->source->session;
@@ -267,7 +281,8 @@ PrStandbyRank pr_standby_rank(PrSource *source, const PrUri *uri)
 	return health->state == PR_PATH_STANDBY ? PR_STANDBY_FIT : PR_STANDBY_ON_PROBATION;
 }
 
-/* Takes the standby of a path; NULL: it has none. Claims the path: a standby that would be up a moment later gives way. */
+/* Takes the standby of a path; NULL: it has none. Claims the path: a standby that would be up a
+ * moment later gives way. */
 static PrConn *take_standby(PrSource *source, const PrUri *uri)
 {
 	PrSession *session = source->session;

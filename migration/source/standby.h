@@ -10,8 +10,8 @@ typedef struct PrKeeper PrKeeper;
 /* The owner: sees to it that every listed path has a keeper; ends all of them. */
 void pr_standby_keep(PrSource *source);
 void pr_standby_stop(PrSource *source);
-/* The owner: makes a path's standby the connection in use. Whatever the outcome, the path's keeper stays away from it
- * until pr_standby_unclaim(). */
+/* The owner: makes a path's standby the connection in use. Whatever the outcome, the path's keeper
+ * stays away from it until pr_standby_unclaim(). */
 PrConnectOutcome pr_standby_activate(PrSource *source, const PrUri *uri, PrResume resume,
 				     PrConn **ret_conn, GError **error);
 void pr_standby_unclaim(PrSource *source);

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The switch-over. Up to hand_over() every failure leaves the guest with the source. In hand_over() the state machine
- * goes to postcopy-active before RUN is sent: from then on the destination may have seen RUN, and this guest never runs
- * here again.
+ * The switch-over. Up to hand_over() every failure leaves the guest with the source. In hand_over()
+ * the state machine goes to postcopy-active before RUN is sent: from then on the destination may
+ * have seen RUN, and this guest never runs here again.
  *
- * The downtime begins when the guest stops, and ends when the destination has seen RUN. Work that can wait is done
- * after RUN, work that need not wait is done before the stop.
+ * The downtime begins when the guest stops, and ends when the destination has seen RUN. Work that
+ * can wait is done after RUN, work that need not wait is done before the stop.
  */
 #include "migration/source/switchover.h"
 
@@ -18,11 +18,12 @@
 #include "migration/source/ram-scan.h"
 #include "migration/source/zero-pages.h"
 
-/* Bytes of device state that are sent while RAM is still being scanned; well below what a control channel receives
- * ahead. */
+/* Bytes of device state that are sent while RAM is still being scanned; well below what a control
+ * channel receives ahead. */
 #define STATE_DURING_SCAN (8 * 1024 * 1024)
 
-/* What the migration thread does, and how long that may take. Where a parameter bounds it, that applies instead. */
+/* What the migration thread does, and how long that may take. Where a parameter bounds it, that
+ * applies instead. */
 static const PrWatchPoint preparing = {"preparing the guest", 1000};
 static const PrWatchPoint awaiting = {"waiting for the destination", 3000};
 static const PrWatchPoint stopping = {"stopping the guest", 1000};
@@ -117,8 +118,8 @@ static gboolean prepare_save(PrGuest *guest, GError **error)
 	return !guest->ops->prepare_save || guest->ops->prepare_save(guest, error);
 }
 
-/* Tells the destination what kind of guest and of RAM comes, and waits until both sides are ready for it. They prepare
- * at the same time. */
+/* Tells the destination what kind of guest and of RAM comes, and waits until both sides are ready
+ * for it. They prepare at the same time. */
 static gboolean advise(PrSource *source, PrConn *conn, GError **error)
 {
 	PrSession *session = source->session;
@@ -191,8 +192,9 @@ static gboolean check_attempt(PrSession *session, GError **error)
 	return !failed;
 }
 
-/* Tells the destination what it may read. Over a path with incremental grants a thread finds that out, *ret_scanner,
- * beside all that follows: the destination reads a page as soon as it is granted. */
+/* Tells the destination what it may read. Over a path with incremental grants a thread finds that
+ * out, *ret_scanner, beside all that follows: the destination reads a page as soon as it is
+ * granted. */
 static gboolean grant_ram(PrSource *source, PrConn *conn, GThread **ret_scanner, GError **error)
 {
 	pr_watch_enter(source->watch, &telling);
@@ -309,7 +311,8 @@ static gboolean stop_and_hand_over(PrSource *source, PrConn *conn, GThread **ret
 
 /* ---- after RUN ---- */
 
-/* Whether the destination has carried out everything that was sent, and the migration still needs it. */
+/* Whether the destination has carried out everything that was sent, and the migration still needs
+ * it. */
 static gboolean ping_and_wait(PrSource *source, PrConn *conn, uint32_t ping)
 {
 	PrSession *session = source->session;
@@ -317,7 +320,8 @@ static gboolean ping_and_wait(PrSource *source, PrConn *conn, uint32_t ping)
 	if (!pr_source_send_ping(conn, ping, NULL))
 		return FALSE;
 	pr_session_lock(session);
-	/* Ended by the PONG, or by a change of state: SHUT, which may come first, or any failure. */
+	/* Ended by the PONG, or by a change of state: SHUT, which may come first, or any
+	 * failure. */
 	while (session->sm.state == PR_STATE_POSTCOPY_ACTIVE && !session->quit &&
 	       source->pong != ping)
 		g_cond_wait(&session->changed, &session->lock);
@@ -326,9 +330,9 @@ static gboolean ping_and_wait(PrSource *source, PrConn *conn, uint32_t ping)
 	return active;
 }
 
-/* Tells the destination which pages it need not read. Finding them takes longer the more RAM there is, and takes
- * processors, so it waits until the guest runs; until a hole is told, the destination reads zeros there. Returns whether
- * all were told; a failure reports itself. */
+/* Tells the destination which pages it need not read. Finding them takes longer the more RAM there
+ * is, and takes processors, so it waits until the guest runs; until a hole is told, the destination
+ * reads zeros there. Returns whether all were told; a failure reports itself. */
 static gboolean send_remaining_holes(PrSource *source, PrConn *conn)
 {
 	pr_watch_idle(source->watch);

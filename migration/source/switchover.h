@@ -4,5 +4,6 @@
 
 #include "migration/source/role.h"
 
-/* FALSE: the guest is still the source's, and has to run on here. *ret_conn: the connection, or NULL; it is the caller's. */
+/* FALSE: the guest is still the source's, and has to run on here. *ret_conn: the connection, or
+ * NULL; it is the caller's. */
 gboolean pr_source_switch_over(PrSource *source, PrConn **ret_conn, GError **error);

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The source's guest runs on, after a failure between its stop and RUN: a failure of this engine, or of one that has died
- * (resume.c).
+ * The source's guest runs on, after a failure between its stop and RUN: a failure of this engine,
+ * or of one that has died (resume.c).
  *
- * The obstacle passes, as a rule: the destination still holds a lock on a disk image, or QEMU is busy. And the guest runs
- * nowhere else. So the engine tries until the guest runs, and stops only when the guest's process is gone or the engine
- * itself is to end. Then the record still says `stopping`, and the next engine goes on trying.
+ * The obstacle passes, as a rule: the destination still holds a lock on a disk image, or QEMU is
+ * busy. And the guest runs nowhere else. So the engine tries until the guest runs, and stops only
+ * when the guest's process is gone or the engine itself is to end. Then the record still says
+ * `stopping`, and the next engine goes on trying.
  */
 #include "migration/source/take-back.h"
 

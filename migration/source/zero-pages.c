@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The source tells the destination which ranges of its RAM hold zeros only, so that they need not travel. Holes of a memfd
- * are found without reading them. Zero pages are found by reading the pages that have not arrived yet.
+ * The source tells the destination which ranges of its RAM hold zeros only, so that they need not
+ * travel. Holes of a memfd are found without reading them. Zero pages are found by reading the
+ * pages that have not arrived yet.
  */
 #include "migration/source/zero-pages.h"
 
@@ -98,7 +99,8 @@ static gboolean is_missing_zero(const PrRamBlock *block, uint64_t at)
 	return pr_bitmap_test(block->dirty, page) && pr_ram_page_is_zero(block, page);
 }
 
-/* Zero pages lie together. Reading every page of RAM that has none would take processors from the transfer. */
+/* Zero pages lie together. Reading every page of RAM that has none would take processors from the
+ * transfer. */
 static gboolean seems_to_have_zeros(const PrRamBlock *block, uint64_t start, uint64_t end)
 {
 	for (uint64_t at = start; at < end; at += (uint64_t)SAMPLED_PAGE * block->page_size)
