@@ -7,18 +7,18 @@
  * place. READs that rails have posted before (destination/rails.c) may land later; their pages are
  * claimed until then. The source then connects again, over any path, with a higher epoch:
  *
- *	source                                          destination
- *	  RECOVER_SETUP                                   PAUSED
- *	  HELLO (same uuid and secret, epoch + n) ──▶     fences what it may still have open
- *	                                          ◀──     HELLO_ACK; RECOVER
- *	  lanes, GRANT                            ──▶
- *	  RECOVER
- *	  RECV_BITMAP for every block at once     ──▶
- *	                                          ◀──     RECV_BITMAP each
- *	  dirty = not received
- *	  POSTCOPY_RESUME                         ──▶     the workers get the new path; every fault that waits
- *	                                                  is asked for again; ACTIVE
- *	  ACTIVE                                  ◀──     RESUME_ACK
+ *   source                                          destination
+ *     RECOVER_SETUP                                   PAUSED
+ *     HELLO (same uuid and secret, epoch + n) ──▶     fences what it may still have open
+ *                                             ◀──     HELLO_ACK; RECOVER
+ *     lanes, GRANT                            ──▶
+ *     RECOVER
+ *     RECV_BITMAP for every block at once     ──▶
+ *                                             ◀──     RECV_BITMAP each
+ *     dirty = not received
+ *     POSTCOPY_RESUME                         ──▶     the workers get the new path; waiting
+ *                                                     faults are asked for again; ACTIVE
+ *     ACTIVE                                  ◀──     RESUME_ACK
  *
  * No failure is fatal: any leads back to paused, and the next attempt starts at the top. What has
  * to be prepared for a resume is a table of handlers, as in QEMU; RAM is the first.
