@@ -6,19 +6,19 @@
  * source's in a file (source/handover-record.h). Both say how far the migration had come. Each step
  * is in force before anybody else may see what it stands for:
  *
- *   source                                             what the next engine does
+ *   source                                             the next engine
  *     no record                                         nothing: the guest has not been stopped
- *     STOPPING     before the guest is stopped          lets it run on (take-back.c), removes the record
- *     HANDED_OVER  before RUN can be sent               postcopy-paused; this guest never runs again;
- *                                                       fences it (fence.c), which is harmless if it is fenced
+ *     STOPPING     before the guest is stopped          lets it run on (take-back.c)
+ *     HANDED_OVER  before RUN can be sent               postcopy-paused; fences the guest again
+ *                                                       (fence.c), which is harmless
  *     (STOPPING    again, before a guest whose RUN was never sent may run: revoked)
  *     (removed     after it runs: aborted)
  *     COMPLETED    after the destination has said so    completed; lifts the fence
  *
  *   destination
  *     SETUP        before the fault mode is on          discards it: the guest is the source's
- *     LOADED       before PONG can be sent              postcopy-paused; runs when a recovery says so
- *     RUN          before the guest may run             lets it run (again: harmless), postcopy-paused
+ *     LOADED       before PONG can be sent              postcopy-paused; a recovery lets it run
+ *     RUN          before the guest may run             lets it run again: harmless; paused
  *     STARTED      after it runs                        postcopy-paused
  *     COMPLETED    before SHUT can be sent              completed, and tells a source that asks
  *     ENDED        before the fault mode is turned off  turns it off
