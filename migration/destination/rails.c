@@ -24,25 +24,26 @@
 
 #include "migration/session/messages.h"
 
-/* With pull_lock held. */
+/* With pull_lock held, under which no event may be reported. */
 static PrPull *pull_of(PrDestination *destination)
 {
-	PrSession *session = destination->session;
+	GMutex *lock = &destination->session->lock;
 
-	pr_session_lock(session);
+	g_mutex_lock(lock);
 	PrPull *pull = destination->pull;
-	pr_session_unlock(session);
+	g_mutex_unlock(lock);
 	return pull;
 }
 
+/* With pull_lock held. */
 static void set_rail(PrConn *conn, guint id)
 {
-	PrSession *session = conn->session;
+	GMutex *lock = &conn->session->lock;
 
-	pr_session_lock(session);
+	g_mutex_lock(lock);
 	conn->rail = id;
 	conn->pulls = id != 0;
-	pr_session_unlock(session);
+	g_mutex_unlock(lock);
 }
 
 /* Whether its path is fit, and where to count what it carries. */

@@ -160,10 +160,10 @@ void pr_destination_stop_workers(PrDestination *destination)
 
 	/* Rails may use the pull meanwhile (rails.c). */
 	g_mutex_lock(&destination->pull_lock);
-	pr_session_lock(session);
+	g_mutex_lock(&session->lock);
 	PrPull *pull = g_steal_pointer(&destination->pull);
 	PrFaultService *faults = destination->faults;
-	pr_session_unlock(session);
+	g_mutex_unlock(&session->lock);
 	pr_pull_stop(pull);
 	g_mutex_unlock(&destination->pull_lock);
 	PrVerify *verify = pr_destination_stop_verify(destination);
