@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "migration/core/crash-point.h"
 
-PrKillHook pr_kill_hook;
+PrCrashHook pr_crash_hook;
 
 const char *pr_crash_point_name(PrCrashPoint point)
 {

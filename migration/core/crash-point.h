@@ -54,16 +54,16 @@
 	POINT(RECORD_RENAMED, "record-renamed")
 
 #define PR_CRASH_POINT_ID(id, name) PR_CRASH_##id,
-typedef enum PrCrashPoint { PR_CRASH_POINTS(PR_CRASH_POINT_ID) PR_N_KILL_POINTS } PrCrashPoint;
+typedef enum PrCrashPoint { PR_CRASH_POINTS(PR_CRASH_POINT_ID) PR_N_CRASH_POINTS } PrCrashPoint;
 #undef PR_CRASH_POINT_ID
 
-typedef void (*PrKillHook)(PrCrashPoint point);
-extern PrKillHook pr_kill_hook; /* atomic; NULL but in tests */
+typedef void (*PrCrashHook)(PrCrashPoint point);
+extern PrCrashHook pr_crash_hook; /* atomic; NULL but in tests */
 const char *pr_crash_point_name(PrCrashPoint point);
 
 static inline void pr_crash_point(PrCrashPoint point)
 {
-	PrKillHook hook = __atomic_load_n(&pr_kill_hook, __ATOMIC_ACQUIRE);
+	PrCrashHook hook = __atomic_load_n(&pr_crash_hook, __ATOMIC_ACQUIRE);
 
 	if (G_UNLIKELY(hook))
 		hook(point);

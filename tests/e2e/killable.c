@@ -59,7 +59,7 @@ static void reached_in_helper(PrAttachPoint point)
 
 static const char *engine_name(int point)
 {
-	return point < PR_N_KILL_POINTS ? pr_crash_point_name(point) : NULL;
+	return point < PR_N_CRASH_POINTS ? pr_crash_point_name(point) : NULL;
 }
 
 static const char *helper_name(int point)
@@ -105,6 +105,6 @@ __attribute__((constructor)) static void hook_in(void)
 		exit(2);
 	}
 	countdown = text[length] == ':' ? atoi(text + length + 1) : 1;
-	pr_kill_hook = reached;
+	pr_crash_hook = reached;
 	pr_attach_hook = reached_in_helper;
 }

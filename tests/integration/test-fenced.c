@@ -54,12 +54,12 @@ static void begin_hook(Pair *cancel)
 {
 	cancelled = cancel;
 	g_atomic_int_set(&fenced, FALSE);
-	__atomic_store_n(&pr_kill_hook, hook, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, hook, __ATOMIC_RELEASE);
 }
 
 static void end_hook(void)
 {
-	__atomic_store_n(&pr_kill_hook, NULL, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, NULL, __ATOMIC_RELEASE);
 }
 
 static void migrate_and_cancel(Pair *pair)

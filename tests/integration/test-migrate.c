@@ -190,10 +190,10 @@ static void cancel_once(Pair *pair, PrCrashPoint point)
 	to_cancel = pair;
 	cancel_at = point;
 	g_atomic_int_set(&cancels, 0);
-	__atomic_store_n(&pr_kill_hook, cancel_hook, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, cancel_hook, __ATOMIC_RELEASE);
 	pair_migrate(pair);
 	side_wait(&pair->source, PR_STATE_CANCELLED);
-	__atomic_store_n(&pr_kill_hook, NULL, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, NULL, __ATOMIC_RELEASE);
 	assert_int_equal(g_atomic_int_get(&cancels), 1);
 }
 

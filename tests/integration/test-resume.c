@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * One engine follows another, in one process: under the sanitizers, and where no kill leads to. Engines that are
- * killed are tests/e2e/test_resume.py and test_kill_points.py.
+ * killed are tests/e2e/test_resume.py and test_crash_points.py.
  */
 #include <glib/gstdio.h>
 #include <string.h>
@@ -224,10 +224,10 @@ static void what_was_not_sent_is_taken_back_before_the_guest_runs(void **state)
 
 	memset(&seen, 0, sizeof(seen));
 	seen.rig = rig;
-	__atomic_store_n(&pr_kill_hook, cancel_when_noted, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, cancel_when_noted, __ATOMIC_RELEASE);
 	pair_migrate(rig->pair);
 	side_wait(&rig->pair->source, PR_STATE_CANCELLED);
-	__atomic_store_n(&pr_kill_hook, NULL, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, NULL, __ATOMIC_RELEASE);
 	assert_int_equal(seen.cancelled, 1);
 	assert_int_equal(seen.taken_back, 1);
 	pair_check_undone(rig->pair);
@@ -256,10 +256,10 @@ static void engines_that_end_before_run_lose_nothing(void **state)
 
 	memset(&seen, 0, sizeof(seen));
 	seen.rig = rig;
-	__atomic_store_n(&pr_kill_hook, pause_before_run, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, pause_before_run, __ATOMIC_RELEASE);
 	pair_migrate(rig->pair);
 	pair_wait(rig->pair, PR_STATE_POSTCOPY_PAUSED);
-	__atomic_store_n(&pr_kill_hook, NULL, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, NULL, __ATOMIC_RELEASE);
 	assert_false(testguest_running(rig->pair->destination.guest));
 	replace_destination(rig);
 	replace_source(rig);

@@ -195,7 +195,7 @@ static void a_change_is_whole_or_has_not_happened(void **state)
 		pid_t child = fork();
 		if (child == 0) {
 			die_at = deaths[i].point;
-			pr_kill_hook = die_there;
+			pr_crash_hook = die_there;
 			pr_handover_record_save(record, PR_HANDOVER_HANDED_OVER, NULL);
 			_exit(1);
 		}
