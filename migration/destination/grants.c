@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "migration/destination/grants.h"
 
-#include "migration/core/crash-point.h"
+#include "migration/postcopy/place.h"
 
 static PrRamBlock *find_block(PrRam *ram, uint32_t index, const char *what, GError **error)
 {
@@ -63,11 +63,7 @@ gboolean pr_destination_handle_zero(PrConn *conn, const PrMsg *msg, GError **err
 		}
 		uint64_t page = ranges[i].offset / block->page_size;
 		uint64_t pages = ranges[i].length / block->page_size;
-		pr_ram_zero(ram, block, page, pages);
-		pr_crash_point(PR_CRASH_DESTINATION_ZERO_RECEIVED);
-		/* The fault threads wake the waiting threads (fault.c): a system call for each
-		 * range would cost more than the pages. */
-		if (pages > 0 && pr_ram_take_waiting(block, page, pages) > 0)
+		if (pr_place_zero(ram, block, page, pages) > 0)
 			pr_fault_notify(destination->faults);
 	}
 	return TRUE;

@@ -63,8 +63,8 @@
 #include "migration/memory/bitmap.h"
 #include "migration/postcopy/fault-stats.h"
 #include "migration/memory/invariants.h"
-#include "migration/core/crash-point.h"
 #include "migration/memory/uffd.h"
+#include "migration/postcopy/place.h"
 #include "migration/postcopy/readahead.h"
 #include "migration/postcopy/repeats.h"
 #include "migration/postcopy/verify.h"
@@ -489,54 +489,57 @@ static void notify_others(PrFaultService *service, const PrFaultThread *but)
 	}
 }
 
-/* Neighbouring pages that have been received and are to be exposed by one call. */
-typedef struct Arrived {
+/* Neighbouring pages that have landed and are to be placed by one call. */
+typedef struct Landed {
 	guint index; /* of the block */
 	uint64_t page, n;
-	uint64_t
-		waited; /* of the pages, those that an entry waits for which was not posted with them */
-} Arrived;
+} Landed;
 
-static void expose(PrFaultThread *self, Arrived *run)
+static void place(PrFaultThread *self, Landed *run)
 {
 	GError *error = NULL;
+	uint64_t waiters;
 
 	if (run->n == 0)
 		return;
-	if (!pr_uffd_continue(self->uffd, &self->ram->blocks[run->index], run->page, run->n,
-			      &error))
+	if (!pr_place(self->ram, self->uffd, &self->ram->blocks[run->index], run->page, run->n,
+		      &waiters, &error))
 		note_broken(self, error);
 	settle_all(self, run->index, run->page, run->n);
-	if (run->waited > 0)
+	if (waiters > 0)
 		notify_others(self->service, self);
-	*run = (Arrived){0};
+	*run = (Landed){0};
 }
 
-/* Exposes what came before, unless these pages go on there. */
-static void take_pages(PrFaultThread *self, uint64_t token, Arrived *run)
+/* Pages that were read ahead have landed: counts those that a fault waits for. */
+static void count_ahead_waited(PrFaultThread *self, const PrRamBlock *block, uint64_t page,
+			       uint64_t n)
+{
+	for (uint64_t i = page; i < page + n; i++)
+		if (pr_bitmap_test(block->waiting, i))
+			pr_fault_count(&self->stats.ahead_waited, 1);
+}
+
+/* A READ has landed. Places the pages before it, unless they are neighbours of its pages. */
+static void handle_landed(PrFaultThread *self, uint64_t token, Landed *run)
 {
 	guint index;
 	uint64_t page, n;
 
-	if (self->ram->verify) {
-		pr_verify_landed(self->ram->verify, token & ~AHEAD, /* stripe= */ 0);
-		return;
-	}
 	pr_token_unpack(token & ~AHEAD, &index, &page, &n);
 	PrRamBlock *block = &self->ram->blocks[index];
-	pr_invariant_claimed(block, page, n, "an urgent READ has landed");
-	pr_crash_point(PR_CRASH_DESTINATION_PAGE_LANDED);
-	pr_ram_received(self->ram, block, page, n, /* travelled= */ TRUE);
-	pr_crash_point(PR_CRASH_DESTINATION_PAGE_RECEIVED);
-	if (index != run->index || page != run->page + run->n)
-		expose(self, run);
-	if (run->n == 0)
-		*run = (Arrived){.index = index, .page = page};
-	run->n += n;
-	uint64_t waited = pr_ram_take_waiting(block, page, n);
+	pr_place_landed(block, page, n, "an urgent READ has landed");
 	if (token & AHEAD)
-		pr_fault_count(&self->stats.ahead_waited, waited);
-	run->waited += waited;
+		count_ahead_waited(self, block, page, n);
+	if (self->ram->verify) {
+		pr_verify_landed(self->ram->verify, token & ~AHEAD, /* rail= */ 0);
+		return;
+	}
+	if (index != run->index || page != run->page + run->n)
+		place(self, run);
+	if (run->n == 0)
+		*run = (Landed){.index = index, .page = page};
+	run->n += n;
 }
 
 static void end_huge_reads(PrFaultThread *self, guint n)
@@ -551,7 +554,7 @@ static void end_huge_reads(PrFaultThread *self, guint n)
 static guint take_completions(PrFaultThread *self)
 {
 	PrCompletion done[BATCH];
-	Arrived run = {0};
+	Landed run = {0};
 	guint huge = 0;
 	PrDataPath *path = self->worker.current;
 
@@ -563,9 +566,9 @@ static guint take_completions(PrFaultThread *self)
 			self->ahead_pages -= (done[i].token & ~AHEAD) >> 40 & 0xffff;
 		huge += self->ram->blocks[done[i].token >> 56].per_host > 1;
 		if (done[i].ok)
-			take_pages(self, done[i].token, &run);
+			handle_landed(self, done[i].token, &run);
 	}
-	expose(self, &run);
+	place(self, &run);
 	self->outstanding -= n;
 	end_huge_reads(self, huge);
 	if (n > 0 && self->n_pending > 0)

@@ -39,8 +39,7 @@
 #include "migration/postcopy/allocate.h"
 #include "migration/memory/bitmap.h"
 #include "migration/memory/invariants.h"
-#include "migration/core/crash-point.h"
-#include "migration/memory/uffd.h"
+#include "migration/postcopy/place.h"
 #include "migration/postcopy/verify.h"
 #include "migration/postcopy/bulk-window.h"
 #include "migration/postcopy/worker.h"
@@ -126,24 +125,20 @@ static void place(PrPullThread *self, uint64_t token)
 	PrPull *pull = self->pull;
 	g_autoptr(GError) error = NULL;
 	guint index;
-	uint64_t page, n;
+	uint64_t page, n, waiters;
 
 	pr_token_unpack(token, &index, &page, &n);
 	PrRamBlock *block = &pull->ram->blocks[index];
 	if (self->bytes)
 		__atomic_fetch_add(self->bytes, n * block->page_size, __ATOMIC_RELAXED);
-	pr_invariant_claimed(block, page, n, "a bulk READ has landed");
-	pr_crash_point(PR_CRASH_DESTINATION_PAGE_LANDED);
+	pr_place_landed(block, page, n, "a bulk READ has landed");
 	if (pull->ram->verify) {
 		pr_verify_landed(pull->ram->verify, token, self->id);
 		return;
 	}
-	pr_ram_received(pull->ram, block, page, n, /* travelled= */ TRUE);
-	pr_crash_point(PR_CRASH_DESTINATION_PAGE_RECEIVED);
-	if (!pr_uffd_continue(pull->uffd, block, page, n, &error))
+	if (!pr_place(pull->ram, pull->uffd, block, page, n, &waiters, &error))
 		note_broken(pull, error);
-	pr_crash_point(PR_CRASH_DESTINATION_PAGE_EXPOSED);
-	if (pr_ram_take_waiting(block, page, n) > 0)
+	if (waiters > 0)
 		pr_fault_notify(pull->faults);
 }
 

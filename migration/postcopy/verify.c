@@ -32,9 +32,7 @@
 
 #include "migration/memory/bitmap.h"
 #include "migration/memory/invariants.h"
-#include "migration/core/crash-point.h"
-#include "migration/core/types.h"
-#include "migration/memory/uffd.h"
+#include "migration/postcopy/place.h"
 #include "util/try-alloc.h"
 
 #define ASKED_MAX 8  /* bulk ranges whose hashes are under way */
@@ -48,6 +46,7 @@ typedef struct Range {
 	gboolean asked;
 	gboolean landed;
 	uint64_t *hashes; /* NULL: not yet known */
+	gboolean awaited; /* the verify thread's own: a fault waited for a page that was placed */
 } Range;
 
 struct PrVerify {
@@ -256,15 +255,14 @@ static void ask(PrVerify *verify, const GArray *tokens)
 
 /* ---- comparing ---- */
 
-static void place(PrVerify *verify, PrRamBlock *block, uint64_t page, uint64_t n)
+static void place(PrVerify *verify, Range *range, PrRamBlock *block, uint64_t page, uint64_t n)
 {
 	g_autoptr(GError) error = NULL;
+	uint64_t waiters;
 
-	pr_ram_received(verify->ram, block, page, n, /* travelled= */ TRUE);
-	pr_crash_point(PR_CRASH_DESTINATION_PAGE_RECEIVED);
-	if (!pr_uffd_continue(verify->uffd, block, page, n, &error))
+	if (!pr_place(verify->ram, verify->uffd, block, page, n, &waiters, &error))
 		verify->hooks.broken(error, verify->hooks.opaque);
-	pr_crash_point(PR_CRASH_DESTINATION_PAGE_EXPOSED);
+	range->awaited |= waiters > 0;
 	__atomic_fetch_add(&verify->stats.pages, n, __ATOMIC_RELAXED);
 }
 
@@ -285,7 +283,7 @@ static void reject(PrVerify *verify, const Range *range, guint index, uint64_t p
 }
 
 /* Places what is right, in runs. Returns the tokens of the wrong pages, whose claims are still ours. */
-static GArray *compare(PrVerify *verify, const Range *range)
+static GArray *compare(PrVerify *verify, Range *range)
 {
 	GArray *wrong = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 	guint index;
@@ -304,13 +302,13 @@ static GArray *compare(PrVerify *verify, const Range *range)
 			continue;
 		}
 		if (right > 0)
-			place(verify, block, page + i - right, right);
+			place(verify, range, block, page + i - right, right);
 		right = 0;
 		reject(verify, range, index, page + i);
 		g_array_append_val(wrong, token);
 	}
 	if (right > 0)
-		place(verify, block, page + n - right, right);
+		place(verify, range, block, page + n - right, right);
 	return wrong;
 }
 
@@ -336,15 +334,15 @@ static gboolean finish_range(PrVerify *verify, Range *range)
 	pr_token_unpack(range->token, &index, &page, &n);
 	PrRamBlock *block = &verify->ram->blocks[index];
 	pr_invariant_claimed(block, page, n, "what is verified has landed");
-	gboolean urgent = range->urgent;
 	g_autoptr(GArray) wrong = compare(verify, range);
+	gboolean awaited = range->urgent || range->awaited;
 	g_mutex_lock(&verify->lock);
 	remove_range(verify, range);
 	for (guint i = 0; i < wrong->len; i++)
 		give_up(verify, g_array_index(wrong, uint64_t, i));
 	g_mutex_unlock(&verify->lock);
 	/* After the placing: whoever begins to wait now sees that they are received, or free. */
-	return pr_ram_take_waiting(block, page, n) > 0 || urgent;
+	return pr_ram_take_waiting(block, page, n) > 0 || awaited;
 }
 
 /* ---- the thread ---- */

@@ -17,6 +17,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "migration/core/crash-point.h"
 #include "migration/memory/bitmap.h"
 #include "migration/postcopy/fault.h"
 
@@ -440,6 +441,69 @@ static gpointer touch(gpointer opaque)
 	return NULL;
 }
 
+/* A path over which each READ has landed when it is posted. Only the fault thread uses it. */
+typedef struct LandingPath {
+	PrDataPath path;
+	const PrRam *ram;
+	uint64_t token; /* of the READ whose completion was not taken yet; 0: none */
+} LandingPath;
+
+static gboolean landing_post_read(PrDataPath *path, PrLaneId lane, uint32_t block, uint64_t offset,
+				  uint32_t length, uint64_t token)
+{
+	LandingPath *self = (LandingPath *)path;
+
+	memset(self->ram->blocks[block].host + offset, 0x5a, length);
+	self->token = token;
+	return TRUE;
+}
+
+static guint landing_poll(PrDataPath *path, PrLaneId lane, PrCompletion *ret, guint max)
+{
+	LandingPath *self = (LandingPath *)path;
+
+	if (self->token == 0)
+		return 0;
+	*ret = (PrCompletion){.token = self->token, .ok = TRUE};
+	self->token = 0;
+	return 1;
+}
+
+static PrCrashPoint
+	passed[8];     /* the fault thread writes them, and is joined before they are read */
+static guint n_passed; /* likewise */
+
+static void note_crash_point(PrCrashPoint point)
+{
+	if (n_passed < G_N_ELEMENTS(passed))
+		passed[n_passed++] = point;
+}
+
+/* An engine that dies anywhere between the READ's end and the guest's waking has a crash point to die at. */
+static void a_page_for_a_fault_passes_each_crash_point(void **state)
+{
+	PrTransportOps ops = endless_ops;
+	g_autoptr(Bench) bench = bench_new();
+	LandingPath landing = {{.ops = &ops, .n_lanes = PR_LANES_MIN}, bench->ram, 0};
+	Toucher toucher = {.map = bench->guest, .first = 7, .n = 1};
+
+	ops.post_read = landing_post_read;
+	ops.poll = landing_poll;
+	n_passed = 0;
+	bench_serve_uffd(bench, 1);
+	__atomic_store_n(&pr_crash_hook, note_crash_point, __ATOMIC_RELEASE);
+	pr_fault_attach(bench->faults, &landing.path);
+	g_thread_join(g_thread_new("toucher", touch, &toucher));
+	pr_fault_detach(bench->faults);
+	bench_stop(bench);
+	__atomic_store_n(&pr_crash_hook, NULL, __ATOMIC_RELEASE);
+	assert_int_equal(toucher.sum, 0x5a);
+	assert_int_equal(n_passed, 3);
+	assert_int_equal(passed[0], PR_CRASH_DESTINATION_PAGE_LANDED);
+	assert_int_equal(passed[1], PR_CRASH_DESTINATION_PAGE_RECEIVED);
+	assert_int_equal(passed[2], PR_CRASH_DESTINATION_PAGE_EXPOSED);
+}
+
 /* Helpers or not: the page is exposed at once, and the kernel's access ends. */
 static void who_makes_the_kernel_repeat_gets_its_page(void **state)
 {
@@ -484,6 +548,7 @@ int main(void)
 		cmocka_unit_test(repeats_of_a_pending_fault_are_read_seldom),
 		cmocka_unit_test(faults_of_kworkers_are_read_ahead_by_address),
 		cmocka_unit_test(a_path_that_refuses_a_read_is_asked_for_no_more),
+		cmocka_unit_test(a_page_for_a_fault_passes_each_crash_point),
 		cmocka_unit_test(who_makes_the_kernel_repeat_gets_its_page),
 		cmocka_unit_test(faults_of_others_are_served_beside_repeats),
 	};
