@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The moments at which it matters what an engine that dies leaves behind. A test program may hook itself in and kill
- * the process there (tests/e2e/killable.c); in the engine as it is installed nobody does, and a point is one
- * comparison.
+ * The moments at which it matters what an engine that dies leaves behind. A test program may hook
+ * itself in and kill the process there (tests/e2e/killable.c); in the engine as it is installed
+ * nobody does, and a point is one comparison.
  */
 #pragma once
 

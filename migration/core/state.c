@@ -92,8 +92,8 @@ static const Rule destination_rules[PR_N_STATES][PR_N_EVENTS] = {
 	[PR_STATE_SETUP] = {[PR_EVENT_READY] = TO(ACTIVE), MAY_END},
 	[PR_STATE_ACTIVE] = {[PR_EVENT_STOP] = TO(DEVICE), MAY_END},
 	[PR_STATE_DEVICE] = {[PR_EVENT_LOADED] = TO(POSTCOPY_ACTIVE), MAY_END},
-	/* A failure here may be later than the source's RUN, so it only pauses: find_rule() knows the
-	 * two exceptions. */
+	/* A failure here may be later than the source's RUN, so it only pauses: find_rule() knows
+	 * the two exceptions. */
 	[PR_STATE_POSTCOPY_ACTIVE] = {
 		[PR_EVENT_RUN] = TO_DO(POSTCOPY_ACTIVE, RUN),
 		[PR_EVENT_SHUT] = TO_DO(COMPLETED, RELEASE),
@@ -156,7 +156,8 @@ gint64 pr_state_time_paused(const PrStateMachine *sm, gint64 now)
 
 static const Rule *find_rule(const PrStateMachine *sm, PrEvent event, PrRole role)
 {
-	/* Only a guest that arrived here may leave again: START as a destination finds it occupied. */
+	/* Only a guest that arrived here may leave again: START as a destination finds it
+	 * occupied. */
 	if (event == PR_EVENT_START && sm->state == PR_STATE_COMPLETED &&
 	    (sm->role != PR_ROLE_DESTINATION || role != PR_ROLE_SOURCE))
 		return NULL;

@@ -101,8 +101,8 @@ typedef struct PrStateMachine {
 /* Applies an event at time `now`. For PR_EVENT_START the role is taken over; else it is ignored. */
 PrAction pr_state_step(PrStateMachine *sm, PrEvent event, PrRole role, gint64 now);
 
-/* A machine that begins in this state, because its past was another process's: paused, completed, or failing. run: RUN
- * was seen. What took how long before is not known. */
+/* A machine that begins in this state, because its past was another process's: paused, completed,
+ * or failing. run: RUN was seen. What took how long before is not known. */
 void pr_state_restore(PrStateMachine *sm, PrRole role, PrState state, gboolean run, gint64 now);
 
 /* The guest belongs to the destination: neither side may go back. */

@@ -84,7 +84,7 @@ static void corrupt(const PrCorrupt *corrupt, void *opaque)
 	g_autoptr(GError) error = NULL;
 
 	pr_session_lock(session);
-	PrConn *conn = conn_of(session, corrupt->stripe);
+	PrConn *conn = conn_of(session, corrupt->rail);
 	note_corrupt(destination, conn, corrupt);
 	if (conn && corrupt->strikes >= PR_VERIFY_STRIKES) {
 		error = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST,

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Bitmaps of pages, shared between threads without a lock: every access to a word is atomic. Setting
- * is a release, testing an acquire: whoever sees a bit set sees what was written before it was set.
+ * Bitmaps of pages, shared between threads without a lock: every access to a word is atomic.
+ * Setting is a release, testing an acquire: whoever sees a bit set sees what was written before it
+ * was set.
  */
 #pragma once
 

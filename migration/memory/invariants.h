@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What must never happen, checked where it would. With the build option `invariants` (on by itself where the build is one for
- * debugging or has a sanitizer) an engine that breaks one ends at once, loudly, naming block and page: with the guest's memory in
- * two places there is nothing that may be done after it. In other builds the checks cost nothing.
+ * What must never happen, checked where it would. With the build option `invariants` (on by itself
+ * where the build is one for debugging or has a sanitizer) an engine that breaks one ends at once,
+ * loudly, naming block and page: with the guest's memory in two places there is nothing that may be
+ * done after it. In other builds the checks cost nothing.
  *
  *  - A page is placed at most once.
- *  - Nothing is written to a page that is received, or that nobody has claimed: checked before each READ is posted and
- *    when it has landed. Who writes at all is the data path, which knows no pages, between these two.
+ *  - Nothing is written to a page that is received, or that nobody has claimed: checked before each
+ *    READ is posted and when it has landed. Who writes at all is the data path, which knows no
+ *    pages, between these two.
  *  - A destination's memory is emptied only while nothing is received.
  *  - The source's guest does not run once RUN may have been seen.
  */

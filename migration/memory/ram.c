@@ -250,8 +250,8 @@ void pr_ram_map_anew(const PrRamBlock *block, uint64_t offset, uint64_t length)
 	uint8_t *at = block->host + offset;
 
 	(void)madvise(at, length, MADV_DONTNEED);
-	/* By the bare system call, since ThreadSanitizer takes mmap() for a write to the memory, whose contents stay as
-	 * they are. */
+	/* By the bare system call, since ThreadSanitizer takes mmap() for a write to the memory,
+	 * whose contents stay as they are. */
 	if (syscall(SYS_mmap, at, length, PROT_READ | PROT_WRITE,
 		    MAP_SHARED | MAP_NORESERVE | MAP_FIXED, block->memfd,
 		    (off_t)(block->memfd_offset + offset)) < 0)
@@ -304,7 +304,8 @@ gboolean pr_ram_claim(PrRamBlock *block, uint64_t page)
 {
 	if (pr_bitmap_test(block->received, page) || pr_bitmap_test_and_set(block->inflight, page))
 		return FALSE;
-	/* It may have been received between the two; then the claim was free again, not the page. */
+	/* It may have been received between the two; then the claim was free again, not the
+	 * page. */
 	if (pr_bitmap_test(block->received, page)) {
 		pr_bitmap_test_and_clear(block->inflight, page);
 		return FALSE;
@@ -403,8 +404,8 @@ uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
 {
 	uint64_t changed = 0, end = page + n;
 
-	/* A word at a time, as pr_ram_claim() and pr_ram_received() do it for a page: holes are large. The claim of
-	 * a ungranted page is whoever's that takes the veil off. */
+	/* A word at a time, as pr_ram_claim() and pr_ram_received() do it for a page: holes are
+	 * large. The claim of a ungranted page is whoever's that takes the veil off. */
 	for (uint64_t i = page / PR_LONG_BITS; i < pr_bitmap_words(end); i++) {
 		unsigned long mask = pr_bitmap_span(i, page, end);
 		unsigned long ungranted = mask & take_veil(block, i, mask);
@@ -431,7 +432,8 @@ void pr_ram_forget(PrRam *ram, uint64_t token)
 	pr_bitmap_clear(ram->blocks[index].inflight, page, n);
 }
 
-/* The first of the kept runs in a block at or after `from`; one without pages at the block's end: none. */
+/* The first of the kept runs in a block at or after `from`; one without pages at the block's end:
+ * none. */
 static void next_kept(const PrRam *ram, guint index, uint64_t from, const uint64_t *kept,
 		      guint n_kept, uint64_t *ret_page, uint64_t *ret_n)
 {

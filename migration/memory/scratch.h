@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Memory that grows with the guest and ends with the engine: the bitmaps beside the received bitmap. It is a memfd, so
- * that it can be charged to the guest, as the received bitmap is, before it is touched (allocate.h).
+ * Memory that grows with the guest and ends with the engine: the bitmaps beside the received
+ * bitmap. It is a memfd, so that it can be charged to the guest, as the received bitmap is, before
+ * it is touched (allocate.h).
  */
 #pragma once
 

@@ -26,7 +26,8 @@ typedef struct StateBlock {
 	uint64_t bitmap_offset;		/* bytes, page aligned */
 } StateBlock;
 
-/* Fixed widths and no pointers: the reader may be another build. Whoever changes it raises STATE_MEMFD_VERSION. */
+/* Fixed widths and no pointers: the reader may be another build. Whoever changes it raises
+ * STATE_MEMFD_VERSION. */
 typedef struct StateHead {
 	uint64_t magic; /* of a complete one */
 	uint32_t version;
@@ -333,7 +334,8 @@ gboolean pr_state_memfd_await_engine(PrStateMemfd *kept, guint timeout_ms, GErro
 	gint64 deadline = g_get_monotonic_time() + timeout_ms * 1000ll;
 	g_autofree char *self = pr_process_text(getpid());
 
-	/* Whoever ended in order has fenced its paths itself; so has a former engine of this process. */
+	/* Whoever ended in order has fenced its paths itself; so has a former engine of this
+	 * process. */
 	while (strcmp(kept->head->engine, self) != 0 && pr_process_lives(kept->head->engine)) {
 		if (g_get_monotonic_time() > deadline) {
 			g_set_error(

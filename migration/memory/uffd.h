@@ -8,14 +8,15 @@
 
 #include "migration/memory/ram.h"
 
-/* n pages have been received: maps the host pages among them that are whole, and wakes who waits for them. Those that
- * are mapped already, or that the guest has given back meanwhile (balloon), are only woken. */
+/* n pages have been received: maps the host pages among them that are whole, and wakes who waits
+ * for them. Those that are mapped already, or that the guest has given back meanwhile (balloon),
+ * are only woken. */
 gboolean pr_uffd_continue(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
 			  GError **error);
 
 /* Lets whoever waits anywhere fault again. */
 gboolean pr_uffd_wake_all(int uffd, const PrRam *ram, GError **error);
 
-/* Resolves a fault on a host page that is whole: maps what was read; what never travelled, or was given
- * back by the guest, becomes a zero page. page: its first. */
+/* Resolves a fault on a host page that is whole: maps what was read; what never travelled, or was
+ * given back by the guest, becomes a zero page. page: its first. */
 gboolean pr_uffd_resolve(int uffd, const PrRamBlock *block, uint64_t page, GError **error);

@@ -2,33 +2,38 @@
 /*
  * Theory of operation
  *
- * The pages that come in belong to the guest, and so its memory cgroup is to be charged for them, and not the
- * engine's, which has a limit of its own. The kernel charges whoever allocates a page. So each page is
- * allocated by the guest's allocator (guest/allocator.h) before it is read: a READ then finds it there. What is
- * allocated and was not read yet is seen by nobody (state-memfd.h), and allocating changes no page that is there.
+ * The pages that come in belong to the guest, and so its memory cgroup is to be charged for them,
+ * and not the engine's, which has a limit of its own. The kernel charges whoever allocates a page.
+ * So each page is allocated by the guest's allocator (guest/allocator.h) before it is read: a READ
+ * then finds it there. What is allocated and was not read yet is seen by nobody (state-memfd.h),
+ * and allocating changes no page that is there.
  *
- * A round trip to the allocator takes as long as a READ over a fast network. So a thread goes ahead from the
- * moment that the guest runs: through all blocks, allocating what is neither received nor veiled, CHUNK bytes at a time.
- * Where it has been, pr_allocate() is a look into a bitmap. Zero pages in holes are known by then, and left out. Others
- * that the source has not told of yet get memory; they have it at the source, too.
- * A thread that needs a page now asks for it itself, and waits for one chunk of the walk at most.
+ * A round trip to the allocator takes as long as a READ over a fast network. So a thread goes ahead
+ * from the moment that the guest runs: through all blocks, allocating what is neither received nor
+ * veiled, CHUNK bytes at a time. Where it has been, pr_allocate() is a look into a bitmap. Zero
+ * pages in holes are known by then, and left out. Others that the source has not told of yet get
+ * memory; they have it at the source, too. A thread that needs a page now asks for it itself, and
+ * waits for one chunk of the walk at most.
  *
  * What else of the engine grows with the guest:
- *  - the received bitmap and those in ram->scratch are memfds, which are allocated in the same way at the start.
- *  - page tables of our mappings, 4 KiB for each 2 MiB (a piece) that was read into. When there are PR_ALLOCATE_PIECES_MAX of them, they
- *    are given back: a stretch is mapped anew where it was. Whoever touches it again gets new ones. The memfd's pages
- *    stay where they are, so that a READ into them is not disturbed: a card writes to the pages that were pinned, and the
- *    kernel, which copies by address, finds the same page through the new mapping.
+ *  - the received bitmap and those in ram->scratch are memfds, which are allocated in the same way
+ *    at the start.
+ *  - page tables of our mappings, 4 KiB for each 2 MiB (a piece) that was read into. When there are
+ *    PR_ALLOCATE_PIECES_MAX of them, they are given back: a stretch is mapped anew where it was.
+ *    Whoever touches it again gets new ones. The memfd's pages stay where they are, so that a READ
+ *    into them is not disturbed: a card writes to the pages that were pinned, and the kernel, which
+ *    copies by address, finds the same page through the new mapping.
  *
- *  - page tables of the guest's process: the kernel charges them to whoever maps the first page of a piece, also by UFFDIO_CONTINUE.
- *    So the allocator makes all of them at the start, when the memfds are empty and nothing is read yet.
+ *  - page tables of the guest's process: the kernel charges them to whoever maps the first page of
+ *    a piece, also by UFFDIO_CONTINUE. So the allocator makes all of them at the start, when the
+ *    memfds are empty and nothing is read yet.
  *
- * Huge pages (hugetlb) are not charged to memory cgroups, unless cgroup2 is mounted with memory_hugetlb_accounting (Linux 6.7);
- * nothing is done for them. Nor for memory that was allocated
- * beforehand (prealloc=on), but for the tables of our mapping.
+ * Huge pages (hugetlb) are not charged to memory cgroups, unless cgroup2 is mounted with
+ * memory_hugetlb_accounting (Linux 6.7); nothing is done for them. Nor for memory that was
+ * allocated beforehand (prealloc=on), but for the tables of our mapping.
  *
- * The allocator's end: when its cgroup is full the kernel may kill it. Then nothing can be read any more, and each try
- * says why.
+ * The allocator's end: when its cgroup is full the kernel may kill it. Then nothing can be read any
+ * more, and each try says why.
  */
 #include "migration/postcopy/allocate.h"
 
@@ -190,8 +195,8 @@ static gboolean allocate_some(PrAllocate *self, guint index, uint64_t page, uint
 	return TRUE;
 }
 
-/* The next pages from *page on that are to come and are not allocated. Returns how many, all in one word of the bitmaps;
- * 0: none. */
+/* The next pages from *page on that are to come and are not allocated. Returns how many, all in one
+ * word of the bitmaps; 0: none. */
 static uint64_t next_run(const PrRamBlock *block, uint64_t *page)
 {
 	for (uint64_t i = *page / PR_LONG_BITS; i < pr_bitmap_words(block->n_pages); i++) {
@@ -246,7 +251,8 @@ static void note_pieces(PrAllocate *self, guint index, uint64_t page, uint64_t n
 			kick(self);
 }
 
-/* Who pulls goes on behind these pages: asks for what comes next as well, and lets who waits for a single page pass. */
+/* Who pulls goes on behind these pages: asks for what comes next as well, and lets who waits for a
+ * single page pass. */
 static gboolean allocate_now(PrAllocate *self, guint index, uint64_t page, uint64_t end,
 			     gboolean bulk)
 {
@@ -463,7 +469,8 @@ static gboolean is_empty(const PrRamBlock *block)
 	return fstat(block->memfd, &st) == 0 && st.st_blocks == 0;
 }
 
-/* While all of it is holes: to ask for a table where there is a page would show that to the guest. */
+/* While all of it is holes: to ask for a table where there is a page would show that to the
+ * guest. */
 static gboolean ask_for_tables(PrAllocate *self, GError **error)
 {
 	for (guint i = 0; i < self->ram->n_blocks; i++) {
@@ -479,7 +486,8 @@ static gboolean ask_for_tables(PrAllocate *self, GError **error)
 	return TRUE;
 }
 
-/* The userfaultfd is taken back: while somebody has it open a guest that is killed may not come to its end. */
+/* The userfaultfd is taken back: while somebody has it open a guest that is killed may not come to
+ * its end. */
 static gboolean make_tables(PrAllocate *self, int uffd, GError **error)
 {
 	if (uffd < 0)

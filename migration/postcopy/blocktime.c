@@ -7,8 +7,9 @@ typedef struct Slot {
 	uint32_t serial;  /* the writer's own */
 	gboolean is_vcpu; /* constant */
 
-	/* Atomic. A wait's end clears `since`, then counts in `faults`, then in `blocked`. So a reader that
-	 * looks at `blocked` first counts no wait twice and finds no mean that is too high. */
+	/* Atomic. A wait's end clears `since`, then counts in `faults`, then in `blocked`. So a
+	 * reader that looks at `blocked` first counts no wait twice and finds no mean that is too
+	 * high. */
 	int64_t since_ns; /* 0: does not wait */
 	uint64_t blocked_ns;
 	uint64_t faults;

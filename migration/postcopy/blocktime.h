@@ -8,14 +8,15 @@
  * waited. A fault whose thread is not told (tid 0: a kernel without UFFD_FEATURE_THREAD_ID), or
  * that the kernel took on a vCPU's behalf (KVM's asynchronous faults), counts among the others.
  *
- * A vCPU that halts until its asynchronous fault is served waits as well, and nobody tells: its thread has no fault. So the
- * time in which all vCPUs waited is given with an upper bound: the time in which as many waits went on as there are
- * vCPUs, whoever's they were. In between lies what an operator would call downtime.
+ * A vCPU that halts until its asynchronous fault is served waits as well, and nobody tells: its
+ * thread has no fault. So the time in which all vCPUs waited is given with an upper bound: the time
+ * in which as many waits went on as there are vCPUs, whoever's they were. In between lies what an
+ * operator would call downtime.
  *
- * No I/O; times are passed in: nanoseconds of any clock that never goes back, above 0. All memory is
- * allocated by pr_blocktime_new(). One thread at a time writes: blocked(), woken(), close(). Others may read()
- * at the same time: every counter is atomic. A reader may miss a wait that ends at that moment; it
- * never counts one twice.
+ * No I/O; times are passed in: nanoseconds of any clock that never goes back, above 0. All memory
+ * is allocated by pr_blocktime_new(). One thread at a time writes: blocked(), woken(), close().
+ * Others may read() at the same time: every counter is atomic. A reader may miss a wait that ends
+ * at that moment; it never counts one twice.
  */
 #pragma once
 

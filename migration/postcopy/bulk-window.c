@@ -21,8 +21,8 @@ void pr_window_resume(PrWindow *window, gint64 now_us)
 	window->n = 0;
 }
 
-/* What the rail carries, bytes per us; 0: not known yet. The best that was seen, which fades: a window that was too
- * small, or a host that was busy, is not to make it smaller. */
+/* What the rail carries, bytes per us; 0: not known yet. The best that was seen, which fades: a
+ * window that was too small, or a host that was busy, is not to make it smaller. */
 static double carries(const PrWindow *window)
 {
 	return MAX(window->best, window->best_before);
@@ -84,7 +84,8 @@ static void answer(PrWindow *window, uint64_t most_bytes, guint most_reads)
 	double empty = empty_trip(window->trip_us, window->trip_bytes, rate);
 	double read = MIN(whole(rate * slack), (double)most_bytes);
 
-	/* And a little of a long trip, or a window that is too small would measure just what it carries. */
+	/* And a little of a long trip, or a window that is too small would measure just what it
+	 * carries. */
 	slack += MAX(empty, 1) / PR_WINDOW_GROW;
 	fill(window, rate * (MAX(empty, 1) + slack) + read, read, most_bytes, most_reads);
 }

@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * How large a rail's bulk READs are and how many are in flight. A READ of the urgent lane, or a fault on a page that
- * a bulk READ covers, waits for what is in flight beyond what the rail carries during a round trip: it has queued up
- * somewhere. So:
+ * How large a rail's bulk READs are and how many are in flight. A READ of the urgent lane, or a
+ * fault on a page that a bulk READ covers, waits for what is in flight beyond what the rail carries
+ * during a round trip: it has queued up somewhere. So:
  *  - in flight is what the rail carries during a round trip and `slack` more;
  *  - a READ is no longer on the wire than the slack.
- * With the least slack an urgent READ then waits for 100 us of the wire's time at most: the slack, a READ that was
- * begun and one more for rounding.
+ * With the least slack an urgent READ then waits for 100 us of the wire's time at most: the slack,
+ * a READ that was begun and one more for rounding.
  *
- * So little keeps a rail busy where everybody is quick. Whether it does here is found out: of PR_WINDOW_ROUND looks, the
- * last one is with four times the slack. If that carries a tenth more twice in a row, the slack is doubled; if twice it
- * does not, it is halved.
+ * So little keeps a rail busy where everybody is quick. Whether it does here is found out: of
+ * PR_WINDOW_ROUND looks, the last one is with four times the slack. If that carries a tenth more
+ * twice in a row, the slack is doubled; if twice it does not, it is halved.
  *
- * In the beginning, and when a probe has carried half as much again and more than was ever seen, nothing is known: the
- * window is doubled from look to look until that carries no more.
+ * In the beginning, and when a probe has carried half as much again and more than was ever seen,
+ * nothing is known: the window is doubled from look to look until that carries no more.
  *
  * A pure function of what was measured: times are the caller's, in microseconds.
  */
@@ -61,9 +61,10 @@ typedef struct PrWindow {
 
 /* On a new path. */
 void pr_window_init(PrWindow *window, gint64 now_us);
-/* READs go out again after the window was not full, for lack of READs: what was seen meanwhile does not count. */
+/* READs go out again after the window was not full, for lack of READs: what was seen meanwhile does
+ * not count. */
 void pr_window_resume(PrWindow *window, gint64 now_us);
-/* A READ of so many bytes is back after trip_us. No READ may be longer than most_bytes, and no more than most_reads
- * in flight. */
+/* A READ of so many bytes is back after trip_us. No READ may be longer than most_bytes, and no more
+ * than most_reads in flight. */
 void pr_window_completed(PrWindow *window, uint64_t bytes, gint64 trip_us, uint64_t most_bytes,
 			 guint most_reads, gint64 now_us);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Counting what a fault thread does: it alone writes its PrFaultStats, and anybody may read them. */
+/* Counters of a fault thread. Only the thread writes its PrFaultStats; any thread may read them. */
 #pragma once
 
 #include "migration/postcopy/fault.h"
@@ -9,7 +9,7 @@ static inline void pr_fault_count(uint64_t *counter, uint64_t value)
 	__atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }
 
-/* A fault was resolved that had to wait for so long. */
+/* A wait for a page has ended after so many nanoseconds. */
 void pr_fault_count_latency(PrFaultStats *stats, int64_t ns);
-/* Adds a thread's to those of others. */
+/* Adds the counters of one thread to a sum. */
 void pr_fault_stats_sum(PrFaultStats *sum, const PrFaultStats *from);

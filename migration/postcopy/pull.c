@@ -2,34 +2,44 @@
 /*
  * Theory of operation
  *
- * One thread for each path that pulls: the first over the path in use, another one (a stripe) for each
- * standby that pulls along. A thread keeps a window of READs outstanding on its path's bulk lane, each of so many
- * bytes as the window says (bulk-window.h), up to bulk-read-size, of neighbouring pages that are neither in place nor covered by another READ. All
- * share one walk through the blocks, from the beginning and around: so each rail takes as much as it can
- * carry, and no page is planned for a rail that may die. When a fault thread leaves a hint (the page it read
- * last) the walk goes on right behind it, because guests touch neighbours next.
+ * Goal: every page that no fault asks for comes in as fast as the rails carry, and no fault waits
+ * long because of it.
  *
- * What to read next is decided by one thread at a time, under PrPull.lock: else two would claim the pages of one
- * run by turns and read them in crumbs. The same lock makes max-postcopy-bandwidth, which limits what is posted
- * here and nothing else, a limit of all threads together.
+ * Threads. One thread pulls over the path in use: the first. Another thread pulls over each standby
+ * that is a rail. A thread keeps a window of READs in flight on its path's bulk lane. Each READ
+ * covers neighbouring pages that are neither received nor claimed. How many READs are in flight,
+ * and how long each is, follows what the rail carries (bulk-window.h), within bulk-window and
+ * bulk-read-size.
  *
- * A fault on a page that one of our READs covers waits for that READ, so read size times window of one thread
- * bounds what a fault can wait for; if the READ's path dies, until that path is fenced. The first thread rests while the fault
- * threads read a huge page, which can use all of the path. The window follows what
- * the rail carries (bulk-window.h), up to bulk-window.
+ * The walk. All threads share one walk through the blocks, from the beginning and around. So each
+ * rail takes as much as it can carry, and no page is planned for a rail that may die. A fault
+ * thread leaves a hint, the page that it read last. The walk then goes on behind that page, because
+ * guests touch neighbours next.
  *
- * When a READ is in: the pages are marked received, exposed in one call, and if a fault waits in
- * their midst the fault threads are told (fault.c).
+ * One thread at a time decides what to read next, under PrPull.lock. Otherwise two threads would
+ * claim the pages of one run in turns, and read them in many short READs. The same lock lets
+ * max-postcopy-bandwidth limit all pull threads together. It limits what is posted here, and
+ * nothing else.
  *
- * Every READ's claim is in its thread's list from before it is posted until its data is in place. A READ that is
- * lost leaves its claim there, because data may still land. Once the path is fenced exactly these are forgotten:
- *  - a standby's that died: pr_pull_reclaim_rail(). The others have gone on meanwhile, and now they, or the
- *    fault threads, claim the pages again.
- *  - those of the path in use, and the fault threads': pr_pull_reclaim_inflight(), which spares the stripes' claims.
- *    Their paths are alive, and their READs may land at any time, as those of a running migration do.
- * While no path is in use stripes post nothing. What they have posted lands as ever: it is claimed, so nobody
- * else reads or zeroes the page, and a page that comes in after its bitmap was sent to the source is only one
- * that the source does not know of.
+ * Faults. A fault on a page that a bulk READ covers waits for that READ. So the bytes that one
+ * thread has in flight bound that wait; if the READ's path dies, the fault waits until that path is
+ * fenced. While fault threads read a huge page, which may use all of the path, the first thread
+ * posts nothing. When a bulk READ has landed, its pages are placed by one call, and if a fault
+ * waits for one of them, the fault threads are notified (place.h).
+ *
+ * Claims. The claim of a READ is in its thread's list from before it is posted until its pages are
+ * placed. The claim of a lost READ stays in the list, because its data may still land. When the
+ * READ's path is fenced, exactly these claims are ended:
+ *  - The path of a standby has died: pr_pull_reclaim_rail(). All other paths have gone on; they
+ *    claim the pages again.
+ *  - The path in use was lost: pr_pull_reclaim_inflight() ends the claims of the first thread and
+ *    of the fault threads, and leaves those of the other rails. The paths of these are alive, so
+ *    their READs may land at any time.
+ * While no path is in use the other rails post nothing. What they have posted lands as ever: the
+ * page is claimed, so nobody else reads it or marks it zero. If it lands after the received bitmap
+ * was sent to the source, the source does not know of that page, which is harmless.
+ *
+ * Not handled here: which standbys pull (destination/rails.c), and fencing.
  */
 #include "migration/postcopy/pull.h"
 
@@ -55,72 +65,73 @@ typedef struct Claim {
 	gint64 posted_us;
 } Claim;
 
-/* Of all pull threads. */
 struct PrPull {
 	PrRam *ram;
 	int uffd;
 	const PrParams *params;
 	PrFaultService *faults;
 	PrPullHooks hooks;
-	PrPullThread *first; /* over the path in use; set before any stripe comes */
+	PrPullThread *first; /* over the path in use; set before a rail is added */
 
 	int refs; /* atomic */
 
 	GMutex lock;	    /* protects what follows; taken last */
-	GCond idle;	    /* a resting thread's last READ has come back */
+	GCond idle;	    /* the last READ of a thread has completed */
 	GPtrArray *threads; /* PrPullThread*; changed by callers who come one at a time (pull.h) */
-	const PrTransportOps *kind; /* of the path in use; NULL: there is none */
+	const PrTransportOps *kind; /* of the path in use; NULL: no path is in use */
 	guint last_id;
-	guint block; /* where the walk stands */
+	guint block; /* where the walk is, with page */
 	uint64_t page;
-	uint64_t hint;	   /* the last one followed */
-	uint64_t rate;	   /* the limiter's, bytes a second; 0: none */
-	gint64 allowed_us; /* the limiter lets the next READ go at this time */
-	gboolean broken;   /* the hook was told */
+	uint64_t hint;	   /* the last hint that the walk has followed */
+	uint64_t rate;	   /* limit, bytes/s; 0: no limit */
+	gint64 allowed_us; /* when the limit allows the next READ */
+	gboolean broken;   /* the hook was called */
 };
 
 struct PrPullThread {
 	PrPull *pull;
-	guint id;	 /* 0: the first; constant */
-	uint64_t *bytes; /* atomic: what a stripe has pulled is added here */
+	guint id;	 /* constant; 0: the first thread */
+	uint64_t *bytes; /* atomic: counts what the rail has pulled; NULL for the first thread */
 	PrWorker worker;
 
-	/* PrPull.lock; only the thread changes them, and reads them without it */
+	/* PrPull.lock; only the thread writes them, and it reads them without the lock */
 	guint outstanding; /* READs on the current path */
-	GArray *claims;	   /* Claim: READs that have not brought their pages (yet) */
+	GArray *claims;	   /* Claim: READs whose pages are not placed */
 	PrWindow window;
-	gboolean held;	 /* there was nothing to post, or it was not to be */
-	gint64 moved_us; /* the last completion, or the first READ after none */
+	gboolean starved; /* the window was not full, for lack of READs to post */
+	gint64 moved_us;  /* time of the last completion, or of the first READ after an idle time */
 
 	/* PrPull.lock */
-	gboolean resting; /* it is to post no more */
-	gboolean ended;	  /* only its claims are left */
+	gboolean draining; /* it must not post any more */
+	gboolean ended;	   /* the thread has ended; its claims remain */
 
 	/* the thread's own */
-	gboolean path_dead; /* it refused a READ: wait to be detached */
-	gint64 allowed_us;  /* the limiter's word, as last heard */
-	gint64 reported_us; /* the last progress hook */
+	gboolean path_dead; /* the path has refused a READ; it is about to be detached */
+	gint64 allowed_us;  /* copy of PrPull.allowed_us */
+	gint64 reported_us; /* when the progress hook was called last */
 	PrWatch *watch;
 };
 
 static const PrWatchPoint pulling = {"pulling pages", 500};
 
-static gboolean is_rail(const PrPullThread *self)
+/* Whether the thread pulls over the path in use, not over a standby. */
+static gboolean is_first(const PrPullThread *self)
 {
-	return self->id != 0;
+	return self->id == 0;
 }
 
 static void note_broken(PrPull *pull, const GError *error)
 {
 	g_mutex_lock(&pull->lock);
-	gboolean news = !pull->broken;
+	gboolean first = !pull->broken;
 	pull->broken = TRUE;
 	g_mutex_unlock(&pull->lock);
-	if (news)
+	if (first)
 		pull->hooks.broken(error, pull->hooks.opaque);
 }
 
-static void place(PrPullThread *self, uint64_t token)
+/* A READ has landed. */
+static void handle_landed(PrPullThread *self, uint64_t token)
 {
 	PrPull *pull = self->pull;
 	g_autoptr(GError) error = NULL;
@@ -142,7 +153,7 @@ static void place(PrPullThread *self, uint64_t token)
 		pr_fault_notify(pull->faults);
 }
 
-/* With the lock held. FALSE: there is none. */
+/* With the lock held. FALSE: the thread has no such claim any more. */
 static gboolean drop_claim(PrPullThread *self, uint64_t token, gint64 *ret_posted_us)
 {
 	for (guint i = 0; i < self->claims->len; i++) {
@@ -157,7 +168,7 @@ static gboolean drop_claim(PrPullThread *self, uint64_t token, gint64 *ret_poste
 	return FALSE;
 }
 
-/* READs in flight at most. */
+/* How many READs may be in flight. */
 static guint max_window(const PrPullThread *self)
 {
 	PrDataPath *path = self->worker.current;
@@ -166,7 +177,7 @@ static guint max_window(const PrPullThread *self)
 		   path->ops->max_reads(path, PR_LANE_BULK));
 }
 
-/* A READ has brought its pages. With the lock held. */
+/* The pages of a READ are placed. With the lock held. */
 static void note_read(PrPullThread *self, uint64_t token, gint64 now)
 {
 	uint64_t page, n, most = pr_param(self->pull->params, PR_PARAM_BULK_READ_SIZE);
@@ -180,6 +191,7 @@ static void note_read(PrPullThread *self, uint64_t token, gint64 now)
 			    now - posted, most, max_window(self), now);
 }
 
+/* n READs are no longer in flight. */
 static void account(PrPullThread *self, const PrCompletion *done, guint n)
 {
 	PrPull *pull = self->pull;
@@ -196,18 +208,19 @@ static void account(PrPullThread *self, const PrCompletion *done, guint n)
 	g_mutex_unlock(&pull->lock);
 }
 
-/* Only the first thread may call the hook: the connection in use, which the hook needs, outlives its path there. */
-static void tell_complete(PrPullThread *self)
+/* Every page is received. Only the first thread may call the hook: the hook needs the connection in
+ * use, which stays alive until this thread is detached. */
+static void report_complete(PrPullThread *self)
 {
 	PrPull *pull = self->pull;
 
-	if (is_rail(self))
+	if (!is_first(self))
 		pr_worker_kick(&pull->first->worker);
 	else if (self->worker.current)
 		pull->hooks.complete(pull->hooks.opaque);
 }
 
-static guint take_completions(PrPullThread *self)
+static guint poll_completions(PrPullThread *self)
 {
 	PrCompletion done[BATCH];
 	PrDataPath *path = self->worker.current;
@@ -217,11 +230,11 @@ static guint take_completions(PrPullThread *self)
 	guint n = path->ops->poll(path, PR_LANE_BULK, done, BATCH);
 	for (guint i = 0; i < n; i++)
 		if (done[i].ok)
-			place(self, done[i].token);
+			handle_landed(self, done[i].token);
 	if (n > 0)
 		account(self, done, n);
 	if (n > 0 && pr_ram_complete(self->pull->ram))
-		tell_complete(self);
+		report_complete(self);
 	return n;
 }
 
@@ -237,7 +250,8 @@ static void follow_hint(PrPull *pull)
 	pr_token_unpack(hint, &pull->block, &pull->page, &n);
 }
 
-/* Claims the next run of pages, walking around all blocks once; 0: there is none. */
+/* Claims the next run of pages, and walks around all blocks once for it. 0: no page is left to
+ * claim. */
 static uint64_t claim_next(const PrPullThread *self)
 {
 	PrPull *pull = self->pull;
@@ -259,7 +273,7 @@ static uint64_t claim_next(const PrPullThread *self)
 	return 0;
 }
 
-/* A new rate counts from now on; what the old one still owed is forgiven. */
+/* A changed rate counts from now on; a delay that the old rate has caused is dropped. */
 static void follow_rate(PrPull *pull, gint64 now)
 {
 	uint64_t rate = pr_param(pull->params, PR_PARAM_MAX_POSTCOPY_BANDWIDTH);
@@ -278,8 +292,8 @@ static void charge_limiter(PrPull *pull, uint64_t bytes, gint64 now)
 			   (gint64)((double)bytes * G_USEC_PER_SEC / (double)pull->rate);
 }
 
-/* Whether a stripe over such a path is of use. */
-static gboolean wants(const PrPull *pull, const PrTransportOps *ops)
+/* Whether a path of this transport may be a rail now. With the lock held. */
+static gboolean wants_rail(const PrPull *pull, const PrTransportOps *ops)
 {
 	return pull->kind == ops && pr_capability(pull->params, PR_CAP_MULTI_RAIL);
 }
@@ -289,11 +303,11 @@ static gboolean may_post(const PrPullThread *self, gint64 now)
 	const PrPull *pull = self->pull;
 	PrDataPath *path = self->worker.current;
 
-	if (is_rail(self) && (self->resting || !wants(pull, path->ops)))
+	if (!is_first(self) && (self->draining || !wants_rail(pull, path->ops)))
 		return FALSE;
 	if (pull->ram->verify && !pr_verify_has_room(pull->ram->verify))
 		return FALSE;
-	if (!is_rail(self) && __atomic_load_n(&pull->ram->huge_reads, __ATOMIC_SEQ_CST) > 0)
+	if (is_first(self) && __atomic_load_n(&pull->ram->huge_reads, __ATOMIC_SEQ_CST) > 0)
 		return FALSE;
 	return !self->path_dead && now >= pull->allowed_us &&
 	       self->outstanding < MIN(self->window.reads, max_window(self));
@@ -301,7 +315,8 @@ static gboolean may_post(const PrPullThread *self, gint64 now)
 
 /* ---- the thread ---- */
 
-/* The next READ, which counts as outstanding from now on; 0: none may go, or there is none. */
+/* Returns the token of the next READ, which counts as outstanding from now on. 0: no READ may be
+ * posted, or no page is left to claim. */
 static uint64_t next_read(PrPullThread *self, gint64 now)
 {
 	PrPull *pull = self->pull;
@@ -312,13 +327,13 @@ static uint64_t next_read(PrPullThread *self, gint64 now)
 	follow_rate(pull, now);
 	if (may_post(self, now))
 		token = claim_next(self);
-	/* The window is not full, and that is not its fault: nothing can be learned from that. */
+	/* The window is not full, so what completes now says nothing about the rail. */
 	if (!token && self->outstanding < MIN(self->window.reads, max_window(self)))
-		self->held = TRUE;
+		self->starved = TRUE;
 	if (token) {
-		if (self->held)
+		if (self->starved)
 			pr_window_resume(&self->window, now);
-		self->held = FALSE;
+		self->starved = FALSE;
 		pr_token_unpack(token, &index, &page, &n);
 		charge_limiter(pull, n * pull->ram->blocks[index].page_size, now);
 		g_array_append_val(self->claims, ((Claim){token, now}));
@@ -330,7 +345,7 @@ static uint64_t next_read(PrPullThread *self, gint64 now)
 	return token;
 }
 
-/* FALSE: the path refuses it; the claim stays until the fence. */
+/* FALSE: the path has refused the READ; its claim stays until the path is fenced. */
 static gboolean post(PrPullThread *self, uint64_t token)
 {
 	PrDataPath *path = self->worker.current;
@@ -343,12 +358,12 @@ static gboolean post(PrPullThread *self, uint64_t token)
 	if (!pr_allocate(self->pull->ram->allocate, index, page, n, /* bulk= */ TRUE))
 		return FALSE;
 	if (self->pull->ram->verify)
-		pr_verify_want(self->pull->ram->verify, token, /* urgent= */ FALSE);
+		pr_verify_posted(self->pull->ram->verify, token, /* urgent= */ FALSE);
 	return path->ops->post_read(path, PR_LANE_BULK, index, page * page_size,
 				    (uint32_t)(n * page_size), token);
 }
 
-static guint post_some(PrPullThread *self, gint64 now)
+static guint fill_window(PrPullThread *self, gint64 now)
 {
 	guint posted = 0;
 	uint64_t token;
@@ -364,12 +379,12 @@ static guint post_some(PrPullThread *self, gint64 now)
 	return posted;
 }
 
-static void report(PrPullThread *self, gint64 now)
+static void report_progress(PrPullThread *self, gint64 now)
 {
 	if (now - self->reported_us < PROGRESS_US)
 		return;
 	self->reported_us = now;
-	if (!is_rail(self))
+	if (is_first(self))
 		self->pull->hooks.progress(self->pull->hooks.opaque);
 }
 
@@ -402,11 +417,11 @@ static void sleep_until_event(PrPullThread *self, gint64 now)
 	poll(fds, G_N_ELEMENTS(fds), sleep_ms(self, now));
 }
 
-/* FALSE: the thread is to end. */
-static gboolean obey(PrPullThread *self)
+/* FALSE: the thread has to end. */
+static gboolean apply_commands(PrPullThread *self)
 {
 	gboolean switched;
-	gboolean go_on = pr_worker_obey(&self->worker, &switched);
+	gboolean go_on = pr_worker_apply(&self->worker, &switched);
 
 	if (switched) {
 		g_mutex_lock(&self->pull->lock);
@@ -415,9 +430,9 @@ static gboolean obey(PrPullThread *self)
 		g_mutex_unlock(&self->pull->lock);
 		self->path_dead = FALSE;
 	}
-	/* Perhaps by a stripe that brought the last page. */
-	if (!is_rail(self) && pr_ram_complete(self->pull->ram))
-		tell_complete(self);
+	/* A rail that has placed the last page kicks this thread. */
+	if (is_first(self) && pr_ram_complete(self->pull->ram))
+		report_complete(self);
 	return go_on;
 }
 
@@ -425,19 +440,19 @@ static gpointer pull_thread(gpointer opaque)
 {
 	PrPullThread *self = opaque;
 	g_autoptr(PrWatch) watch =
-		pr_watch_new(self->pull->hooks.watchdog, is_rail(self) ? "stripe" : "pull");
+		pr_watch_new(self->pull->hooks.watchdog, is_first(self) ? "pull" : "rail");
 
 	self->watch = watch;
 	for (;;) {
 		gint64 now = g_get_monotonic_time();
 		pr_watch_enter_at(watch, &pulling, now);
-		if (pr_worker_was_kicked(&self->worker) && !obey(self))
+		if (pr_worker_was_kicked(&self->worker) && !apply_commands(self))
 			return NULL;
 		guint work = 0;
 		if (self->worker.current) {
-			work = take_completions(self);
-			work += post_some(self, now);
-			report(self, now);
+			work = poll_completions(self);
+			work += fill_window(self, now);
+			report_progress(self, now);
 		}
 		if (work == 0)
 			sleep_until_event(self, now);
@@ -460,24 +475,23 @@ static PrPullThread *thread_new(PrPull *pull, guint id, uint64_t *bytes, GError 
 	self->id = id;
 	self->bytes = bytes;
 	self->claims = g_array_new(FALSE, FALSE, sizeof(Claim));
-	if (!pr_worker_start(&self->worker, id == 0 ? "pull" : "stripe", pull_thread, self,
-			     error)) {
+	if (!pr_worker_start(&self->worker, id == 0 ? "pull" : "rail", pull_thread, self, error)) {
 		thread_free(self);
 		return NULL;
 	}
-	/* From now on it may be kicked. */
+	/* From now on other threads may kick it. */
 	g_mutex_lock(&pull->lock);
 	g_ptr_array_add(pull->threads, self);
 	g_mutex_unlock(&pull->lock);
 	return self;
 }
 
-/* Ends the thread; its claims stay. */
-static void end(PrPullThread *self)
+/* Ends the thread and keeps its claims. */
+static void end_thread(PrPullThread *self)
 {
 	g_mutex_lock(&self->pull->lock);
 	gboolean already = self->ended;
-	self->ended = TRUE; /* nobody kicks it any more */
+	self->ended = TRUE; /* kick_all() leaves it out from now on */
 	g_mutex_unlock(&self->pull->lock);
 	if (!already)
 		pr_worker_stop(&self->worker);
@@ -504,7 +518,7 @@ PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultServi
 	return NULL;
 }
 
-/* With the lock held: there may be something to do for them. */
+/* With the lock held. */
 static void kick_all(PrPull *pull)
 {
 	for (guint i = 0; i < pull->threads->len; i++) {
@@ -546,7 +560,7 @@ void pr_pull_reclaim_inflight(PrPull *pull)
 {
 	g_autoptr(GArray) kept = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 
-	/* No stripe claims anything meanwhile, nor drops a claim. */
+	/* Under the lock no rail adds or drops a claim. */
 	g_mutex_lock(&pull->lock);
 	g_array_set_size(pull->first->claims, 0);
 	for (guint i = 1; i < pull->threads->len; i++) {
@@ -564,10 +578,10 @@ void pr_pull_stop(PrPull *pull)
 {
 	if (!pull)
 		return;
-	/* The stripes first: they kick the first one. */
+	/* The first thread ends last, because the rails kick it. */
 	for (guint i = pull->threads->len; i > 0; i--)
-		end(pull->threads->pdata[i - 1]);
-	/* Whoever waits for a stripe finds that it is gone. */
+		end_thread(pull->threads->pdata[i - 1]);
+	/* pr_pull_drain_rail() may still wait for a rail, and has to find that it is gone. */
 	g_mutex_lock(&pull->lock);
 	g_ptr_array_set_size(pull->threads, 0);
 	g_cond_broadcast(&pull->idle);
@@ -591,7 +605,7 @@ void pr_pull_unref(PrPull *pull)
 	g_free(pull);
 }
 
-/* ---- stripes ---- */
+/* ---- rails ---- */
 
 static PrPullThread *find_rail(PrPull *pull, guint id)
 {
@@ -606,7 +620,7 @@ static PrPullThread *find_rail(PrPull *pull, guint id)
 gboolean pr_pull_wants_rail(PrPull *pull, PrDataPath *path)
 {
 	g_mutex_lock(&pull->lock);
-	gboolean wanted = wants(pull, path->ops);
+	gboolean wanted = wants_rail(pull, path->ops);
 	g_mutex_unlock(&pull->lock);
 	return wanted;
 }
@@ -640,9 +654,9 @@ gboolean pr_pull_drain_rail(PrPull *pull, guint id, gint64 deadline)
 	gboolean in_time = TRUE;
 
 	g_mutex_lock(&pull->lock);
-	/* It may be gone after each wait. */
+	/* The rail may be removed during each wait. */
 	while ((self = find_rail(pull, id)) != NULL) {
-		self->resting = TRUE;
+		self->draining = TRUE;
 		if (self->outstanding == 0 || !in_time)
 			break;
 		in_time = g_cond_wait_until(&pull->idle, &pull->lock, deadline);
@@ -657,7 +671,7 @@ void pr_pull_end_rail(PrPull *pull, guint id)
 	PrPullThread *self = find_rail(pull, id);
 
 	if (self)
-		end(self);
+		end_thread(self);
 }
 
 void pr_pull_reclaim_rail(PrPull *pull, guint id)

@@ -105,9 +105,9 @@ static PrReadaheadStream *follow(Streams streams, guint block, int64_t page, gui
 	return stream;
 }
 
-/* From what was suggested already to the window's end, within the block. Not before half of the window is
- * used up, so that what is suggested makes READs of some length: a thread that is faster than they are
- * would get single pages otherwise, and fault on each. */
+/* From what was suggested already to the window's end, within the block. Not before half of the
+ * window is used up, so that what is suggested makes READs of some length: a thread that is faster
+ * than they are would get single pages otherwise, and fault on each. */
 static void suggest(PrReadaheadStream *stream, uint64_t n_pages, PrReadaheadRun *ret)
 {
 	int64_t ahead = (stream->front - stream->last) / stream->stride;

@@ -3,17 +3,18 @@
  * Guesses which pages a guest's thread will touch next, from where it has faulted.
  *
  * For each thread a few streams are followed, because a thread that copies walks in two places. A
- * fault belongs to the stream that it continues, or else to the nearest one. Two equal steps, at most
- * PR_READAHEAD_STRIDE pages either way, make a stream regular: sequential, up or down, or strided.
- * Then pages ahead of it are suggested, each once. The window doubles with each fault that goes on
- * where it was expected, also among the pages suggested already (they may be on their way still), up
- * to the caller's limit; a fault that strays ends it. Random faults suggest nothing.
+ * fault belongs to the stream that it continues, or else to the nearest one. Two equal steps, at
+ * most PR_READAHEAD_STRIDE pages either way, make a stream regular: sequential, up or down, or
+ * strided. Then pages ahead of it are suggested, each once. The window doubles with each fault that
+ * goes on where it was expected, also among the pages suggested already (they may be on their way
+ * still), up to the caller's limit; a fault that strays ends it. Random faults suggest nothing.
  *
- * A fault whose thread says nothing about who it is for (PR_READAHEAD_NO_THREAD) is followed by its address alone: all such
- * faults share PR_READAHEAD_SHARED streams. KVM's asynchronous faults are of that kind: an arbitrary kworker waits in the
- * place of a vCPU.
+ * A fault whose thread says nothing about who it is for (PR_READAHEAD_NO_THREAD) is followed by its
+ * address alone: all such faults share PR_READAHEAD_SHARED streams. KVM's asynchronous faults are
+ * of that kind: an arbitrary kworker waits in the place of a vCPU.
  *
- * No I/O, no allocation, fixed size; all zeros is a valid beginning. Not for several threads at once.
+ * No I/O, no allocation, fixed size; all zeros is a valid beginning. Not for several threads at
+ * once.
  */
 #pragma once
 
@@ -57,12 +58,12 @@ typedef struct PrReadaheadRun {
 	int64_t stride;
 } PrReadaheadRun;
 
-/* A thread has faulted on a page of a block of n_pages. Suggests what to read as well, within the block;
- * never more than `limit` pages ahead of the fault. Often nothing: n is 0. */
+/* A thread has faulted on a page of a block of n_pages. Suggests what to read as well, within the
+ * block; never more than `limit` pages ahead of the fault. Often nothing: n is 0. */
 void pr_readahead_fault(PrReadahead *self, uint32_t tid, guint block, uint64_t page,
 			uint64_t n_pages, guint limit, PrReadaheadRun *ret);
 
-/* Claims the next pages of a plan that one READ can cover. Returns how many (0: none is left), the first in
- * *ret_page. */
+/* Claims the next pages of a plan that one READ can cover. Returns how many (0: none is left), the
+ * first in *ret_page. */
 uint64_t pr_readahead_claim(PrReadaheadRun *plan, PrRamBlock *block, uint64_t max,
 			    uint64_t *ret_page);

@@ -1,14 +1,17 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * How long a fault thread rests when the kernel reports nothing but pending faults, again and again.
+ * How long a fault thread rests when the kernel reports nothing but pending faults, again and
+ * again.
  *
- * That happens where the kernel itself reads or writes a missing page for a guest's thread (a system call, KVM's
- * record_steal_time()) and the thread has a signal pending. The kernel does not let the thread sleep then: it reports
- * the same fault over and over until the page is there. So after PR_REPEATS_ROW repeats in a row the fault thread rests
- * before it reads faults again: PR_REST_MIN_US at first, twice as long each time, PR_REST_MAX_US at most. A new fault
- * in the batch ends the row, so it waits for one rest at most. Repeats that come seldom make no row.
+ * That happens where the kernel itself reads or writes a missing page for a guest's thread (a
+ * system call, KVM's record_steal_time()) and the thread has a signal pending. The kernel does not
+ * let the thread sleep then: it reports the same fault over and over until the page is there. So
+ * after PR_REPEATS_ROW repeats in a row the fault thread rests before it reads faults again:
+ * PR_REST_MIN_US at first, twice as long each time, PR_REST_MAX_US at most. A new fault in the
+ * batch ends the row, so it waits for one rest at most. Repeats that come seldom make no row.
  *
- * No I/O; times are passed in: nanoseconds of any clock that never goes back. All zeros is a valid beginning.
+ * No I/O; times are passed in: nanoseconds of any clock that never goes back. All zeros is a valid
+ * beginning.
  */
 #pragma once
 

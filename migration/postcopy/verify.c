@@ -2,28 +2,33 @@
 /*
  * Theory of operation
  *
- * With capability `verify` on both sides no page is placed before its hash was compared with that of the source's page,
- * so that whatever a path does to the data in between, the guest never sees it.
+ * Goal: with capability `verify` on both sides, no page is placed before its hash was compared with
+ * the hash of the source's page. So whatever a path does to the data on its way, the guest never
+ * sees it.
  *
- * Whoever posts a READ says so (pr_verify_want), and this thread asks the source for the hashes of its pages, at once for
- * faults: the two are under way at the same time. When the data is there (pr_verify_landed), its claim is ours; when both are
- * there the pages are compared here, and those that are right are placed and exposed as ever. The claim of a wrong one is
- * given up: whoever wants the page, a fault or the bulk pull, reads it again. The same page wrong PR_VERIFY_STRIKES times
- * fails the path.
+ * A page's way. The thread that posts a READ reports it (pr_verify_posted), and the verify thread
+ * requests the hashes of its pages from the source; for faults at once, so that data and hashes
+ * travel at the same time. When the data has landed (pr_verify_landed), the claim is the verify
+ * thread's. When the hashes are there, too, it compares the pages, and places the right ones. It
+ * ends the claim of a wrong page, so a fault thread or a pull thread reads the page again. The same
+ * page wrong PR_VERIFY_STRIKES times in a row fails the path.
  *
- * A hash is of a page, and the source answers from its frozen RAM without
- * keeping anything. So after a recovery hashes are simply asked for again; data that had landed before is kept, and
- * its claim with it (pr_verify_add_landed), as only the hashes are missing. What has not landed is forgotten at the
- * detach, because its path is gone; but a stripe's may still land later, and is asked for then.
+ * Recovery. The source computes a hash from its frozen RAM and stores nothing, so after a recovery
+ * hashes are simply requested again. Data that had landed is kept with its claim
+ * (pr_verify_add_landed); only its hashes are missing. READs that had not landed are forgotten at
+ * the detach, because their path is gone. A READ of another rail may still land later; its hashes
+ * are requested then.
  *
- * The answers come through the control channel's reader (pr_control_set_early): the thread that takes the other messages
- * may be waiting for the guest to load its device state, and the guest for a page.
+ * Answers. They come through the reader of the control channel (pr_control_set_early). The thread
+ * that handles the other messages may be waiting for the guest to load its device state, and the
+ * guest may be waiting for a page.
  *
- * Bulk ranges are asked for a few at a time, so that a fault's question finds no long queue at the source; and bulk READs
- * pause while much waits for its hashes, so that a fault on a page that has landed does not wait for long.
+ * Bounds. Hashes for bulk READs are requested for REQUESTED_MAX ranges at a time, so that the
+ * request of a fault finds no long queue at the source. Bulk READs pause while HELD_MAX landed
+ * ranges wait for their hashes, so that a fault on a landed page does not wait for long.
  *
- * Zero pages and holes do not travel, and are not verified. The source may still call a page zero that was read and came in
- * wrong; so a wrong page is emptied before its claim is given up.
+ * Invariant. Zero pages and holes do not travel and are not verified, and the source may yet call a
+ * page zero whose READ was corrupt. So a wrong page is cleared to zeros before its claim ends.
  */
 #include "migration/postcopy/verify.h"
 
@@ -35,17 +40,17 @@
 #include "migration/postcopy/place.h"
 #include "util/try-alloc.h"
 
-#define ASKED_MAX 8  /* bulk ranges whose hashes are under way */
-#define HELD_MAX  32 /* landed bulk ranges that may wait for their hashes before bulk READs pause */
-#define ASK_BATCH 64 /* ranges in one question */
+#define REQUESTED_MAX 8	 /* bulk ranges whose hashes were requested and are not there */
+#define HELD_MAX      32 /* landed bulk ranges without hashes from which on bulk READs pause */
+#define REQUEST_BATCH 64 /* ranges in one request */
 
 typedef struct Range {
 	uint64_t token;
-	guint stripe;
+	guint rail;
 	gboolean urgent;
-	gboolean asked;
+	gboolean requested;
 	gboolean landed;
-	uint64_t *hashes; /* NULL: not yet known */
+	uint64_t *hashes; /* NULL: they have not come yet */
 	gboolean awaited; /* the verify thread's own: a fault waited for a page that was placed */
 } Range;
 
@@ -57,14 +62,15 @@ struct PrVerify {
 
 	GMutex lock; /* protects what follows; taken last */
 	GCond changed;
-	GHashTable *ranges;    /* token -> Range: posted and not yet done with */
-	GQueue urgent, bulk;   /* Range: to be asked for */
-	GQueue ready;	       /* Range: landed, with hashes */
-	guint n_asked, n_held; /* of the bulk */
+	GHashTable *ranges;	   /* token -> Range: posted and not yet finished */
+	GQueue urgent, bulk;	   /* Range: its hashes are to be requested */
+	GQueue ready;		   /* Range: landed, with hashes */
+	guint n_requested, n_held; /* bulk ranges */
 	gboolean attached, stop;
 	gboolean busy; /* the thread may be using the connection */
 
-	GHashTable *strikes; /* token of a page -> how often it came in wrong; the thread's own */
+	GHashTable *
+		strikes; /* token of a page -> times in a row that it was wrong; the thread's own */
 
 	PrVerifyStats stats; /* atomic */
 };
@@ -96,13 +102,13 @@ static Range *find_or_add(PrVerify *verify, uint64_t token)
 	return range;
 }
 
-static void note_asked(PrVerify *verify, Range *range, gboolean asked)
+static void set_requested(PrVerify *verify, Range *range, gboolean requested)
 {
-	if (range->asked == asked)
+	if (range->requested == requested)
 		return;
-	range->asked = asked;
+	range->requested = requested;
 	if (!range->urgent)
-		verify->n_asked += asked ? 1 : -1;
+		verify->n_requested += requested ? 1 : -1;
 }
 
 static gboolean is_held(const Range *range)
@@ -110,53 +116,53 @@ static gboolean is_held(const Range *range)
 	return range->landed && !range->hashes && !range->urgent;
 }
 
-static GQueue *question_queue(PrVerify *verify, const Range *range)
+static GQueue *request_queue(PrVerify *verify, const Range *range)
 {
 	return range->urgent ? &verify->urgent : &verify->bulk;
 }
 
 static void remove_range(PrVerify *verify, Range *range)
 {
-	g_queue_remove(question_queue(verify, range), range);
-	note_asked(verify, range, FALSE);
+	g_queue_remove(request_queue(verify, range), range);
+	set_requested(verify, range, FALSE);
 	verify->n_held -= is_held(range);
 	g_hash_table_remove(verify->ranges, &range->token);
 }
 
-static void settle_if_ready(PrVerify *verify, Range *range)
+static void queue_if_ready(PrVerify *verify, Range *range)
 {
 	if (range->landed && range->hashes)
 		g_queue_push_tail(&verify->ready, range);
 	g_cond_broadcast(&verify->changed);
 }
 
-/* ---- the lanes' side ---- */
+/* ---- for the threads of the lanes ---- */
 
-void pr_verify_want(PrVerify *verify, uint64_t token, gboolean urgent)
+void pr_verify_posted(PrVerify *verify, uint64_t token, gboolean urgent)
 {
 	g_mutex_lock(&verify->lock);
 	Range *range = find_or_add(verify, token);
-	if (verify->attached && !range->asked && !range->hashes) {
-		g_queue_remove(question_queue(verify, range), range);
+	if (verify->attached && !range->requested && !range->hashes) {
+		g_queue_remove(request_queue(verify, range), range);
 		range->urgent = urgent;
-		g_queue_push_tail(question_queue(verify, range), range);
+		g_queue_push_tail(request_queue(verify, range), range);
 		g_cond_broadcast(&verify->changed);
 	}
 	g_mutex_unlock(&verify->lock);
 }
 
-void pr_verify_landed(PrVerify *verify, uint64_t token, guint stripe)
+void pr_verify_landed(PrVerify *verify, uint64_t token, guint rail)
 {
 	g_mutex_lock(&verify->lock);
 	gboolean known = g_hash_table_contains(verify->ranges, &token);
 	Range *range = find_or_add(verify, token);
 	g_assert(!range->landed);
 	range->landed = TRUE;
-	range->stripe = stripe;
+	range->rail = rail;
 	verify->n_held += is_held(range);
 	if (!known && verify->attached)
 		g_queue_push_tail(&verify->bulk, range);
-	settle_if_ready(verify, range);
+	queue_if_ready(verify, range);
 	g_mutex_unlock(&verify->lock);
 }
 
@@ -199,41 +205,42 @@ void pr_verify_answer(PrVerify *verify, const PrHashes *hashes)
 
 	g_mutex_lock(&verify->lock);
 	Range *range = g_hash_table_lookup(verify->ranges, &token);
-	if (range && range->asked && !range->hashes) {
+	if (range && range->requested && !range->hashes) {
 		verify->n_held -= is_held(range);
 		range->hashes = g_memdup2(hashes->hash, hashes->n * sizeof(hashes->hash[0]));
-		note_asked(verify, range, FALSE);
-		settle_if_ready(verify, range);
+		set_requested(verify, range, FALSE);
+		queue_if_ready(verify, range);
 	}
 	g_mutex_unlock(&verify->lock);
 }
 
-/* ---- asking ---- */
+/* ---- requesting hashes ---- */
 
-/* The next range to be asked for. With the lock held. */
-static Range *next_question(PrVerify *verify)
+/* The next range whose hashes may be requested, or NULL. With the lock held. */
+static Range *next_to_request(PrVerify *verify)
 {
 	if (!g_queue_is_empty(&verify->urgent))
 		return g_queue_pop_head(&verify->urgent);
-	return verify->n_asked < ASKED_MAX ? g_queue_pop_head(&verify->bulk) : NULL;
+	return verify->n_requested < REQUESTED_MAX ? g_queue_pop_head(&verify->bulk) : NULL;
 }
 
-/* Takes what may be asked for now; tokens, because a range may go at any time. With the lock held. */
-static GArray *take_questions(PrVerify *verify)
+/* Takes the ranges whose hashes may be requested now. Returns tokens, because a range may be freed
+ * at any time. With the lock held. */
+static GArray *take_requests(PrVerify *verify)
 {
 	GArray *tokens = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 	Range *range;
 
-	while (verify->attached && (range = next_question(verify)) != NULL) {
-		note_asked(verify, range, TRUE);
+	while (verify->attached && (range = next_to_request(verify)) != NULL) {
+		set_requested(verify, range, TRUE);
 		g_array_append_val(tokens, range->token);
 	}
 	return tokens;
 }
 
-static void ask(PrVerify *verify, const GArray *tokens)
+static void request_hashes(PrVerify *verify, const GArray *tokens)
 {
-	PrWireRange ranges[ASK_BATCH];
+	PrWireRange ranges[REQUEST_BATCH];
 	guint n = 0, block = 0;
 
 	for (guint i = 0; i < tokens->len; i++) {
@@ -242,15 +249,15 @@ static void ask(PrVerify *verify, const GArray *tokens)
 
 		pr_token_unpack(g_array_index(tokens, uint64_t, i), &index, &page, &pages);
 		uint64_t page_size = verify->ram->blocks[index].page_size;
-		if (n > 0 && (index != block || n == ASK_BATCH)) {
-			verify->hooks.ask(block, ranges, n, verify->hooks.opaque);
+		if (n > 0 && (index != block || n == REQUEST_BATCH)) {
+			verify->hooks.request_hashes(block, ranges, n, verify->hooks.opaque);
 			n = 0;
 		}
 		block = index;
 		ranges[n++] = (PrWireRange){page * page_size, pages * page_size};
 	}
 	if (n > 0)
-		verify->hooks.ask(block, ranges, n, verify->hooks.opaque);
+		verify->hooks.request_hashes(block, ranges, n, verify->hooks.opaque);
 }
 
 /* ---- comparing ---- */
@@ -266,14 +273,15 @@ static void place(PrVerify *verify, Range *range, PrRamBlock *block, uint64_t pa
 	__atomic_fetch_add(&verify->stats.pages, n, __ATOMIC_RELAXED);
 }
 
+/* A page is wrong. */
 static void reject(PrVerify *verify, const Range *range, guint index, uint64_t page)
 {
 	uint64_t token = pr_token_pack(index, page, 1);
 	guint strikes = 1 + GPOINTER_TO_UINT(g_hash_table_lookup(verify->strikes, &token));
-	PrCorrupt corrupt = {index, page, range->stripe, strikes};
+	PrCorrupt corrupt = {index, page, range->rail, strikes};
 
 	__atomic_fetch_add(&verify->stats.corrupt, 1, __ATOMIC_RELAXED);
-	/* The next path has as many tries. */
+	/* The next path has as many tries again. */
 	if (strikes == PR_VERIFY_STRIKES)
 		g_hash_table_remove(verify->strikes, &token);
 	else
@@ -282,7 +290,8 @@ static void reject(PrVerify *verify, const Range *range, guint index, uint64_t p
 	verify->hooks.corrupt(&corrupt, verify->hooks.opaque);
 }
 
-/* Places what is right, in runs. Returns the tokens of the wrong pages, whose claims are still ours. */
+/* Places the right pages, in runs. Returns the tokens of the wrong ones, whose claims are still
+ * held. */
 static GArray *compare(PrVerify *verify, Range *range)
 {
 	GArray *wrong = g_array_new(FALSE, FALSE, sizeof(uint64_t));
@@ -312,8 +321,9 @@ static GArray *compare(PrVerify *verify, Range *range)
 	return wrong;
 }
 
-/* Nobody has seen it. It is zeros again, as before it was read: it may be marked so next (state-memfd.h). */
-static void give_up(PrVerify *verify, uint64_t token)
+/* Ends the claim of a wrong page. Nobody has seen its data. It is cleared to zeros, as it was
+ * before the READ, because the source may call it zero next (state-memfd.h). */
+static void release_wrong(PrVerify *verify, uint64_t token)
 {
 	guint index;
 	uint64_t page, n;
@@ -324,8 +334,9 @@ static void give_up(PrVerify *verify, uint64_t token)
 	pr_ram_forget(verify->ram, token);
 }
 
-/* The range stays in the table, as landed, until its pages are placed or given up; not longer, because then they may be
- * read again, and wanted under the same token. TRUE: a fault may be waiting. */
+/* Compares a range. It stays in the table until its pages are placed or released. It has to go
+ * then, because the pages may be read again under the same token. TRUE: a fault may wait for one of
+ * them. */
 static gboolean finish_range(PrVerify *verify, Range *range)
 {
 	guint index;
@@ -333,15 +344,16 @@ static gboolean finish_range(PrVerify *verify, Range *range)
 
 	pr_token_unpack(range->token, &index, &page, &n);
 	PrRamBlock *block = &verify->ram->blocks[index];
-	pr_invariant_claimed(block, page, n, "what is verified has landed");
+	pr_invariant_claimed(block, page, n, "a READ that has landed is verified");
 	g_autoptr(GArray) wrong = compare(verify, range);
 	gboolean awaited = range->urgent || range->awaited;
 	g_mutex_lock(&verify->lock);
 	remove_range(verify, range);
 	for (guint i = 0; i < wrong->len; i++)
-		give_up(verify, g_array_index(wrong, uint64_t, i));
+		release_wrong(verify, g_array_index(wrong, uint64_t, i));
 	g_mutex_unlock(&verify->lock);
-	/* After the placing: whoever begins to wait now sees that they are received, or free. */
+	/* Last: a fault thread that sets a waiting bit from now on sees that the page is received
+	 * or free. */
 	return pr_ram_take_waiting(block, page, n) > 0 || awaited;
 }
 
@@ -353,19 +365,19 @@ static gboolean has_work(PrVerify *verify)
 	return !g_queue_is_empty(&verify->ready) ||
 	       (verify->attached &&
 		(!g_queue_is_empty(&verify->urgent) ||
-		 (!g_queue_is_empty(&verify->bulk) && verify->n_asked < ASKED_MAX)));
+		 (!g_queue_is_empty(&verify->bulk) && verify->n_requested < REQUESTED_MAX)));
 }
 
-static void work(PrVerify *verify, const GArray *questions, GQueue *ready, gboolean attached)
+static void work(PrVerify *verify, const GArray *requests, GQueue *ready, gboolean attached)
 {
 	gboolean awaited = FALSE, any = !g_queue_is_empty(ready);
 	Range *range;
 
-	ask(verify, questions);
+	request_hashes(verify, requests);
 	while ((range = g_queue_pop_head(ready)) != NULL)
 		awaited |= finish_range(verify, range);
 	if (awaited)
-		verify->hooks.settled(verify->hooks.opaque);
+		verify->hooks.unblocked(verify->hooks.opaque);
 	if (any && attached && pr_ram_complete(verify->ram))
 		verify->hooks.complete(verify->hooks.opaque);
 }
@@ -377,17 +389,17 @@ static gpointer verify_thread(gpointer opaque)
 	g_mutex_lock(&verify->lock);
 	while (!verify->stop) {
 		if (!has_work(verify)) {
-			/* Ended by a READ, by hashes, or by the end of the service. */
+			/* Ended by a READ, by hashes, or by pr_verify_stop(). */
 			g_cond_wait(&verify->changed, &verify->lock);
 			continue;
 		}
-		g_autoptr(GArray) questions = take_questions(verify);
+		g_autoptr(GArray) requests = take_requests(verify);
 		GQueue ready = verify->ready;
 		gboolean attached = verify->attached;
 		g_queue_init(&verify->ready);
 		verify->busy = TRUE;
 		g_mutex_unlock(&verify->lock);
-		work(verify, questions, &ready, attached);
+		work(verify, requests, &ready, attached);
 		g_mutex_lock(&verify->lock);
 		verify->busy = FALSE;
 		g_cond_broadcast(&verify->changed);
@@ -396,7 +408,7 @@ static gpointer verify_thread(gpointer opaque)
 	return NULL;
 }
 
-/* ---- the owner's side ---- */
+/* ---- for the owner ---- */
 
 PrVerify *pr_verify_start(PrRam *ram, int uffd, const PrVerifyHooks *hooks, GError **error)
 {
@@ -425,23 +437,24 @@ void pr_verify_attach(PrVerify *verify)
 
 	g_mutex_lock(&verify->lock);
 	verify->attached = TRUE;
-	/* What has landed in between, or before: the guest may wait for it. */
+	/* The guest may wait for what landed before or while no connection was attached. */
 	g_hash_table_iter_init(&iter, verify->ranges);
 	while (g_hash_table_iter_next(&iter, NULL, &opaque)) {
 		Range *range = opaque;
 		if (!range->hashes)
-			g_queue_push_tail(question_queue(verify, range), range);
+			g_queue_push_tail(request_queue(verify, range), range);
 	}
 	g_cond_broadcast(&verify->changed);
 	g_mutex_unlock(&verify->lock);
 }
 
-/* With the lock held. Nothing that was asked is going to be answered, and what has not landed will not. */
+/* With the lock held. The answers to former requests will not come, and READs that have not landed
+ * are lost. */
 static gboolean forget_lost(gpointer token, gpointer opaque, gpointer user_data)
 {
 	Range *range = opaque;
 
-	note_asked(user_data, range, FALSE);
+	set_requested(user_data, range, FALSE);
 	return !range->landed;
 }
 
@@ -449,7 +462,8 @@ void pr_verify_detach(PrVerify *verify)
 {
 	g_mutex_lock(&verify->lock);
 	verify->attached = FALSE;
-	/* Ended by its round; the connection that it may ask over was shut down before. */
+	/* Ended by the thread's round: the connection that it may be sending on was shut down
+	 * before. */
 	while (verify->busy)
 		g_cond_wait(&verify->changed, &verify->lock);
 	g_queue_clear(&verify->urgent);

@@ -1,37 +1,39 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Verified pages: what has been read is placed only once it has the hash of what the source has. Theory in verify.c. */
+/* Verified pages: a page that was read is placed only if it has the hash of the source's page.
+ * Theory in verify.c. */
 #pragma once
 
 #include "migration/memory/ram.h"
 
-#define PR_VERIFY_STRIKES 3 /* so often may a page come in wrong, one time after the other */
+#define PR_VERIFY_STRIKES 3 /* so many times in a row a page may be corrupt before its path fails */
 
 typedef struct PrVerify PrVerify;
 
 typedef struct PrVerifyStats {
-	uint64_t pages;	  /* that were right */
-	uint64_t corrupt; /* pages that came in wrong, each time counted */
+	uint64_t pages;	  /* that had the right hash */
+	uint64_t corrupt; /* that had a wrong one; a page counts each time */
 } PrVerifyStats;
 
-/* A page that came in wrong. */
+/* A page whose data had the wrong hash. */
 typedef struct PrCorrupt {
 	guint block;
 	uint64_t page;
-	guint stripe;  /* by which it came (pull.h); 0: the path in use */
-	guint strikes; /* how often, one time after the other */
+	guint rail;    /* that carried it (pull.h); 0: the path in use */
+	guint strikes; /* how many times in a row */
 } PrCorrupt;
 
-/* All of them from the verify thread; ask() and complete() never without a connection attached. */
+/* Called by the verify thread; request_hashes() and complete() only while a connection is
+ * attached. */
 typedef struct PrVerifyHooks {
-	/* Asks the source for the hashes of n ranges of one block. */
-	void (*ask)(guint block, const PrWireRange *ranges, guint n, void *opaque);
-	/* Pages that faults may wait for are in place, or may be read again. */
-	void (*settled)(void *opaque);
-	/* The last page has come in; any number of times. */
+	/* Requests the hashes of n ranges of one block from the source. */
+	void (*request_hashes)(guint block, const PrWireRange *ranges, guint n, void *opaque);
+	/* Pages that faults may wait for are placed, or may be claimed again. */
+	void (*unblocked)(void *opaque);
+	/* Every page is received; called any number of times. */
 	void (*complete)(void *opaque);
-	/* With PR_VERIFY_STRIKES the path is not to be used any more. */
+	/* With PR_VERIFY_STRIKES strikes the path must not be used any more. */
 	void (*corrupt)(const PrCorrupt *corrupt, void *opaque);
-	/* The guest or the kernel failed us. */
+	/* The guest's process or the kernel failed. */
 	void (*broken)(const GError *error, void *opaque);
 	void *opaque;
 } PrVerifyHooks;
@@ -39,28 +41,30 @@ typedef struct PrVerifyHooks {
 /* XXH3, 64 bits. */
 uint64_t pr_verify_hash(const void *data, gsize length);
 
-/* Starts the thread; ram outlives it. NULL: there is none to be had. */
+/* Starts the thread; ram outlives it. NULL: no thread could be started. */
 PrVerify *pr_verify_start(PrRam *ram, int uffd, const PrVerifyHooks *hooks, GError **error);
-/* There is a connection to ask over. */
+/* Hashes can be requested from now on. */
 void pr_verify_attach(PrVerify *verify);
-/* There is none any more, and nothing uses it when this returns; it was shut down before. What was read is kept, and asked
- * for again. */
+/* The connection, which was shut down before, is not used any more when this returns. Landed data
+ * is kept, and its hashes are requested again after the next attach. */
 void pr_verify_detach(PrVerify *verify);
-/* Ends the thread; afterwards pages may still land, in vain. */
+/* Ends the thread. READs may still land; their pages are not placed any more. */
 void pr_verify_stop(PrVerify *verify);
 void pr_verify_free(PrVerify *verify);
 void pr_verify_stats(PrVerify *verify, PrVerifyStats *ret);
 
-/* The lanes' threads. A READ with this token was posted. */
-void pr_verify_want(PrVerify *verify, uint64_t token, gboolean urgent);
-/* Its data is here. The claim is the verify thread's from now on. */
-void pr_verify_landed(PrVerify *verify, uint64_t token, guint stripe);
-/* Its data is not going to come. */
+/* From the threads of the lanes. A READ with this token was posted. */
+void pr_verify_posted(PrVerify *verify, uint64_t token, gboolean urgent);
+/* The READ has landed over this rail; 0: the path in use. The claim is the verify thread's from now
+ * on. */
+void pr_verify_landed(PrVerify *verify, uint64_t token, guint rail);
+/* The READ was lost, and its path is fenced. */
 void pr_verify_drop(PrVerify *verify, uint64_t token);
-/* FALSE: so much waits for hashes already that no more is to be read in bulk now. */
+/* FALSE: too much data waits for hashes; bulk READs have to pause. */
 gboolean pr_verify_has_room(PrVerify *verify);
-/* Appends the tokens of what has landed: claims that live on. */
+/* Appends the tokens of the READs that have landed. Their claims must not be ended. */
 void pr_verify_add_landed(PrVerify *verify, GArray *tokens);
 
-/* From any thread; does not wait. The source's answer. Ranges that nobody asked for are ignored. */
+/* The source's answer; from any thread, without waiting. Ranges whose hashes were not requested are
+ * ignored. */
 void pr_verify_answer(PrVerify *verify, const PrHashes *hashes);

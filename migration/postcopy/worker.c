@@ -36,7 +36,7 @@ void pr_worker_kick(PrWorker *worker)
 
 	/* EAGAIN: the counter is full, so the worker is being woken anyway. */
 	g_assert(written == sizeof(one) || errno == EAGAIN);
-	/* After the write, so that whoever sees it can empty wake_fd. */
+	/* After the write, so that the worker, when it sees the flag, can empty wake_fd. */
 	__atomic_store_n(&worker->kicked, TRUE, __ATOMIC_RELEASE);
 }
 
@@ -45,7 +45,8 @@ void pr_worker_set_path(PrWorker *worker, PrDataPath *path)
 	g_mutex_lock(&worker->lock);
 	worker->wanted = path;
 	pr_worker_kick(worker);
-	/* Ended by the worker's next round; what it may be blocked in, the caller has shut down. */
+	/* Ended by the worker's next round: the caller has shut down whatever the worker may block
+	 * in. */
 	while (worker->current != path)
 		g_cond_wait(&worker->changed, &worker->lock);
 	g_mutex_unlock(&worker->lock);
@@ -77,16 +78,17 @@ gboolean pr_worker_was_kicked(PrWorker *worker)
 {
 	uint64_t count;
 
-	/* Asked all the time, so not the kernel. */
+	/* Called in a polling loop, so without a system call in the usual case. */
 	if (!__atomic_load_n(&worker->kicked, __ATOMIC_RELAXED) ||
 	    !__atomic_exchange_n(&worker->kicked, FALSE, __ATOMIC_ACQ_REL))
 		return FALSE;
-	/* EAGAIN: an earlier look has taken this kick as well; to obey it again does no harm. */
+	/* EAGAIN: an earlier call has read this kick as well; to apply the commands twice is
+	 * harmless. */
 	(void)!read(worker->wake_fd, &count, sizeof(count));
 	return TRUE;
 }
 
-gboolean pr_worker_obey(PrWorker *worker, gboolean *ret_switched)
+gboolean pr_worker_apply(PrWorker *worker, gboolean *ret_switched)
 {
 	g_mutex_lock(&worker->lock);
 	gboolean stop = worker->stop;

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A thread of the destination that uses one lane of whichever data path is attached: a fault
- * thread or a pull thread. Others attach and detach paths; the worker sleeps on wake_fd beside
- * whatever else it waits for, and takes changes over when it was kicked.
+ * A thread of the destination that uses one lane of the attached data path: a fault thread or a
+ * pull thread. Other threads attach and detach paths, and kick the worker. A worker sleeps until
+ * its wake_fd, or something else that it waits for, is readable, and applies the changes after a
+ * kick.
  */
 #pragma once
 
@@ -22,16 +23,17 @@ typedef struct PrWorker {
 
 gboolean pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, gpointer opaque,
 			 GError **error);
-/* NULL detaches. Returns when the worker uses the new path, and no longer the old one. */
+/* NULL detaches. Returns when the worker uses the new path and no longer the old one. */
 void pr_worker_set_path(PrWorker *worker, PrDataPath *path);
 void pr_worker_kick(PrWorker *worker);
-/* Ends and joins the thread; nobody kicks it any more. */
+/* Ends and joins the thread. Nobody may kick it any more. */
 void pr_worker_stop(PrWorker *worker);
-/* The same in two steps: after the first it may still be kicked, to no effect. */
+/* The same in two steps. Between them a kick is allowed and does nothing. */
 void pr_worker_end(PrWorker *worker);
 void pr_worker_clear(PrWorker *worker);
 
-/* For the worker itself. Whether it was kicked since the last call. */
+/* For the worker itself: whether it was kicked since the last call. */
 gboolean pr_worker_was_kicked(PrWorker *worker);
-/* Takes over what the others want. FALSE: the thread is to end. */
-gboolean pr_worker_obey(PrWorker *worker, gboolean *ret_switched);
+/* For the worker itself: applies what other threads have requested. FALSE: the thread has to
+ * end. */
+gboolean pr_worker_apply(PrWorker *worker, gboolean *ret_switched);

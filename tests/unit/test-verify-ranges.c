@@ -169,10 +169,10 @@ static void a_wrong_page_may_be_read_again_at_once(void **state)
 	for (guint strike = 1; strike <= PR_VERIFY_STRIKES; strike++) {
 		uint64_t token = claim(rig, 7, 1);
 
-		pr_verify_want(rig->verify, token, /* urgent= */ TRUE);
+		pr_verify_posted(rig->verify, token, /* urgent= */ TRUE);
 		wait_asked(rig, strike);
 		assert_int_equal(asked(rig, strike - 1), token);
-		pr_verify_landed(rig->verify, token, /* stripe= */ 0);
+		pr_verify_landed(rig->verify, token, /* rail= */ 0);
 		assert_int_equal(count_landed(rig), 1);
 		answer_wrongly(rig, 7, 1);
 		wait_settled(rig, strike);
@@ -195,10 +195,10 @@ static void a_wrong_page_may_be_called_zero(void **state)
 	static const uint8_t zeros[2 * PAGE];
 
 	pr_verify_attach(rig->verify);
-	pr_verify_want(rig->verify, token, /* urgent= */ TRUE);
+	pr_verify_posted(rig->verify, token, /* urgent= */ TRUE);
 	wait_asked(rig, 1);
 	memset(block->host + 7 * PAGE, 0x10, 2 * PAGE);
-	pr_verify_landed(rig->verify, token, /* stripe= */ 0);
+	pr_verify_landed(rig->verify, token, /* rail= */ 0);
 	answer_wrongly(rig, 7, 2);
 	wait_settled(rig, 1);
 	assert_int_equal(pr_ram_zero(rig->ram, block, 7, 2), 2);
@@ -212,8 +212,8 @@ static void what_has_landed_outlives_the_connection(void **state)
 	uint64_t landed = claim(rig, 10, 4), lost = claim(rig, 20, 4);
 
 	pr_verify_attach(rig->verify);
-	pr_verify_want(rig->verify, landed, FALSE);
-	pr_verify_want(rig->verify, lost, FALSE);
+	pr_verify_posted(rig->verify, landed, FALSE);
+	pr_verify_posted(rig->verify, lost, FALSE);
 	wait_asked(rig, 2);
 	pr_verify_landed(rig->verify, landed, 0);
 	pr_verify_detach(rig->verify);
@@ -221,8 +221,8 @@ static void what_has_landed_outlives_the_connection(void **state)
 	/* An answer that comes late is none. */
 	answer_wrongly(rig, 10, 4);
 	assert_int_equal(count_landed(rig), 1);
-	/* A stripe's, whose path was another one. */
-	pr_verify_landed(rig->verify, lost, /* stripe= */ 3);
+	/* A READ of another rail, whose path is alive. */
+	pr_verify_landed(rig->verify, lost, /* rail= */ 3);
 	assert_int_equal(count_landed(rig), 2);
 	pr_verify_attach(rig->verify);
 	wait_asked(rig, 4);
@@ -237,10 +237,10 @@ static void faults_do_not_queue_behind_the_bulk(void **state)
 
 	pr_verify_attach(rig->verify);
 	for (guint i = 0; i < 20; i++)
-		pr_verify_want(rig->verify, claim(rig, i * 4, 4), FALSE);
+		pr_verify_posted(rig->verify, claim(rig, i * 4, 4), FALSE);
 	wait_asked(rig, 8);
 	uint64_t fault = claim(rig, 200, 1);
-	pr_verify_want(rig->verify, fault, TRUE);
+	pr_verify_posted(rig->verify, fault, TRUE);
 	wait_asked(rig, 9);
 	assert_int_equal(asked(rig, 8), fault);
 	/* An answer makes room for the next. */
@@ -266,7 +266,7 @@ static void the_bulk_pauses_when_hashes_are_late(void **state)
 		uint64_t token = claim(rig, held, 1);
 
 		assert_true(held < N_PAGES - 1);
-		pr_verify_want(rig->verify, token, FALSE);
+		pr_verify_posted(rig->verify, token, FALSE);
 		pr_verify_landed(rig->verify, token, 0);
 	}
 	assert_true(held > 8);
