@@ -1,70 +1,77 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * How large a rail's bulk READs are and how many are in flight. A READ of the urgent lane, or a
- * fault on a page that a bulk READ covers, waits for what is in flight beyond what the rail carries
- * during a round trip: it has queued up somewhere. So:
- *  - in flight is what the rail carries during a round trip and `slack` more;
- *  - a READ is no longer on the wire than the slack.
- * With the least slack an urgent READ then waits for 100 us of the wire's time at most: the slack,
- * a READ that was begun and one more for rounding.
+ * How long the bulk READs of a rail are, and how many of them are in flight.
  *
- * So little keeps a rail busy where everybody is quick. Whether it does here is found out: of
- * PR_WINDOW_ROUND looks, the last one is with four times the slack. If that carries a tenth more
- * twice in a row, the slack is doubled; if twice it does not, it is halved.
+ * Goal: the rail is full, and an urgent READ waits for at most 100 us of the wire's time. An urgent
+ * READ, or a fault on a page that a bulk READ covers, waits for whatever is in flight beyond what
+ * the rail carries during a round trip: that is queued somewhere. So:
+ *  - In flight is what the rail carries during a round trip, and `slack` more.
+ *  - A READ takes no longer on the wire than the slack.
+ * With the smallest slack, 33 us, an urgent READ then waits for the slack, for a READ that has
+ * begun, and for one more because of rounding.
  *
- * In the beginning, and when a probe has carried half as much again and more than was ever seen,
- * nothing is known: the window is doubled from look to look until that carries no more.
+ * So little slack keeps a rail busy only where both hosts are quick. Whether it is enough is
+ * measured: of PR_BULK_WINDOW_ROUND intervals, the last one is a probe with four times the slack.
+ * If two probes in a row carry a tenth more than the other intervals, the slack is doubled; if two
+ * in a row do not, it is halved.
  *
- * A pure function of what was measured: times are the caller's, in microseconds.
+ * At the start nothing is known about the rail. The same holds after a probe that has carried half
+ * as much again as the other intervals, and more than ever before. Then the window is doubled in
+ * each interval until that carries no more.
+ *
+ * A pure function of what was measured: the caller passes the time, in microseconds. Not for
+ * several threads at once.
  */
 #pragma once
 
 #include <glib.h>
 #include <stdint.h>
 
-#define PR_WINDOW_START	      4 /* READs */
-#define PR_WINDOW_START_BYTES (16u * 1024)
-#define PR_WINDOW_MIN	      2 /* one that is carried, one that waits behind it */
-#define PR_WINDOW_LEAST_US    33
-#define PR_WINDOW_MOST_US     1000.0 /* or what this takes on a slow rail: */
-#define PR_WINDOW_MOST_BYTES  (256.0 * 1024)
-#define PR_WINDOW_LOOK_US     10000 /* and until the window was emptied PR_WINDOW_TURNS times */
-#define PR_WINDOW_FIRST_US    2000  /* while it is doubled */
-#define PR_WINDOW_TURNS	      4
-#define PR_WINDOW_SURE	      2 /* probes that say the same */
-#define PR_WINDOW_ROUND	      8
-#define PR_WINDOW_GROW	      32  /* the part of the trip that is slack, too */
-#define PR_WINDOW_GAIN	      1.1 /* to be worth more slack */
-#define PR_WINDOW_FADE	      0.9 /* of what was seen to be carried, each round */
-#define PR_WINDOW_LEAP	      1.5 /* nothing is known any more */
+#define PR_BULK_WINDOW_START	       4 /* READs */
+#define PR_BULK_WINDOW_START_BYTES     (16u * 1024)
+#define PR_BULK_WINDOW_MIN	       2 /* READs: one on the wire, one behind it */
+#define PR_BULK_WINDOW_SLACK_MIN_US    33
+#define PR_BULK_WINDOW_SLACK_MAX_US    1000.0 /* or the time for PR_BULK_WINDOW_SLACK_MAX_BYTES */
+#define PR_BULK_WINDOW_SLACK_MAX_BYTES (256.0 * 1024)
+#define PR_BULK_WINDOW_INTERVAL_US     10000 /* at least; and two round trips */
+#define PR_BULK_WINDOW_DOUBLING_US     2000  /* the same while the window is doubled */
+#define PR_BULK_WINDOW_STREAK	       2     /* probes with the same result that change the slack */
+#define PR_BULK_WINDOW_ROUND	       8     /* intervals */
+#define PR_BULK_WINDOW_RTT_PART	       32    /* this part of the round trip is added to the slack */
+#define PR_BULK_WINDOW_GAIN	       1.1   /* what more slack must carry to be worth it */
+#define PR_BULK_WINDOW_FADE	       0.9   /* of the best rate, each round */
+#define PR_BULK_WINDOW_LEAP	       1.5   /* the rail has become another one */
 
-typedef struct PrWindow {
-	guint reads;	     /* the answer: so many in flight, */
-	uint64_t read_bytes; /* each of so many bytes */
+typedef struct PrBulkWindow {
+	/* the result */
+	guint reads;	     /* that may be in flight */
+	uint64_t read_bytes; /* the length of each */
 
-	gboolean doubling;
-	gboolean falling; /* from what was enough while it was doubled */
-	int score;	  /* so many probes in a row have carried more, or (below 0) have not */
+	gboolean doubling;   /* nothing is known about the rail */
+	gboolean decreasing; /* the slack shrinks from the size that doubling has found */
+	int streak; /* probes in a row that have carried more (above 0) or have not (below 0) */
 	guint slack_us;
-	gint64 trip_us;	     /* the shortest time that a READ took, 0: none has come back; */
-	uint64_t trip_bytes; /* and of how many bytes it was */
+	gint64 rtt_us;	    /* the shortest time that a READ took; 0: no READ has completed */
+	uint64_t rtt_bytes; /* the length of that READ */
 
-	guint look; /* in this round */
-	double best,
-		best_before;  /* bytes per us, of the best look of this round, of the one before */
-	uint64_t plain_bytes; /* of this round's looks without more slack, */
-	gint64 plain_us;      /* and how long they took */
-	gint64 since_us;      /* the look began */
-	uint64_t bytes;	      /* that came since then */
-	guint n;	      /* READs that were */
-} PrWindow;
+	/* the current round */
+	guint interval;	      /* its index */
+	double best;	      /* bytes/us of the best interval */
+	double best_before;   /* the same of the round before, faded */
+	uint64_t plain_bytes; /* of the intervals that were no probes */
+	gint64 plain_us;      /* their length */
 
-/* On a new path. */
-void pr_window_init(PrWindow *window, gint64 now_us);
-/* READs go out again after the window was not full, for lack of READs: what was seen meanwhile does
- * not count. */
-void pr_window_resume(PrWindow *window, gint64 now_us);
-/* A READ of so many bytes is back after trip_us. No READ may be longer than most_bytes, and no more
- * than most_reads in flight. */
-void pr_window_completed(PrWindow *window, uint64_t bytes, gint64 trip_us, uint64_t most_bytes,
-			 guint most_reads, gint64 now_us);
+	/* the current interval */
+	gint64 since_us; /* when it began */
+	uint64_t bytes;	 /* that have come in since then */
+} PrBulkWindow;
+
+/* For a new path. */
+void pr_bulk_window_init(PrBulkWindow *window, gint64 now_us);
+/* READs are posted again after a time in which the window was not full for lack of READs. What was
+ * measured in that time does not count. */
+void pr_bulk_window_resume(PrBulkWindow *window, gint64 now_us);
+/* A READ of so many bytes has completed after rtt_us. max_bytes: the longest READ allowed.
+ * max_reads: how many may be in flight at most. */
+void pr_bulk_window_completed(PrBulkWindow *window, uint64_t bytes, gint64 rtt_us,
+			      uint64_t max_bytes, guint max_reads, gint64 now_us);

@@ -97,7 +97,7 @@ struct PrPullThread {
 	/* PrPull.lock; only the thread writes them, and it reads them without the lock */
 	guint outstanding; /* READs on the current path */
 	GArray *claims;	   /* Claim: READs whose pages are not placed */
-	PrWindow window;
+	PrBulkWindow window;
 	gboolean starved; /* the window was not full, for lack of READs to post */
 	gint64 moved_us;  /* time of the last completion, or of the first READ after an idle time */
 
@@ -187,8 +187,8 @@ static void note_read(PrPullThread *self, uint64_t token, gint64 now)
 	if (!drop_claim(self, token, &posted))
 		return;
 	pr_token_unpack(token, &index, &page, &n);
-	pr_window_completed(&self->window, n * self->pull->ram->blocks[index].page_size,
-			    now - posted, most, max_window(self), now);
+	pr_bulk_window_completed(&self->window, n * self->pull->ram->blocks[index].page_size,
+				 now - posted, most, max_window(self), now);
 }
 
 /* n READs are no longer in flight. */
@@ -332,7 +332,7 @@ static uint64_t next_read(PrPullThread *self, gint64 now)
 		self->starved = TRUE;
 	if (token) {
 		if (self->starved)
-			pr_window_resume(&self->window, now);
+			pr_bulk_window_resume(&self->window, now);
 		self->starved = FALSE;
 		pr_token_unpack(token, &index, &page, &n);
 		charge_limiter(pull, n * pull->ram->blocks[index].page_size, now);
@@ -426,7 +426,7 @@ static gboolean apply_commands(PrPullThread *self)
 	if (switched) {
 		g_mutex_lock(&self->pull->lock);
 		self->outstanding = 0;
-		pr_window_init(&self->window, g_get_monotonic_time());
+		pr_bulk_window_init(&self->window, g_get_monotonic_time());
 		g_mutex_unlock(&self->pull->lock);
 		self->path_dead = FALSE;
 	}
