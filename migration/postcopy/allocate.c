@@ -2,38 +2,40 @@
 /*
  * Theory of operation
  *
- * The pages that come in belong to the guest, and so its memory cgroup is to be charged for them,
- * and not the engine's, which has a limit of its own. The kernel charges whoever allocates a page.
- * So each page is allocated by the guest's allocator (guest/allocator.h) before it is read: a READ
- * then finds it there. What is allocated and was not read yet is seen by nobody (state-memfd.h),
- * and allocating changes no page that is there.
+ * Goal: the guest's memory cgroup is charged for the pages that come in, and not the engine's
+ * cgroup, which has a limit of its own. The kernel charges the process that allocates a page. So
+ * the guest's allocator (guest/allocator.h), which runs in the guest's cgroup, allocates each page
+ * before it is read; the READ then finds the page there.
  *
- * A round trip to the allocator takes as long as a READ over a fast network. So a thread goes ahead
- * from the moment that the guest runs: through all blocks, allocating what is neither received nor
- * veiled, CHUNK bytes at a time. Where it has been, pr_allocate() is a look into a bitmap. Zero
- * pages in holes are known by then, and left out. Others that the source has not told of yet get
- * memory; they have it at the source, too. A thread that needs a page now asks for it itself, and
- * waits for one chunk of the walk at most.
+ * Invariant: a page that is allocated and not yet received is seen by nobody (state-memfd.h), and
+ * allocating does not change a page that is there.
  *
- * What else of the engine grows with the guest:
- *  - the received bitmap and those in ram->scratch are memfds, which are allocated in the same way
- *    at the start.
- *  - page tables of our mappings, 4 KiB for each 2 MiB (a piece) that was read into. When there are
- *    PR_ALLOCATE_PIECES_MAX of them, they are given back: a stretch is mapped anew where it was.
- *    Whoever touches it again gets new ones. The memfd's pages stay where they are, so that a READ
- *    into them is not disturbed: a card writes to the pages that were pinned, and the kernel, which
- *    copies by address, finds the same page through the new mapping.
+ * The walk. A round trip to the allocator takes as long as a READ over a fast network. So from the
+ * moment that the guest runs, the allocate thread walks through all blocks, ahead of the READs. It
+ * allocates what is neither received nor ungranted, CHUNK bytes at a time. For a page behind it
+ * pr_allocate() is a look into a bitmap. Zero pages in holes are known by then and left out. Other
+ * zero pages get memory when the source has not yet reported them; they have memory at the source,
+ * too. A thread that needs a page now requests it itself, and waits for one chunk of the walk at
+ * most.
  *
- *  - page tables of the guest's process: the kernel charges them to whoever maps the first page of
- *    a piece, also by UFFDIO_CONTINUE. So the allocator makes all of them at the start, when the
- *    memfds are empty and nothing is read yet.
+ * What else in the engine grows with the guest:
+ *  - The received bitmap and the bitmaps in ram->scratch are memfds. They are allocated in the same
+ *    way at the start.
+ *  - Page tables of the engine's mappings of RAM: 4 KiB for each 2 MiB (a piece) that a READ has
+ *    touched. When PR_ALLOCATE_PIECES_MAX pieces have tables, the tables are freed: a stretch of
+ *    pieces is mapped anew at its place, and gets new tables where it is touched again. The memfd's
+ *    pages stay, so READs in flight are not disturbed. A card writes to the pages that were pinned.
+ *    The kernel copies by address, and finds the same page by the new mapping.
+ *  - Page tables of the guest's process. The kernel charges them to the process that maps the first
+ *    page of a piece, also by UFFDIO_CONTINUE. So the allocator makes all of them at the start,
+ *    while the memfds are empty.
  *
- * Huge pages (hugetlb) are not charged to memory cgroups, unless cgroup2 is mounted with
- * memory_hugetlb_accounting (Linux 6.7); nothing is done for them. Nor for memory that was
- * allocated beforehand (prealloc=on), but for the tables of our mapping.
+ * Not handled: huge pages (hugetlb). They are not charged to memory cgroups, unless cgroup2 is
+ * mounted with memory_hugetlb_accounting (Linux 6.7). For memory that was allocated beforehand
+ * (prealloc=on) only the page tables of the engine's mapping are handled.
  *
- * The allocator's end: when its cgroup is full the kernel may kill it. Then nothing can be read any
- * more, and each try says why.
+ * The allocator's death: when its cgroup is full, the kernel may kill it. Then no page can be read
+ * any more, and each attempt reports why.
  */
 #include "migration/postcopy/allocate.h"
 
@@ -52,13 +54,13 @@
 #include "migration/memory/scratch.h"
 #include "util/try-alloc.h"
 
-#define CHUNK	     (256u * 1024) /* bytes; a request is for so many at most */
-#define PIECE	     (2ull * 1024 * 1024)
-#define STRETCH	     32 /* pieces that are mapped anew at once */
-#define FILE_KEPT    PR_BLOCKS_MAX
+#define CHUNK	     (256u * 1024)	  /* bytes that one request is for at most */
+#define PIECE	     (2ull * 1024 * 1024) /* bytes that a page table covers */
+#define STRETCH	     32			  /* pieces that are mapped anew at once */
+#define FILE_STATE   PR_BLOCKS_MAX
 #define FILE_SCRATCH (PR_BLOCKS_MAX + 1)
 #define FILE_UFFD    (PR_BLOCKS_MAX + 2)
-#define TABLES_BYTES (1ull << 30) /* whose tables are asked for at once */
+#define TABLES_BYTES (1ull << 30) /* whose page tables one request is for */
 G_STATIC_ASSERT(FILE_UFFD < PR_ALLOCATOR_FILES);
 
 struct PrAllocate {
@@ -69,21 +71,21 @@ struct PrAllocate {
 	GThread *thread;
 	PrWatch *watch; /* the thread's own */
 
-	unsigned long *pieces[PR_BLOCKS_MAX]; /* atomic: what was read into since it was mapped */
-	unsigned long *before
-		[PR_BLOCKS_MAX]; /* the thread's own: and before that, when a READ may have been under
-					       * way still */
-	guint n_pieces;		 /* atomic: of them */
+	/* Pieces that READs have touched since they were mapped. Atomic. */
+	unsigned long *pieces[PR_BLOCKS_MAX];
+	/* The same before that: a READ that began then may still be in flight. The thread's own. */
+	unsigned long *older_pieces[PR_BLOCKS_MAX];
+	guint n_pieces; /* atomic: bits set in `pieces` */
 
-	int hasty;   /* atomic: threads that want a turn and have a page to read */
-	GMutex turn; /* protects what follows, and the socket: a request and its answer */
+	int n_urgent;	     /* atomic: threads that wait for request_lock and need a page now */
+	GMutex request_lock; /* protects what follows, and a request until its answer */
 	uint32_t last_id;
-	GError *end; /* the allocator has ended */
+	GError *end; /* why the allocator is gone; NULL: it lives */
 
 	GMutex lock; /* protects what follows; taken last */
 	GCond changed;
 	gboolean walking; /* the guest runs, and the last walk did not fail */
-	gboolean news;	  /* there is something to look at */
+	gboolean kicked;
 	gboolean stop;
 };
 
@@ -97,12 +99,12 @@ static void set_error(GError **error, const char *what)
 		    "the guest's memory can't be allocated: %s", what);
 }
 
-/* With the turn. */
-static gboolean note_end(PrAllocate *self, int code, GError **error)
+/* With request_lock. */
+static gboolean set_end(PrAllocate *self, int code, GError **error)
 {
 	g_autofree char *what = g_strdup_printf(
-		"what allocates it has ended%s%s; perhaps the kernel has killed it because the "
-		"guest's memory cgroup is full: raise that one's limit (memory.max), and start "
+		"its allocator has ended%s%s; the kernel may have killed it because the "
+		"guest's memory cgroup is full: raise that cgroup's limit (memory.max), and start "
 		"this engine anew with --resume",
 		code ? ": " : "", code ? g_strerror(code) : "");
 
@@ -127,7 +129,7 @@ static gboolean check_code(int code, GError **error)
 	return FALSE;
 }
 
-/* With the turn. An answer to a question that was given up before may come first. */
+/* With request_lock. An answer to an earlier request, which has timed out, may come first. */
 static gboolean await_answer(PrAllocate *self, GError **error)
 {
 	PrAllocatorReply reply;
@@ -138,20 +140,21 @@ static gboolean await_answer(PrAllocate *self, GError **error)
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-			set_error(error, "what allocates it does not answer");
+			set_error(error, "its allocator does not answer");
 			return FALSE;
 		}
 		if (n != (ssize_t)sizeof(reply))
-			return note_end(self, n < 0 ? errno : 0, error);
+			return set_end(self, n < 0 ? errno : 0, error);
 		if (reply.id == self->last_id)
 			return check_code(reply.code, error);
 	}
 }
 
-/* With the turn. */
-static gboolean ask(PrAllocate *self, guint file, uint64_t offset, uint64_t length, GError **error)
+/* With request_lock. */
+static gboolean request(PrAllocate *self, guint file, uint64_t offset, uint64_t length,
+			GError **error)
 {
-	PrAllocatorRequest request = {.op = file == FILE_UFFD ? PR_ALLOCATOR_TABLES
+	PrAllocatorRequest message = {.op = file == FILE_UFFD ? PR_ALLOCATOR_TABLES
 							      : PR_ALLOCATOR_PAGES,
 				      .id = ++self->last_id,
 				      .file = file,
@@ -162,41 +165,42 @@ static gboolean ask(PrAllocate *self, guint file, uint64_t offset, uint64_t leng
 		g_propagate_error(error, g_error_copy(self->end));
 		return FALSE;
 	}
-	if (!pr_allocator_send(self->socket, &request, -1))
-		return note_end(self, errno, error);
+	if (!pr_allocator_send(self->socket, &message, -1))
+		return set_end(self, errno, error);
 	return await_answer(self, error);
 }
 
-static gboolean ask_in_turn(PrAllocate *self, guint file, uint64_t offset, uint64_t length,
-			    GError **error)
+static gboolean request_locked(PrAllocate *self, guint file, uint64_t offset, uint64_t length,
+			       GError **error)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->turn);
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->request_lock);
 
-	return ask(self, file, offset, length, error);
+	return request(self, file, offset, length, error);
 }
 
+/* Whether a memory cgroup is charged for the block's pages. */
 static gboolean is_charged(const PrRamBlock *block)
 {
 	return block->per_host == 1;
 }
 
-/* Up to CHUNK bytes; *ret_n pages are allocated then. */
-static gboolean allocate_some(PrAllocate *self, guint index, uint64_t page, uint64_t n,
-			      uint64_t *ret_n, GError **error)
+/* Allocates up to CHUNK bytes from this page on: *ret_n pages. */
+static gboolean allocate_chunk(PrAllocate *self, guint index, uint64_t page, uint64_t n,
+			       uint64_t *ret_n, GError **error)
 {
 	PrRamBlock *block = &self->ram->blocks[index];
 
 	n = MIN(n, CHUNK / PR_TARGET_PAGE);
-	if (!ask_in_turn(self, index, block->memfd_offset + page * PR_TARGET_PAGE,
-			 n * PR_TARGET_PAGE, error))
+	if (!request_locked(self, index, block->memfd_offset + page * PR_TARGET_PAGE,
+			    n * PR_TARGET_PAGE, error))
 		return FALSE;
 	pr_bitmap_set(block->allocated, page, n);
 	*ret_n = n;
 	return TRUE;
 }
 
-/* The next pages from *page on that are to come and are not allocated. Returns how many, all in one
- * word of the bitmaps; 0: none. */
+/* The next pages from *page on that are not allocated and have to be: not received, not ungranted.
+ * Returns how many, all in one word of the bitmaps; 0: no such page is left. */
 static uint64_t next_run(const PrRamBlock *block, uint64_t *page)
 {
 	for (uint64_t i = *page / PR_LONG_BITS; i < pr_bitmap_words(block->n_pages); i++) {
@@ -215,7 +219,7 @@ static uint64_t next_run(const PrRamBlock *block, uint64_t *page)
 	return 0;
 }
 
-/* How many pages in a row from this one on are to come and are not allocated, up to CHUNK bytes. */
+/* How many pages in a row from this one on have to be allocated, up to CHUNK bytes. */
 static uint64_t run_ahead(const PrRamBlock *block, uint64_t first)
 {
 	uint64_t n, page = first, all = 0;
@@ -228,12 +232,12 @@ static uint64_t run_ahead(const PrRamBlock *block, uint64_t first)
 	return MIN(all, CHUNK / PR_TARGET_PAGE);
 }
 
-/* ---- who reads ---- */
+/* ---- for the threads that read ---- */
 
 static void kick(PrAllocate *self)
 {
 	g_mutex_lock(&self->lock);
-	self->news = TRUE;
+	self->kicked = TRUE;
 	g_cond_broadcast(&self->changed);
 	g_mutex_unlock(&self->lock);
 }
@@ -251,8 +255,8 @@ static void note_pieces(PrAllocate *self, guint index, uint64_t page, uint64_t n
 			kick(self);
 }
 
-/* Who pulls goes on behind these pages: asks for what comes next as well, and lets who waits for a
- * single page pass. */
+/* Allocates pages before `end`. A pull thread (bulk) goes on behind them, so it allocates more at
+ * once, and lets threads that wait for a single page go first. */
 static gboolean allocate_now(PrAllocate *self, guint index, uint64_t page, uint64_t end,
 			     gboolean bulk)
 {
@@ -261,13 +265,13 @@ static gboolean allocate_now(PrAllocate *self, guint index, uint64_t page, uint6
 	gboolean ok = TRUE;
 	uint64_t n;
 
-	__atomic_add_fetch(&self->hasty, !bulk, __ATOMIC_SEQ_CST);
+	__atomic_add_fetch(&self->n_urgent, !bulk, __ATOMIC_SEQ_CST);
 	while (ok && (page = pr_bitmap_next_clear(block->allocated, end, page)) < end) {
 		uint64_t more = bulk ? run_ahead(block, page) : 0;
-		ok = allocate_some(self, index, page, MAX(more, end - page), &n, &error);
+		ok = allocate_chunk(self, index, page, MAX(more, end - page), &n, &error);
 		page += ok ? n : 0;
 	}
-	__atomic_sub_fetch(&self->hasty, !bulk, __ATOMIC_SEQ_CST);
+	__atomic_sub_fetch(&self->n_urgent, !bulk, __ATOMIC_SEQ_CST);
 	if (!ok)
 		self->hooks.broken(error, self->hooks.opaque);
 	return ok;
@@ -299,14 +303,14 @@ void pr_allocate_notify(PrAllocate *self)
 		kick(self);
 }
 
-/* ---- page tables ---- */
+/* ---- page tables of the engine's mappings ---- */
 
 static uint64_t n_pieces_of(const PrRamBlock *block)
 {
 	return (block->size + PIECE - 1) / PIECE;
 }
 
-static void give_tables_back(PrAllocate *self)
+static void free_tables(PrAllocate *self)
 {
 	for (guint i = 0; i < self->ram->n_blocks; i++) {
 		const PrRamBlock *block = &self->ram->blocks[i];
@@ -316,11 +320,11 @@ static void give_tables_back(PrAllocate *self)
 			uint64_t n = MIN(STRETCH, all - piece), offset = piece * PIECE;
 			guint had = (guint)pr_bitmap_clear(self->pieces[i], piece, n);
 
-			if (had == 0 && !pr_bitmap_any(self->before[i], piece, n))
+			if (had == 0 && !pr_bitmap_any(self->older_pieces[i], piece, n))
 				continue;
-			pr_bitmap_clear(self->before[i], piece, n);
+			pr_bitmap_clear(self->older_pieces[i], piece, n);
 			if (had > 0)
-				pr_bitmap_set(self->before[i], piece, n);
+				pr_bitmap_set(self->older_pieces[i], piece, n);
 			__atomic_sub_fetch(&self->n_pieces, had, __ATOMIC_RELAXED);
 			pr_ram_map_anew(block, offset, MIN(n * PIECE, block->size - offset));
 		}
@@ -342,17 +346,17 @@ static gboolean should_stop(PrAllocate *self)
 	return stop;
 }
 
-/* Who has a page to read goes first. Each turn is bounded. */
-static void let_others_pass(PrAllocate *self)
+/* Threads that need a page now go first. Each of their requests is bounded. */
+static void yield_to_readers(PrAllocate *self)
 {
-	while (__atomic_load_n(&self->hasty, __ATOMIC_SEQ_CST) > 0 && !should_stop(self)) {
-		g_mutex_lock(&self->turn);
-		g_mutex_unlock(&self->turn);
+	while (__atomic_load_n(&self->n_urgent, __ATOMIC_SEQ_CST) > 0 && !should_stop(self)) {
+		g_mutex_lock(&self->request_lock);
+		g_mutex_unlock(&self->request_lock);
 		g_thread_yield();
 	}
 }
 
-/* FALSE: it is over. */
+/* FALSE: the walk has to end. */
 static gboolean walk_block(PrAllocate *self, guint index, GError **error)
 {
 	PrRamBlock *block = &self->ram->blocks[index];
@@ -361,17 +365,19 @@ static gboolean walk_block(PrAllocate *self, guint index, GError **error)
 	while (is_charged(block) && next_run(block, &page) > 0) {
 		n = run_ahead(block, page);
 		if (has_many_tables(self))
-			give_tables_back(self);
-		let_others_pass(self);
+			free_tables(self);
+		yield_to_readers(self);
 		pr_watch_enter(self->watch, &walking);
-		if (should_stop(self) || (n > 0 && !allocate_some(self, index, page, n, &n, error)))
+		if (should_stop(self) ||
+		    (n > 0 && !allocate_chunk(self, index, page, n, &n, error)))
 			return FALSE;
 		page += n;
 	}
 	return TRUE;
 }
 
-/* A failure is told to whoever needs one of the pages, if that happens. */
+/* A failure here is only logged. A thread that needs one of the pages tries again, and reports the
+ * failure. */
 static void walk(PrAllocate *self)
 {
 	g_autoptr(GError) error = NULL;
@@ -387,15 +393,15 @@ static void walk(PrAllocate *self)
 	g_mutex_unlock(&self->lock);
 }
 
-/* Waits for something to do. FALSE: the thread is to end. */
-static gboolean wait_news(PrAllocate *self, gboolean *ret_walk)
+/* Waits for a kick. *ret_walk: whether to walk. FALSE: the thread has to end. */
+static gboolean wait_kick(PrAllocate *self, gboolean *ret_walk)
 {
 	g_mutex_lock(&self->lock);
-	/* Ended by a kick, or the end of the service. */
-	while (!self->stop && !self->news)
+	/* Ended by a kick, or by pr_allocate_stop(). */
+	while (!self->stop && !self->kicked)
 		g_cond_wait(&self->changed, &self->lock);
 	gboolean go_on = !self->stop;
-	self->news = FALSE;
+	self->kicked = FALSE;
 	*ret_walk = self->walking;
 	g_mutex_unlock(&self->lock);
 	return go_on;
@@ -408,10 +414,10 @@ static gpointer allocate_thread(gpointer opaque)
 	gboolean may_walk;
 
 	self->watch = watch;
-	while (wait_news(self, &may_walk)) {
+	while (wait_kick(self, &may_walk)) {
 		pr_watch_enter(watch, &walking);
 		if (has_many_tables(self))
-			give_tables_back(self);
+			free_tables(self);
 		if (may_walk)
 			walk(self);
 		pr_watch_idle(watch);
@@ -419,13 +425,13 @@ static gpointer allocate_thread(gpointer opaque)
 	return NULL;
 }
 
-/* ---- beginning and end ---- */
+/* ---- start and stop ---- */
 
-static gboolean give_file(PrAllocate *self, guint file, int fd, GError **error)
+static gboolean send_file(PrAllocate *self, guint file, int fd, GError **error)
 {
 	PrAllocatorRequest request = {.op = PR_ALLOCATOR_FILE, .file = file};
 
-	return pr_allocator_send(self->socket, &request, fd) || note_end(self, errno, error);
+	return pr_allocator_send(self->socket, &request, fd) || set_end(self, errno, error);
 }
 
 static gboolean prepare_block(PrAllocate *self, guint index, GError **error)
@@ -437,31 +443,31 @@ static gboolean prepare_block(PrAllocate *self, guint index, GError **error)
 	if (pr_extent_is_kept(block->memfd))
 		pr_bitmap_set(block->allocated, 0, block->n_pages);
 	self->pieces[index] = pr_bitmap_new(n_pieces_of(block));
-	self->before[index] = pr_bitmap_new(n_pieces_of(block));
-	if (!self->pieces[index] || !self->before[index]) {
+	self->older_pieces[index] = pr_bitmap_new(n_pieces_of(block));
+	if (!self->pieces[index] || !self->older_pieces[index]) {
 		set_error(error, g_strerror(ENOMEM));
 		return FALSE;
 	}
-	return give_file(self, index, block->memfd, error);
+	return send_file(self, index, block->memfd, error);
 }
 
-/* Our own bitmaps are the guest's, too. */
+/* Registers the memfds with the allocator. The engine's bitmaps are charged to the guest, too. */
 static gboolean prepare(PrAllocate *self, GError **error)
 {
 	const PrRam *ram = self->ram;
-	gsize kept = pr_state_memfd_bytes(ram->state_memfd),
+	gsize state = pr_state_memfd_bytes(ram->state_memfd),
 	      scratch = pr_scratch_bytes(ram->scratch);
 
 	for (guint i = 0; i < ram->n_blocks; i++)
 		if (!prepare_block(self, i, error))
 			return FALSE;
-	return give_file(self, FILE_KEPT, pr_state_memfd_fd(ram->state_memfd), error) &&
-	       give_file(self, FILE_SCRATCH, pr_scratch_fd(ram->scratch), error) &&
-	       ask_in_turn(self, FILE_KEPT, 0, kept, error) &&
-	       ask_in_turn(self, FILE_SCRATCH, 0, scratch, error);
+	return send_file(self, FILE_STATE, pr_state_memfd_fd(ram->state_memfd), error) &&
+	       send_file(self, FILE_SCRATCH, pr_scratch_fd(ram->scratch), error) &&
+	       request_locked(self, FILE_STATE, 0, state, error) &&
+	       request_locked(self, FILE_SCRATCH, 0, scratch, error);
 }
 
-/* A memfd that keeps its pages, as where they were preallocated, gets no tables from us. */
+/* A memfd with pages, as after a preallocation, gets no page tables from the allocator. */
 static gboolean is_empty(const PrRamBlock *block)
 {
 	struct stat st;
@@ -469,9 +475,9 @@ static gboolean is_empty(const PrRamBlock *block)
 	return fstat(block->memfd, &st) == 0 && st.st_blocks == 0;
 }
 
-/* While all of it is holes: to ask for a table where there is a page would show that to the
- * guest. */
-static gboolean ask_for_tables(PrAllocate *self, GError **error)
+/* Only while the memfds are holes: making a page table where there is a page would show that page
+ * to the guest. */
+static gboolean request_tables(PrAllocate *self, GError **error)
 {
 	for (guint i = 0; i < self->ram->n_blocks; i++) {
 		const PrRamBlock *block = &self->ram->blocks[i];
@@ -479,22 +485,22 @@ static gboolean ask_for_tables(PrAllocate *self, GError **error)
 		if (!is_charged(block) || !is_empty(block))
 			continue;
 		for (uint64_t at = 0; at < block->size; at += TABLES_BYTES)
-			if (!ask_in_turn(self, FILE_UFFD, block->base + at,
-					 MIN(TABLES_BYTES, block->size - at), error))
+			if (!request_locked(self, FILE_UFFD, block->base + at,
+					    MIN(TABLES_BYTES, block->size - at), error))
 				return FALSE;
 	}
 	return TRUE;
 }
 
-/* The userfaultfd is taken back: while somebody has it open a guest that is killed may not come to
- * its end. */
+/* Another file takes the userfaultfd's place at the end: a guest that is killed may not end while
+ * some process has its userfaultfd open. */
 static gboolean make_tables(PrAllocate *self, int uffd, GError **error)
 {
 	if (uffd < 0)
 		return TRUE;
-	gboolean made = give_file(self, FILE_UFFD, uffd, error) && ask_for_tables(self, error);
+	gboolean made = send_file(self, FILE_UFFD, uffd, error) && request_tables(self, error);
 
-	return give_file(self, FILE_UFFD, pr_state_memfd_fd(self->ram->state_memfd),
+	return send_file(self, FILE_UFFD, pr_state_memfd_fd(self->ram->state_memfd),
 			 made ? error : NULL) &&
 	       made;
 }
@@ -503,10 +509,10 @@ static void allocate_free(PrAllocate *self)
 {
 	for (guint i = 0; i < self->ram->n_blocks; i++) {
 		g_free(self->pieces[i]);
-		g_free(self->before[i]);
+		g_free(self->older_pieces[i]);
 	}
 	g_clear_error(&self->end);
-	g_mutex_clear(&self->turn);
+	g_mutex_clear(&self->request_lock);
 	g_mutex_clear(&self->lock);
 	g_cond_clear(&self->changed);
 	g_free(self);
@@ -520,9 +526,9 @@ PrAllocate *pr_allocate_start(PrRam *ram, int socket, int uffd, const PrAllocate
 
 	self->ram = ram;
 	self->socket = socket;
-	self->last_id = g_random_int(); /* an answer to the last attempt may still come */
+	self->last_id = g_random_int(); /* an answer to an earlier attempt may still come */
 	self->hooks = *hooks;
-	g_mutex_init(&self->turn);
+	g_mutex_init(&self->request_lock);
 	g_mutex_init(&self->lock);
 	g_cond_init(&self->changed);
 	(void)setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));

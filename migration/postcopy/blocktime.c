@@ -7,17 +7,17 @@ typedef struct Slot {
 	uint32_t serial;  /* the writer's own */
 	gboolean is_vcpu; /* constant */
 
-	/* Atomic. A wait's end clears `since`, then counts in `faults`, then in `blocked`. So a
-	 * reader that looks at `blocked` first counts no wait twice and finds no mean that is too
-	 * high. */
-	int64_t since_ns; /* 0: does not wait */
+	/* Atomic. The end of a wait clears since_ns, then counts in `faults`, then in blocked_ns.
+	 * So a reader that reads blocked_ns first counts no wait twice and computes no mean that is
+	 * too high. */
+	int64_t since_ns; /* 0: the thread does not wait */
 	uint64_t blocked_ns;
 	uint64_t faults;
 } Slot;
 
-/* How long something was the case, in all. Atomic, with the rules of a slot's wait. */
+/* How long a condition has held, in all. Atomic, with the same rules as a slot's wait. */
 typedef struct Span {
-	int64_t since_ns; /* 0: it is not */
+	int64_t since_ns; /* 0: it does not hold */
 	uint64_t sum_ns;
 } Span;
 
@@ -31,14 +31,14 @@ struct PrBlocktime {
 
 	/* the writer's own */
 	uint32_t *hash;	 /* slot + 1, 0: free; open addressing */
-	guint n_blocked; /* vCPU slots that wait */
-	guint n_others;	 /* waits of other threads that go on */
+	guint n_blocked; /* vCPUs that wait, by slots */
+	guint n_others;	 /* current waits of other threads */
 
-	Slot *slots;	       /* each says its own rules */
+	Slot *slots;	       /* has its own rules */
 	guint n_slots;	       /* atomic; only grows */
-	Span all;	       /* vCPUs wait */
+	Span all;	       /* all vCPUs wait */
 	Span at_most;	       /* as many waits go on as there are vCPUs */
-	Span other;	       /* some other thread waits */
+	Span other;	       /* at least one other thread waits */
 	uint64_t other_faults; /* atomic */
 	uint64_t other_ns;     /* atomic */
 };
@@ -186,7 +186,7 @@ static void end_other(PrBlocktime *self, const PrPageWait *wait, int64_t now_ns)
 {
 	add(&self->other_faults, 1);
 	add(&self->other_ns, between(wait->since_ns, now_ns));
-	/* None: pr_blocktime_close() was first. */
+	/* 0: pr_blocktime_close() has ended this wait. */
 	if (self->n_others == 0)
 		return;
 	self->n_others--;
@@ -234,7 +234,7 @@ void pr_blocktime_close(PrBlocktime *self, int64_t now_ns)
 	update_spans(self, now_ns);
 }
 
-/* What was blocked, with the wait that goes on. */
+/* The time blocked, with a wait that goes on. */
 static uint64_t so_far(const uint64_t *blocked_ns, const int64_t *since_ns, int64_t now_ns)
 {
 	uint64_t ended = get(blocked_ns);

@@ -1,22 +1,23 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * How long the guest's threads have waited for pages: each vCPU, all vCPUs at once (QEMU's
- * postcopy-blocktime), and the other threads together.
+ * postcopy-blocktime), and all other threads together.
  *
- * The vCPUs are known by their thread ids from the beginning, or else the first threads that fault
- * are followed instead, up to PR_BLOCKTIME_LEARN of them; then nobody can say when all vCPUs
- * waited. A fault whose thread is not told (tid 0: a kernel without UFFD_FEATURE_THREAD_ID), or
- * that the kernel took on a vCPU's behalf (KVM's asynchronous faults), counts among the others.
+ * The thread ids of the vCPUs may be known from the beginning. Otherwise the first threads that
+ * fault are followed instead, up to PR_BLOCKTIME_LEARN of them, and nobody can say when all vCPUs
+ * waited. Two kinds of faults count among the other threads: those without a thread id (tid 0: a
+ * kernel without UFFD_FEATURE_THREAD_ID), and those that the kernel takes on a vCPU's behalf (KVM's
+ * asynchronous faults).
  *
- * A vCPU that halts until its asynchronous fault is served waits as well, and nobody tells: its
- * thread has no fault. So the time in which all vCPUs waited is given with an upper bound: the time
- * in which as many waits went on as there are vCPUs, whoever's they were. In between lies what an
- * operator would call downtime.
+ * A vCPU that halts until its asynchronous fault is served waits, too, but its own thread has no
+ * fault. So the time in which all vCPUs waited has an upper bound beside it: the time in which at
+ * least as many waits went on as there are vCPUs, of whatever threads. What an operator would call
+ * downtime lies between the two.
  *
- * No I/O; times are passed in: nanoseconds of any clock that never goes back, above 0. All memory
- * is allocated by pr_blocktime_new(). One thread at a time writes: blocked(), woken(), close().
- * Others may read() at the same time: every counter is atomic. A reader may miss a wait that ends
- * at that moment; it never counts one twice.
+ * No I/O; times are passed in: nanoseconds above 0, of any clock that never goes back.
+ * pr_blocktime_new() allocates all memory. One thread at a time writes: blocked(), woken(),
+ * close(). Other threads may read() at the same time, because every counter is atomic. A reader may
+ * miss a wait that ends at that moment; it never counts a wait twice.
  */
 #pragma once
 
@@ -27,19 +28,19 @@
 
 typedef struct PrBlocktime PrBlocktime;
 
-/* One thread's wait for one page: the writer keeps it while it lasts. */
+/* One thread's wait for one page. The writer keeps it while the wait lasts. */
 typedef struct PrPageWait {
 	int64_t since_ns;
 	uint32_t tid;
-	uint32_t slot;	 /* of the thread; PR_PAGE_WAIT_OTHER: not followed */
-	uint32_t serial; /* which wait of the thread's */
+	uint32_t slot;	 /* of the thread; PR_PAGE_WAIT_OTHER: the thread is not followed */
+	uint32_t serial; /* number of the thread's wait */
 } PrPageWait;
 #define PR_PAGE_WAIT_OTHER G_MAXUINT32
 
-/* What one thread has waited. */
+/* How long one thread has waited. */
 typedef struct PrThreadTime {
 	uint32_t tid;	     /* as the guest's process sees it */
-	uint64_t blocked_ns; /* in all, a wait that goes on included */
+	uint64_t blocked_ns; /* in all, with a wait that goes on */
 	uint64_t faults;     /* waits that have ended */
 	uint64_t latency_ns; /* their mean */
 } PrThreadTime;
@@ -48,25 +49,25 @@ typedef struct PrBlocktimeInfo {
 	gboolean vcpus_known;
 	uint64_t all_blocked_ns; /* all vCPUs at once; 0 where they are not known */
 	GArray *threads;     /* PrThreadTime: the vCPUs in their order, or the first that faulted */
-	uint64_t at_most_ns; /* the same, had each wait of another thread been one of a vCPU */
+	uint64_t at_most_ns; /* upper bound of all_blocked_ns: see above */
 	uint64_t other_faults;
 	uint64_t other_latency_ns; /* mean */
-	uint64_t other_blocked_ns; /* at least one thread that is no vCPU waited */
+	uint64_t other_blocked_ns; /* time in which at least one thread that is no vCPU waited */
 } PrBlocktimeInfo;
 
-/* n 0: the vCPUs are not known. Several of them may be of one thread. */
+/* vCPUs: their thread ids; several vCPUs may share a thread. n 0: they are not known. */
 PrBlocktime *pr_blocktime_new(const uint32_t *vcpus, guint n);
 void pr_blocktime_free(PrBlocktime *self);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrBlocktime, pr_blocktime_free)
 
-/* Whether the vCPUs are known, and this thread is none of them (the writer asks). */
+/* Whether the vCPUs are known, and this thread is none of them. For the writer. */
 gboolean pr_blocktime_is_other(const PrBlocktime *self, uint32_t tid);
-/* A thread begins to wait. If it was waiting already, it has gone on since: that wait ends now. */
+/* A thread begins to wait. An earlier wait of the thread ends now, since it must have gone on. */
 void pr_blocktime_blocked(PrBlocktime *self, uint32_t tid, int64_t now_ns, PrPageWait *ret);
-/* The page of that wait is there; harmless for the thread when it is at another wait already. */
+/* The page of that wait is there. Does nothing for a thread that is in another wait already. */
 void pr_blocktime_woken(PrBlocktime *self, const PrPageWait *wait, int64_t now_ns);
-/* Nobody waits any more. */
+/* No thread waits any more. */
 void pr_blocktime_close(PrBlocktime *self, int64_t now_ns);
 
-/* From any thread; g_array_unref() the threads. */
+/* From any thread. The caller unrefs ret->threads. */
 void pr_blocktime_read(const PrBlocktime *self, int64_t now_ns, PrBlocktimeInfo *ret);

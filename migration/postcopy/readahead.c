@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Streams that one fault may belong to. */
+/* The streams that a fault may belong to. */
 typedef struct Streams {
 	PrReadaheadStream *at;
 	guint n;
@@ -24,7 +24,7 @@ static Streams streams_of(PrReadahead *self, uint32_t tid)
 	return (Streams){self->threads[i].streams, PR_READAHEAD_STREAMS};
 }
 
-/* Whether a regular stream goes on at this page: at one that was suggested, or right behind. */
+/* Whether the page continues a regular stream: it was suggested, or is the next one behind. */
 static gboolean expects(const PrReadaheadStream *stream, guint block, int64_t page)
 {
 	int64_t step = page - stream->last;
@@ -35,7 +35,7 @@ static gboolean expects(const PrReadaheadStream *stream, guint block, int64_t pa
 	return steps >= 1 && steps <= (stream->front - stream->last) / stream->stride + 1;
 }
 
-/* The nearest one within a stride's reach, or NULL. */
+/* The nearest stream that is not more than PR_READAHEAD_STRIDE away, or NULL. */
 static PrReadaheadStream *nearest(Streams streams, guint block, int64_t page)
 {
 	PrReadaheadStream *best = NULL;
@@ -63,8 +63,8 @@ static PrReadaheadStream *oldest(Streams streams)
 	return best;
 }
 
-/* A fault where none was expected. TRUE: it makes the stream regular. */
-static gboolean stray(PrReadaheadStream *stream, int64_t page)
+/* A fault at a page that was not expected. TRUE: it makes the stream regular. */
+static gboolean change_course(PrReadaheadStream *stream, int64_t page)
 {
 	int64_t step = page - stream->last;
 	gboolean again = stream->window == 0 && step == stream->stride;
@@ -75,7 +75,7 @@ static gboolean stray(PrReadaheadStream *stream, int64_t page)
 	return again;
 }
 
-/* The stream that a fault belongs to, brought up to date; NULL: nothing can be expected of it. */
+/* Adds the fault to its stream, and returns it; NULL: the stream is not regular. */
 static PrReadaheadStream *follow(Streams streams, guint block, int64_t page, guint limit,
 				 uint64_t now)
 {
@@ -99,15 +99,15 @@ static PrReadaheadStream *follow(Streams streams, guint block, int64_t page, gui
 		return NULL;
 	}
 	stream->used = now;
-	if (page == stream->last || !stray(stream, page))
+	if (page == stream->last || !change_course(stream, page))
 		return NULL;
 	stream->window = MIN(PR_READAHEAD_START, limit);
 	return stream;
 }
 
-/* From what was suggested already to the window's end, within the block. Not before half of the
- * window is used up, so that what is suggested makes READs of some length: a thread that is faster
- * than they are would get single pages otherwise, and fault on each. */
+/* Suggests the pages behind those that were suggested, to the end of the window, within the block.
+ * Waits until half of the window is used up, so that READs have some length. Otherwise a thread
+ * that is faster than the READs would get single pages, and fault on each. */
 static void suggest(PrReadaheadStream *stream, uint64_t n_pages, PrReadaheadRun *ret)
 {
 	int64_t ahead = (stream->front - stream->last) / stream->stride;

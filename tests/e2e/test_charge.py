@@ -131,7 +131,7 @@ def full(lab):
         move.start(link=1)
         move.destination.wait_status("postcopy-paused", 60)
         expect_alive(guest_of(move))
-        move.destination.wait_said("memory cgroup is full: raise that one's limit (memory.max), and start this engine anew")
+        move.destination.wait_said("memory cgroup is full: raise that cgroup's limit (memory.max), and start this engine anew")
         move.source.wait_status("postcopy-paused")
         move.expect_midway()
         # As QEMU itself does, at any time.
