@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The moments at which it matters what an engine that dies leaves behind. A test program may hook
- * itself in and kill the process there (tests/e2e/killable.c); in the engine as it is installed
- * nobody does, and a point is one comparison.
+ * Crash points: the moments at which it matters what a dying engine leaves behind. A test program
+ * can set a hook and kill the process there (tests/e2e/killable.c). In the installed engine no hook
+ * is set, and a crash point costs one comparison.
  */
 #pragma once
 
 #include <glib.h>
 
-/* What the names say has just been done. Those of the source, of the destination, of both. */
+/* A name says what has just been done. First the points of the source, then those of the
+ * destination, then those of both. */
 #define PR_CRASH_POINTS(POINT)                                                                     \
 	POINT(SOURCE_STOPPING_NOTED, "source-stopping-noted")                                      \
 	POINT(SOURCE_STOPPED, "source-stopped")                                                    \

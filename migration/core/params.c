@@ -14,7 +14,7 @@ G_DEFINE_QUARK(pr_params_error, pr_params_error)
 
 static const PrParamInfo param_table[PR_N_PARAMS] = {
 	[PR_PARAM_MAX_POSTCOPY_BANDWIDTH] = {"max-postcopy-bandwidth", 0, 0, G_MAXINT64, "bytes/s",
-					     "bulk pull rate at most; 0: unlimited"},
+					     "highest rate of the bulk pull; 0: unlimited"},
 	[PR_PARAM_HEARTBEAT_INTERVAL] = {"heartbeat-interval", 100, 10, 10000, "ms",
 					 "time between two heartbeats, both ways"},
 	[PR_PARAM_HEARTBEAT_TIMEOUT] = {"heartbeat-timeout", 500, 50, 60000, "ms",
@@ -25,17 +25,18 @@ static const PrParamInfo param_table[PR_N_PARAMS] = {
 					"time for each step of a handshake with the peer"},
 	[PR_PARAM_GUEST_TIMEOUT] = {"guest-timeout", 10000, 100, 3600000, "ms",
 				    "time for each call to the guest"},
-	[PR_PARAM_BULK_READ_SIZE] = {"bulk-read-size", 128 * KIB, 4 * KIB, MIB, "bytes",
-				     "length of a bulk READ at most, a power of two; shorter where "
-				     "one would be long on the wire"},
+	[PR_PARAM_BULK_READ_SIZE] =
+		{"bulk-read-size", 128 * KIB, 4 * KIB, MIB, "bytes",
+		 "longest bulk READ, a power of two; READs are shorter where one "
+		 "would take long on the wire"},
 	[PR_PARAM_BULK_WINDOW] = {"bulk-window", 32, 1, 64, "READs",
-				  "bulk READs in flight over a path at most; fewer where it "
-				  "does not carry so much"},
+				  "most bulk READs in flight over a path; fewer where it does not "
+				  "carry so much"},
 	[PR_PARAM_FAULT_SPIN] = {"fault-spin", 50, 0, 1000, "us",
-				 "time the fault thread polls before it sleeps"},
+				 "time that a fault thread polls before it sleeps"},
 	[PR_PARAM_FAULT_READAHEAD] = {"fault-readahead", 0, 0, PR_READAHEAD_MAX, "pages",
-				      "pages to be read ahead of regular faults at most, beside "
-				      "max-postcopy-bandwidth; 0: none"},
+				      "most pages to read ahead of regular faults; "
+				      "max-postcopy-bandwidth does not limit them; 0: none"},
 	[PR_PARAM_FAULT_THREADS] =
 		{"fault-threads", 0, 0, PR_URGENT_LANES_MAX, "threads",
 		 "destination: threads that serve faults, each with a lane of its "
@@ -106,7 +107,7 @@ void pr_params_init(PrParams *params)
 		__atomic_store_n(&params->capability[i], capability_table[i].def, __ATOMIC_RELAXED);
 }
 
-/* PR_N_PARAMS: there is none of this name. */
+/* PR_N_PARAMS: no parameter has this name. */
 static PrParam find_param(const char *name)
 {
 	guint i;
@@ -128,7 +129,7 @@ static gboolean unknown_param(const char *name, GError **error)
 	return FALSE;
 }
 
-/* Reports a value that is not one of the parameter's, as it was found. */
+/* Reports a value that the parameter can't have, as it was found. */
 static gboolean bad_value(PrParam param, const char *found, GError **error)
 {
 	const PrParamInfo *info = &param_table[param];
@@ -142,7 +143,7 @@ static gboolean bad_value(PrParam param, const char *found, GError **error)
 	return FALSE;
 }
 
-/* A path whose peer may be silent for longer than the timeout would die at once. */
+/* The interval must be below the timeout, or each path would count as dead at once. */
 static gboolean check_heartbeat(const PrParams *params, PrParam param, uint64_t value,
 				GError **error)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Migration parameters and capabilities: one table each, with name, default, range, unit and help.
- * The tables feed --set, --help, the monitor and validation.
+ * The tables serve --set, --help, the monitor and validation.
  */
 #pragma once
 
@@ -34,14 +34,14 @@ typedef struct PrParamInfo {
 } PrParamInfo;
 
 typedef enum PrCapability {
-	PR_CAP_POSTCOPY_RAM, /* fixed on: there is no other way to migrate here */
-	PR_CAP_RETURN_PATH,  /* fixed on */
-	PR_CAP_EVENTS,	     /* send MIGRATION events to monitors */
-	PR_CAP_ZERO_PAGES,   /* look for zero pages on the source and send only their numbers */
-	PR_CAP_AUTO_RECOVER, /* recover over another path by itself, when more than one is listed */
+	PR_CAP_POSTCOPY_RAM,  /* fixed on: every migration here is postcopy */
+	PR_CAP_RETURN_PATH,   /* fixed on */
+	PR_CAP_EVENTS,	      /* send MIGRATION events to monitors */
+	PR_CAP_ZERO_PAGES,    /* source: look for zero pages, and send only their numbers */
+	PR_CAP_AUTO_RECOVER,  /* when a path is lost, recover over another listed path unasked */
 	PR_CAP_STANDBY_PATHS, /* keep the paths that are not in use connected */
 	PR_CAP_MULTI_RAIL,    /* destination: pull over the standbys, too */
-	PR_CAP_VERIFY,	      /* both sides: pages are compared with hashes of the source's */
+	PR_CAP_VERIFY,	      /* both sides: compare pages with hashes of the source's pages */
 	PR_N_CAPABILITIES
 } PrCapability;
 
@@ -52,7 +52,7 @@ typedef struct PrCapabilityInfo {
 	const char *help;
 } PrCapabilityInfo;
 
-/* Values may be read from any thread and are set from the monitor's: all access is atomic. */
+/* Any thread may read the values; the monitor's thread sets them. All access is atomic. */
 typedef struct PrParams {
 	uint64_t value[PR_N_PARAMS];	   /* atomic */
 	int capability[PR_N_CAPABILITIES]; /* atomic, boolean */
@@ -72,13 +72,14 @@ const PrCapabilityInfo *pr_capability_info(PrCapability cap);
 uint64_t pr_param(const PrParams *params, PrParam param);
 gboolean pr_capability(const PrParams *params, PrCapability cap);
 
-/* How many fault threads the destination is to have: the parameter, or by the number of CPUs. */
+/* How many fault threads the destination starts: the parameter, or a number that depends on the
+ * CPUs. */
 guint pr_params_fault_threads(const PrParams *params);
 
 /* Sets a parameter by name. The error names the parameter, the value found and the range. */
 gboolean pr_params_set(PrParams *params, const char *name, uint64_t value, GError **error);
 
-/* As pr_params_set(), from text: a decimal number with an optional suffix k, M or G (powers of
- * 1024), as the operator types it. */
+/* As pr_params_set(), from the text that the operator has typed: a decimal number with an optional
+ * suffix k, M or G (powers of 1024). */
 gboolean pr_params_set_text(PrParams *params, const char *name, const char *text, GError **error);
 gboolean pr_params_set_capability(PrParams *params, const char *name, gboolean on, GError **error);

@@ -38,7 +38,7 @@ typedef struct Rule {
 /* clang-format off */
 #define TO(state_)		{PR_ACTION_NONE, PR_STATE_##state_, TRUE}
 #define TO_DO(state_, action_)	{PR_ACTION_##action_, PR_STATE_##state_, TRUE}
-/* What any failure leads to. */
+/* What each kind of failure leads to. */
 #define FAILURES(state_, action_) \
 	[PR_EVENT_PATH_LOST] = TO_DO(state_, action_), \
 	[PR_EVENT_ERROR] = TO_DO(state_, action_), \
@@ -54,9 +54,9 @@ typedef struct Rule {
 	}
 
 /*
- * Every (state, event) pair that is not listed is refused. News of failures that come after the
- * story's end, or while the failure is already being dealt with, are listed as IGNORE, because
- * several observers report the same loss.
+ * Every (state, event) pair that is not listed is refused. Reports of a failure that come when the
+ * migration is over, or while a failure is being handled, are listed as IGNORE, because several
+ * observers report the same loss.
  */
 static const Rule source_rules[PR_N_STATES][PR_N_EVENTS] = {
 	OVER(NONE),
@@ -92,7 +92,7 @@ static const Rule destination_rules[PR_N_STATES][PR_N_EVENTS] = {
 	[PR_STATE_SETUP] = {[PR_EVENT_READY] = TO(ACTIVE), MAY_END},
 	[PR_STATE_ACTIVE] = {[PR_EVENT_STOP] = TO(DEVICE), MAY_END},
 	[PR_STATE_DEVICE] = {[PR_EVENT_LOADED] = TO(POSTCOPY_ACTIVE), MAY_END},
-	/* A failure here may be later than the source's RUN, so it only pauses: find_rule() knows
+	/* A failure here may come after the source has sent RUN, so it only pauses. find_rule() has
 	 * the two exceptions. */
 	[PR_STATE_POSTCOPY_ACTIVE] = {
 		[PR_EVENT_RUN] = TO_DO(POSTCOPY_ACTIVE, RUN),
@@ -100,7 +100,7 @@ static const Rule destination_rules[PR_N_STATES][PR_N_EVENTS] = {
 		FAILURES(POSTCOPY_PAUSED, PAUSE),
 	},
 	[PR_STATE_POSTCOPY_PAUSED] = {
-		[PR_EVENT_RUN] = TO_DO(POSTCOPY_PAUSED, RUN), /* read late, still true */
+		[PR_EVENT_RUN] = TO_DO(POSTCOPY_PAUSED, RUN), /* read late; still true */
 		[PR_EVENT_CONNECTED] = TO(POSTCOPY_RECOVER),
 		[PR_EVENT_CANCEL] = TO_DO(CANCELLING, UNDO),
 		FAILURES(POSTCOPY_PAUSED, IGNORE),
@@ -113,10 +113,10 @@ static const Rule destination_rules[PR_N_STATES][PR_N_EVENTS] = {
 	ENDING(FAILING, FAILED),
 	OVER(CANCELLED),
 	OVER(FAILED),
-	/* The guest lives here now; it may be moved on, with this side as the source. */
+	/* The guest lives here now. It may be moved on, with this side as the source. */
 	OVER(COMPLETED),
 };
-/* Before RUN, a source that says it has given up ends the migration at once. */
+/* Before RUN, a source that says that it has given up ends the migration at once. */
 static const Rule given_up_before_run = TO_DO(FAILING, UNDO);
 /* clang-format on */
 
@@ -156,8 +156,8 @@ gint64 pr_state_time_paused(const PrStateMachine *sm, gint64 now)
 
 static const Rule *find_rule(const PrStateMachine *sm, PrEvent event, PrRole role)
 {
-	/* Only a guest that arrived here may leave again: START as a destination finds it
-	 * occupied. */
+	/* Only a guest that has arrived here may leave again. A START as a destination is refused:
+	 * a guest is here. */
 	if (event == PR_EVENT_START && sm->state == PR_STATE_COMPLETED &&
 	    (sm->role != PR_ROLE_DESTINATION || role != PR_ROLE_SOURCE))
 		return NULL;

@@ -32,7 +32,7 @@ static void restore_session(PrDestination *destination, PrStateMemfdStage stage)
 
 	pr_session_lock(session);
 	pr_state_memfd_identity(state, &session->binding);
-	session->paused_by_operator = pr_state_memfd_held(state);
+	session->paused_by_operator = pr_state_memfd_paused_by_operator(state);
 	session->verifies = pr_state_memfd_verifies(state);
 	destination->guest_was_running = pr_state_memfd_was_running(state);
 	destination->guest_started = stage == PR_STATE_MEMFD_STARTED || completed;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Bitmaps of pages, shared between threads without a lock: every access to a word is atomic.
- * Setting is a release, testing an acquire: whoever sees a bit set sees what was written before it
- * was set.
+ * Bitmaps of pages that threads share without a lock: every access to a word is atomic. Setting a
+ * bit is a release, testing it an acquire: a thread that sees a bit set also sees what was written
+ * before it was set.
  */
 #pragma once
 
@@ -56,7 +56,7 @@ static inline gboolean pr_bitmap_test_and_clear(unsigned long *map, uint64_t bit
 	return (__atomic_fetch_and(&map[bit / PR_LONG_BITS], ~mask, __ATOMIC_SEQ_CST) & mask) != 0;
 }
 
-/* NULL: there is no memory. */
+/* NULL: out of memory. */
 unsigned long *pr_bitmap_new(uint64_t n_bits);
 /* Sets or clears n bits from `start`; returns how many changed. */
 uint64_t pr_bitmap_set(unsigned long *map, uint64_t start, uint64_t n);
@@ -67,7 +67,7 @@ uint64_t pr_bitmap_next_clear(const unsigned long *map, uint64_t n_bits, uint64_
 /* The first bit at or after `start` that is clear in both, or n_bits. */
 uint64_t pr_bitmap_next_clear2(const unsigned long *a, const unsigned long *b, uint64_t n_bits,
 			       uint64_t start);
-/* A copy of one that others may set bits of meanwhile; g_free() it. */
+/* A copy, while other threads may set bits; free it with g_free(). NULL: out of memory. */
 unsigned long *pr_bitmap_snapshot(const unsigned long *map, uint64_t n_bits);
 uint64_t pr_bitmap_count(const unsigned long *map, uint64_t n_bits);
 /* Whether any of n bits from `start` is set. */

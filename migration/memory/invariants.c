@@ -22,7 +22,7 @@ void pr_invariant_check_claimed(const PrRamBlock *block, uint64_t page, uint64_t
 				const char *what)
 {
 	for (uint64_t i = page; i < page + n; i++) {
-		/* In this order: whoever places it ends the claim last. */
+		/* In this order, because the placing ends the claim last. */
 		gboolean claimed = pr_bitmap_test(block->inflight, i);
 
 		if (pr_bitmap_test(block->received, i))

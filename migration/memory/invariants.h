@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What must never happen, checked where it would. With the build option `invariants` (on by itself
- * where the build is one for debugging or has a sanitizer) an engine that breaks one ends at once,
- * loudly, naming block and page: with the guest's memory in two places there is nothing that may be
- * done after it. In other builds the checks cost nothing.
+ * Invariants, checked where they would be broken. With the build option `invariants` (on by default
+ * in builds for debugging or with a sanitizer) an engine that breaks one aborts at once, and names
+ * block and page. Nothing safe can be done after that, with the guest's memory in two places. In
+ * other builds the checks cost nothing.
  *
  *  - A page is placed at most once.
- *  - Nothing is written to a page that is received, or that nobody has claimed: checked before each
- *    READ is posted and when it has landed. Who writes at all is the data path, which knows no
- *    pages, between these two.
- *  - A destination's memory is emptied only while nothing is received.
+ *  - Nothing is written to a page that is received, or that nobody has claimed. This is checked
+ *    before each READ is posted and when it has landed. The data path, which knows no pages, writes
+ *    between these two.
+ *  - A destination's memory is emptied only while no page is received.
  *  - The source's guest does not run once RUN may have been seen.
  */
 #pragma once
@@ -22,12 +22,12 @@
 
 void pr_invariant_broken(const char *format, ...) G_GNUC_PRINTF(1, 2) G_GNUC_NORETURN;
 
-/* Of a READ of n pages that is about to be posted, or has landed. */
+/* For a READ of n pages that is about to be posted, or has landed. */
 void pr_invariant_check_claimed(const PrRamBlock *block, uint64_t page, uint64_t n,
 				const char *what);
-/* All of it is about to be emptied. */
+/* The whole block is about to be emptied. */
 void pr_invariant_check_emptied(const PrRamBlock *block);
-/* n pages are about to be marked received: none of them is. */
+/* n pages are about to be marked received: none of them may be received. */
 void pr_invariant_check_new(const PrRamBlock *block, uint64_t page, uint64_t n);
 /* The source's guest is about to run here (again). */
 void pr_invariant_check_may_run(gboolean run_may_be_seen);

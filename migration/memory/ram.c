@@ -13,7 +13,7 @@
 #include "migration/core/types.h"
 #include "migration/memory/scratch.h"
 
-#define CLEARED_AT_ONCE (64ull << 20) /* bytes */
+#define CLEAR_STEP (64ull << 20) /* bytes */
 
 static void set_system_error(GError **error, const char *what, const char *idstr)
 {
@@ -43,7 +43,7 @@ static gboolean map_block(PrRamBlock *block, const PrGuestBlock *from, PrGuestRo
 		set_system_error(error, "mmap of its memfd", from->idstr);
 		return FALSE;
 	}
-	/* A core dump of the engine is none of the guest. */
+	/* A core dump of the engine must not contain guest memory. */
 	(void)madvise(map, from->size, MADV_DONTDUMP);
 	block->host = map;
 	return TRUE;
@@ -76,23 +76,24 @@ static gboolean make_bitmaps(PrRam *ram, GError **error)
 	return TRUE;
 }
 
-/* Takes kept. What it has received counts. */
-static gboolean use_kept(PrRam *ram, PrStateMemfd *kept, gboolean adopted, GError **error)
+/* Takes state. Pages that are received there are received. */
+static gboolean use_state(PrRam *ram, PrStateMemfd *state, gboolean adopted, GError **error)
 {
-	ram->state_memfd = kept;
-	ram->zero_bytes = pr_state_memfd_zero_bytes(kept);
+	ram->state_memfd = state;
+	ram->zero_bytes = pr_state_memfd_zero_bytes(state);
 	if (!make_bitmaps(ram, error))
 		return FALSE;
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		PrRamBlock *block = &ram->blocks[i];
 
-		block->received = pr_state_memfd_received(kept, i);
-		/* To look at a new one would allocate it, and charge this engine (allocate.h). */
+		block->received = pr_state_memfd_received(state, i);
+		/* Reading a new bitmap would allocate it, and charge this engine for it
+		 * (allocate.h). */
 		if (adopted)
 			ram->received_bytes +=
 				pr_bitmap_count(block->received, block->n_pages) * block->page_size;
 	}
-	/* Its engine may have died between the bits and the statistics. */
+	/* The last engine may have died between setting bits and counting them. */
 	*ram->zero_bytes = MIN(*ram->zero_bytes, ram->received_bytes);
 	return TRUE;
 }
@@ -131,23 +132,23 @@ PrRam *pr_ram_new(const PrGuestBlock *blocks, guint n, PrGuestRole role, GError 
 	g_autoptr(PrRam) ram = map_blocks(blocks, n, role, error);
 
 	if (ram && role == PR_GUEST_DESTINATION) {
-		PrStateMemfd *kept = pr_state_memfd_new(blocks, n, error);
+		PrStateMemfd *state = pr_state_memfd_new(blocks, n, error);
 
-		if (!kept || !use_kept(ram, kept, /* adopted= */ FALSE, error))
+		if (!state || !use_state(ram, state, /* adopted= */ FALSE, error))
 			return NULL;
 	}
 	return g_steal_pointer(&ram);
 }
 
-PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrStateMemfd *kept, GError **error)
+PrRam *pr_ram_adopt(const PrGuestBlock *blocks, guint n, PrStateMemfd *state, GError **error)
 {
 	g_autoptr(PrRam) ram = map_blocks(blocks, n, PR_GUEST_DESTINATION, error);
 
 	if (!ram) {
-		pr_state_memfd_free(kept);
+		pr_state_memfd_free(state);
 		return NULL;
 	}
-	return use_kept(ram, kept, /* adopted= */ TRUE, error) ? g_steal_pointer(&ram) : NULL;
+	return use_state(ram, state, /* adopted= */ TRUE, error) ? g_steal_pointer(&ram) : NULL;
 }
 
 void pr_ram_free(PrRam *ram)
@@ -183,11 +184,10 @@ PrWireBlock *pr_ram_wire_blocks(const PrRam *ram)
 static gboolean check_block(const PrRamBlock *ours, const PrWireBlock *theirs, GError **error)
 {
 	if (strcmp(ours->idstr, theirs->idstr) != 0)
-		g_set_error(
-			error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
-			"RAM block \"%s\" of the source is \"%s\" at the destination; give the memory "
-			"backends the same ids in the same order on both sides",
-			theirs->idstr, ours->idstr);
+		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
+			    "RAM block \"%s\" of the source is \"%s\" at the destination; give the "
+			    "memory backends the same ids in the same order on both sides",
+			    theirs->idstr, ours->idstr);
 	else if (ours->size != theirs->size)
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
 			    "RAM block \"%s\": the source has %" G_GUINT64_FORMAT
@@ -209,8 +209,8 @@ gboolean pr_ram_check_blocks(const PrRam *ram, const PrWireBlock *blocks, guint 
 			n > ram->n_blocks ? blocks[ram->n_blocks].idstr : ram->blocks[n].idstr;
 		g_set_error(
 			error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
-			"RAM block \"%s\" exists only at the %s (%u blocks at the source, %u at the "
-			"destination)",
+			"RAM block \"%s\" exists only at the %s (%u blocks at the source, %u at "
+			"the destination)",
 			extra, n > ram->n_blocks ? "source" : "destination", n, ram->n_blocks);
 		return FALSE;
 	}
@@ -250,8 +250,8 @@ void pr_ram_map_anew(const PrRamBlock *block, uint64_t offset, uint64_t length)
 	uint8_t *at = block->host + offset;
 
 	(void)madvise(at, length, MADV_DONTNEED);
-	/* By the bare system call, since ThreadSanitizer takes mmap() for a write to the memory,
-	 * whose contents stay as they are. */
+	/* The bare system call, because ThreadSanitizer takes mmap() for a write to the memory; the
+	 * contents stay as they are. */
 	if (syscall(SYS_mmap, at, length, PROT_READ | PROT_WRITE,
 		    MAP_SHARED | MAP_NORESERVE | MAP_FIXED, block->memfd,
 		    (off_t)(block->memfd_offset + offset)) < 0)
@@ -260,7 +260,7 @@ void pr_ram_map_anew(const PrRamBlock *block, uint64_t offset, uint64_t length)
 	(void)madvise(at, length, MADV_DONTDUMP);
 }
 
-/* Without giving back what is allocated or reserved. */
+/* Clears the range, and keeps what is allocated or reserved. */
 static void clear_range(PrRamBlock *block, uint64_t start, uint64_t end)
 {
 	PrExtent data = {.end = start};
@@ -271,10 +271,10 @@ static void clear_range(PrRamBlock *block, uint64_t start, uint64_t end)
 				memset(block->host + at, 0, block->page_size);
 }
 
-/* The engine may have little memory for page tables. */
+/* In steps, because the engine may have little memory for page tables. */
 static void clear_block(PrRamBlock *block)
 {
-	uint64_t step = MAX(CLEARED_AT_ONCE, block->per_host * block->page_size);
+	uint64_t step = MAX(CLEAR_STEP, block->per_host * block->page_size);
 
 	for (uint64_t at = 0, end; at < block->size; at = end) {
 		end = MIN(at + step, block->size);
@@ -304,7 +304,7 @@ gboolean pr_ram_claim(PrRamBlock *block, uint64_t page)
 {
 	if (pr_bitmap_test(block->received, page) || pr_bitmap_test_and_set(block->inflight, page))
 		return FALSE;
-	/* It may have been received between the two; then the claim was free again, not the
+	/* Between the two it may have been received. Then the claim was free again, but not the
 	 * page. */
 	if (pr_bitmap_test(block->received, page)) {
 		pr_bitmap_test_and_clear(block->inflight, page);
@@ -367,8 +367,8 @@ void pr_ram_received(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n, g
 		__atomic_fetch_add(ram->zero_bytes, changed * block->page_size, __ATOMIC_RELAXED);
 }
 
-/* Returns which pages of a word were ungranted, and are not any more. */
-static unsigned long take_veil(PrRamBlock *block, uint64_t index, unsigned long mask)
+/* Makes pages of a word granted. Returns those that were ungranted. */
+static unsigned long clear_ungranted(PrRamBlock *block, uint64_t index, unsigned long mask)
 {
 	return mask & __atomic_fetch_and(&block->ungranted[index], ~mask, __ATOMIC_SEQ_CST);
 }
@@ -388,7 +388,7 @@ void pr_ram_grant(PrRamBlock *block, uint64_t page, uint64_t n)
 	uint64_t end = page + n;
 
 	for (uint64_t i = page / PR_LONG_BITS; i < pr_bitmap_words(end); i++) {
-		unsigned long mine = take_veil(block, i, pr_bitmap_span(i, page, end));
+		unsigned long mine = clear_ungranted(block, i, pr_bitmap_span(i, page, end));
 
 		__atomic_fetch_and(&block->inflight[i], ~mine, __ATOMIC_SEQ_CST);
 	}
@@ -404,11 +404,12 @@ uint64_t pr_ram_zero(PrRam *ram, PrRamBlock *block, uint64_t page, uint64_t n)
 {
 	uint64_t changed = 0, end = page + n;
 
-	/* A word at a time, as pr_ram_claim() and pr_ram_received() do it for a page: holes are
-	 * large. The claim of a ungranted page is whoever's that takes the veil off. */
+	/* A word at a time, because holes are large; otherwise as pr_ram_claim() and
+	 * pr_ram_received() do it for a page. The claim of an ungranted page belongs to the thread
+	 * that clears its ungranted bit. */
 	for (uint64_t i = page / PR_LONG_BITS; i < pr_bitmap_words(end); i++) {
 		unsigned long mask = pr_bitmap_span(i, page, end);
-		unsigned long ungranted = mask & take_veil(block, i, mask);
+		unsigned long ungranted = mask & clear_ungranted(block, i, mask);
 		unsigned long others =
 			__atomic_fetch_or(&block->inflight[i], mask, __ATOMIC_SEQ_CST);
 		unsigned long mine = (mask & ~others) | ungranted;
@@ -432,18 +433,18 @@ void pr_ram_forget(PrRam *ram, uint64_t token)
 	pr_bitmap_clear(ram->blocks[index].inflight, page, n);
 }
 
-/* The first of the kept runs in a block at or after `from`; one without pages at the block's end:
- * none. */
-static void next_kept(const PrRam *ram, guint index, uint64_t from, const uint64_t *kept,
-		      guint n_kept, uint64_t *ret_page, uint64_t *ret_n)
+/* The first of the live runs in a block at or after `from`. Without one: no pages, at the block's
+ * end. */
+static void next_live(const PrRam *ram, guint index, uint64_t from, const uint64_t *live,
+		      guint n_live, uint64_t *ret_page, uint64_t *ret_n)
 {
 	*ret_page = ram->blocks[index].n_pages;
 	*ret_n = 0;
-	for (guint i = 0; i < n_kept; i++) {
+	for (guint i = 0; i < n_live; i++) {
 		guint of;
 		uint64_t page, n;
 
-		pr_token_unpack(kept[i], &of, &page, &n);
+		pr_token_unpack(live[i], &of, &page, &n);
 		if (of != index || page < from || page >= *ret_page)
 			continue;
 		*ret_page = page;
@@ -451,13 +452,13 @@ static void next_kept(const PrRam *ram, guint index, uint64_t from, const uint64
 	}
 }
 
-void pr_ram_forget_inflight(PrRam *ram, const uint64_t *kept, guint n_kept)
+void pr_ram_forget_inflight(PrRam *ram, const uint64_t *live, guint n_live)
 {
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		uint64_t from = 0, page, n;
 
 		do {
-			next_kept(ram, i, from, kept, n_kept, &page, &n);
+			next_live(ram, i, from, live, n_live, &page, &n);
 			pr_bitmap_clear(ram->blocks[i].inflight, from, page - from);
 			from = page + n;
 		} while (n > 0);
@@ -489,7 +490,7 @@ gboolean pr_ram_page_is_zero(const PrRamBlock *block, uint64_t page)
 	const uint64_t *words = (const uint64_t *)(block->host + page * block->page_size);
 	gsize n = block->page_size / sizeof(*words);
 
-	/* Most pages that hold something show it early; the rest is read in lines of 64 bytes. */
+	/* Most pages that are not zero show it early. A round reads one cache line of 64 bytes. */
 	for (gsize i = 0; i < n; i += 8) {
 		uint64_t bits = words[i] | words[i + 1] | words[i + 2] | words[i + 3];
 		bits |= words[i + 4] | words[i + 5] | words[i + 6] | words[i + 7];

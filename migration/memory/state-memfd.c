@@ -18,31 +18,31 @@
 #define STATE_MEMFD_ALIGN   4096
 #define STATE_MEMFD_SEALS   (F_SEAL_SHRINK | F_SEAL_GROW)
 
-#define LOOK_US		    (5 * 1000) /* between two looks whether the last engine is gone */
+#define POLL_US		    (5 * 1000) /* between two checks whether the last engine is gone */
 
 typedef struct StateBlock {
 	char idstr[PR_IDSTR_MAX + 1];
-	uint64_t size, page_size, base; /* page_size: the host pages' */
+	uint64_t size, page_size, base; /* page_size: of the host pages */
 	uint64_t bitmap_offset;		/* bytes, page aligned */
 } StateBlock;
 
-/* Fixed widths and no pointers: the reader may be another build. Whoever changes it raises
+/* Fixed widths and no pointers, because the reader may be another build. A change has to raise
  * STATE_MEMFD_VERSION. */
 typedef struct StateHead {
-	uint64_t magic; /* of a complete one */
+	uint64_t magic; /* set when the head is complete */
 	uint32_t version;
 	uint32_t head_bytes;
 	uint64_t total_bytes;
-	PrBinding binding; /* the engine's owner thread writes it, who follows reads it */
+	PrBinding binding; /* written by the engine's owner thread, read by the next engine */
 	uint32_t stage;	   /* atomic */
-	uint32_t held;	   /* atomic */
+	uint32_t paused_by_operator; /* atomic */
 	uint32_t was_running;
 	uint32_t n_vcpus;
 	uint32_t verifies;
 	uint32_t spare; /* 0 */
 	uint32_t vcpus[PR_STATE_MEMFD_VCPUS_MAX];
 	uint64_t zero_bytes;		    /* atomic */
-	char engine[PR_PROCESS_TEXT_BYTES]; /* the process that works on it */
+	char engine[PR_PROCESS_TEXT_BYTES]; /* the process of the engine that uses it */
 	uint64_t n_blocks;
 	StateBlock blocks[PR_BLOCKS_MAX];
 } StateHead;
@@ -63,25 +63,25 @@ static uint64_t bitmap_bytes(uint64_t size)
 	return pr_bitmap_words(size / PR_TARGET_PAGE) * sizeof(unsigned long);
 }
 
-static gboolean map(PrStateMemfd *kept, gsize bytes, GError **error)
+static gboolean map(PrStateMemfd *self, gsize bytes, GError **error)
 {
-	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, kept->fd, 0);
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, self->fd, 0);
 
 	if (at == MAP_FAILED) {
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
 			    "mmap of the state memfd: %s", g_strerror(errno));
 		return FALSE;
 	}
-	kept->head = at;
-	kept->bytes = bytes;
+	self->head = at;
+	self->bytes = bytes;
 	return TRUE;
 }
 
 static void note_engine(StateHead *head)
 {
-	g_autofree char *self = pr_process_text(getpid());
+	g_autofree char *own = pr_process_text(getpid());
 
-	g_strlcpy(head->engine, self, sizeof(head->engine));
+	g_strlcpy(head->engine, own, sizeof(head->engine));
 }
 
 static void fill(StateHead *head, const PrGuestBlock *blocks, guint n, uint64_t total)
@@ -107,23 +107,23 @@ static void fill(StateHead *head, const PrGuestBlock *blocks, guint n, uint64_t 
 
 PrStateMemfd *pr_state_memfd_new(const PrGuestBlock *blocks, guint n, GError **error)
 {
-	g_autoptr(PrStateMemfd) kept = g_new0(PrStateMemfd, 1);
+	g_autoptr(PrStateMemfd) self = g_new0(PrStateMemfd, 1);
 	uint64_t bytes = align_up(sizeof(StateHead));
 
 	g_assert(n <= PR_BLOCKS_MAX);
 	for (guint i = 0; i < n; i++)
 		bytes += align_up(bitmap_bytes(blocks[i].size));
-	kept->fd = memfd_create(PR_AGENT_STATE_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	if (kept->fd < 0 || ftruncate(kept->fd, (off_t)bytes) < 0 ||
-	    fcntl(kept->fd, F_ADD_SEALS, STATE_MEMFD_SEALS) < 0) {
+	self->fd = memfd_create(PR_AGENT_STATE_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (self->fd < 0 || ftruncate(self->fd, (off_t)bytes) < 0 ||
+	    fcntl(self->fd, F_ADD_SEALS, STATE_MEMFD_SEALS) < 0) {
 		g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_SYSTEM,
 			    "memfd for the received bitmap: %s", g_strerror(errno));
 		return NULL;
 	}
-	if (!map(kept, bytes, error))
+	if (!map(self, bytes, error))
 		return NULL;
-	fill(kept->head, blocks, n, bytes);
-	return g_steal_pointer(&kept);
+	fill(self->head, blocks, n, bytes);
+	return g_steal_pointer(&self);
 }
 
 static gboolean refuse(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
@@ -137,13 +137,13 @@ static gboolean refuse(GError **error, const char *format, ...)
 	what = g_strdup_vprintf(format, args);
 	va_end(args);
 	g_set_error(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_MISMATCH,
-		    "what the agent keeps is not the state of a migration that this engine can go "
-		    "on with: %s",
+		    "the state memfd that the agent keeps is not one that this engine can go on "
+		    "with: %s",
 		    what);
 	return FALSE;
 }
 
-/* Nobody may change the size under the mapping. */
+/* The size must be sealed: nobody may change it under the mapping. */
 static gboolean check_file(int fd, uint64_t *ret_bytes, GError **error)
 {
 	struct stat st;
@@ -168,7 +168,7 @@ static gboolean check_head(const StateHead *head, uint64_t bytes, GError **error
 		return refuse(error,
 			      "its layout is version %u with a head of %u bytes, this engine's "
 			      "version %u with %" G_GSIZE_FORMAT
-			      "; start the engine that it was made by",
+			      "; start an engine of the version that has made it",
 			      head->version, head->head_bytes, STATE_MEMFD_VERSION,
 			      sizeof(StateHead));
 	if (head->total_bytes != bytes)
@@ -202,57 +202,57 @@ static gboolean check_block(const StateBlock *block, guint index, uint64_t bytes
 
 PrStateMemfd *pr_state_memfd_attach(int fd, GError **error)
 {
-	g_autoptr(PrStateMemfd) kept = g_new0(PrStateMemfd, 1);
+	g_autoptr(PrStateMemfd) self = g_new0(PrStateMemfd, 1);
 	uint64_t bytes = 0;
 
-	kept->fd = fd;
-	if (!check_file(fd, &bytes, error) || !map(kept, bytes, error) ||
-	    !check_head(kept->head, bytes, error))
+	self->fd = fd;
+	if (!check_file(fd, &bytes, error) || !map(self, bytes, error) ||
+	    !check_head(self->head, bytes, error))
 		return NULL;
-	for (guint i = 0; i < kept->head->n_blocks; i++)
-		if (!check_block(&kept->head->blocks[i], i, bytes, error))
+	for (guint i = 0; i < self->head->n_blocks; i++)
+		if (!check_block(&self->head->blocks[i], i, bytes, error))
 			return NULL;
-	return g_steal_pointer(&kept);
+	return g_steal_pointer(&self);
 }
 
-void pr_state_memfd_free(PrStateMemfd *kept)
+void pr_state_memfd_free(PrStateMemfd *self)
 {
-	if (!kept)
+	if (!self)
 		return;
-	if (kept->head)
-		munmap(kept->head, kept->bytes);
-	if (kept->fd >= 0)
-		close(kept->fd);
-	g_free(kept);
+	if (self->head)
+		munmap(self->head, self->bytes);
+	if (self->fd >= 0)
+		close(self->fd);
+	g_free(self);
 }
 
-int pr_state_memfd_fd(const PrStateMemfd *kept)
+int pr_state_memfd_fd(const PrStateMemfd *self)
 {
-	return kept->fd;
+	return self->fd;
 }
 
-gsize pr_state_memfd_bytes(const PrStateMemfd *kept)
+gsize pr_state_memfd_bytes(const PrStateMemfd *self)
 {
-	return kept->bytes;
+	return self->bytes;
 }
 
-unsigned long *pr_state_memfd_received(const PrStateMemfd *kept, guint block)
+unsigned long *pr_state_memfd_received(const PrStateMemfd *self, guint block)
 {
-	return (unsigned long *)((uint8_t *)kept->head + kept->head->blocks[block].bitmap_offset);
+	return (unsigned long *)((uint8_t *)self->head + self->head->blocks[block].bitmap_offset);
 }
 
-uint64_t *pr_state_memfd_zero_bytes(const PrStateMemfd *kept)
+uint64_t *pr_state_memfd_zero_bytes(const PrStateMemfd *self)
 {
-	return &kept->head->zero_bytes;
+	return &self->head->zero_bytes;
 }
 
-PrGuestBlock *pr_state_memfd_blocks(const PrStateMemfd *kept, guint *ret_n)
+PrGuestBlock *pr_state_memfd_blocks(const PrStateMemfd *self, guint *ret_n)
 {
-	guint n = (guint)kept->head->n_blocks;
+	guint n = (guint)self->head->n_blocks;
 	PrGuestBlock *blocks = g_new0(PrGuestBlock, n);
 
 	for (guint i = 0; i < n; i++) {
-		StateBlock *block = &kept->head->blocks[i];
+		StateBlock *block = &self->head->blocks[i];
 
 		blocks[i] = (PrGuestBlock){.idstr = block->idstr,
 					   .size = block->size,
@@ -264,89 +264,88 @@ PrGuestBlock *pr_state_memfd_blocks(const PrStateMemfd *kept, guint *ret_n)
 	return blocks;
 }
 
-void pr_state_memfd_set_identity(PrStateMemfd *kept, const PrBinding *binding)
+void pr_state_memfd_set_identity(PrStateMemfd *self, const PrBinding *binding)
 {
-	kept->head->binding = *binding;
-	__atomic_store_n(&kept->head->magic, STATE_MEMFD_MAGIC, __ATOMIC_RELEASE);
+	self->head->binding = *binding;
+	__atomic_store_n(&self->head->magic, STATE_MEMFD_MAGIC, __ATOMIC_RELEASE);
 }
 
-void pr_state_memfd_identity(const PrStateMemfd *kept, PrBinding *ret)
+void pr_state_memfd_identity(const PrStateMemfd *self, PrBinding *ret)
 {
-	*ret = kept->head->binding;
+	*ret = self->head->binding;
 }
 
-PrStateMemfdStage pr_state_memfd_stage(const PrStateMemfd *kept)
+PrStateMemfdStage pr_state_memfd_stage(const PrStateMemfd *self)
 {
-	return __atomic_load_n(&kept->head->stage, __ATOMIC_SEQ_CST);
+	return __atomic_load_n(&self->head->stage, __ATOMIC_SEQ_CST);
 }
 
-void pr_state_memfd_set_stage(PrStateMemfd *kept, PrStateMemfdStage stage)
+void pr_state_memfd_set_stage(PrStateMemfd *self, PrStateMemfdStage stage)
 {
-	__atomic_store_n(&kept->head->stage, stage, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&self->head->stage, stage, __ATOMIC_SEQ_CST);
 }
 
-gboolean pr_state_memfd_held(const PrStateMemfd *kept)
+gboolean pr_state_memfd_paused_by_operator(const PrStateMemfd *self)
 {
-	return __atomic_load_n(&kept->head->held, __ATOMIC_SEQ_CST) != 0;
+	return __atomic_load_n(&self->head->paused_by_operator, __ATOMIC_SEQ_CST) != 0;
 }
 
-void pr_state_memfd_set_held(PrStateMemfd *kept, gboolean held)
+void pr_state_memfd_set_paused_by_operator(PrStateMemfd *self, gboolean paused)
 {
-	__atomic_store_n(&kept->head->held, held != FALSE, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&self->head->paused_by_operator, paused != FALSE, __ATOMIC_SEQ_CST);
 }
 
-gboolean pr_state_memfd_verifies(const PrStateMemfd *kept)
+gboolean pr_state_memfd_verifies(const PrStateMemfd *self)
 {
-	return kept->head->verifies != 0;
+	return self->head->verifies != 0;
 }
 
-void pr_state_memfd_set_verifies(PrStateMemfd *kept, gboolean verifies)
+void pr_state_memfd_set_verifies(PrStateMemfd *self, gboolean verifies)
 {
-	kept->head->verifies = verifies != FALSE;
+	self->head->verifies = verifies != FALSE;
 }
 
-gboolean pr_state_memfd_was_running(const PrStateMemfd *kept)
+gboolean pr_state_memfd_was_running(const PrStateMemfd *self)
 {
-	return kept->head->was_running != 0;
+	return self->head->was_running != 0;
 }
 
-void pr_state_memfd_set_was_running(PrStateMemfd *kept, gboolean was_running)
+void pr_state_memfd_set_was_running(PrStateMemfd *self, gboolean was_running)
 {
-	kept->head->was_running = was_running != FALSE;
+	self->head->was_running = was_running != FALSE;
 }
 
-void pr_state_memfd_set_vcpus(PrStateMemfd *kept, const uint32_t *vcpus, guint n)
+void pr_state_memfd_set_vcpus(PrStateMemfd *self, const uint32_t *vcpus, guint n)
 {
 	n = MIN(n, PR_STATE_MEMFD_VCPUS_MAX);
 	if (n > 0)
-		memcpy(kept->head->vcpus, vcpus, n * sizeof(*vcpus));
-	kept->head->n_vcpus = n;
+		memcpy(self->head->vcpus, vcpus, n * sizeof(*vcpus));
+	self->head->n_vcpus = n;
 }
 
-const uint32_t *pr_state_memfd_vcpus(const PrStateMemfd *kept, guint *ret_n)
+const uint32_t *pr_state_memfd_vcpus(const PrStateMemfd *self, guint *ret_n)
 {
-	*ret_n = kept->head->n_vcpus;
-	return kept->head->vcpus;
+	*ret_n = self->head->n_vcpus;
+	return self->head->vcpus;
 }
 
-gboolean pr_state_memfd_await_engine(PrStateMemfd *kept, guint timeout_ms, GError **error)
+gboolean pr_state_memfd_await_engine(PrStateMemfd *self, guint timeout_ms, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() + timeout_ms * 1000ll;
-	g_autofree char *self = pr_process_text(getpid());
+	g_autofree char *own = pr_process_text(getpid());
 
-	/* Whoever ended in order has fenced its paths itself; so has a former engine of this
-	 * process. */
-	while (strcmp(kept->head->engine, self) != 0 && pr_process_lives(kept->head->engine)) {
+	/* A former engine of this process has fenced its paths itself. */
+	while (strcmp(self->head->engine, own) != 0 && pr_process_lives(self->head->engine)) {
 		if (g_get_monotonic_time() > deadline) {
 			g_set_error(
 				error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_BUSY,
 				"the engine that served this guest has not ended yet (process %s); "
 				"end it first",
-				kept->head->engine);
+				self->head->engine);
 			return FALSE;
 		}
-		g_usleep(LOOK_US); /* between two looks at the condition */
+		g_usleep(POLL_US); /* between two checks of the condition */
 	}
-	note_engine(kept->head);
+	note_engine(self->head);
 	return TRUE;
 }

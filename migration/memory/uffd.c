@@ -28,7 +28,7 @@ static void set_error(GError **error, const char *call, const PrRamBlock *block,
 			    : "");
 }
 
-/* Lets whoever waits in these pages fault again. */
+/* Wakes the threads that wait for these pages; each faults again if its page is missing. */
 static gboolean wake(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n, GError **error)
 {
 	struct uffdio_range range = range_of(block, page, n);
@@ -52,8 +52,9 @@ static uint64_t continue_some(int uffd, const PrRamBlock *block, uint64_t page, 
 	return args.mapped > 0 ? (uint64_t)args.mapped / block->page_size : 0;
 }
 
-/* Of whole host pages. */
-static gboolean expose(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n, GError **error)
+/* Maps n pages, which are whole host pages. */
+static gboolean continue_whole(int uffd, const PrRamBlock *block, uint64_t page, uint64_t n,
+			       GError **error)
 {
 	while (n > 0) {
 		int code = 0;
@@ -79,14 +80,16 @@ gboolean pr_uffd_continue(int uffd, const PrRamBlock *block, uint64_t page, uint
 			  GError **error)
 {
 	if (block->per_host == 1)
-		return expose(uffd, block, page, n, error);
+		return continue_whole(uffd, block, page, n, error);
 	for (uint64_t at = pr_ram_host_start(block, page); at < page + n; at += block->per_host)
-		if (pr_ram_is_whole(block, at) && !expose(uffd, block, at, block->per_host, error))
+		if (pr_ram_is_whole(block, at) &&
+		    !continue_whole(uffd, block, at, block->per_host, error))
 			return FALSE;
 	return TRUE;
 }
 
-/* The kernel has no UFFDIO_ZEROPAGE for huge pages: what is allocated is zero, too. */
+/* The kernel has no UFFDIO_ZEROPAGE for huge pages. A page that fallocate() allocates is zero,
+ * too. */
 static int zero_huge_page(int uffd, const PrRamBlock *block, uint64_t page)
 {
 	struct uffdio_range range = range_of(block, page, block->per_host);
@@ -98,7 +101,7 @@ static int zero_huge_page(int uffd, const PrRamBlock *block, uint64_t page)
 	return continue_some(uffd, block, page, block->per_host, &code) > 0 ? 0 : code;
 }
 
-/* Maps a zero page where the memfd has none. EEXIST: it has one. */
+/* Maps a zero page where the memfd has no page. EEXIST: it has one. */
 static int zero_page(int uffd, const PrRamBlock *block, uint64_t page)
 {
 	struct uffdio_zeropage args = {.range = range_of(block, page, 1)};
@@ -119,7 +122,7 @@ gboolean pr_uffd_resolve(int uffd, const PrRamBlock *block, uint64_t page, GErro
 	switch (code) {
 	case 0:
 		return TRUE;
-	case EEXIST: /* mapped, or there is a page now after all: the next fault finds out */
+	case EEXIST: /* it is mapped, or the memfd has a page by now: the next fault finds out */
 	case EAGAIN:
 		return wake(uffd, block, page, block->per_host, error);
 	default:

@@ -114,7 +114,7 @@ void pr_session_set_paused_by_operator(PrSession *session, gboolean paused)
 {
 	session->paused_by_operator = paused;
 	if (session->sm.role == PR_ROLE_DESTINATION && session->ram && session->ram->state_memfd)
-		pr_state_memfd_set_held(session->ram->state_memfd, paused);
+		pr_state_memfd_set_paused_by_operator(session->ram->state_memfd, paused);
 }
 
 void pr_session_note_locked(PrSession *session, const char *what)

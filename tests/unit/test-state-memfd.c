@@ -56,7 +56,7 @@ static int left_behind(const PrGuestBlock *blocks)
 	pr_state_memfd_set_identity(ram->state_memfd, &binding);
 	pr_state_memfd_set_was_running(ram->state_memfd, TRUE);
 	pr_state_memfd_set_vcpus(ram->state_memfd, vcpus, G_N_ELEMENTS(vcpus));
-	pr_state_memfd_set_held(ram->state_memfd, TRUE);
+	pr_state_memfd_set_paused_by_operator(ram->state_memfd, TRUE);
 	pr_state_memfd_set_stage(ram->state_memfd, PR_STATE_MEMFD_STARTED);
 	assert_int_equal(pr_ram_claim_run(&ram->blocks[0], 10, 5, &page), 5);
 	pr_ram_received(ram, &ram->blocks[0], 10, 5, TRUE);
@@ -86,7 +86,7 @@ static void what_was_received_is_found_again(void **state)
 	pr_state_memfd_identity(kept, &found);
 	assert_memory_equal(&found, &binding, sizeof(found));
 	assert_int_equal(pr_state_memfd_stage(kept), PR_STATE_MEMFD_STARTED);
-	assert_true(pr_state_memfd_held(kept));
+	assert_true(pr_state_memfd_paused_by_operator(kept));
 	assert_true(pr_state_memfd_was_running(kept));
 	assert_int_equal(pr_state_memfd_vcpus(kept, &n)[2], 13);
 	assert_int_equal(n, 3);
