@@ -4,9 +4,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #include "transport/control/internal.h"
 #include "transport/net/dial.h"
@@ -20,18 +18,6 @@ void pr_msg_free(PrMsg *msg)
 		return;
 	g_free(msg->body);
 	g_free(msg);
-}
-
-static void signal_fd(int fd)
-{
-	eventfd_write(fd, 1);
-}
-
-/* A descriptor that pr_control_free() may close, whatever became of it. */
-static void close_fd(int fd)
-{
-	if (fd >= 0)
-		close(fd);
 }
 
 static char *local_host(GSocketConnection *connection, const PrUri *uri)
@@ -55,17 +41,15 @@ PrControl *pr_control_new(GSocketConnection *connection, const PrUri *uri,
 	control->ops = ops;
 	control->peer = pr_peer_text(connection);
 	control->local_host = local_host(connection, uri);
-	control->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	control->closed_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	control->reader_waker = control->closed = PR_WAKER_INIT;
 	control->tail = g_byte_array_new();
 	g_mutex_init(&control->send_lock);
 	g_mutex_init(&control->lock);
 	g_cond_init(&control->changed);
 	g_queue_init(&control->queue);
-	if (control->wake_fd < 0 || control->closed_fd < 0) {
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			    "%s: no eventfd: %s; raise the limit of open files", control->peer,
-			    g_strerror(errno));
+	if (!pr_waker_init(&control->reader_waker, error) ||
+	    !pr_waker_init(&control->closed, error)) {
+		g_prefix_error(error, "%s: ", control->peer);
 		return NULL;
 	}
 	return g_steal_pointer(&control);
@@ -129,8 +113,8 @@ static void end(PrControl *control, const GError *reason, gboolean by_us)
 	control->reported = by_us;
 	control->linger = by_us && !dead;
 	shutdown(control->fd, control->linger ? SHUT_WR : SHUT_RDWR);
-	signal_fd(control->closed_fd);
-	signal_fd(control->wake_fd);
+	pr_waker_wake(&control->closed);
+	pr_waker_wake(&control->reader_waker);
 	g_cond_broadcast(&control->changed);
 }
 
@@ -190,7 +174,7 @@ static gboolean wait_for_room(PrControl *control)
 {
 	struct pollfd fds[] = {
 		{.fd = control->fd, .events = POLLOUT},
-		{.fd = control->closed_fd, .events = POLLIN},
+		{.fd = pr_waker_fd(&control->closed), .events = POLLIN},
 	};
 
 	if (control->handshake_deadline)
@@ -210,7 +194,7 @@ static void write_failed(PrControl *control, int code)
 	if (control->started && !control->failure) {
 		if (!control->send_error)
 			control->send_error = g_steal_pointer(&reason);
-		signal_fd(control->wake_fd);
+		pr_waker_wake(&control->reader_waker);
 		/* Ended by the reader, which declares the end at its next turn. */
 		while (!control->failure)
 			g_cond_wait(&control->changed, &control->lock);
@@ -299,7 +283,7 @@ static void postpone(PrControl *control, const GByteArray *frame)
 		control->postponed = g_byte_array_new();
 	g_byte_array_append(control->postponed, frame->data, frame->len);
 	g_mutex_unlock(&control->lock);
-	signal_fd(control->wake_fd);
+	pr_waker_wake(&control->reader_waker);
 }
 
 /* Whoever is in the middle of a message that the socket takes at once is done in a moment. */
@@ -392,7 +376,7 @@ PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error)
 	if (msg) {
 		control->queued_bytes -= sizeof *msg + msg->length;
 		if (control->full)
-			signal_fd(control->wake_fd);
+			pr_waker_wake(&control->reader_waker);
 		control->full = FALSE;
 	} else if (come && error) {
 		*error = g_error_copy(control->failure);
@@ -449,8 +433,8 @@ void pr_control_free(PrControl *control)
 		g_io_stream_close(G_IO_STREAM(control->connection), NULL, NULL);
 	g_clear_object(&control->connection);
 	g_clear_object(&control->cancel);
-	close_fd(control->wake_fd);
-	close_fd(control->closed_fd);
+	pr_waker_clear(&control->reader_waker);
+	pr_waker_clear(&control->closed);
 	pr_uri_free(control->uri);
 	g_free(control->peer);
 	g_free(control->local_host);

@@ -5,7 +5,7 @@
  *
  * Threads. The reader alone reads the socket, sends the heartbeats and declares the end. Senders
  * write whole frames under send_lock, without blocking in the kernel: they poll for room together with
- * `closed_fd`, which becomes readable for good when the channel ends. The reader only ever tries
+ * `closed`, which becomes readable for good when the channel ends. The reader only ever tries
  * send_lock: when it is taken, a frame is on its way and is a sign of life itself. What the reader could
  * not write of a heartbeat stays in `tail` and goes before the next frame.
  *
@@ -23,6 +23,7 @@
 
 #include "transport/control/control.h"
 #include "transport/control/heartbeat.h"
+#include "util/waker.h"
 
 #define PR_AHEAD_BYTES 4096 /* several small messages */
 
@@ -34,8 +35,8 @@ struct PrControl {
 	const PrTransportOps *ops;
 	char *peer;
 	char *local_host;
-	int wake_fd;   /* eventfd: the reader should look at `lock`'s data */
-	int closed_fd; /* eventfd: readable once the channel has ended */
+	PrWaker reader_waker; /* the reader has to look at the data under `lock` */
+	PrWaker closed;	      /* never drained: woken once, by the end of the channel */
 	/* Set before the reader starts. */
 	PrPathFailed on_failed;
 	void *opaque;

@@ -21,7 +21,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -70,9 +69,9 @@ struct PrListener {
 	guint handshake_ms;
 	PrOnHello on_hello;
 	void *opaque;
-	GPtrArray *sockets; /* GSocket, listening */
-	int stop_fd;	    /* eventfd: readable when the door thread has to end */
-	int shaken_fd;	    /* eventfd: readable when there is something in `shaken` */
+	GPtrArray *sockets;   /* GSocket, listening */
+	PrWaker stop;	      /* never drained: the door thread has to end */
+	PrWaker shaken_waker; /* there is something in `shaken` */
 	GThread *door_thread, *hello_thread;
 
 	GPtrArray *strangers; /* the door thread's, in the order of their coming */
@@ -293,7 +292,7 @@ static gpointer shake_main(gpointer opaque)
 	g_queue_remove(&listener->shakes, shake);
 	if (shaken)
 		g_queue_push_tail(&listener->shaken, g_steal_pointer(&shake->stranger));
-	eventfd_write(listener->shaken_fd, 1);
+	pr_waker_wake(&listener->shaken_waker);
 	g_mutex_unlock(&listener->lock);
 	g_object_unref(shake->cancel);
 	stranger_free(shake->stranger);
@@ -491,9 +490,7 @@ static void take_in(PrListener *listener, Stranger *taken)
 /* Those whose handshakes are done. */
 static void take_back(PrListener *listener)
 {
-	eventfd_t count;
-
-	eventfd_read(listener->shaken_fd, &count);
+	pr_waker_drain(&listener->shaken_waker);
 	for (;;) {
 		Stranger *stranger;
 
@@ -573,8 +570,8 @@ static gboolean door_sleep(PrListener *listener, struct pollfd *fds)
 	gboolean resting = listener->rest_until > now;
 	guint n = 0;
 
-	fds[n++] = (struct pollfd){.fd = listener->stop_fd, .events = POLLIN};
-	fds[n++] = (struct pollfd){.fd = listener->shaken_fd, .events = POLLIN};
+	fds[n++] = (struct pollfd){.fd = pr_waker_fd(&listener->stop), .events = POLLIN};
+	fds[n++] = (struct pollfd){.fd = pr_waker_fd(&listener->shaken_waker), .events = POLLIN};
 	for (guint i = 0; i < listener->sockets->len; i++)
 		fds[n++] = (struct pollfd){
 			.fd = resting ? -1 : g_socket_get_fd(listener->sockets->pdata[i]),
@@ -678,13 +675,9 @@ static gboolean open_listener(PrListener *listener, GCancellable *cancel, GError
 			       error))
 		return FALSE;
 	note_port(listener);
-	listener->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	listener->shaken_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (listener->stop_fd < 0 || listener->shaken_fd < 0) {
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			    "no eventfd: %s; raise the limit of open files", g_strerror(errno));
+	if (!pr_waker_init(&listener->stop, error) ||
+	    !pr_waker_init(&listener->shaken_waker, error))
 		return FALSE;
-	}
 	uri = data_uri(listener);
 	listener->data = listener->ops->listen(uri, error);
 	return listener->data != NULL;
@@ -702,7 +695,7 @@ PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint 
 	listener->handshake_ms = handshake_ms;
 	listener->on_hello = on_hello;
 	listener->opaque = opaque;
-	listener->stop_fd = listener->shaken_fd = -1;
+	listener->stop = listener->shaken_waker = PR_WAKER_INIT;
 	listener->sockets = g_ptr_array_new_with_free_func(g_object_unref);
 	listener->strangers = g_ptr_array_new_with_free_func((GDestroyNotify)stranger_free);
 	g_mutex_init(&listener->quiet.lock);
@@ -737,7 +730,7 @@ PrDataListener *pr_listener_data(PrListener *listener)
 
 static void stop_threads(PrListener *listener)
 {
-	eventfd_write(listener->stop_fd, 1);
+	pr_waker_wake(&listener->stop);
 	g_thread_join(listener->door_thread);
 	end_shakes(listener);
 	g_mutex_lock(&listener->lock);
@@ -759,10 +752,8 @@ void pr_listener_free(PrListener *listener)
 	g_ptr_array_unref(listener->sockets);
 	g_queue_clear_full(&listener->visitors, (GDestroyNotify)visitor_free);
 	g_queue_clear_full(&listener->shaken, (GDestroyNotify)stranger_free);
-	if (listener->stop_fd >= 0)
-		close(listener->stop_fd);
-	if (listener->shaken_fd >= 0)
-		close(listener->shaken_fd);
+	pr_waker_clear(&listener->stop);
+	pr_waker_clear(&listener->shaken_waker);
 	pr_uri_free(listener->uri);
 	g_mutex_clear(&listener->quiet.lock);
 	g_mutex_clear(&listener->lock);

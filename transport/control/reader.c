@@ -5,7 +5,6 @@
 
 #include <poll.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 
 #include "transport/net/dial.h"
@@ -373,14 +372,13 @@ static gint64 reader_sleep(PrControl *control)
 	struct timespec timeout = {at_most / G_USEC_PER_SEC, at_most % G_USEC_PER_SEC * 1000};
 	struct pollfd fds[] = {
 		{.fd = room ? control->fd : -1, .events = POLLIN},
-		{.fd = control->wake_fd, .events = POLLIN},
+		{.fd = pr_waker_fd(&control->reader_waker), .events = POLLIN},
 	};
-	eventfd_t count;
 	gint64 now;
 
 	ppoll(fds, G_N_ELEMENTS(fds), &timeout, NULL);
 	if (fds[1].revents)
-		eventfd_read(control->wake_fd, &count);
+		pr_waker_drain(&control->reader_waker);
 	now = g_get_monotonic_time();
 	pr_heartbeat_woke(&control->heartbeat, now);
 	return now;
