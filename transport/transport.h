@@ -18,22 +18,10 @@
 #include <gio/gio.h>
 #include <stdint.h>
 
+#include "transport/path-error.h"
 #include "transport/uri.h"
 #include "transport/net/tls.h"
 #include "transport/wire/wire.h"
-
-typedef enum PrPathError {
-	PR_PATH_ERROR_CONNECT,	     /* could not be connected: says to where and why */
-	PR_PATH_ERROR_REFUSED,	     /* the peer turned us away: says its reason */
-	PR_PATH_ERROR_LOST,	     /* was up and died */
-	PR_PATH_ERROR_SILENT,	     /* nothing heard within the heartbeat timeout */
-	PR_PATH_ERROR_TIMEOUT,	     /* a step of the handshake took too long */
-	PR_PATH_ERROR_PEER,	     /* the peer told us that it has left (PR_MSG_PAUSE) */
-	PR_PATH_ERROR_HELD,	     /* the peer was asked by a human to pause (PR_MSG_HOLD) */
-	PR_PATH_ERROR_LOCAL_REQUEST, /* a human asked for it (migrate_pause) */
-} PrPathError;
-#define PR_PATH_ERROR pr_path_error_quark()
-GQuark pr_path_error_quark(void);
 
 /* The lanes from PR_LANES_MIN on are urgent, too. */
 typedef enum PrLaneId { PR_LANE_URGENT, PR_LANE_BULK, PR_LANES_MIN } PrLaneId;
@@ -185,16 +173,6 @@ struct PrTransportOps {
 	 * channel there instead (only the fault injection does). `outgoing` is from our side. */
 	gboolean (*admit_message)(const PrUri *uri, gboolean outgoing, uint16_t type);
 };
-
-/* The ops of a URI's scheme, or an error that lists the schemes of this build. */
-const PrTransportOps *pr_transport_find(const char *scheme, GError **error);
-
-/* So that the first migration need not wait for what the backends' libraries set up at first use (libfabric
- * looks for all its providers: 0.1 s). Takes that long; from any thread. */
-void pr_transport_warm_up(void);
-
-/* All schemes of this build and their options, for --help. */
-void pr_transport_describe(GString *out);
 
 void pr_data_path_destroy(PrDataPath *path);
 void pr_data_listener_close(PrDataListener *listener);

@@ -4,6 +4,7 @@
 
 #include "transport/control/internal.h"
 #include "transport/net/dial.h"
+#include "transport/registry.h"
 
 static gint64 deadline_in(guint ms)
 {

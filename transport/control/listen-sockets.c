@@ -2,7 +2,7 @@
 #include "transport/control/listen-sockets.h"
 
 #include "transport/net/dial.h"
-#include "transport/transport.h"
+#include "transport/path-error.h"
 
 #define BACKLOG	   4096 /* the kernel may have a lower limit */
 #define RESOLVE_MS 5000

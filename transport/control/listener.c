@@ -28,6 +28,7 @@
 #include "transport/control/peer-limits.h"
 #include "transport/net/dial.h"
 #include "transport/control/listen-sockets.h"
+#include "transport/registry.h"
 #include "util/try-alloc.h"
 
 #define STRANGERS_MAX	 32

@@ -9,6 +9,7 @@
 #include "transport/backend.h"
 #include "transport/backends.h"
 #include "transport/faulty/plan.h"
+#include "transport/registry.h"
 
 #define POLL_BATCH 16
 

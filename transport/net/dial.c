@@ -8,8 +8,8 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "transport/path-error.h"
 #include "util/try-alloc.h"
-#include "transport/transport.h"
 
 #define CANCEL_LOOK_MS 20
 

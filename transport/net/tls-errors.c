@@ -2,7 +2,7 @@
 /* Certificates in words. */
 #include <string.h>
 
-#include "transport/net/tls-internal.h"
+#include "transport/net/tls-errors.h"
 
 static char *date_text(GDateTime *date)
 {

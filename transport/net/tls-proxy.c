@@ -19,12 +19,13 @@
 #include <errno.h>
 #include <gio/gunixconnection.h>
 #include <poll.h>
+#include <stdint.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "transport/net/tls-internal.h"
+#include "transport/net/tls-proxy.h"
+#include "transport/path-error.h"
 #include "util/try-alloc.h"
-#include "transport/transport.h"
 
 #define BUFFER_BYTES (128 * 1024)
 #define CLOSE_MS     200
@@ -256,8 +257,8 @@ static Splice *splice_new(GSocketConnection *connection, GIOStream *tls, const c
 	return splice;
 }
 
-GSocketConnection *pr_tls_splice(GSocketConnection *connection, GIOStream *tls, const char *peer,
-				 GError **error)
+GSocketConnection *pr_tls_proxy_new(GSocketConnection *connection, GIOStream *tls, const char *peer,
+				    GError **error)
 {
 	g_autoptr(Splice) splice = NULL;
 	g_autoptr(GSocket) socket = NULL;

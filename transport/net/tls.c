@@ -4,13 +4,15 @@
  * every handshake come to its end and judges the client's certificate afterwards: with TLS 1.3 the client
  * would learn of an alert only later, and without words; so it can be told by an answer to its HELLO.
  */
-#include "transport/net/tls-internal.h"
+#include "transport/net/tls.h"
 
 #include <string.h>
 
 #include "transport/net/dial.h"
+#include "transport/net/tls-errors.h"
+#include "transport/net/tls-proxy.h"
+#include "transport/path-error.h"
 #include "util/try-alloc.h"
-#include "transport/transport.h"
 
 struct PrTls {
 	char *dir;
@@ -329,7 +331,7 @@ GSocketConnection *pr_tls_connect(const PrTls *tls, GSocketConnection *taken, co
 	if (!shake(&handshake, tls, deadline, cancel, error))
 		return NULL;
 	log_success(&handshake);
-	return pr_tls_splice(connection, G_IO_STREAM(handshake.tls), handshake.peer, error);
+	return pr_tls_proxy_new(connection, G_IO_STREAM(handshake.tls), handshake.peer, error);
 }
 
 /* Destination */
@@ -411,7 +413,7 @@ GSocketConnection *pr_tls_accept(const PrTls *tls, GSocketConnection *taken, gin
 		return NULL;
 	log_success(&handshake);
 	refusal = judge(&handshake, tls);
-	spliced = pr_tls_splice(connection, G_IO_STREAM(handshake.tls), handshake.peer, error);
+	spliced = pr_tls_proxy_new(connection, G_IO_STREAM(handshake.tls), handshake.peer, error);
 	if (spliced)
 		*ret_refusal = g_steal_pointer(&refusal);
 	return spliced;
