@@ -293,7 +293,20 @@ static GSocketConnection *connect_one(const PrUri *uri, GSocketAddress *address,
 	return g_socket_connection_factory_create_connection(socket);
 }
 
-/* What is said about a path to which no address answered. */
+/* What the operator can do about it, as the end of a sentence. */
+static const char *remedy_for(const GError *cause)
+{
+	if (g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_CONNECTION_REFUSED))
+		return "; is a destination listening there?";
+	if (g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_TIMED_OUT))
+		return "; is that host up, and is a firewall in between?";
+	if (g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_NETWORK_UNREACHABLE) ||
+	    g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_HOST_UNREACHABLE))
+		return "; check this host's links and routes, or list another path";
+	return "";
+}
+
+/* Of a path to which no address answered. */
 static void set_dial_error(const PrUri *uri, GSocketAddress *address, const GError *cause,
 			   GError **error)
 {
@@ -302,8 +315,8 @@ static void set_dial_error(const PrUri *uri, GSocketAddress *address, const GErr
 	gboolean slow = g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_TIMED_OUT);
 
 	g_set_error(error, PR_PATH_ERROR, slow ? PR_PATH_ERROR_TIMEOUT : PR_PATH_ERROR_CONNECT,
-		    "path %s: could not connect to %s: %s; is a destination listening there?", path,
-		    text, cause->message);
+		    "path %s: could not connect to %s: %s%s", path, text, cause->message,
+		    remedy_for(cause));
 }
 
 GSocketConnection *pr_dial(const PrUri *uri, uint16_t port, gint64 deadline, GCancellable *cancel,
