@@ -31,7 +31,7 @@ void pr_send_lost_nowait(PrSession *session, uint64_t epoch, const GError *error
 	PrLost lost = {.epoch = epoch, .held = session->paused_by_operator};
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
-	g_strlcpy(lost.reason, error->message, sizeof(lost.reason));
+	pr_reason_copy(lost.reason, error->message);
 	pr_lost_encode(body, &lost);
 	for (guint i = 0; i < session->standbys->len; i++)
 		pr_control_send_nowait(((PrConn *)session->standbys->pdata[i])->control,

@@ -90,7 +90,7 @@ static PrPendingStep refuse(PrListener *listener, const PrPendingConn *conn, con
 {
 	PrHelloAck ack = {.status = PR_HELLO_REFUSED};
 
-	g_strlcpy(ack.reason, why, sizeof ack.reason);
+	pr_reason_copy(ack.reason, why);
 	pr_control_answer(conn->control, &ack, NULL);
 	return turn_away(listener, conn, why);
 }

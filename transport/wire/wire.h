@@ -314,7 +314,10 @@ void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack);
 void pr_lane_hello_encode(GByteArray *out, const PrLaneHello *lane);
 void pr_heartbeat_encode(uint8_t out[PR_HEARTBEAT_BYTES], const PrHeartbeatBody *heartbeat);
 void pr_u32_encode(GByteArray *out, uint32_t value);
-void pr_reason_encode(GByteArray *out, const char *reason); /* truncated to PR_REASON_MAX bytes */
+/* Any text becomes a reason as it can be sent: clean UTF-8 of at most PR_REASON_MAX bytes. Of a longer text the middle is
+ * left out, which is mostly a long URI: the end, which says why, survives. */
+void pr_reason_copy(char ret[PR_REASON_MAX + 1], const char *reason);
+void pr_reason_encode(GByteArray *out, const char *reason); /* as pr_reason_copy() makes it */
 void pr_advise_encode(GByteArray *out, uint64_t page_size_summary, uint64_t target_page_size);
 void pr_ranges_encode(GByteArray *out, uint32_t block, const PrWireRange *ranges, guint n);
 void pr_grants_encode(GByteArray *out, uint32_t block, const PrWireGrant *grants, guint n);
