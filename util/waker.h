@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Wakes a thread that sleeps in poll(2): an eventfd that any thread can make readable. The sleeper polls
- * pr_waker_fd() for POLLIN beside its other descriptors. After it woke up it calls pr_waker_drain() first,
- * and then looks at the data that the wake-up is about: so no wake-up is lost. Without a drain the descriptor
- * stays readable, which serves a signal that holds for good, such as the end of a thread.
+ * Wakes a thread that sleeps in poll(2): an eventfd that any thread can make readable. The
+ * sleeper polls pr_waker_fd() for POLLIN beside its other descriptors. After it woke up it calls
+ * pr_waker_drain() first, and then looks at the data that the wake-up is about: so no wake-up is
+ * lost. Without a drain the descriptor stays readable, which serves a signal that holds for good,
+ * such as the end of a thread.
  *
- * Every function but init and clear may be called from any thread. Several wake-ups before a drain count
- * as one.
+ * Every function but init and clear may be called from any thread. Several wake-ups before a
+ * drain count as one.
  */
 #pragma once
 
