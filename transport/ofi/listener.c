@@ -114,7 +114,7 @@ void pr_ofi_listener_reject(PrDataListener *listener, struct fi_info *info)
 	fi_freeinfo(info);
 }
 
-/* PrDeskRefuse */
+/* PrLaneRefuse */
 static void refuse(gpointer request, const char *reason, gpointer opaque)
 {
 	pr_ofi_listener_reject(opaque, request);

@@ -41,7 +41,7 @@ typedef struct VerbsListener {
 	struct rdma_cm_id *id; /* NULL while the device is gone */
 } VerbsListener;
 
-/* PrDeskRefuse */
+/* PrLaneRefuse */
 static void request_reject(gpointer data, const char *reason, gpointer opaque)
 {
 	Request *request = data;
