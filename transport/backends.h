@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The ops tables of this build, for registry.c and for the files that define them. All other files call
- * pr_transport_find().
+ * The ops tables of this build, for registry.c and for the files that define them. All other
+ * files call pr_transport_find().
  */
 #pragma once
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The error domain of everything that can go wrong with a path: its connections and its data path. */
+/* The error domain of everything that can go wrong with a path: its connections and its data
+ * path. */
 #pragma once
 
 #include <glib.h>
