@@ -4,7 +4,7 @@
 
 #include <gio/gio.h>
 
-/* Makes a connection whose descriptor carries what goes through the stream `tls` over `connection`. The handshake is
- * done. Keeps references of both. `peer` is for log lines. */
+/* Makes a connection whose descriptor carries what goes through the stream `tls` over
+ * `connection`. The handshake is done. Keeps references of both. `peer` is for log lines. */
 GSocketConnection *pr_tls_proxy_new(GSocketConnection *connection, GIOStream *tls, const char *peer,
 				    GError **error);
