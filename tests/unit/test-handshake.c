@@ -125,7 +125,7 @@ static void peers_that_do_not_answer_properly_are_told_apart(void **state)
 		int code;
 		const char *says;
 	} table[] = {
-		{script_speak_http, PR_PATH_ERROR_CONNECT, "is not Postroad"},
+		{script_speak_http, PR_PATH_ERROR_CONNECT, "does not speak the Postroad protocol"},
 		{script_answer_with_hello, PR_PATH_ERROR_CONNECT, "answers HELLO with HELLO"},
 		{script_claim_too_much, PR_PATH_ERROR_CONNECT, "HELLO_ACK claims 2147483647"},
 		{script_send_garbled_ack, PR_PATH_ERROR_CONNECT, "magic"},

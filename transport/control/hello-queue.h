@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Control connections that have sent a complete HELLO. A thread gives them to the listener's owner one by one, which
- * may take seconds each. At most PR_HELLOS_MAX wait meanwhile: one more closes one of the host that has
- * most of them (peer-limits.h).
+ * Control connections that have sent a complete HELLO. A thread gives them to the listener's
+ * owner one by one, which may take seconds each. At most PR_HELLOS_MAX wait meanwhile: one more
+ * closes one of the host that has most of them (peer-limits.h).
  */
 #pragma once
 

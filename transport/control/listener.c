@@ -6,20 +6,22 @@
  *
  *  1. accept_conns() accepts it. It has until its deadline for all the steps that follow.
  *  2. sniff_protocol() looks at its first byte: plain frames, TLS, or neither.
- *  3. start_tls_handshakes(): with TLS it waits for its turn, because handshakes cost processor time that the
- *     guest may need. PrTokenBucket limits them, and the host that had fewest of late is next. Then the handshake runs
- *     in a thread of its own (tls-handshakes.h), and collect_handshaken() brings the connection back.
+ *  3. start_tls_handshakes(): with TLS it waits for its turn, because handshakes cost processor
+ *     time that the guest may need. PrTokenBucket limits them, and the host that had fewest of
+ *     late is next. Then the handshake runs in a thread of its own (tls-handshakes.h), and
+ *     collect_handshaken() brings the connection back.
  *  4. read_first_frame() reads its first frame, piece by piece as it comes in.
- *  5. hand_over() gives a connection with a HELLO to the thread that calls on_hello (hello-queue.h), and one
- *     with a LANE to the backend's offer().
+ *  5. hand_over() gives a connection with a HELLO to the thread that calls on_hello
+ *     (hello-queue.h), and one with a LANE to the backend's offer().
  *
- * The accept thread does all but the handshakes and on_hello, for all connections at once, and never blocks.
- * At most PENDING_MAX connections are pending; one more evicts one (peer-limits.h). So a flood from one host
- * evicts its own. A real peer sends its HELLO at once: it is handed over before a flood of silent connections
- * from its own host can evict it.
+ * The accept thread does all but the handshakes and on_hello, for all connections at once, and
+ * never blocks. At most PENDING_MAX connections are pending; one more evicts one (peer-limits.h).
+ * So a flood from one host evicts its own. A real peer sends its HELLO at once: it is handed over
+ * before a flood of silent connections from its own host can evict it.
  *
- * A peer that speaks without TLS where TLS is required may say HELLO, and so may one whose certificate is not
- * accepted: the answer has the reason. What peers can cause to be logged is limited, too.
+ * A peer that speaks without TLS where TLS is required may say HELLO, and so may one whose
+ * certificate is not accepted: the answer has the reason. What peers can cause to be logged is
+ * limited, too.
  */
 #include <errno.h>
 #include <poll.h>
@@ -387,8 +389,8 @@ static int sleep_ms(PrListener *listener, gint64 now)
 	return until <= now ? 0 : MIN((until - now + 999) / 1000, G_MAXINT);
 }
 
-/* Sleeps until there is something to do. FALSE: the listener is being freed. The listening sockets begin
- * with fds[2]. */
+/* Sleeps until there is something to do. FALSE: the listener is being freed. The listening
+ * sockets begin with fds[2]. */
 static gboolean wait_for_peers(PrListener *listener, struct pollfd *fds)
 {
 	gint64 now = g_get_monotonic_time();

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Fair limits for unauthenticated peers. All that is known of such a peer is the address that it connects
- * from. These functions say which connection is closed when there are too many, which is served next when
- * there is not enough for all, and how much is logged about them.
+ * Fair limits for unauthenticated peers. All that is known of such a peer is the address that it
+ * connects from. These functions say which connection is closed when there are too many, which is
+ * served next when there is not enough for all, and how much is logged about them.
  *
- * A host that floods the listener thus competes with itself, and not with the real peer. Where both are one
- * host, or the flood comes from many hosts, the oldest connection is the first to go.
+ * A host that floods the listener thus competes with itself, and not with the real peer. Where
+ * both are one host, or the flood comes from many hosts, the oldest connection is the first to
+ * go.
  *
  * Not thread-safe, except for PrLogRatelimit.
  */
@@ -14,8 +15,8 @@
 #include <glib.h>
 #include <stdint.h>
 
-/* A host: its IPv4 address, or the network half of its IPv6 address, because a host may use all of the other
- * half. */
+/* A host: its IPv4 address, or the network half of its IPv6 address, because a host may use all
+ * of the other half. */
 typedef struct PrPeerHost {
 	uint8_t bytes[16];
 } PrPeerHost;
@@ -23,8 +24,8 @@ typedef struct PrPeerHost {
 /* The host at the far end of a socket; zeros where it is not known. */
 void pr_peer_host(int fd, PrPeerHost *ret);
 
-/* Which of n > 0 connections, in the order in which they came, is to be closed: the first one of the host that has
- * most of them. */
+/* Which of n > 0 connections, in the order in which they came, is to be closed: the first one of
+ * the host that has most of them. */
 guint pr_peer_pick_eviction(const PrPeerHost *hosts, guint n);
 
 /* A budget for work that costs this side processor time: at most PR_TOKENS_BURST at once, and
@@ -41,12 +42,13 @@ typedef struct PrTokenBucket {
 
 /* When there is a token: now, or a later time (us). */
 gint64 pr_token_bucket_available_at(const PrTokenBucket *bucket, gint64 now);
-/* Which of n > 0 hosts that wait, in the order in which they came, is next: the one that had fewest of the last
- * tokens. */
+/* Which of n > 0 hosts that wait, in the order in which they came, is next: the one that had
+ * fewest of the last tokens. */
 guint pr_token_bucket_pick_next(const PrTokenBucket *bucket, const PrPeerHost *hosts, guint n);
 void pr_token_bucket_take(PrTokenBucket *bucket, const PrPeerHost *host, gint64 now);
 
-/* Limits the log lines that peers can cause: PR_LOG_LINES_PER_SECOND. Zeros, and a lock, are a new one. */
+/* Limits the log lines that peers can cause: PR_LOG_LINES_PER_SECOND. Zeros, and a lock, are a
+ * new one. */
 #define PR_LOG_LINES_PER_SECOND 10
 
 typedef struct PrLogRatelimit {
@@ -56,5 +58,6 @@ typedef struct PrLogRatelimit {
 	guint suppressed; /* since the last line that was logged */
 } PrLogRatelimit;
 
-/* Any thread. FALSE: do not log. *ret_suppressed: how many lines were not logged since the last one that was. */
+/* Any thread. FALSE: do not log. *ret_suppressed: how many lines were not logged since the last
+ * one that was. */
 gboolean pr_log_ratelimit_allows(PrLogRatelimit *limit, gint64 now, guint *ret_suppressed);

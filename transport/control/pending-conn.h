@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* A connection that a listener has accepted, and whose first frame is not complete. For the listener's files only. */
+/* A connection that a listener has accepted, and whose first frame is not complete. For the
+ * listener's files only. */
 #pragma once
 
 #include "transport/control/internal.h"

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The TLS handshakes of incoming connections. Each has a thread of its own, because it blocks. At most
- * PR_TLS_HANDSHAKES_MAX run at a time, because GIO works through them in a pool of ten threads. One more
- * cancels one of those that run, of the host that has most of them (peer-limits.h).
+ * The TLS handshakes of incoming connections. Each has a thread of its own, because it blocks. At
+ * most PR_TLS_HANDSHAKES_MAX run at a time, because GIO works through them in a pool of ten
+ * threads. One more cancels one of those that run, of the host that has most of them
+ * (peer-limits.h).
  *
  * All functions are for one thread, the listener's accept thread.
  */
@@ -24,7 +25,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrTlsHandshakes, pr_tls_handshakes_free)
 gboolean pr_tls_handshakes_start(PrTlsHandshakes *handshakes, PrPendingConn *conn, GError **error);
 /* Readable where there is something for pr_tls_handshakes_pop(). */
 int pr_tls_handshakes_fd(PrTlsHandshakes *handshakes);
-/* The connection of a handshake that has ended, which is the caller's then; NULL: there is none. It is encrypted, and
- * its refusal is set where the client's certificate is not accepted. Where *ret_failure is set the handshake has
- * failed, and the connection is good for nothing. */
+/* The connection of a handshake that has ended, which is the caller's then; NULL: there is none.
+ * It is encrypted, and its refusal is set where the client's certificate is not accepted. Where
+ * *ret_failure is set the handshake has failed, and the connection is good for nothing. */
 PrPendingConn *pr_tls_handshakes_pop(PrTlsHandshakes *handshakes, GError **ret_failure);

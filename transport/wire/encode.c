@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Encoding of what is sent to a peer: pure functions. */
+/* Encodes what is sent to a peer: pure functions. */
 #include <string.h>
 
 #include "transport/wire/bytes.h"
@@ -120,7 +120,7 @@ void pr_heartbeat_encode(uint8_t out[PR_HEARTBEAT_BYTES], const PrHeartbeatBody 
 {
 	store_u64(out, heartbeat->stamp);
 	store_u64(out + 8, heartbeat->echo);
-	store_u64(out + 16, heartbeat->held);
+	store_u64(out + 16, heartbeat->echo_age);
 }
 
 void pr_u32_encode(GByteArray *out, uint32_t value)
@@ -223,7 +223,7 @@ void pr_hashes_encode(GByteArray *out, const PrHashes *hashes)
 void pr_lost_encode(GByteArray *out, const PrLost *lost)
 {
 	put_u64(out, lost->epoch);
-	put_u8(out, lost->held != FALSE);
+	put_u8(out, lost->paused_by_operator != FALSE);
 	pr_reason_encode(out, lost->reason);
 }
 
