@@ -11,6 +11,7 @@
 #include "migration/source/fence.h"
 #include "migration/source/handover.h"
 #include "migration/source/source.h"
+#include "transport/registry.h"
 
 /* ---- the guest's process ends ---- */
 

@@ -19,7 +19,7 @@
 #include "monitor/sandbox.h"
 #include "util/try-alloc.h"
 #include "transport/net/tls.h"
-#include "transport/transport.h"
+#include "transport/registry.h"
 
 #define EXIT_USAGE    2
 #define LAST_WORDS_MS 1000 /* that the end waits for whoever reads the log */

@@ -6,7 +6,6 @@
 #include <linux/magic.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -199,45 +198,40 @@ gboolean pr_region_store(const PrRegion *region, uint64_t offset, const void *da
 	return TRUE;
 }
 
-static gboolean waker_error(const char *what, GError **error)
+static gboolean epoll_error(const char *call, GError **error)
 {
-	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT, "%s: %s", what, g_strerror(errno));
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT, "%s: %s", call, g_strerror(errno));
 	return FALSE;
 }
 
-gboolean pr_waker_init(PrWaker *waker, GError **error)
+gboolean pr_poll_set_init(PrPollSet *set, GError **error)
 {
-	*waker = PR_WAKER_INIT;
-	waker->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	if (waker->epoll_fd < 0)
-		return waker_error("epoll_create1", error);
-	waker->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (waker->event_fd < 0)
-		return waker_error("eventfd", error);
-	return pr_waker_watch(waker, waker->event_fd, error);
+	*set = PR_POLL_SET_INIT;
+	set->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (set->epoll_fd < 0)
+		return epoll_error("epoll_create1", error);
+	return pr_waker_init(&set->waker, error) &&
+	       pr_poll_set_add(set, pr_waker_fd(&set->waker), error);
 }
 
-gboolean pr_waker_watch(PrWaker *waker, int fd, GError **error)
+gboolean pr_poll_set_add(PrPollSet *set, int fd, GError **error)
 {
 	struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
 
-	if (epoll_ctl(waker->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
-		return waker_error("epoll_ctl", error);
+	if (epoll_ctl(set->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+		return epoll_error("epoll_ctl", error);
 	return TRUE;
 }
 
-void pr_waker_wake(PrWaker *waker)
+void pr_poll_set_wake(PrPollSet *set)
 {
-	/* Can only fail where the counter is full, and then the fd is readable already. */
-	if (waker->event_fd >= 0)
-		(void)eventfd_write(waker->event_fd, 1);
+	pr_waker_wake(&set->waker);
 }
 
-void pr_waker_clear(PrWaker *waker)
+void pr_poll_set_clear(PrPollSet *set)
 {
-	if (waker->event_fd >= 0)
-		close(waker->event_fd);
-	if (waker->epoll_fd >= 0)
-		close(waker->epoll_fd);
-	*waker = PR_WAKER_INIT;
+	pr_waker_clear(&set->waker);
+	if (set->epoll_fd >= 0)
+		close(set->epoll_fd);
+	*set = PR_POLL_SET_INIT;
 }

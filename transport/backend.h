@@ -9,6 +9,7 @@
 #include <poll.h>
 
 #include "transport/transport.h"
+#include "util/waker.h"
 
 #define PR_OPTION_BIND "bind"
 
@@ -76,16 +77,17 @@ gboolean pr_region_is_writable_file(const PrRegion *region);
 gboolean pr_region_store(const PrRegion *region, uint64_t offset, const void *data, gsize length);
 
 /*
- * The fd a lane's thread sleeps on: an epoll fd with the lane's own event sources, and an eventfd by
- * which any other thread makes it readable for good.
+ * What a lane's thread sleeps on: an epoll fd with the lane's own descriptors, and a waker by which any
+ * other thread makes it readable for good.
  */
-typedef struct PrWaker {
-	int epoll_fd, event_fd; /* -1: none */
-} PrWaker;
+typedef struct PrPollSet {
+	int epoll_fd; /* -1: none */
+	PrWaker waker;
+} PrPollSet;
 
-#define PR_WAKER_INIT ((PrWaker){.epoll_fd = -1, .event_fd = -1})
-gboolean pr_waker_init(PrWaker *waker, GError **error);
-gboolean pr_waker_watch(PrWaker *waker, int fd, GError **error);
-/* Any thread; nothing to do for one that was never set up. */
-void pr_waker_wake(PrWaker *waker);
-void pr_waker_clear(PrWaker *waker);
+#define PR_POLL_SET_INIT ((PrPollSet){.epoll_fd = -1, .waker = PR_WAKER_INIT})
+gboolean pr_poll_set_init(PrPollSet *set, GError **error);
+gboolean pr_poll_set_add(PrPollSet *set, int fd, GError **error);
+/* Any thread; does nothing to a set that is PR_POLL_SET_INIT. */
+void pr_poll_set_wake(PrPollSet *set);
+void pr_poll_set_clear(PrPollSet *set);

@@ -28,22 +28,22 @@ static gboolean is_fit(PrPathState state)
 	return state == PR_PATH_STANDBY || state == PR_PATH_ACTIVE;
 }
 
-static gboolean has_a_past(const PrHealth *health)
+static gboolean has_failed_before(const PrHealth *health)
 {
-	return health->failures || health->hold;
+	return health->failures || health->hold_down;
 }
 
 static void note_failure(PrHealth *health, gint64 now)
 {
 	gint64 retry = PR_HEALTH_RETRY_MIN << MIN(health->failures, 10);
-	gboolean forgiven =
-		is_fit(health->state) && now - health->since > PR_HEALTH_FORGIVENESS * health->hold;
+	gboolean forgiven = is_fit(health->state) &&
+			    now - health->since > PR_HEALTH_FORGIVENESS * health->hold_down;
 
 	if (is_up(health->state)) {
-		health->hold =
-			forgiven ? PR_HEALTH_HOLD_MIN
-				 : CLAMP(2 * health->hold, PR_HEALTH_HOLD_MIN, PR_HEALTH_HOLD_MAX);
-		health->hold_until = now + health->hold;
+		health->hold_down = forgiven ? PR_HEALTH_HOLD_DOWN_MIN
+					     : CLAMP(2 * health->hold_down, PR_HEALTH_HOLD_DOWN_MIN,
+						     PR_HEALTH_HOLD_DOWN_MAX);
+		health->hold_until = now + health->hold_down;
 	}
 	health->failures++;
 	health->retry_at = now + MIN(retry, PR_HEALTH_RETRY_MAX);
@@ -51,7 +51,7 @@ static void note_failure(PrHealth *health, gint64 now)
 
 static PrPathState after_probe(PrHealth *health, gint64 now)
 {
-	guint needed = has_a_past(health) ? PR_HEALTH_PROBES : 1;
+	guint needed = has_failed_before(health) ? PR_HEALTH_PROBES : 1;
 
 	health->probes++;
 	if (health->state != PR_PATH_PROBATION)
@@ -69,7 +69,7 @@ static PrPathState next_state(PrHealth *health, PrHealthEvent event, gint64 now)
 		health->listens = TRUE;
 		return PR_PATH_LISTENING;
 	case PR_HEALTH_CONNECTS:
-		/* One that failed is failed until an attempt succeeds. */
+		/* A path that failed stays failed until an attempt succeeds. */
 		return health->state == PR_PATH_IDLE ? PR_PATH_CONNECTING : health->state;
 	case PR_HEALTH_CONNECTED:
 		health->probes = 0;

@@ -5,177 +5,179 @@
 
 #include "util/try-alloc.h"
 
-#define NOBODY_WAITS "it waits for no such migration"
+#define NOT_EXPECTED "no lane of this migration is expected here"
 
-typedef struct Arrival {
-	gpointer what;
+typedef struct PendingLane {
+	gpointer lane; /* the backend's */
 	PrLaneHello hello;
-	gint64 expires; /* monotonic, microseconds */
-} Arrival;
+	gint64 expires; /* us, monotonic */
+} PendingLane;
 
 struct PrPendingLanes {
-	/* constant */
-	PrDeskRefuse refuse;
+	/* Constant. */
+	PrLaneRefuse refuse;
 	gpointer opaque;
-	GThread *janitor; /* lets arrivals expire */
+	GThread *expiry_thread;
 
-	GMutex lock; /* of all that follows */
+	GMutex lock; /* of the rest */
 	GCond changed;
-	GQueue arrivals;  /* of Arrival, oldest first */
+	GQueue lanes;	  /* of PendingLane, oldest first */
 	GArray *expected; /* of PrBinding */
 	gboolean closing;
 };
 
-/* Takes arrivals that were unlinked under the lock; without it. */
-static void refuse_all(PrPendingLanes *desk, GQueue *refused)
+/* Refuses lanes that were unlinked under the lock. Called without it. */
+static void refuse_all(PrPendingLanes *pending, GQueue *refused)
 {
-	Arrival *arrival;
+	PendingLane *held;
 
-	while ((arrival = g_queue_pop_head(refused))) {
-		desk->refuse(arrival->what, NOBODY_WAITS, desk->opaque);
-		g_free(arrival);
+	while ((held = g_queue_pop_head(refused))) {
+		pending->refuse(held->lane, NOT_EXPECTED, pending->opaque);
+		g_free(held);
 	}
 }
 
-static gboolean is_expected(PrPendingLanes *desk, const PrLaneHello *hello)
+static gboolean is_expected(PrPendingLanes *pending, const PrLaneHello *hello)
 {
-	for (guint i = 0; i < desk->expected->len; i++)
-		if (pr_backend_binding_matches(&g_array_index(desk->expected, PrBinding, i), hello))
+	for (guint i = 0; i < pending->expected->len; i++)
+		if (pr_backend_binding_matches(&g_array_index(pending->expected, PrBinding, i),
+					       hello))
 			return TRUE;
 	return FALSE;
 }
 
-/* Unlinks what has no hope. Under the lock. */
-static void sort_out(PrPendingLanes *desk, GQueue *refused)
+/* Unlinks the lanes that are not expected, where any are. Under the lock. */
+static void unlink_unexpected(PrPendingLanes *pending, GQueue *refused)
 {
 	GList *next;
 
-	for (GList *link = desk->arrivals.head; link && desk->expected->len; link = next) {
-		Arrival *arrival = link->data;
+	for (GList *link = pending->lanes.head; link && pending->expected->len; link = next) {
+		PendingLane *held = link->data;
 
 		next = link->next;
-		if (is_expected(desk, &arrival->hello))
+		if (is_expected(pending, &held->hello))
 			continue;
-		g_queue_delete_link(&desk->arrivals, link);
-		g_queue_push_tail(refused, arrival);
+		g_queue_delete_link(&pending->lanes, link);
+		g_queue_push_tail(refused, held);
 	}
 }
 
-/* Returns when to look again, 0 for never. Under the lock. */
-static gint64 expire(PrPendingLanes *desk, GQueue *refused)
+/* Unlinks the lanes that have expired. Returns when the next one does, 0: there is none. Under
+ * the lock. */
+static gint64 unlink_expired(PrPendingLanes *pending, GQueue *refused)
 {
-	Arrival *oldest;
+	PendingLane *oldest;
 
-	while ((oldest = g_queue_peek_head(&desk->arrivals))) {
+	while ((oldest = g_queue_peek_head(&pending->lanes))) {
 		if (oldest->expires > g_get_monotonic_time())
 			return oldest->expires;
-		g_queue_push_tail(refused, g_queue_pop_head(&desk->arrivals));
+		g_queue_push_tail(refused, g_queue_pop_head(&pending->lanes));
 	}
 	return 0;
 }
 
-static gpointer janitor_thread(gpointer opaque)
+static gpointer expire_lanes(gpointer opaque)
 {
-	PrPendingLanes *desk = opaque;
+	PrPendingLanes *pending = opaque;
 
-	g_mutex_lock(&desk->lock);
-	while (!desk->closing) {
+	g_mutex_lock(&pending->lock);
+	while (!pending->closing) {
 		GQueue refused = G_QUEUE_INIT;
-		gint64 next = expire(desk, &refused);
+		gint64 next = unlink_expired(pending, &refused);
 
 		if (!g_queue_is_empty(&refused)) {
-			g_mutex_unlock(&desk->lock);
-			refuse_all(desk, &refused);
-			g_mutex_lock(&desk->lock);
+			g_mutex_unlock(&pending->lock);
+			refuse_all(pending, &refused);
+			g_mutex_lock(&pending->lock);
 		} else if (next) {
-			g_cond_wait_until(&desk->changed, &desk->lock, next);
+			g_cond_wait_until(&pending->changed, &pending->lock, next);
 		} else {
-			/* Ended by an arrival, or by closing. */
-			g_cond_wait(&desk->changed, &desk->lock);
+			/* Ended by a lane that comes in, or by pr_pending_lanes_free(). */
+			g_cond_wait(&pending->changed, &pending->lock);
 		}
 	}
-	g_mutex_unlock(&desk->lock);
+	g_mutex_unlock(&pending->lock);
 	return NULL;
 }
 
-PrPendingLanes *pr_pending_lanes_new(PrDeskRefuse refuse, gpointer opaque, GError **error)
+PrPendingLanes *pr_pending_lanes_new(PrLaneRefuse refuse, gpointer opaque, GError **error)
 {
-	PrPendingLanes *desk = g_new0(PrPendingLanes, 1);
+	PrPendingLanes *pending = g_new0(PrPendingLanes, 1);
 
-	desk->refuse = refuse;
-	desk->opaque = opaque;
-	g_mutex_init(&desk->lock);
-	g_cond_init(&desk->changed);
-	g_queue_init(&desk->arrivals);
-	desk->expected = g_array_new(FALSE, FALSE, sizeof(PrBinding));
-	desk->janitor = pr_thread_try("pr-lanes", janitor_thread, desk, error);
-	if (desk->janitor)
-		return desk;
-	pr_pending_lanes_free(desk);
+	pending->refuse = refuse;
+	pending->opaque = opaque;
+	g_mutex_init(&pending->lock);
+	g_cond_init(&pending->changed);
+	g_queue_init(&pending->lanes);
+	pending->expected = g_array_new(FALSE, FALSE, sizeof(PrBinding));
+	pending->expiry_thread = pr_thread_try("pr-lanes", expire_lanes, pending, error);
+	if (pending->expiry_thread)
+		return pending;
+	pr_pending_lanes_free(pending);
 	return NULL;
 }
 
-void pr_pending_lanes_free(PrPendingLanes *desk)
+void pr_pending_lanes_free(PrPendingLanes *pending)
 {
-	if (!desk)
+	if (!pending)
 		return;
-	g_mutex_lock(&desk->lock);
-	desk->closing = TRUE;
-	g_cond_broadcast(&desk->changed);
-	g_mutex_unlock(&desk->lock);
-	if (desk->janitor)
-		g_thread_join(desk->janitor);
-	refuse_all(desk, &desk->arrivals);
-	g_array_unref(desk->expected);
-	g_mutex_clear(&desk->lock);
-	g_cond_clear(&desk->changed);
-	g_free(desk);
+	g_mutex_lock(&pending->lock);
+	pending->closing = TRUE;
+	g_cond_broadcast(&pending->changed);
+	g_mutex_unlock(&pending->lock);
+	if (pending->expiry_thread)
+		g_thread_join(pending->expiry_thread);
+	refuse_all(pending, &pending->lanes);
+	g_array_unref(pending->expected);
+	g_mutex_clear(&pending->lock);
+	g_cond_clear(&pending->changed);
+	g_free(pending);
 }
 
-void pr_pending_lanes_offer(PrPendingLanes *desk, gpointer what, const PrLaneHello *hello)
+void pr_pending_lanes_offer(PrPendingLanes *pending, gpointer lane, const PrLaneHello *hello)
 {
 	GQueue refused = G_QUEUE_INIT;
-	Arrival *arrival = g_new0(Arrival, 1);
+	PendingLane *held = g_new0(PendingLane, 1);
 
-	arrival->what = what;
-	arrival->hello = *hello;
-	arrival->expires = pr_backend_deadline(PR_DESK_HOLD_MS);
-	g_mutex_lock(&desk->lock);
-	g_queue_push_tail(&desk->arrivals, arrival);
-	sort_out(desk, &refused);
-	if (desk->arrivals.length > PR_DESK_HELD)
-		g_queue_push_tail(&refused, g_queue_pop_head(&desk->arrivals));
-	g_cond_broadcast(&desk->changed);
-	g_mutex_unlock(&desk->lock);
-	refuse_all(desk, &refused);
+	held->lane = lane;
+	held->hello = *hello;
+	held->expires = pr_backend_deadline(PR_PENDING_LANES_MS);
+	g_mutex_lock(&pending->lock);
+	g_queue_push_tail(&pending->lanes, held);
+	unlink_unexpected(pending, &refused);
+	if (pending->lanes.length > PR_PENDING_LANES_MAX)
+		g_queue_push_tail(&refused, g_queue_pop_head(&pending->lanes));
+	g_cond_broadcast(&pending->changed);
+	g_mutex_unlock(&pending->lock);
+	refuse_all(pending, &refused);
 }
 
-gpointer pr_pending_lanes_withdraw(PrPendingLanes *desk, GEqualFunc matches, gconstpointer what)
+gpointer pr_pending_lanes_withdraw(PrPendingLanes *pending, GEqualFunc matches, gconstpointer with)
 {
 	gpointer found = NULL;
 
-	g_mutex_lock(&desk->lock);
-	for (GList *link = desk->arrivals.head; link && !found; link = link->next) {
-		Arrival *arrival = link->data;
+	g_mutex_lock(&pending->lock);
+	for (GList *link = pending->lanes.head; link && !found; link = link->next) {
+		PendingLane *held = link->data;
 
-		if (!matches(arrival->what, what))
+		if (!matches(held->lane, with))
 			continue;
-		found = arrival->what;
-		g_free(arrival);
-		g_queue_delete_link(&desk->arrivals, link);
+		found = held->lane;
+		g_free(held);
+		g_queue_delete_link(&pending->lanes, link);
 		break;
 	}
-	g_mutex_unlock(&desk->lock);
+	g_mutex_unlock(&pending->lock);
 	return found;
 }
 
-static gboolean find_expected(PrPendingLanes *desk, const PrBinding *binding, guint *ret)
+static gboolean find_expected(PrPendingLanes *pending, const PrBinding *binding, guint *ret)
 {
 	PrLaneHello hello;
 
 	pr_backend_lane_hello(&hello, binding, PR_LANE_URGENT);
-	for (guint i = 0; i < desk->expected->len; i++) {
-		if (!pr_backend_binding_matches(&g_array_index(desk->expected, PrBinding, i),
+	for (guint i = 0; i < pending->expected->len; i++) {
+		if (!pr_backend_binding_matches(&g_array_index(pending->expected, PrBinding, i),
 						&hello))
 			continue;
 		*ret = i;
@@ -184,78 +186,79 @@ static gboolean find_expected(PrPendingLanes *desk, const PrBinding *binding, gu
 	return FALSE;
 }
 
-void pr_pending_lanes_expect(PrPendingLanes *desk, const PrBinding *binding)
+void pr_pending_lanes_expect(PrPendingLanes *pending, const PrBinding *binding)
 {
 	GQueue refused = G_QUEUE_INIT;
 	guint at;
 
-	g_mutex_lock(&desk->lock);
-	if (!find_expected(desk, binding, &at))
-		g_array_append_val(desk->expected, *binding);
-	sort_out(desk, &refused);
-	g_mutex_unlock(&desk->lock);
-	refuse_all(desk, &refused);
+	g_mutex_lock(&pending->lock);
+	if (!find_expected(pending, binding, &at))
+		g_array_append_val(pending->expected, *binding);
+	unlink_unexpected(pending, &refused);
+	g_mutex_unlock(&pending->lock);
+	refuse_all(pending, &refused);
 }
 
-void pr_pending_lanes_forget(PrPendingLanes *desk, const PrBinding *binding)
+void pr_pending_lanes_forget(PrPendingLanes *pending, const PrBinding *binding)
 {
 	guint at;
 
-	g_mutex_lock(&desk->lock);
-	if (find_expected(desk, binding, &at))
-		g_array_remove_index(desk->expected, at);
-	g_mutex_unlock(&desk->lock);
+	g_mutex_lock(&pending->lock);
+	if (find_expected(pending, binding, &at))
+		g_array_remove_index(pending->expected, at);
+	g_mutex_unlock(&pending->lock);
 }
 
 static void on_cancelled(GCancellable *cancel, gpointer opaque)
 {
-	PrPendingLanes *desk = opaque;
+	PrPendingLanes *pending = opaque;
 
-	g_mutex_lock(&desk->lock);
-	g_cond_broadcast(&desk->changed);
-	g_mutex_unlock(&desk->lock);
+	g_mutex_lock(&pending->lock);
+	g_cond_broadcast(&pending->changed);
+	g_mutex_unlock(&pending->lock);
 }
 
-/* Under the lock. NULL: it has not come yet. */
-static gpointer take_matching(PrPendingLanes *desk, const PrBinding *binding, PrLaneId *ret_lane)
+/* Under the lock. NULL: none has come yet. */
+static gpointer take_matching(PrPendingLanes *pending, const PrBinding *binding, PrLaneId *ret_lane)
 {
-	for (GList *link = desk->arrivals.head; link; link = link->next) {
-		Arrival *arrival = link->data;
-		gpointer what = arrival->what;
+	for (GList *link = pending->lanes.head; link; link = link->next) {
+		PendingLane *held = link->data;
+		gpointer lane = held->lane;
 
-		if (!pr_backend_binding_matches(binding, &arrival->hello))
+		if (!pr_backend_binding_matches(binding, &held->hello))
 			continue;
-		*ret_lane = arrival->hello.lane;
-		g_free(arrival);
-		g_queue_delete_link(&desk->arrivals, link);
-		return what;
+		*ret_lane = held->hello.lane;
+		g_free(held);
+		g_queue_delete_link(&pending->lanes, link);
+		return lane;
 	}
 	return NULL;
 }
 
-gpointer pr_pending_lanes_claim(PrPendingLanes *desk, const PrPathSetup *setup, gint64 deadline,
+gpointer pr_pending_lanes_claim(PrPendingLanes *pending, const PrPathSetup *setup, gint64 deadline,
 				PrLaneId *ret_lane, GError **error)
 {
 	gboolean cancelled = FALSE, in_time = TRUE;
 	gulong on_cancel = 0;
-	gpointer what;
+	gpointer lane;
 
 	if (setup->cancel)
-		on_cancel =
-			g_cancellable_connect(setup->cancel, G_CALLBACK(on_cancelled), desk, NULL);
-	g_mutex_lock(&desk->lock);
-	while (!(what = take_matching(desk, &setup->binding, ret_lane)) && in_time &&
+		on_cancel = g_cancellable_connect(setup->cancel, G_CALLBACK(on_cancelled), pending,
+						  NULL);
+	g_mutex_lock(&pending->lock);
+	while (!(lane = take_matching(pending, &setup->binding, ret_lane)) && in_time &&
 	       !(cancelled = g_cancellable_is_cancelled(setup->cancel)))
-		in_time = g_cond_wait_until(&desk->changed, &desk->lock, deadline);
-	g_mutex_unlock(&desk->lock);
+		in_time = g_cond_wait_until(&pending->changed, &pending->lock, deadline);
+	g_mutex_unlock(&pending->lock);
 	g_cancellable_disconnect(setup->cancel, on_cancel);
-	if (what)
-		return what;
+	if (lane)
+		return lane;
 	if (cancelled)
 		g_cancellable_set_error_if_cancelled(setup->cancel, error);
 	else
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
 			    "no answer in time; is the peer alive, and is a firewall in between?");
-	g_prefix_error(error, "path %s: waiting for the source's data lanes: ", setup->uri->text);
+	g_autofree char *path = pr_uri_address(setup->uri);
+	g_prefix_error(error, "path %s: waiting for the source's data lanes: ", path);
 	return NULL;
 }

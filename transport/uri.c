@@ -7,7 +7,7 @@ G_DEFINE_QUARK(pr_uri_error, pr_uri_error)
 
 #define URI_SHAPE "SCHEME:HOST:PORT[?KEY=VALUE[&KEY=VALUE]...]"
 
-/* Quotes the URI, says what is wrong with it, then what was expected. */
+/* The error quotes the URI, then says what is wrong with it and what was expected. */
 static gboolean G_GNUC_PRINTF(3, 4)
 	malformed(GError **error, const char *text, const char *format, ...)
 {
@@ -87,7 +87,7 @@ static gboolean parse_bracketed(PrUri *uri, Span *rest, GError **error)
 	address = g_inet_address_new_from_string(bare);
 	if (!address || g_inet_address_get_family(address) != G_SOCKET_FAMILY_IPV6 ||
 	    g_str_has_suffix(uri->host, "%"))
-		return malformed(error, uri->text, "\"%s\" in brackets is no IPv6 address",
+		return malformed(error, uri->text, "\"%s\" in brackets is not an IPv6 address",
 				 uri->host);
 	if (!cut_at(rest, ':', &after) || after.length)
 		return malformed(error, uri->text, "expected a ':' and the port after ']'");
@@ -104,7 +104,7 @@ static gboolean check_host(PrUri *uri, Span host, GError **error)
 		return malformed(error, uri->text, "host \"%s\" is neither a name nor an address",
 				 uri->host);
 	if (strspn(uri->host, "0123456789.") == host.length && !g_hostname_is_ip_address(uri->host))
-		return malformed(error, uri->text, "host \"%s\" is no IPv4 address", uri->host);
+		return malformed(error, uri->text, "host \"%s\" is not an IPv4 address", uri->host);
 	return TRUE;
 }
 
@@ -130,8 +130,8 @@ static gboolean parse_port(PrUri *uri, Span port, gboolean listening, GError **e
 	guint64 value;
 
 	if (!g_ascii_string_to_unsigned(text, 10, listening ? 0 : 1, UINT16_MAX, &value, NULL))
-		return malformed(error, uri->text, "port \"%s\" is no number from %d to %d", text,
-				 listening ? 0 : 1, UINT16_MAX);
+		return malformed(error, uri->text, "port \"%s\" is not a number from %d to %d",
+				 text, listening ? 0 : 1, UINT16_MAX);
 	uri->port = value;
 	return TRUE;
 }

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Paths as the operator names them: SCHEME:HOST:PORT[?KEY=VALUE[&KEY=VALUE]…], and lists of them,
- * separated by commas, in order of preference. HOST is a name, an IPv4 address or an IPv6 address
- * in brackets. A scheme may be wrapped for fault injection: faulty+tcp:… (see transport/faulty/faulty.c).
+ * Paths as the operator writes them: SCHEME:HOST:PORT[?KEY=VALUE[&KEY=VALUE]…], and lists of
+ * them, separated by commas, in order of preference. HOST is a name, an IPv4 address, or an IPv6
+ * address in brackets. The prefix "faulty+" of a scheme adds fault injection: faulty+tcp:…
+ * (transport/faulty/faulty.h).
  */
 #pragma once
 
@@ -14,25 +15,25 @@ typedef enum PrUriError { PR_URI_ERROR_MALFORMED } PrUriError;
 GQuark pr_uri_error_quark(void);
 
 typedef struct PrUri {
-	char *text;	     /* as given */
+	char *text;	     /* as it was parsed */
 	char *scheme;	     /* "ofi", "tcp", "faulty+ofi", … */
 	char *host;	     /* without brackets */
-	uint16_t port;	     /* 0 only where a listener may choose one */
+	uint16_t port;	     /* 0 only for a listener, whose port the kernel chooses */
 	GHashTable *options; /* key -> value, both strings */
 } PrUri;
 
-/* Errors quote the URI and say what is wrong and what was expected. Port 0 is accepted only with
- * `listening`. */
+/* An error quotes the URI, and says what is wrong and what was expected. Port 0 is accepted only
+ * with `listening`. */
 PrUri *pr_uri_parse(const char *text, gboolean listening, GError **error);
 PrUri *pr_uri_copy(const PrUri *uri);
 void pr_uri_free(PrUri *uri);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrUri, pr_uri_free)
 
-/* An element list of PrUri*, freed with the array; at least one. */
+/* Parses a list of URIs (PrUri *, freed with the array); it has at least one. */
 GPtrArray *pr_uri_list_parse(const char *text, gboolean listening, GError **error);
 
-/* The transport that carries the pages: the scheme without wrappers ("faulty+ofi" -> "ofi"). */
+/* The transport that carries the pages: the scheme without its prefix ("faulty+ofi" -> "ofi"). */
 const char *pr_scheme_transport(const char *scheme);
 
-/* SCHEME:HOST:PORT with brackets where needed; the caller's to g_free(). */
+/* SCHEME:HOST:PORT, an IPv6 address in brackets, without options; g_free() it. */
 char *pr_uri_address(const PrUri *uri);

@@ -6,52 +6,53 @@
 
 #include "util/try-alloc.h"
 
-#define LATE_US		(100 * 1000) /* that the watchdog wakes up: something held the process up */
-#define STANDSTILL_US	G_USEC_PER_SEC /* so late is worth a word */
-#define RUNNABLE_FACTOR 4	       /* who only lacks a CPU may take so much longer */
+#define LATE_US		(100 * 1000) /* the watchdog woke up so late that the process was stopped */
+#define STANDSTILL_US	G_USEC_PER_SEC /* the watchdog was so late that it is logged */
+#define RUNNABLE_FACTOR 4	       /* a thread that only lacks a CPU may take so much longer */
 
 struct PrWatch {
 	PrWatchdog *watchdog;
 	const char *name; /* constant */
 	pid_t tid;	  /* constant */
 
-	/* Atomic; written by the thread alone, `since` before `point`: whoever reads the point first never takes it
-	 * for longer than it lasts. */
+	/* Atomic; written by the thread alone, `since` before `point`. The watchdog reads the
+	 * point first, so it never takes a point to last for longer than it does. */
 	gint64 since;		   /* us; 0: idle */
 	const PrWatchPoint *point; /* NULL: none yet */
 
 	/* PrWatchdog.lock */
-	gint64 blamed_since; /* the stall that was logged; 0: none */
-	gint64 say_again;    /* when it has lasted so long, us */
-	const PrWatchPoint *blamed_point;
+	gint64 reported_since; /* when the stall began that was reported; 0: none */
+	gint64 report_again;   /* when it has lasted so long, us */
+	const PrWatchPoint *reported_point;
 };
 
 struct PrWatchdog {
-	GThread *thread; /* NULL: there is none */
+	GThread *thread; /* NULL: not started */
 
-	GMutex lock; /* protects what follows */
+	GMutex lock; /* of the rest */
 	GCond changed;
 	GPtrArray *watches;
 	gboolean stop;
-	gint64 looked;	/* the last look */
-	gint64 excused; /* nobody is blamed for what was before */
+	gint64 checked; /* when the last check was */
+	gint64 excused; /* time before this is not held against any thread */
 	guint64 stalls;
 	char *last;
 };
 
-static void word_clear(gpointer word)
+static void report_clear(gpointer report)
 {
-	g_free(((PrWatchWord *)word)->text);
+	g_free(((PrWatchReport *)report)->text);
 }
 
-static void say(GArray *words, GLogLevelFlags level, char *text)
+/* Takes the text. */
+static void add_report(GArray *reports, GLogLevelFlags level, char *text)
 {
-	PrWatchWord word = {level, text};
+	PrWatchReport report = {level, text};
 
-	g_array_append_val(words, word);
+	g_array_append_val(reports, report);
 }
 
-/* Whether the scheduler says that a thread runs, or would if it got a CPU; else it sleeps. */
+/* Whether a thread runs or waits for a CPU, as the scheduler sees it. */
 static gboolean is_runnable(pid_t tid)
 {
 	char path[64], line[512], state = '?';
@@ -69,73 +70,74 @@ static gboolean is_runnable(pid_t tid)
 }
 
 /* The doubling intervals start anew with each stall. */
-static void blame(PrWatch *watch, const PrWatchPoint *point, gint64 since, gint64 lasts,
-		  GArray *words)
+static void report_stall(PrWatch *watch, const PrWatchPoint *point, gint64 since, gint64 lasts,
+			 GArray *reports)
 {
 	PrWatchdog *watchdog = watch->watchdog;
-	gboolean again = watch->blamed_since == since;
+	gboolean again = watch->reported_since == since;
 	gboolean runnable = is_runnable(watch->tid);
 
-	if (again ? lasts < watch->say_again
+	if (again ? lasts < watch->report_again
 		  : runnable && lasts < (gint64)point->ms * 1000 * RUNNABLE_FACTOR)
 		return;
 	if (!again)
 		watchdog->stalls++;
-	watch->say_again = (again ? watch->say_again : (gint64)point->ms * 1000) * 2;
-	watch->blamed_since = since;
-	watch->blamed_point = point;
+	watch->report_again = (again ? watch->report_again : (gint64)point->ms * 1000) * 2;
+	watch->reported_since = since;
+	watch->reported_point = point;
 	g_free(watchdog->last);
 	watchdog->last = g_strdup_printf("thread \"%s\": %s for %d ms", watch->name, point->what,
 					 (int)(lasts / 1000));
-	say(words, G_LOG_LEVEL_WARNING,
-	    g_strdup_printf("%s (%u is usual): %s", watchdog->last, point->ms,
-			    runnable ? "it runs, or waits for a CPU" : "it is blocked"));
+	add_report(reports, G_LOG_LEVEL_WARNING,
+		   g_strdup_printf("%s (%u is usual): %s", watchdog->last, point->ms,
+				   runnable ? "it runs, or waits for a CPU" : "it is blocked"));
 }
 
-static void look_at(PrWatch *watch, gint64 now, GArray *words)
+static void check_watch(PrWatch *watch, gint64 now, GArray *reports)
 {
 	const PrWatchPoint *point = __atomic_load_n(&watch->point, __ATOMIC_ACQUIRE);
 	gint64 since = __atomic_load_n(&watch->since, __ATOMIC_RELAXED);
 
-	if (watch->blamed_since && watch->blamed_since != since) {
-		say(words, G_LOG_LEVEL_MESSAGE,
-		    g_strdup_printf("thread \"%s\" goes on after %d ms: it was %s", watch->name,
-				    (int)((now - watch->blamed_since) / 1000),
-				    watch->blamed_point->what));
-		watch->blamed_since = 0;
+	if (watch->reported_since && watch->reported_since != since) {
+		add_report(reports, G_LOG_LEVEL_MESSAGE,
+			   g_strdup_printf("thread \"%s\" goes on after %d ms: it was %s",
+					   watch->name, (int)((now - watch->reported_since) / 1000),
+					   watch->reported_point->what));
+		watch->reported_since = 0;
 	}
 	if (!since || !point)
 		return;
 	gint64 lasts = now - MAX(since, watch->watchdog->excused);
 	if (lasts > (gint64)point->ms * 1000)
-		blame(watch, point, since, lasts, words);
+		report_stall(watch, point, since, lasts, reports);
 }
 
-GArray *pr_watchdog_look(PrWatchdog *watchdog, gint64 now)
+GArray *pr_watchdog_check(PrWatchdog *watchdog, gint64 now)
 {
-	GArray *words = g_array_new(FALSE, FALSE, sizeof(PrWatchWord));
+	GArray *reports = g_array_new(FALSE, FALSE, sizeof(PrWatchReport));
 
-	g_array_set_clear_func(words, word_clear);
+	g_array_set_clear_func(reports, report_clear);
 	g_mutex_lock(&watchdog->lock);
-	gint64 late = watchdog->looked ? now - watchdog->looked - PR_WATCH_LOOK_MS * 1000 : 0;
+	gint64 late = watchdog->checked ? now - watchdog->checked - PR_WATCH_CHECK_MS * 1000 : 0;
 	if (late > LATE_US)
 		watchdog->excused = now;
 	if (late > STANDSTILL_US)
-		say(words, G_LOG_LEVEL_WARNING,
-		    g_strdup_printf("this engine stood still for %d ms: it was stopped, or got no "
-				    "CPU",
-				    (int)(late / 1000)));
-	watchdog->looked = now;
+		add_report(reports, G_LOG_LEVEL_WARNING,
+			   g_strdup_printf(
+				   "this engine stood still for %d ms: it was stopped, or got no "
+				   "CPU",
+				   (int)(late / 1000)));
+	watchdog->checked = now;
 	for (guint i = 0; i < watchdog->watches->len; i++)
-		look_at(watchdog->watches->pdata[i], now, words);
+		check_watch(watchdog->watches->pdata[i], now, reports);
 	g_mutex_unlock(&watchdog->lock);
-	return words;
+	return reports;
 }
 
-/* FALSE: it is to end. */
-static gboolean wait_a_look(PrWatchdog *watchdog)
+/* Waits until the next check is due. FALSE: the watchdog has to end. */
+static gboolean wait_for_check(PrWatchdog *watchdog)
 {
-	gint64 until = g_get_monotonic_time() + PR_WATCH_LOOK_MS * 1000;
+	gint64 until = g_get_monotonic_time() + PR_WATCH_CHECK_MS * 1000;
 
 	g_mutex_lock(&watchdog->lock);
 	while (!watchdog->stop && g_cond_wait_until(&watchdog->changed, &watchdog->lock, until))
@@ -149,13 +151,13 @@ static gpointer watchdog_thread(gpointer opaque)
 {
 	PrWatchdog *watchdog = opaque;
 
-	while (wait_a_look(watchdog)) {
-		g_autoptr(GArray) words = pr_watchdog_look(watchdog, g_get_monotonic_time());
+	while (wait_for_check(watchdog)) {
+		g_autoptr(GArray) reports = pr_watchdog_check(watchdog, g_get_monotonic_time());
 
-		for (guint i = 0; i < words->len; i++) {
-			const PrWatchWord *word = &g_array_index(words, PrWatchWord, i);
+		for (guint i = 0; i < reports->len; i++) {
+			const PrWatchReport *report = &g_array_index(reports, PrWatchReport, i);
 
-			g_log(G_LOG_DOMAIN, word->level, "%s", word->text);
+			g_log(G_LOG_DOMAIN, report->level, "%s", report->text);
 		}
 	}
 	return NULL;
@@ -177,7 +179,7 @@ void pr_watchdog_start(PrWatchdog *watchdog)
 
 	watchdog->thread = pr_thread_try("watchdog", watchdog_thread, watchdog, &error);
 	if (!watchdog->thread)
-		g_warning("there will be no word of threads that hang: %s", error->message);
+		g_warning("threads that hang will not be reported: %s", error->message);
 }
 
 void pr_watchdog_free(PrWatchdog *watchdog)

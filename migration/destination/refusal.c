@@ -11,11 +11,13 @@ PrHelloAck pr_hello_accepted(void)
 PrHelloAck pr_hello_refusal(PrHelloStatus status, const char *format, ...)
 {
 	PrHelloAck ack = {.status = status};
+	g_autofree char *reason = NULL;
 	va_list args;
 
 	va_start(args, format);
-	g_vsnprintf(ack.reason, sizeof(ack.reason), format, args);
+	reason = g_strdup_vprintf(format, args);
 	va_end(args);
+	pr_reason_copy(ack.reason, reason);
 	return ack;
 }
 

@@ -17,7 +17,7 @@ gboolean pr_handle_lost(PrSession *session, const PrMsg *msg, const char *peer, 
 
 	if (!pr_lost_decode(msg->body, msg->length, &lost, error))
 		return FALSE;
-	g_autoptr(GError) why = pause_error(peer, lost.held, lost.reason);
+	g_autoptr(GError) why = pause_error(peer, lost.paused_by_operator, lost.reason);
 	pr_session_lock(session);
 	/* The end of an older connection is known already. */
 	if (session->conn && session->conn->epoch == lost.epoch)
@@ -28,10 +28,10 @@ gboolean pr_handle_lost(PrSession *session, const PrMsg *msg, const char *peer, 
 
 void pr_send_lost_nowait(PrSession *session, uint64_t epoch, const GError *error)
 {
-	PrLost lost = {.epoch = epoch, .held = session->paused_by_operator};
+	PrLost lost = {.epoch = epoch, .paused_by_operator = session->paused_by_operator};
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
-	g_strlcpy(lost.reason, error->message, sizeof(lost.reason));
+	pr_reason_copy(lost.reason, error->message);
 	pr_lost_encode(body, &lost);
 	for (guint i = 0; i < session->standbys->len; i++)
 		pr_control_send_nowait(((PrConn *)session->standbys->pdata[i])->control,

@@ -5,6 +5,7 @@
 
 #include "migration/source/page-hashes.h"
 #include "migration/source/return-path.h"
+#include "transport/registry.h"
 #include "util/try-alloc.h"
 
 /* Nothing that the destination sends is handled early. */

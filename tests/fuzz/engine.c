@@ -347,7 +347,7 @@ gboolean fuzz_engine_knock(FuzzEngine *self)
 	int fd = self->listener ? next_fd(self) : -1;
 
 	if (fd >= 0)
-		reach_listener_let_in(self->listener, fd);
+		reach_listener_accept(self->listener, fd);
 	return fd >= 0;
 }
 

@@ -6,17 +6,17 @@
 gboolean reach_control_read(PrControl *control)
 {
 	gsize received = 0;
-	Look look = LOOK_GOT;
+	ReadResult result = READ_GOT;
 
 	if (has_send_error(control))
 		end_after_send_error(control);
-	while (look == LOOK_GOT && g_queue_is_empty(&control->queue) &&
+	while (result == READ_GOT && g_queue_is_empty(&control->queue) &&
 	       !pr_control_has_ended(control))
-		look = receive_once(control, &received);
+		result = receive_once(control, &received);
 	send_postponed(control);
 	if (pr_control_has_ended(control) && !control->reported)
 		report(control);
-	return look != LOOK_EMPTY;
+	return result != READ_EMPTY;
 }
 
 int reach_control_fd(PrControl *control)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/fuzz/reach.h"
 
+#include "transport/control/hello-queue.c"
 #include "transport/control/listener.c"
 
 #define HANDSHAKE_MS 10000
@@ -16,13 +17,15 @@ PrListener *reach_listener_new(const PrUri *uri, const PrTransportOps *ops, PrDa
 	listener->handshake_ms = HANDSHAKE_MS;
 	listener->on_hello = on_hello;
 	listener->opaque = opaque;
-	listener->stop_fd = -1;
+	listener->stop = PR_WAKER_INIT;
+	g_mutex_init(&listener->log_limit.lock);
 	listener->sockets = g_ptr_array_new_with_free_func(g_object_unref);
-	listener->strangers = g_ptr_array_new_with_free_func((GDestroyNotify)stranger_free);
-	g_mutex_init(&listener->quiet.lock);
-	g_mutex_init(&listener->lock);
-	g_cond_init(&listener->changed);
-	g_queue_init(&listener->visitors);
+	listener->pending = g_ptr_array_new_with_free_func((GDestroyNotify)pr_pending_conn_free);
+	listener->hellos = g_new0(PrHelloQueue, 1);
+	listener->hellos->handler = handle_hello;
+	listener->hellos->opaque = listener;
+	g_mutex_init(&listener->hellos->lock);
+	g_cond_init(&listener->hellos->changed);
 	return listener;
 }
 
@@ -31,30 +34,18 @@ void reach_listener_free(PrListener *listener)
 	pr_listener_free(listener);
 }
 
-/* As hello_main() does it. */
-static void receive_visitor(PrListener *listener)
+void reach_listener_accept(PrListener *listener, int fd)
 {
-	g_autoptr(Visitor) visitor = g_queue_pop_head(&listener->visitors);
+	/* A connection that comes in while this one's HELLO is handled waits in its own call of this function. */
+	guint others = listener->pending->len;
 
-	if (!visitor)
-		return;
-	pr_control_set_handshake(visitor->control,
-				 g_get_monotonic_time() + (gint64)HANDSHAKE_MS * 1000, NULL);
-	listener->on_hello(g_steal_pointer(&visitor->control), &visitor->hello, listener,
-			   listener->opaque);
-}
-
-void reach_listener_let_in(PrListener *listener, int fd)
-{
-	/* Those whose turn this one's comes in: they wait in theirs. */
-	guint others = listener->strangers->len;
-
-	let_in(listener, fd);
-	while (listener->strangers->len > others) {
-		/* It has said nothing yet: here it goes on. */
+	accept_conn(listener, fd);
+	while (listener->pending->len > others) {
+		/* It has said nothing yet: the next bytes of the script are sent here. */
 		fuzz_wait_fd(fd, POLLIN, 0, NULL);
-		if (hear(listener, listener->strangers->pdata[others]))
-			g_ptr_array_remove_index(listener->strangers, others);
+		if (!advance(listener, listener->pending->pdata[others]))
+			g_ptr_array_remove_index(listener->pending, others);
 	}
-	receive_visitor(listener);
+	if (!g_queue_is_empty(&listener->hellos->pending))
+		handle_next(listener->hellos);
 }

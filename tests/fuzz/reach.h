@@ -17,7 +17,7 @@ PrListener *reach_listener_new(const PrUri *uri, const PrTransportOps *ops, PrDa
 			       PrOnHello on_hello, void *opaque);
 void reach_listener_free(PrListener *listener);
 /* What its two threads do with one connection, which is taken. */
-void reach_listener_let_in(PrListener *listener, int fd);
+void reach_listener_accept(PrListener *listener, int fd);
 
 /* source.c: one turn of the return-path thread. */
 void reach_source_take(PrConn *conn);

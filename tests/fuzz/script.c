@@ -155,7 +155,7 @@ static void put_lost(Script *script, GByteArray *body)
 {
 	PrLost lost = {.epoch = next(script), .reason = "a rail is DOWN"};
 
-	lost.held = next(script) & 1;
+	lost.paused_by_operator = next(script) & 1;
 	pr_lost_encode(body, &lost);
 }
 
@@ -173,7 +173,7 @@ static void put_heartbeat(Script *script, GByteArray *body)
 	uint8_t raw[PR_HEARTBEAT_BYTES];
 
 	heartbeat.echo = next(script);
-	heartbeat.held = next(script);
+	heartbeat.echo_age = next(script);
 	pr_heartbeat_encode(raw, &heartbeat);
 	g_byte_array_append(body, raw, sizeof raw);
 }

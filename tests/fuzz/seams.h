@@ -10,7 +10,7 @@
 
 #include "transport/net/dial.h"
 #include "util/try-alloc.h"
-#include "transport/transport.h"
+#include "transport/registry.h"
 
 GThread *fuzz_thread_new(const char *name, GThreadFunc func, gpointer opaque);
 gpointer fuzz_thread_join(GThread *thread);

@@ -20,6 +20,7 @@
 
 #include "tests/roce/foreign.h"
 #include "transport/rdma/path.h"
+#include "transport/registry.h"
 
 #define BLOCKS	    2
 #define BLOCK_BYTES (64ull * 1024 * 1024)

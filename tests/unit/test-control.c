@@ -305,7 +305,7 @@ static void what_no_postroad_sends_ends_the_channel(void **state)
 		{{0x01, 0x02, 0, 0, 0, 0, 0, 5}, "CMD_PING claims 5 bytes"},
 		{{0x01, 0x07, 0, 0, 0xff, 0xff, 0xff, 0xff}, "CMD_PACKAGED claims"},
 		{{0x0a, 0xbc, 0, 0, 0, 1, 0, 1}, "type 0x0abc claims 65537 bytes"},
-		{{0x00, 0x04, 0, 0, 0, 0, 0, 0}, "LANE_ACK has no place here"},
+		{{0x00, 0x04, 0, 0, 0, 0, 0, 0}, "LANE_ACK on a started channel"},
 		{{0x00, 0x05, 0, 0, 0, 0, 0, 0}, "HEARTBEAT is too short"},
 	};
 

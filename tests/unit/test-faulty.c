@@ -9,6 +9,7 @@
 
 #include "tests/unit/transport-rig.h"
 #include "transport/faulty/faulty.h"
+#include "transport/registry.h"
 
 #define PAGE 4096
 

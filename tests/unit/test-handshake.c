@@ -125,7 +125,7 @@ static void peers_that_do_not_answer_properly_are_told_apart(void **state)
 		int code;
 		const char *says;
 	} table[] = {
-		{script_speak_http, PR_PATH_ERROR_CONNECT, "is not Postroad"},
+		{script_speak_http, PR_PATH_ERROR_CONNECT, "does not speak the Postroad protocol"},
 		{script_answer_with_hello, PR_PATH_ERROR_CONNECT, "answers HELLO with HELLO"},
 		{script_claim_too_much, PR_PATH_ERROR_CONNECT, "HELLO_ACK claims 2147483647"},
 		{script_send_garbled_ack, PR_PATH_ERROR_CONNECT, "magic"},
@@ -160,7 +160,22 @@ static void nobody_listening_names_the_path_and_the_cause(void **state)
 	assert_null(connect_to(uri, LONG_MS, &ack, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
 	assert_non_null(strstr(error->message, path));
-	assert_non_null(strstr(error->message, "refused"));
+	assert_non_null(strstr(error->message, "refused; is a destination listening there?"));
+}
+
+/* No destination can listen behind a missing route. */
+static void a_network_that_cannot_be_reached_is_told_apart(void **state)
+{
+	/* The kernel has no route to a multicast group for TCP. */
+	g_autoptr(PrUri) uri = pr_uri_parse("tcp:224.0.0.1:4444", FALSE, NULL);
+	g_autoptr(GError) error = NULL;
+	PrHelloAck ack;
+
+	assert_null(connect_to(uri, LONG_MS, &ack, &error));
+	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
+	assert_non_null(strstr(error->message,
+			       "unreachable; check this host's links and routes, or list another "
+			       "path"));
 }
 
 static void an_unknown_scheme_lists_those_of_this_build(void **state)
@@ -230,6 +245,7 @@ int main(void)
 		cmocka_unit_test(another_version_is_refused_with_both_numbers),
 		cmocka_unit_test(peers_that_do_not_answer_properly_are_told_apart),
 		cmocka_unit_test(nobody_listening_names_the_path_and_the_cause),
+		cmocka_unit_test(a_network_that_cannot_be_reached_is_told_apart),
 		cmocka_unit_test(an_unknown_scheme_lists_those_of_this_build),
 		cmocka_unit_test(the_local_address_can_be_chosen),
 		cmocka_unit_test(a_connect_can_be_cancelled),

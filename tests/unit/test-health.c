@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* When a path may be connected again, and when it is trusted. Time is made up. */
+/* When a path may be connected again, and when it is trusted. Times are passed in. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -52,13 +52,13 @@ static void a_lost_path_needs_five_probes_and_its_hold_down(void **state)
 
 	step(&health, PR_HEALTH_ACTIVATED, START, PR_PATH_ACTIVE);
 	step(&health, PR_HEALTH_FAILED, START + SECOND, PR_PATH_FAILED);
-	assert_int_equal(health.hold_until, START + SECOND + PR_HEALTH_HOLD_MIN);
+	assert_int_equal(health.hold_until, START + SECOND + PR_HEALTH_HOLD_DOWN_MIN);
 	step(&health, PR_HEALTH_CONNECTED, START + SECOND, PR_PATH_PROBATION);
 	for (guint i = 0; i < PR_HEALTH_PROBES + 3; i++)
 		step(&health, PR_HEALTH_PROBED, START + 2 * SECOND, PR_PATH_PROBATION);
 	step(&health, PR_HEALTH_PROBED, health.hold_until, PR_PATH_STANDBY);
 
-	/* The other way round: time alone does not help. */
+	/* After the hold-down it still needs the probes. */
 	step(&health, PR_HEALTH_FAILED, START + 20 * SECOND, PR_PATH_FAILED);
 	step(&health, PR_HEALTH_CONNECTED, health.hold_until + SECOND, PR_PATH_PROBATION);
 	for (guint i = 0; i + 1 < PR_HEALTH_PROBES; i++)
@@ -69,20 +69,20 @@ static void a_lost_path_needs_five_probes_and_its_hold_down(void **state)
 static void hold_down_doubles_to_a_minute(void **state)
 {
 	PrHealth health = {0};
-	gint64 now = wait_fit(&health, START), expected = PR_HEALTH_HOLD_MIN;
+	gint64 now = wait_fit(&health, START), expected = PR_HEALTH_HOLD_DOWN_MIN;
 
 	for (guint i = 0; i < 8; i++) {
 		now += SECOND;
 		step(&health, PR_HEALTH_FAILED, now, PR_PATH_FAILED);
-		assert_int_equal(health.hold, expected);
-		expected = MIN(2 * expected, PR_HEALTH_HOLD_MAX);
+		assert_int_equal(health.hold_down, expected);
+		expected = MIN(2 * expected, PR_HEALTH_HOLD_DOWN_MAX);
 		now = wait_fit(&health, now);
 		assert_true(now >= health.hold_until);
 	}
-	assert_int_equal(health.hold, PR_HEALTH_HOLD_MAX);
+	assert_int_equal(health.hold_down, PR_HEALTH_HOLD_DOWN_MAX);
 }
 
-static void a_long_good_time_is_forgiving(void **state)
+static void a_path_that_stayed_fit_for_long_starts_with_a_short_hold_down(void **state)
 {
 	PrHealth health = {0};
 	gint64 now = wait_fit(&health, START);
@@ -91,13 +91,13 @@ static void a_long_good_time_is_forgiving(void **state)
 		step(&health, PR_HEALTH_FAILED, now, PR_PATH_FAILED);
 		now = wait_fit(&health, now);
 	}
-	assert_int_equal(health.hold, 4 * PR_HEALTH_HOLD_MIN);
-	now += PR_HEALTH_FORGIVENESS * health.hold + 1;
+	assert_int_equal(health.hold_down, 4 * PR_HEALTH_HOLD_DOWN_MIN);
+	now += PR_HEALTH_FORGIVENESS * health.hold_down + 1;
 	step(&health, PR_HEALTH_FAILED, now, PR_PATH_FAILED);
-	assert_int_equal(health.hold, PR_HEALTH_HOLD_MIN);
+	assert_int_equal(health.hold_down, PR_HEALTH_HOLD_DOWN_MIN);
 }
 
-static void one_that_cannot_be_reached_is_tried_less_and_less_often(void **state)
+static void a_path_that_cannot_be_connected_is_tried_at_growing_intervals(void **state)
 {
 	PrHealth health = {0};
 	gint64 now = START, expected = PR_HEALTH_RETRY_MIN;
@@ -106,7 +106,7 @@ static void one_that_cannot_be_reached_is_tried_less_and_less_often(void **state
 		step(&health, PR_HEALTH_CONNECTS, now, i ? PR_PATH_FAILED : PR_PATH_CONNECTING);
 		step(&health, PR_HEALTH_FAILED, now, PR_PATH_FAILED);
 		assert_int_equal(health.retry_at, now + expected);
-		/* it was never up: there is nothing to hold down */
+		/* It was never up: it has no hold-down. */
 		assert_int_equal(health.hold_until, 0);
 		expected = MIN(2 * expected, PR_HEALTH_RETRY_MAX);
 		now = health.retry_at;
@@ -137,7 +137,7 @@ static void a_listener_goes_on_listening(void **state)
 	step(&health, PR_HEALTH_CLOSED, START + 2, PR_PATH_LISTENING);
 }
 
-static void every_event_makes_sense_in_every_state(void **state)
+static void every_event_leads_to_a_state_from_every_state(void **state)
 {
 	for (guint from = 0; from < PR_PATH_N_STATES; from++)
 		for (guint event = 0; event < PR_HEALTH_N_EVENTS; event++) {
@@ -155,11 +155,11 @@ int main(void)
 		cmocka_unit_test(a_new_path_needs_one_probe),
 		cmocka_unit_test(a_lost_path_needs_five_probes_and_its_hold_down),
 		cmocka_unit_test(hold_down_doubles_to_a_minute),
-		cmocka_unit_test(a_long_good_time_is_forgiving),
-		cmocka_unit_test(one_that_cannot_be_reached_is_tried_less_and_less_often),
+		cmocka_unit_test(a_path_that_stayed_fit_for_long_starts_with_a_short_hold_down),
+		cmocka_unit_test(a_path_that_cannot_be_connected_is_tried_at_growing_intervals),
 		cmocka_unit_test(closing_is_no_failure),
 		cmocka_unit_test(a_listener_goes_on_listening),
-		cmocka_unit_test(every_event_makes_sense_in_every_state),
+		cmocka_unit_test(every_event_leads_to_a_state_from_every_state),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

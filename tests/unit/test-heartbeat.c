@@ -107,12 +107,12 @@ static void the_round_trip_leaves_out_what_the_peer_waited(void **state)
 	PrHeartbeat a = fresh(), b = fresh();
 	PrHeartbeatBody body;
 
-	/* a's clock is 77 s behind b's; 3 ms there, 80 ms held, 4 ms back. */
+	/* a's clock is 77 s behind b's; 3 ms there, 80 ms at the peer, 4 ms back. */
 	pr_heartbeat_make(&a, START, &body);
-	assert_int_equal(pr_heartbeat_take(&b, START + 77000 * MS + 3 * MS, &body), 0);
+	assert_int_equal(pr_heartbeat_handle(&b, START + 77000 * MS + 3 * MS, &body), 0);
 	pr_heartbeat_make(&b, START + 77000 * MS + 83 * MS, &body);
-	assert_int_equal(body.held, 80 * MS);
-	assert_int_equal(pr_heartbeat_take(&a, START + 87 * MS, &body), 7 * MS);
+	assert_int_equal(body.echo_age, 80 * MS);
+	assert_int_equal(pr_heartbeat_handle(&a, START + 87 * MS, &body), 7 * MS);
 }
 
 static void an_echo_that_makes_no_sense_tells_no_round_trip(void **state)
@@ -123,7 +123,7 @@ static void an_echo_that_makes_no_sense_tells_no_round_trip(void **state)
 	for (gsize i = 0; i < G_N_ELEMENTS(table); i++) {
 		PrHeartbeat heartbeat = fresh();
 
-		assert_int_equal(pr_heartbeat_take(&heartbeat, START, &table[i]), 0);
+		assert_int_equal(pr_heartbeat_handle(&heartbeat, START, &table[i]), 0);
 	}
 }
 

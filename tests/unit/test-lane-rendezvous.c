@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Where lanes and accept()s meet: who gets what, and what becomes of the rest. */
+/* Which lane goes to which accept(), and which lanes are refused. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -13,20 +13,20 @@
 #define NEVER_MS 60000
 
 typedef struct Bench {
-	PrPendingLanes *desk;
+	PrPendingLanes *pending;
 	PrUri *uri;
 	GMutex lock;
 	GCond changed;
 	GPtrArray *refused; /* lock */
 } Bench;
 
-static void refuse(gpointer arrival, const char *reason, gpointer opaque)
+static void refuse(gpointer lane, const char *reason, gpointer opaque)
 {
 	Bench *bench = opaque;
 
 	assert_non_null(reason);
 	g_mutex_lock(&bench->lock);
-	g_ptr_array_add(bench->refused, arrival);
+	g_ptr_array_add(bench->refused, lane);
 	g_cond_broadcast(&bench->changed);
 	g_mutex_unlock(&bench->lock);
 }
@@ -39,7 +39,7 @@ static int setup(void **state)
 	g_cond_init(&bench->changed);
 	bench->refused = g_ptr_array_new();
 	bench->uri = pr_uri_parse("tcp:127.0.0.1:1", FALSE, NULL);
-	bench->desk = pr_pending_lanes_new(refuse, bench, NULL);
+	bench->pending = pr_pending_lanes_new(refuse, bench, NULL);
 	*state = bench;
 	return 0;
 }
@@ -48,7 +48,7 @@ static int teardown(void **state)
 {
 	Bench *bench = *state;
 
-	pr_pending_lanes_free(bench->desk);
+	pr_pending_lanes_free(bench->pending);
 	g_ptr_array_unref(bench->refused);
 	pr_uri_free(bench->uri);
 	g_mutex_clear(&bench->lock);
@@ -65,19 +65,19 @@ static PrPathSetup waiter(Bench *bench, uint64_t epoch)
 	};
 }
 
-/* Arrivals are numbers here. */
-static void offer(Bench *bench, guint number, const PrPathSetup *whose, PrLaneId lane)
+/* A lane is a number here. */
+static void offer(Bench *bench, guint number, const PrPathSetup *setup, PrLaneId lane)
 {
 	PrLaneHello hello;
 
-	pr_backend_lane_hello(&hello, &whose->binding, lane);
-	pr_pending_lanes_offer(bench->desk, GUINT_TO_POINTER(number), &hello);
+	pr_backend_lane_hello(&hello, &setup->binding, lane);
+	pr_pending_lanes_offer(bench->pending, GUINT_TO_POINTER(number), &hello);
 }
 
 static guint claim(Bench *bench, const PrPathSetup *setup, guint ms, PrLaneId *ret_lane)
 {
-	return GPOINTER_TO_UINT(pr_pending_lanes_claim(bench->desk, setup, pr_backend_deadline(ms),
-						       ret_lane, NULL));
+	return GPOINTER_TO_UINT(pr_pending_lanes_claim(bench->pending, setup,
+						       pr_backend_deadline(ms), ret_lane, NULL));
 }
 
 static gboolean is_refused(Bench *bench, guint number)
@@ -90,60 +90,60 @@ static gboolean is_refused(Bench *bench, guint number)
 	return found;
 }
 
-static void each_accept_gets_its_own(void **state)
+static void each_accept_gets_the_lanes_of_its_binding(void **state)
 {
 	Bench *bench = *state;
 	PrPathSetup old = waiter(bench, 3), new = waiter(bench, 4);
 	PrLaneId lane;
 
-	pr_pending_lanes_expect(bench->desk, &old.binding);
-	pr_pending_lanes_expect(bench->desk, &new.binding);
+	pr_pending_lanes_expect(bench->pending, &old.binding);
+	pr_pending_lanes_expect(bench->pending, &new.binding);
 	offer(bench, 41, &new, PR_LANE_BULK);
 	offer(bench, 31, &old, PR_LANE_URGENT);
 	assert_int_equal(claim(bench, &old, NEVER_MS, &lane), 31);
 	assert_int_equal(lane, PR_LANE_URGENT);
 	assert_int_equal(claim(bench, &new, NEVER_MS, &lane), 41);
 	assert_int_equal(lane, PR_LANE_BULK);
-	pr_pending_lanes_forget(bench->desk, &old.binding);
-	pr_pending_lanes_forget(bench->desk, &new.binding);
+	pr_pending_lanes_forget(bench->pending, &old.binding);
+	pr_pending_lanes_forget(bench->pending, &new.binding);
 	assert_int_equal(bench->refused->len, 0);
 }
 
-static void what_nobody_expects_is_refused_while_somebody_waits(void **state)
+static void an_unexpected_lane_is_refused_while_another_is_expected(void **state)
 {
 	Bench *bench = *state;
 	PrPathSetup setup = waiter(bench, 3), past = waiter(bench, 2), stranger = setup;
 	PrLaneId lane;
 
 	stranger.binding.secret[0] ^= 1;
-	pr_pending_lanes_expect(bench->desk, &setup.binding);
+	pr_pending_lanes_expect(bench->pending, &setup.binding);
 	offer(bench, 1, &past, PR_LANE_BULK);
 	offer(bench, 2, &stranger, PR_LANE_BULK);
 	assert_true(is_refused(bench, 1));
 	assert_true(is_refused(bench, 2));
 	assert_int_equal(claim(bench, &setup, 1, &lane), 0);
-	pr_pending_lanes_forget(bench->desk, &setup.binding);
+	pr_pending_lanes_forget(bench->pending, &setup.binding);
 }
 
-static void what_is_expected_is_kept_for_the_claim_that_comes(void **state)
+static void an_expected_lane_is_held_for_its_claim(void **state)
 {
 	Bench *bench = *state;
 	PrPathSetup setup = waiter(bench, 3), other = waiter(bench, 2);
 	PrLaneId lane;
 
-	pr_pending_lanes_expect(bench->desk, &setup.binding);
-	pr_pending_lanes_expect(bench->desk, &other.binding);
-	pr_pending_lanes_expect(bench->desk, &other.binding);
+	pr_pending_lanes_expect(bench->pending, &setup.binding);
+	pr_pending_lanes_expect(bench->pending, &other.binding);
+	pr_pending_lanes_expect(bench->pending, &other.binding);
 	offer(bench, 7, &other, PR_LANE_BULK);
 	assert_int_equal(claim(bench, &setup, 1, &lane), 0);
 	assert_int_equal(claim(bench, &other, NEVER_MS, &lane), 7);
-	pr_pending_lanes_forget(bench->desk, &other.binding);
+	pr_pending_lanes_forget(bench->pending, &other.binding);
 	offer(bench, 8, &other, PR_LANE_BULK);
 	assert_true(is_refused(bench, 8));
-	pr_pending_lanes_forget(bench->desk, &setup.binding);
+	pr_pending_lanes_forget(bench->pending, &setup.binding);
 }
 
-static void strangers_that_came_early_go_when_somebody_waits(void **state)
+static void held_lanes_are_refused_when_others_are_expected(void **state)
 {
 	Bench *bench = *state;
 	PrPathSetup setup = waiter(bench, 3), stranger = setup;
@@ -151,28 +151,28 @@ static void strangers_that_came_early_go_when_somebody_waits(void **state)
 	stranger.binding.uuid[0] ^= 1;
 	offer(bench, 1, &stranger, PR_LANE_BULK);
 	assert_false(is_refused(bench, 1));
-	pr_pending_lanes_expect(bench->desk, &setup.binding);
+	pr_pending_lanes_expect(bench->pending, &setup.binding);
 	assert_true(is_refused(bench, 1));
-	pr_pending_lanes_forget(bench->desk, &setup.binding);
+	pr_pending_lanes_forget(bench->pending, &setup.binding);
 }
 
-static void a_flood_pushes_the_oldest_out(void **state)
+static void a_flood_evicts_the_oldest(void **state)
 {
 	Bench *bench = *state;
 	PrPathSetup setup = waiter(bench, 3);
 	PrLaneId lane;
 
-	for (guint i = 1; i <= PR_DESK_HELD + 3; i++)
+	for (guint i = 1; i <= PR_PENDING_LANES_MAX + 3; i++)
 		offer(bench, i, &setup, PR_LANE_BULK);
 	assert_int_equal(bench->refused->len, 3);
 	assert_int_equal(claim(bench, &setup, NEVER_MS, &lane), 4);
 }
 
-static void what_nobody_wants_is_refused_after_a_while(void **state)
+static void a_held_lane_expires(void **state)
 {
 	Bench *bench = *state;
 	PrPathSetup setup = waiter(bench, 3);
-	gint64 deadline = g_get_monotonic_time() + (PR_DESK_HOLD_MS + 30000) * 1000ll;
+	gint64 deadline = g_get_monotonic_time() + (PR_PENDING_LANES_MS + 30000) * 1000ll;
 
 	offer(bench, 1, &setup, PR_LANE_BULK);
 	g_mutex_lock(&bench->lock);
@@ -182,12 +182,12 @@ static void what_nobody_wants_is_refused_after_a_while(void **state)
 	assert_true(is_refused(bench, 1));
 }
 
-static gboolean is_number(gconstpointer arrival, gconstpointer number)
+static gboolean is_number(gconstpointer lane, gconstpointer number)
 {
-	return arrival == number;
+	return lane == number;
 }
 
-static void what_has_come_to_nothing_can_be_withdrawn(void **state)
+static void a_lane_that_its_peer_has_closed_can_be_withdrawn(void **state)
 {
 	Bench *bench = *state;
 	PrPathSetup setup = waiter(bench, 3);
@@ -195,10 +195,27 @@ static void what_has_come_to_nothing_can_be_withdrawn(void **state)
 
 	offer(bench, 1, &setup, PR_LANE_BULK);
 	offer(bench, 2, &setup, PR_LANE_BULK);
-	assert_ptr_equal(pr_pending_lanes_withdraw(bench->desk, is_number, GUINT_TO_POINTER(1)),
+	assert_ptr_equal(pr_pending_lanes_withdraw(bench->pending, is_number, GUINT_TO_POINTER(1)),
 			 GUINT_TO_POINTER(1));
-	assert_null(pr_pending_lanes_withdraw(bench->desk, is_number, GUINT_TO_POINTER(1)));
+	assert_null(pr_pending_lanes_withdraw(bench->pending, is_number, GUINT_TO_POINTER(1)));
 	assert_int_equal(claim(bench, &setup, NEVER_MS, &lane), 2);
+}
+
+/* The URI goes into a refusal, whose length is limited. */
+static void the_error_of_a_claim_has_the_address_without_options(void **state)
+{
+	Bench *bench = *state;
+	PrPathSetup setup = waiter(bench, 3);
+	g_autoptr(GError) error = NULL;
+	g_autofree char *id = g_strnfill(5000, 'x');
+	g_autofree char *text = g_strconcat("faulty+tcp:127.0.0.1:1?id=", id, NULL);
+	g_autoptr(PrUri) uri = pr_uri_parse(text, FALSE, NULL);
+	PrLaneId lane;
+
+	setup.uri = uri;
+	assert_null(pr_pending_lanes_claim(bench->pending, &setup, pr_backend_deadline(1), &lane,
+					   &error));
+	assert_true(g_str_has_prefix(error->message, "path faulty+tcp:127.0.0.1:1: waiting for"));
 }
 
 static gpointer cancel_it(gpointer cancel)
@@ -217,15 +234,15 @@ static void a_claim_can_be_cancelled(void **state)
 	PrLaneId lane;
 
 	setup.cancel = cancel;
-	assert_null(pr_pending_lanes_claim(bench->desk, &setup, pr_backend_deadline(NEVER_MS),
+	assert_null(pr_pending_lanes_claim(bench->pending, &setup, pr_backend_deadline(NEVER_MS),
 					   &lane, &error));
 	assert_true(g_error_matches(error, G_IO_ERROR, G_IO_ERROR_CANCELLED));
 	g_thread_join(thread);
 }
 
-#define WITH_DESK(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
+#define WITH_BENCH(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
 
-/* As long as the secret is not to be found in it, and what it was made for differs. */
+/* The secret is not in it, and it differs for each lane, epoch and migration. */
 static void a_token_is_good_for_one_lane_of_one_connection(void **state)
 {
 	PrBinding binding = {.uuid = {1, 2, 3}, .epoch = 7, .secret = "0123456789abcde"};
@@ -245,7 +262,7 @@ static void a_token_is_good_for_one_lane_of_one_connection(void **state)
 	assert_memory_not_equal(urgent.token, bulk.token, PR_TOKEN_BYTES);
 	assert_memory_not_equal(urgent.token, later.token, PR_TOKEN_BYTES);
 
-	/* What was read on the wire, said again for something else. */
+	/* A token that was read on the wire, replayed for another lane, epoch or migration. */
 	later = urgent;
 	later.lane = PR_LANE_BULK;
 	assert_false(pr_backend_binding_matches(&binding, &later));
@@ -265,14 +282,15 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(a_token_is_good_for_one_lane_of_one_connection),
-		WITH_DESK(each_accept_gets_its_own),
-		WITH_DESK(what_nobody_expects_is_refused_while_somebody_waits),
-		WITH_DESK(what_is_expected_is_kept_for_the_claim_that_comes),
-		WITH_DESK(strangers_that_came_early_go_when_somebody_waits),
-		WITH_DESK(a_flood_pushes_the_oldest_out),
-		WITH_DESK(what_nobody_wants_is_refused_after_a_while),
-		WITH_DESK(what_has_come_to_nothing_can_be_withdrawn),
-		WITH_DESK(a_claim_can_be_cancelled),
+		WITH_BENCH(each_accept_gets_the_lanes_of_its_binding),
+		WITH_BENCH(an_unexpected_lane_is_refused_while_another_is_expected),
+		WITH_BENCH(an_expected_lane_is_held_for_its_claim),
+		WITH_BENCH(held_lanes_are_refused_when_others_are_expected),
+		WITH_BENCH(a_flood_evicts_the_oldest),
+		WITH_BENCH(a_held_lane_expires),
+		WITH_BENCH(a_lane_that_its_peer_has_closed_can_be_withdrawn),
+		WITH_BENCH(the_error_of_a_claim_has_the_address_without_options),
+		WITH_BENCH(a_claim_can_be_cancelled),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

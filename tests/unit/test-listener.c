@@ -165,7 +165,7 @@ static gpointer connect_main(gpointer opaque)
 	return connect_destination(opaque);
 }
 
-static void a_slow_on_hello_does_not_stop_the_door(void **state)
+static void a_slow_on_hello_does_not_stop_accepting(void **state)
 {
 	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
 	GThread *first, *second;
@@ -268,7 +268,7 @@ int main(void)
 		cmocka_unit_test(a_flood_from_another_host_does_not_push_out_a_slow_peer),
 		cmocka_unit_test(a_first_packet_that_is_lost_is_not_waited_for),
 		cmocka_unit_test(strangers_that_talk_nonsense_are_closed),
-		cmocka_unit_test(a_slow_on_hello_does_not_stop_the_door),
+		cmocka_unit_test(a_slow_on_hello_does_not_stop_accepting),
 		cmocka_unit_test(a_port_in_use_is_named_with_the_remedy),
 		cmocka_unit_test(an_address_of_another_host_is_refused),
 		cmocka_unit_test(port_zero_is_replaced_by_the_real_one),

@@ -11,7 +11,7 @@
 #include "util/stall-watchdog.h"
 
 #define MS	 1000
-#define LOOK	 (PR_WATCH_LOOK_MS * MS)
+#define CHECK	 (PR_WATCH_CHECK_MS * MS)
 #define START	 (1000 * MS)
 #define SLOW_US	 300000	 /* that a callback holds the main loop up */
 #define PATIENCE 5000000 /* us; for the watchdog's thread */
@@ -19,8 +19,8 @@
 static const PrWatchPoint cooking = {"cooking", 200};
 static const PrWatchPoint eating = {"eating", 400};
 
-/* A watchdog without a thread of its own; time is passed in. What it watches is a thread that sleeps; what that has to
- * say the test says for it. */
+/* A watchdog without a thread of its own; time is passed in. It watches a thread that sleeps. The
+ * test enters the points for that thread. */
 typedef struct Bench {
 	PrWatchdog *watchdog;
 	PrWatch *watch;
@@ -28,9 +28,9 @@ typedef struct Bench {
 	pid_t tid; /* lock; the cook's */
 	GMutex lock;
 	GCond changed;
-	gboolean end; /* lock; as watch is, to begin with */
+	gboolean end; /* lock; so is watch until it is set */
 	gint64 now;
-	GString *said; /* since the last look at it */
+	GString *logged; /* since the test last read it */
 } Bench;
 
 static gpointer cook_thread(gpointer opaque)
@@ -76,7 +76,7 @@ static int set_up(void **state)
 	g_mutex_unlock(&bench->lock);
 	wait_until_it_sleeps(bench->tid);
 	bench->now = START;
-	bench->said = g_string_new(NULL);
+	bench->logged = g_string_new(NULL);
 	*state = bench;
 	return 0;
 }
@@ -94,34 +94,34 @@ static int tear_down(void **state)
 	pr_watchdog_free(bench->watchdog);
 	g_mutex_clear(&bench->lock);
 	g_cond_clear(&bench->changed);
-	g_string_free(bench->said, TRUE);
+	g_string_free(bench->logged, TRUE);
 	g_free(bench);
 	return 0;
 }
 
-static void look(Bench *bench)
+static void check(Bench *bench)
 {
-	g_autoptr(GArray) words = pr_watchdog_look(bench->watchdog, bench->now);
+	g_autoptr(GArray) reports = pr_watchdog_check(bench->watchdog, bench->now);
 
-	for (guint i = 0; i < words->len; i++)
-		g_string_append_printf(bench->said, "%s\n",
-				       g_array_index(words, PrWatchWord, i).text);
+	for (guint i = 0; i < reports->len; i++)
+		g_string_append_printf(bench->logged, "%s\n",
+				       g_array_index(reports, PrWatchReport, i).text);
 }
 
-/* Looks as its thread would, for so long. */
+/* Checks as the watchdog's thread would, for so long. */
 static void pass(Bench *bench, guint ms)
 {
-	for (gint64 until = bench->now + (gint64)ms * MS; bench->now < until; look(bench))
-		bench->now += LOOK;
+	for (gint64 until = bench->now + (gint64)ms * MS; bench->now < until; check(bench))
+		bench->now += CHECK;
 }
 
-static guint count_said(Bench *bench, const char *what)
+static guint count_logged(Bench *bench, const char *what)
 {
 	guint n = 0;
 
-	for (const char *at = bench->said->str; (at = strstr(at, what)); at++)
+	for (const char *at = bench->logged->str; (at = strstr(at, what)); at++)
 		n++;
-	g_string_set_size(bench->said, 0);
+	g_string_set_size(bench->logged, 0);
 	return n;
 }
 
@@ -132,7 +132,7 @@ static guint64 stalls(Bench *bench)
 	return pr_watchdog_stalls(bench->watchdog, &last);
 }
 
-static void who_moves_or_is_idle_is_not_mentioned(void **state)
+static void a_thread_that_moves_or_is_idle_is_not_reported(void **state)
 {
 	Bench *bench = *state;
 
@@ -143,11 +143,11 @@ static void who_moves_or_is_idle_is_not_mentioned(void **state)
 	}
 	pr_watch_idle(bench->watch);
 	pass(bench, 100000);
-	assert_string_equal(bench->said->str, "");
+	assert_string_equal(bench->logged->str, "");
 	assert_int_equal(stalls(bench), 0);
 }
 
-static void who_is_slow_is_named_with_the_point_and_the_time(void **state)
+static void a_slow_thread_is_reported_with_its_point_and_time(void **state)
 {
 	Bench *bench = *state;
 	g_autofree char *last = NULL;
@@ -155,56 +155,56 @@ static void who_is_slow_is_named_with_the_point_and_the_time(void **state)
 	pass(bench, 100);
 	pr_watch_enter_at(bench->watch, &cooking, bench->now);
 	pass(bench, 200);
-	assert_string_equal(bench->said->str, "");
+	assert_string_equal(bench->logged->str, "");
 	pass(bench, 50);
-	assert_int_equal(count_said(bench, "thread \"cook\": cooking for 250 ms (200 is usual)"),
+	assert_int_equal(count_logged(bench, "thread \"cook\": cooking for 250 ms (200 is usual)"),
 			 1);
 	assert_int_equal(pr_watchdog_stalls(bench->watchdog, &last), 1);
 	assert_string_equal(last, "thread \"cook\": cooking for 250 ms");
 }
 
-static void it_is_said_again_at_doubling_intervals_and_when_it_goes_on(void **state)
+static void reports_come_at_doubling_intervals_and_when_the_thread_goes_on(void **state)
 {
 	Bench *bench = *state;
 
 	pass(bench, 100);
 	pr_watch_enter_at(bench->watch, &cooking, bench->now);
 	pass(bench, 250);
-	assert_int_equal(count_said(bench, "cooking for"), 1);
+	assert_int_equal(count_logged(bench, "cooking for"), 1);
 	pass(bench, 100);
-	assert_int_equal(count_said(bench, "cooking for"), 0);
+	assert_int_equal(count_logged(bench, "cooking for"), 0);
 	/* At 0.4, 0.8, 1.6, 3.2, 6.4 s. */
 	pass(bench, 6400);
-	assert_int_equal(count_said(bench, "cooking for"), 5);
+	assert_int_equal(count_logged(bench, "cooking for"), 5);
 	pr_watch_enter_at(bench->watch, &eating, bench->now);
 	pass(bench, 50);
-	assert_int_equal(count_said(bench, "goes on after 6800 ms: it was cooking"), 1);
+	assert_int_equal(count_logged(bench, "goes on after 6800 ms: it was cooking"), 1);
 	assert_int_equal(stalls(bench), 1);
 	pass(bench, 400);
-	assert_int_equal(count_said(bench, "eating for 450 ms"), 1);
+	assert_int_equal(count_logged(bench, "eating for 450 ms"), 1);
 	assert_int_equal(stalls(bench), 2);
 	pr_watch_idle(bench->watch);
 	pass(bench, 1000);
-	assert_int_equal(count_said(bench, "goes on"), 1);
+	assert_int_equal(count_logged(bench, "goes on"), 1);
 }
 
-static void nobody_is_blamed_when_the_whole_process_stood_still(void **state)
+static void no_thread_is_reported_when_the_whole_process_stood_still(void **state)
 {
 	Bench *bench = *state;
 
 	pass(bench, 100);
 	pr_watch_enter_at(bench->watch, &cooking, bench->now);
 	bench->now += 10000 * MS;
-	look(bench);
-	assert_int_equal(count_said(bench, "this engine stood still for 9950 ms"), 1);
+	check(bench);
+	assert_int_equal(count_logged(bench, "this engine stood still for 9950 ms"), 1);
 	pass(bench, 150);
-	assert_string_equal(bench->said->str, "");
-	/* What comes after it counts. */
+	assert_string_equal(bench->logged->str, "");
+	/* The time after it counts. */
 	pass(bench, 150);
-	assert_int_equal(count_said(bench, "cooking for"), 1);
+	assert_int_equal(count_logged(bench, "cooking for"), 1);
 }
 
-static void who_runs_is_given_longer(void **state)
+static void a_thread_that_runs_is_given_longer(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(PrWatch) own = pr_watch_new(bench->watchdog, "own");
@@ -212,13 +212,14 @@ static void who_runs_is_given_longer(void **state)
 	pass(bench, 100);
 	pr_watch_enter_at(own, &cooking, bench->now);
 	pass(bench, 750);
-	assert_string_equal(bench->said->str, "");
+	assert_string_equal(bench->logged->str, "");
 	pass(bench, 100);
-	assert_int_equal(
-		count_said(bench, "thread \"own\": cooking for 800 ms (200 is usual): it runs"), 1);
+	assert_int_equal(count_logged(bench,
+				      "thread \"own\": cooking for 800 ms (200 is usual): it runs"),
+			 1);
 }
 
-static void thread_that_has_ended_is_forgotten(void **state)
+static void a_thread_that_has_ended_is_forgotten(void **state)
 {
 	Bench *bench = *state;
 
@@ -226,7 +227,7 @@ static void thread_that_has_ended_is_forgotten(void **state)
 	pr_watch_enter_at(bench->watch, &cooking, bench->now);
 	g_clear_pointer(&bench->watch, pr_watch_free);
 	pass(bench, 1000);
-	assert_string_equal(bench->said->str, "");
+	assert_string_equal(bench->logged->str, "");
 }
 
 static gboolean be_slow(gpointer loop)
@@ -242,26 +243,26 @@ static gboolean end_idle(gpointer loop)
 	return G_SOURCE_REMOVE;
 }
 
-static void main_loop_that_does_not_turn_is_named(void **state)
+static void a_main_loop_that_does_not_turn_is_reported(void **state)
 {
 	g_autoptr(GMainContext) context = g_main_context_new();
 	g_autoptr(GMainLoop) loop = g_main_loop_new(context, FALSE);
-	g_autoptr(GSource) rests = g_timeout_source_new(SLOW_US / 1000);
-	g_autoptr(GSource) holds_up = g_timeout_source_new(0);
+	g_autoptr(GSource) idles = g_timeout_source_new(SLOW_US / 1000);
+	g_autoptr(GSource) blocks = g_timeout_source_new(0);
 	PrWatchdog *watchdog = pr_watchdog_new();
 	gint64 until = g_get_monotonic_time() + PATIENCE;
 	g_autofree char *last = NULL;
 
 	pr_watchdog_start(watchdog);
 	pr_loop_watch(watchdog, context);
-	/* It waits. */
-	g_source_set_callback(rests, end_idle, loop, NULL);
-	g_source_attach(rests, context);
+	/* The loop waits for events: that is idle. */
+	g_source_set_callback(idles, end_idle, loop, NULL);
+	g_source_attach(idles, context);
 	g_main_loop_run(loop);
 	assert_int_equal(pr_watchdog_stalls(watchdog, &last), 0);
-	/* It is held up. */
-	g_source_set_callback(holds_up, be_slow, loop, NULL);
-	g_source_attach(holds_up, context);
+	/* A callback blocks the loop. */
+	g_source_set_callback(blocks, be_slow, loop, NULL);
+	g_source_attach(blocks, context);
 	g_main_loop_run(loop);
 	while (pr_watchdog_stalls(watchdog, &last) == 0 && g_get_monotonic_time() < until)
 		g_clear_pointer(&last, g_free);
@@ -274,19 +275,21 @@ static void main_loop_that_does_not_turn_is_named(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test_setup_teardown(who_moves_or_is_idle_is_not_mentioned, set_up,
-						tear_down),
-		cmocka_unit_test_setup_teardown(who_is_slow_is_named_with_the_point_and_the_time,
+		cmocka_unit_test_setup_teardown(a_thread_that_moves_or_is_idle_is_not_reported,
+						set_up, tear_down),
+		cmocka_unit_test_setup_teardown(a_slow_thread_is_reported_with_its_point_and_time,
 						set_up, tear_down),
 		cmocka_unit_test_setup_teardown(
-			it_is_said_again_at_doubling_intervals_and_when_it_goes_on, set_up,
+			reports_come_at_doubling_intervals_and_when_the_thread_goes_on, set_up,
 			tear_down),
-		cmocka_unit_test_setup_teardown(nobody_is_blamed_when_the_whole_process_stood_still,
-						set_up, tear_down),
-		cmocka_unit_test_setup_teardown(who_runs_is_given_longer, set_up, tear_down),
-		cmocka_unit_test_setup_teardown(thread_that_has_ended_is_forgotten, set_up,
+		cmocka_unit_test_setup_teardown(
+			no_thread_is_reported_when_the_whole_process_stood_still, set_up,
+			tear_down),
+		cmocka_unit_test_setup_teardown(a_thread_that_runs_is_given_longer, set_up,
 						tear_down),
-		cmocka_unit_test(main_loop_that_does_not_turn_is_named),
+		cmocka_unit_test_setup_teardown(a_thread_that_has_ended_is_forgotten, set_up,
+						tear_down),
+		cmocka_unit_test(a_main_loop_that_does_not_turn_is_reported),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -15,6 +15,7 @@
 #include <cmocka.h>
 
 #include "tests/unit/transport-rig.h"
+#include "transport/registry.h"
 
 typedef struct Backend {
 	const char *scheme, *options;

@@ -8,7 +8,7 @@
 
 #include "transport/uri.h"
 
-static void uris_are_taken_apart(void **state)
+static void uris_are_split_into_their_parts(void **state)
 {
 	static const struct {
 		const char *text, *scheme, *host;
@@ -39,7 +39,7 @@ static void uris_are_taken_apart(void **state)
 	}
 }
 
-static void options_are_taken_apart(void **state)
+static void options_are_split_into_keys_and_values(void **state)
 {
 	g_autoptr(PrUri) uri =
 		pr_uri_parse("tcp:h:1?bind=::1&cut=RP_PONG=2&x-y_z=a?b", FALSE, NULL);
@@ -51,7 +51,7 @@ static void options_are_taken_apart(void **state)
 	assert_string_equal(g_hash_table_lookup(uri->options, "x-y_z"), "a?b");
 }
 
-static void what_is_malformed_is_quoted_and_explained(void **state)
+static void an_error_quotes_the_malformed_uri_and_explains_it(void **state)
 {
 	static const struct {
 		const char *text, *says;
@@ -71,15 +71,15 @@ static void what_is_malformed_is_quoted_and_explained(void **state)
 		{"tcp:h:99999999999999999999999", "port"},
 		{"tcp::1", "the host is empty"},
 		{"tcp:a/b:1", "neither a name nor an address"},
-		{"tcp:10.0.0.256:1", "no IPv4 address"},
-		{"tcp:10.0.1:1", "no IPv4 address"},
+		{"tcp:10.0.0.256:1", "not an IPv4 address"},
+		{"tcp:10.0.1:1", "not an IPv4 address"},
 		{"tcp:::1:4444", "brackets"},
 		{"tcp:fe80::1:4444", "brackets"},
 		{"tcp:[::1:4444", "'[' is not closed"},
-		{"tcp:[]:4444", "no IPv6 address"},
-		{"tcp:[10.0.0.1]:4444", "no IPv6 address"},
-		{"tcp:[name]:4444", "no IPv6 address"},
-		{"tcp:[fe80::1%]:4444", "no IPv6 address"},
+		{"tcp:[]:4444", "not an IPv6 address"},
+		{"tcp:[10.0.0.1]:4444", "not an IPv6 address"},
+		{"tcp:[name]:4444", "not an IPv6 address"},
+		{"tcp:[fe80::1%]:4444", "not an IPv6 address"},
 		{"tcp:[::1]", "after ']'"},
 		{"tcp:[::1]4444", "after ']'"},
 		{"tcp:[::1]x:4444", "after ']'"},
@@ -108,7 +108,7 @@ static void what_is_malformed_is_quoted_and_explained(void **state)
 	}
 }
 
-static void a_listener_may_leave_the_port_open(void **state)
+static void port_zero_is_accepted_only_for_a_listener(void **state)
 {
 	g_autoptr(PrUri) uri = pr_uri_parse("tcp:[::]:0", TRUE, NULL);
 
@@ -116,7 +116,7 @@ static void a_listener_may_leave_the_port_open(void **state)
 	assert_int_equal(uri->port, 0);
 }
 
-static void a_copy_is_equal_and_its_own(void **state)
+static void a_copy_is_equal_and_independent(void **state)
 {
 	g_autoptr(PrUri) uri = pr_uri_parse("tcp:h:1?a=b", FALSE, NULL);
 	g_autoptr(PrUri) copy = pr_uri_copy(uri);
@@ -175,11 +175,11 @@ static void a_wrapped_scheme_names_its_transport(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(uris_are_taken_apart),
-		cmocka_unit_test(options_are_taken_apart),
-		cmocka_unit_test(what_is_malformed_is_quoted_and_explained),
-		cmocka_unit_test(a_listener_may_leave_the_port_open),
-		cmocka_unit_test(a_copy_is_equal_and_its_own),
+		cmocka_unit_test(uris_are_split_into_their_parts),
+		cmocka_unit_test(options_are_split_into_keys_and_values),
+		cmocka_unit_test(an_error_quotes_the_malformed_uri_and_explains_it),
+		cmocka_unit_test(port_zero_is_accepted_only_for_a_listener),
+		cmocka_unit_test(a_copy_is_equal_and_independent),
 		cmocka_unit_test(lists_keep_their_order),
 		cmocka_unit_test(lists_with_a_bad_element_are_refused),
 		cmocka_unit_test(a_wrapped_scheme_names_its_transport),

@@ -347,20 +347,50 @@ static void grants_round_trip(void **state)
 	assert_int_equal(grants[1].key, 43);
 }
 
-static void a_reason_is_cut_and_cleaned(void **state)
+/* What the peer reads of it. */
+static void pass_reason(const char *text, char ret[PR_REASON_MAX + 1])
 {
-	g_autofree char *longer = g_strnfill(PR_REASON_MAX - 1, 'x');
-	g_autofree char *text = g_strconcat(longer, "☂ and more", NULL);
 	g_autoptr(GByteArray) body = g_byte_array_new();
-	g_autoptr(GByteArray) dirty = g_byte_array_new();
-	char back[PR_REASON_MAX + 1];
 
 	pr_reason_encode(body, text);
-	assert_true(pr_reason_decode(body->data, body->len, back, NULL));
-	assert_string_equal(back, longer);
-	pr_reason_encode(dirty, "a\033[2Jb\nc");
-	assert_true(pr_reason_decode(dirty->data, dirty->len, back, NULL));
+	assert_true(pr_reason_decode(body->data, body->len, ret, NULL));
+}
+
+static void a_reason_is_cleaned(void **state)
+{
+	char back[PR_REASON_MAX + 1];
+
+	pass_reason("a\033[2Jb\nc", back);
 	assert_string_equal(back, "a [2Jb c");
+}
+
+static void the_longest_reason_is_sent_whole(void **state)
+{
+	g_autofree char *text = g_strnfill(PR_REASON_MAX, 'x');
+	char back[PR_REASON_MAX + 1];
+
+	pass_reason(text, back);
+	assert_string_equal(back, text);
+}
+
+/* Whatever its length, and wherever that cuts the characters of several bytes. */
+static void of_a_reason_with_a_long_uri_the_cause_survives(void **state)
+{
+	for (guint more = 0; more < 8; more++) {
+		g_autofree char *padding = g_strnfill(more, 'y');
+		g_autoptr(GString) text = g_string_new("path tcp:10.0.0.1:4444?id=");
+		char back[PR_REASON_MAX + 1];
+
+		g_string_append(text, padding);
+		while (text->len < 2 * PR_REASON_MAX)
+			g_string_append(text, "☂");
+		g_string_append(text, ": the address is in use");
+		pass_reason(text->str, back);
+		assert_true(g_str_has_prefix(back, "path tcp:10.0.0.1:4444?id="));
+		assert_true(g_str_has_suffix(back, "☂: the address is in use"));
+		assert_non_null(strstr(back, "☂ ... ☂"));
+		assert_in_range(strlen(back), PR_REASON_MAX - 8, PR_REASON_MAX);
+	}
 }
 
 static void a_reason_with_control_characters_is_refused(void **state)
@@ -607,7 +637,9 @@ int main(void)
 		cmocka_unit_test(ranges_that_overflow_or_are_empty_are_refused),
 		cmocka_unit_test(ranges_round_trip),
 		cmocka_unit_test(grants_round_trip),
-		cmocka_unit_test(a_reason_is_cut_and_cleaned),
+		cmocka_unit_test(a_reason_is_cleaned),
+		cmocka_unit_test(the_longest_reason_is_sent_whole),
+		cmocka_unit_test(of_a_reason_with_a_long_uri_the_cause_survives),
 		cmocka_unit_test(a_reason_with_control_characters_is_refused),
 		cmocka_unit_test(bodies_of_qemu_are_its_bytes),
 		cmocka_unit_test(numbers_of_qemu_are_kept),

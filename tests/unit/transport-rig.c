@@ -13,6 +13,7 @@
 
 #include <cmocka.h>
 
+#include "transport/registry.h"
 #include "transport/wire/wire.h"
 
 #define CHILD_ARGUMENT "--rig-source"

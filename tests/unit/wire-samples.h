@@ -65,7 +65,7 @@ static gboolean decode_lane(const uint8_t *body, gsize len, GError **error)
 
 static void sample_heartbeat(GByteArray *out)
 {
-	PrHeartbeatBody heartbeat = {.stamp = 1, .echo = 2, .held = 3};
+	PrHeartbeatBody heartbeat = {.stamp = 1, .echo = 2, .echo_age = 3};
 	uint8_t raw[PR_HEARTBEAT_BYTES];
 
 	pr_heartbeat_encode(raw, &heartbeat);
@@ -240,7 +240,7 @@ static gboolean decode_progress(const uint8_t *body, gsize len, GError **error)
 
 static void sample_lost(GByteArray *out)
 {
-	PrLost lost = {.epoch = 7, .held = TRUE, .reason = "rail rxe0 is DOWN"};
+	PrLost lost = {.epoch = 7, .paused_by_operator = TRUE, .reason = "rail rxe0 is DOWN"};
 
 	pr_lost_encode(out, &lost);
 }

@@ -4,15 +4,13 @@
 #include <poll.h>
 #include <sched.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #include "transport/control/internal.h"
 #include "transport/net/dial.h"
 #include "util/try-alloc.h"
 
-#define FAREWELL_US 2000 /* that pr_control_send_nowait() waits at most */
+#define NOWAIT_US 2000 /* how long pr_control_send_nowait() waits at most */
 
 void pr_msg_free(PrMsg *msg)
 {
@@ -20,18 +18,6 @@ void pr_msg_free(PrMsg *msg)
 		return;
 	g_free(msg->body);
 	g_free(msg);
-}
-
-static void signal_fd(int fd)
-{
-	eventfd_write(fd, 1);
-}
-
-/* A descriptor that pr_control_free() may close, whatever became of it. */
-static void close_fd(int fd)
-{
-	if (fd >= 0)
-		close(fd);
 }
 
 static char *local_host(GSocketConnection *connection, const PrUri *uri)
@@ -55,17 +41,15 @@ PrControl *pr_control_new(GSocketConnection *connection, const PrUri *uri,
 	control->ops = ops;
 	control->peer = pr_peer_text(connection);
 	control->local_host = local_host(connection, uri);
-	control->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	control->closed_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	control->reader_waker = control->closed = PR_WAKER_INIT;
 	control->tail = g_byte_array_new();
 	g_mutex_init(&control->send_lock);
 	g_mutex_init(&control->lock);
 	g_cond_init(&control->changed);
 	g_queue_init(&control->queue);
-	if (control->wake_fd < 0 || control->closed_fd < 0) {
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			    "%s: no eventfd: %s; raise the limit of open files", control->peer,
-			    g_strerror(errno));
+	if (!pr_waker_init(&control->reader_waker, error) ||
+	    !pr_waker_init(&control->closed, error)) {
+		g_prefix_error(error, "%s: ", control->peer);
 		return NULL;
 	}
 	return g_steal_pointer(&control);
@@ -112,15 +96,16 @@ gboolean pr_control_has_ended(PrControl *control)
 	return control->failure != NULL;
 }
 
-/* Only the first reason counts. One that is not ours is reported by the reader. */
-static void end(PrControl *control, const GError *reason, gboolean by_us)
+/* Only the first reason counts. by_us: the owner ends it, so on_failed is not called. */
+static void end_channel(PrControl *control, const GError *reason, gboolean by_us)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 	gboolean dead = g_error_matches(reason, PR_PATH_ERROR, PR_PATH_ERROR_LOST) ||
 			g_error_matches(reason, PR_PATH_ERROR, PR_PATH_ERROR_SILENT);
 
 	if (control->failure) {
-		/* Whoever shuts it down need not be told, if the reader has not done so yet. */
+		/* The owner need not hear of it any more, if the reader has not called on_failed
+		 * yet. */
 		control->reported |= by_us;
 		g_cond_broadcast(&control->changed);
 		return;
@@ -129,20 +114,20 @@ static void end(PrControl *control, const GError *reason, gboolean by_us)
 	control->reported = by_us;
 	control->linger = by_us && !dead;
 	shutdown(control->fd, control->linger ? SHUT_WR : SHUT_RDWR);
-	signal_fd(control->closed_fd);
-	signal_fd(control->wake_fd);
+	pr_waker_wake(&control->closed);
+	pr_waker_wake(&control->reader_waker);
 	g_cond_broadcast(&control->changed);
 }
 
 void pr_control_fail(PrControl *control, GError *reason)
 {
-	end(control, reason, FALSE);
+	end_channel(control, reason, FALSE);
 	g_error_free(reason);
 }
 
 void pr_control_shutdown(PrControl *control, const GError *reason)
 {
-	end(control, reason, TRUE);
+	end_channel(control, reason, TRUE);
 }
 
 gboolean pr_control_admit(PrControl *control, gboolean outgoing, uint16_t type)
@@ -161,7 +146,7 @@ static void frame_advance(PrFrame *frame, gsize written)
 	for (guint i = 0; i < G_N_ELEMENTS(frame->part); i++) {
 		gsize n = MIN(written, frame->part[i].iov_len);
 
-		/* A part without bytes may be without an address. */
+		/* A part without bytes may have no address. */
 		if (!n)
 			continue;
 		frame->part[i].iov_base = (uint8_t *)frame->part[i].iov_base + n;
@@ -185,24 +170,25 @@ gssize pr_frame_write(int fd, PrFrame *frame)
 	return n;
 }
 
-/* Waits until the socket takes more or the channel has ended. FALSE: the handshake's time is over. */
+/* Waits until the socket has room or the channel has ended. FALSE: the deadline of the handshake
+ * has come. */
 static gboolean wait_for_room(PrControl *control)
 {
 	struct pollfd fds[] = {
 		{.fd = control->fd, .events = POLLOUT},
-		{.fd = control->closed_fd, .events = POLLIN},
+		{.fd = pr_waker_fd(&control->closed), .events = POLLIN},
 	};
 
 	if (control->handshake_deadline)
 		return pr_wait_fd(control->fd, POLLOUT, control->handshake_deadline,
 				  control->cancel) == PR_WAIT_READY;
-	/* Ended by room, or by the end of the channel. */
+	/* Ended by room in the socket, or by the end of the channel. */
 	poll(fds, G_N_ELEMENTS(fds), -1);
 	return TRUE;
 }
 
-/* A write failed. The reader declares the end, after it has taken in what is still there. */
-static void write_failed(PrControl *control, int code)
+/* A write failed. The reader declares the end, after it has read what is still in the socket. */
+static void handle_write_error(PrControl *control, int code)
 {
 	GError *reason = pr_control_lost_errno(control, "sending", code);
 
@@ -210,7 +196,7 @@ static void write_failed(PrControl *control, int code)
 	if (control->started && !control->failure) {
 		if (!control->send_error)
 			control->send_error = g_steal_pointer(&reason);
-		signal_fd(control->wake_fd);
+		pr_waker_wake(&control->reader_waker);
 		/* Ended by the reader, which declares the end at its next turn. */
 		while (!control->failure)
 			g_cond_wait(&control->changed, &control->lock);
@@ -239,7 +225,7 @@ static gboolean write_whole(PrControl *control, uint16_t type, const void *body,
 		if (n == -EAGAIN && !wait_for_room(control))
 			n = -ETIMEDOUT;
 		if (n < 0 && n != -EAGAIN) {
-			write_failed(control, -n);
+			handle_write_error(control, -n);
 			return FALSE;
 		}
 	}
@@ -291,7 +277,7 @@ int pr_control_write_tail(PrControl *control, const void *frames, gsize length)
 	return n == -EAGAIN ? 0 : MIN(n, 0);
 }
 
-/* The reader sends it when it can. */
+/* Leaves a frame to the reader, which sends it when it can. */
 static void postpone(PrControl *control, const GByteArray *frame)
 {
 	g_mutex_lock(&control->lock);
@@ -299,13 +285,14 @@ static void postpone(PrControl *control, const GByteArray *frame)
 		control->postponed = g_byte_array_new();
 	g_byte_array_append(control->postponed, frame->data, frame->len);
 	g_mutex_unlock(&control->lock);
-	signal_fd(control->wake_fd);
+	pr_waker_wake(&control->reader_waker);
 }
 
-/* Whoever is in the middle of a message that the socket takes at once is done in a moment. */
-static gboolean lock_in_passing(PrControl *control)
+/* A thread whose message fits in the socket releases the lock in a moment. FALSE: another thread
+ * needs longer. */
+static gboolean lock_send_briefly(PrControl *control)
 {
-	gint64 deadline = g_get_monotonic_time() + FAREWELL_US;
+	gint64 deadline = g_get_monotonic_time() + NOWAIT_US;
 
 	while (!g_mutex_trylock(&control->send_lock)) {
 		if (g_get_monotonic_time() > deadline)
@@ -323,11 +310,11 @@ void pr_control_send_nowait(PrControl *control, uint16_t type, const GByteArray 
 	pr_header_encode(header, type, body->len);
 	g_byte_array_append(frame, header, sizeof header);
 	g_byte_array_append(frame, body->data, body->len);
-	if (!lock_in_passing(control)) {
+	if (!lock_send_briefly(control)) {
 		postpone(control, frame);
 		return;
 	}
-	/* A failure is the reader's to find. */
+	/* Of a failure the reader finds out by itself. */
 	if (!pr_control_has_ended(control) && pr_control_admit(control, TRUE, type))
 		pr_control_write_tail(control, frame->data, frame->len);
 	g_mutex_unlock(&control->send_lock);
@@ -353,7 +340,7 @@ gboolean pr_control_start(PrControl *control, guint heartbeat_interval_ms,
 	control->reads_ahead = TRUE;
 	control->reader = pr_thread_try("control", pr_control_reader, control, error);
 	if (!control->reader) {
-		/* There is nobody who would declare the end. */
+		/* No thread can declare the end. */
 		g_mutex_lock(&control->lock);
 		control->started = FALSE;
 		g_mutex_unlock(&control->lock);
@@ -385,16 +372,16 @@ PrMsg *pr_control_recv(PrControl *control, guint timeout_ms, GError **error)
 	control->handling = FALSE;
 	if (control->failure)
 		g_cond_broadcast(&control->changed);
-	gboolean come = wait_for_message(control, deadline);
+	gboolean in_time = wait_for_message(control, deadline);
 	PrMsg *msg = g_queue_pop_head(&control->queue);
 
 	control->handling = msg != NULL;
 	if (msg) {
 		control->queued_bytes -= sizeof *msg + msg->length;
 		if (control->full)
-			signal_fd(control->wake_fd);
+			pr_waker_wake(&control->reader_waker);
 		control->full = FALSE;
-	} else if (come && error) {
+	} else if (in_time && error) {
 		*error = g_error_copy(control->failure);
 	} else {
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
@@ -432,8 +419,9 @@ GSocketConnection *pr_control_release(PrControl *control)
 /* Ends a started channel, if nothing else has, and waits for its reader. */
 static void stop_reader(PrControl *control)
 {
-	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
-					       "%s: this side has left", control->peer);
+	g_autoptr(GError) reason =
+		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST,
+			    "%s: this side has closed the connection", control->peer);
 
 	pr_control_shutdown(control, reason);
 	g_thread_join(control->reader);
@@ -449,15 +437,15 @@ void pr_control_free(PrControl *control)
 		g_io_stream_close(G_IO_STREAM(control->connection), NULL, NULL);
 	g_clear_object(&control->connection);
 	g_clear_object(&control->cancel);
-	close_fd(control->wake_fd);
-	close_fd(control->closed_fd);
+	pr_waker_clear(&control->reader_waker);
+	pr_waker_clear(&control->closed);
 	pr_uri_free(control->uri);
 	g_free(control->peer);
 	g_free(control->local_host);
 	g_byte_array_unref(control->tail);
 	g_clear_pointer(&control->postponed, g_byte_array_unref);
 	g_queue_clear_full(&control->queue, (GDestroyNotify)pr_msg_free);
-	pr_msg_free(control->coming);
+	pr_msg_free(control->incoming);
 	g_clear_error(&control->failure);
 	g_clear_error(&control->send_error);
 	g_mutex_clear(&control->send_lock);

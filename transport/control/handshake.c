@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* HELLO for HELLO_ACK: how a control channel begins, on both sides. */
+/* The handshake at the beginning of a control channel: HELLO and HELLO_ACK, on both sides. */
 #include <string.h>
 
 #include "transport/control/internal.h"
 #include "transport/net/dial.h"
+#include "transport/registry.h"
 
 static gint64 deadline_in(guint ms)
 {
@@ -31,15 +32,16 @@ static gboolean read_ack(PrControl *control, PrHelloAck *ret, GError **error)
 	return FALSE;
 }
 
-/* Makes a path's error of what went wrong. */
-static void explain(const PrUri *uri, const PrControl *control, const GError *cause, GError **error)
+/* Makes an error of the path. */
+static void set_connect_error(const PrUri *uri, const PrControl *control, const GError *cause,
+			      GError **error)
 {
 	g_autofree char *path = pr_uri_address(uri);
 
 	if (cause->domain == PR_WIRE_ERROR)
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			    "path %s: what answers at %s is not Postroad, or not this version of "
-			    "it: %s; check the port and the release on both sides",
+			    "path %s: %s does not speak the Postroad protocol, or speaks another "
+			    "version of it: %s; check the port and the release on both sides",
 			    path, control->peer, cause->message);
 	else
 		g_set_error(error, cause->domain, cause->code, "path %s: handshake: %s", path,
@@ -56,7 +58,8 @@ gboolean pr_control_check_ack(PrControl *control, const PrHelloAck *ack, GError 
 	return FALSE;
 }
 
-static gboolean exchange(PrControl *control, const PrHello *hello, PrHelloAck *ret, GError **error)
+static gboolean exchange_hello(PrControl *control, const PrHello *hello, PrHelloAck *ret,
+			       GError **error)
 {
 	PrHelloAck ack;
 
@@ -67,7 +70,7 @@ static gboolean exchange(PrControl *control, const PrHello *hello, PrHelloAck *r
 	return TRUE;
 }
 
-static gboolean secure(PrControl *control, const PrTls *tls, GError **error)
+static gboolean start_tls(PrControl *control, const PrTls *tls, GError **error)
 {
 	GSocketConnection *connection;
 
@@ -99,9 +102,9 @@ PrControl *pr_control_connect(const PrUri *uri, const PrTls *tls, const PrHello 
 	if (!control)
 		return NULL;
 	pr_control_set_handshake(control, deadline_in(handshake_ms), cancel);
-	if (secure(control, tls, &cause) && exchange(control, hello, ret_ack, &cause))
+	if (start_tls(control, tls, &cause) && exchange_hello(control, hello, ret_ack, &cause))
 		return g_steal_pointer(&control);
-	explain(uri, control, cause, error);
+	set_connect_error(uri, control, cause, error);
 	return NULL;
 }
 
@@ -116,8 +119,9 @@ gboolean pr_control_answer(PrControl *control, const PrHelloAck *ack, GError **e
 	if (ack->status == PR_HELLO_OK)
 		return TRUE;
 	reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_REFUSED, "%s: %s", control->peer,
-			     ack->status == PR_HELLO_COMPLETED ? "everything is here already"
-							       : ack->reason);
+			     ack->status == PR_HELLO_COMPLETED
+				     ? "the destination has everything already"
+				     : ack->reason);
 	pr_control_shutdown(control, reason);
 	return TRUE;
 }

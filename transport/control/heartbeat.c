@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "transport/control/heartbeat.h"
 
-#define LATE_US 10000 /* waking up later than this is more than the scheduler's ordinary grain */
+#define LATE_US 10000 /* a thread that is later did not run: the scheduler's grain is less */
 
 void pr_heartbeat_init(PrHeartbeat *heartbeat, guint interval_ms, guint timeout_ms, gint64 now)
 {
@@ -56,19 +56,20 @@ void pr_heartbeat_make(PrHeartbeat *heartbeat, gint64 now, PrHeartbeatBody *ret)
 	*ret = (PrHeartbeatBody){.stamp = now};
 	if (heartbeat->peer_stamp) {
 		ret->echo = heartbeat->peer_stamp;
-		ret->held = now - heartbeat->peer_stamp_at;
+		ret->echo_age = now - heartbeat->peer_stamp_at;
 	}
 }
 
-uint64_t pr_heartbeat_take(PrHeartbeat *heartbeat, gint64 now, const PrHeartbeatBody *body)
+uint64_t pr_heartbeat_handle(PrHeartbeat *heartbeat, gint64 now, const PrHeartbeatBody *body)
 {
 	uint64_t since;
 
 	heartbeat->peer_stamp = body->stamp;
 	heartbeat->peer_stamp_at = now;
-	/* A peer may say anything: an echo from the future, or held longer than it is old, is none. */
+	/* A peer may send anything. An echo from the future, or an age beyond its own, is
+	 * ignored. */
 	if (!body->echo || body->echo > (uint64_t)now)
 		return 0;
 	since = (uint64_t)now - body->echo;
-	return body->held < since ? since - body->held : 0;
+	return body->echo_age < since ? since - body->echo_age : 0;
 }

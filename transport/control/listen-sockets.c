@@ -2,7 +2,7 @@
 #include "transport/control/listen-sockets.h"
 
 #include "transport/net/dial.h"
-#include "transport/transport.h"
+#include "transport/path-error.h"
 
 #define BACKLOG	   4096 /* the kernel may have a lower limit */
 #define RESOLVE_MS 5000
@@ -37,7 +37,7 @@ char *pr_listening_host(GSocket *socket)
 		g_inet_socket_address_get_address(G_INET_SOCKET_ADDRESS(address)));
 }
 
-/* An address as it is, but with the port that the first socket was given. */
+/* The same address with another port. */
 static GSocketAddress *with_port(GSocketAddress *address, uint16_t port)
 {
 	GInetSocketAddress *inet = G_INET_SOCKET_ADDRESS(address);
@@ -49,7 +49,7 @@ static GSocketAddress *with_port(GSocketAddress *address, uint16_t port)
 			    NULL);
 }
 
-/* Plain connections from other hosts only where somebody has said so. */
+/* Plain connections from other hosts are refused unless the operator has allowed them. */
 static gboolean check_security(const PrSecurity *security, GPtrArray *addresses, GError **error)
 {
 	if (security->tls)
@@ -68,8 +68,8 @@ static gboolean check_security(const PrSecurity *security, GPtrArray *addresses,
 	return TRUE;
 }
 
-/* Listens on every address of the host. One that this machine doesn't have (::1 without IPv6) is left
- * out as long as there is another. */
+/* Listens on every address of the host. An address that this machine does not have (::1 without
+ * IPv6) is skipped as long as there is another. */
 static gboolean open_sockets(GPtrArray *sockets, GPtrArray *addresses, uint16_t port,
 			     GError **error)
 {

@@ -10,10 +10,12 @@
 
 #define PR_LISTENING_MAX 16 /* addresses of one name */
 
-/* Adds a GSocket for every address of the URI's host, all with the same port, which the system may choose. FALSE: also
- * where the addresses can be reached by others and nothing protects them. */
+/* Adds a GSocket for every address of the URI's host, all with the same port, which the kernel
+ * may choose. It also fails where other hosts can reach an address and connections would be
+ * plain, unless the operator has allowed that. */
 gboolean pr_listening_open(const PrUri *uri, const PrSecurity *security, GPtrArray *sockets,
 			   GCancellable *cancel, GError **error);
+/* The port that it is bound to. */
 uint16_t pr_listening_port(GSocket *socket);
-/* Its address, as text; g_free() it. */
+/* The address that it is bound to; g_free() it. */
 char *pr_listening_host(GSocket *socket);

@@ -1,65 +1,47 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The listener. Goal: nobody who knocks can keep the real peer out, or disturb a migration.
+ * The listener. Goal: no peer that connects can keep the real peer out, or disturb a migration.
  *
- * Two threads. The door thread accepts and reads first frames, of all strangers at once, and never
- * blocks: each stranger has until its deadline, there are at most STRANGERS_MAX of them, and when one
- * more comes one goes: the one that has waited longest, of the host that has most of them here (peer-limits.h). So
- * a flood from one host pushes out its own. A real peer also sends its HELLO at once, so it has left
- * the door before a flood of silent ones from its own host can push it out. The hello thread gives complete HELLOs to
- * on_hello, which may take seconds, one by one; at most HELLOS_MAX wait for it, and who goes is found likewise.
+ * The way of a connection, in the order of the functions below:
  *
- * With TLS a stranger first has to send the beginning of a handshake, and then waits for its turn, because
- * handshakes cost us processor time that the guest may need: there are only so many a second, and of those who
- * wait the host that had fewest of late is next. The handshake has a thread of its own;
- * at most SHAKES_MAX go on, and when one more begins one is cancelled, because GIO works through them
- * in a pool of ten threads. Then the stranger is back at the door, for the rest of its time. One that
- * speaks without TLS, or shows a certificate that is not accepted, may say HELLO to be told so.
+ *  1. accept_conns() accepts it. It has until its deadline for all the steps that follow.
+ *  2. sniff_protocol() looks at its first byte: plain frames, TLS, or neither.
+ *  3. start_tls_handshakes(): with TLS it waits for its turn, because handshakes cost processor
+ *     time that the guest may need. PrTokenBucket limits them, and the host that had fewest of
+ *     late is next. Then the handshake runs in a thread of its own (tls-handshakes.h), and
+ *     collect_handshaken() brings the connection back.
+ *  4. read_first_frame() reads its first frame, piece by piece as it comes in.
+ *  5. hand_over() gives a connection with a HELLO to the thread that calls on_hello
+ *     (hello-queue.h), and one with a LANE to the backend's offer().
  *
- * What others can make us log is limited as well.
+ * The accept thread does all but the handshakes and on_hello, for all connections at once, and
+ * never blocks. At most PENDING_MAX connections are pending; one more evicts one (peer-limits.h).
+ * So a flood from one host evicts its own. A real peer sends its HELLO at once: it is handed over
+ * before a flood of silent connections from its own host can evict it.
+ *
+ * A peer that speaks without TLS where TLS is required may say HELLO, and so may one whose
+ * certificate is not accepted: the answer has the reason. What peers can cause to be logged is
+ * limited, too.
  */
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
+#include "transport/control/hello-queue.h"
 #include "transport/control/internal.h"
-#include "transport/control/peer-limits.h"
-#include "transport/net/dial.h"
 #include "transport/control/listen-sockets.h"
+#include "transport/control/peer-limits.h"
+#include "transport/control/pending-conn.h"
+#include "transport/control/tls-handshakes.h"
+#include "transport/registry.h"
 #include "util/try-alloc.h"
 
-#define STRANGERS_MAX	 32
-#define HELLOS_MAX	 32
-#define SHAKES_MAX	 8
+#define PENDING_MAX	 32
 #define ACCEPTED_AT_ONCE 64
-#define OUT_OF_FILES_MS	 100 /* how long accepting rests when there are no descriptors left */
+#define OUT_OF_FILES_MS	 100 /* how long accepting pauses when there are no descriptors left */
 
-/* A connection whose first frame is not complete. Of the door thread. */
-typedef struct Stranger {
-	int fd;		    /* until it has begun to speak, so that a flood costs little; then -1 */
-	PrControl *control; /* from then on */
-	PrCrowdHost host;
-	gint64 deadline;
-	gboolean waits; /* for its turn at a TLS handshake */
-	char *refusal;	/* what a HELLO is answered, whatever it says; or NULL */
-} Stranger;
-
-/* A TLS handshake, of its own thread. */
-typedef struct Shake {
-	PrListener *listener;
-	Stranger *stranger;
-	GCancellable *cancel;
-} Shake;
-
-/* A connection that has said HELLO. */
-typedef struct Visitor {
-	PrControl *control;
-	PrCrowdHost host;
-	PrHello hello;
-} Visitor;
+#define TLS_HANDSHAKE	 0x16 /* the first byte of a TLS connection; of no frame of ours */
 
 struct PrListener {
 	/* Constant. */
@@ -70,572 +52,386 @@ struct PrListener {
 	guint handshake_ms;
 	PrOnHello on_hello;
 	void *opaque;
-	GPtrArray *sockets; /* GSocket, listening */
-	int stop_fd;	    /* eventfd: readable when the door thread has to end */
-	int shaken_fd;	    /* eventfd: readable when there is something in `shaken` */
-	GThread *door_thread, *hello_thread;
+	GPtrArray *sockets;	     /* GSocket, listening */
+	PrHelloQueue *hellos;	     /* has its own lock */
+	PrTlsHandshakes *handshakes; /* NULL without TLS; has its own lock */
+	PrWaker stop;		     /* never drained: the accept thread has to end */
+	GThread *accept_thread;
 
-	GPtrArray *strangers; /* the door thread's, in the order of their coming */
-	gint64 rest_until;    /* the door thread's: accepting rests */
-	PrTokenBucket turns;  /* the door thread's: at TLS handshakes */
-	PrLogRatelimit quiet; /* has its own lock */
-
-	GMutex lock; /* of the rest */
-	GCond changed;
-	GQueue visitors;
-	GQueue shakes;	/* Shake, in progress and not cancelled, oldest first */
-	guint n_shakes; /* threads */
-	GQueue shaken;	/* Stranger, on its way back to the door */
-	gboolean stopping;
+	/* The accept thread's. */
+	GPtrArray *pending;  /* PrPendingConn, in the order in which they came */
+	gint64 paused_until; /* no connection is accepted before; us, monotonic */
+	PrTokenBucket tls_turns;
+	PrLogRatelimit log_limit;
 };
-
-static void stranger_free(Stranger *stranger)
-{
-	if (!stranger)
-		return;
-	pr_control_free(stranger->control);
-	if (stranger->fd >= 0)
-		close(stranger->fd);
-	g_free(stranger->refusal);
-	g_free(stranger);
-}
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(Stranger, stranger_free)
-
-static void visitor_free(Visitor *visitor)
-{
-	pr_control_free(visitor->control);
-	pr_hello_clear(&visitor->hello);
-	g_free(visitor);
-}
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(Visitor, visitor_free)
-
-/* First frames */
-
-static gboolean may_say(PrListener *listener, guint *ret_left_out)
-{
-	return pr_log_ratelimit_allows(&listener->quiet, g_get_monotonic_time(), ret_left_out);
-}
-
-static void say(const char *what, const char *why, guint left_out)
-{
-	g_autofree char *more = NULL;
-
-	if (left_out)
-		more = g_strdup_printf(" (and %u more, of which nothing was said)", left_out);
-	g_info("listener: %s: %s%s", what, why, more ? more : "");
-}
 
 static void note(PrListener *listener, const char *what, const char *why)
 {
-	guint left_out;
+	g_autofree char *more = NULL;
+	guint suppressed;
 
-	if (may_say(listener, &left_out))
-		say(what, why, left_out);
+	if (!pr_log_ratelimit_allows(&listener->log_limit, g_get_monotonic_time(), &suppressed))
+		return;
+	if (suppressed)
+		more = g_strdup_printf(" (%u more lines like this were left out)", suppressed);
+	g_info("listener: %s: %s%s", what, why, more ? more : "");
 }
 
-static void turn_away(PrListener *listener, PrControl *control, const char *why)
+/* Returns the connection's next step. */
+static PrPendingStep turn_away(PrListener *listener, const PrPendingConn *conn, const char *why)
 {
-	g_autofree char *what = g_strdup_printf("turned %s away", pr_control_peer(control));
+	g_autofree char *peer = pr_pending_conn_peer(conn);
+	g_autofree char *what = g_strdup_printf("turned %s away", peer);
 
 	note(listener, what, why);
-	pr_control_free(control);
+	return PR_PENDING_DONE;
 }
 
-static char *peer_of(int fd)
-{
-	struct sockaddr_storage native = {0};
-	socklen_t size = sizeof(native);
-	g_autoptr(GSocketAddress) address = NULL;
-
-	if (getpeername(fd, (struct sockaddr *)&native, &size) == 0)
-		address = g_socket_address_new_from_native(&native, size);
-	if (!address || !G_IS_INET_SOCKET_ADDRESS(address))
-		return g_strdup("an unknown address");
-	return pr_address_text(address);
-}
-
-/* One that is only a descriptor yet. Its owner frees it. */
-static void turn_away_unheard(PrListener *listener, const Stranger *stranger, const char *why)
-{
-	g_autofree char *peer = NULL;
-	g_autofree char *what = NULL;
-	guint left_out;
-
-	if (!may_say(listener, &left_out))
-		return;
-	peer = peer_of(stranger->fd);
-	what = g_strdup_printf("turned %s away", peer);
-	say(what, why, left_out);
-}
-
-/* A stranger that has begun to speak. FALSE: it can't be heard. */
-static gboolean make_control(PrListener *listener, Stranger *stranger)
-{
-	g_autoptr(GError) error = NULL;
-	g_autoptr(GSocket) socket = g_socket_new_from_fd(stranger->fd, &error);
-
-	if (socket) {
-		stranger->fd = -1;
-		pr_configure_socket(socket);
-		stranger->control =
-			pr_control_new(g_socket_connection_factory_create_connection(socket),
-				       listener->uri, listener->ops, &error);
-	}
-	if (!stranger->control)
-		note(listener, "cannot let anybody in", error->message);
-	return stranger->control != NULL;
-}
-
-/* Takes the control of a peer whose HELLO makes no sense, and tells it so. */
-static void refuse(PrListener *listener, PrControl *control, const char *why)
+/* As turn_away(), of a peer that has sent a HELLO: the answer to it has the reason. */
+static PrPendingStep refuse(PrListener *listener, const PrPendingConn *conn, const char *why)
 {
 	PrHelloAck ack = {.status = PR_HELLO_REFUSED};
 
-	g_strlcpy(ack.reason, why, sizeof ack.reason);
-	pr_control_answer(control, &ack, NULL);
-	turn_away(listener, control, why);
+	pr_reason_copy(ack.reason, why);
+	pr_control_answer(conn->control, &ack, NULL);
+	return turn_away(listener, conn, why);
 }
 
-/* Under the lock, of one too many. */
-static Visitor *push_out_visitor(PrListener *listener)
-{
-	PrCrowdHost hosts[HELLOS_MAX + 1];
-	guint n = 0;
-
-	for (GList *link = listener->visitors.head; link; link = link->next)
-		hosts[n++] = ((Visitor *)link->data)->host;
-	return g_queue_pop_nth(&listener->visitors, pr_peer_pick_eviction(hosts, n));
-}
-
-static void hand_over_hello(PrListener *listener, PrControl *control, const PrMsg *msg)
+static PrPendingStep open_conn(PrListener *listener, PrPendingConn *conn)
 {
 	g_autoptr(GError) error = NULL;
-	g_autoptr(Visitor) pushed_out = NULL;
-	Visitor *visitor;
-	PrHello hello;
 
-	if (!pr_hello_decode(msg->body, msg->length, &hello, &error)) {
-		refuse(listener, control, error->message);
-		return;
-	}
-	visitor = g_new0(Visitor, 1);
-	visitor->control = control;
-	pr_crowd_host(control->fd, &visitor->host);
-	visitor->hello = hello;
-	g_mutex_lock(&listener->lock);
-	g_queue_push_tail(&listener->visitors, visitor);
-	if (listener->visitors.length > HELLOS_MAX)
-		pushed_out = push_out_visitor(listener);
-	g_cond_signal(&listener->changed);
-	g_mutex_unlock(&listener->lock);
+	if (pr_pending_conn_open(conn, listener->uri, listener->ops, &error))
+		return PR_PENDING_FRAME;
+	note(listener, "cannot take a connection", error->message);
+	return PR_PENDING_DONE;
 }
 
-static void hand_over_lane(PrListener *listener, PrControl *control, const PrMsg *msg)
+/* Step 2: what it begins with */
+
+static PrPendingStep sniff_first_byte(PrListener *listener, PrPendingConn *conn, uint8_t first)
+{
+	gboolean tls = listener->security.tls != NULL;
+
+	if (first == TLS_HANDSHAKE && tls)
+		return PR_PENDING_TLS_TURN;
+	if (first == TLS_HANDSHAKE)
+		return turn_away(listener, conn,
+				 "it begins with TLS, which this side does not use; start this "
+				 "side with --tls-dir, too");
+	/* Of HELLO and LANE. */
+	if (first != 0)
+		return turn_away(listener, conn, "it does not speak the Postroad protocol");
+	if (tls)
+		conn->refusal =
+			g_strdup("this destination wants TLS: start the source with --tls-dir, "
+				 "and certificates of the same CA");
+	return open_conn(listener, conn);
+}
+
+static PrPendingStep sniff_protocol(PrListener *listener, PrPendingConn *conn)
+{
+	uint8_t first;
+	gssize n = recv(conn->fd, &first, 1, MSG_PEEK | MSG_DONTWAIT);
+
+	if (n == 1)
+		return sniff_first_byte(listener, conn, first);
+	if (n == 0 || (errno != EAGAIN && errno != EINTR))
+		return turn_away(listener, conn, "it closed the connection without a word");
+	if (g_get_monotonic_time() < conn->deadline)
+		return PR_PENDING_SILENT;
+	return turn_away(listener, conn,
+			 listener->security.tls ? "it began no TLS handshake in time"
+						: "it did not say HELLO in time");
+}
+
+/* Step 3: TLS */
+
+static PrPendingStep wait_for_tls_turn(PrListener *listener, PrPendingConn *conn)
+{
+	if (g_get_monotonic_time() < conn->deadline)
+		return PR_PENDING_TLS_TURN;
+	return turn_away(listener, conn,
+			 "its turn at a TLS handshake did not come in time, because too many "
+			 "connections want one");
+}
+
+/* The connection whose turn it is, by its index; -1: none waits. */
+static int pick_tls_turn(PrListener *listener)
+{
+	PrPeerHost hosts[PENDING_MAX];
+	guint indices[PENDING_MAX], n = 0;
+
+	for (guint i = 0; i < listener->pending->len; i++) {
+		const PrPendingConn *conn = listener->pending->pdata[i];
+
+		if (conn->step != PR_PENDING_TLS_TURN)
+			continue;
+		indices[n] = i;
+		hosts[n++] = conn->host;
+	}
+	return n ? (int)indices[pr_token_bucket_pick_next(&listener->tls_turns, hosts, n)] : -1;
+}
+
+/* Takes the connection. */
+static void start_tls_handshake(PrListener *listener, PrPendingConn *taken)
+{
+	g_autoptr(PrPendingConn) conn = taken;
+	g_autoptr(GError) error = NULL;
+
+	if (open_conn(listener, conn) == PR_PENDING_DONE)
+		return;
+	if (pr_tls_handshakes_start(listener->handshakes, conn, &error))
+		g_steal_pointer(&conn);
+	else
+		turn_away(listener, conn, error->message);
+}
+
+/* Starts as many of the handshakes that wait as may be started now. */
+static void start_tls_handshakes(PrListener *listener)
+{
+	PrTokenBucket *turns = &listener->tls_turns;
+	gint64 now = g_get_monotonic_time();
+	int next;
+
+	while (pr_token_bucket_available_at(turns, now) <= now &&
+	       (next = pick_tls_turn(listener)) >= 0) {
+		PrPendingConn *conn = g_ptr_array_steal_index(listener->pending, next);
+
+		pr_token_bucket_take(turns, &conn->host, now);
+		start_tls_handshake(listener, conn);
+	}
+}
+
+/* Step 4: its first frame */
+
+/* Reads what has come in. NULL: the frame is not complete, or the connection is done. */
+static PrMsg *read_first_frame(PrListener *listener, PrPendingConn *conn)
+{
+	gint64 now = g_get_monotonic_time();
+	g_autoptr(GError) error = NULL;
+	PrMsg *msg;
+
+	/* The deadline is in the past, so that it does not wait for more. */
+	pr_control_set_handshake(conn->control, now, NULL);
+	msg = pr_control_read_first(conn->control, &error);
+	if (msg)
+		return msg;
+	if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
+		conn->step = turn_away(listener, conn, error->message);
+	else if (now >= conn->deadline)
+		conn->step = turn_away(listener, conn, "it did not say HELLO in time");
+	return NULL;
+}
+
+/* Step 5: to whom it belongs */
+
+static PrPendingStep hand_over_hello(PrListener *listener, PrPendingConn *conn, const PrMsg *msg)
+{
+	g_autoptr(GError) error = NULL;
+	PrHello hello;
+
+	if (!pr_hello_decode(msg->body, msg->length, &hello, &error))
+		return refuse(listener, conn, error->message);
+	pr_hello_queue_push(listener->hellos, g_steal_pointer(&conn->control), &hello);
+	return PR_PENDING_DONE;
+}
+
+static PrPendingStep hand_over_lane(PrListener *listener, PrPendingConn *conn, const PrMsg *msg)
 {
 	g_autoptr(GError) error = NULL;
 	PrLaneHello lane;
 
-	if (pr_lane_hello_decode(msg->body, msg->length, &lane, &error))
-		listener->ops->offer(listener->data, pr_control_release(control), &lane);
-	else
-		turn_away(listener, control, error->message);
+	if (!pr_lane_hello_decode(msg->body, msg->length, &lane, &error))
+		return turn_away(listener, conn, error->message);
+	listener->ops->offer(listener->data, pr_control_release(g_steal_pointer(&conn->control)),
+			     &lane);
+	return PR_PENDING_DONE;
 }
 
-/* Takes the control of a stranger that has said who it is. */
-static void hand_over(PrListener *listener, PrControl *control, const PrMsg *msg,
-		      const char *refusal)
+static PrPendingStep hand_over(PrListener *listener, PrPendingConn *conn, const PrMsg *msg)
 {
-	if (refusal) {
-		if (msg->type == PR_MSG_HELLO)
-			refuse(listener, control, refusal);
+	if (conn->refusal && msg->type == PR_MSG_HELLO)
+		return refuse(listener, conn, conn->refusal);
+	if (conn->refusal)
+		return turn_away(listener, conn, conn->refusal);
+	if (msg->type == PR_MSG_HELLO)
+		return hand_over_hello(listener, conn, msg);
+	if (msg->type == PR_MSG_LANE)
+		return hand_over_lane(listener, conn, msg);
+	return turn_away(listener, conn, "it begins with HELLO_ACK");
+}
+
+/* From the hello queue's thread. */
+static void handle_hello(PrControl *control, const PrHello *hello, void *opaque)
+{
+	PrListener *listener = opaque;
+	gint64 deadline = g_get_monotonic_time() + (gint64)listener->handshake_ms * 1000;
+
+	pr_control_set_handshake(control, deadline, NULL);
+	listener->on_hello(control, hello, listener, listener->opaque);
+}
+
+/* The accept thread: the steps of all connections */
+
+/* Takes a connection as far as it gets without waiting. FALSE: it is done. */
+static gboolean advance(PrListener *listener, PrPendingConn *conn)
+{
+	if (conn->step == PR_PENDING_SILENT)
+		conn->step = sniff_protocol(listener, conn);
+	if (conn->step == PR_PENDING_TLS_TURN)
+		conn->step = wait_for_tls_turn(listener, conn);
+	if (conn->step == PR_PENDING_FRAME) {
+		g_autoptr(PrMsg) msg = read_first_frame(listener, conn);
+
+		if (msg)
+			conn->step = hand_over(listener, conn, msg);
+	}
+	return conn->step != PR_PENDING_DONE;
+}
+
+static void advance_all(PrListener *listener)
+{
+	for (guint i = 0; i < listener->pending->len;)
+		if (advance(listener, listener->pending->pdata[i]))
+			i++;
 		else
-			turn_away(listener, control, refusal);
-		return;
-	}
-	switch (msg->type) {
-	case PR_MSG_HELLO:
-		hand_over_hello(listener, control, msg);
-		break;
-	case PR_MSG_LANE:
-		hand_over_lane(listener, control, msg);
-		break;
-	default:
-		turn_away(listener, control, "it begins with HELLO_ACK");
-	}
+			g_ptr_array_remove_index(listener->pending, i);
 }
 
-/* TLS */
-
-#define TLS_HANDSHAKE 0x16 /* the first byte of a TLS connection; of no frame of ours */
-
-static gboolean shake_hands(PrListener *listener, Shake *shake)
+static void evict_one(PrListener *listener)
 {
-	g_autoptr(GError) error = NULL;
-	Stranger *stranger = shake->stranger;
-	GSocketConnection *connection =
-		pr_tls_accept(listener->security.tls, pr_control_take_connection(stranger->control),
-			      stranger->deadline, shake->cancel, &stranger->refusal, &error);
-
-	if (connection)
-		pr_control_put_connection(stranger->control, connection);
-	else
-		turn_away(listener, g_steal_pointer(&stranger->control), error->message);
-	return connection != NULL;
-}
-
-static gpointer shake_main(gpointer opaque)
-{
-	Shake *shake = opaque;
-	PrListener *listener = shake->listener;
-	gboolean shaken = shake_hands(listener, shake);
-
-	g_mutex_lock(&listener->lock);
-	g_queue_remove(&listener->shakes, shake);
-	if (shaken)
-		g_queue_push_tail(&listener->shaken, g_steal_pointer(&shake->stranger));
-	eventfd_write(listener->shaken_fd, 1);
-	g_mutex_unlock(&listener->lock);
-	g_object_unref(shake->cancel);
-	stranger_free(shake->stranger);
-	g_free(shake);
-	g_mutex_lock(&listener->lock);
-	listener->n_shakes--;
-	g_cond_broadcast(&listener->changed);
-	g_mutex_unlock(&listener->lock);
-	return NULL;
-}
-
-/* Under the lock. */
-static void cancel_shake(PrListener *listener)
-{
-	PrCrowdHost hosts[SHAKES_MAX];
-	guint n = 0;
-	Shake *shake;
-
-	for (GList *link = listener->shakes.head; link; link = link->next)
-		hosts[n++] = ((Shake *)link->data)->stranger->host;
-	shake = g_queue_pop_nth(&listener->shakes, pr_peer_pick_eviction(hosts, n));
-	/* It frees itself, but not without the lock. */
-	g_cancellable_cancel(shake->cancel);
-}
-
-/* Takes the stranger's control. */
-static void begin_shake(PrListener *listener, Stranger *from)
-{
-	Shake *shake = g_new0(Shake, 1);
-	g_autoptr(GError) error = NULL;
-
-	shake->listener = listener;
-	shake->stranger = g_new0(Stranger, 1);
-	shake->stranger->fd = -1;
-	shake->stranger->control = g_steal_pointer(&from->control);
-	shake->stranger->host = from->host;
-	shake->stranger->deadline = from->deadline;
-	shake->cancel = g_cancellable_new();
-	g_mutex_lock(&listener->lock);
-	if (listener->shakes.length == SHAKES_MAX) {
-		note(listener, "too many TLS handshakes", "one is cancelled");
-		cancel_shake(listener);
-	}
-	g_queue_push_tail(&listener->shakes, shake);
-	listener->n_shakes++;
-	g_mutex_unlock(&listener->lock);
-	GThread *thread = pr_thread_try("tls-shake", shake_main, shake, &error);
-	if (thread) {
-		g_thread_unref(thread);
-		return;
-	}
-	/* Nobody will shake its hand: as if that had been cancelled. */
-	g_info("listener: %s", error->message);
-	g_cancellable_cancel(shake->cancel);
-	shake_main(shake);
-}
-
-/* Cancels all handshakes and waits for their threads. */
-static void end_shakes(PrListener *listener)
-{
-	g_mutex_lock(&listener->lock);
-	while (listener->shakes.length)
-		cancel_shake(listener);
-	/* Ended by those handshakes, which were just cancelled. */
-	while (listener->n_shakes)
-		g_cond_wait(&listener->changed, &listener->lock);
-	g_mutex_unlock(&listener->lock);
-}
-
-/* Begins as many of the handshakes that wait as may be begun now. */
-static void begin_shakes(PrListener *listener)
-{
-	gint64 now = g_get_monotonic_time();
-
-	while (pr_token_bucket_when(&listener->turns, now) <= now) {
-		PrCrowdHost hosts[STRANGERS_MAX];
-		guint who[STRANGERS_MAX], n = 0, next;
-
-		for (guint i = 0; i < listener->strangers->len; i++) {
-			const Stranger *stranger = listener->strangers->pdata[i];
-
-			who[n] = i;
-			hosts[n] = stranger->host;
-			n += stranger->waits;
-		}
-		if (!n)
-			return;
-		next = who[pr_token_bucket_whose(&listener->turns, hosts, n)];
-		pr_token_bucket_take(&listener->turns,
-				     &((Stranger *)listener->strangers->pdata[next])->host, now);
-		if (make_control(listener, listener->strangers->pdata[next]))
-			begin_shake(listener, listener->strangers->pdata[next]);
-		g_ptr_array_remove_index(listener->strangers, next);
-	}
-}
-
-/* Why a stranger that begins like this is not heard; NULL: it is. */
-static const char *judge_first(PrListener *listener, uint8_t first)
-{
-	if (first == TLS_HANDSHAKE)
-		return listener->security.tls ? NULL
-					      : "it begins with TLS, which this side does not use; "
-						"start it with --tls-dir, too";
-	/* HELLO or LANE */
-	return first == 0 ? NULL : "it is no Postroad";
-}
-
-/* What a stranger begins with. TRUE: it is gone. */
-static gboolean look(PrListener *listener, Stranger *stranger)
-{
-	gboolean tls = listener->security.tls != NULL;
-	const char *why = NULL;
-	uint8_t first;
-	gssize n = recv(stranger->fd, &first, 1, MSG_PEEK | MSG_DONTWAIT);
-
-	if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
-		if (g_get_monotonic_time() < stranger->deadline)
-			return FALSE;
-		why = tls ? "it began no TLS handshake in time" : "it did not say HELLO in time";
-	} else {
-		why = n == 1 ? judge_first(listener, first) : "it left without a word";
-	}
-	if (why) {
-		turn_away_unheard(listener, stranger, why);
-		return TRUE;
-	}
-	stranger->waits = first == TLS_HANDSHAKE;
-	if (stranger->waits)
-		return FALSE;
-	if (tls)
-		stranger->refusal =
-			g_strdup("this destination wants TLS: start the source with --tls-dir, "
-				 "and certificates of the same CA");
-	return !make_control(listener, stranger);
-}
-
-/* Reads what is there of the first frame. TRUE: the stranger is gone, one way or another. */
-static gboolean hear(PrListener *listener, Stranger *stranger)
-{
-	g_autoptr(GError) error = NULL;
-	g_autoptr(PrMsg) msg = NULL;
-	gint64 now = g_get_monotonic_time();
-
-	if (stranger->waits && now >= stranger->deadline) {
-		turn_away_unheard(
-			listener, stranger,
-			"so many want a TLS handshake that its turn did not come in time");
-		return TRUE;
-	}
-	if (!stranger->control && !stranger->waits && look(listener, stranger))
-		return TRUE;
-	if (!stranger->control)
-		return FALSE;
-	/* A deadline in the past: takes what there is. */
-	pr_control_set_handshake(stranger->control, now, NULL);
-	msg = pr_control_read_first(stranger->control, &error);
-	if (msg)
-		hand_over(listener, g_steal_pointer(&stranger->control), msg, stranger->refusal);
-	else if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT))
-		turn_away(listener, g_steal_pointer(&stranger->control), error->message);
-	else if (now >= stranger->deadline)
-		turn_away(listener, g_steal_pointer(&stranger->control),
-			  "it did not say HELLO in time");
-	return !stranger->control;
-}
-
-/* The door thread */
-
-/* When there are too many. */
-static void push_out_stranger(PrListener *listener)
-{
-	PrCrowdHost hosts[STRANGERS_MAX];
+	PrPeerHost hosts[PENDING_MAX];
 	guint n = 0;
 
-	for (; n < listener->strangers->len; n++)
-		hosts[n] = ((Stranger *)listener->strangers->pdata[n])->host;
-	g_ptr_array_remove_index(listener->strangers, pr_peer_pick_eviction(hosts, n));
+	for (; n < listener->pending->len; n++)
+		hosts[n] = ((PrPendingConn *)listener->pending->pdata[n])->host;
+	g_ptr_array_remove_index(listener->pending, pr_peer_pick_eviction(hosts, n));
 }
 
-/* Takes the stranger. */
-static void take_in(PrListener *listener, Stranger *taken)
+/* Takes the connection. */
+static void add_pending(PrListener *listener, PrPendingConn *taken)
 {
-	g_autoptr(Stranger) stranger = taken;
+	g_autoptr(PrPendingConn) conn = taken;
 
 	/* What a real peer says is there already more often than not. */
-	if (hear(listener, stranger))
+	if (!advance(listener, conn))
 		return;
-	if (listener->strangers->len == STRANGERS_MAX) {
-		note(listener, "too many strangers at the door", "one goes");
-		push_out_stranger(listener);
+	if (listener->pending->len == PENDING_MAX) {
+		note(listener, "too many connections are pending", "one of them is closed");
+		evict_one(listener);
 	}
-	g_ptr_array_add(listener->strangers, g_steal_pointer(&stranger));
-}
-
-/* Those whose handshakes are done. */
-static void take_back(PrListener *listener)
-{
-	eventfd_t count;
-
-	eventfd_read(listener->shaken_fd, &count);
-	for (;;) {
-		Stranger *stranger;
-
-		g_mutex_lock(&listener->lock);
-		stranger = g_queue_pop_head(&listener->shaken);
-		g_mutex_unlock(&listener->lock);
-		if (!stranger)
-			return;
-		take_in(listener, stranger);
-	}
+	g_ptr_array_add(listener->pending, g_steal_pointer(&conn));
 }
 
 /* Takes the descriptor. */
-static void let_in(PrListener *listener, int fd)
+static void accept_conn(PrListener *listener, int fd)
 {
-	Stranger *stranger = g_new0(Stranger, 1);
+	gint64 deadline = g_get_monotonic_time() + (gint64)listener->handshake_ms * 1000;
 
-	stranger->fd = fd;
-	pr_crowd_host(fd, &stranger->host);
-	stranger->deadline = g_get_monotonic_time() + (gint64)listener->handshake_ms * 1000;
-	take_in(listener, stranger);
+	add_pending(listener, pr_pending_conn_new(fd, deadline));
 }
 
-/* Accepts what waits, a bounded number so that those who were let in are heard in between. */
-static void accept_some(PrListener *listener, int listening)
+/* Accepts what waits, a bounded number, so that those which are pending advance in between. */
+static void accept_conns(PrListener *listener, int listening)
 {
 	for (guint i = 0; i < ACCEPTED_AT_ONCE; i++) {
 		int fd = accept4(listening, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 		if (fd >= 0) {
-			let_in(listener, fd);
+			accept_conn(listener, fd);
 			continue;
 		}
 		if (errno == EAGAIN)
 			return;
-		/* Others are about one connection, which is gone. */
+		/* Other errors are about one connection, which is gone. */
 		if (errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM)
 			continue;
 		note(listener, "accept", g_strerror(errno));
-		listener->rest_until = g_get_monotonic_time() + OUT_OF_FILES_MS * 1000;
-		if (listener->strangers->len)
-			push_out_stranger(listener);
+		listener->paused_until = g_get_monotonic_time() + OUT_OF_FILES_MS * 1000;
+		if (listener->pending->len)
+			evict_one(listener);
 		return;
 	}
 }
 
-static void hear_all(PrListener *listener)
+/* Connections whose TLS handshakes have ended. */
+static void collect_handshaken(PrListener *listener)
 {
-	for (guint i = 0; i < listener->strangers->len;)
-		if (hear(listener, listener->strangers->pdata[i]))
-			g_ptr_array_remove_index(listener->strangers, i);
+	for (;;) {
+		g_autoptr(GError) failure = NULL;
+		g_autoptr(PrPendingConn) conn =
+			pr_tls_handshakes_pop(listener->handshakes, &failure);
+
+		if (!conn)
+			return;
+		if (failure)
+			turn_away(listener, conn, failure->message);
 		else
-			i++;
+			add_pending(listener, g_steal_pointer(&conn));
+	}
 }
 
-/* Until when the door thread may sleep; -1: for ever. */
-static int door_timeout(PrListener *listener, gint64 now)
+/* How long the accept thread may sleep, in ms; -1: for ever. */
+static int sleep_ms(PrListener *listener, gint64 now)
 {
-	gint64 until = listener->rest_until > now ? listener->rest_until : G_MAXINT64;
+	gint64 until = listener->paused_until > now ? listener->paused_until : G_MAXINT64;
 
-	for (guint i = 0; i < listener->strangers->len; i++) {
-		Stranger *stranger = listener->strangers->pdata[i];
+	for (guint i = 0; i < listener->pending->len; i++) {
+		PrPendingConn *conn = listener->pending->pdata[i];
 
-		until = MIN(until, stranger->deadline);
-		if (stranger->waits)
-			until = MIN(until, pr_token_bucket_when(&listener->turns, now));
+		until = MIN(until, conn->deadline);
+		if (conn->step == PR_PENDING_TLS_TURN)
+			until = MIN(until, pr_token_bucket_available_at(&listener->tls_turns, now));
 	}
 	if (until == G_MAXINT64)
 		return -1;
 	return until <= now ? 0 : MIN((until - now + 999) / 1000, G_MAXINT);
 }
 
-/* Sleeps until somebody knocks or speaks. FALSE: the listener is being freed. */
-static gboolean door_sleep(PrListener *listener, struct pollfd *fds)
+/* Sleeps until there is something to do. FALSE: the listener is being freed. The listening
+ * sockets begin with fds[2]. */
+static gboolean wait_for_peers(PrListener *listener, struct pollfd *fds)
 {
 	gint64 now = g_get_monotonic_time();
-	gboolean resting = listener->rest_until > now;
+	gboolean paused = listener->paused_until > now;
 	guint n = 0;
 
-	fds[n++] = (struct pollfd){.fd = listener->stop_fd, .events = POLLIN};
-	fds[n++] = (struct pollfd){.fd = listener->shaken_fd, .events = POLLIN};
+	fds[n++] = (struct pollfd){.fd = pr_waker_fd(&listener->stop), .events = POLLIN};
+	fds[n++] = (struct pollfd){
+		.fd = listener->handshakes ? pr_tls_handshakes_fd(listener->handshakes) : -1,
+		.events = POLLIN,
+	};
 	for (guint i = 0; i < listener->sockets->len; i++)
 		fds[n++] = (struct pollfd){
-			.fd = resting ? -1 : g_socket_get_fd(listener->sockets->pdata[i]),
+			.fd = paused ? -1 : g_socket_get_fd(listener->sockets->pdata[i]),
 			.events = POLLIN,
 		};
-	for (guint i = 0; i < listener->strangers->len; i++) {
-		Stranger *stranger = listener->strangers->pdata[i];
-
-		/* Who waits for a turn has said all that is to be heard now. */
-		fds[n++] = (struct pollfd){.fd = stranger->waits     ? -1
-						 : stranger->control ? stranger->control->fd
-								     : stranger->fd,
-					   .events = POLLIN};
-	}
-	poll(fds, n, door_timeout(listener, now));
+	for (guint i = 0; i < listener->pending->len; i++)
+		fds[n++] = (struct pollfd){
+			.fd = pr_pending_conn_poll_fd(listener->pending->pdata[i]),
+			.events = POLLIN,
+		};
+	poll(fds, n, sleep_ms(listener, now));
 	return !(fds[0].revents & POLLIN);
 }
 
-static gpointer door_main(gpointer opaque)
+static gpointer accept_thread(gpointer opaque)
 {
 	PrListener *listener = opaque;
-	struct pollfd fds[2 + PR_LISTENING_MAX + STRANGERS_MAX] = {0};
+	struct pollfd fds[2 + PR_LISTENING_MAX + PENDING_MAX] = {0};
 
-	while (door_sleep(listener, fds)) {
-		hear_all(listener);
-		take_back(listener);
+	while (wait_for_peers(listener, fds)) {
+		advance_all(listener);
+		if (listener->handshakes)
+			collect_handshaken(listener);
 		for (guint i = 0; i < listener->sockets->len; i++)
 			if (fds[2 + i].revents)
-				accept_some(listener, g_socket_get_fd(listener->sockets->pdata[i]));
-		begin_shakes(listener);
+				accept_conns(listener,
+					     g_socket_get_fd(listener->sockets->pdata[i]));
+		start_tls_handshakes(listener);
 	}
 	return NULL;
-}
-
-/* The hello thread */
-
-static Visitor *next_visitor(PrListener *listener)
-{
-	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&listener->lock);
-
-	/* Ended by a visitor, or by stop_threads(). */
-	while (!listener->stopping && g_queue_is_empty(&listener->visitors))
-		g_cond_wait(&listener->changed, &listener->lock);
-	return listener->stopping ? NULL : g_queue_pop_head(&listener->visitors);
-}
-
-static gpointer hello_main(gpointer opaque)
-{
-	PrListener *listener = opaque;
-
-	for (;;) {
-		g_autoptr(Visitor) visitor = next_visitor(listener);
-		gint64 now = g_get_monotonic_time();
-
-		if (!visitor)
-			return NULL;
-		pr_control_set_handshake(visitor->control,
-					 now + (gint64)listener->handshake_ms * 1000, NULL);
-		listener->on_hello(g_steal_pointer(&visitor->control), &visitor->hello, listener,
-				   listener->opaque);
-	}
 }
 
 /* Creation */
@@ -655,7 +451,7 @@ static void note_port(PrListener *listener)
 	uri->text = text;
 }
 
-/* What listens beside the control port does it at an address: no name is looked up twice. */
+/* What listens beside the control port is given an address, so that no name is looked up twice. */
 static PrUri *data_uri(PrListener *listener)
 {
 	PrUri *uri = pr_uri_copy(listener->uri);
@@ -672,29 +468,35 @@ static gboolean open_listener(PrListener *listener, GCancellable *cancel, GError
 	g_autoptr(PrUri) uri = NULL;
 
 	listener->ops = pr_transport_find(listener->uri->scheme, error);
-	if (!listener->ops)
-		return FALSE;
-	if (!pr_listening_open(listener->uri, &listener->security, listener->sockets, cancel,
-			       error))
+	if (!listener->ops || !pr_listening_open(listener->uri, &listener->security,
+						 listener->sockets, cancel, error))
 		return FALSE;
 	note_port(listener);
-	listener->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	listener->shaken_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (listener->stop_fd < 0 || listener->shaken_fd < 0) {
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			    "no eventfd: %s; raise the limit of open files", g_strerror(errno));
+	if (!pr_waker_init(&listener->stop, error))
 		return FALSE;
-	}
 	uri = data_uri(listener);
 	listener->data = listener->ops->listen(uri, error);
 	return listener->data != NULL;
+}
+
+static gboolean start_threads(PrListener *listener, GError **error)
+{
+	const PrTls *tls = listener->security.tls;
+
+	if (tls)
+		listener->handshakes = pr_tls_handshakes_new(tls, error);
+	if (tls && !listener->handshakes)
+		return FALSE;
+	listener->hellos = pr_hello_queue_new(handle_hello, listener, error);
+	if (listener->hellos)
+		listener->accept_thread = pr_thread_try("listener", accept_thread, listener, error);
+	return listener->accept_thread != NULL;
 }
 
 PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint handshake_ms,
 			    PrOnHello on_hello, void *opaque, GCancellable *cancel, GError **error)
 {
 	g_autoptr(PrListener) listener = g_new0(PrListener, 1);
-	g_autofree char *address = pr_uri_address(uri);
 
 	listener->uri = pr_uri_copy(uri);
 	if (security)
@@ -702,23 +504,13 @@ PrListener *pr_listener_new(const PrUri *uri, const PrSecurity *security, guint 
 	listener->handshake_ms = handshake_ms;
 	listener->on_hello = on_hello;
 	listener->opaque = opaque;
-	listener->stop_fd = listener->shaken_fd = -1;
+	listener->stop = PR_WAKER_INIT;
+	g_mutex_init(&listener->log_limit.lock);
 	listener->sockets = g_ptr_array_new_with_free_func(g_object_unref);
-	listener->strangers = g_ptr_array_new_with_free_func((GDestroyNotify)stranger_free);
-	g_mutex_init(&listener->quiet.lock);
-	g_mutex_init(&listener->lock);
-	g_cond_init(&listener->changed);
-	g_queue_init(&listener->visitors);
-	g_queue_init(&listener->shakes);
-	g_queue_init(&listener->shaken);
-	if (!open_listener(listener, cancel, error)) {
-		g_prefix_error(error, "cannot listen on %s: ", address);
-		return NULL;
-	}
-	listener->door_thread = pr_thread_try("listener", door_main, listener, error);
-	if (listener->door_thread)
-		listener->hello_thread = pr_thread_try("hello", hello_main, listener, error);
-	if (!listener->hello_thread) {
+	listener->pending = g_ptr_array_new_with_free_func((GDestroyNotify)pr_pending_conn_free);
+	if (!open_listener(listener, cancel, error) || !start_threads(listener, error)) {
+		g_autofree char *address = pr_uri_address(uri);
+
 		g_prefix_error(error, "cannot listen on %s: ", address);
 		return NULL;
 	}
@@ -735,37 +527,20 @@ PrDataListener *pr_listener_data(PrListener *listener)
 	return listener->data;
 }
 
-static void stop_threads(PrListener *listener)
-{
-	eventfd_write(listener->stop_fd, 1);
-	g_thread_join(listener->door_thread);
-	end_shakes(listener);
-	g_mutex_lock(&listener->lock);
-	listener->stopping = TRUE;
-	g_cond_signal(&listener->changed);
-	g_mutex_unlock(&listener->lock);
-	if (listener->hello_thread)
-		g_thread_join(listener->hello_thread);
-}
-
 void pr_listener_free(PrListener *listener)
 {
 	if (!listener)
 		return;
-	if (listener->door_thread)
-		stop_threads(listener);
+	pr_waker_wake(&listener->stop);
+	if (listener->accept_thread)
+		g_thread_join(listener->accept_thread);
+	pr_tls_handshakes_free(listener->handshakes);
+	pr_hello_queue_free(listener->hellos);
 	pr_data_listener_close(listener->data);
-	g_ptr_array_unref(listener->strangers);
+	g_ptr_array_unref(listener->pending);
 	g_ptr_array_unref(listener->sockets);
-	g_queue_clear_full(&listener->visitors, (GDestroyNotify)visitor_free);
-	g_queue_clear_full(&listener->shaken, (GDestroyNotify)stranger_free);
-	if (listener->stop_fd >= 0)
-		close(listener->stop_fd);
-	if (listener->shaken_fd >= 0)
-		close(listener->shaken_fd);
+	pr_waker_clear(&listener->stop);
 	pr_uri_free(listener->uri);
-	g_mutex_clear(&listener->quiet.lock);
-	g_mutex_clear(&listener->lock);
-	g_cond_clear(&listener->changed);
+	g_mutex_clear(&listener->log_limit.lock);
 	g_free(listener);
 }

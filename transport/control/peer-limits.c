@@ -6,16 +6,16 @@
 #include <sys/socket.h>
 
 #define NETWORK_BYTES 8 /* of an IPv6 address */
-#define TURN_US	      (G_USEC_PER_SEC / PR_TURNS_PER_SECOND)
+#define TOKEN_US      (G_USEC_PER_SEC / PR_TOKENS_PER_SECOND)
 
-void pr_crowd_host(int fd, PrCrowdHost *ret)
+void pr_peer_host(int fd, PrPeerHost *ret)
 {
 	struct sockaddr_storage address = {0};
 	socklen_t size = sizeof(address);
 	const struct sockaddr_in *v4 = (const void *)&address;
 	const struct sockaddr_in6 *v6 = (const void *)&address;
 
-	*ret = (PrCrowdHost){{0}};
+	*ret = (PrPeerHost){{0}};
 	if (getpeername(fd, (struct sockaddr *)&address, &size) < 0)
 		return;
 	if (address.ss_family == AF_INET)
@@ -26,12 +26,12 @@ void pr_crowd_host(int fd, PrCrowdHost *ret)
 		memcpy(ret->bytes, v6->sin6_addr.s6_addr, NETWORK_BYTES);
 }
 
-static gboolean same_host(const PrCrowdHost *a, const PrCrowdHost *b)
+static gboolean same_host(const PrPeerHost *a, const PrPeerHost *b)
 {
 	return !memcmp(a, b, sizeof(*a));
 }
 
-static guint count(const PrCrowdHost *hosts, guint n, const PrCrowdHost *host)
+static guint count(const PrPeerHost *hosts, guint n, const PrPeerHost *host)
 {
 	guint found = 0;
 
@@ -40,7 +40,7 @@ static guint count(const PrCrowdHost *hosts, guint n, const PrCrowdHost *host)
 	return found;
 }
 
-guint pr_peer_pick_eviction(const PrCrowdHost *hosts, guint n)
+guint pr_peer_pick_eviction(const PrPeerHost *hosts, guint n)
 {
 	guint victim = 0, most = 0;
 
@@ -55,46 +55,46 @@ guint pr_peer_pick_eviction(const PrCrowdHost *hosts, guint n)
 	return victim;
 }
 
-gint64 pr_token_bucket_when(const PrTokenBucket *turns, gint64 now)
+gint64 pr_token_bucket_available_at(const PrTokenBucket *bucket, gint64 now)
 {
-	return MAX(now, turns->full_at - (PR_TURNS_BURST - 1) * TURN_US);
+	return MAX(now, bucket->full_at - (PR_TOKENS_BURST - 1) * TOKEN_US);
 }
 
-guint pr_token_bucket_whose(const PrTokenBucket *turns, const PrCrowdHost *hosts, guint n)
+guint pr_token_bucket_pick_next(const PrTokenBucket *bucket, const PrPeerHost *hosts, guint n)
 {
-	guint known = MIN(turns->n, PR_TURNS_REMEMBERED), whose = 0, fewest = G_MAXUINT;
+	guint known = MIN(bucket->n_taken, PR_TOKENS_REMEMBERED), next = 0, fewest = G_MAXUINT;
 
 	for (guint i = 0; i < n; i++) {
-		guint had = count(turns->last, known, &hosts[i]);
+		guint had = count(bucket->last, known, &hosts[i]);
 
 		if (had < fewest) {
 			fewest = had;
-			whose = i;
+			next = i;
 		}
 	}
-	return whose;
+	return next;
 }
 
-void pr_token_bucket_take(PrTokenBucket *turns, const PrCrowdHost *host, gint64 now)
+void pr_token_bucket_take(PrTokenBucket *bucket, const PrPeerHost *host, gint64 now)
 {
-	turns->full_at = MAX(turns->full_at, now) + TURN_US;
-	turns->last[turns->n++ % PR_TURNS_REMEMBERED] = *host;
+	bucket->full_at = MAX(bucket->full_at, now) + TOKEN_US;
+	bucket->last[bucket->n_taken++ % PR_TOKENS_REMEMBERED] = *host;
 }
 
-gboolean pr_log_ratelimit_allows(PrLogRatelimit *quiet, gint64 now, guint *ret_left_out)
+gboolean pr_log_ratelimit_allows(PrLogRatelimit *limit, gint64 now, guint *ret_suppressed)
 {
-	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&quiet->lock);
+	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&limit->lock);
 
-	if (now - quiet->since >= G_USEC_PER_SEC) {
-		quiet->since = now;
-		quiet->lines = 0;
+	if (now - limit->since >= G_USEC_PER_SEC) {
+		limit->since = now;
+		limit->lines = 0;
 	}
-	if (quiet->lines == PR_QUIET_LINES) {
-		quiet->left_out++;
+	if (limit->lines == PR_LOG_LINES_PER_SECOND) {
+		limit->suppressed++;
 		return FALSE;
 	}
-	quiet->lines++;
-	*ret_left_out = quiet->left_out;
-	quiet->left_out = 0;
+	limit->lines++;
+	*ret_suppressed = limit->suppressed;
+	limit->suppressed = 0;
 	return TRUE;
 }

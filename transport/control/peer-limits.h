@@ -1,52 +1,63 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Justice among strangers, who have shown nothing yet but the address that they come from: who has to go when
- * there are too many, whose turn it is when there is not enough for all, and how much is said about them. So
- * that a host which floods us gets in its own way, and not in the real peer's. Where both are one host, or the flood
- * comes from many, whoever came first goes first. For transport/ only. Not thread-safe, except for PrLogRatelimit.
+ * Fair limits for unauthenticated peers. All that is known of such a peer is the address that it
+ * connects from. These functions say which connection is closed when there are too many, which is
+ * served next when there is not enough for all, and how much is logged about them.
+ *
+ * A host that floods the listener thus competes with itself, and not with the real peer. Where
+ * both are one host, or the flood comes from many hosts, the oldest connection is the first to
+ * go.
+ *
+ * Not thread-safe, except for PrLogRatelimit.
  */
 #pragma once
 
 #include <glib.h>
 #include <stdint.h>
 
-/* A host: its address; of IPv6 the network's half of it, because a host has all of the other half. */
-typedef struct PrCrowdHost {
+/* A host: its IPv4 address, or the network half of its IPv6 address, because a host may use all
+ * of the other half. */
+typedef struct PrPeerHost {
 	uint8_t bytes[16];
-} PrCrowdHost;
+} PrPeerHost;
 
-/* The far end of a socket; zeros where that can't be told. */
-void pr_crowd_host(int fd, PrCrowdHost *ret);
+/* The host at the far end of a socket; zeros where it is not known. */
+void pr_peer_host(int fd, PrPeerHost *ret);
 
-/* Of n > 0 in the order of their coming: who goes: the first of the host that has most. */
-guint pr_peer_pick_eviction(const PrCrowdHost *hosts, guint n);
+/* Which of n > 0 connections, in the order in which they came, is to be closed: the first one of
+ * the host that has most of them. */
+guint pr_peer_pick_eviction(const PrPeerHost *hosts, guint n);
 
-/* Turns at something that costs us: at most PR_TURNS_BURST at once and PR_TURNS_PER_SECOND for long. */
-#define PR_TURNS_BURST	    64
-#define PR_TURNS_PER_SECOND 32
-#define PR_TURNS_REMEMBERED 64
+/* A budget for work that costs this side processor time: at most PR_TOKENS_BURST at once, and
+ * PR_TOKENS_PER_SECOND in the long run. Zeros are a full bucket. */
+#define PR_TOKENS_BURST	     64
+#define PR_TOKENS_PER_SECOND 32
+#define PR_TOKENS_REMEMBERED 64
 
 typedef struct PrTokenBucket {
-	gint64 full_at; /* microseconds: when there will be a whole burst again */
-	PrCrowdHost last[PR_TURNS_REMEMBERED]; /* who had the last ones; a ring */
-	guint n;			       /* ever given */
+	gint64 full_at;			       /* when it is full again; us, monotonic */
+	PrPeerHost last[PR_TOKENS_REMEMBERED]; /* the hosts that had the last tokens; a ring */
+	guint n_taken;			       /* ever */
 } PrTokenBucket;
 
-/* When there is a turn: now, or a later time. Microseconds. */
-gint64 pr_token_bucket_when(const PrTokenBucket *turns, gint64 now);
-/* Of n > 0 who wait, in the order of their coming: whose turn it is: that of the host that had fewest of late. */
-guint pr_token_bucket_whose(const PrTokenBucket *turns, const PrCrowdHost *hosts, guint n);
-void pr_token_bucket_take(PrTokenBucket *turns, const PrCrowdHost *host, gint64 now);
+/* When there is a token: now, or a later time (us). */
+gint64 pr_token_bucket_available_at(const PrTokenBucket *bucket, gint64 now);
+/* Which of n > 0 hosts that wait, in the order in which they came, is next: the one that had
+ * fewest of the last tokens. */
+guint pr_token_bucket_pick_next(const PrTokenBucket *bucket, const PrPeerHost *hosts, guint n);
+void pr_token_bucket_take(PrTokenBucket *bucket, const PrPeerHost *host, gint64 now);
 
-/* Lines of a log that others can make us write: at most PR_QUIET_LINES a second. Zeros are a new one. */
-#define PR_QUIET_LINES 10
+/* Limits the log lines that peers can cause: PR_LOG_LINES_PER_SECOND. Zeros, and a lock, are a
+ * new one. */
+#define PR_LOG_LINES_PER_SECOND 10
 
 typedef struct PrLogRatelimit {
-	GMutex lock;	/* of the rest */
-	gint64 since;	/* the second began */
-	guint lines;	/* in it */
-	guint left_out; /* since the last line */
+	GMutex lock;	  /* of the rest; the owner's to init and clear */
+	gint64 since;	  /* when the current second began */
+	guint lines;	  /* logged in it */
+	guint suppressed; /* since the last line that was logged */
 } PrLogRatelimit;
 
-/* FALSE: say nothing. *ret_left_out: how often that was the answer since the last line. */
-gboolean pr_log_ratelimit_allows(PrLogRatelimit *quiet, gint64 now, guint *ret_left_out);
+/* Any thread. FALSE: do not log. *ret_suppressed: how many lines were not logged since the last
+ * one that was. */
+gboolean pr_log_ratelimit_allows(PrLogRatelimit *limit, gint64 now, guint *ret_suppressed);

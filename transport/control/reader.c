@@ -1,26 +1,26 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The thread of a control channel that reads, keeps the heartbeat and declares the end; what it
- * guarantees is in internal.h. */
+/* The reader thread of a control channel. It reads, sends heartbeats, and declares the end.
+ * internal.h says what it guarantees. */
 #include "transport/control/internal.h"
 
 #include <poll.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 
 #include "transport/net/dial.h"
 
-#define QUEUE_BYTES_MAX (32 * 1024 * 1024)
-#define LINGER_MS	200
-#define BODY_FIRST	(64 * 1024) /* what is allocated before anything has come */
-#define LAST_WORDS_MS	1000
-#define READ_AT_ONCE	(8 * 1024 * 1024) /* bytes, before the heartbeat is looked at again */
+#define QUEUE_BYTES_MAX	 (32 * 1024 * 1024)
+#define LINGER_MS	 200
+#define BODY_FIRST	 (64 * 1024) /* bytes that are allocated before any of a body has come in */
+#define LAST_MESSAGES_MS 1000
+#define READ_AT_ONCE	 (8 * 1024 * 1024) /* bytes, before the heartbeat is checked again */
 
 static const PrWatchPoint reading = {"reading the control channel", 300};
-static const PrWatchPoint ending = {"telling the end of the control channel", LAST_WORDS_MS + 2000};
+static const PrWatchPoint ending = {"reporting the end of the control channel",
+				    LAST_MESSAGES_MS + 2000};
 
-/* Reader, under send_lock. Never waits: a heartbeat that the socket has no room for is not needed,
- * because what fills the socket is on its way to the peer. */
+/* Under send_lock. Never waits: where the socket has no room, no heartbeat is needed, because the
+ * bytes that fill the socket show the peer that this side is alive. */
 static int write_heartbeat(PrControl *control, const uint8_t *frame, gsize length)
 {
 	int result = pr_control_write_tail(control, NULL, 0);
@@ -54,7 +54,7 @@ static void send_heartbeat(PrControl *control, gint64 now)
 		note_send_error(control, -result);
 }
 
-/* What was said in passing while somebody was in the middle of a message. */
+/* Sends the frames of pr_control_send_nowait() that were left to the reader. */
 static void send_postponed(PrControl *control)
 {
 	g_autoptr(GByteArray) frames = NULL;
@@ -74,20 +74,24 @@ static void send_postponed(PrControl *control)
 
 /* Receiving: the reader's side */
 
-/* What one look at the socket came to. */
-typedef enum Look { LOOK_GOT, LOOK_EMPTY, LOOK_FULL, LOOK_ENDED } Look;
+typedef enum ReadResult {
+	READ_GOT,   /* bytes were received */
+	READ_EMPTY, /* the socket has none */
+	READ_FULL,  /* the queue has no room */
+	READ_ENDED, /* the channel has ended */
+} ReadResult;
 
-static void take_heartbeat(PrControl *control, const PrHeartbeatBody *body)
+static void note_heartbeat(PrControl *control, const PrHeartbeatBody *body)
 {
 	g_autoptr(GMutexLocker) locker = NULL;
-	guint64 rtt = pr_heartbeat_take(&control->heartbeat, g_get_monotonic_time(), body);
+	guint64 rtt = pr_heartbeat_handle(&control->heartbeat, g_get_monotonic_time(), body);
 
 	locker = g_mutex_locker_new(&control->lock);
 	if (rtt)
 		control->rtt_us = rtt;
 }
 
-static gboolean belongs_here(uint16_t type)
+static gboolean is_for_started_channel(uint16_t type)
 {
 	switch (type) {
 	case PR_MSG_HELLO:
@@ -112,7 +116,7 @@ static void enqueue(PrControl *control, PrMsg *msg)
 	g_cond_broadcast(&control->changed);
 }
 
-static gboolean taken_early(PrControl *control, const PrMsg *msg)
+static gboolean handled_early(PrControl *control, const PrMsg *msg)
 {
 	return control->early && control->early(msg, control->early_opaque);
 }
@@ -120,36 +124,36 @@ static gboolean taken_early(PrControl *control, const PrMsg *msg)
 static void fail_malformed(PrControl *control, const char *what)
 {
 	g_autofree char *text =
-		g_strdup_printf("the peer sent what is not Postroad's protocol: %s", what);
+		g_strdup_printf("the peer does not speak the Postroad protocol: %s", what);
 
 	pr_control_fail(control, pr_control_lost(control, text));
 }
 
-static void deliver_heartbeat(PrControl *control, const PrMsg *msg)
+static void handle_heartbeat(PrControl *control, const PrMsg *msg)
 {
 	g_autoptr(GError) error = NULL;
 	PrHeartbeatBody body;
 
 	if (pr_heartbeat_decode(msg->body, msg->length, &body, &error))
-		take_heartbeat(control, &body);
+		note_heartbeat(control, &body);
 	else
 		fail_malformed(control, error->message);
 }
 
-/* A whole message is there; takes it. May end the channel. */
-static void deliver(PrControl *control, PrMsg *taken)
+/* Takes a complete message. May end the channel. */
+static void handle_message(PrControl *control, PrMsg *taken)
 {
 	g_autoptr(PrMsg) msg = taken;
 
 	if (msg->type == PR_MSG_HEARTBEAT) {
-		deliver_heartbeat(control, msg);
-	} else if (!belongs_here(msg->type)) {
+		handle_heartbeat(control, msg);
+	} else if (!is_for_started_channel(msg->type)) {
 		g_autofree char *what =
-			g_strdup_printf("%s has no place here", pr_msg_name(msg->type));
+			g_strdup_printf("%s on a started channel", pr_msg_name(msg->type));
 
 		fail_malformed(control, what);
 	} else if (pr_control_admit(control, FALSE, msg->type) && pr_msg_is_known(msg->type)) {
-		if (!taken_early(control, msg))
+		if (!handled_early(control, msg))
 			enqueue(control, g_steal_pointer(&msg));
 	}
 }
@@ -161,17 +165,18 @@ static gboolean begin_body(PrControl *control, GError **error)
 
 	if (!pr_header_decode(control->header, &header, error))
 		return FALSE;
-	control->coming = g_new0(PrMsg, 1);
-	control->coming->type = header.type;
-	control->coming->length = header.length;
+	control->incoming = g_new0(PrMsg, 1);
+	control->incoming->type = header.type;
+	control->incoming->length = header.length;
 	control->filled = control->allocated = 0;
 	return TRUE;
 }
 
-/* Memory for the body grows with what has really come: a length may lie. NULL: there is none. */
+/* The memory of a body grows with the bytes that have come in, because the length in the header
+ * may be a lie. NULL: no memory is left. */
 static uint8_t *body_room(PrControl *control, gsize *ret_n)
 {
-	PrMsg *msg = control->coming;
+	PrMsg *msg = control->incoming;
 
 	if (control->filled == control->allocated) {
 		gsize wanted = MIN(msg->length, MAX(BODY_FIRST, control->allocated * 2));
@@ -188,7 +193,7 @@ static uint8_t *body_room(PrControl *control, gsize *ret_n)
 
 static gboolean is_complete(const PrControl *control)
 {
-	return control->coming && control->filled == control->coming->length;
+	return control->incoming && control->filled == control->incoming->length;
 }
 
 static gssize receive(PrControl *control, uint8_t *to, gsize room)
@@ -211,7 +216,8 @@ static gssize take_ahead(PrControl *control, uint8_t *to, gsize room)
 	return (gssize)n;
 }
 
-/* Small messages take a system call together, and none to find out that there are no more. */
+/* Several small messages take one system call, and none is needed to find that the socket is
+ * empty. */
 static gssize receive_ahead(PrControl *control, uint8_t *to, gsize room)
 {
 	gssize n;
@@ -232,13 +238,13 @@ static gssize receive_ahead(PrControl *control, uint8_t *to, gsize room)
 	return take_ahead(control, to, room);
 }
 
-/* One receive of what is missing: bytes, 0 at the end of the stream, -errno; -EBADMSG with an error for a
- * header that makes no sense. */
+/* Receives some of the missing bytes: how many, 0 at the end of the stream, or -errno. -EBADMSG,
+ * with an error: the header is malformed. */
 static gssize receive_part(PrControl *control, GError **error)
 {
 	gsize room = PR_WIRE_HEADER_BYTES - control->header_filled;
-	uint8_t *to = control->coming ? body_room(control, &room)
-				      : control->header + control->header_filled;
+	uint8_t *to = control->incoming ? body_room(control, &room)
+					: control->header + control->header_filled;
 	gssize n;
 
 	if (!to)
@@ -246,7 +252,7 @@ static gssize receive_part(PrControl *control, GError **error)
 	n = receive_ahead(control, to, room);
 	if (n < 0)
 		return n;
-	if (control->coming) {
+	if (control->incoming) {
 		control->filled += n;
 		return n;
 	}
@@ -259,7 +265,7 @@ static gssize receive_part(PrControl *control, GError **error)
 static PrMsg *take_complete(PrControl *control)
 {
 	control->header_filled = 0;
-	return g_steal_pointer(&control->coming);
+	return g_steal_pointer(&control->incoming);
 }
 
 static GError *receive_failure(PrControl *control, gssize n)
@@ -272,23 +278,23 @@ static GError *receive_failure(PrControl *control, gssize n)
 	return pr_control_lost(control, "the peer closed the connection");
 }
 
-/* The queue takes the message that is coming: it fits, or it is alone. */
+/* Whether the queue has room for the incoming message. A message that is alone always fits. */
 static gboolean has_room(PrControl *control)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
-	gsize coming = control->coming ? control->coming->length : 0;
+	gsize incoming = control->incoming ? control->incoming->length : 0;
 
-	control->full = control->queued_bytes && control->queued_bytes + coming > QUEUE_BYTES_MAX;
+	control->full = control->queued_bytes && control->queued_bytes + incoming > QUEUE_BYTES_MAX;
 	return !control->full;
 }
 
-static Look receive_once(PrControl *control, gsize *received)
+static ReadResult receive_once(PrControl *control, gsize *received)
 {
 	g_autoptr(GError) malformed = NULL;
 	gssize n = receive_part(control, &malformed);
 
 	if (n == -EAGAIN)
-		return LOOK_EMPTY;
+		return READ_EMPTY;
 	if (malformed)
 		fail_malformed(control, malformed->message);
 	else if (n <= 0)
@@ -296,40 +302,40 @@ static Look receive_once(PrControl *control, gsize *received)
 	else
 		*received += n;
 	if (is_complete(control))
-		deliver(control, take_complete(control));
-	return pr_control_has_ended(control) ? LOOK_ENDED : LOOK_GOT;
+		handle_message(control, take_complete(control));
+	return pr_control_has_ended(control) ? READ_ENDED : READ_GOT;
 }
 
-/* Takes in what is there, a bounded amount of it. */
-static Look look_at_socket(PrControl *control, gboolean ignore_full)
+/* Reads what the socket has, up to READ_AT_ONCE. */
+static ReadResult read_socket(PrControl *control, gboolean ignore_full)
 {
 	gsize received = 0;
-	Look look;
+	ReadResult result;
 
 	do {
 		if (!ignore_full && !has_room(control))
-			return LOOK_FULL;
-		look = receive_once(control, &received);
-	} while (look == LOOK_GOT && received < READ_AT_ONCE);
-	return look == LOOK_EMPTY && received ? LOOK_GOT : look;
+			return READ_FULL;
+		result = receive_once(control, &received);
+	} while (result == READ_GOT && received < READ_AT_ONCE);
+	return result == READ_EMPTY && received ? READ_GOT : result;
 }
 
-/* Takes in everything that the peer had sent before our write failed, then ends. What can't be written to any
- * more has an end to read, too: a TCP socket at once, TLS behind a descriptor (tls-proxy.c) when its thread
- * has passed on what had come. */
+/* Reads all that the peer had sent before our write failed, then ends the channel. A connection
+ * that cannot be written to has an end of stream to be read, too. A TCP socket has it at once,
+ * and TLS behind a descriptor (tls-proxy.c) when its thread has passed on what had come in. */
 static void end_after_send_error(PrControl *control)
 {
-	gint64 deadline = g_get_monotonic_time() + LAST_WORDS_MS * 1000;
+	gint64 deadline = g_get_monotonic_time() + LAST_MESSAGES_MS * 1000;
 	g_autoptr(GError) reason = NULL;
-	Look look;
+	ReadResult result;
 
 	g_mutex_lock(&control->lock);
 	reason = g_steal_pointer(&control->send_error);
 	g_mutex_unlock(&control->lock);
 	do
-		look = look_at_socket(control, TRUE);
-	while (look != LOOK_ENDED && g_get_monotonic_time() < deadline &&
-	       (look == LOOK_GOT ||
+		result = read_socket(control, TRUE);
+	while (result != READ_ENDED && g_get_monotonic_time() < deadline &&
+	       (result == READ_GOT ||
 		pr_wait_fd(control->fd, POLLIN, deadline, NULL) == PR_WAIT_READY));
 	pr_control_fail(control, g_steal_pointer(&reason));
 }
@@ -345,42 +351,41 @@ static void end_if_silent(PrControl *control, gint64 now)
 {
 	if (!pr_heartbeat_is_dead(&control->heartbeat, now))
 		return;
-	/* One more look: something may have come while we were not running. */
-	switch (look_at_socket(control, FALSE)) {
-	case LOOK_EMPTY:
+	/* Reads once more: something may have come in while this thread did not run. */
+	switch (read_socket(control, FALSE)) {
+	case READ_EMPTY:
 		pr_control_fail(
 			control,
 			g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_SILENT,
 				    "nothing heard from %s for %d ms", control->peer,
 				    (int)(pr_heartbeat_silence(&control->heartbeat, now) / 1000)));
 		break;
-	case LOOK_GOT:
-	case LOOK_FULL:
+	case READ_GOT:
+	case READ_FULL:
 		pr_heartbeat_heard(&control->heartbeat, now);
 		break;
-	case LOOK_ENDED:
+	case READ_ENDED:
 		break;
 	}
 }
 
-/* Sleeps until there is something to read, to send, or to look at. Returns the time. */
+/* Sleeps until there is something to read or to send, or a wake-up. Returns the time. */
 static gint64 reader_sleep(PrControl *control)
 {
 	gint64 sleep = pr_heartbeat_sleep(&control->heartbeat, g_get_monotonic_time());
 	gboolean room = has_room(control);
-	/* What is here already, poll(2) does not see. */
+	/* poll(2) does not see the bytes that were received ahead. */
 	gint64 at_most = room && control->ahead_at < control->ahead_n ? 0 : sleep;
 	struct timespec timeout = {at_most / G_USEC_PER_SEC, at_most % G_USEC_PER_SEC * 1000};
 	struct pollfd fds[] = {
 		{.fd = room ? control->fd : -1, .events = POLLIN},
-		{.fd = control->wake_fd, .events = POLLIN},
+		{.fd = pr_waker_fd(&control->reader_waker), .events = POLLIN},
 	};
-	eventfd_t count;
 	gint64 now;
 
 	ppoll(fds, G_N_ELEMENTS(fds), &timeout, NULL);
 	if (fds[1].revents)
-		eventfd_read(control->wake_fd, &count);
+		pr_waker_drain(&control->reader_waker);
 	now = g_get_monotonic_time();
 	pr_heartbeat_woke(&control->heartbeat, now);
 	return now;
@@ -388,14 +393,14 @@ static gint64 reader_sleep(PrControl *control)
 
 static void reader_turn(PrControl *control, PrWatch *watch, gint64 now)
 {
-	switch (look_at_socket(control, FALSE)) {
-	case LOOK_GOT:
-	case LOOK_FULL:
+	switch (read_socket(control, FALSE)) {
+	case READ_GOT:
+	case READ_FULL:
 		pr_heartbeat_heard(&control->heartbeat, now);
 		break;
-	case LOOK_EMPTY:
+	case READ_EMPTY:
 		break;
-	case LOOK_ENDED:
+	case READ_ENDED:
 		return;
 	}
 	send_postponed(control);
@@ -409,25 +414,26 @@ static void reader_turn(PrControl *control, PrWatch *watch, gint64 now)
 	}
 }
 
-/* We have ended the channel: waits for the peer to close its side too, for a moment. */
+/* This side has ended the channel: waits up to LINGER_MS for the peer to close its side, too. */
 static void linger(PrControl *control)
 {
 	gint64 deadline = g_get_monotonic_time() + LINGER_MS * 1000;
-	g_autofree uint8_t *waste = g_malloc(BODY_FIRST);
+	g_autofree uint8_t *dropped = g_malloc(BODY_FIRST);
 	gssize n;
 
 	do {
 		if (pr_wait_fd(control->fd, POLLIN, deadline, NULL) != PR_WAIT_READY)
 			return;
-		n = recv(control->fd, waste, BODY_FIRST, MSG_DONTWAIT);
+		n = recv(control->fd, dropped, BODY_FIRST, MSG_DONTWAIT);
 	} while (n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR)));
 }
 
-/* What the peer said before the end is carried out first: it may say why. Whoever carries it out may take long.
- * FALSE: nobody has to be told of the end any more. */
-static gboolean await_last_words(PrControl *control)
+/* Waits until the engine has handled the messages that came before the end, because they may say
+ * why the peer left. The engine may take long for them. FALSE: on_failed need not be called any
+ * more. */
+static gboolean wait_for_last_messages(PrControl *control)
 {
-	gint64 deadline = g_get_monotonic_time() + LAST_WORDS_MS * 1000;
+	gint64 deadline = g_get_monotonic_time() + LAST_MESSAGES_MS * 1000;
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&control->lock);
 
 	while (!control->reported && (control->handling || !g_queue_is_empty(&control->queue)))
@@ -436,7 +442,7 @@ static gboolean await_last_words(PrControl *control)
 	return !control->reported;
 }
 
-/* The channel has ended: tells the owner, before any receive returns the failure. */
+/* The channel has ended: calls on_failed, before any receive returns the failure. */
 static void report(PrControl *control)
 {
 	if (control->on_failed)
@@ -461,7 +467,7 @@ gpointer pr_control_reader(gpointer opaque)
 		now = reader_sleep(control);
 	}
 	pr_watch_enter(watch, &ending);
-	if (await_last_words(control))
+	if (wait_for_last_messages(control))
 		report(control);
 	g_mutex_lock(&control->lock);
 	wait = control->linger;
@@ -483,12 +489,12 @@ static gboolean wait_for_first(PrControl *control, GError **error)
 		break;
 	}
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
-		    "%s took the connection and does not answer", control->peer);
+		    "%s has accepted the connection and does not answer", control->peer);
 	return FALSE;
 }
 
-/* What a connection may begin with. The bound on its length, before we know who is there, is that of
- * the type. */
+/* Whether a connection may begin with this message. Its length was checked against the limit of
+ * its type. */
 static gboolean is_first(const PrMsg *msg, GError **error)
 {
 	if (msg->type == PR_MSG_HELLO || msg->type == PR_MSG_HELLO_ACK || msg->type == PR_MSG_LANE)
@@ -498,7 +504,7 @@ static gboolean is_first(const PrMsg *msg, GError **error)
 	return FALSE;
 }
 
-/* One step towards the first frame. */
+/* Receives a part of the first frame. */
 static gboolean read_first_part(PrControl *control, GError **error)
 {
 	gssize n = receive_part(control, error);
@@ -511,7 +517,7 @@ static gboolean read_first_part(PrControl *control, GError **error)
 		g_propagate_error(error, receive_failure(control, n));
 		return FALSE;
 	}
-	return !control->coming || is_first(control->coming, error);
+	return !control->incoming || is_first(control->incoming, error);
 }
 
 PrMsg *pr_control_read_first(PrControl *control, GError **error)
@@ -522,7 +528,7 @@ PrMsg *pr_control_read_first(PrControl *control, GError **error)
 		if (!read_first_part(control, error))
 			return NULL;
 	msg = take_complete(control);
-	/* A lane is no part of a control channel. */
+	/* The fault injection counts the messages of control channels only. */
 	if (msg->type == PR_MSG_LANE || pr_control_admit(control, FALSE, msg->type))
 		return g_steal_pointer(&msg);
 	g_propagate_error(error, g_error_copy(control->failure));

@@ -9,6 +9,7 @@
 #include "transport/backend.h"
 #include "transport/backends.h"
 #include "transport/faulty/plan.h"
+#include "transport/registry.h"
 
 #define POLL_BATCH 16
 
@@ -25,7 +26,7 @@ typedef struct PostedRead {
 
 /* Owned by the lane's thread; wake: anyone. */
 typedef struct FaultyLane {
-	PrWaker waker;	 /* covers the inner lane's fd and the timer */
+	PrPollSet waker; /* covers the inner lane's fd and the timer */
 	int timer_fd;	 /* for the first held completion */
 	GArray *held;	 /* of HeldCompletion, by due time */
 	GArray *stalled; /* of uint64_t, tokens of READs that were never posted */
@@ -125,7 +126,7 @@ static void faulty_listener_close(PrDataListener *base)
 static void wake_lanes(FaultyPath *path)
 {
 	for (guint i = 0; i < path->base.n_lanes; i++)
-		pr_waker_wake(&path->lanes[i].waker);
+		pr_poll_set_wake(&path->lanes[i].waker);
 }
 
 static void fail(FaultyPath *path, const char *reason)
@@ -167,7 +168,7 @@ static void path_free(FaultyPath *path)
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		FaultyLane *lane = &path->lanes[i];
 
-		pr_waker_clear(&lane->waker);
+		pr_poll_set_clear(&lane->waker);
 		if (lane->timer_fd >= 0)
 			close(lane->timer_fd);
 		g_array_unref(lane->held);
@@ -203,8 +204,8 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 		lane->held = g_array_new(FALSE, FALSE, sizeof(HeldCompletion));
 		lane->stalled = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 		lane->posted = g_array_new(FALSE, FALSE, sizeof(PostedRead));
-		ok = ok && pr_waker_init(&lane->waker, error) &&
-		     pr_waker_watch(&lane->waker, lane->timer_fd, error);
+		ok = ok && pr_poll_set_init(&lane->waker, error) &&
+		     pr_poll_set_add(&lane->waker, lane->timer_fd, error);
 	}
 	return ok ? g_steal_pointer(&path) : NULL;
 }
@@ -247,8 +248,8 @@ static PrDataPath *faulty_accept(PrDataListener *base, const PrPathSetup *setup,
 	if (!path->inner)
 		return NULL;
 	for (guint i = 0; i < path->base.n_lanes; i++)
-		if (!pr_waker_watch(&path->lanes[i].waker,
-				    path->inner->ops->wait_fd(path->inner, i), error))
+		if (!pr_poll_set_add(&path->lanes[i].waker,
+				     path->inner->ops->wait_fd(path->inner, i), error))
 			return NULL;
 	return path_opened(g_steal_pointer(&path));
 }

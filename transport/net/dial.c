@@ -8,10 +8,10 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "transport/path-error.h"
 #include "util/try-alloc.h"
-#include "transport/transport.h"
 
-#define CANCEL_LOOK_MS 20
+#define CANCEL_CHECK_MS 20
 
 char *pr_address_text(GSocketAddress *address)
 {
@@ -33,14 +33,15 @@ static int ms_left(gint64 deadline)
 	return left <= 0 ? 0 : MIN((left + 999) / 1000, G_MAXINT);
 }
 
-/* Looks at the cancellable now and then: GLib's descriptor for it ends the process where there is none left. */
+/* Checks the cancellable every CANCEL_CHECK_MS. Its descriptor is not polled, because GLib aborts
+ * the process where it cannot open that. */
 PrWait pr_wait_fd(int fd, short events, gint64 deadline, GCancellable *cancel)
 {
 	struct pollfd ready = {.fd = fd, .events = events};
 
 	for (;;) {
 		int left = ms_left(deadline);
-		int n = poll(&ready, 1, cancel ? MIN(left, CANCEL_LOOK_MS) : left);
+		int n = poll(&ready, 1, cancel ? MIN(left, CANCEL_CHECK_MS) : left);
 
 		if (g_cancellable_is_cancelled(cancel))
 			return PR_WAIT_CANCELLED;
@@ -52,8 +53,8 @@ PrWait pr_wait_fd(int fd, short events, gint64 deadline, GCancellable *cancel)
 }
 
 /*
- * Looking up a name: GResolver's asynchronous call in a main context of our own, because its blocking
- * one knows no time limit.
+ * Looking up a name: GResolver's asynchronous call in a main context of our own, because its
+ * blocking call has no time limit.
  */
 typedef struct Lookup {
 	GCancellable *give_up; /* cancelled by the time limit and by the caller's cancellable */
@@ -71,7 +72,7 @@ static void lookup_done(GObject *resolver, GAsyncResult *result, gpointer opaque
 	lookup->done = TRUE;
 }
 
-static gboolean lookup_too_long(gpointer opaque)
+static gboolean lookup_timed_out(gpointer opaque)
 {
 	Lookup *lookup = opaque;
 
@@ -93,7 +94,7 @@ static void lookup_run(Lookup *lookup, const char *host, int timeout_ms, GCancel
 	gulong chained = 0;
 
 	g_main_context_push_thread_default(context);
-	g_source_set_callback(timer, lookup_too_long, lookup, NULL);
+	g_source_set_callback(timer, lookup_timed_out, lookup, NULL);
 	g_source_attach(timer, context);
 	if (cancel)
 		chained = g_cancellable_connect(cancel, G_CALLBACK(lookup_cancelled),
@@ -159,7 +160,7 @@ void pr_configure_socket(GSocket *socket)
 {
 	g_autoptr(GError) error = NULL;
 
-	/* The end of a TLS connection, which was configured itself. */
+	/* The user's end of a TLS connection, whose TCP socket was configured before. */
 	if (g_socket_get_family(socket) == G_SOCKET_FAMILY_UNIX)
 		return;
 	if (!g_socket_set_option(socket, IPPROTO_TCP, TCP_NODELAY, 1, &error))
@@ -176,7 +177,7 @@ static gboolean bind_local(GSocket *socket, const PrUri *uri, GError **error)
 	address = g_inet_socket_address_new_from_string(local, 0);
 	if (!address) {
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			    "option bind=%s is no address", local);
+			    "option bind=%s is not an address", local);
 		return FALSE;
 	}
 	if (g_socket_bind(socket, address, FALSE, error))
@@ -186,9 +187,10 @@ static gboolean bind_local(GSocket *socket, const PrUri *uri, GError **error)
 }
 
 /*
- * Connecting. A lost first packet is sent again by the kernel after a second, which is all the time that a recovery
- * takes, and a listener that is flooded drops one in so many. So another try joins the first, with a port of its own,
- * every AGAIN_US; the first that gets through is taken, and the others are closed.
+ * Connecting. The kernel sends a lost first packet again after a second, which is as long as a
+ * whole recovery takes; and the kernel of a flooded listener drops some of them. So every
+ * AGAIN_US another try starts, with a port of its own. The first that connects is used, and the
+ * others are closed.
  */
 #define TRIES_MAX 4
 #define AGAIN_US  250000
@@ -196,7 +198,7 @@ static gboolean bind_local(GSocket *socket, const PrUri *uri, GError **error)
 typedef struct Tries {
 	GSocket *sockets[TRIES_MAX];
 	guint n;
-	int epoll_fd; /* which of them have come to something */
+	int epoll_fd; /* tells which of them have connected or failed */
 } Tries;
 
 static void tries_clear(Tries *tries)
@@ -208,7 +210,7 @@ static void tries_clear(Tries *tries)
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Tries, tries_clear)
 
-static gboolean begin_try(Tries *tries, const PrUri *uri, GSocketAddress *address, GError **error)
+static gboolean start_try(Tries *tries, const PrUri *uri, GSocketAddress *address, GError **error)
 {
 	struct epoll_event event = {.events = EPOLLOUT, .data.u32 = tries->n};
 	g_autoptr(GError) local = NULL;
@@ -235,8 +237,8 @@ static gboolean begin_try(Tries *tries, const PrUri *uri, GSocketAddress *addres
 	return TRUE;
 }
 
-/* The try that has got through. */
-static GSocket *finish_try(Tries *tries, GError **error)
+/* The try that has connected. */
+static GSocket *take_connected(Tries *tries, GError **error)
 {
 	struct epoll_event event;
 	GSocket *socket;
@@ -255,13 +257,13 @@ static GSocket *try_all(Tries *tries, const PrUri *uri, GSocketAddress *address,
 	for (;;) {
 		gint64 until = MIN(deadline, g_get_monotonic_time() + AGAIN_US);
 
-		/* A first try that can't be begun is an error; a further one was only for luck. */
+		/* Only the first try has to start: the others are an addition. */
 		if (tries->n < TRIES_MAX &&
-		    !begin_try(tries, uri, address, tries->n ? NULL : error) && !tries->n)
+		    !start_try(tries, uri, address, tries->n ? NULL : error) && !tries->n)
 			return NULL;
 		switch (pr_wait_fd(tries->epoll_fd, POLLIN, until, cancel)) {
 		case PR_WAIT_READY:
-			return finish_try(tries, error);
+			return take_connected(tries, error);
 		case PR_WAIT_CANCELLED:
 			g_cancellable_set_error_if_cancelled(cancel, error);
 			return NULL;
@@ -293,7 +295,20 @@ static GSocketConnection *connect_one(const PrUri *uri, GSocketAddress *address,
 	return g_socket_connection_factory_create_connection(socket);
 }
 
-/* What is said about a path to which no address answered. */
+/* What the operator can do about it, as the end of a sentence. */
+static const char *remedy_for(const GError *cause)
+{
+	if (g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_CONNECTION_REFUSED))
+		return "; is a destination listening there?";
+	if (g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_TIMED_OUT))
+		return "; is that host up, and is a firewall in between?";
+	if (g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_NETWORK_UNREACHABLE) ||
+	    g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_HOST_UNREACHABLE))
+		return "; check this host's links and routes, or list another path";
+	return "";
+}
+
+/* Of a path to which no address answered. */
 static void set_dial_error(const PrUri *uri, GSocketAddress *address, const GError *cause,
 			   GError **error)
 {
@@ -302,8 +317,8 @@ static void set_dial_error(const PrUri *uri, GSocketAddress *address, const GErr
 	gboolean slow = g_error_matches(cause, G_IO_ERROR, G_IO_ERROR_TIMED_OUT);
 
 	g_set_error(error, PR_PATH_ERROR, slow ? PR_PATH_ERROR_TIMEOUT : PR_PATH_ERROR_CONNECT,
-		    "path %s: could not connect to %s: %s; is a destination listening there?", path,
-		    text, cause->message);
+		    "path %s: could not connect to %s: %s%s", path, text, cause->message,
+		    remedy_for(cause));
 }
 
 GSocketConnection *pr_dial(const PrUri *uri, uint16_t port, gint64 deadline, GCancellable *cancel,
@@ -320,7 +335,7 @@ GSocketConnection *pr_dial(const PrUri *uri, uint16_t port, gint64 deadline, GCa
 		GSocketAddress *address = addresses->pdata[i];
 		g_autoptr(GError) local = NULL;
 		gint64 now = g_get_monotonic_time();
-		/* One address that swallows everything leaves time for the others. */
+		/* An address that never answers leaves time for the others. */
 		gint64 share = MAX(deadline - now, 0) / (addresses->len - i);
 		GSocketConnection *connection =
 			connect_one(uri, address, now + share, cancel, &local);

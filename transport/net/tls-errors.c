@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Certificates in words. */
+/* What is wrong with a certificate, in words; and the names in it. */
 #include <string.h>
 
-#include "transport/net/tls-internal.h"
+#include "transport/net/tls-errors.h"
 
 static char *date_text(GDateTime *date)
 {
@@ -39,7 +39,7 @@ char *pr_tls_subject(GTlsCertificate *certificate)
 	return subject ? subject : g_strdup("a certificate without a name");
 }
 
-static void complain_about_names(GPtrArray *out, GTlsCertificate *certificate, const char *host)
+static void add_wrong_names(GPtrArray *out, GTlsCertificate *certificate, const char *host)
 {
 	g_autofree char *names = names_text(certificate);
 
@@ -47,15 +47,16 @@ static void complain_about_names(GPtrArray *out, GTlsCertificate *certificate, c
 					     host ? host : "this peer", names));
 }
 
-static void complain_about_time(GPtrArray *out, GTlsCertificate *certificate, gboolean over)
+static void add_wrong_time(GPtrArray *out, GTlsCertificate *certificate, gboolean expired)
 {
-	g_autoptr(GDateTime) date = over ? g_tls_certificate_get_not_valid_after(certificate)
-					 : g_tls_certificate_get_not_valid_before(certificate);
+	g_autoptr(GDateTime) date = expired ? g_tls_certificate_get_not_valid_after(certificate)
+					    : g_tls_certificate_get_not_valid_before(certificate);
 	g_autofree char *text = date_text(date);
 
-	g_ptr_array_add(out, over ? g_strdup_printf("it has expired at %s; renew it", text)
-				  : g_strdup_printf("it is valid only from %s; look at the clocks",
-						    text));
+	g_ptr_array_add(out,
+			expired ? g_strdup_printf("it has expired at %s; renew it", text)
+				: g_strdup_printf("it is valid only from %s; look at the clocks",
+						  text));
 }
 
 char *pr_tls_complaint(GTlsCertificate *certificate, GTlsCertificateFlags flags, const char *host)
@@ -66,11 +67,11 @@ char *pr_tls_complaint(GTlsCertificate *certificate, GTlsCertificateFlags flags,
 		g_ptr_array_add(out, g_strdup("it is not signed by the CA that it is checked "
 					      "against"));
 	if (flags & G_TLS_CERTIFICATE_BAD_IDENTITY)
-		complain_about_names(out, certificate, host);
+		add_wrong_names(out, certificate, host);
 	if (flags & G_TLS_CERTIFICATE_NOT_ACTIVATED)
-		complain_about_time(out, certificate, FALSE);
+		add_wrong_time(out, certificate, FALSE);
 	if (flags & G_TLS_CERTIFICATE_EXPIRED)
-		complain_about_time(out, certificate, TRUE);
+		add_wrong_time(out, certificate, TRUE);
 	if (flags & G_TLS_CERTIFICATE_REVOKED)
 		g_ptr_array_add(out, g_strdup("it was revoked"));
 	if (flags & G_TLS_CERTIFICATE_INSECURE)
@@ -81,8 +82,9 @@ char *pr_tls_complaint(GTlsCertificate *certificate, GTlsCertificateFlags flags,
 	return g_strjoinv("; ", (char **)out->pdata);
 }
 
-/* The next attribute of a distinguished name (RFC 4514), "CN=host", without the escapes' backslashes.
- * Moves *at behind it. An escaped comma ends nothing: no name can pretend to be two. */
+/* The next attribute of a distinguished name (RFC 4514), "CN=host", without the escapes'
+ * backslashes. Moves *at behind it. An escaped comma ends nothing: no name can pretend to be
+ * two. */
 static char *next_attribute(const char **at)
 {
 	GString *text = g_string_new(NULL);

@@ -1,30 +1,32 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * TLS behind a descriptor. Goal: who uses a connection need not know whether it is encrypted: polling from
- * several threads, recvmsg(2) right into guest RAM, shutdown(2) by anybody.
+ * TLS behind a descriptor. Goal: code that uses a connection need not know whether it is
+ * encrypted. It polls from several threads, receives with recvmsg(2) right into guest RAM, and
+ * any thread may call shutdown(2).
  *
- * The user gets one end of a socket pair. A thread moves bytes between the other end and the TLS stream. It
- * alone uses that stream, so no call of GTlsConnection ever meets another one, and it never blocks in
- * one: each direction has a buffer, and is read into only when that is empty. So the back-pressure of the
- * network reaches the user through the socket pair.
+ * The user has one end of a socket pair. A thread moves bytes between the other end and the TLS
+ * stream. Only this thread uses that stream, so two calls of GTlsConnection never meet. It never
+ * blocks in one: each direction has a buffer, and reads only when its buffer is empty. So the
+ * back-pressure of the network reaches the user through the socket pair.
  *
- * The ends. The user's shutdown(SHUT_WR), once what it wrote is through, becomes that of the TCP connection,
- * and the other way round. No close_notify is sent: it could block, and the frames that are carried tell where
- * they end; to both sides every end of the stream is a path that was lost. When the user has closed its
- * end, what it had written has CLOSE_MS to get out: the kernel would try for longer with a plain socket, but a
- * thread has to be joined.
+ * The ends. When the user calls shutdown(SHUT_WR), the proxy sends what the user wrote, and then
+ * shuts down the TCP connection; and the other way round. It sends no close_notify: that could
+ * block, and the frames tell where they end. Both sides treat any end of the stream as a lost
+ * path. When the user has closed its end, the bytes that it had written have CLOSE_MS to be sent.
+ * The kernel would try for longer with a plain socket, but this thread has to be joined.
  *
  * Cost: a copy and a change of threads in each direction.
  */
 #include <errno.h>
 #include <gio/gunixconnection.h>
 #include <poll.h>
+#include <stdint.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "transport/net/tls-internal.h"
+#include "transport/net/tls-proxy.h"
+#include "transport/path-error.h"
 #include "util/try-alloc.h"
-#include "transport/transport.h"
 
 #define BUFFER_BYTES (128 * 1024)
 #define CLOSE_MS     200
@@ -33,33 +35,33 @@
 typedef struct Flow {
 	uint8_t bytes[BUFFER_BYTES];
 	gsize at, end;
-	gboolean over; /* its source has ended: nothing is read any more */
-	gboolean told; /* and its sink knows */
+	gboolean ended;	    /* its source has ended: nothing is read any more */
+	gboolean passed_on; /* and its sink was shut down */
 } Flow;
 
-/* Of the thread, but for its making and joining. */
-typedef struct Splice {
+/* Its thread's, once that is started. */
+typedef struct TlsProxy {
 	GSocketConnection *connection;
 	GIOStream *tls;
 	char *peer;
 	int net, user;
 	gboolean readable;  /* the TLS stream may have something */
-	gboolean user_gone; /* it has closed its end */
-	gint64 close_by;    /* when the user has gone: monotonic, microseconds */
+	gboolean user_gone; /* the user has closed its end */
+	gint64 close_by;    /* where user_gone: when to give up; us, monotonic */
 	Flow in, out;	    /* to the user, to the network */
 	GThread *thread;
-} Splice;
+} TlsProxy;
 
 static gboolean has_bytes(const Flow *flow)
 {
 	return flow->at < flow->end;
 }
 
-/* Drops what is on its way, and reads no more. */
-static void give_up(Flow *flow)
+/* Drops the bytes in the buffer, and reads no more. */
+static void drop(Flow *flow)
 {
 	flow->at = flow->end = 0;
-	flow->over = flow->told = TRUE;
+	flow->ended = flow->passed_on = TRUE;
 }
 
 static gboolean would_block(const GError *error)
@@ -67,20 +69,20 @@ static gboolean would_block(const GError *error)
 	return g_error_matches(error, G_IO_ERROR, G_IO_ERROR_WOULD_BLOCK);
 }
 
-static void note_error(Splice *splice, const char *doing, const GError *error)
+static void note_error(TlsProxy *proxy, const char *doing, const GError *error)
 {
-	g_info("TLS with %s: %s: %s", splice->peer, doing, error->message);
+	g_info("TLS with %s: %s: %s", proxy->peer, doing, error->message);
 }
 
-/* As much as there is: a record has 16 KiB at most. */
-static void read_net(Splice *splice)
+/* Reads until there is no more, or the buffer is full: a record has 16 KiB at most. */
+static void read_net(TlsProxy *proxy)
 {
 	GPollableInputStream *from =
-		G_POLLABLE_INPUT_STREAM(g_io_stream_get_input_stream(splice->tls));
-	Flow *in = &splice->in;
+		G_POLLABLE_INPUT_STREAM(g_io_stream_get_input_stream(proxy->tls));
+	Flow *in = &proxy->in;
 
 	in->at = in->end = 0;
-	while (splice->readable && !in->over && in->end < BUFFER_BYTES) {
+	while (proxy->readable && !in->ended && in->end < BUFFER_BYTES) {
 		g_autoptr(GError) error = NULL;
 		gssize n = g_pollable_input_stream_read_nonblocking(
 			from, in->bytes + in->end, BUFFER_BYTES - in->end, NULL, &error);
@@ -89,40 +91,40 @@ static void read_net(Splice *splice)
 			in->end += n;
 			continue;
 		}
-		splice->readable = FALSE;
-		in->over = !would_block(error);
-		if (error && in->over)
-			note_error(splice, "receiving", error);
+		proxy->readable = FALSE;
+		in->ended = !would_block(error);
+		if (error && in->ended)
+			note_error(proxy, "receiving", error);
 	}
 }
 
-static void write_user(Splice *splice)
+static void write_user(TlsProxy *proxy)
 {
-	Flow *in = &splice->in;
-	gssize n = send(splice->user, in->bytes + in->at, in->end - in->at,
+	Flow *in = &proxy->in;
+	gssize n = send(proxy->user, in->bytes + in->at, in->end - in->at,
 			MSG_DONTWAIT | MSG_NOSIGNAL);
 
 	if (n >= 0)
 		in->at += n;
 	else if (errno != EAGAIN && errno != EINTR)
-		give_up(in);
+		drop(in);
 }
 
-static void read_user(Splice *splice)
+static void read_user(TlsProxy *proxy)
 {
-	Flow *out = &splice->out;
-	gssize n = recv(splice->user, out->bytes, BUFFER_BYTES, MSG_DONTWAIT);
+	Flow *out = &proxy->out;
+	gssize n = recv(proxy->user, out->bytes, BUFFER_BYTES, MSG_DONTWAIT);
 
 	out->at = 0;
 	out->end = MAX(n, 0);
-	out->over = n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);
+	out->ended = n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);
 }
 
-static void write_net(Splice *splice)
+static void write_net(TlsProxy *proxy)
 {
 	GPollableOutputStream *to =
-		G_POLLABLE_OUTPUT_STREAM(g_io_stream_get_output_stream(splice->tls));
-	Flow *out = &splice->out;
+		G_POLLABLE_OUTPUT_STREAM(g_io_stream_get_output_stream(proxy->tls));
+	Flow *out = &proxy->out;
 	g_autoptr(GError) error = NULL;
 	gssize n = g_pollable_output_stream_write_nonblocking(to, out->bytes + out->at,
 							      out->end - out->at, NULL, &error);
@@ -130,138 +132,139 @@ static void write_net(Splice *splice)
 	if (n >= 0) {
 		out->at += n;
 	} else if (!would_block(error)) {
-		note_error(splice, "sending", error);
-		/* What the peer had still sent is read all the same. */
-		give_up(out);
-		shutdown(splice->user, SHUT_RD);
+		note_error(proxy, "sending", error);
+		/* Bytes that the peer had sent before are still read. */
+		drop(out);
+		shutdown(proxy->user, SHUT_RD);
 	}
 }
 
-/* Passes on the end of a direction. */
+/* Passes on the end of a direction, once its bytes are through. */
 static void pass_end(Flow *flow, int fd)
 {
-	if (!flow->over || flow->told || has_bytes(flow))
+	if (!flow->ended || flow->passed_on || has_bytes(flow))
 		return;
-	flow->told = TRUE;
+	flow->passed_on = TRUE;
 	shutdown(fd, SHUT_WR);
 }
 
-/* Moves what can be moved; never waits. */
-static void move(Splice *splice)
+/* Moves what can be moved now; never waits. */
+static void move(TlsProxy *proxy)
 {
 	gboolean again = TRUE;
 
 	for (guint i = 0; again && i < 16; i++) {
 		again = FALSE;
-		if (!has_bytes(&splice->in))
-			read_net(splice);
-		if (has_bytes(&splice->in)) {
-			write_user(splice);
-			again = !has_bytes(&splice->in) && splice->readable;
+		if (!has_bytes(&proxy->in))
+			read_net(proxy);
+		if (has_bytes(&proxy->in)) {
+			write_user(proxy);
+			again = !has_bytes(&proxy->in) && proxy->readable;
 		}
-		if (!has_bytes(&splice->out) && !splice->out.over)
-			read_user(splice);
-		if (has_bytes(&splice->out)) {
-			write_net(splice);
-			again |= !has_bytes(&splice->out);
+		if (!has_bytes(&proxy->out) && !proxy->out.ended)
+			read_user(proxy);
+		if (has_bytes(&proxy->out)) {
+			write_net(proxy);
+			again |= !has_bytes(&proxy->out);
 		}
 	}
-	pass_end(&splice->in, splice->user);
-	pass_end(&splice->out, splice->net);
+	pass_end(&proxy->in, proxy->user);
+	pass_end(&proxy->out, proxy->net);
 }
 
-static void note_user_gone(Splice *splice)
+static void note_user_gone(TlsProxy *proxy)
 {
-	splice->user_gone = TRUE;
-	splice->close_by = g_get_monotonic_time() + CLOSE_MS * 1000;
-	give_up(&splice->in);
+	proxy->user_gone = TRUE;
+	proxy->close_by = g_get_monotonic_time() + CLOSE_MS * 1000;
+	drop(&proxy->in);
 }
 
 /* For poll(2). */
-static int timeout_ms(const Splice *splice, gboolean reads)
+static int timeout_ms(const TlsProxy *proxy, gboolean reads)
 {
-	gint64 left = splice->close_by - g_get_monotonic_time();
+	gint64 left = proxy->close_by - g_get_monotonic_time();
 
-	/* There are bytes already, in the TLS stream and not in the socket. */
-	if (splice->readable && reads)
+	/* The TLS stream may have bytes that poll(2) does not see in the socket. */
+	if (proxy->readable && reads)
 		return 0;
-	if (!splice->user_gone)
+	if (!proxy->user_gone)
 		return -1;
 	return left <= 0 ? 0 : (left + 999) / 1000;
 }
 
-/* FALSE: the user has gone, and the rest has had its time. */
-static gboolean sleep_until_ready(Splice *splice)
+/* FALSE: the user has closed its end, and close_by has come. */
+static gboolean sleep_until_ready(TlsProxy *proxy)
 {
-	gboolean in = has_bytes(&splice->in), out = has_bytes(&splice->out);
-	short net = (!in && !splice->in.over ? POLLIN : 0) | (out ? POLLOUT : 0);
-	short user = (!out && !splice->out.over ? POLLIN : 0) | (in ? POLLOUT : 0);
+	gboolean in = has_bytes(&proxy->in), out = has_bytes(&proxy->out);
+	short net = (!in && !proxy->in.ended ? POLLIN : 0) | (out ? POLLOUT : 0);
+	short user = (!out && !proxy->out.ended ? POLLIN : 0) | (in ? POLLOUT : 0);
 	struct pollfd fds[] = {
-		{.fd = net ? splice->net : -1, .events = net},
-		{.fd = splice->user_gone && !user ? -1 : splice->user, .events = user},
+		{.fd = net ? proxy->net : -1, .events = net},
+		{.fd = proxy->user_gone && !user ? -1 : proxy->user, .events = user},
 	};
 
-	if (splice->user_gone && g_get_monotonic_time() >= splice->close_by)
+	if (proxy->user_gone && g_get_monotonic_time() >= proxy->close_by)
 		return FALSE;
-	poll(fds, G_N_ELEMENTS(fds), timeout_ms(splice, net & POLLIN));
+	poll(fds, G_N_ELEMENTS(fds), timeout_ms(proxy, net & POLLIN));
 	if (fds[0].revents)
-		splice->readable = TRUE;
-	if ((fds[1].revents & (POLLHUP | POLLERR)) && !splice->user_gone)
-		note_user_gone(splice);
+		proxy->readable = TRUE;
+	if ((fds[1].revents & (POLLHUP | POLLERR)) && !proxy->user_gone)
+		note_user_gone(proxy);
 	return TRUE;
 }
 
-static gpointer splice_main(gpointer opaque)
+static gpointer proxy_thread(gpointer opaque)
 {
-	Splice *splice = opaque;
+	TlsProxy *proxy = opaque;
 
 	do
-		move(splice);
-	while (!(splice->in.told && splice->out.told) && sleep_until_ready(splice));
-	/* Whatever was left undone is over for both. */
-	shutdown(splice->net, SHUT_RDWR);
-	shutdown(splice->user, SHUT_RDWR);
+		move(proxy);
+	while (!(proxy->in.passed_on && proxy->out.passed_on) && sleep_until_ready(proxy));
+	/* Ends both directions for both sides. */
+	shutdown(proxy->net, SHUT_RDWR);
+	shutdown(proxy->user, SHUT_RDWR);
 	return NULL;
 }
 
-/* The user has dropped its connection, and with it the other end of the pair. */
-static void splice_free(gpointer opaque)
+/* Called when the user's connection is freed, which has closed the other end of the pair. */
+static void proxy_free(gpointer opaque)
 {
-	Splice *splice = opaque;
+	TlsProxy *proxy = opaque;
 
-	if (splice->thread)
-		g_thread_join(splice->thread);
-	if (splice->user >= 0)
-		close(splice->user);
-	g_object_unref(splice->tls);
-	g_io_stream_close(G_IO_STREAM(splice->connection), NULL, NULL);
-	g_object_unref(splice->connection);
-	g_free(splice->peer);
-	g_free(splice);
+	if (proxy->thread)
+		g_thread_join(proxy->thread);
+	if (proxy->user >= 0)
+		close(proxy->user);
+	g_object_unref(proxy->tls);
+	g_io_stream_close(G_IO_STREAM(proxy->connection), NULL, NULL);
+	g_object_unref(proxy->connection);
+	g_free(proxy->peer);
+	g_free(proxy);
 }
-G_DEFINE_AUTOPTR_CLEANUP_FUNC(Splice, splice_free)
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(TlsProxy, proxy_free)
 
-static Splice *splice_new(GSocketConnection *connection, GIOStream *tls, const char *peer, int user)
+static TlsProxy *proxy_new(GSocketConnection *connection, GIOStream *tls, const char *peer,
+			   int user)
 {
-	Splice *splice = g_new0(Splice, 1);
+	TlsProxy *proxy = g_new0(TlsProxy, 1);
 	GSocket *socket = g_socket_connection_get_socket(connection);
 
 	g_socket_set_blocking(socket, FALSE);
-	splice->connection = g_object_ref(connection);
-	splice->tls = g_object_ref(tls);
-	splice->peer = g_strdup(peer);
-	splice->net = g_socket_get_fd(socket);
-	splice->user = user;
-	splice->readable = TRUE;
-	return splice;
+	proxy->connection = g_object_ref(connection);
+	proxy->tls = g_object_ref(tls);
+	proxy->peer = g_strdup(peer);
+	proxy->net = g_socket_get_fd(socket);
+	proxy->user = user;
+	proxy->readable = TRUE;
+	return proxy;
 }
 
-GSocketConnection *pr_tls_splice(GSocketConnection *connection, GIOStream *tls, const char *peer,
-				 GError **error)
+GSocketConnection *pr_tls_proxy_new(GSocketConnection *connection, GIOStream *tls, const char *peer,
+				    GError **error)
 {
-	g_autoptr(Splice) splice = NULL;
+	g_autoptr(TlsProxy) proxy = NULL;
 	g_autoptr(GSocket) socket = NULL;
-	GSocketConnection *given;
+	GSocketConnection *user_end;
 	int pair[2];
 
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair)) {
@@ -269,19 +272,19 @@ GSocketConnection *pr_tls_splice(GSocketConnection *connection, GIOStream *tls, 
 			    "no socket pair: %s; raise the limit of open files", g_strerror(errno));
 		return NULL;
 	}
-	splice = splice_new(connection, tls, peer, pair[1]);
+	proxy = proxy_new(connection, tls, peer, pair[1]);
 	socket = g_socket_new_from_fd(pair[0], error);
 	if (!socket) {
 		close(pair[0]);
 		return NULL;
 	}
 	g_socket_set_blocking(socket, FALSE);
-	splice->thread = pr_thread_try("tls", splice_main, splice, error);
-	if (!splice->thread)
+	proxy->thread = pr_thread_try("tls", proxy_thread, proxy, error);
+	if (!proxy->thread)
 		return NULL;
-	given = g_socket_connection_factory_create_connection(socket);
+	user_end = g_socket_connection_factory_create_connection(socket);
 	/* Freed with the connection, after its socket has been closed. */
-	g_object_set_data_full(G_OBJECT(given), "pr-tls-splice", g_steal_pointer(&splice),
-			       splice_free);
-	return given;
+	g_object_set_data_full(G_OBJECT(user_end), "pr-tls-proxy", g_steal_pointer(&proxy),
+			       proxy_free);
+	return user_end;
 }

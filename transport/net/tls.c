@@ -1,20 +1,23 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The handshakes. A client checks the server in the handshake and ends it with an alert. A server lets
- * every handshake come to its end and judges the client's certificate afterwards: with TLS 1.3 the client
- * would learn of an alert only later, and without words; so it can be told by an answer to its HELLO.
+ * The handshakes. A client checks the server's certificate in the handshake, and ends it with an
+ * alert. A server completes every handshake, and checks the client's certificate afterwards. With
+ * TLS 1.3 the client would get an alert only later, and without a reason. So the answer to its
+ * HELLO has the reason.
  */
-#include "transport/net/tls-internal.h"
+#include "transport/net/tls.h"
 
 #include <string.h>
 
 #include "transport/net/dial.h"
+#include "transport/net/tls-errors.h"
+#include "transport/net/tls-proxy.h"
+#include "transport/path-error.h"
 #include "util/try-alloc.h"
-#include "transport/transport.h"
 
 struct PrTls {
 	char *dir;
-	char **allow; /* NULL: everybody */
+	char **allow; /* NULL: all clients */
 };
 
 #define CA_FILE	    "ca-cert.pem"
@@ -125,14 +128,14 @@ gboolean pr_tls_check_server(const PrTls *tls, GError **error)
 	return pair != NULL;
 }
 
-/* A handshake, in a main context of its own, because GIO's blocking one knows no time limit. */
+/* A handshake, in a main context of its own, because GIO's blocking one has no time limit. */
 typedef struct Handshake {
 	GTlsConnection *tls;
 	const char *host;      /* of the server; NULL: the peer is a client */
 	char *peer;	       /* its address */
 	GCancellable *give_up; /* cancelled by the time limit and by the caller's cancellable */
 	GTlsCertificateFlags flaws;
-	GTlsCertificate *shown; /* what the peer has shown, if it has flaws */
+	GTlsCertificate *shown; /* the peer's certificate, if it has flaws */
 	GError *error;
 	gboolean done, timed_out;
 } Handshake;
@@ -169,7 +172,7 @@ static void handshake_cancelled(GCancellable *cancel, gpointer give_up)
 	g_cancellable_cancel(give_up);
 }
 
-/* The peer's certificate is not in order. */
+/* The peer's certificate has flaws. */
 static gboolean on_flaws(GTlsConnection *tls, GTlsCertificate *certificate,
 			 GTlsCertificateFlags flaws, gpointer opaque)
 {
@@ -177,10 +180,10 @@ static gboolean on_flaws(GTlsConnection *tls, GTlsCertificate *certificate,
 
 	handshake->flaws = flaws;
 	g_set_object(&handshake->shown, certificate);
-	return handshake->host == NULL; /* a client is told later */
+	return handshake->host == NULL; /* a client's is checked later */
 }
 
-static void run(Handshake *handshake, gint64 deadline, GCancellable *cancel)
+static void run_handshake(Handshake *handshake, gint64 deadline, GCancellable *cancel)
 {
 	gint64 left = MAX(deadline - g_get_monotonic_time(), 0);
 	g_autoptr(GMainContext) context = g_main_context_new();
@@ -202,7 +205,7 @@ static void run(Handshake *handshake, gint64 deadline, GCancellable *cancel)
 	g_main_context_pop_thread_default(context);
 }
 
-static void say_why(const Handshake *handshake, const PrTls *tls, GError **error)
+static void set_handshake_error(const Handshake *handshake, const PrTls *tls, GError **error)
 {
 	if (handshake->shown && handshake->host) {
 		g_autofree char *subject = pr_tls_subject(handshake->shown);
@@ -226,7 +229,8 @@ static void say_why(const Handshake *handshake, const PrTls *tls, GError **error
 	}
 }
 
-/* GnuTLS as GIO sets it up does not go below either, but that is the administrator's to change. */
+/* GnuTLS does not accept older versions either as GIO sets it up, but the administrator can
+ * change that. */
 static gboolean check_version(const Handshake *handshake, GError **error)
 {
 	GTlsProtocolVersion version = g_tls_connection_get_protocol_version(handshake->tls);
@@ -247,15 +251,15 @@ static void log_success(const Handshake *handshake)
 	       handshake->peer, cipher ? cipher : "unknown cipher");
 }
 
-static gboolean shake(Handshake *handshake, const PrTls *tls, gint64 deadline, GCancellable *cancel,
-		      GError **error)
+static gboolean do_handshake(Handshake *handshake, const PrTls *tls, gint64 deadline,
+			     GCancellable *cancel, GError **error)
 {
 	if (!pr_check_fd_headroom(error))
 		return FALSE;
 	handshake->give_up = g_cancellable_new();
 	g_tls_connection_set_require_close_notify(handshake->tls, FALSE);
 	g_signal_connect(handshake->tls, "accept-certificate", G_CALLBACK(on_flaws), handshake);
-	run(handshake, deadline, cancel);
+	run_handshake(handshake, deadline, cancel);
 	g_signal_handlers_disconnect_by_data(handshake->tls, handshake);
 	if (!handshake->error)
 		return check_version(handshake, error);
@@ -265,13 +269,13 @@ static gboolean shake(Handshake *handshake, const PrTls *tls, gint64 deadline, G
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT,
 			    "%s did not finish the TLS handshake in time", handshake->peer);
 	else
-		say_why(handshake, tls, error);
+		set_handshake_error(handshake, tls, error);
 	return FALSE;
 }
 
 /* Source */
 
-/* For the certificate: an address without the scope of a link. */
+/* The name that the certificate has to be for: an address has no scope in it. */
 static GSocketConnectable *identity_of(const char *host)
 {
 	g_autofree char *bare = g_strndup(host, strcspn(host, "%"));
@@ -326,10 +330,10 @@ GSocketConnection *pr_tls_connect(const PrTls *tls, GSocketConnection *taken, co
 		g_propagate_error(error, as_path_error(wrong));
 		return NULL;
 	}
-	if (!shake(&handshake, tls, deadline, cancel, error))
+	if (!do_handshake(&handshake, tls, deadline, cancel, error))
 		return NULL;
 	log_success(&handshake);
-	return pr_tls_splice(connection, G_IO_STREAM(handshake.tls), handshake.peer, error);
+	return pr_tls_proxy_new(connection, G_IO_STREAM(handshake.tls), handshake.peer, error);
 }
 
 /* Destination */
@@ -346,12 +350,13 @@ static GTlsConnection *new_server(const PrTls *tls, GSocketConnection *connectio
 	if (!server)
 		return NULL;
 	g_tls_connection_set_database(G_TLS_CONNECTION(server), ca);
-	/* Not required: one without would be turned away without a word. */
+	/* Not required: a client without one would be disconnected without a reason. */
 	g_object_set(server, "authentication-mode", G_TLS_AUTHENTICATION_REQUESTED, NULL);
 	return G_TLS_CONNECTION(server);
 }
 
-/* Setting up takes long. One at a time, so that of a flood those that were cancelled meanwhile cost nothing. */
+/* Reading the certificates takes long. Only one thread does it at a time, so that in a flood the
+ * handshakes that are cancelled meanwhile cost nothing. */
 static gboolean begin_server(const PrTls *tls, GSocketConnection *connection, GCancellable *cancel,
 			     GTlsConnection **ret, GError **error)
 {
@@ -364,8 +369,8 @@ static gboolean begin_server(const PrTls *tls, GSocketConnection *connection, GC
 	return *ret != NULL;
 }
 
-/* Why this client is not let in; NULL: it is. */
-static char *judge(const Handshake *handshake, const PrTls *tls)
+/* Why this client is refused; NULL: it is not. */
+static char *check_client(const Handshake *handshake, const PrTls *tls)
 {
 	GTlsCertificate *shown = g_tls_connection_get_peer_certificate(handshake->tls);
 	GTlsCertificateFlags flaws = g_tls_connection_get_peer_certificate_errors(handshake->tls);
@@ -376,7 +381,8 @@ static char *judge(const Handshake *handshake, const PrTls *tls)
 		return g_strdup("this destination wants a client certificate and was shown none: "
 				"put client-cert.pem and client-key.pem into the source's "
 				"--tls-dir");
-	/* Both: what was found in the handshake, and what the connection says of it now. */
+	/* The flaws that were found in the handshake count, and those that the connection has
+	 * now. */
 	flaws |= handshake->flaws;
 	if (flaws) {
 		complaint = pr_tls_complaint(shown, flaws, NULL);
@@ -396,7 +402,7 @@ GSocketConnection *pr_tls_accept(const PrTls *tls, GSocketConnection *taken, gin
 	g_autoptr(GSocketConnection) connection = taken;
 	g_auto(Handshake) handshake = {.peer = pr_peer_text(connection)};
 	g_autofree char *refusal = NULL;
-	GSocketConnection *spliced;
+	GSocketConnection *proxy;
 	GError *wrong = NULL;
 
 	if (!begin_server(tls, connection, cancel, &handshake.tls, &wrong)) {
@@ -407,12 +413,12 @@ GSocketConnection *pr_tls_accept(const PrTls *tls, GSocketConnection *taken, gin
 		g_propagate_error(error, as_path_error(wrong));
 		return NULL;
 	}
-	if (!shake(&handshake, tls, deadline, cancel, error))
+	if (!do_handshake(&handshake, tls, deadline, cancel, error))
 		return NULL;
 	log_success(&handshake);
-	refusal = judge(&handshake, tls);
-	spliced = pr_tls_splice(connection, G_IO_STREAM(handshake.tls), handshake.peer, error);
-	if (spliced)
+	refusal = check_client(&handshake, tls);
+	proxy = pr_tls_proxy_new(connection, G_IO_STREAM(handshake.tls), handshake.peer, error);
+	if (proxy)
 		*ret_refusal = g_steal_pointer(&refusal);
-	return spliced;
+	return proxy;
 }

@@ -255,9 +255,10 @@ static gboolean open_waker(PrOfiLane *lane, GError **error)
 	lane->completion_fd = events_fd;
 	if (!lane->events.wait && fi_control(&lane->cq->fid, FI_GETWAIT, &lane->completion_fd))
 		lane->completion_fd = -1;
-	return pr_waker_init(&lane->waker, error) &&
-	       pr_waker_watch(&lane->waker, lane->completion_fd, error) &&
-	       (lane->completion_fd == events_fd || pr_waker_watch(&lane->waker, events_fd, error));
+	return pr_poll_set_init(&lane->waker, error) &&
+	       pr_poll_set_add(&lane->waker, lane->completion_fd, error) &&
+	       (lane->completion_fd == events_fd ||
+		pr_poll_set_add(&lane->waker, events_fd, error));
 }
 
 static int register_regions(PrOfiLane *lane, const PrPathSetup *setup, uint64_t access)
@@ -454,7 +455,7 @@ void pr_ofi_lane_close(PrOfiLane *lane)
 		fi_close(&lane->cq->fid);
 	if (lane->domain)
 		fi_close(&lane->domain->fid);
-	pr_waker_clear(&lane->waker);
+	pr_poll_set_clear(&lane->waker);
 	pr_ofi_events_close(&lane->events);
 	for (guint i = 0; i < PR_OFI_READS_MAX; i++)
 		g_clear_pointer(&lane->slots[i].buffer, g_free);

@@ -27,7 +27,7 @@ typedef struct OfiListener {
 	PrOfiEvents events;  /* the thread's */
 	struct fid_pep *pep; /* constant, as is port */
 	uint16_t port;
-	PrWaker waker; /* of the thread; wake: anyone */
+	PrPollSet waker; /* of the thread; wake: anyone */
 	GThread *thread;
 	gint closing;	      /* atomic */
 	PrPendingLanes *desk; /* of struct fi_info*, connect requests */
@@ -37,13 +37,13 @@ static void listener_free(OfiListener *listener)
 {
 	if (listener->thread) {
 		g_atomic_int_set(&listener->closing, TRUE);
-		pr_waker_wake(&listener->waker);
+		pr_poll_set_wake(&listener->waker);
 		g_thread_join(listener->thread);
 	}
 	pr_pending_lanes_free(listener->desk);
 	if (listener->pep)
 		fi_close(&listener->pep->fid);
-	pr_waker_clear(&listener->waker);
+	pr_poll_set_clear(&listener->waker);
 	pr_ofi_events_close(&listener->events);
 	if (listener->info)
 		fi_freeinfo(listener->info);
@@ -114,7 +114,7 @@ void pr_ofi_listener_reject(PrDataListener *listener, struct fi_info *info)
 	fi_freeinfo(info);
 }
 
-/* PrDeskRefuse */
+/* PrLaneRefuse */
 static void refuse(gpointer request, const char *reason, gpointer opaque)
 {
 	pr_ofi_listener_reject(opaque, request);
@@ -161,7 +161,7 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 		return NULL;
 	listener = g_new0(OfiListener, 1);
 	listener->base.ops = &pr_transport_ofi;
-	listener->waker = PR_WAKER_INIT;
+	listener->waker = PR_POLL_SET_INIT;
 	listener->info = pr_ofi_getinfo(uri, port, TRUE, error);
 	if (!listener->info)
 		return NULL;
@@ -174,8 +174,8 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 		pr_ofi_error(uri, "cannot listen for data lanes", err, error);
 		return NULL;
 	}
-	if (!pr_waker_init(&listener->waker, error) ||
-	    !pr_waker_watch(&listener->waker, pr_ofi_events_fd(&listener->events), error))
+	if (!pr_poll_set_init(&listener->waker, error) ||
+	    !pr_poll_set_add(&listener->waker, pr_ofi_events_fd(&listener->events), error))
 		return NULL;
 	listener->desk = pr_pending_lanes_new(refuse, listener, error);
 	if (!listener->desk)

@@ -85,7 +85,7 @@ static void stop_lanes(OfiPath *path)
 		if (!lane->ep)
 			continue;
 		fi_shutdown(lane->ep, 0);
-		pr_waker_wake(&lane->waker);
+		pr_poll_set_wake(&lane->waker);
 	}
 	g_mutex_unlock(&path->ep_lock);
 }
@@ -126,7 +126,7 @@ static OfiPath *path_new(const PrPathSetup *setup)
 	pr_fate_init(&path->fate, setup);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].path = path;
-		path->lanes[i].ofi.waker = PR_WAKER_INIT;
+		path->lanes[i].ofi.waker = PR_POLL_SET_INIT;
 	}
 	return path;
 }

@@ -68,7 +68,7 @@ typedef struct PrOfiLane {
 	guint n_mrs;
 	uint8_t scratch; /* where a probe's byte lands */
 	struct fid_mr *scratch_mr;
-	PrWaker waker;
+	PrPollSet waker;
 	gboolean has_request; /* what info came with was given to an endpoint */
 	int completion_fd;    /* the provider's own, without the waker's eventfd */
 	int socket;	/* likewise, of the connection; -1: it has none, or not one of its own */

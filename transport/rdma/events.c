@@ -172,8 +172,8 @@ static gpointer event_thread(gpointer opaque)
 
 gboolean pr_verbs_events_start(PrVerbsPath *path, GError **error)
 {
-	if (!pr_waker_watch(&path->events_waker, path->channel->fd, error) ||
-	    !pr_waker_watch(&path->events_waker, path->rail.context->async_fd, error))
+	if (!pr_poll_set_add(&path->events_waker, path->channel->fd, error) ||
+	    !pr_poll_set_add(&path->events_waker, path->rail.context->async_fd, error))
 		return FALSE;
 	path->events = pr_thread_try("pr-rdma-events", event_thread, path, error);
 	return path->events != NULL;

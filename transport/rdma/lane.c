@@ -78,8 +78,9 @@ gboolean pr_verbs_lane_open(PrVerbsPath *path, PrVerbsLane *lane, GError **error
 	for (guint i = 0; i < PR_VERBS_SLOTS; i++)
 		lane->free_slots[i] = i;
 	lane->n_free = PR_VERBS_SLOTS;
-	return open_queues(path, lane, error) && pr_waker_init(&lane->waker, error) &&
-	       pr_waker_watch(&lane->waker, lane->channel->fd, error) && to_init(path, lane, error);
+	return open_queues(path, lane, error) && pr_poll_set_init(&lane->waker, error) &&
+	       pr_poll_set_add(&lane->waker, lane->channel->fd, error) &&
+	       to_init(path, lane, error);
 }
 
 static gboolean check_mtu(PrVerbsPath *path, enum ibv_mtu mtu, GError **error)
@@ -529,7 +530,7 @@ void pr_verbs_lane_stop(PrVerbsLane *lane)
 
 	if (err)
 		g_info("queue pair 0x%x: %s", lane->qp->qp_num, g_strerror(err));
-	pr_waker_wake(&lane->waker);
+	pr_poll_set_wake(&lane->waker);
 }
 
 /* The last work request of all: when it has completed, all have. */
@@ -584,5 +585,5 @@ void pr_verbs_lane_close(PrVerbsLane *lane)
 		ibv_destroy_comp_channel(lane->channel);
 	lane->cq = NULL;
 	lane->channel = NULL;
-	pr_waker_clear(&lane->waker);
+	pr_poll_set_clear(&lane->waker);
 }

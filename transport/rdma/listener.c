@@ -32,7 +32,7 @@ typedef struct VerbsListener {
 	PrVerbsOptions options;
 	struct sockaddr_storage address; /* with the port that we got */
 	PrPendingLanes *desk;		 /* of Request* */
-	PrWaker waker;			 /* of the thread; wake: anyone */
+	PrPollSet waker;		 /* of the thread; wake: anyone */
 	GThread *thread;
 
 	gint closing; /* atomic */
@@ -41,7 +41,7 @@ typedef struct VerbsListener {
 	struct rdma_cm_id *id; /* NULL while the device is gone */
 } VerbsListener;
 
-/* PrDeskRefuse */
+/* PrLaneRefuse */
 static void request_reject(gpointer data, const char *reason, gpointer opaque)
 {
 	Request *request = data;
@@ -54,7 +54,7 @@ static void listener_free(VerbsListener *listener)
 {
 	if (listener->thread) {
 		g_atomic_int_set(&listener->closing, TRUE);
-		pr_waker_wake(&listener->waker);
+		pr_poll_set_wake(&listener->waker);
 		g_thread_join(listener->thread);
 	}
 	pr_pending_lanes_free(listener->desk);
@@ -62,7 +62,7 @@ static void listener_free(VerbsListener *listener)
 		rdma_destroy_id(listener->id);
 	if (listener->channel)
 		rdma_destroy_event_channel(listener->channel);
-	pr_waker_clear(&listener->waker);
+	pr_poll_set_clear(&listener->waker);
 	pr_uri_free(listener->uri);
 	g_free(listener);
 }
@@ -205,8 +205,8 @@ static gboolean find_address(VerbsListener *listener, GError **error)
 
 static gboolean open_waker(VerbsListener *listener, GError **error)
 {
-	return pr_waker_init(&listener->waker, error) &&
-	       pr_waker_watch(&listener->waker, listener->channel->fd, error);
+	return pr_poll_set_init(&listener->waker, error) &&
+	       pr_poll_set_add(&listener->waker, listener->channel->fd, error);
 }
 
 PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
@@ -215,7 +215,7 @@ PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
 
 	listener->base.ops = pr_transport_rdma;
 	listener->uri = pr_uri_copy(uri);
-	listener->waker = PR_WAKER_INIT;
+	listener->waker = PR_POLL_SET_INIT;
 	if (!pr_verbs_parse_options(listener->uri, &listener->options, error) ||
 	    !find_address(listener, error))
 		return NULL;

@@ -101,7 +101,7 @@ typedef struct PrVerbsLane {
 	guint room;	     /* work requests that the send queue still takes */
 	guint spin_us;	     /* adaptive: see arm() */
 	gboolean marker_due; /* the last work request of all has not completed */
-	PrWaker waker;
+	PrPollSet waker;
 	PrVerbsSlot slots[PR_VERBS_SLOTS];
 	/* For the event thread: when the READ in each slot was posted (monotonic time), 0: none; and whether somebody
 	 * waits for completions, or how often one has looked for them. All atomic. */
@@ -157,8 +157,8 @@ typedef struct PrVerbsPath {
 	GMutex qp_lock;	 /* whoever moves a queue pair to the error state finds it alive */
 	gboolean fenced; /* by drain() */
 	GThread *events;
-	PrWaker events_waker; /* wake: anyone */
-	gint removed;	      /* the device is about to go and waits for us; atomic */
+	PrPollSet events_waker; /* wake: anyone */
+	gint removed;		/* the device is about to go and waits for us; atomic */
 
 	/* destination */
 	PrVerbsDestinationMr **

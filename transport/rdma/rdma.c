@@ -45,7 +45,7 @@ static void stop_lanes(PrVerbsPath *path)
 	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_verbs_lane_stop(&path->lanes[i]);
 	g_mutex_unlock(&path->qp_lock);
-	pr_waker_wake(&path->events_waker);
+	pr_poll_set_wake(&path->events_waker);
 }
 
 void pr_verbs_fail(PrVerbsPath *path, const char *format, ...)
@@ -71,7 +71,7 @@ static void path_free(PrVerbsPath *path)
 	pr_verbs_device_close(&path->rail);
 	if (path->channel)
 		rdma_destroy_event_channel(path->channel);
-	pr_waker_clear(&path->events_waker);
+	pr_poll_set_clear(&path->events_waker);
 	pr_fate_clear(&path->fate);
 	g_mutex_clear(&path->qp_lock);
 	g_mutex_clear(&path->import_lock);
@@ -100,13 +100,13 @@ static PrVerbsPath *path_new(const PrPathSetup *setup)
 	path->n_regions = setup->n_regions;
 	path->allocate = setup->allocate;
 	path->allocate_opaque = setup->allocate_opaque;
-	path->events_waker = PR_WAKER_INIT;
+	path->events_waker = PR_POLL_SET_INIT;
 	g_mutex_init(&path->qp_lock);
 	g_mutex_init(&path->import_lock);
 	pr_fate_init(&path->fate, setup);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].id = i;
-		path->lanes[i].waker = PR_WAKER_INIT;
+		path->lanes[i].waker = PR_POLL_SET_INIT;
 		path->lanes[i].epoch_tag = (uint16_t)setup->binding.epoch;
 	}
 	return path;
@@ -117,7 +117,7 @@ static gboolean prepare(PrVerbsPath *path, GError **error)
 	if (!pr_verbs_parse_options(path->uri, &path->options, error))
 		return FALSE;
 	path->channel = pr_verbs_open_channel(path->uri, error);
-	return path->channel && pr_waker_init(&path->events_waker, error);
+	return path->channel && pr_poll_set_init(&path->events_waker, error);
 }
 
 static gboolean check_memlock(PrVerbsPath *path, uint64_t bytes, GError **error)

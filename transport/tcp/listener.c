@@ -27,7 +27,7 @@ static void answer(GSocketConnection *connection, uint32_t status)
 		   sizeof(frame), MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
-/* PrDeskRefuse */
+/* PrLaneRefuse */
 static void refuse(gpointer connection, const char *reason, gpointer opaque)
 {
 	answer(connection, 1);

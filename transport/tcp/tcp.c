@@ -42,7 +42,7 @@ typedef struct TcpLane {
 	GSocketConnection *connection; /* owns fd */
 	int fd;			       /* constant; shutdown(2) by anyone */
 	/* destination */
-	PrWaker waker;		  /* wake: anyone */
+	PrPollSet waker;	  /* wake: anyone */
 	TcpRead reads[READS_MAX]; /* outstanding, a ring in order of the answers */
 	guint head, n;
 	uint8_t requests[READS_MAX * PR_TCP_REQUEST_BYTES]; /* that are not sent yet */
@@ -68,7 +68,7 @@ static void stop_lanes(TcpPath *path)
 {
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		shutdown(path->lanes[i].fd, SHUT_RDWR);
-		pr_waker_wake(&path->lanes[i].waker);
+		pr_poll_set_wake(&path->lanes[i].waker);
 	}
 }
 
@@ -102,7 +102,7 @@ static TcpPath *path_new(const PrPathSetup *setup)
 	pr_fate_init(&path->fate, setup);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].path = path;
-		path->lanes[i].waker = PR_WAKER_INIT;
+		path->lanes[i].waker = PR_POLL_SET_INIT;
 	}
 	return path;
 }
@@ -112,7 +112,7 @@ static void path_free(TcpPath *path)
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		TcpLane *lane = &path->lanes[i];
 
-		pr_waker_clear(&lane->waker);
+		pr_poll_set_clear(&lane->waker);
 		g_clear_object(&lane->connection);
 		g_free(lane->buffer);
 	}
@@ -152,8 +152,8 @@ static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup
 
 		lane->buffer = pr_try_alloc(PR_READ_MAX, "a data lane", error);
 		lane->fd = pr_tcp_configure(lane->connection, i);
-		if (!lane->buffer || !pr_waker_init(&lane->waker, error) ||
-		    !pr_waker_watch(&lane->waker, lane->fd, error))
+		if (!lane->buffer || !pr_poll_set_init(&lane->waker, error) ||
+		    !pr_poll_set_add(&lane->waker, lane->fd, error))
 			return NULL;
 	}
 	return &g_steal_pointer(&path)->base;

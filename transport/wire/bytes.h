@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Big endian fields: appended to a GByteArray, and read through a cursor that remembers the first read
- * beyond the end and returns zeros from then on. So a decoder is a straight list of fields followed by
- * one check.
+ * Big endian fields: appended to a GByteArray, and read through a cursor. After the first read
+ * beyond the end the cursor returns zeros. So a decoder is a list of fields, and one check behind
+ * it.
  */
 #pragma once
 
@@ -167,13 +167,14 @@ static inline void store_group(unsigned long *bits, uint64_t group, uint64_t val
 		bits[group * words + i] = value >> (i * 8 * sizeof *bits);
 }
 
-/* Whether a bitmap in memory is what travels. */
+/* Whether a bitmap in memory has the byte order of the wire. */
 static inline gboolean groups_are_memory(void)
 {
 	return G_BYTE_ORDER == G_LITTLE_ENDIAN;
 }
 
-/* Makes a bitmap of the groups that were put in its place as they came. FALSE: it has bits beyond its end. */
+/* Converts the groups of a bitmap in place from the byte order of the wire. FALSE: bits beyond
+ * its end are set. */
 static inline gboolean accept_groups(unsigned long *bits, uint64_t n_bits)
 {
 	uint64_t n = groups_of(n_bits), last;

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Encoding of what is sent to a peer: pure functions. */
+/* Encodes what is sent to a peer: pure functions. */
 #include <string.h>
 
 #include "transport/wire/bytes.h"
 #include "transport/wire/zstd.h"
 #include "transport/wire/wire.h"
+
+#define REASON_LEFT_OUT " ... "
 
 void pr_header_encode(uint8_t out[PR_WIRE_HEADER_BYTES], uint16_t type, uint32_t length)
 {
@@ -53,23 +55,43 @@ void pr_rails_encode(GByteArray *out, const PrRail *rails, guint n)
 	}
 }
 
-/* Makes any text fit for a reason: clean UTF-8 of at most PR_REASON_MAX bytes. */
-static char *clean_reason(const char *reason)
+static gboolean is_within_char(const char *at)
 {
-	char *text = g_utf8_make_valid(reason, -1);
+	return ((uint8_t)*at & 0xc0) == 0x80;
+}
+
+/* The start of a long reason says what has failed, and its end says why. */
+static void leave_out_middle(char ret[PR_REASON_MAX + 1], const char *text)
+{
+	const gsize mark = strlen(REASON_LEFT_OUT), half = (PR_REASON_MAX - mark) / 2;
+	const char *head = text + half, *tail = text + strlen(text) - half;
+
+	while (is_within_char(head))
+		head--;
+	while (is_within_char(tail))
+		tail++;
+	g_snprintf(ret, PR_REASON_MAX + 1, "%.*s" REASON_LEFT_OUT "%s", (int)(head - text), text,
+		   tail);
+}
+
+void pr_reason_copy(char ret[PR_REASON_MAX + 1], const char *reason)
+{
+	g_autofree char *text = g_utf8_make_valid(reason, -1);
 
 	for (char *c = text; *c; c++)
 		if ((uint8_t)*c < 0x20 || *c == 0x7f)
 			*c = ' ';
 	if (strlen(text) > PR_REASON_MAX)
-		*g_utf8_find_prev_char(text, text + PR_REASON_MAX + 1) = '\0';
-	return text;
+		leave_out_middle(ret, text);
+	else
+		g_strlcpy(ret, text, PR_REASON_MAX + 1);
 }
 
 void pr_reason_encode(GByteArray *out, const char *reason)
 {
-	g_autofree char *text = clean_reason(reason);
+	char text[PR_REASON_MAX + 1];
 
+	pr_reason_copy(text, reason);
 	put_u16(out, strlen(text));
 	put_bytes(out, text, strlen(text));
 }
@@ -98,7 +120,7 @@ void pr_heartbeat_encode(uint8_t out[PR_HEARTBEAT_BYTES], const PrHeartbeatBody 
 {
 	store_u64(out, heartbeat->stamp);
 	store_u64(out + 8, heartbeat->echo);
-	store_u64(out + 16, heartbeat->held);
+	store_u64(out + 16, heartbeat->echo_age);
 }
 
 void pr_u32_encode(GByteArray *out, uint32_t value)
@@ -201,7 +223,7 @@ void pr_hashes_encode(GByteArray *out, const PrHashes *hashes)
 void pr_lost_encode(GByteArray *out, const PrLost *lost)
 {
 	put_u64(out, lost->epoch);
-	put_u8(out, lost->held != FALSE);
+	put_u8(out, lost->paused_by_operator != FALSE);
 	pr_reason_encode(out, lost->reason);
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Decoding of everything that a peer sends: pure functions, fuzzed. No length that a peer names is used, for
- * memory or for a loop, before it was compared with the bytes that are really there. (encode.c is the
- * other direction.)
+ * Decodes everything that a peer sends: pure functions, which are fuzzed. A length in a message
+ * is compared with the bytes that are there before it is used to allocate or to loop. (encode.c
+ * is the other direction.)
  */
 #include "transport/wire/wire.h"
 
@@ -120,7 +120,7 @@ static gboolean G_GNUC_PRINTF(2, 3) malformed(GError **error, const char *format
 	return FALSE;
 }
 
-/* The cursor has reached the end of the body exactly. */
+/* Whether the cursor is exactly at the end of the body. */
 static gboolean finished(const Cursor *cursor, uint16_t type, gsize len, GError **error)
 {
 	if (cursor->overrun)
@@ -134,7 +134,7 @@ static gboolean finished(const Cursor *cursor, uint16_t type, gsize len, GError 
 	return TRUE;
 }
 
-/* UTF-8 without control characters: such text can be shown to people. */
+/* UTF-8 without control characters, which may be logged and shown on a terminal. */
 static gboolean is_clean_text(const char *text, gsize length)
 {
 	for (gsize i = 0; i < length; i++)
@@ -143,7 +143,8 @@ static gboolean is_clean_text(const char *text, gsize length)
 	return g_utf8_validate_len(text, length, NULL);
 }
 
-/* Text of `length` bytes into out[size], NUL-terminated; a text that doesn't fit is an overrun. */
+/* Reads a text of `length` bytes into out[size], NUL-terminated. A text that does not fit is an
+ * overrun. */
 static gboolean get_text(Cursor *cursor, gsize length, char *out, gsize size)
 {
 	if (length >= size) {
@@ -372,7 +373,7 @@ gboolean pr_heartbeat_decode(const uint8_t *body, gsize len, PrHeartbeatBody *re
 	PrHeartbeatBody heartbeat = {.stamp = get_u64(&cursor)};
 
 	heartbeat.echo = get_u64(&cursor);
-	heartbeat.held = get_u64(&cursor);
+	heartbeat.echo_age = get_u64(&cursor);
 	if (!finished(&cursor, PR_MSG_HEARTBEAT, len, error))
 		return FALSE;
 	*ret = heartbeat;
@@ -434,7 +435,7 @@ gboolean pr_progress_decode(const uint8_t *body, gsize len, PrProgress *ret, GEr
 	return TRUE;
 }
 
-/* The head of RAM_ZERO and GRANT; what is left holds exactly n elements. */
+/* Reads the head of RAM_ZERO and GRANT. The rest of the body has exactly n elements. */
 static gboolean get_ranges_head(Cursor *cursor, uint16_t type, gsize element, uint32_t *ret_block,
 				uint32_t *ret_n, GError **error)
 {
@@ -458,7 +459,7 @@ static gboolean bad_range(uint16_t type, uint64_t offset, uint64_t length, GErro
 {
 	return malformed(error,
 			 "%s: a range of %" G_GUINT64_FORMAT " bytes at offset %" G_GUINT64_FORMAT
-			 " is none",
+			 " is not valid",
 			 pr_msg_name(type), length, offset);
 }
 
@@ -577,7 +578,7 @@ static gboolean get_bitmap(const uint8_t *raw, uint64_t n_bits, unsigned long *b
 	return accept_groups(bits, n_bits);
 }
 
-/* Up to the bitmap itself; *ret_size: its bytes when it is not compressed. */
+/* Reads up to the bitmap itself. *ret_size: its bytes before compression. */
 static gboolean get_bitmap_head(Cursor *cursor, uint16_t type, uint64_t n_bits,
 				char ret_idstr[PR_IDSTR_MAX + 1], uint64_t *ret_size,
 				GError **error)
@@ -693,7 +694,7 @@ gboolean pr_lost_decode(const uint8_t *body, gsize len, PrLost *ret, GError **er
 	PrLost lost;
 
 	lost.epoch = get_u64(&cursor);
-	lost.held = get_u8(&cursor) != 0;
+	lost.paused_by_operator = get_u8(&cursor) != 0;
 	if (!get_reason(&cursor, PR_MSG_LOST, lost.reason, error) ||
 	    !finished(&cursor, PR_MSG_LOST, len, error))
 		return FALSE;

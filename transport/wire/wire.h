@@ -3,35 +3,38 @@
  * The control channel's wire format: pure functions that encode and decode, no I/O, no state.
  * All decoding of what a peer sends is in wire.c, which is fuzzed.
  *
- * Frame: be16 type, be16 zero, be32 body length, body. Integers are big endian. Where QEMU has the
- * message its name and number are kept: the low byte of the type is QEMU's number, the high byte
- * the class. Bodies of QEMU's messages are QEMU's payloads unless said here.
+ * Frame: be16 type, be16 zero, be32 body length, body. Integers are big endian. A message that
+ * QEMU has, too, has QEMU's name and number: the low byte of the type is QEMU's number, the high
+ * byte the class. Its body is QEMU's payload unless it is listed here.
  *
  *	HELLO		be32 magic, be16 version, u8 role, uuid, be64 epoch, u8 resume, secret,
- *			be64 capabilities (the highest byte: lanes), u8 length + scheme, be32 n, n times (u8 length + idstr,
- *			be64 size, be32 page size)
+ *			be64 capabilities (the highest byte: lanes), u8 length + scheme,
+ *			be32 n, n times (u8 length + idstr, be64 size, be32 page size)
  *	HELLO_ACK	be32 magic, be16 version, be32 status, be64 capabilities, be16 data port,
- *			PROGRESS, reason; the same in every version, so that a refusal can always be read
+ *			PROGRESS, reason; the same in every version of the
+ *			protocol, so that a refusal can always be read
  *	LANE		be32 magic, uuid, be64 epoch, token, u8 lane
- *	HEARTBEAT	be64 stamp, be64 echo, be64 held (PrHeartbeatBody)
+ *	HEARTBEAT	be64 stamp, be64 echo, be64 age of the echo (PrHeartbeatBody)
  *	PAUSE, HOLD, ERROR
  *			reason: be16 length + UTF-8 text without control characters
  *	PACKAGED	u8 flags (1: last, 2: guest was running), be32 length, that many bytes
  *	RECV_BITMAP	(return path) u8 length + idstr, be64 size, bitmap, be64 end mark
  *	RECV_BITMAP_ZSTD
- *			the same with the bitmap as a zstd frame; its size is that before compression
+ *			the same with the bitmap as a zstd frame; the size is that
+ *			before compression
  *	REQ_PAGES	be64 start, be32 length (0: a probe), be32 block
  *	RAM_ZERO	be32 block, be32 n, n times (be64 offset, be64 length)
  *	GRANT		be32 block, be32 n, n times (be64 offset, be64 length, be64 addr, be64 key)
  *	REQ_HASHES	as RAM_ZERO
- *	HASHES		be32 block, be64 offset, be32 n, n times be64: one for each page from there on
+ *	HASHES		be32 block, be64 offset, be32 n, n times be64: one for each
+ *			page from the offset on
  *	PROGRESS	the five be64 of PrProgress in their order
  *	RAILS		be32 n, n times (be64 epoch, be64 bytes, u8 pulls)
- *	LOST		be64 epoch, u8 held, reason
+ *	LOST		be64 epoch, u8 paused by the operator, reason
  *	ACTIVATE	be64 epoch, u8 resume
  *	ACTIVATED	as HELLO_ACK
  *	PROBED		be64 count, be64 round trip in microseconds
- *	LOOK		as RAM_ZERO
+ *	SCAN_FIRST	as RAM_ZERO
  *
  *	source                                         destination
  *	  HELLO (uuid, epoch, secret, role, blocks) ──▶
@@ -48,14 +51,15 @@
  *	                                            ◀── RP_PONG 0x42 (device state is loaded)
  *	  CMD_POSTCOPY_RUN                          ──▶
  *	  CMD_RAM_ZERO … (zero pages found later)   ──▶
- *	                                            ◀── RP_RAILS (if there are standbys), RP_PROGRESS …
+ *	                                            ◀── RP_RAILS (with standbys), RP_PROGRESS …
  *	                                            ◀── RP_SHUT
  *
- * Over rdma: GRANT and RAM_ZERO may come any time after LISTEN, RUN included, until each page was in one of them:
- *	                                            ◀── RP_SCAN_FIRST (a fault waits for one)
+ * Over rdma: GRANT and RAM_ZERO may come at any time after LISTEN, also after RUN, until each
+ * page was in one of them:
+ *	                                            ◀── RP_SCAN_FIRST (a fault waits)
  *
- * Where pages are verified (capabilities of HELLO and HELLO_ACK), beside everything from LISTEN on:
- *	                                            ◀── RP_REQ_HASHES (of what is being read)
+ * Where pages are verified (capabilities of HELLO and HELLO_ACK), at any time after LISTEN:
+ *	                                            ◀── RP_REQ_HASHES (of pages being read)
  *	  CMD_HASHES                                ──▶ for each of its ranges
  *
  * Recovery, on a new connection with a higher epoch:
@@ -67,12 +71,13 @@
  *
  * A standby path is connected while another one is in use, and probed by the destination:
  *	  HELLO (resume: standby), HELLO_ACK, lanes, GRANT as above
- *	  CMD_PING 1                                ──▶ (that was all; READs may begin)
- *	                                            ◀── RP_PROBED, again and again
- * When it is needed, ACTIVATE stands for the HELLO of a recovery, which then goes on with RECV_BITMAP:
+ *	  CMD_PING 1                                ──▶ (READs may begin)
+ *	                                            ◀── RP_PROBED, for each probe
+ * When it is needed, ACTIVATE replaces the HELLO of a recovery, which then goes on with
+ * RECV_BITMAP:
  *	  CMD_ACTIVATE (epoch)                      ──▶
  *	                                            ◀── RP_ACTIVATED
- * Whoever loses the path in use says so over all standby paths: MSG_LOST.
+ * A side that loses the path in use tells its peer so over all standby paths: MSG_LOST.
  */
 #pragma once
 
@@ -108,12 +113,10 @@ typedef enum PrMsgType {
 	PR_MSG_HEARTBEAT = 0x0005,
 	/* both ways, for the engine */
 	PR_MSG_PAUSE = 0x0010, /* reason: the sender has left this epoch */
-	PR_MSG_HOLD = 0x0012,  /* as PAUSE, asked for by a human: no automatic recovery */
+	PR_MSG_HOLD = 0x0012,  /* as PAUSE, but the operator did it: no automatic recovery */
 	PR_MSG_ERROR = 0x0011, /* reason: the sender gives this migration up (before RUN only) */
-	PR_MSG_LOST =
-		0x0013, /* the sender has left the connection with this epoch, which is another one */
-	PR_MSG_NOTE =
-		0x0014, /* reason: for the peer's operator, who would not know else; nothing follows */
+	PR_MSG_LOST = 0x0013,  /* the sender has left another connection, with this epoch */
+	PR_MSG_NOTE = 0x0014,  /* reason: a text for the peer's operator only */
 	/* source to destination: QEMU's MIG_CMD_* */
 	PR_CMD_PING = 0x0102,
 	PR_CMD_POSTCOPY_ADVISE = 0x0103,
@@ -124,9 +127,10 @@ typedef enum PrMsgType {
 	PR_CMD_RECV_BITMAP = 0x010a,
 	PR_CMD_GRANT = 0x0180,
 	PR_CMD_RAM_ZERO = 0x0181,
-	PR_CMD_ACTIVATE = 0x0182, /* this standby path is the one in use from now on */
-	PR_CMD_HASHES = 0x0183,	  /* of pages that were asked for */
-	/* what the guest's kind has to say while its guest still runs (guest.h, describe and save_early) */
+	PR_CMD_ACTIVATE = 0x0182, /* this standby path is in use from now on */
+	PR_CMD_HASHES = 0x0183,	  /* of the pages of REQ_HASHES */
+	/* state of the guest's kind that is sent while the guest still runs (guest.h, describe
+	 * and save_early) */
 	PR_CMD_EARLY_STATE = 0x0184,
 	/* destination to source: QEMU's MIG_RP_MSG_* */
 	PR_RP_SHUT = 0x0201,
@@ -139,18 +143,19 @@ typedef enum PrMsgType {
 	PR_RP_ACTIVATED = 0x0282,
 	PR_RP_PROBED = 0x0283,		 /* a standby path's lanes have answered */
 	PR_RP_RECV_BITMAP_ZSTD = 0x0284, /* RECV_BITMAP, the bitmap compressed */
-	PR_RP_RAILS = 0x0285,		 /* what the standby paths have carried */
-	PR_RP_SCAN_FIRST = 0x0286,	 /* ranges that faults wait to hear of: first, please */
-	PR_RP_REQ_HASHES = 0x0287,	 /* what these pages have to be */
+	PR_RP_RAILS = 0x0285,		 /* how much the standby paths have carried */
+	PR_RP_SCAN_FIRST =
+		0x0286, /* ranges that faults wait for: the source is to scan them first */
+	PR_RP_REQ_HASHES = 0x0287, /* asks for the hashes of pages */
 } PrMsgType;
 
 typedef enum PrWireError {
-	PR_WIRE_ERROR_MALFORMED, /* a peer sent what no Postroad sends; the connection is closed */
+	PR_WIRE_ERROR_MALFORMED, /* a peer has broken the protocol; its connection is closed */
 } PrWireError;
 #define PR_WIRE_ERROR pr_wire_error_quark()
 GQuark pr_wire_error_quark(void);
 
-/* The name of a message type, "type 0x…" (static buffer per thread) for an unknown one. */
+/* The name of a message type; of an unknown one "type 0x…" (in a static buffer of the thread). */
 const char *pr_msg_name(uint16_t type);
 gboolean pr_msg_is_known(uint16_t type);
 
@@ -159,7 +164,7 @@ typedef struct PrMsgHeader {
 	uint32_t length; /* of the body, bytes */
 } PrMsgHeader;
 
-/* Longest body that is accepted for a type. Unknown types: 64 KiB, to be skipped. */
+/* The longest body that is accepted for a type. Unknown types: 64 KiB, which are skipped. */
 uint32_t pr_msg_max_length(uint16_t type);
 void pr_header_encode(uint8_t out[PR_WIRE_HEADER_BYTES], uint16_t type, uint32_t length);
 gboolean pr_header_decode(const uint8_t in[PR_WIRE_HEADER_BYTES], PrMsgHeader *ret, GError **error);
@@ -168,16 +173,17 @@ typedef enum PrHelloRole { PR_HELLO_SOURCE = 1, PR_HELLO_DESTINATION = 2 } PrHel
 
 typedef enum PrResume {
 	PR_RESUME_NO = 0,	 /* a new migration */
-	PR_RESUME_ASKED = 1,	 /* a human resumes a migration in postcopy */
+	PR_RESUME_ASKED = 1,	 /* the operator resumes a migration in postcopy */
 	PR_RESUME_AUTOMATIC = 2, /* the source resumes by itself */
-	PR_RESUME_STANDBY = 3,	 /* nothing yet: a path to be kept for later */
+	PR_RESUME_STANDBY = 3,	 /* this connection is a standby path */
 } PrResume;
 
-#define PR_HELLO_CAN_ZSTD   1u /* reads RECV_BITMAP_ZSTD */
-#define PR_HELLO_CAN_VERIFY 2u /* source: answers REQ_HASHES; destination: is going to ask */
+#define PR_HELLO_CAN_ZSTD   1u /* understands RECV_BITMAP_ZSTD */
+#define PR_HELLO_CAN_VERIFY 2u /* source: answers REQ_HASHES; destination: will send them */
 
-/* The capabilities' highest byte: how many urgent lanes beyond the first the source can serve (HELLO), and the
- * destination wants to have (HELLO_ACK). A peer that does not know of them says 0. */
+/* The highest byte of the capabilities: how many urgent lanes beyond the first the source can
+ * serve (HELLO), and how many the destination wants (HELLO_ACK). A peer of an earlier release has
+ * 0 there. */
 static inline uint64_t pr_hello_more_lanes(guint n)
 {
 	return (uint64_t)n << 56;
@@ -212,10 +218,9 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PrHello, pr_hello_clear)
 
 typedef enum PrHelloStatus {
 	PR_HELLO_OK = 0,
-	PR_HELLO_COMPLETED = 1, /* this migration has everything: the source may complete too */
+	PR_HELLO_COMPLETED = 1, /* the destination has all pages: the source may complete, too */
 	PR_HELLO_REFUSED = 2,	/* with a reason */
-	PR_HELLO_HELD =
-		3, /* likewise: a human has paused this side; automatic recovery is to wait */
+	PR_HELLO_HELD = 3, /* likewise: the operator has paused this side, no automatic recovery */
 } PrHelloStatus;
 
 typedef struct PrProgress {
@@ -227,17 +232,17 @@ typedef struct PrProgress {
 } PrProgress;
 #define PR_PROGRESS_BYTES 40
 
-/* A standby path, which may pull along. */
+/* A standby path, which may be a rail. */
 typedef struct PrRail {
-	uint64_t epoch; /* that its lanes are bound to */
-	uint64_t bytes; /* of guest RAM that came over this path, over earlier connections, too */
+	uint64_t epoch; /* of its lanes */
+	uint64_t bytes; /* of guest RAM that this path has carried, with its earlier connections */
 	gboolean pulls;
 } PrRail;
 #define PR_RAILS_MAX 64 /* in one RAILS message */
 
 typedef struct PrLost {
-	uint64_t epoch; /* of the connection that was lost */
-	gboolean held;	/* a human has asked for it */
+	uint64_t epoch;		     /* of the connection that was lost */
+	gboolean paused_by_operator; /* else its path failed */
 	char reason[PR_REASON_MAX + 1];
 } PrLost;
 
@@ -262,18 +267,17 @@ typedef struct PrHelloAck {
 typedef struct PrLaneHello {
 	uint8_t uuid[PR_UUID_BYTES];
 	uint64_t epoch;
-	uint8_t token
-		[PR_TOKEN_BYTES]; /* good for this lane of this connection; shows nothing of the secret */
-	uint8_t lane;		  /* PrLaneId */
+	uint8_t token[PR_TOKEN_BYTES]; /* valid for this lane only; does not reveal the secret */
+	uint8_t lane;		       /* PrLaneId */
 } PrLaneHello;
 #define PR_LANE_HELLO_BYTES (4 + PR_UUID_BYTES + 8 + PR_TOKEN_BYTES + 1) /* incl. magic; 45 */
 
-/* The times are of the clock of whoever made the stamp, so the clocks need not agree: the round trip
- * is now - echo - held. */
+/* Each stamp is read only by the host that made it, so the clocks need not agree. The round trip is
+ * now - echo - echo_age. */
 typedef struct PrHeartbeatBody {
 	uint64_t stamp; /* microseconds, when this heartbeat left */
-	uint64_t echo;	/* stamp of the last heartbeat that the sender has received, 0: none yet */
-	uint64_t held;	/* microseconds that the sender has had it */
+	uint64_t echo;	/* stamp of the last heartbeat that the sender has received; 0: none yet */
+	uint64_t echo_age; /* microseconds since the sender received that */
 } PrHeartbeatBody;
 #define PR_HEARTBEAT_BYTES 24
 
@@ -314,7 +318,11 @@ void pr_hello_ack_encode(GByteArray *out, const PrHelloAck *ack);
 void pr_lane_hello_encode(GByteArray *out, const PrLaneHello *lane);
 void pr_heartbeat_encode(uint8_t out[PR_HEARTBEAT_BYTES], const PrHeartbeatBody *heartbeat);
 void pr_u32_encode(GByteArray *out, uint32_t value);
-void pr_reason_encode(GByteArray *out, const char *reason); /* truncated to PR_REASON_MAX bytes */
+/* Any text becomes a reason as it can be sent: clean UTF-8 of at most PR_REASON_MAX bytes. Of a
+ * longer text the middle is left out, which is mostly a long URI: the end, which says why,
+ * survives. */
+void pr_reason_copy(char ret[PR_REASON_MAX + 1], const char *reason);
+void pr_reason_encode(GByteArray *out, const char *reason); /* as pr_reason_copy() makes it */
 void pr_advise_encode(GByteArray *out, uint64_t page_size_summary, uint64_t target_page_size);
 void pr_ranges_encode(GByteArray *out, uint32_t block, const PrWireRange *ranges, guint n);
 void pr_grants_encode(GByteArray *out, uint32_t block, const PrWireGrant *grants, guint n);
@@ -332,8 +340,8 @@ void pr_lost_encode(GByteArray *out, const PrLost *lost);
 void pr_activate_encode(GByteArray *out, const PrActivate *activate);
 void pr_probed_encode(GByteArray *out, const PrProbed *probed);
 
-/* Decoders read a whole body; a body that is too short, too long or out of bounds is MALFORMED and
- * leaves the outputs alone. */
+/* Decoders read a whole body. A body that is too short, too long or has values out of bounds is
+ * MALFORMED, and the outputs are not set. */
 gboolean pr_hello_decode(const uint8_t *body, gsize len, PrHello *ret, GError **error);
 gboolean pr_hello_ack_decode(const uint8_t *body, gsize len, PrHelloAck *ret, GError **error);
 gboolean pr_lane_hello_decode(const uint8_t *body, gsize len, PrLaneHello *ret, GError **error);

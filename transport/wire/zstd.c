@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Bitmaps through zstd, without a second copy of them: a guest of 1 TiB has 32 MiB. What a peer sends decides
- * neither how much memory is taken nor how long it takes: the size of what comes out is known beforehand,
- * and anything else is an error.
+ * Compresses bitmaps with zstd, without a second copy of them: a guest of 1 TiB has 32 MiB. A
+ * peer decides neither how much memory nor how much time decompressing takes. The size of the
+ * result is known beforehand, and any other size is an error.
  */
 #include "transport/wire/zstd.h"
 
@@ -10,13 +10,13 @@
 
 #include "transport/wire/bytes.h"
 
-#define LEVEL	    1
-#define LOOK_GROUPS (128 * 1024) /* 1 MiB between two looks at what is gained */
-#define ROOM_GROUPS 256
+#define LEVEL	     1
+#define CHECK_GROUPS (128 * 1024) /* 1 MiB between two checks of the compression ratio */
+#define ROOM_GROUPS  256
 
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(ZSTD_CCtx, ZSTD_freeCCtx)
 
-/* Feeds one piece; FALSE: the output has grown beyond `limit`. */
+/* Compresses one piece. FALSE: the output has grown beyond `limit`. */
 static gboolean compress_piece(ZSTD_CCtx *zstd, const void *piece, gsize size, gboolean last,
 			       GByteArray *out, gsize limit)
 {
@@ -36,13 +36,14 @@ static gboolean compress_piece(ZSTD_CCtx *zstd, const void *piece, gsize size, g
 	return TRUE;
 }
 
-/* The groups from `from` on as they travel: in memory, or put into `room`. Returns how many. */
+/* The groups from `from` on in the byte order of the wire: in place, or copied to `room`. Returns
+ * how many. */
 static gsize next_groups(const unsigned long *bits, uint64_t n_bits, uint64_t from, uint64_t n,
 			 uint64_t *room, const void **ret)
 {
 	if (groups_are_memory()) {
 		*ret = (const uint8_t *)bits + from * 8;
-		return MIN(n, LOOK_GROUPS);
+		return MIN(n, CHECK_GROUPS);
 	}
 	n = MIN(n, ROOM_GROUPS);
 	for (gsize i = 0; i < n; i++)
@@ -51,7 +52,8 @@ static gsize next_groups(const unsigned long *bits, uint64_t n_bits, uint64_t fr
 	return n;
 }
 
-/* All groups but the last, which may have bits beyond the end. Gives up soon where there is little to gain. */
+/* Compresses all groups but the last, which may have bits beyond the end. FALSE: it saves less
+ * than a sixteenth. */
 static gboolean compress_whole_groups(ZSTD_CCtx *zstd, const unsigned long *bits, uint64_t n_bits,
 				      uint64_t n, GByteArray *out, gsize limit)
 {
