@@ -43,7 +43,7 @@ static void turn_loop(PrMonitor *monitor, int fd)
 {
 	char room[16384];
 
-	while (g_main_context_iteration(monitor->context, monitor->errands->len > 0))
+	while (g_main_context_iteration(monitor->context, monitor->async_commands->len > 0))
 		;
 	while (recv(fd, room, sizeof(room), MSG_DONTWAIT) > 0)
 		;

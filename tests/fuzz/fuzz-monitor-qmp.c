@@ -69,7 +69,7 @@ static void run_client(PrQmpServer *server, FuzzInput *input)
 
 		on_input((const char *)data, n, server->clients->pdata[0]);
 		while (g_main_context_iteration(server->monitor->context,
-						server->monitor->errands->len > 0))
+						server->monitor->async_commands->len > 0))
 			;
 		read_answers(fds[1], unread);
 	}

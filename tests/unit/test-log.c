@@ -82,8 +82,9 @@ static guint number_before(const char *text, const char *word)
 /* All lines that are said to be missing, at one place or at several. */
 static guint count_missing(const char *text)
 {
-	static const char *const words[] = {" line of the log is missing here: nobody read",
-					    " lines of the log are missing here: nobody read"};
+	static const char *const words[] = {
+		" line of the log is missing here: the log was not read",
+		" lines of the log are missing here: the log was not read"};
 	guint n = 0;
 
 	for (guint i = 0; i < G_N_ELEMENTS(words); i++)

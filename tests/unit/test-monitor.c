@@ -20,7 +20,7 @@
 #include "monitor/hmp.h"
 
 /* Half a pair in an escape: json-glib before 1.10 takes it for a pair, and what it makes of it is refused later. */
-#define NO_PAIR (JSON_CHECK_VERSION(1, 10, 0) ? "surrogate pair" : "is no character")
+#define NO_PAIR (JSON_CHECK_VERSION(1, 10, 0) ? "surrogate pair" : "does not encode a character")
 
 static void assert_contains(const char *text, const char *part)
 {
@@ -371,7 +371,7 @@ static void migrate_without_d_is_answered_at_its_end(void **state)
 		{PR_STATE_FAILED, "the migration has failed: no luck; why"},
 		{PR_STATE_CANCELLED, "the migration has been cancelled: why"},
 		{PR_STATE_POSTCOPY_PAUSED,
-		 "the migration is paused: why; go on with: migrate -r URI"},
+		 "the migration is paused: why; resume it with: migrate -r URI"},
 	};
 	Bench *bench = *state;
 
@@ -466,7 +466,8 @@ static void hmp_shows_and_sets(void **state)
 		{HMP("info migrate"), "[ 16 us - 32 us ): 70\\n"},
 		{HMP("info migrate"), "longest fault: 900 us\\n"},
 		{HMP("info migrate"), "repeated faults: 5\\n"},
-		{HMP("info migrate"), "read ahead: 40 pages\\nwaited for of these: 9 pages\\n"},
+		{HMP("info migrate"),
+		 "read ahead: 40 pages\\nread ahead and waited for: 9 pages\\n"},
 		{HMP("info migrate"),
 		 "postcopy blocktime: 7 ms\\npostcopy blocktime at most: 17 ms\\n"
 		 "postcopy non-vcpu blocktime: 13 ms\\n"},

@@ -83,9 +83,9 @@ static void usage_is_explained(void **state)
 	static const struct {
 		const char *path, *command, *file, *error;
 	} rows[] = {
-		{NULL, NULL, NULL, "expected QMP-PATH and a command"},
-		{"sock", NULL, NULL, "expected QMP-PATH and a command"},
-		{"sock", "report", NULL, "report: expected the name of a file"},
+		{NULL, NULL, NULL, "expected QMP-PATH and COMMAND"},
+		{"sock", NULL, NULL, "expected QMP-PATH and COMMAND"},
+		{"sock", "report", NULL, "report: expected a file name"},
 		{"sock", "migrate", "-d", "-d"},
 		{"sock", "migrate", "tcp:a:1", "put an HMP line in quotes"},
 		{"--frob", NULL, NULL, "--frob"},
@@ -124,7 +124,7 @@ static void a_missing_engine_is_named(void **state)
 	g_object_unref(dead);
 	ctl(&second, stale, "info status", NULL);
 	assert_int_equal(second.code, 1);
-	assert_contains(second.err, "nobody serves this socket");
+	assert_contains(second.err, "no process serves this socket");
 	assert_int_equal(g_unlink(stale), 0);
 }
 

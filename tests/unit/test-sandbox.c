@@ -267,7 +267,8 @@ static void a_wrong_user_is_named(void **state)
 	expect_refusal(&(PrSandbox){.user = "no-such-user"}, 0, "--user 'no-such-user'");
 	expect_refusal(&(PrSandbox){.user = "nobody", .group = "no-such-group"}, 0,
 		       "--group 'no-such-group'");
-	expect_refusal(&(PrSandbox){.user = "nobody"}, 65534, "only root can become another user");
+	expect_refusal(&(PrSandbox){.user = "nobody"}, 65534,
+		       "only root can change to another user");
 }
 
 int main(void)

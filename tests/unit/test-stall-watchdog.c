@@ -253,7 +253,7 @@ static void main_loop_that_does_not_turn_is_named(void **state)
 	g_autofree char *last = NULL;
 
 	pr_watchdog_start(watchdog);
-	pr_loop_watch(watchdog, context);
+	pr_main_loop_watch(watchdog, context);
 	/* It waits. */
 	g_source_set_callback(rests, end_idle, loop, NULL);
 	g_source_attach(rests, context);
@@ -267,7 +267,7 @@ static void main_loop_that_does_not_turn_is_named(void **state)
 		g_clear_pointer(&last, g_free);
 	assert_non_null(last);
 	assert_non_null(strstr(last, "thread \"main loop\": answering the monitor"));
-	pr_loop_watch(NULL, context);
+	pr_main_loop_watch(NULL, context);
 	pr_watchdog_free(watchdog);
 }
 
