@@ -514,7 +514,7 @@ static void hmp_lines_parse_by_the_table(void **state)
 		{"migrate -x a", NULL, "unknown option '-x'; usage: migrate [-d] [-r] URI"},
 		{"migrate -d", NULL, "migrate: missing 'uri'"},
 		{"migrate a b", NULL, "unexpected word 'b'"},
-		{"migrate \"a", NULL, "can't read the line"},
+		{"migrate \"a", NULL, "can't parse the line"},
 		{"migrate_pause now", NULL, "unexpected word 'now'; usage: migrate_pause"},
 		{"migrate_pause -f", NULL, "unknown option '-f'"},
 		{"migrate_recover", NULL, "missing 'uri'"},
@@ -726,7 +726,7 @@ static void the_socket_is_private_and_never_stolen(void **state)
 		{bench->path, "another process serves it"},
 		{file, "not a socket"},
 		{nowhere, "No such file"},
-		{deep, "longer than a socket's may be"},
+		{deep, "too long for a unix socket"},
 	};
 	g_autoptr(GMainContext) context = g_main_context_new();
 	g_autoptr(PrMonitor) monitor = pr_monitor_new(&bench->params, context, NULL, NULL);
