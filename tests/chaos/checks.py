@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is watched all the time, and what must be the same after each migration."""
+"""The checks during and after each migration: answer times, leaks, statistics and logs."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from harness.process import Failure, expect, wait_for
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LONGEST_ANSWER = 0.5  # s; what a machine that is itself not run loses is in it
+LONGEST_ANSWER = 0.5  # s; allows for a machine that itself gets no CPU for a moment
 
 
 class Poller:
-    """Asks one engine's monitor every 50 ms, in a process of its own."""
+    """Polls one engine's monitor every 50 ms, from a process of its own."""
 
     bound = LONGEST_ANSWER
 
@@ -25,7 +25,7 @@ class Poller:
         self.process = lab.start(f"poll-{engine.name}-{engine.process.pid}", argv, gently=False)
 
     def answers(self):
-        """(asked at, took, waited for a CPU) of each answer, and of the one that is still due."""
+        """(start, duration, time without a CPU) of each answer, in seconds."""
         rows = [line.split() for line in self.process.output().splitlines() if line.count(" ") == 2]
         return [tuple(map(float, row)) for row in rows]
 
@@ -33,14 +33,18 @@ class Poller:
         return any(began < to and began + took > since for since, to in self.excused)
 
     def slowest(self):
-        """(asked at, took, waited for a CPU) of the slowest answer that counts."""
+        """(start, duration, time without a CPU) of the slowest answer that counts."""
         free = [answer for answer in self.answers() if not self._is_excused(*answer[:2])]
         return max(free, key=lambda answer: answer[1] - answer[2])
 
     def longest(self):
-        """(longest of all, longest while the engine was to have a CPU, the same without the waits for a CPU)."""
+        """The longest of all durations, of those that count, and of the latter less the time
+        without a CPU."""
         answers = self.answers()
-        expect(answers, f"the monitor of {self.name} never answered its poller: {self.process.output()[-500:]}")
+        expect(
+            answers,
+            f"the monitor of {self.name} never answered its poller: {self.process.output()[-500:]}",
+        )
         free = [answer for answer in answers if not self._is_excused(*answer[:2])] or [(0, 0, 0)]
         return (
             max(took for _, took, _ in answers),
@@ -49,29 +53,33 @@ class Poller:
         )
 
 
-class Longest:
-    """The longest answers of all monitors so far, in seconds."""
+class SlowestAnswers:
+    """The longest answer times of all monitors so far, in seconds."""
 
     def __init__(self):
         self.any = self.free = self.own = 0.0
         self.answers = 0
 
-    def add(self, poller, story):
+    def add(self, poller, migration):
         longest, free, own = poller.longest()
-        self.any, self.free, self.own = max(self.any, longest), max(self.free, free), max(self.own, own)
+        self.any, self.free, self.own = (
+            max(self.any, longest),
+            max(self.free, free),
+            max(self.own, own),
+        )
         self.answers += len(poller.answers())
         if own > poller.bound:
             asked, took, waited = poller.slowest()
             raise Failure(
-                f"the monitor of {poller.name} took {took * 1000:.0f} ms to answer, {waited * 1000:.0f} ms of that without"
-                f" a CPU, when it was asked at {asked:.3f}; {story.around(asked)}"
+                f"the monitor of {poller.name} took {took * 1000:.0f} ms to answer,"
+                f" {waited * 1000:.0f} ms of that without a CPU, when it was asked at {asked:.3f}; {migration.step_at(asked)}"
             )
 
     def __str__(self):
         if not self.answers:
             return "not measured"
         return (
-            f"{self.own * 1000:.0f} ms ({self.free * 1000:.0f} ms with the waits for a CPU,"
+            f"{self.own * 1000:.0f} ms ({self.free * 1000:.0f} ms with the time without a CPU,"
             f" {self.any * 1000:.0f} ms while stopped or starved; {self.answers} answers)"
         )
 
@@ -93,24 +101,30 @@ class Resources:
         )
 
     def __str__(self):
-        return f"{self.descriptors} descriptors, {self.threads} threads, {self.private_kb} KB of private memory"
+        return (
+            f"{self.descriptors} descriptors, {self.threads} threads,"
+            f" {self.private_kb} KB of private memory"
+        )
 
 
 def settled(pid):
-    """What lingers after a migration ends by itself, within a second each: what is held, if it stays the same for so long."""
+    """The resources of a process if they do not change for 1.2 s; else None. What a migration frees
+    late, it frees within a second."""
     before = Resources.of(pid)
     time.sleep(1.2)
     now = Resources.of(pid)
     return now if (now.descriptors, now.threads) == (before.descriptors, before.threads) else None
 
 
-class Leaks:
-    """Compares what an engine holds after a migration with what it held after one without disturbances."""
+class LeakCheck:
+    """Compares an engine's resources after a migration with those after one without
+    disturbances."""
 
-    PRIVATE_KB = 8 * 1024  # that may be more: pieces between what lives on, the traces of paths
+    PRIVATE_KB = 8 * 1024  # growth that is no leak: heap fragmentation, the records of paths
 
     def __init__(self, memory):
-        """memory: look at that, too: not in builds with a sanitizer, which keeps what is freed, and knows leaks itself."""
+        """memory: check memory, too. Not in sanitizer builds, which keep freed memory and find
+        leaks themselves."""
         self.memory = memory
         self.reference = {}  # role -> Resources
 
@@ -118,7 +132,9 @@ class Leaks:
         return role in self.reference
 
     def learn(self, role, pid):
-        self.reference[role] = wait_for("nothing is given back any more", 30, lambda: settled(pid), interval=0)
+        self.reference[role] = wait_for(
+            "the resources do not change any more", 30, lambda: settled(pid), interval=0
+        )
         return self.reference[role]
 
     def check(self, role, pid, what):
@@ -129,34 +145,49 @@ class Leaks:
             return now.descriptors <= allowed.descriptors and now.threads <= allowed.threads
 
         try:
-            wait_for("everything is given back", 60, is_back)
+            wait_for("the resources are released", 60, is_back)
         except Failure:
-            raise Failure(f"{what} holds {Resources.of(pid)}, after a calm migration {allowed}") from None
+            raise Failure(
+                f"{what} holds {Resources.of(pid)}, after an undisturbed migration {allowed}"
+            ) from None
         now = Resources.of(pid)
         expect(
             not self.memory or now.private_kb <= allowed.private_kb + self.PRIVATE_KB,
-            f"{what} holds {now}, after a calm migration {allowed}",
+            f"{what} holds {now}, after an undisturbed migration {allowed}",
         )
         return now
 
 
 def check_statistics(source, destination):
-    """Every page was placed exactly once, and both sides say the same."""
+    """Checks that every page was placed exactly once, and that both sides report the same
+    counts."""
     here, there = destination.query(), source.query()
     for name, info in (("source", there), ("destination", here)):
         ram = info["ram"]
         placed = ram["transferred"] + ram["duplicate"] * ram["page-size"]
-        expect(placed == ram["total"], f"{name}: {placed} bytes were placed, there are {ram['total']}: {ram}")
+        expect(
+            placed == ram["total"],
+            f"{name}: {placed} bytes were placed, there are {ram['total']}: {ram}",
+        )
         expect(ram["remaining"] == 0, f"{name}: {ram['remaining']} bytes remain")
     for key in ("transferred", "duplicate"):
-        expect(here["ram"][key] == there["ram"][key], f"{key} differs: {there['ram']}, {here['ram']}")
+        expect(
+            here["ram"][key] == there["ram"][key], f"{key} differs: {there['ram']}, {here['ram']}"
+        )
     return here
 
 
 def check_log(engine, from_byte=0):
     output = engine.process.output()[from_byte:]
-    for mark in ("CRITICAL", "placed twice", "assertion", "ERROR: ", "runtime error:", "WARNING: ThreadSanitizer"):
-        expect(mark not in output, f"{engine.name} said: {line_with(mark, output)}")
+    for mark in (
+        "CRITICAL",
+        "placed twice",
+        "assertion",
+        "ERROR: ",
+        "runtime error:",
+        "WARNING: ThreadSanitizer",
+    ):
+        expect(mark not in output, f"{engine.name} logged: {line_with(mark, output)}")
 
 
 def line_with(mark, text):
