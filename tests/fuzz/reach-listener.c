@@ -44,14 +44,14 @@ static void receive_visitor(PrListener *listener)
 			   listener->opaque);
 }
 
-void reach_listener_let_in(PrListener *listener, int fd)
+void reach_listener_accept(PrListener *listener, int fd)
 {
-	/* Those whose turn this one's comes in: they wait in theirs. */
+	/* The peers before this one; their code waits further up the stack. */
 	guint others = listener->strangers->len;
 
 	let_in(listener, fd);
 	while (listener->strangers->len > others) {
-		/* It has said nothing yet: here it goes on. */
+		/* The peer has sent nothing yet: its script continues here. */
 		fuzz_wait_fd(fd, POLLIN, 0, NULL);
 		if (hear(listener, listener->strangers->pdata[others]))
 			g_ptr_array_remove_index(listener->strangers, others);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Takes libFuzzer's place: runs a target over corpora (*.inputs, see corpus.py) and single inputs. */
+/* Takes libFuzzer's place: runs a target over corpora (*.inputs, see corpus.py) and single
+ * inputs. */
 #include <stdio.h>
 #include <string.h>
 
