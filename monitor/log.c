@@ -15,7 +15,6 @@
 
 #define QUEUE_LINES_MAX 4096
 #define QUEUE_BYTES_MAX (1024 * 1024)
-#define FINAL_FLUSH_MS	1000 /* the end of the program waits that long for the log */
 
 typedef struct Level {
 	const char *name;
@@ -233,7 +232,7 @@ void pr_log_final(const char *format, ...)
 	va_start(ap, format);
 	queue_line(g_strdup_vprintf(format, ap));
 	va_end(ap);
-	pr_log_flush(FINAL_FLUSH_MS);
+	pr_log_flush(PR_LOG_FINAL_FLUSH_MS);
 }
 
 static GLogWriterOutput log_entry(GLogLevelFlags level, const GLogField *fields, gsize n,
@@ -253,7 +252,7 @@ static GLogWriterOutput log_entry(GLogLevelFlags level, const GLogField *fields,
 				   entry->name, colour ? "\033[0m" : "",
 				   find_field(fields, n, "MESSAGE")));
 	if (level & (G_LOG_FLAG_FATAL | G_LOG_LEVEL_ERROR))
-		pr_log_flush(FINAL_FLUSH_MS); /* abort() is next */
+		pr_log_flush(PR_LOG_FINAL_FLUSH_MS); /* abort() is next */
 	return G_LOG_WRITER_HANDLED;
 }
 
@@ -261,7 +260,7 @@ static GLogWriterOutput log_entry(GLogLevelFlags level, const GLogField *fields,
 static void on_printerr(const char *text)
 {
 	queue_line(g_strdup(text));
-	pr_log_flush(FINAL_FLUSH_MS);
+	pr_log_flush(PR_LOG_FINAL_FLUSH_MS);
 }
 
 gboolean pr_log_start(GLogLevelFlags level, int fd, GError **error)

@@ -21,8 +21,7 @@
 #include "transport/transport.h"
 #include "util/try-alloc.h"
 
-#define EXIT_USAGE     2
-#define FINAL_FLUSH_MS 1000 /* the end of the program waits that long for the log */
+#define EXIT_USAGE 2
 
 typedef struct Options {
 	char *guest;
@@ -509,7 +508,7 @@ int main(int argc, char **argv)
 	if (warming)
 		g_thread_join(warming);
 	if (ok)
-		pr_log_flush(FINAL_FLUSH_MS);
+		pr_log_flush(PR_LOG_FINAL_FLUSH_MS);
 	else
 		pr_log_final("postroad: %s\n", error->message);
 	return ok ? 0 : 1;
