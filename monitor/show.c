@@ -227,7 +227,7 @@ static const Row extra_rows[] = {
 	{"time-paused", "time paused", "ms", 1},
 	{"last-pause", "last pause", "ms", 1},
 	{"last-recovery", "last recovery", "ms", 1},
-	{"pages-at-pause", "pages at last pause", NULL, 1},
+	{"pages-at-pause", "pages in place at the last pause", NULL, 1},
 	{"faults", "faults", NULL, 1},
 	{"fault-repeats", "repeated faults", NULL, 1},
 	{"readahead-pages", "read ahead", "pages", 1},

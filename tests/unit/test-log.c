@@ -20,7 +20,8 @@
 
 #define LINES	 20000
 #define PATIENCE 60000 /* ms; for output that must arrive */
-/* ms; for LINES lines, with a sanitizer on a busy machine. Logging that blocked would take longer. */
+/* ms; for LINES lines, with a sanitizer on a busy machine. If logging blocked, it would take
+ * longer. */
 #define PER_BURST 60000
 
 /* The log's descriptor for the whole program. Each test points it to another file. */
