@@ -73,7 +73,8 @@ static JsonObject *make_facts(void)
 	static const char text[] =
 		"{\"qemu\": \"7.2\", \"machine\": \"q35\", \"cpu\": \"max\", \"cpus\": 1, "
 		"\"devices\": [{\"bus\": \"pcie.0\", \"bus-type\": \"PCIE\", "
-		"\"addr\": \"02.0\", \"type\": \"VGA\", \"id\": \"\"}], \"ram\": [{\"name\": \"vga.vram\", \"size\": 65536}]}";
+		"\"addr\": \"02.0\", \"type\": \"VGA\", \"id\": \"\"}], "
+		"\"ram\": [{\"name\": \"vga.vram\", \"size\": 65536}]}";
 
 	return pr_qemu_facts_from_text(text, strlen(text), NULL);
 }
