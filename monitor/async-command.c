@@ -1,97 +1,90 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/*
- * Commands that listen look up names, and a name server that is gone is waited for for seconds. So they run on a thread
- * of their own and are answered from the main loop when they have ended, while everybody else is served. Whoever asked
- * may have gone by then: what he asked for is done all the same.
- */
+#include "monitor/async-command.h"
+
 #include "monitor/internal.h"
 #include "util/try-alloc.h"
 
-/* Owned by the thread of the main context; `error` is the errand's own until that has been joined. */
+/* Owned by the thread of the main context. `error` belongs to the command's thread until that is
+ * joined. */
 struct PrAsyncCommand {
 	PrMonitor *monitor;
 	const PrCommand *command;
 	char *uris;
 	GCancellable *cancel;
-	GSource *ended; /* attached by the errand's thread, when it has no more to do */
+	GSource *ended; /* the command's thread attaches it as its last step */
 	GThread *thread;
-	PrWait *wait; /* NULL: nobody waits any more */
+	PrWait *wait; /* NULL: the client has left */
 	GError *error;
 };
 
-static gpointer errand_thread(gpointer opaque)
+static gpointer command_thread(gpointer opaque)
 {
-	PrAsyncCommand *errand = opaque;
-	PrMonitor *monitor = errand->monitor;
+	PrAsyncCommand *async = opaque;
+	PrMonitor *monitor = async->monitor;
 
-	errand->command->listen(monitor->migration, errand->uris, errand->cancel, &errand->error);
-	g_source_attach(errand->ended, monitor->context);
+	async->command->listen(monitor->migration, async->uris, async->cancel, &async->error);
+	g_source_attach(async->ended, monitor->context);
 	return NULL;
 }
 
 static gboolean on_ended(gpointer opaque)
 {
-	PrAsyncCommand *errand = opaque;
-	PrWait *wait = errand->wait;
+	PrAsyncCommand *async = opaque;
+	PrWait *wait = async->wait;
 	g_autoptr(GError) error = NULL;
 
-	g_thread_join(g_steal_pointer(&errand->thread));
-	error = g_steal_pointer(&errand->error);
-	g_ptr_array_remove(errand->monitor->errands, errand);
+	g_thread_join(g_steal_pointer(&async->thread));
+	error = g_steal_pointer(&async->error);
+	g_ptr_array_remove(async->monitor->async_commands, async);
 	if (wait) {
 		PrAnswer answer = wait->answer;
-		void *whom = wait->opaque;
+		void *answer_opaque = wait->opaque;
 
 		g_free(wait);
-		answer(error ? NULL : "", error, whom);
+		answer(error ? NULL : "", error, answer_opaque);
 	} else if (error) {
-		g_message("%s, for a client that has gone", error->message);
+		g_message("a command failed after its client had disconnected: %s", error->message);
 	}
 	return G_SOURCE_REMOVE;
 }
 
-PrWait *pr_async_command_begin(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
+PrWait *pr_async_command_start(PrMonitor *monitor, const PrCommand *command, JsonObject *args,
 			       PrAnswer answer, void *opaque, GError **error)
 {
 	const char *uris = pr_command_uris(args, error);
-	PrAsyncCommand *errand;
+	PrAsyncCommand *async;
 
 	if (!uris)
 		return NULL;
-	errand = g_new0(PrAsyncCommand, 1);
-	errand->monitor = monitor;
-	errand->command = command;
-	errand->uris = g_strdup(uris);
-	errand->cancel = g_cancellable_new();
-	errand->ended = g_idle_source_new();
-	g_source_set_priority(errand->ended, G_PRIORITY_DEFAULT);
-	g_source_set_callback(errand->ended, on_ended, errand, NULL);
-	errand->thread = pr_thread_try("errand", errand_thread, errand, error);
-	if (!errand->thread) {
-		pr_async_command_free(errand);
+	async = g_new0(PrAsyncCommand, 1);
+	async->monitor = monitor;
+	async->command = command;
+	async->uris = g_strdup(uris);
+	async->cancel = g_cancellable_new();
+	async->ended = g_idle_source_new();
+	g_source_set_priority(async->ended, G_PRIORITY_DEFAULT);
+	g_source_set_callback(async->ended, on_ended, async, NULL);
+	async->thread = pr_thread_try("async-command", command_thread, async, error);
+	if (!async->thread) {
+		pr_async_command_free(async);
 		return NULL;
 	}
-	g_ptr_array_add(monitor->errands, errand);
-	errand->wait = g_new0(PrWait, 1);
-	*errand->wait =
-		(PrWait){.monitor = monitor, .answer = answer, .opaque = opaque, .errand = errand};
-	return errand->wait;
+	g_ptr_array_add(monitor->async_commands, async);
+	async->wait = g_new0(PrWait, 1);
+	*async->wait = (PrWait){
+		.monitor = monitor, .answer = answer, .opaque = opaque, .async = &async->wait};
+	return async->wait;
 }
 
-void pr_async_command_forget(PrAsyncCommand *errand)
+void pr_async_command_free(PrAsyncCommand *async)
 {
-	errand->wait = NULL;
-}
-
-void pr_async_command_free(PrAsyncCommand *errand)
-{
-	g_cancellable_cancel(errand->cancel);
-	if (errand->thread)
-		g_thread_join(errand->thread);
-	g_source_destroy(errand->ended);
-	g_source_unref(errand->ended);
-	g_clear_error(&errand->error);
-	g_object_unref(errand->cancel);
-	g_free(errand->uris);
-	g_free(errand);
+	g_cancellable_cancel(async->cancel);
+	if (async->thread)
+		g_thread_join(async->thread);
+	g_source_destroy(async->ended);
+	g_source_unref(async->ended);
+	g_clear_error(&async->error);
+	g_object_unref(async->cancel);
+	g_free(async->uris);
+	g_free(async);
 }

@@ -153,7 +153,7 @@ static JsonNode *run_query_parameters(PrMonitor *monitor, JsonObject *args, GErr
 	return pr_json_object(object);
 }
 
-/* A copy to try a set of changes on: they are made all, or none is. */
+/* Copies the parameters, so that a set of changes can be tried: all are applied, or none. */
 static void copy_params(PrParams *to, const PrParams *from)
 {
 	for (guint i = 0; i < PR_N_PARAMS; i++)
@@ -223,8 +223,8 @@ static gboolean set_one_parameter(PrParams *params, const char *name, JsonNode *
 	return pr_params_set(params, name, number, error);
 }
 
-/* Parameters may bound each other, so their order in the object must not count: what is refused in the
- * first round has a second chance when the others are set. */
+/* The range of a parameter may depend on another one. So that the order in the object does not
+ * matter, the first round ignores errors and the second one, with the others set, reports them. */
 static gboolean set_parameters(PrParams *params, JsonObject *args, GError **error)
 {
 	g_autoptr(GList) names = json_object_get_members(args);
@@ -301,7 +301,7 @@ static JsonNode *run_help(PrMonitor *monitor, JsonObject *args, GError **error)
 
 		if (!hmp)
 			continue;
-		/* `help info` lists what there is to ask for */
+		/* `help info` lists all info commands. */
 		if (!wanted || !strcmp(hmp, wanted) ||
 		    (g_str_has_prefix(hmp, wanted) && hmp[strlen(wanted)] == ' '))
 			append_help(&table[i], text);
@@ -359,15 +359,17 @@ static const PrCommand command_table[] = {
 	{"x-postroad-hmp", NULL, PR_COMMAND_HMP_STRICT, hmp_line_args},
 	{"migrate", "migrate", .args = migrate_args, .waits = TRUE, .run = run_migrate,
 	 .usage = "[-d] [-r] " URIS,
-	 .help = "migrate to the first path that answers (-d: don't wait; -r: resume a paused one)"},
+	 .help = "migrate over the first path that answers (-d: don't wait; -r: resume a paused "
+		 "migration)"},
 	{"migrate-incoming", "migrate_incoming", .args = uri_args, .listen = pr_migration_incoming,
 	 .usage = URIS, .help = "listen for a migration on these paths"},
 	{"migrate-recover", "migrate_recover", .args = uri_args, .listen = pr_migration_recover,
-	 .usage = URIS, .help = "destination, paused: listen on these paths as well"},
+	 .usage = URIS,
+	 .help = "on the destination of a paused migration: listen on these paths as well"},
 	{"migrate-pause", "migrate_pause", .run = run_pause,
 	 .help = "pause a postcopy migration, on both sides"},
 	{"migrate_cancel", "migrate_cancel", .run = run_cancel,
-	 .help = "cancel; the guest stays on the source"},
+	 .help = "cancel the migration; the guest stays on the source"},
 	{"query-migrate", "info migrate", .run = run_query_migrate, .show = pr_show_migrate,
 	 .help = "show the state of the migration"},
 	{"query-migrate-capabilities", "info migrate_capabilities", .run = run_query_capabilities,
@@ -375,9 +377,9 @@ static const PrCommand command_table[] = {
 	{"query-migrate-parameters", "info migrate_parameters", .run = run_query_parameters,
 	 .show = pr_show_parameters, .help = "show the parameters"},
 	{"query-paths", "info paths", .run = run_query_paths, .show = pr_show_paths,
-	 .help = "show the paths and how they are"},
+	 .help = "show the paths and their states"},
 	{NULL, "info status", .run = run_status, .show = pr_show_text,
-	 .help = "show role and state in one line"},
+	 .help = "show the engine's role and state in one line"},
 	{"query-version", "info version", .run = run_version, .show = pr_show_version,
 	 .help = "show the version of this program"},
 	{"migrate-set-capabilities", NULL, .args = capabilities_args, .run = run_set_capabilities},
@@ -389,7 +391,7 @@ static const PrCommand command_table[] = {
 	{NULL, "help", .args = help_args, .run = run_help, .show = pr_show_text,
 	 .usage = "[COMMAND]", .help = "show the commands"},
 	{"quit", "quit", .run = run_quit,
-	 .help = "end this engine; a postcopy that runs is paused, not lost"},
+	 .help = "end this engine; a running postcopy is paused and can be resumed"},
 };
 
 const PrCommand *pr_command_table(guint *ret_n)

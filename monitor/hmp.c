@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "monitor/async-command.h"
 #include "monitor/internal.h"
 #include "monitor/stream.h"
 
@@ -19,7 +20,7 @@ static gboolean usage_error(const PrCommand *command, const char *what, const ch
 	return FALSE;
 }
 
-/* "-dr": every letter must be an option of the command. */
+/* A word such as "-dr": every letter must be an option of the command. */
 static gboolean parse_flags(const PrCommand *command, const char *word, JsonObject *args,
 			    GError **error)
 {
@@ -35,8 +36,8 @@ static gboolean parse_flags(const PrCommand *command, const char *word, JsonObje
 	return TRUE;
 }
 
-/* The next argument that is a word in its place, at or behind arg; or the end of the list. */
-static const PrArg *next_place(const PrArg *arg)
+/* The next positional argument, from arg on; or the end of the list. */
+static const PrArg *next_positional(const PrArg *arg)
 {
 	while (arg && arg->name && (arg->flag || arg->qmp_only))
 		arg++;
@@ -46,7 +47,7 @@ static const PrArg *next_place(const PrArg *arg)
 static gboolean parse_words(const PrCommand *command, char **words, JsonObject *args,
 			    GError **error)
 {
-	const PrArg *place = next_place(command->args);
+	const PrArg *positional = next_positional(command->args);
 
 	for (; *words; words++) {
 		if (words[0][0] == '-' && words[0][1]) {
@@ -54,13 +55,13 @@ static gboolean parse_words(const PrCommand *command, char **words, JsonObject *
 				return FALSE;
 			continue;
 		}
-		if (!place || !place->name)
+		if (!positional || !positional->name)
 			return usage_error(command, "unexpected word", *words, error);
-		json_object_set_string_member(args, place->name, *words);
-		place = next_place(place + 1);
+		json_object_set_string_member(args, positional->name, *words);
+		positional = next_positional(positional + 1);
 	}
-	if (place && place->name && (place->required || place->hmp_required))
-		return usage_error(command, "missing", place->name, error);
+	if (positional && positional->name && (positional->required || positional->hmp_required))
+		return usage_error(command, "missing", positional->name, error);
 	return TRUE;
 }
 
@@ -80,7 +81,7 @@ gboolean pr_hmp_parse(const char *line, const PrCommand **ret_command, JsonObjec
 			return TRUE;
 		}
 		g_set_error(error, PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
-			    "can't read the line: %s", local->message);
+			    "can't parse the line: %s", local->message);
 		return FALSE;
 	}
 	command = pr_command_find_hmp(words, &used, error);
@@ -106,7 +107,7 @@ PrWait *pr_hmp_run(PrMonitor *monitor, const char *line, PrAnswer answer, void *
 		return NULL;
 	}
 	if (command && command->listen)
-		wait = pr_async_command_begin(monitor, command, args, answer, opaque, &error);
+		wait = pr_async_command_start(monitor, command, args, answer, opaque, &error);
 	else if (command)
 		result = pr_command_run(monitor, command, args, &error);
 	if (wait)
@@ -124,17 +125,17 @@ PrWait *pr_hmp_run(PrMonitor *monitor, const char *line, PrAnswer answer, void *
 	return NULL;
 }
 
-/* A person at a terminal. Owned by the thread of the main context. */
+/* One HMP terminal. Owned by the thread of the main context. */
 struct PrHmpSession {
 	PrMonitor *monitor;
 	PrStream *stream;
-	GString *input; /* lines not yet run; while a command waits they wait as well */
-	PrWait *wait;
+	GString *input; /* lines not run yet */
+	PrWait *wait;	/* the command whose answer the next lines wait for; or NULL */
 	gboolean prompt;
-	gboolean skip; /* the rest of a line that was too long */
+	gboolean skip; /* the rest of a line that was too long is discarded */
 };
 
-static void say(PrHmpSession *session, const char *text)
+static void write_text(PrHmpSession *session, const char *text)
 {
 	pr_stream_write(session->stream, text, strlen(text));
 }
@@ -142,7 +143,7 @@ static void say(PrHmpSession *session, const char *text)
 static void show_prompt(PrHmpSession *session)
 {
 	if (session->prompt)
-		say(session, PROMPT);
+		write_text(session, PROMPT);
 }
 
 static void run_lines(PrHmpSession *session);
@@ -150,11 +151,11 @@ static void run_lines(PrHmpSession *session);
 static void show_answer(PrHmpSession *session, const char *text, const GError *error)
 {
 	if (error) {
-		say(session, "Error: ");
-		say(session, error->message);
-		say(session, "\n");
+		write_text(session, "Error: ");
+		write_text(session, error->message);
+		write_text(session, "\n");
 	} else {
-		say(session, text);
+		write_text(session, text);
 	}
 	show_prompt(session);
 }
@@ -167,7 +168,7 @@ static void on_answer(const char *text, const GError *error, void *opaque)
 	session->wait = NULL;
 	show_answer(session, text, error);
 	if (waited) {
-		pr_stream_hold(session->stream, FALSE);
+		pr_stream_set_reading(session->stream, TRUE);
 		run_lines(session);
 	}
 }
@@ -187,10 +188,10 @@ static void run_lines(PrHmpSession *session)
 			session->wait = pr_hmp_run(session->monitor, line, on_answer, session);
 	}
 	if (session->wait) {
-		pr_stream_hold(session->stream, TRUE);
+		pr_stream_set_reading(session->stream, FALSE);
 	} else if (session->input->len > LINE_MAX_BYTES) {
 		if (!session->skip)
-			say(session, "Error: the line is longer than 64 KiB\n");
+			write_text(session, "Error: the line is longer than 64 KiB\n");
 		session->skip = TRUE;
 		g_string_truncate(session->input, 0);
 	}
@@ -204,12 +205,12 @@ static void on_input(const char *data, gsize len, void *opaque)
 	run_lines(session);
 }
 
-/* The engine goes on without its terminal, as QEMU does. */
+/* The engine runs on without its terminal, as QEMU does. */
 static void on_closed(const char *why, void *opaque)
 {
 	PrHmpSession *session = opaque;
 
-	g_debug("HMP: the terminal is gone: %s", why ? why : "end of input");
+	g_debug("HMP: the terminal was closed: %s", why ? why : "end of input");
 	g_ptr_array_remove(session->monitor->sessions, session);
 }
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Nodes that take what they hold (json_node_init_object() takes a reference of its own). */
+/* JSON nodes that own their value. (json_node_init_object() would take another reference.) */
 #pragma once
 
 #include <json-glib/json-glib.h>

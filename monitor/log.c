@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Whoever logs never waits: a line goes into a queue, and a thread of its own writes it to standard error.
- * So a pipe that nobody reads, a terminal that was stopped or a disk that is full holds up this thread and
- * nobody else. What finds the queue full, or can't be written, is dropped; the log says how much at that place,
- * as soon as it takes anything again.
+ * Logging never blocks the thread that logs. A line goes into a queue, and the writer thread writes
+ * it to standard error. So a pipe that nobody reads, a stopped terminal or a full disk blocks the
+ * writer thread only. A line that finds the queue full, or that can't be written, is dropped. The
+ * log has the number of dropped lines in their place, as soon as it can be written again.
  */
 #include "monitor/log.h"
 
@@ -15,7 +15,6 @@
 
 #define QUEUE_LINES_MAX 4096
 #define QUEUE_BYTES_MAX (1024 * 1024)
-#define LAST_WORDS_MS	1000 /* that the end of the program waits for the log at most */
 
 typedef struct Level {
 	const char *name;
@@ -31,23 +30,23 @@ static const Level levels[] = {
 	{"debug", G_LOG_LEVEL_DEBUG, "\033[2m"},
 };
 
-/* One line; or, without a text, so many that were dropped at this place. */
+/* One line; or, where text is NULL, the number of lines dropped in this place. */
 typedef struct Entry {
 	char *text;
 	guint64 dropped;
 } Entry;
 
-/* The process's, as GLib's log writer is. */
+/* One for the process, like GLib's log writer. */
 static struct {
 	int fd;		  /* constant after pr_log_start() */
 	gboolean colour;  /* constant after pr_log_start() */
 	GThread *writer;  /* constant after pr_log_start(); NULL: lines are written at once */
-	GMutex lock;	  /* protects what follows */
-	GCond changed;	  /* the queue, or `writing` */
+	GMutex lock;	  /* protects changed, queue, bytes and writing */
+	GCond changed;	  /* signals changes of queue or writing */
 	GQueue queue;	  /* Entry, oldest first */
 	gsize bytes;	  /* of all texts in the queue */
-	gboolean writing; /* the writer has an entry in hand */
-	gboolean ragged;  /* the writer's own: it has written part of a line */
+	gboolean writing; /* the writer thread is writing an entry */
+	gboolean partial; /* owned by the writer thread: it has written part of a line */
 } the_log = {.fd = STDERR_FILENO};
 
 gboolean pr_log_parse_level(const char *name, GLogLevelFlags *ret)
@@ -69,8 +68,8 @@ static const char *find_field(const GLogField *fields, gsize n, const char *key)
 	return "";
 }
 
-/* What the libraries think aloud is not about this program. */
-static gboolean is_chatter(GLogLevelFlags level, const GLogField *fields, gsize n)
+/* The debug messages of GLib and its libraries do not help to understand this program. */
+static gboolean is_library_debug(GLogLevelFlags level, const GLogField *fields, gsize n)
 {
 	return level & (G_LOG_LEVEL_INFO | G_LOG_LEVEL_DEBUG) &&
 	       g_str_has_prefix(find_field(fields, n, "GLIB_DOMAIN"), "GLib");
@@ -78,7 +77,7 @@ static gboolean is_chatter(GLogLevelFlags level, const GLogField *fields, gsize 
 
 /* ---- the writer ---- */
 
-/* FALSE, with errno: it does not take (all of) it. */
+/* Returns FALSE, with errno, when the text was not written, or in part only. */
 static gboolean write_all(const char *text)
 {
 	gsize left = strlen(text);
@@ -87,8 +86,8 @@ static gboolean write_all(const char *text)
 		ssize_t n = write(the_log.fd, text, left);
 
 		if (n < 0 && errno == EAGAIN) {
-			/* Somebody else has made it non-blocking. Ended by whoever reads it, or with the
-			 * process: that is what this thread is for. */
+			/* Another process has made the shared descriptor non-blocking. Ended by its
+			 * reader, or with the process: only the writer thread may block here. */
 			poll(&(struct pollfd){.fd = the_log.fd, .events = POLLOUT}, 1, -1);
 			continue;
 		}
@@ -98,7 +97,7 @@ static gboolean write_all(const char *text)
 			return FALSE;
 		text += n;
 		left -= (gsize)n;
-		the_log.ragged = left > 0;
+		the_log.partial = left > 0;
 	}
 	return TRUE;
 }
@@ -124,16 +123,16 @@ static gboolean write_dropped(guint64 dropped, const char *why)
 	return write_all(text);
 }
 
-/* Writes an entry; *failed counts what could not be written since something could. */
+/* Writes an entry. *failed counts the lines that could not be written since the last success. */
 static void write_entry(const Entry *entry, guint64 *failed, int *failed_code)
 {
 	g_autofree char *why =
 		g_strdup_printf("they could not be written: %s", g_strerror(*failed_code));
 
-	if ((!the_log.ragged || write_all("\n")) && write_dropped(*failed, why)) {
+	if ((!the_log.partial || write_all("\n")) && write_dropped(*failed, why)) {
 		*failed = 0;
 		if (entry->text ? write_all(entry->text)
-				: write_dropped(entry->dropped, "nobody read it for too long"))
+				: write_dropped(entry->dropped, "the log was not read in time"))
 			return;
 	}
 	*failed_code = errno;
@@ -169,9 +168,9 @@ static gpointer writer_thread(gpointer opaque)
 	return NULL;
 }
 
-/* ---- those who log ---- */
+/* ---- the threads that log ---- */
 
-/* With the lock held: counts a line that has no place, where it would have stood. */
+/* Counts a dropped line in its place in the queue. Call it with the lock held. */
 static void drop_one(void)
 {
 	Entry *last = g_queue_peek_tail(&the_log.queue);
@@ -189,7 +188,7 @@ static gboolean has_room(gsize bytes)
 }
 
 /* Takes the text, a whole line. */
-static void put(char *text)
+static void queue_line(char *text)
 {
 	gsize bytes = strlen(text);
 
@@ -226,14 +225,14 @@ gboolean pr_log_flush(guint timeout_ms)
 	return in_time;
 }
 
-void pr_log_last_words(const char *format, ...)
+void pr_log_final(const char *format, ...)
 {
 	va_list ap;
 
 	va_start(ap, format);
-	put(g_strdup_vprintf(format, ap));
+	queue_line(g_strdup_vprintf(format, ap));
 	va_end(ap);
-	pr_log_flush(LAST_WORDS_MS);
+	pr_log_flush(PR_LOG_FINAL_FLUSH_MS);
 }
 
 static GLogWriterOutput log_entry(GLogLevelFlags level, const GLogField *fields, gsize n,
@@ -242,25 +241,26 @@ static GLogWriterOutput log_entry(GLogLevelFlags level, const GLogField *fields,
 	GLogLevelFlags last = GPOINTER_TO_UINT(opaque);
 	const Level *entry = levels;
 
-	/* flags of more important levels are lower bits */
-	if ((level & G_LOG_LEVEL_MASK) > last || is_chatter(level, fields, n))
+	/* The flags of more important levels are lower bits. */
+	if ((level & G_LOG_LEVEL_MASK) > last || is_library_debug(level, fields, n))
 		return G_LOG_WRITER_HANDLED;
 	g_autofree char *time = time_text();
 	gboolean colour = the_log.colour;
 	while (!(entry->flags & level) && entry < &levels[G_N_ELEMENTS(levels) - 1])
 		entry++;
-	put(g_strdup_printf("%s %s%s%s: %s\n", time, colour ? entry->colour : "", entry->name,
-			    colour ? "\033[0m" : "", find_field(fields, n, "MESSAGE")));
+	queue_line(g_strdup_printf("%s %s%s%s: %s\n", time, colour ? entry->colour : "",
+				   entry->name, colour ? "\033[0m" : "",
+				   find_field(fields, n, "MESSAGE")));
 	if (level & (G_LOG_FLAG_FATAL | G_LOG_LEVEL_ERROR))
-		pr_log_flush(LAST_WORDS_MS); /* abort() is next */
+		pr_log_flush(PR_LOG_FINAL_FLUSH_MS); /* abort() is next */
 	return G_LOG_WRITER_HANDLED;
 }
 
-/* GLib's own complaints, of which a failed assertion is the most likely: abort() is next. */
+/* GLib prints failed assertions this way, and calls abort() next. */
 static void on_printerr(const char *text)
 {
-	put(g_strdup(text));
-	pr_log_flush(LAST_WORDS_MS);
+	queue_line(g_strdup(text));
+	pr_log_flush(PR_LOG_FINAL_FLUSH_MS);
 }
 
 gboolean pr_log_start(GLogLevelFlags level, int fd, GError **error)

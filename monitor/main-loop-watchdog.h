@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Has the watchdog look after a main loop: one that does not come round answers nobody. */
+/* Puts a main loop under the stall watchdog: a loop that hangs answers no client. */
 #pragma once
 
 #include "util/stall-watchdog.h"
 
-/* From the thread that runs the context's loop; watchdog NULL: no more. One loop of the process: GLib's hook for the place
- * where a loop waits knows nothing but what to wait for. */
-void pr_loop_watch(PrWatchdog *watchdog, GMainContext *context);
+/* Call it from the thread that runs the context's loop. watchdog NULL: stops watching. A process
+ * can have one such loop only, because GLib passes no user data to the poll function. */
+void pr_main_loop_watch(PrWatchdog *watchdog, GMainContext *context);

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "monitor/monitor.h"
 
+#include "monitor/async-command.h"
+#include "monitor/hmp.h"
 #include "monitor/internal.h"
+#include "monitor/qmp.h"
 
-G_DEFINE_QUARK(pr_monitor_error, pr_monitor_error)
-
-/* A change of state, or of a path, on its way from an engine thread to the main loop. */
+/* A state change of the migration or of a path, queued by an engine thread for the main loop. */
 typedef struct PrStateEvent {
 	PrState state;
 	char *path; /* NULL: a change of state */
@@ -36,7 +37,8 @@ PrMonitor *pr_monitor_new(PrParams *params, GMainContext *context, PrMonitorQuit
 	monitor->opaque = opaque;
 	monitor->sessions = g_ptr_array_new_with_free_func((GDestroyNotify)pr_hmp_session_free);
 	monitor->waits = g_ptr_array_new();
-	monitor->errands = g_ptr_array_new_with_free_func((GDestroyNotify)pr_async_command_free);
+	monitor->async_commands =
+		g_ptr_array_new_with_free_func((GDestroyNotify)pr_async_command_free);
 	g_mutex_init(&monitor->lock);
 	g_queue_init(&monitor->events);
 	return monitor;
@@ -58,34 +60,6 @@ void pr_monitor_hmp(PrMonitor *monitor, int in_fd, int out_fd, gboolean prompt)
 	g_ptr_array_add(monitor->sessions, pr_hmp_session_new(monitor, in_fd, out_fd, prompt));
 }
 
-guint64 pr_monitor_mark(PrMonitor *monitor)
-{
-	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&monitor->lock);
-
-	return monitor->n_events;
-}
-
-PrWait *pr_monitor_wait(PrMonitor *monitor, guint64 since, PrAnswer answer, void *opaque)
-{
-	PrWait *wait = g_new0(PrWait, 1);
-
-	wait->monitor = monitor;
-	wait->answer = answer;
-	wait->opaque = opaque;
-	wait->since = since;
-	g_ptr_array_add(monitor->waits, wait);
-	return wait;
-}
-
-void pr_monitor_unwait(PrWait *wait)
-{
-	if (wait->errand)
-		pr_async_command_forget(wait->errand);
-	else
-		g_ptr_array_remove(wait->monitor->waits, wait);
-	g_free(wait);
-}
-
 static char *describe_completion(const PrMigrationInfo *info)
 {
 	return g_strdup_printf("completed: %" G_GUINT64_FORMAT " KiB in %" G_GUINT64_FORMAT
@@ -93,14 +67,14 @@ static char *describe_completion(const PrMigrationInfo *info)
 			       info->transferred / 1024, info->total_time, info->downtime);
 }
 
-/* The cause comes first; the reason of the last change tells where the guest is now. */
+/* The failure's cause comes first; the last change's reason says on which side the guest is now. */
 static GError *describe_end(const PrStateEvent *event, const PrMigrationInfo *info)
 {
 	const char *reason = event->reason ? event->reason : "no reason given";
 
 	if (event->state == PR_STATE_POSTCOPY_PAUSED)
 		return g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_STATE,
-				   "the migration is paused: %s; go on with: migrate -r URI",
+				   "the migration is paused: %s; resume it with: migrate -r URI",
 				   reason);
 	if (event->state == PR_STATE_CANCELLED)
 		return g_error_new(PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_CANCELLED,
@@ -111,7 +85,7 @@ static GError *describe_end(const PrStateEvent *event, const PrMigrationInfo *in
 			   reason);
 }
 
-/* Takes the wait out of the list, then answers. */
+/* Frees the wait, then answers. */
 static void answer_wait(PrWait *wait, const PrStateEvent *event)
 {
 	g_auto(PrMigrationInfo) info = {0};
@@ -137,7 +111,7 @@ static gboolean is_end(PrState state)
 
 static void serve_waits(PrMonitor *monitor, const PrStateEvent *event)
 {
-	/* an answer may start a new wait: that one is not for this event */
+	/* An answer may start a new wait, which must not see this event. */
 	g_autoptr(GPtrArray) due = g_ptr_array_new();
 
 	for (guint i = 0; i < monitor->waits->len; i++) {
@@ -146,8 +120,8 @@ static void serve_waits(PrMonitor *monitor, const PrStateEvent *event)
 		if (event->number < wait->since)
 			continue;
 		if (!is_end(event->state))
-			wait->begun = TRUE;
-		else if (wait->begun)
+			wait->started = TRUE;
+		else if (wait->started)
 			g_ptr_array_add(due, wait);
 	}
 	for (guint i = 0; i < due->len; i++)
@@ -257,7 +231,7 @@ void pr_monitor_close(PrMonitor *monitor)
 {
 	g_clear_pointer(&monitor->qmp, pr_qmp_server_free);
 	g_ptr_array_set_size(monitor->sessions, 0);
-	g_ptr_array_set_size(monitor->errands, 0);
+	g_ptr_array_set_size(monitor->async_commands, 0);
 	g_mutex_lock(&monitor->lock);
 	monitor->closed = TRUE;
 	if (monitor->dispatch) {
@@ -275,7 +249,7 @@ void pr_monitor_free(PrMonitor *monitor)
 	pr_monitor_close(monitor);
 	g_ptr_array_unref(monitor->sessions);
 	g_ptr_array_unref(monitor->waits);
-	g_ptr_array_unref(monitor->errands);
+	g_ptr_array_unref(monitor->async_commands);
 	g_mutex_clear(&monitor->lock);
 	g_main_context_unref(monitor->context);
 	g_free(monitor);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The engine as a program: one process for each VM and side. */
+/* The engine program: one process for each VM on each side of a migration. */
 #include <fcntl.h>
 #include <glib-unix.h>
 #include <locale.h>
@@ -17,12 +17,11 @@
 #include "monitor/main-loop-watchdog.h"
 #include "monitor/monitor.h"
 #include "monitor/sandbox.h"
-#include "util/try-alloc.h"
 #include "transport/net/tls.h"
 #include "transport/registry.h"
+#include "util/try-alloc.h"
 
-#define EXIT_USAGE    2
-#define LAST_WORDS_MS 1000 /* that the end waits for whoever reads the log */
+#define EXIT_USAGE 2
 
 typedef struct Options {
 	char *guest;
@@ -62,13 +61,14 @@ typedef struct Engine {
 	PrParams params;
 	PrSecurity security;
 	PrSandbox sandbox;
-	PrGuestHelper helper; /* until the guest has it */
+	PrGuestHelper helper; /* owned by the guest once that is open */
 	PrMonitor *monitor;
 } Engine;
 
 static const char summary[] =
-	"Moves the running guest of a VMM to another host, its memory by postcopy, and recovers when a\n"
-	"path fails. One engine runs beside the VMM on each side; it takes its orders by QMP or HMP.";
+	"Migrates the running guest of a VMM to another host. Its memory is moved by postcopy,\n"
+	"and the migration recovers when a path fails. One engine runs beside the VMM on each\n"
+	"host. Control it by QMP or HMP.";
 
 static void append_parameters(GString *text)
 {
@@ -103,23 +103,31 @@ static char *describe(void)
 	g_autoptr(GString) text = g_string_new(
 		"Guests:\n"
 		"  qemu:qmp=PATH[,pid=N][,agent=PATH]\n"
-		"                             a stock QEMU by its QMP socket; needs root, to attach to\n"
-		"                             its process. pid: that process, where another one has made\n"
-		"                             the socket. agent: do not attach, but use the socket of\n"
-		"                             libpostroad-agent.so preloaded into it\n"
-		"  agent:PATH                 a program that links the agent library\n"
+		"      a stock QEMU, reached at its QMP socket. Attaching to its process needs "
+		"root.\n"
+		"      pid: QEMU's process ID, needed when another process created the QMP "
+		"socket.\n"
+		"      agent: don't attach, but use this socket of a libpostroad-agent.so that "
+		"was\n"
+		"      preloaded into QEMU.\n"
+		"  agent:PATH\n"
+		"      a program that links the agent library, reached at this socket\n"
 		"\n"
-		"Paths: SCHEME:HOST:PORT[?KEY=VALUE[&KEY=VALUE]...]; an IPv6 address in brackets;\n"
-		"several separated by commas, in order of preference; ?bind=ADDRESS: connect from there\n");
+		"Paths: SCHEME:HOST:PORT[?KEY=VALUE[&KEY=VALUE]...]\n"
+		"Write an IPv6 address in brackets. Write several paths with commas between them, "
+		"in\n"
+		"order of preference.\n"
+		"?bind=ADDRESS: the local address to connect from\n");
 
 	pr_transport_describe(text);
 	g_string_append_c(text, '\n');
 	append_parameters(text);
 	g_string_append(
 		text,
-		"\nExample; on the destination host, then on the source host:\n"
+		"\nExample. On the destination host first, then on the source host:\n"
 		"  postroad --guest qemu:qmp=/run/vm/qmp.sock \\\n"
-		"           --incoming ofi:10.0.1.2:4444,ofi:10.0.2.2:4444 --qmp /run/vm/pr.sock \\\n"
+		"           --incoming ofi:10.0.1.2:4444,ofi:10.0.2.2:4444 --qmp /run/vm/pr.sock "
+		"\\\n"
 		"           --tls-dir /etc/pki/postroad\n"
 		"  postroad --guest qemu:qmp=/run/vm/qmp.sock \\\n"
 		"           --qmp /run/vm/pr.sock --tls-dir /etc/pki/postroad &\n"
@@ -131,40 +139,45 @@ static char *describe(void)
 static gboolean parse_options(Options *options, int *argc, char ***argv, GError **error)
 {
 	const GOptionEntry entries[] = {
-		{"guest", 'g', 0, G_OPTION_ARG_STRING, &options->guest, "what is migrated",
+		{"guest", 'g', 0, G_OPTION_ARG_STRING, &options->guest, "the guest to migrate",
 		 "GUEST"},
 		{"incoming", 'i', 0, G_OPTION_ARG_STRING, &options->incoming,
-		 "be the destination: listen on these paths, or wait for migrate_incoming",
+		 "be the destination and listen on these paths; defer: wait for migrate_incoming",
 		 "URI[,URI...]|defer"},
 		{"qmp", 'q', 0, G_OPTION_ARG_FILENAME, &options->qmp,
 		 "serve QMP on this unix socket", "PATH"},
 		{"hmp", 'm', 0, G_OPTION_ARG_NONE, &options->hmp,
-		 "take HMP lines from standard input", NULL},
+		 "read HMP commands from standard input", NULL},
 		{"set", 's', 0, G_OPTION_ARG_STRING_ARRAY, &options->set,
 		 "set a parameter or a capability; may be repeated", "KEY=VALUE"},
 		{"log", 'l', 0, G_OPTION_ARG_STRING, &options->log,
-		 "what to log: error, warning, info (default) or debug", "LEVEL"},
+		 "the least important level to log: error, warning, info (default) or debug",
+		 "LEVEL"},
 		{"tls-dir", 't', 0, G_OPTION_ARG_FILENAME, &options->tls_dir,
-		 "use TLS, with the certificates of this directory (as QEMU's tls-creds-x509)",
+		 "use TLS with the certificates in this directory (file names as for QEMU's "
+		 "tls-creds-x509)",
 		 "DIR"},
 		{"tls-allow", 'a', 0, G_OPTION_ARG_STRING_ARRAY, &options->tls_allow,
-		 "destination: let in only sources whose certificate has this name; may be repeated",
+		 "destination: accept only sources whose certificate has this name; may be "
+		 "repeated",
 		 "CN|DN"},
 		{"insecure", 0, 0, G_OPTION_ARG_NONE, &options->insecure,
-		 "listen without TLS on addresses that other hosts can reach", NULL},
+		 "allow listening without TLS on addresses that other hosts can reach", NULL},
 		{"user", 'u', 0, G_OPTION_ARG_STRING, &options->user,
-		 "become this user before listening for a migration (started as root)", "NAME"},
+		 "change to this user before listening for a migration (needs root)", "NAME"},
 		{"group", 0, 0, G_OPTION_ARG_STRING, &options->group,
-		 "with --user: and this group (default: the user's)", "NAME"},
+		 "with --user: change to this group (default: the user's own)", "NAME"},
 		{"sandbox", 0, 0, G_OPTION_ARG_STRING, &options->sandbox,
-		 "deny this process the system calls that it never needs (default on)", "on|off"},
+		 "deny this process the system calls that it never needs (default: on)", "on|off"},
 		{"resume", 'r', 0, G_OPTION_ARG_NONE, &options->resume,
-		 "go on with the migration that an engine which has died has left behind; harmless when "
-		 "there is none",
+		 "resume the migration that an engine left behind when it died; no effect when "
+		 "there is "
+		 "none",
 		 NULL},
 		{"state-dir", 0, 0, G_OPTION_ARG_FILENAME, &options->state_dir,
-		 "source: where to note what --resume needs (default: /run/postroad, or in "
-		 "$XDG_RUNTIME_DIR; with --user /run/postroad-NAME)",
+		 "source: the directory for the state that --resume needs (default: /run/postroad, "
+		 "or "
+		 "$XDG_RUNTIME_DIR/postroad when not root; with --user: /run/postroad-NAME)",
 		 "DIR"},
 		{"version", 'v', 0, G_OPTION_ARG_NONE, &options->version, "show the version", NULL},
 		{NULL},
@@ -221,26 +234,30 @@ static gboolean apply_setting(PrParams *params, const char *setting, GError **er
 	return FALSE;
 }
 
-/* Everything about the options that can be told without touching anything. */
+/* Checks the options without any side effect. */
 static gboolean validate(const Options *options, int argc, char **argv, PrParams *params,
 			 GLogLevelFlags *ret_level, GError **error)
 {
 	if (argc > 1)
 		return usage(error, "unexpected argument '%s'", argv[1]);
 	if (!options->guest)
-		return usage(error, "--guest is missing: say what is to be migrated");
+		return usage(
+			error,
+			"--guest is missing: name the guest to migrate, such as qemu:qmp=PATH");
 	if (!options->qmp && !options->hmp &&
 	    (!options->incoming || !strcmp(options->incoming, "defer")))
-		return usage(error, "nobody could command this engine: give --qmp PATH or --hmp");
+		return usage(error, "no way to control this engine: give --qmp PATH or --hmp");
 	if (!pr_log_parse_level(options->log ? options->log : "info", ret_level))
 		return usage(error, "--log '%s': expected error, warning, info or debug",
 			     options->log);
 	if (options->tls_allow && !options->tls_dir)
-		return usage(error, "--tls-allow needs --tls-dir");
+		return usage(error,
+			     "--tls-allow needs --tls-dir: only TLS checks a certificate's name");
 	if (options->insecure && options->tls_dir)
-		return usage(error, "--insecure and --tls-dir exclude each other");
+		return usage(error,
+			     "--insecure and --tls-dir exclude each other: give one of them");
 	if (options->group && !options->user)
-		return usage(error, "--group needs --user");
+		return usage(error, "--group needs --user: add it, or leave --group out");
 	if (options->sandbox && strcmp(options->sandbox, "on") && strcmp(options->sandbox, "off"))
 		return usage(error, "--sandbox '%s': expected on or off", options->sandbox);
 	pr_params_init(params);
@@ -259,54 +276,55 @@ static void on_quit(void *opaque)
 
 static gboolean on_signal(gpointer opaque)
 {
-	g_info("a signal asks this engine to end");
+	g_info("a signal ends this engine");
 	on_quit(opaque);
 	return G_SOURCE_CONTINUE;
 }
 
-/* A descriptor for the same terminal or pipe that does not block; the flag of standard input and output
- * themselves is shared with the shell and stays as it is. A file keeps its position this way. */
-static int own_descriptor(int fd, int flags)
+/* Returns a non-blocking descriptor for the same terminal or pipe. The shell shares the flags of
+ * standard input and output themselves, so these stay blocking. A file is duplicated, so that its
+ * position is shared. */
+static int reopen_nonblocking(int fd, int flags)
 {
 	struct stat st;
-	int own = -1;
+	int copy = -1;
 
 	if (fstat(fd, &st) == 0 && (S_ISCHR(st.st_mode) || S_ISFIFO(st.st_mode))) {
 		g_autofree char *path = g_strdup_printf("/proc/self/fd/%d", fd);
 
-		own = open(path, flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+		copy = open(path, flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
 	}
-	if (own < 0) {
-		own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-		if (own >= 0)
-			g_unix_set_fd_nonblocking(own, TRUE, NULL);
+	if (copy < 0) {
+		copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+		if (copy >= 0)
+			g_unix_set_fd_nonblocking(copy, TRUE, NULL);
 	}
-	return own;
+	return copy;
 }
 
 static gboolean serve_terminal(PrMonitor *monitor, GError **error)
 {
-	int in = own_descriptor(STDIN_FILENO, O_RDONLY);
-	int out = own_descriptor(STDOUT_FILENO, O_WRONLY);
+	int in = reopen_nonblocking(STDIN_FILENO, O_RDONLY);
+	int out = reopen_nonblocking(STDOUT_FILENO, O_WRONLY);
 
 	if (in < 0 || out < 0) {
 		g_set_error(error, G_OPTION_ERROR, G_OPTION_ERROR_FAILED,
-			    "--hmp: standard input and output must be open");
+			    "--hmp: standard input or output is closed; start with both open");
 		return FALSE;
 	}
 	pr_monitor_hmp(monitor, in, out, isatty(STDIN_FILENO));
 	return TRUE;
 }
 
-/* Before there are threads. */
+/* Call it before threads start. */
 static void prepare_process(void)
 {
 	static const int fatal[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT};
 	struct rlimit limit;
 
 	signal(SIGPIPE, SIG_IGN);
-	/* A library of libfabric's PSM provider has put handlers there that write files into the current
-	 * directory. */
+	/* A library of libfabric's PSM provider has installed handlers that write files into the
+	 * current directory. */
 	for (gsize i = 0; i < G_N_ELEMENTS(fatal); i++)
 		signal(fatal[i], SIG_DFL);
 	if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
@@ -315,24 +333,25 @@ static void prepare_process(void)
 	}
 }
 
-/* From here on it has only what it needs. What a recovery will read must be there for it. */
+/* Enters the sandbox. A recovery reads the TLS files again, so the new user must be able to. */
 static gboolean give_up_privileges(const Options *options, Engine *engine, GError **error)
 {
-	g_autoptr(PrTls) again = NULL;
+	g_autoptr(PrTls) readable = NULL;
 
 	if (!pr_sandbox_enter(&engine->sandbox, error))
 		return FALSE;
 	if (!options->user || !options->tls_dir)
 		return TRUE;
-	again = pr_tls_new(options->tls_dir, NULL, error);
-	if (!again)
+	readable = pr_tls_new(options->tls_dir, NULL, error);
+	if (!readable)
 		g_prefix_error(error,
-			       "--tls-dir: user %s reads it for each connection: ", options->user);
-	return again != NULL;
+			       "--tls-dir: user %s must be able to read it, for each connection: ",
+			       options->user);
+	return readable != NULL;
 }
 
-static gboolean take_up(const Options *options, PrMigration *migration, PrRole *ret_role,
-			GError **error)
+static gboolean resume_migration(const Options *options, PrMigration *migration, PrRole *ret_role,
+				 GError **error)
 {
 	g_autofree char *dir = options->state_dir ? g_strdup(options->state_dir)
 						  : pr_handover_record_default_dir();
@@ -341,18 +360,19 @@ static gboolean take_up(const Options *options, PrMigration *migration, PrRole *
 	       pr_migration_resume(migration, options->resume, ret_role, error);
 }
 
-/* The same arguments serve whichever side an engine is on by now. */
+/* An engine may be restarted with the same arguments after it has become the source. */
 static gboolean wants_incoming(const Options *options, PrRole role)
 {
 	if (options->incoming && role == PR_ROLE_SOURCE)
-		g_message("--incoming has to wait: this engine is the source of a migration");
+		g_message("--incoming is ignored: this engine resumes a migration as the source");
 	return options->incoming && role != PR_ROLE_SOURCE &&
 	       strcmp(options->incoming, "defer") != 0;
 }
 
-/* GLib starts a thread of its own for the first signal source, and aborts if it gets none. It starts here, before
- * the migration's threads can take the last one. SIGTERM keeps its default action until the main loop is about to run. */
-static gboolean begin_signal_thread(GError **error)
+/* GLib starts a thread for the first signal source, and aborts if it can't. So that thread starts
+ * here, before the migration's threads can use up the limit of threads. SIGTERM keeps its default
+ * action until the main loop is about to run. */
+static gboolean start_signal_thread(GError **error)
 {
 	if (!pr_probe_thread(error))
 		return FALSE;
@@ -370,11 +390,11 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 		return FALSE;
 	if (options->hmp && !serve_terminal(engine->monitor, error))
 		return FALSE;
-	/* Before the migration's threads and what they use of RDMA: see sandbox.c. Nobody gives a command before the
-	 * main loop runs. */
-	if (!give_up_privileges(options, engine, error) || !begin_signal_thread(error))
+	/* This comes before the migration's threads and their RDMA descriptors (sandbox.c). No
+	 * command can come before the main loop runs. */
+	if (!give_up_privileges(options, engine, error) || !start_signal_thread(error))
 		return FALSE;
-	if (!take_up(options, migration, &role, error))
+	if (!resume_migration(options, migration, &role, error))
 		return FALSE;
 	if (wants_incoming(options, role) &&
 	    !pr_migration_incoming(migration, options->incoming, NULL, error)) {
@@ -385,9 +405,9 @@ static gboolean serve(const Options *options, Engine *engine, PrMigration *migra
 	}
 	g_unix_signal_add(SIGTERM, on_signal, engine);
 	g_unix_signal_add(SIGINT, on_signal, engine);
-	pr_loop_watch(pr_migration_watchdog(migration), g_main_context_default());
+	pr_main_loop_watch(pr_migration_watchdog(migration), g_main_context_default());
 	g_main_loop_run(engine->loop);
-	pr_loop_watch(NULL, g_main_context_default());
+	pr_main_loop_watch(NULL, g_main_context_default());
 	return TRUE;
 }
 
@@ -434,7 +454,7 @@ static gpointer warm_up(gpointer opaque)
 	return NULL;
 }
 
-/* The user to become must be able to write down what --resume needs. */
+/* The user of --user must be able to write the state that --resume needs. */
 static gboolean prepare_sandbox(Options *options, Engine *engine, GError **error)
 {
 	if (options->user && !options->state_dir)
@@ -469,7 +489,8 @@ int main(int argc, char **argv)
 	engine.sandbox = (PrSandbox){.user = options.user,
 				     .group = options.group,
 				     .filter = g_strcmp0(options.sandbox, "off") != 0};
-	/* The helper first, which keeps what is then given up. All before the first thread, which is the log's. */
+	/* The helper is forked first, because it keeps capabilities that the engine drops. Both
+	 * come before the first thread, which is the log's. */
 	if (!pr_guest_begin(options.guest, engine.sandbox.filter, &engine.helper, &error) ||
 	    !prepare_sandbox(&options, &engine, &error) ||
 	    !pr_log_start(level, STDERR_FILENO, &error)) {
@@ -478,17 +499,17 @@ int main(int argc, char **argv)
 	}
 	prepare_process();
 	if (!pr_check_fd_headroom(&error)) {
-		pr_log_last_words("postroad: %s\n", error->message);
+		pr_log_final("postroad: %s\n", error->message);
 		return 1;
 	}
 	warming = g_thread_try_new("warm-up", warm_up, NULL, NULL);
 	ok = run(&options, &engine, &error);
-	/* A library that is still setting itself up can't be unloaded. */
+	/* exit() must not unload a library while it initializes. */
 	if (warming)
 		g_thread_join(warming);
 	if (ok)
-		pr_log_flush(LAST_WORDS_MS);
+		pr_log_flush(PR_LOG_FINAL_FLUSH_MS);
 	else
-		pr_log_last_words("postroad: %s\n", error->message);
+		pr_log_final("postroad: %s\n", error->message);
 	return ok ? 0 : 1;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Talks to a running engine: one HMP line, a live view, or a report. */
+/* Sends commands to a running engine: one HMP line, a live view, or a report. */
 #include <errno.h>
 #include <gio/gio.h>
 #include <gio/gunixsocketaddress.h>
@@ -13,14 +13,14 @@
 
 #define EXIT_USAGE	   2
 #define GREETING_TIMEOUT_S 5
-#define WATCH_TTY_US	   (250 * 1000)
-#define WATCH_PLAIN_US	   (1000 * 1000)
+#define WATCH_TTY_US	   (250 * 1000)	 /* between two updates of `watch` on a terminal */
+#define WATCH_PLAIN_US	   (1000 * 1000) /* between two updates elsewhere */
 
 typedef enum CtlError {
 	CTL_ERROR_CONNECT,  /* no engine at this path */
-	CTL_ERROR_GONE,	    /* the engine went away */
-	CTL_ERROR_PROTOCOL, /* what answers is not an engine */
-	CTL_ERROR_COMMAND,  /* the engine's own error, in its words */
+	CTL_ERROR_GONE,	    /* the engine closed the connection */
+	CTL_ERROR_PROTOCOL, /* the program at this path is not an engine */
+	CTL_ERROR_COMMAND,  /* the engine's own error text */
 	CTL_ERROR_USAGE,
 } CtlError;
 #define CTL_ERROR ctl_error_quark()
@@ -36,10 +36,10 @@ struct Ctl {
 	gint64 last_id;
 	OnEvent on_event; /* or NULL */
 	gboolean tty;
-	gboolean told;	 /* `watch`: events say what changes, so looking need not */
-	char *last_line; /* what `watch` showed last on a plain output */
-	char *last_state;
-	gsize width; /* of the line on the terminal that has to be overwritten */
+	gboolean has_events; /* `watch`: events came, so a query need not report state changes */
+	char *last_line;     /* `watch`: the last line printed where there is no terminal */
+	char *last_state;    /* `watch`: the last state printed */
+	gsize width;	     /* of the line on the terminal that the next one overwrites */
 };
 
 static void ctl_free(Ctl *ctl)
@@ -53,7 +53,7 @@ static void ctl_free(Ctl *ctl)
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Ctl, ctl_free)
 
-/* The next message; one that is no JSON object is an error. */
+/* Returns the next message. One that is not a JSON object is an error. */
 static JsonObject *receive(Ctl *ctl, GError **error)
 {
 	g_autoptr(JsonParser) parser = json_parser_new();
@@ -63,20 +63,23 @@ static JsonObject *receive(Ctl *ctl, GError **error)
 
 	if (!line && local && g_error_matches(local, G_IO_ERROR, G_IO_ERROR_TIMED_OUT)) {
 		g_set_error(error, CTL_ERROR, CTL_ERROR_PROTOCOL,
-			    "%s: nobody answers within %d s; is it the QMP socket of a postroad?",
+			    "%s: no answer within %d s; is it the QMP socket of postroad?",
 			    ctl->path, GREETING_TIMEOUT_S);
 		return NULL;
 	}
 	if (!line) {
-		g_set_error(error, CTL_ERROR, CTL_ERROR_GONE, "%s: the engine went away%s%s",
-			    ctl->path, local ? ": " : "", local ? local->message : "");
+		g_set_error(error, CTL_ERROR, CTL_ERROR_GONE,
+			    "%s: the engine closed the connection%s%s", ctl->path,
+			    local ? ": " : "", local ? local->message : "");
 		return NULL;
 	}
 	root = json_parser_load_from_data(parser, line, -1, NULL) ? json_parser_get_root(parser)
 								  : NULL;
 	if (!root || !JSON_NODE_HOLDS_OBJECT(root)) {
 		g_set_error(error, CTL_ERROR, CTL_ERROR_PROTOCOL,
-			    "%s: what answers there does not speak QMP", ctl->path);
+			    "%s: the program that serves this socket does not speak QMP; give the "
+			    "path of postroad's --qmp",
+			    ctl->path);
 		return NULL;
 	}
 	return json_node_dup_object(root);
@@ -99,15 +102,15 @@ static gboolean send_request(Ctl *ctl, const char *name, JsonObject *args, GErro
 	line = g_strconcat(text, "\n", NULL);
 	if (g_output_stream_write_all(output, line, strlen(line), NULL, NULL, &local))
 		return TRUE;
-	g_set_error(error, CTL_ERROR, CTL_ERROR_GONE, "%s: the engine went away: %s", ctl->path,
-		    local->message);
+	g_set_error(error, CTL_ERROR, CTL_ERROR_GONE, "%s: the engine closed the connection: %s",
+		    ctl->path, local->message);
 	return FALSE;
 }
 
 static JsonNode *fail_command(JsonObject *reply, GError **error)
 {
 	JsonNode *body = json_object_get_member(reply, "error");
-	const char *text = "an answer without a result";
+	const char *text = "the engine sent an answer without a result";
 
 	if (body && JSON_NODE_HOLDS_OBJECT(body))
 		text = json_object_get_string_member_with_default(json_node_get_object(body),
@@ -116,7 +119,7 @@ static JsonNode *fail_command(JsonObject *reply, GError **error)
 	return NULL;
 }
 
-/* Sends a command and waits for its answer; events on the way go to on_event. */
+/* Sends a command and waits for its answer. Passes the events that come first to on_event. */
 static JsonNode *execute(Ctl *ctl, const char *name, JsonObject *args, GError **error)
 {
 	if (!send_request(ctl, name, args, error))
@@ -155,7 +158,7 @@ static GSocketConnection *connect_to(const char *path, GError **error)
 			    path);
 	else if (g_error_matches(local, G_IO_ERROR, G_IO_ERROR_CONNECTION_REFUSED))
 		g_set_error(error, CTL_ERROR, CTL_ERROR_CONNECT,
-			    "%s: nobody serves this socket any more; is postroad running?", path);
+			    "%s: no process serves this socket; is postroad running?", path);
 	else
 		g_set_error(error, CTL_ERROR, CTL_ERROR_CONNECT, "%s: %s", path, local->message);
 	return NULL;
@@ -187,13 +190,15 @@ static Ctl *ctl_new(const char *path, GError **error)
 	}
 	if (!json_object_has_member(greeting, "QMP")) {
 		g_set_error(error, CTL_ERROR, CTL_ERROR_PROTOCOL,
-			    "%s: what answers there does not speak QMP", path);
+			    "%s: the program that serves this socket does not speak QMP; give the "
+			    "path of postroad's --qmp",
+			    path);
 		return NULL;
 	}
 	result = execute(ctl, "qmp_capabilities", NULL, error);
 	if (!result)
 		return NULL;
-	/* a command may wait for the end of the migration */
+	/* A command may wait for the end of the migration. */
 	g_socket_set_timeout(socket, 0);
 	return g_steal_pointer(&ctl);
 }
@@ -234,7 +239,7 @@ static char *format_progress(JsonObject *info)
 	g_autofree char *left = NULL;
 
 	if (!ram)
-		return g_strdup_printf("%-17s nothing moves yet", status);
+		return g_strdup_printf("%-17s no migration yet", status);
 	left = left_ms ? g_strdup_printf("%.1f s", left_ms / 1000.0) : g_strdup("?");
 	return g_strdup_printf("%-17s %5.1f%%  %8.1f MB/s  %" G_GINT64_FORMAT " faults  %s left",
 			       status, total ? 100.0 * (total - remaining) / total : 0.0, mbps / 8,
@@ -258,7 +263,7 @@ static void show_progress(Ctl *ctl, const char *line)
 	fflush(stdout);
 }
 
-/* A change of state stays on the screen, with its reason. */
+/* Prints a new state with its reason. The line stays on the terminal. */
 static void show_state(Ctl *ctl, const char *status, const char *reason)
 {
 	if (!g_strcmp0(status, ctl->last_state))
@@ -280,13 +285,13 @@ static void on_watch_event(Ctl *ctl, JsonObject *event)
 		      "MIGRATION") ||
 	    !data)
 		return;
-	ctl->told = TRUE;
+	ctl->has_events = TRUE;
 	show_state(ctl, json_object_get_string_member_with_default(data, "status", "?"),
 		   json_object_get_string_member_with_default(data, "reason", NULL));
 }
 
-/* Waits until the engine says something or the next look is due, and takes what it said. */
-static gboolean wait_a_while(Ctl *ctl, GError **error)
+/* Handles events until the next update is due. */
+static gboolean handle_events(Ctl *ctl, GError **error)
 {
 	GSocket *socket = g_socket_connection_get_socket(ctl->connection);
 	gint64 until = g_get_monotonic_time() + (ctl->tty ? WATCH_TTY_US : WATCH_PLAIN_US);
@@ -322,8 +327,8 @@ static void fail_migration(JsonObject *info, const char *status, GError **error)
 		    why ? why : "");
 }
 
-/* Returns TRUE when there is nothing more to watch; *ret_ok: it went well. */
-static gboolean look(Ctl *ctl, gboolean *ret_ok, GError **error)
+/* Prints the state and progress. Returns TRUE at the end; *ret_ok: the migration has completed. */
+static gboolean update(Ctl *ctl, gboolean *ret_ok, GError **error)
 {
 	g_autoptr(JsonNode) result = execute(ctl, "query-migrate", NULL, error);
 	g_autofree char *line = NULL;
@@ -334,15 +339,18 @@ static gboolean look(Ctl *ctl, gboolean *ret_ok, GError **error)
 	if (!result)
 		return TRUE;
 	if (!JSON_NODE_HOLDS_OBJECT(result)) {
-		g_set_error(error, CTL_ERROR, CTL_ERROR_PROTOCOL,
-			    "%s: what answers there is not a postroad", ctl->path);
+		g_set_error(
+			error, CTL_ERROR, CTL_ERROR_PROTOCOL,
+			"%s: the program that serves this socket is not postroad; give the path "
+			"of postroad's --qmp",
+			ctl->path);
 		return TRUE;
 	}
 	info = json_node_get_object(result);
 	extras = object_of(info, "postroad");
 	status = json_object_get_string_member_with_default(info, "status", "none");
 	reason = extras ? json_object_get_string_member_with_default(extras, "reason", NULL) : NULL;
-	if (!ctl->told || is_final(status))
+	if (!ctl->has_events || is_final(status))
 		show_state(ctl, status, reason);
 	line = format_progress(info);
 	show_progress(ctl, line);
@@ -358,8 +366,8 @@ static gboolean watch(Ctl *ctl, GError **error)
 
 	ctl->tty = isatty(STDOUT_FILENO);
 	ctl->on_event = on_watch_event;
-	while (!look(ctl, &ok, error))
-		if (!wait_a_while(ctl, error))
+	while (!update(ctl, &ok, error))
+		if (!handle_events(ctl, error))
 			break;
 	if (ctl->tty)
 		printf("\n");
@@ -403,13 +411,16 @@ static gboolean report(Ctl *ctl, const char *file, GError **error)
 }
 
 static const char description[] =
-	"QMP-PATH is the socket that postroad was given with --qmp. COMMAND is one of\n"
-	"  'HMP LINE'    run a line, in quotes, and print its answer; 'help' lists what there is.\n"
-	"                'migrate' without -d waits until the migration has come to a stop\n"
-	"  watch         show the progress until the migration has completed, through all pauses\n"
-	"  report FILE   write state, paths and parameters as JSON; FILE - is standard output\n"
+	"QMP-PATH is the socket of postroad's option --qmp. COMMAND is one of\n"
+	"  'HMP LINE'    run this HMP line, in quotes, and print its answer; 'help' lists the\n"
+	"                commands. 'migrate' without -d waits until the migration has completed,\n"
+	"                failed or paused\n"
+	"  watch         show the progress until the migration has completed, failed or been\n"
+	"                cancelled; a pause does not end it\n"
+	"  report FILE   write the state, paths and parameters as JSON; FILE - is standard output\n"
 	"\n"
-	"Exit status: 0 done; 1 the command or the migration failed, or there is no engine; 2 usage.\n"
+	"Exit status: 0: success; 1: the command or the migration failed, or no engine answered;\n"
+	"2: usage error.\n"
 	"\n"
 	"Examples:\n"
 	"  postroadctl /run/vm/pr.sock 'migrate -d ofi:10.0.1.2:4444,ofi:10.0.2.2:4444'\n"
@@ -424,7 +435,7 @@ static gboolean parse_options(int *argc, char ***argv, gboolean *ret_version, GE
 	};
 	g_autoptr(GOptionContext) context = g_option_context_new("QMP-PATH COMMAND [FILE]");
 
-	g_option_context_set_summary(context, "Talks to a running postroad.");
+	g_option_context_set_summary(context, "Sends commands to a running postroad.");
 	g_option_context_set_description(context, description);
 	g_option_context_add_main_entries(context, entries, NULL);
 	return g_option_context_parse(context, argc, argv, error);
@@ -435,10 +446,10 @@ static gboolean check_arguments(int argc, char **argv, GError **error)
 	gboolean is_report = argc > 2 && !strcmp(argv[2], "report");
 
 	if (argc < 3)
-		g_set_error(error, CTL_ERROR, CTL_ERROR_USAGE, "expected QMP-PATH and a command");
+		g_set_error(error, CTL_ERROR, CTL_ERROR_USAGE, "expected QMP-PATH and COMMAND");
 	else if (is_report && argc < 4)
 		g_set_error(error, CTL_ERROR, CTL_ERROR_USAGE,
-			    "report: expected the name of a file, or -");
+			    "report: expected a file name, or - for standard output");
 	else if (argc > 3 + is_report)
 		g_set_error(error, CTL_ERROR, CTL_ERROR_USAGE,
 			    "unexpected argument '%s'; put an HMP line in quotes",

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The QMP server: QEMU's protocol, so that QEMU's own clients can drive it. Commands are run in the order
- * in which they come and answered at once. Two answers may come later: that of an HMP `migrate` without -d carries its id
- * and holds nothing else up; that of an errand (async-command.c) is in its order, so that this client's next commands wait for
- * it, and no other client's.
+ * The QMP server speaks QEMU's protocol, so that QEMU's own clients can drive the engine. Commands
+ * run in the order of their arrival, and most are answered at once. Two kinds are answered later.
+ * An HMP `migrate` without -d delays no other command; the answer carries its id. An asynchronous
+ * command (async-command.h) delays the next commands of its client, whose answers keep their order,
+ * but no other client's.
  */
 #include <errno.h>
 #include <gio/gio.h>
@@ -15,25 +16,28 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "monitor/async-command.h"
 #include "monitor/commands.h"
-#include "util/json-framer.h"
+#include "monitor/hmp.h"
 #include "monitor/internal.h"
 #include "monitor/json.h"
+#include "monitor/qmp.h"
 #include "monitor/stream.h"
+#include "util/json-framer.h"
 
-#define MAX_CLIENTS 64 /* each may have 1 MiB of a message and 1 MiB of answers in memory */
-#define BACKLOG	    16
-#define REST_MS	    100 /* between two looks whether there are descriptors again */
+#define MAX_CLIENTS	64 /* each may hold 1 MiB of a message and 1 MiB of answers in memory */
+#define BACKLOG		16
+#define ACCEPT_RETRY_MS 100 /* until accept() is tried again after it found no free descriptor */
 
-/* Owned by the thread of the main context, as its clients are. */
+/* Owned by the thread of the main context, like its clients. */
 struct PrQmpServer {
 	PrMonitor *monitor;
 	char *path;
 	GSocket *socket;
-	GSource *source;	 /* NULL: it rests */
-	GSource *rest;		 /* set: until this is due */
-	gboolean short_of_files; /* which was said */
-	dev_t device;		 /* of the socket file, to remove no other's */
+	GSource *source;	 /* accepts clients; NULL: accepting is paused */
+	GSource *retry;		 /* ends the pause; NULL: accepting is not paused */
+	gboolean short_of_files; /* the lack of descriptors was logged */
+	dev_t device;		 /* with inode: of the socket file, so that no other's is removed */
 	ino_t inode;
 	GPtrArray *clients;
 };
@@ -43,16 +47,16 @@ typedef struct QmpClient {
 	PrStream *stream;
 	PrFramer framer;
 	gboolean negotiated;
-	GPtrArray *pending;	/* Pending: commands whose answer is due */
-	struct Pending *errand; /* the one of them that the next commands wait for, or NULL */
-	GQueue waiting;		/* JsonObject: those that had been read already */
+	GPtrArray *pending;	  /* Pending: commands not answered yet */
+	struct Pending *blocking; /* the one that the next commands wait for, or NULL */
+	GQueue requests;	  /* JsonObject: requests read meanwhile, oldest first */
 } QmpClient;
 
-/* A command that is answered later, or an HMP line that was sent in one. */
+/* A command that is answered later, or one that carries an HMP line. */
 typedef struct Pending {
 	QmpClient *client;
-	JsonNode *id; /* or NULL */
-	gboolean strict;
+	JsonNode *id;	 /* or NULL */
+	gboolean strict; /* a failed HMP line is a QMP error */
 	PrWait *wait;
 } Pending;
 
@@ -94,7 +98,7 @@ static void send_error(QmpClient *client, const GError *error, JsonNode *id)
 {
 	JsonObject *object = json_object_new(), *body = json_object_new();
 	gboolean unknown = g_error_matches(error, PR_COMMAND_ERROR, PR_COMMAND_ERROR_NOT_FOUND);
-	/* The JSON parser's errors quote what it has made of its input. */
+	/* The JSON parser's errors quote its input, which may be invalid UTF-8. */
 	g_autofree char *desc = g_utf8_make_valid(error->message, -1);
 
 	json_object_set_string_member(body, "class", unknown ? "CommandNotFound" : "GenericError");
@@ -116,7 +120,7 @@ static void send_greeting(QmpClient *client)
 	send_object(client, object);
 }
 
-/* QEMU's monitor ends its lines as a terminal does. */
+/* QEMU's monitor ends its lines with CR LF. */
 static char *terminal_lines(const char *text)
 {
 	g_auto(GStrv) lines = g_strsplit(text, "\n", -1);
@@ -136,34 +140,34 @@ static Pending *pending_new(QmpClient *client, JsonNode *id)
 	return pending;
 }
 
-/* Not answered yet: wait is what will. */
-static void pending_begin(Pending *pending, PrWait *wait)
+/* The command is answered later, by this wait. */
+static void pending_start(Pending *pending, PrWait *wait)
 {
 	pending->wait = wait;
-	if (!wait->errand)
+	if (!wait->async)
 		return;
-	pending->client->errand = pending;
-	pr_stream_hold(pending->client->stream, TRUE);
+	pending->client->blocking = pending;
+	pr_stream_set_reading(pending->client->stream, FALSE);
 }
 
-/* It has been answered. */
+/* Call it after the answer. Runs the requests that waited for it. */
 static void pending_end(Pending *pending)
 {
 	QmpClient *client = pending->client;
-	gboolean held = client->errand == pending;
+	gboolean blocked = client->blocking == pending;
 
 	pending->wait = NULL;
 	g_ptr_array_remove(client->pending, pending);
-	if (!held)
+	if (!blocked)
 		return;
-	client->errand = NULL;
-	while (!client->errand && !g_queue_is_empty(&client->waiting)) {
-		g_autoptr(JsonObject) request = g_queue_pop_head(&client->waiting);
+	client->blocking = NULL;
+	while (!client->blocking && !g_queue_is_empty(&client->requests)) {
+		g_autoptr(JsonObject) request = g_queue_pop_head(&client->requests);
 
 		serve_request(client, request);
 	}
-	if (!client->errand)
-		pr_stream_hold(client->stream, FALSE);
+	if (!client->blocking)
+		pr_stream_set_reading(client->stream, TRUE);
 }
 
 static void on_hmp_answer(const char *text, const GError *error, void *opaque)
@@ -196,10 +200,10 @@ static void run_hmp_line(QmpClient *client, JsonObject *args, gboolean strict, J
 			  json_object_get_string_member(args, "command-line"), on_hmp_answer,
 			  pending);
 	if (wait)
-		pending_begin(pending, wait);
+		pending_start(pending, wait);
 }
 
-static void on_errand_answer(const char *text, const GError *error, void *opaque)
+static void on_async_answer(const char *text, const GError *error, void *opaque)
 {
 	Pending *pending = opaque;
 
@@ -210,20 +214,20 @@ static void on_errand_answer(const char *text, const GError *error, void *opaque
 	pending_end(pending);
 }
 
-static void run_errand(QmpClient *client, const PrCommand *command, JsonObject *args, JsonNode *id)
+static void run_async(QmpClient *client, const PrCommand *command, JsonObject *args, JsonNode *id)
 {
 	Pending *pending = pending_new(client, id);
 	g_autoptr(GError) error = NULL;
-	PrWait *wait = pr_async_command_begin(client->server->monitor, command, args,
-					      on_errand_answer, pending, &error);
+	PrWait *wait = pr_async_command_start(client->server->monitor, command, args,
+					      on_async_answer, pending, &error);
 
 	if (wait)
-		pending_begin(pending, wait);
+		pending_start(pending, wait);
 	else
-		on_errand_answer(NULL, error, pending);
+		on_async_answer(NULL, error, pending);
 }
 
-/* QEMU's words, which clients know. */
+/* The error texts are QEMU's, which clients know. */
 static JsonNode *negotiate(QmpClient *client, JsonObject *args, GError **error)
 {
 	JsonNode *enable = json_object_get_member(args, "enable");
@@ -245,7 +249,7 @@ static JsonNode *negotiate(QmpClient *client, JsonObject *args, GError **error)
 		}
 		if (g_strcmp0(json_node_get_string(name), "oob")) {
 			g_set_error(error, PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
-				    "Parameter 'enable' does not accept value '%s'; there is: oob",
+				    "Parameter 'enable' does not accept value '%s'; expected: oob",
 				    json_node_get_string(name));
 			return NULL;
 		}
@@ -278,7 +282,7 @@ static void run_command(QmpClient *client, const char *name, JsonObject *args, J
 	switch (command->kind) {
 	case PR_COMMAND_PLAIN:
 		if (command->listen) {
-			run_errand(client, command, args, id);
+			run_async(client, command, args, id);
 			return;
 		}
 		result = pr_command_run(monitor, command, args, &error);
@@ -297,7 +301,7 @@ static void run_command(QmpClient *client, const char *name, JsonObject *args, J
 		send_error(client, error, id);
 }
 
-/* A message as a request: what is there, of the right type, and nothing else. */
+/* A request has the known members only, each of its type. */
 static gboolean check_request(JsonObject *request, const char **ret_name, JsonNode **ret_args,
 			      GError **error)
 {
@@ -344,8 +348,8 @@ static void serve_request(QmpClient *client, JsonObject *request)
 		run_command(client, name, args ? json_node_get_object(args) : no_args, id);
 }
 
-/* An escape may name half of a surrogate pair; what the parser makes of that is no UTF-8, and must not come
- * back in an answer. */
+/* An escape may name half of a surrogate pair. The parser turns it into invalid UTF-8, which must
+ * not be sent back in an answer. */
 static gboolean is_utf8(JsonNode *root)
 {
 	g_autofree char *text = json_to_string(root, FALSE);
@@ -353,7 +357,7 @@ static gboolean is_utf8(JsonNode *root)
 	return g_utf8_validate(text, -1, NULL);
 }
 
-/* json-glib writes some large numbers, such as 1e22, as text that is no JSON. */
+/* json-glib writes some large numbers, such as 1e22, as text that is not JSON. */
 static gboolean can_be_echoed(JsonNode *id)
 {
 	g_autofree char *text = json_to_string(id, FALSE);
@@ -380,18 +384,19 @@ static void on_message(const char *message, gsize len, const char *fault, void *
 		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
 				    "QMP input must be a JSON object");
 	if (!error && !is_utf8(root))
-		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
-				    "QMP input refused: an escape (\\u…) in it is no character");
+		error = g_error_new(
+			PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
+			"QMP input refused: an escape (\\u…) in it does not encode a character");
 	if (!error)
 		id = json_object_get_member(json_node_get_object(root), "id");
 	if (id && !can_be_echoed(id))
 		error = g_error_new(PR_COMMAND_ERROR, PR_COMMAND_ERROR_ARGUMENTS,
 				    "QMP input member 'id' can't be sent back: a number in it is "
-				    "too large");
+				    "too large; use a smaller one");
 	if (error)
 		send_error(client, error, NULL);
-	else if (client->errand)
-		g_queue_push_tail(&client->waiting, json_object_ref(json_node_get_object(root)));
+	else if (client->blocking)
+		g_queue_push_tail(&client->requests, json_object_ref(json_node_get_object(root)));
 	else
 		serve_request(client, json_node_get_object(root));
 }
@@ -408,14 +413,14 @@ static void on_closed(const char *why, void *opaque)
 	QmpClient *client = opaque;
 
 	if (why)
-		g_warning("QMP: a client was dropped: %s", why);
+		g_warning("QMP: disconnected a client: %s", why);
 	g_ptr_array_remove(client->server->clients, client);
 }
 
 static void client_free(QmpClient *client)
 {
 	g_ptr_array_unref(client->pending);
-	g_queue_clear_full(&client->waiting, (GDestroyNotify)json_object_unref);
+	g_queue_clear_full(&client->requests, (GDestroyNotify)json_object_unref);
 	pr_framer_clear(&client->framer);
 	pr_stream_free(client->stream);
 	g_free(client);
@@ -428,7 +433,7 @@ static void add_client(PrQmpServer *server, int fd)
 
 	client->server = server;
 	client->pending = g_ptr_array_new_with_free_func((GDestroyNotify)pending_free);
-	g_queue_init(&client->waiting);
+	g_queue_init(&client->requests);
 	pr_framer_init(&client->framer);
 	client->stream =
 		pr_stream_new(server->monitor->context, fd, fd, on_input, on_closed, client);
@@ -436,18 +441,19 @@ static void add_client(PrQmpServer *server, int fd)
 	send_greeting(client);
 }
 
-/* Why this peer is not served; NULL: it is. Whoever may open the socket's file has the right user as a rule:
- * this is for files whose mode was widened, and descriptors that were handed on. */
-static char *judge_peer(PrQmpServer *server, int fd)
+/* Returns why this client is refused; NULL: it is accepted. The socket file's mode normally
+ * keeps other users out. This check catches a mode that was widened and descriptors that were
+ * passed on. */
+static char *check_client(PrQmpServer *server, int fd)
 {
 	struct ucred peer;
 	socklen_t length = sizeof(peer);
 
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0)
-		return g_strdup_printf("who it is can't be told: %s", g_strerror(errno));
+		return g_strdup_printf("its user can't be determined: %s", g_strerror(errno));
 	if (peer.uid != 0 && peer.uid != geteuid())
-		return g_strdup_printf("it belongs to user %u; this monitor serves root and user "
-				       "%u only",
+		return g_strdup_printf("it runs as user %u; this monitor serves root and user %u "
+				       "only",
 				       peer.uid, geteuid());
 	if (server->clients->len >= MAX_CLIENTS)
 		return g_strdup_printf("there are %u clients already; close one of them",
@@ -455,12 +461,12 @@ static char *judge_peer(PrQmpServer *server, int fd)
 	return NULL;
 }
 
-/* Takes the descriptor. What it is told fits into the buffer of a new socket. */
-static void turn_away(int fd, const char *why)
+/* Takes the descriptor. The error fits into the buffer of a new socket. */
+static void refuse_client(int fd, const char *why)
 {
 	JsonObject *object = json_object_new(), *body = json_object_new();
 	g_autoptr(JsonNode) node = pr_json_object(object);
-	g_autofree char *desc = g_strdup_printf("turned away: %s", why);
+	g_autofree char *desc = g_strdup_printf("connection refused: %s", why);
 	g_autofree char *text = NULL, *line = NULL;
 
 	json_object_set_string_member(body, "class", "GenericError");
@@ -470,34 +476,34 @@ static void turn_away(int fd, const char *why)
 	line = g_strconcat(text, "\r\n", NULL);
 	(void)send(fd, line, strlen(line), MSG_NOSIGNAL | MSG_DONTWAIT);
 	close(fd);
-	g_warning("QMP: a client was turned away: %s", why);
+	g_warning("QMP: refused a client: %s", why);
 }
 
-static void listen_on(PrQmpServer *server);
+static void start_accepting(PrQmpServer *server);
 
-static gboolean rested(gpointer opaque)
+static gboolean on_retry(gpointer opaque)
 {
 	PrQmpServer *server = opaque;
 
-	g_clear_pointer(&server->rest, g_source_unref);
-	listen_on(server);
+	g_clear_pointer(&server->retry, g_source_unref);
+	start_accepting(server);
 	return G_SOURCE_REMOVE;
 }
 
-/* There is no descriptor left. Who knocks would be announced over and over: it waits until there is one. */
-static void rest(PrQmpServer *server)
+/* There is no free descriptor. The pending client would make the main loop spin, so accepting
+ * pauses. */
+static void pause_accepting(PrQmpServer *server)
 {
 	if (!server->short_of_files)
-		g_warning(
-			"QMP: no client can be let in: %s; raise the engine's limit of open files "
-			"(ulimit -n)",
-			g_strerror(errno));
+		g_warning("QMP: can't accept a client: %s; raise the engine's limit of open files "
+			  "(ulimit -n)",
+			  g_strerror(errno));
 	server->short_of_files = TRUE;
 	g_source_destroy(server->source);
 	g_clear_pointer(&server->source, g_source_unref);
-	server->rest = g_timeout_source_new(REST_MS);
-	g_source_set_callback(server->rest, rested, server, NULL);
-	g_source_attach(server->rest, server->monitor->context);
+	server->retry = g_timeout_source_new(ACCEPT_RETRY_MS);
+	g_source_set_callback(server->retry, on_retry, server, NULL);
+	g_source_attach(server->retry, server->monitor->context);
 }
 
 static gboolean on_connection(GSocket *socket, GIOCondition condition, gpointer opaque)
@@ -508,33 +514,33 @@ static gboolean on_connection(GSocket *socket, GIOCondition condition, gpointer 
 
 	if (fd < 0) {
 		if (errno == EMFILE || errno == ENFILE)
-			rest(server);
+			pause_accepting(server);
 		return G_SOURCE_CONTINUE;
 	}
 	server->short_of_files = FALSE;
-	refusal = judge_peer(server, fd);
+	refusal = check_client(server, fd);
 	if (refusal)
-		turn_away(fd, refusal);
+		refuse_client(fd, refusal);
 	else
 		add_client(server, fd);
 	return G_SOURCE_CONTINUE;
 }
 
-static void listen_on(PrQmpServer *server)
+static void start_accepting(PrQmpServer *server)
 {
 	server->source = g_socket_create_source(server->socket, G_IO_IN, NULL);
 	g_source_set_callback(server->source, G_SOURCE_FUNC(on_connection), server, NULL);
 	g_source_attach(server->source, server->monitor->context);
 }
 
-static void set_busy(const char *path, const char *what, GError **error)
+static void set_socket_error(const char *path, const char *what, GError **error)
 {
 	g_set_error(error, PR_MONITOR_ERROR, PR_MONITOR_ERROR_SOCKET, "QMP socket '%s': %s", path,
 		    what);
 }
 
-/* Removes what a dead process has left at path. */
-static gboolean clear_path(const char *path, GSocketAddress *address, GError **error)
+/* Removes the socket file of a process that has ended. */
+static gboolean remove_stale_socket(const char *path, GSocketAddress *address, GError **error)
 {
 	g_autoptr(GSocket) probe = NULL;
 	g_autoptr(GError) local = NULL;
@@ -543,7 +549,9 @@ static gboolean clear_path(const char *path, GSocketAddress *address, GError **e
 	if (g_lstat(path, &st) < 0)
 		return TRUE;
 	if (!S_ISSOCK(st.st_mode)) {
-		set_busy(path, "there is a file that is not a socket; give another path", error);
+		set_socket_error(path,
+				 "the path names a file that is not a socket; give another path",
+				 error);
 		return FALSE;
 	}
 	probe = g_socket_new(G_SOCKET_FAMILY_UNIX, G_SOCKET_TYPE_STREAM, 0, error);
@@ -552,26 +560,28 @@ static gboolean clear_path(const char *path, GSocketAddress *address, GError **e
 	g_socket_set_blocking(probe, FALSE);
 	if (g_socket_connect(probe, address, NULL, &local) ||
 	    !g_error_matches(local, G_IO_ERROR, G_IO_ERROR_CONNECTION_REFUSED)) {
-		set_busy(path, "another process serves it; end that one or give another path",
-			 error);
+		set_socket_error(path,
+				 "another process serves it; end that process or give another path",
+				 error);
 		return FALSE;
 	}
 	g_unlink(path);
 	return TRUE;
 }
 
-/* bind() gives the file the mode of the socket: it is private from its first moment. */
+/* bind() creates the file with the socket's mode, so no other user can open it at any time. */
 static GSocket *open_socket(const char *path, GError **error)
 {
 	g_autoptr(GSocketAddress) address = NULL;
 	g_autoptr(GSocket) socket = NULL;
 
 	if (strlen(path) >= sizeof(((struct sockaddr_un *)NULL)->sun_path)) {
-		set_busy(path, "the path is longer than a socket's may be (107 bytes)", error);
+		set_socket_error(path, "the path is too long for a unix socket (at most 107 bytes)",
+				 error);
 		return NULL;
 	}
 	address = g_unix_socket_address_new(path);
-	if (!clear_path(path, address, error))
+	if (!remove_stale_socket(path, address, error))
 		return NULL;
 	socket = g_socket_new(G_SOCKET_FAMILY_UNIX, G_SOCKET_TYPE_STREAM, 0, error);
 	if (!socket)
@@ -579,7 +589,7 @@ static GSocket *open_socket(const char *path, GError **error)
 	g_socket_set_blocking(socket, FALSE);
 	g_socket_set_listen_backlog(socket, BACKLOG);
 	if (fchmod(g_socket_get_fd(socket), 0600) < 0) {
-		set_busy(path, g_strerror(errno), error);
+		set_socket_error(path, g_strerror(errno), error);
 		return NULL;
 	}
 	if (!g_socket_bind(socket, address, FALSE, error))
@@ -608,7 +618,7 @@ PrQmpServer *pr_qmp_server_new(PrMonitor *monitor, const char *path, GError **er
 	server->inode = st.st_ino;
 	server->clients = g_ptr_array_new_with_free_func((GDestroyNotify)client_free);
 	server->socket = g_steal_pointer(&socket);
-	listen_on(server);
+	start_accepting(server);
 	return server;
 }
 
@@ -627,7 +637,7 @@ void pr_qmp_server_free(PrQmpServer *server)
 {
 	GStatBuf st;
 
-	GSource *source = server->source ? server->source : server->rest;
+	GSource *source = server->source ? server->source : server->retry;
 	g_source_destroy(source);
 	g_source_unref(source);
 	g_ptr_array_unref(server->clients);

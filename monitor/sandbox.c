@@ -1,28 +1,34 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Capabilities. Root's engine keeps three: IPC_LOCK (a recovery over rdma: pins the guest's memory anew),
- * NET_BIND_SERVICE (migrate_recover may name a low port), and DAC_OVERRIDE (QEMU's sockets and the TLS keys may be
- * another user's). It needs none for the rest: the userfaultfd and the memfds are QEMU's and come as descriptors; what
- * attaching to a QEMU takes is kept by a helper, which is forked before (guest/attach/confine.c). The capabilities
- * are given up before there are threads, because the kernel keeps them for each thread. The engine is still
- * user 0 then, who owns most files; --user is what really takes that away. setresuid(2) in libc is for all threads,
- * and takes all capabilities from all of them. It also gives each of them credentials of its own, and the kernel lets a
- * descriptor of rdma_cm be used with those very credentials only that it was opened with (a thread shares those
- * of the thread that starts it). What was opened before the switch is dead, and so is what one thread opens and
- * another one uses, if both were there before. So the switch comes once the monitor's sockets and the guest's are open,
- * and before there are listeners and a migration's threads.
+ * Capabilities. An engine that runs as root keeps three. IPC_LOCK: a recovery over rdma: pins the
+ * guest's memory again. NET_BIND_SERVICE: migrate_recover may name a low port. DAC_OVERRIDE: QEMU's
+ * sockets and the TLS keys may belong to another user. Nothing else needs one: the userfaultfd and
+ * the memfds belong to QEMU and arrive as descriptors. A helper process, which is forked earlier,
+ * keeps the capabilities for attaching to a QEMU (guest/attach/confine.c). The engine drops its
+ * capabilities before it starts threads, because the kernel keeps them for each thread. It still
+ * runs as user 0 then, who owns most files.
  *
- * System calls. The filter is a list of what is denied and not of what is allowed: what libc, GnuTLS, libfabric and
- * rdma-core's drivers call differs between versions and cards, and an engine that dies of a call that its author
- * did not foresee loses a guest in mid-postcopy. So it denies what no version of them has a use for and what a break-in
- * goes on with: to start programs and processes, to look into others, to change namespaces, mounts, users and
- * clocks, and the kernel's parts that have been its weak ones (bpf, keys, io_uring, modules). Denied calls fail with
- * EPERM and leave a line in the kernel's audit log. What asks in order to fall back to something else gets ENOSYS
- * and no line: clone3, whose flags a filter can't see, and io_uring, which works past filters.
+ * User. Only --user takes root's file access away. libc's setresuid(2) changes all threads, and the
+ * kernel clears the capabilities of each. The change also gives each thread credentials of its own,
+ * and the kernel lets an rdma_cm descriptor be used only with the very credentials that it was
+ * opened with. (A new thread shares the credentials of the thread that starts it.) So a descriptor
+ * that was opened before the change is unusable after it. So is one that a thread opens and another
+ * uses, when both threads existed before the change. Therefore the change comes after the monitor's
+ * and the guest's sockets are open, and before the listeners and the threads of a migration exist.
  *
- * Costs: the kernel remembers which calls a filter always lets pass (5.11 and newer) and then does not run it;
- * older ones run a binary tree. Speculation is left as it is (SPEC_ALLOW), which kernels before 5.16 would
- * otherwise change for the whole process, at a price for each system call.
+ * System calls. The filter lists the denied calls, not the allowed ones. The calls that libc,
+ * GnuTLS, libfabric and rdma-core's drivers make differ between versions and cards. An engine that
+ * is killed for a call that its author did not foresee loses a guest in the middle of postcopy. So
+ * the filter denies what no version of these libraries needs and what an attacker uses next:
+ * starting programs and processes, reading other processes, changing namespaces, mounts, users and
+ * clocks, and the parts of the kernel with the most faults so far (bpf, keys, io_uring, modules). A
+ * denied call fails with EPERM and leaves a line in the kernel's audit log. Calls that have a
+ * fallback fail with ENOSYS and leave no line: clone3, whose flags a filter can't read, and
+ * io_uring, whose operations bypass filters.
+ *
+ * Cost. Linux 5.11 and newer remembers which calls a filter always allows, and does not run it for
+ * them. An older kernel runs a binary tree. SPEC_ALLOW leaves speculation unchanged: kernels before
+ * 5.16 would otherwise restrict it for the whole process, which slows each system call down.
  */
 #include "monitor/sandbox.h"
 
@@ -40,7 +46,7 @@
 G_DEFINE_QUARK(pr_sandbox_error, pr_sandbox_error)
 
 #if defined(__SANITIZE_ADDRESS__)
-#define LEAK_CHECK TRUE /* stops the threads with ptrace(2), from a process of its own */
+#define LEAK_CHECK TRUE /* LeakSanitizer forks, and stops the threads with ptrace(2) */
 #elif defined(__has_feature)
 #if __has_feature(address_sanitizer)
 #define LEAK_CHECK TRUE
@@ -52,8 +58,8 @@ G_DEFINE_QUARK(pr_sandbox_error, pr_sandbox_error)
 
 /* Capabilities */
 
-static const unsigned kept[] = {CAP_IPC_LOCK, CAP_NET_BIND_SERVICE, CAP_DAC_OVERRIDE};
-static const unsigned for_user[] = {CAP_SETUID, CAP_SETGID};
+static const unsigned kept_capabilities[] = {CAP_IPC_LOCK, CAP_NET_BIND_SERVICE, CAP_DAC_OVERRIDE};
+static const unsigned user_change[] = {CAP_SETUID, CAP_SETGID};
 
 static gboolean fail_kernel(GError **error, const char *what, int code)
 {
@@ -62,8 +68,8 @@ static gboolean fail_kernel(GError **error, const char *what, int code)
 	return FALSE;
 }
 
-/* Bit n: we have n of the list. */
-static guint which(const unsigned *list, guint n)
+/* Bit n is set when the process has capability n of the list. */
+static guint permitted_of(const unsigned *list, guint n)
 {
 	guint mask = 0;
 
@@ -73,7 +79,7 @@ static guint which(const unsigned *list, guint n)
 	return mask;
 }
 
-static void keep(const unsigned *list, guint n, guint mask)
+static void add_capabilities(const unsigned *list, guint n, guint mask)
 {
 	for (guint i = 0; i < n; i++)
 		if (mask & 1u << i)
@@ -82,18 +88,18 @@ static void keep(const unsigned *list, guint n, guint mask)
 
 static gboolean drop_capabilities(const PrSandbox *sandbox, GError **error)
 {
-	guint has, has_for_user;
-	gboolean bounds;
+	guint has, has_user_change;
+	gboolean can_bound; /* may change the bounding set */
 
 	if (capng_get_caps_process() < 0)
 		return fail_kernel(error, "the process's capabilities can't be read", errno);
-	has = which(kept, G_N_ELEMENTS(kept));
-	has_for_user = sandbox->user ? which(for_user, G_N_ELEMENTS(for_user)) : 0;
-	bounds = capng_have_capability(CAPNG_EFFECTIVE, CAP_SETPCAP);
+	has = permitted_of(kept_capabilities, G_N_ELEMENTS(kept_capabilities));
+	has_user_change = sandbox->user ? permitted_of(user_change, G_N_ELEMENTS(user_change)) : 0;
+	can_bound = capng_have_capability(CAPNG_EFFECTIVE, CAP_SETPCAP);
 	capng_clear(CAPNG_SELECT_BOTH);
-	keep(kept, G_N_ELEMENTS(kept), has);
-	keep(for_user, G_N_ELEMENTS(for_user), has_for_user);
-	if (capng_apply(bounds ? CAPNG_SELECT_BOTH : CAPNG_SELECT_CAPS) < 0)
+	add_capabilities(kept_capabilities, G_N_ELEMENTS(kept_capabilities), has);
+	add_capabilities(user_change, G_N_ELEMENTS(user_change), has_user_change);
+	if (capng_apply(can_bound ? CAPNG_SELECT_BOTH : CAPNG_SELECT_CAPS) < 0)
 		return fail_kernel(error, "capabilities can't be dropped", errno);
 	return TRUE;
 }
@@ -118,8 +124,8 @@ static gboolean find_user(const PrSandbox *sandbox, uid_t *ret_uid, gid_t *ret_g
 	if (geteuid() != 0) {
 		g_set_error(
 			error, PR_SANDBOX_ERROR, PR_SANDBOX_ERROR_USER,
-			"--user '%s': only root can become another user, this engine was started "
-			"by user %u; leave the option out",
+			"--user '%s': only root can change to another user, and this engine was "
+			"started by user %u; leave the option out",
 			sandbox->user, geteuid());
 		return FALSE;
 	}
@@ -128,8 +134,9 @@ static gboolean find_user(const PrSandbox *sandbox, uid_t *ret_uid, gid_t *ret_g
 	return TRUE;
 }
 
-/* The user has no IPC_LOCK. Where the limit can't be raised, rdma: says which one it would need. */
-static void lift_memlock(void)
+/* The user has no IPC_LOCK. If the limit can't be raised, an error of rdma: names the limit that it
+ * needs. */
+static void raise_memlock_limit(void)
 {
 	const struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY};
 
@@ -138,23 +145,24 @@ static void lift_memlock(void)
 
 static gboolean become_user(const PrSandbox *sandbox, GError **error)
 {
-	int on_parents_death = 0;
+	int death_signal = 0;
 	uid_t uid;
 	gid_t gid;
 
 	if (!find_user(sandbox, &uid, &gid, error))
 		return FALSE;
-	prctl(PR_GET_PDEATHSIG, &on_parents_death);
+	prctl(PR_GET_PDEATHSIG, &death_signal);
 	if (initgroups(sandbox->user, gid) < 0 || setresgid(gid, gid, gid) < 0 ||
 	    setresuid(uid, uid, uid) < 0) {
 		g_set_error(error, PR_SANDBOX_ERROR, PR_SANDBOX_ERROR_USER,
-			    "--user '%s': cannot become it: %s", sandbox->user, g_strerror(errno));
+			    "--user '%s': can't change to this user: %s", sandbox->user,
+			    g_strerror(errno));
 		return FALSE;
 	}
-	/* Or /proc/self would be root's, where rdma: looks at its mappings. */
+	/* Otherwise /proc/self would belong to root, and rdma: reads its mappings there. */
 	prctl(PR_SET_DUMPABLE, 1);
-	/* The switch has cleared it. */
-	prctl(PR_SET_PDEATHSIG, on_parents_death);
+	/* The change of the user has cleared it. */
+	prctl(PR_SET_PDEATHSIG, death_signal);
 	return TRUE;
 }
 
@@ -170,7 +178,7 @@ static const int denied[] = {
 	SCMP_SYS(process_vm_writev),
 	SCMP_SYS(pidfd_getfd),
 	SCMP_SYS(kcmp),
-	/* users and capabilities; the switch of --user is before */
+	/* users and capabilities; --user takes effect before the filter */
 	SCMP_SYS(setuid),
 	SCMP_SYS(setgid),
 	SCMP_SYS(setreuid),
@@ -231,11 +239,11 @@ static const int denied[] = {
 	SCMP_SYS(setdomainname),
 	SCMP_SYS(vhangup),
 };
-static const int denied_but_to_leak_check[] = {SCMP_SYS(ptrace), SCMP_SYS(fork), SCMP_SYS(vfork)};
+static const int denied_without_leak_check[] = {SCMP_SYS(ptrace), SCMP_SYS(fork), SCMP_SYS(vfork)};
 static const int absent[] = {SCMP_SYS(clone3), SCMP_SYS(io_uring_setup), SCMP_SYS(io_uring_enter),
 			     SCMP_SYS(io_uring_register)};
 
-/* 0 or -errno, as libseccomp's. */
+/* Returns 0 or -errno, like libseccomp. */
 static int add_rules(scmp_filter_ctx filter, const int *calls, guint n, uint32_t action)
 {
 	int err = 0;
@@ -245,8 +253,8 @@ static int add_rules(scmp_filter_ctx filter, const int *calls, guint n, uint32_t
 	return err;
 }
 
-/* Threads, yes; processes and what has namespaces of its own, no. clone's flags are its first argument on all
- * architectures but s390, which has them second. */
+/* Allows clone() for threads, and denies it for processes and for new namespaces. The flags are its
+ * first argument, but the second one on s390. */
 static int add_clone_rules(scmp_filter_ctx filter, uint32_t action)
 {
 	static const int namespaces[] = {CLONE_NEWNS,  CLONE_NEWUTS, CLONE_NEWIPC,   CLONE_NEWUSER,
@@ -292,8 +300,8 @@ static int load_denied(void)
 	if (!err)
 		err = add_rules(filter, denied, G_N_ELEMENTS(denied), action);
 	if (!err && !LEAK_CHECK)
-		err = add_rules(filter, denied_but_to_leak_check,
-				G_N_ELEMENTS(denied_but_to_leak_check), action);
+		err = add_rules(filter, denied_without_leak_check,
+				G_N_ELEMENTS(denied_without_leak_check), action);
 	if (!err)
 		err = add_clone_rules(filter, action);
 	if (!err)
@@ -324,8 +332,8 @@ static gboolean load_filters(GError **error)
 	if (!err)
 		return TRUE;
 	g_set_error(error, PR_SANDBOX_ERROR, PR_SANDBOX_ERROR_KERNEL,
-		    "--sandbox: the kernel does not take a filter of system calls: %s; it needs "
-		    "CONFIG_SECCOMP_FILTER; or start with --sandbox off",
+		    "--sandbox: the kernel refused the system call filter: %s; use a kernel with "
+		    "CONFIG_SECCOMP_FILTER, or start with --sandbox off",
 		    g_strerror(-err));
 	return FALSE;
 }
@@ -340,10 +348,11 @@ gboolean pr_sandbox_make_dir(const PrSandbox *sandbox, const char *dir, GError *
 	if (g_file_test(dir, G_FILE_TEST_EXISTS))
 		return TRUE;
 	if (g_mkdir_with_parents(dir, 0700) < 0 || chown(dir, uid, gid) < 0) {
-		g_set_error(error, PR_SANDBOX_ERROR, PR_SANDBOX_ERROR_USER,
-			    "--user '%s': %s cannot be made for it: %s; --state-dir names another "
-			    "directory",
-			    sandbox->user, dir, g_strerror(errno));
+		g_set_error(
+			error, PR_SANDBOX_ERROR, PR_SANDBOX_ERROR_USER,
+			"--user '%s': can't create its state directory %s: %s; name another one "
+			"with --state-dir",
+			sandbox->user, dir, g_strerror(errno));
 		return FALSE;
 	}
 	return TRUE;
@@ -357,12 +366,12 @@ gboolean pr_sandbox_prepare(const PrSandbox *sandbox, GError **error)
 	if (sandbox->user) {
 		if (!find_user(sandbox, &uid, &gid, error))
 			return FALSE;
-		lift_memlock();
+		raise_memlock_limit();
 	}
 	if (!drop_capabilities(sandbox, error))
 		return FALSE;
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
-		return fail_kernel(error, "PR_SET_NO_NEW_PRIVS", errno);
+		return fail_kernel(error, "prctl(PR_SET_NO_NEW_PRIVS) failed", errno);
 	return TRUE;
 }
 

@@ -1,30 +1,32 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the engine gives up, so that whoever takes it over through what a peer or a guest sends has little: its
- * capabilities, its user, and the system calls that it never needs. In two steps, because the guest's sockets and the
- * ports it listens on are opened with what it was started with.
+ * Takes capabilities, the user and unused system calls away from the engine. So an attacker who
+ * takes the engine over with data from a peer or a guest can do little. There are two steps,
+ * because the monitor's and the guest's sockets are opened as the user that started the engine.
  */
 #pragma once
 
 #include <glib.h>
 
 typedef enum PrSandboxError {
-	PR_SANDBOX_ERROR_USER,	 /* --user, --group */
-	PR_SANDBOX_ERROR_KERNEL, /* the kernel refuses; says what */
+	PR_SANDBOX_ERROR_USER,	 /* a fault of --user or --group; names it */
+	PR_SANDBOX_ERROR_KERNEL, /* the kernel refused a step; says which */
 } PrSandboxError;
 #define PR_SANDBOX_ERROR pr_sandbox_error_quark()
 GQuark pr_sandbox_error_quark(void);
 
-/* What the options say. */
+/* The values of the options. */
 typedef struct PrSandbox {
-	const char *user;  /* to become in the end; NULL: stay who we are */
+	const char *user;  /* to change to in the second step; NULL: keep the user */
 	const char *group; /* its group; NULL: the user's own */
-	gboolean filter;   /* system calls */
+	gboolean filter;   /* deny unused system calls */
 } PrSandbox;
 
-/* Makes a directory for the user to become, if there is none. Before pr_sandbox_prepare(). */
+/* Creates a directory for sandbox->user unless it exists. Call it before pr_sandbox_prepare(). */
 gboolean pr_sandbox_make_dir(const PrSandbox *sandbox, const char *dir, GError **error);
-/* Before there are threads, which inherit it: no new privileges, and no capability but those that are needed. */
+/* First step, before threads start, because they inherit it: drops the capabilities that are not
+ * needed, and denies new privileges. */
 gboolean pr_sandbox_prepare(const PrSandbox *sandbox, GError **error);
-/* When all is set up: the rest, for all threads, those that run already, too. */
+/* Second step, for all threads, including those that run already: changes the user, loads the
+ * filter. */
 gboolean pr_sandbox_enter(const PrSandbox *sandbox, GError **error);

@@ -16,7 +16,7 @@ const char *pr_role_name(PrRole role)
 	return "none";
 }
 
-/* Members that QEMU's schema requires and that have no meaning here are zero. */
+/* Members that QEMU's schema requires but that Postroad does not have are zero. */
 static JsonObject *ram_to_json(const PrMigrationInfo *info)
 {
 	JsonObject *ram = json_object_new();
@@ -117,7 +117,7 @@ static void add_latency(JsonObject *object, const PrMigrationInfo *info)
 	json_object_set_array_member(object, "postcopy-latency-dist", dist);
 }
 
-/* QEMU's fields: block times in ms, latencies in ns. */
+/* Fields as in QEMU: block times in ms, latencies in ns. */
 static void add_blocktime(JsonObject *object, const PrBlocktimeInfo *info)
 {
 	JsonArray *blocked = json_array_sized_new(info->threads->len);
@@ -181,7 +181,7 @@ JsonNode *pr_paths_to_json(const PrMigrationInfo *info)
 	return pr_json_array(array);
 }
 
-/* One line for a member, when it is there. */
+/* One line of output, printed if the member exists. */
 typedef struct Row {
 	const char *member;
 	const char *label;
@@ -227,17 +227,17 @@ static const Row extra_rows[] = {
 	{"time-paused", "time paused", "ms", 1},
 	{"last-pause", "last pause", "ms", 1},
 	{"last-recovery", "last recovery", "ms", 1},
-	{"pages-at-pause", "pages at last pause", NULL, 1},
+	{"pages-at-pause", "pages in place at the last pause", NULL, 1},
 	{"faults", "faults", NULL, 1},
 	{"fault-repeats", "repeated faults", NULL, 1},
 	{"readahead-pages", "read ahead", "pages", 1},
-	{"readahead-waited", "waited for of these", "pages", 1},
+	{"readahead-waited", "read ahead and waited for", "pages", 1},
 	{"other-faults", "faults of other threads", NULL, 1},
 	{"verified-pages", "verified pages", NULL, 1},
 	{"corrupt-reads", "corrupt reads", "pages", 1},
 	{"fault-latency-max", "longest fault", "us", 1000},
 	{"expected-ms", "expected time left", "ms", 1},
-	{"stalls", "stalls of threads", NULL, 1},
+	{"stalls", "thread stalls", NULL, 1},
 };
 
 static void show_blocktime(JsonObject *object, JsonObject *extras, GString *text)
@@ -255,7 +255,7 @@ static void show_blocktime(JsonObject *object, JsonObject *extras, GString *text
 	show_rows(object, &others, 1, text);
 }
 
-/* A line for each vCPU, or for each of the first threads that faulted. */
+/* Prints a line for each vCPU, or else for each of the first threads that faulted. */
 static void show_threads(JsonObject *extras, GString *text)
 {
 	gboolean vcpus = json_object_has_member(extras, "vcpus");
@@ -338,7 +338,7 @@ void pr_show_paths(JsonNode *result, GString *text)
 	JsonArray *array = json_node_get_array(result);
 
 	if (!json_array_get_length(array))
-		g_string_append(text, "no paths\n");
+		g_string_append(text, "no paths yet\n");
 	for (guint i = 0; i < json_array_get_length(array); i++) {
 		JsonObject *path = json_array_get_object_element(array, i);
 		const char *last_error =

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The engine's state as JSON, in QEMU's field names, and that JSON as text. No I/O. */
+/* Formats the engine's state as JSON with QEMU's field names, and that JSON as text. Does no
+ * I/O. */
 #pragma once
 
 #include <json-glib/json-glib.h>
@@ -15,5 +16,5 @@ void pr_show_paths(JsonNode *result, GString *text);
 void pr_show_parameters(JsonNode *result, GString *text);
 void pr_show_capabilities(JsonNode *result, GString *text);
 void pr_show_version(JsonNode *result, GString *text);
-/* A result that is a text already. */
+/* For a result that is a text. */
 void pr_show_text(JsonNode *result, GString *text);

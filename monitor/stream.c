@@ -5,9 +5,9 @@
 #include <glib-unix.h>
 #include <unistd.h>
 
-/* Bytes read for one client before the next one has its turn: a few commands, so that one who asks much at once does
- * not keep the others from being answered. */
-#define CHUNK 256
+/* Bytes read for one client before the next client's turn: a few commands. So a client that sends
+ * many commands at once does not delay the answers of the others. */
+#define CHUNK_BYTES 256
 
 /* Owned by the thread of the main context. */
 struct PrStream {
@@ -17,10 +17,10 @@ struct PrStream {
 	PrStreamClosed closed;
 	void *opaque;
 	GString *queue;	     /* not yet written */
-	GSource *in_source;  /* NULL: held, or ended */
+	GSource *in_source;  /* NULL: reading is paused, or the stream has ended */
 	GSource *out_source; /* NULL: nothing to write */
-	GSource *end_source; /* set: closed() is due, or was called */
-	char *why;
+	GSource *end_source; /* not NULL: closed() is due, or was called */
+	char *reason;
 };
 
 static void clear_source(GSource **source)
@@ -35,38 +35,38 @@ static gboolean on_end(gpointer opaque)
 {
 	PrStream *stream = opaque;
 
-	stream->closed(stream->why, stream->opaque);
+	stream->closed(stream->reason, stream->opaque);
 	return G_SOURCE_REMOVE;
 }
 
-/* Takes why. Only the first end counts. */
-static void end_stream(PrStream *stream, char *why)
+/* Takes the reason. Only the first call has an effect. */
+static void end_stream(PrStream *stream, char *reason)
 {
 	if (stream->end_source) {
-		g_free(why);
+		g_free(reason);
 		return;
 	}
 	clear_source(&stream->in_source);
 	clear_source(&stream->out_source);
-	stream->why = why;
+	stream->reason = reason;
 	stream->end_source = g_idle_source_new();
 	g_source_set_priority(stream->end_source, G_PRIORITY_DEFAULT);
 	g_source_set_callback(stream->end_source, on_end, stream, NULL);
 	g_source_attach(stream->end_source, stream->context);
 }
 
-/* A peer that hangs up with bytes on their way is no more remarkable than one that reads them. */
+/* A peer that hangs up before it has read all its answers is normal, and not an error. */
 static void end_by_errno(PrStream *stream)
 {
-	gboolean left = errno == EPIPE || errno == ECONNRESET;
+	gboolean hung_up = errno == EPIPE || errno == ECONNRESET;
 
-	end_stream(stream, left ? NULL : g_strdup(g_strerror(errno)));
+	end_stream(stream, hung_up ? NULL : g_strdup(g_strerror(errno)));
 }
 
 static gboolean on_readable(gint fd, GIOCondition condition, gpointer opaque)
 {
 	PrStream *stream = opaque;
-	char data[CHUNK];
+	char data[CHUNK_BYTES];
 	ssize_t n = read(fd, data, sizeof(data));
 
 	if (n > 0)
@@ -78,7 +78,7 @@ static gboolean on_readable(gint fd, GIOCondition condition, gpointer opaque)
 	return G_SOURCE_CONTINUE;
 }
 
-/* FALSE: the stream has ended. */
+/* Returns FALSE when the stream has ended. */
 static gboolean flush_queue(PrStream *stream)
 {
 	while (stream->queue->len) {
@@ -105,7 +105,8 @@ static gboolean on_writable(gint fd, GIOCondition condition, gpointer opaque)
 	return G_SOURCE_CONTINUE;
 }
 
-static GSource *watch(PrStream *stream, int fd, GIOCondition condition, GUnixFDSourceFunc func)
+static GSource *add_fd_source(PrStream *stream, int fd, GIOCondition condition,
+			      GUnixFDSourceFunc func)
 {
 	GSource *source = g_unix_fd_source_new(fd, condition);
 
@@ -126,7 +127,7 @@ PrStream *pr_stream_new(GMainContext *context, int in_fd, int out_fd, PrStreamIn
 	stream->closed = closed;
 	stream->opaque = opaque;
 	stream->queue = g_string_new(NULL);
-	pr_stream_hold(stream, FALSE);
+	pr_stream_set_reading(stream, TRUE);
 	return stream;
 }
 
@@ -141,15 +142,15 @@ void pr_stream_write(PrStream *stream, const char *data, gsize len)
 		return;
 	}
 	if (flush_queue(stream) && stream->queue->len)
-		stream->out_source = watch(stream, stream->out_fd, G_IO_OUT, on_writable);
+		stream->out_source = add_fd_source(stream, stream->out_fd, G_IO_OUT, on_writable);
 }
 
-void pr_stream_hold(PrStream *stream, gboolean hold)
+void pr_stream_set_reading(PrStream *stream, gboolean on)
 {
-	if (hold)
+	if (!on)
 		clear_source(&stream->in_source);
 	else if (!stream->in_source && !stream->end_source)
-		stream->in_source = watch(stream, stream->in_fd, G_IO_IN, on_readable);
+		stream->in_source = add_fd_source(stream, stream->in_fd, G_IO_IN, on_readable);
 }
 
 void pr_stream_free(PrStream *stream)
@@ -163,7 +164,7 @@ void pr_stream_free(PrStream *stream)
 	if (stream->out_fd != stream->in_fd)
 		close(stream->out_fd);
 	g_string_free(stream->queue, TRUE);
-	g_free(stream->why);
+	g_free(stream->reason);
 	g_main_context_unref(stream->context);
 	g_free(stream);
 }

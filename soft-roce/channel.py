@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Sessions with a lab host's agent (vm/agent), each over a virtio-serial port of its own.
 
-A port is a unix socket of the host's QEMU. One line of JSON is one message. The lab's side sends
+A port is a unix socket of the host's QEMU. Each line is a JSON message. The lab's side sends
 
     {"request": "run", "id", "argv", "env", "cwd", "tty": null or [rows, columns]}
-    {"request": "connect", "id", "path"}         to a unix socket on the host
-    {"request": "time", "id"}, {"request": "shift-time", "id", "by"}    of its clock, in ns
-    {"in": base64}        input; an empty one ends it
+    {"request": "connect", "id", "path"}         connects to a unix socket on the host
+    {"request": "time", "id"}                    asks for the host's clock, in ns
+    {"request": "shift-time", "id", "by"}        sets that clock forward, by ns
+    {"in": base64}        input; an empty one is its end
     {"signal": number}    to the command's process group
     {"size": [rows, columns]}
 
-and the agent answers {"id", "pid"} or {"id", "error", "errno"}, then {"out": base64}, {"err": base64}
-as they come and {"exit": code} (minus the signal's number, if one ended it). Whatever is on the port
-before the answer with our id belongs to a session of somebody else, and is skipped."""
+and the agent answers {"id", "pid"} or {"id", "error", "errno"}, then {"out": base64}, {"err":
+base64} in their order and {"exit": code} (minus the number of the signal that killed the command).
+Messages on the port before the answer with the request's id belong to an earlier session, and are
+skipped."""
 
 import base64
 import fcntl
@@ -22,12 +24,12 @@ import socket
 import threading
 import time
 
-PORTS = 24  # on each host: as many sessions at once
+PORTS = 24  # of each host, which limits its concurrent sessions
 CHUNK = 32768
 
 
 class LabError(Exception):
-    """What is wrong with the lab or with what was asked of it, in words for whoever uses it."""
+    """A fault of the lab or of a request. The text is for the user of the lab."""
 
 
 class HostGone(LabError):
@@ -39,21 +41,23 @@ def encode(data):
 
 
 class Port:
-    """A free port of a host, ours until it is closed (or until we die)."""
+    """A free port of a host, locked until it is closed or this process ends."""
 
     def __init__(self, directory, host, seconds):
         self.host = host
         self.buffer = b""
-        self.lock = self._take(directory)
+        self.lock = self._lock_free_port(directory)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.socket.settimeout(seconds)
             self.socket.connect(os.path.join(directory, f"{host}.{self.number}"))
         except OSError as error:
             self.close()
-            raise HostGone(f"host {host} cannot be reached ({error.strerror}): is the lab up?") from None
+            raise HostGone(
+                f"host {host} cannot be reached ({error.strerror}): is the lab up?"
+            ) from None
 
-    def _take(self, directory):
+    def _lock_free_port(self, directory):
         for self.number in range(1, PORTS + 1):
             path = os.path.join(directory, f"{self.host}.{self.number}.lock")
             try:
@@ -110,7 +114,7 @@ class Port:
             raise LabError(f"host {self.host} does not answer within {seconds} s") from None
 
     def hang_up(self):
-        """Ends the session; whoever waits in receive() is told that the host is gone."""
+        """Ends the session. A thread that waits in receive() gets HostGone."""
         try:
             self.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -122,18 +126,18 @@ class Port:
 
 
 class Process:
-    """A command on a host. It ends with close(), and with us."""
+    """A command on a host. close() and the end of this process kill it."""
 
     def __init__(self, port, argv, env=None, cwd="/", tty=None, out=None, err=None, seconds=30):
-        """out, err: called with each piece of output, by a thread; else see output()."""
+        """out, err: called with each piece of output, from a thread. Without them, use output()."""
         self.name = os.path.basename(argv[0])
         self.host = port.host
         self._port = port
-        self._lock = threading.Lock()  # of _outputs
+        self._lock = threading.Lock()  # protects _outputs
         self._outputs = {"out": bytearray(), "err": bytearray(), "both": bytearray()}
         self._sinks = {"out": out, "err": err}
-        self._code = None  # set before _ended
-        self._gone = None  # likewise, if the host ended first
+        self._code = None  # the exit code; set before _ended
+        self._gone = None  # HostGone if the host ended first; set before _ended
         self._ended = threading.Event()
         answer = port.ask("run", seconds, argv=list(argv), env=env or {}, cwd=cwd, tty=tty)
         if "error" in answer:
@@ -150,14 +154,14 @@ class Process:
                 self._code = message.get("exit")
                 for name in ("out", "err"):
                     if name in message:
-                        self._take(name, base64.b64decode(message[name]))
+                        self._add_output(name, base64.b64decode(message[name]))
         except HostGone as gone:
             self._gone = gone
         finally:
             self._port.close()
             self._ended.set()
 
-    def _take(self, name, data):
+    def _add_output(self, name, data):
         if self._sinks[name]:
             self._sinks[name](data)
             return
@@ -166,41 +170,43 @@ class Process:
             self._outputs["both"] += data
 
     def write(self, data):
-        """Input for the command; an empty one ends it."""
+        """Writes input for the command. Empty data ends the input."""
         for start in range(0, max(len(data), 1), CHUNK):
-            self._tell(**{"in": encode(data[start : start + CHUNK])})
+            self._send(**{"in": encode(data[start : start + CHUNK])})
 
     def signal(self, number):
-        """To the command and what it has started."""
-        self._tell(signal=int(number))
+        """Sends a signal to the command's process group."""
+        self._send(signal=int(number))
 
     def resize(self, rows, columns):
-        self._tell(size=[rows, columns])
+        self._send(size=[rows, columns])
 
-    def _tell(self, **message):
+    def _send(self, **message):
         if self._ended.is_set():
             return
         try:
             self._port.send(**message)
         except HostGone:
-            pass  # _read tells
+            pass  # _read() reports it
 
     def alive(self):
         return not self._ended.is_set()
 
     def exit_code(self):
-        """None while it runs; as subprocess has it afterwards."""
+        """None while the command runs; then its exit code, as in subprocess."""
         return self._code if self._ended.is_set() else None
 
     def wait(self, seconds=10):
         if not self._ended.wait(seconds):
-            raise LabError(f"{self.name} on host {self.host} (pid {self.pid}) still runs after {seconds} s")
+            raise LabError(
+                f"{self.name} on host {self.host} (pid {self.pid}) still runs after {seconds} s"
+            )
         if self._gone:
             raise self._gone
         return self._code
 
     def stop(self, seconds=5):
-        """Asks it to end, then makes it."""
+        """Sends SIGTERM, and SIGKILL after a while."""
         self.signal(15)
         if not self._ended.wait(seconds):
             self.kill()
@@ -211,19 +217,19 @@ class Process:
             self.close()
 
     def close(self):
-        """Hangs up: the agent kills what is left of the command."""
+        """Closes the session. The agent kills the command if it still runs."""
         if self.alive():
             self._port.hang_up()
         self._reader.join()
 
     def output(self, name="both"):
-        """What it has written so far: "out", "err", or both as they came."""
+        """The output so far: "out", "err", or "both" in their order."""
         with self._lock:
             return self._outputs[name].decode(errors="replace")
 
 
 class Connection:
-    """A unix socket of the host's, carried to the lab's side. Its socket is .socket."""
+    """A connection to a unix socket on the host, forwarded to the lab's side as .socket."""
 
     def __init__(self, port, path, seconds=30):
         answer = port.ask("connect", seconds, path=path)

@@ -7,14 +7,15 @@
         lab.a.run("ib_read_lat", "-d", "rxe1", "-R", "10.88.1.2", check=True)
         lab.cut(1)
 
-Two virtual machines, a and b, see this machine's root file system read-only; what they write to is
-memory of their own, and lab.share, a directory that is the same here and on both. Rail 1 and 2 join
-eth1 and eth2 of one with those of the other; rxe1 and rxe2 are on top.
+Two virtual machines, a and b, mount this machine's root file system read-only. They write to tmpfs,
+and to lab.share, a directory that both share with this machine. Rail 1 joins the eth1 of both
+hosts, rail 2 their eth2. The soft-RoCE devices rxe1 and rxe2 use these interfaces.
 
     a  10.88.1.1 eth1, rxe1 ────── rxe1, eth1 10.88.1.2  b
        10.88.2.1 eth2, rxe2 ────── rxe2, eth2 10.88.2.2
 
-The lab belongs to the thread that started it: when that ends, in whatever way, so do the machines."""
+The lab belongs to the thread that started it. The machines end with that thread, even if it is
+killed."""
 
 import ctypes
 import fcntl
@@ -44,7 +45,7 @@ BOOT_SECONDS = {"kvm": 20, "tcg": 180}
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
 
-# What can be done to a rail from inside of a host, and how it is undone: actions of vm/rail.
+# The faults that a host injects into a rail, and what undoes them: actions of vm/rail.
 FAULTS = {
     "link-down": "link-up",
     "address-del": "address-add",
@@ -54,7 +55,10 @@ FAULTS = {
     "blackhole-tcp": "unblackhole-tcp",
 }
 
-KERNEL = "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr mitigations=off rcupdate.rcu_cpu_stall_suppress=1"
+KERNEL_ARGS = (
+    "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr mitigations=off"
+    " rcupdate.rcu_cpu_stall_suppress=1"
+)
 
 LOAD_KVM = """
 case $(grep -m 1 ^flags /proc/cpuinfo) in
@@ -68,19 +72,21 @@ esac
 
 @dataclass
 class Spec:
-    """What the hosts are like."""
+    """The configuration of the hosts."""
 
-    build: str = "build"  # the build directory; what the hosts boot from is kept there
+    build: str = "build"  # the build directory, which keeps the hosts' kernel and initramfs
     accel: str = "auto"  # kvm, tcg, auto
     memory_mb: int = 1024  # each
     cpus: int = 0  # each; 0: 2 under KVM, 1 under TCG
-    visible: list = field(default_factory=list)  # directories to be seen even in /tmp and the like
+    visible: list = field(
+        default_factory=list
+    )  # directories that are visible even if they are in /tmp or another tmpfs
     kernel: str = KERNELS[0]
 
 
 @dataclass
 class Result:
-    """How a command on a host ended."""
+    """The result of a command on a host."""
 
     returncode: int
     stdout: str
@@ -108,7 +114,7 @@ class Host:
         return Process(self.port(), [str(word) for word in argv], env, cwd, tty, out, err)
 
     def run(self, *argv, timeout=60, check=False, input=b"", **kind):
-        """Runs a command to its end; check: a failure is an exception."""
+        """Runs a command to its end. check: an exit code other than 0 raises LabError."""
         process = self.popen(*argv, **kind)
         try:
             if input:
@@ -120,17 +126,20 @@ class Host:
         result = Result(code, process.output("out"), process.output("err"))
         if check and code:
             what = " ".join(map(str, argv))
-            raise LabError(f"{what} on host {self.name}: exit code {code}: {process.output().strip()}")
+            raise LabError(
+                f"{what} on host {self.name}: exit code {code}: {process.output().strip()}"
+            )
         return result
 
     def connect(self, path):
-        """A socket that is connected to a unix socket on this host (a monitor, say). Raises OSError."""
+        """Returns a socket that is connected to a unix socket on this host. Raises OSError."""
         return Connection(self.port(), path).socket
 
     # Time
 
     def clock_offset(self, rounds=10):
-        """What this host's CLOCK_REALTIME is ahead of ours, and how wrong that may be, in seconds."""
+        """By how much this host's CLOCK_REALTIME is ahead of this machine's, and the error, in
+        seconds."""
         port = self.port()
         try:
             best = None
@@ -146,7 +155,7 @@ class Host:
             port.close()
 
     def set_clock(self):
-        """Sets this host's clock to ours, as near as the channel is quick."""
+        """Sets this host's clock to this machine's, as exactly as the channel's latency allows."""
         offset, _ = self.clock_offset()
         port = self.port()
         try:
@@ -160,43 +169,45 @@ class Host:
         return self.run(os.path.join(HERE, "vm", "rail"), action, *rails, check=True).stdout
 
     def inject(self, fault, rail):
-        """One of FAULTS."""
+        """Injects one of FAULTS."""
         self.rail(fault, rail)
 
     def undo(self, fault, rail):
         self.rail(FAULTS[fault], rail)
 
     def set_carrier(self, rail, up):
-        """Plugs this host's end of a rail in or pulls it out, from outside."""
+        """Connects or disconnects this host's end of a rail, in its QEMU."""
         self.qmp("set_link", name=f"rail{rail}", up=up)
 
     # Guests under KVM
 
     def load_kvm(self):
-        """Has /dev/kvm here. That this host can't have it is an error."""
+        """Loads the KVM module. Raises LabError if the host then has no /dev/kvm."""
         done = self.run("sh", "-c", LOAD_KVM)
         if done.returncode:
-            hint = "where this machine's KVM does not nest, POSTROAD_ACCEL=tcg has hosts with SVM"
+            hint = "if this machine's KVM does not nest, boot the lab with POSTROAD_ACCEL=tcg"
             raise LabError(f"host {self.name} has no /dev/kvm ({hint}): {done.stderr.strip()}")
 
     # The machine
 
     def qmp(self, command, /, **arguments):
-        """One command to the QEMU of this host. Connects each time: several users can take turns."""
+        """Sends one QMP command to the QEMU of this host, over a connection of its own."""
         with Monitor(os.path.join(self.directory, f"{self.name}.qmp"), self.name) as monitor:
             return monitor.command(command, **arguments)
 
     def console(self):
-        """What the kernel and the init scripts have printed."""
+        """The output of the kernel and the init scripts."""
         try:
-            with open(os.path.join(self.directory, f"{self.name}.console"), errors="replace") as console:
+            with open(
+                os.path.join(self.directory, f"{self.name}.console"), errors="replace"
+            ) as console:
                 return console.read()
         except FileNotFoundError:
             return ""
 
 
 class Monitor:
-    """QMP, for one command."""
+    """A QMP connection for one command."""
 
     def __init__(self, path, host):
         self.host = host
@@ -209,7 +220,9 @@ class Monitor:
             self.command("qmp_capabilities")
         except OSError as error:
             self.port.close()
-            raise HostGone(f"host {host} cannot be reached ({error.strerror}): is the lab up?") from None
+            raise HostGone(
+                f"host {host} cannot be reached ({error.strerror}): is the lab up?"
+            ) from None
 
     def __enter__(self):
         return self
@@ -234,16 +247,17 @@ class Monitor:
 
 
 class Machine:
-    """A QEMU that runs a host, known by its process id and start time."""
+    """The QEMU process of a host, identified by its process ID and start time."""
 
     def __init__(self, pid, start):
         self.pid = pid
         self.start = start
-        self.popen = None  # if it is our child
+        self.popen = None  # set if it is a child of this process
 
     @classmethod
     def launch(cls, argv, log, ours, fds=()):
-        """ours: it ends with us; else it lives on until somebody ends it. fds: to be inherited."""
+        """ours: it ends with this process; else it runs until it is killed. fds: inherited by
+        it."""
 
         def die_with_parent():
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -272,11 +286,11 @@ class Machine:
         if self.popen:
             self.popen.wait()
         else:
-            wait_until(f"process {self.pid} is gone", 10, lambda: not self.alive())
+            wait_until(f"process {self.pid} ends", 10, lambda: not self.alive())
 
 
 def start_time(pid):
-    """When a process was started, in the kernel's ticks; None: there is none, or only its remains."""
+    """The start time of a process, in the kernel's ticks. None: it has ended, or is a zombie."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
             fields = stat.read().rpartition(")")[2].split()
@@ -290,33 +304,34 @@ def wait_until(what, seconds, probe, interval=0.02):
     deadline = time.monotonic() + seconds
     while not (value := probe()):
         if time.monotonic() > deadline:
-            raise LabError(f"waited {seconds} s in vain: {what}")
+            raise LabError(f"waited {seconds} s without success: {what}")
         time.sleep(interval)
     return value
 
 
 def on_each(hosts, action):
-    """Does this on these hosts at the same time; returns the results in their order."""
+    """Runs an action on these hosts at the same time. Returns the results in the hosts' order."""
     with ThreadPoolExecutor(len(hosts)) as pool:
         return list(pool.map(action, hosts))
 
 
 def default_directory():
-    """Where `lab` keeps its lab, unless told: one for each user."""
+    """The default directory of the program `lab`, one for each user."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return os.path.join(runtime, "postroad-lab") if runtime else f"/tmp/postroad-lab-{os.getuid()}"
 
 
 @dataclass
 class Accel:
-    """The accelerator to try, and the one to take if the hosts do not come up with it."""
+    """The accelerator to try first, and the one to use if the hosts do not boot with it."""
 
     first: str
     second: str = None
 
 
 class AccelMemory:
-    """A file that remembers, until the next boot of this machine, that hosts only came up with the second choice."""
+    """A file that records, until this machine's next boot, that hosts only boot with the second
+    accelerator."""
 
     def __init__(self, path):
         self.path = path
@@ -337,20 +352,24 @@ class AccelMemory:
 
 
 def choose_accel(wanted, memory):
-    """There are machines with a /dev/kvm that no guest gets far with: "auto" finds out by booting."""
+    """On some machines no guest boots in spite of /dev/kvm. So "auto" tries to boot with it."""
     wanted = os.environ.get("POSTROAD_ACCEL", "auto") if wanted == "auto" else wanted
     if wanted not in ("auto", "kvm", "tcg"):
-        raise LabError(f"accelerator {wanted!r} is none of kvm, tcg, auto (--accel, POSTROAD_ACCEL)")
+        raise LabError(
+            f"accelerator {wanted!r} is unknown; choose kvm, tcg or auto (--accel, POSTROAD_ACCEL)"
+        )
     usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
     if wanted == "kvm" and not usable:
-        raise LabError("accelerator kvm: /dev/kvm cannot be opened; take tcg (--accel, POSTROAD_ACCEL)")
+        raise LabError(
+            "accelerator kvm: /dev/kvm cannot be opened; use tcg (--accel, POSTROAD_ACCEL)"
+        )
     if wanted == "auto":
         return Accel("kvm", "tcg") if usable and memory.read() != "tcg" else Accel("tcg")
     return Accel(wanted)
 
 
 class DirectoryLock:
-    """Keeps others from starting a lab in the same directory at the same time."""
+    """Prevents two labs from being started in the same directory at the same time."""
 
     def __init__(self, directory):
         self.fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
@@ -364,11 +383,11 @@ class DirectoryLock:
 
 
 class Lab:
-    """Both hosts, from start to stop. Either start() it, or attach to a running one."""
+    """Both hosts. Either start() a lab, or attach() to a running one."""
 
     def __init__(self, directory=None, ours=True, **spec):
-        """directory: where its sockets and logs are; a new one in /tmp by default, removed at the end.
-        ours: the hosts end with us. The rest: see Spec."""
+        """directory: for its sockets and logs; by default a new one in /tmp, which stop() removes.
+        ours: the hosts end with this process. spec: the fields of Spec."""
         self.spec = Spec(**spec)
         self.ours = ours
         self.directory = os.path.abspath(directory or tempfile.mkdtemp(prefix="postroad-lab-"))
@@ -379,7 +398,7 @@ class Lab:
 
     @classmethod
     def attach(cls, directory):
-        """The lab that runs with that directory."""
+        """Returns the running lab of that directory."""
         lab = cls(directory)
         try:
             with open(lab._file("lab.json")) as file:
@@ -407,13 +426,15 @@ class Lab:
     # Start and stop
 
     def start(self):
-        """Boots both hosts, and returns when they take commands and both rails carry."""
+        """Boots both hosts. Returns when they accept commands and both rails are up."""
         if len(self._file("a.99.lock")) > 100:
-            raise LabError(f"{self.directory}: too long for the names of unix sockets; choose another --dir")
+            raise LabError(
+                f"{self.directory}: the path is too long for unix sockets; choose a shorter --dir"
+            )
         os.makedirs(self.share, mode=0o700, exist_ok=True)
         with DirectoryLock(self.directory):
             if self._runs():
-                raise LabError(f"a lab runs in {self.directory} already: end it with 'lab down'")
+                raise LabError(f"a lab already runs in {self.directory}: end it with 'lab down'")
             try:
                 self._start()
             except BaseException:
@@ -421,7 +442,7 @@ class Lab:
                 raise
 
     def _runs(self):
-        """Whether machines are left of a lab with this directory."""
+        """Whether machines of a lab with this directory still run."""
         try:
             return any(machine.alive() for machine in Lab.attach(self.directory).machines)
         except LabError:
@@ -446,15 +467,16 @@ class Lab:
 
     def _boot(self, accel):
         self.accel = accel
-        # QEMU connects to its end of a pair, and listens at no path: an end that it has listened for blocks the
-        # whole host once the other host no longer takes packets, its link being down.
+        # Each QEMU is given one end of a socket pair. If it listened at a path instead, the
+        # accepted socket would block the whole host as soon as the other one stops reading, its
+        # link being down.
         cables = [socket.socketpair() for _ in RAILS]
         try:
             with open(self._file("qemu.log"), "ab") as log:
                 for host, *ends in zip(self.hosts, *cables):
                     fds = [end.fileno() for end in ends]
                     self.machines.append(Machine.launch(self._argv(host, fds), log, self.ours, fds))
-                    self._remember()
+                    self._write_state()
         finally:
             for end in itertools.chain(*cables):
                 end.close()
@@ -464,7 +486,9 @@ class Lab:
     def _build_image(self):
         kernel = self.spec.kernel
         if kernel not in KERNELS:
-            raise LabError(f"kernel {kernel!r} is none of {', '.join(KERNELS)} (--kernel)")
+            raise LabError(
+                f"kernel {kernel!r} is unknown; choose one of {', '.join(KERNELS)} (--kernel)"
+            )
         own = os.path.abspath(os.path.join(self.spec.build, "soft-roce"))
         self.image = own if kernel == KERNELS[0] else os.path.join(own, kernel)
         done = subprocess.run(
@@ -475,7 +499,9 @@ class Lab:
             check=False,
         )
         if done.returncode:
-            raise LabError(done.stderr.strip() or f"soft-roce/build-image: exit code {done.returncode}")
+            raise LabError(
+                done.stderr.strip() or f"soft-roce/build-image: exit code {done.returncode}"
+            )
 
     def _configure_hosts(self):
         visible = [ROOT, os.path.abspath(self.spec.build), *map(os.path.abspath, self.spec.visible)]
@@ -491,11 +517,29 @@ class Lab:
 
     def _argv(self, host, rail_fds):
         cpus = self.spec.cpus or (2 if self.accel == "kvm" else 1)
-        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot"]
-        argv += ["-name", f"postroad-lab-{host.name}", "-M", "pc", "-accel", self.accel, "-cpu", "max"]
+        argv = [
+            QEMU,
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-vga",
+            "none",
+            "-no-reboot",
+        ]
+        argv += [
+            "-name",
+            f"postroad-lab-{host.name}",
+            "-M",
+            "pc",
+            "-accel",
+            self.accel,
+            "-cpu",
+            "max",
+        ]
         argv += ["-smp", str(cpus), "-m", str(self.spec.memory_mb)]
         argv += ["-kernel", f"{self.image}/kernel", "-initrd", f"{self.image}/initrd.gz"]
-        argv += ["-append", f"{KERNEL} lab_host={host.name}"]
+        argv += ["-append", f"{KERNEL_ARGS} lab_host={host.name}"]
         argv += ["-serial", f"file:{self._file(host.name)}.console"]
         argv += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
         argv += ["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]
@@ -521,7 +565,7 @@ class Lab:
         path = comma_safe(self._file(f"{host.name}.qmp"))
         return argv + ["-qmp", f"unix:{path},server=on,wait=off"]
 
-    def _remember(self):
+    def _write_state(self):
         state = {
             "accel": self.accel,
             "spec": asdict(self.spec),
@@ -544,7 +588,9 @@ class Lab:
             return "lab: ready" in host.console()
 
         try:
-            wait_until(f"host {host.name} boots under {self.accel}", BOOT_SECONDS[self.accel], ready)
+            wait_until(
+                f"host {host.name} boots under {self.accel}", BOOT_SECONDS[self.accel], ready
+            )
         except LabError as error:
             raise LabError(f"{error}; its console: {host.console()[-1500:]}") from None
 
@@ -553,16 +599,18 @@ class Lab:
             for rail in RAILS:
                 state = host.rail("state", rail)
                 if host.address(rail) not in state or "state ACTIVE" not in state:
-                    raise LabError(f"host {host.name}: rail {rail} is not up: {state}{host.console()[-1500:]}")
+                    raise LabError(
+                        f"host {host.name}: rail {rail} is not up: {state}{host.console()[-1500:]}"
+                    )
 
     def stop(self):
-        """Ends the hosts and removes what they left. May be repeated."""
+        """Ends the hosts and removes their files. May be repeated."""
         self._end_machines()
         shutil.rmtree(self.share, ignore_errors=True)
         try:
             os.rmdir(self.directory)
         except OSError:
-            pass  # holds something of its owner's, or is not there
+            pass  # it does not exist, or has other files
 
     def _end_machines(self):
         for machine in self.machines:
@@ -571,7 +619,7 @@ class Lab:
         self._remove_files()
 
     def _remove_files(self):
-        """Only what a lab makes: the directory may be somebody's choice."""
+        """Removes the lab's files only: the user may have chosen a directory with others."""
         names = ["lab.json", "lab.json.new", "qemu.log"]
         for host in HOSTS:
             names += [f"{host}.qmp", f"{host}.console"]
@@ -586,7 +634,7 @@ class Lab:
     # Rails
 
     def cut(self, rail, host=None):
-        """Pulls the cable, at both ends or only at one host's, from outside of the hosts."""
+        """Pulls the cable, at both ends or at one host's, in their QEMUs."""
         for each in self._ends(host):
             each.set_carrier(rail, False)
 
@@ -596,20 +644,20 @@ class Lab:
             each.set_carrier(rail, True)
 
     def inject(self, fault, rail, host=None):
-        """One of FAULTS, on both hosts (at the same time) or on one."""
+        """Injects one of FAULTS, on one host or on both at the same time."""
         on_each(self._ends(host), lambda each: each.inject(fault, rail))
 
     def undo(self, fault, rail, host=None):
         on_each(self._ends(host), lambda each: each.undo(fault, rail))
 
     def restore(self, *rails):
-        """Makes these rails whole, whatever was done to them."""
+        """Undoes all faults of these rails."""
         for rail in rails:
             self.mend(rail)
         on_each(self.hosts, lambda host: host.rail("setup", *rails))
 
     def renew(self, *rails):
-        """As restore(), with new RoCE devices; no program may have the old ones open."""
+        """Like restore(), and with new RoCE devices. No program may have the old ones open."""
         for rail in rails:
             self.mend(rail)
         on_each(self.hosts, lambda host: host.rail("renew", *rails))
@@ -621,5 +669,5 @@ class Lab:
 
 
 def comma_safe(path):
-    """As QEMU's option parser wants a path."""
+    """Escapes the commas of a path for QEMU's option parser."""
     return path.replace(",", ",,")

@@ -33,7 +33,7 @@ ROOMS = {
 CIRCLE_MAX = 3  # files of one room that may need each other
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 NO_LICENCE_LINE = (".md", ".gitignore", ".editorconfig", ".clang-format", ".txt")
-NO_LICENCE_FOLDERS = ("LICENSES/", "tests/fuzz/corpus/")  # the inputs of a fuzz target have no room for a line
+NO_LICENCE_FOLDERS = ("LICENSES/",)
 
 
 def files():

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest moves between two RoCE hosts, and the rail under it is cut: nobody does anything about it.
+"""Migrates a guest between two RoCE hosts and cuts the rail in use. The migration recovers by
+itself.
 
-The hosts are the two machines of soft-roce/lab: real verbs, two rails. The guest rewrites and verifies its memory
-all the time. Everything is told as it happens; the exit code is 1 if anything is off."""
+The hosts are the two machines of soft-roce/lab, with real verbs and two rails. The guest rewrites
+and verifies its memory all the time. The demo explains each step; its exit code is 1 if a check
+fails."""
 
 import argparse
 import os
@@ -15,11 +17,11 @@ sys.dont_write_bytecode = True
 sys.path[:0] = [HERE, os.path.join(HERE, "e2e"), os.path.join(HERE, "roce", "migrate")]
 
 from cast import MB, Failure, Lab, LabError, Move, expect  # noqa: E402
-from demo import Story, latency  # noqa: E402
+from demo import Narrator, latency  # noqa: E402
 from harness.process import raise_on_signals, wait_for  # noqa: E402
 
 GUEST_MB = 64
-PACE_US = 20000  # the rest of each of the guest's threads after 16 pages
+PACE_US = 20000  # pause of each of the guest's threads after 16 pages
 BANDWIDTH = "2M"
 AFTER_PAGES = 8000
 
@@ -33,24 +35,26 @@ PICTURE = """
 
 
 class Demo:
-    def __init__(self, lab, build, story):
-        self.lab, self.build, self.story = lab, build, story
+    def __init__(self, lab, build, narrator):
+        self.lab, self.build, self.narrator = lab, build, narrator
         self.move = None
         self.cut = None
-        self.figures = None  # seconds from the cut until both sides were paused, and in postcopy again
+        self.figures = (
+            None  # seconds from the cut until both sides were paused, and in postcopy again
+        )
         self.in_place = None  # bytes, at the cut
-        self.info = ()  # of source and destination, completed
+        self.info = ()  # query-migrate of source and destination at the end
 
     def command(self, engine, line):
-        """Shows and runs one command of the operator, on the engine's host."""
-        self.story.command(f"host {engine.host.name}", f"postroadctl {engine.name}.qmp '{line}'")
-        said = engine.hmp(line).strip()
-        for line in said.splitlines():
-            self.story.says("", line)
+        """Shows and runs a command of the operator, on the engine's host."""
+        self.narrator.command(f"host {engine.host.name}", f"postroadctl {engine.name}.qmp '{line}'")
+        answer = engine.hmp(line).strip()
+        for line in answer.splitlines():
+            self.narrator.note("", line)
 
     def guest(self, guest):
         _, verified, written, corrupt = guest.last()
-        self.story.line(
+        self.narrator.line(
             f"guest on {guest.host.name}",
             f"{verified} pages verified, {written} written, {corrupt} corrupt",
             "32" if not corrupt else "31",
@@ -61,65 +65,70 @@ class Demo:
             info = engine.query()
             ram = info["ram"]
             done = 100 * (ram["total"] - ram["remaining"]) / ram["total"]
-            self.story.says(engine.name, f"{info['status']}, {done:.0f} % in place")
+            self.narrator.note(engine.name, f"{info['status']}, {done:.0f} % in place")
 
     def hosts(self):
-        self.story.chapter("1. Two hosts with two RoCE rails")
+        self.narrator.heading("1. Two hosts with two RoCE rails")
         for host in self.lab.hosts:
-            self.story.command(f"host {host.name}", "rdma link show")
+            self.narrator.command(f"host {host.name}", "rdma link show")
             for line in host.run("rdma", "link", "show", check=True).stdout.strip().splitlines():
-                self.story.says("", line.strip())
+                self.narrator.note("", line.strip())
 
     def work(self):
-        self.story.chapter("2. A guest works on host a")
+        self.narrator.heading("2. A guest runs on host a")
         self.move = Move(self.lab, self.build, size_mb=GUEST_MB, pace_us=PACE_US)
-        self.story.says("", f"{GUEST_MB} MB, verified and rewritten all the time; hosts under {self.lab.accel}")
+        self.narrator.note(
+            "", f"{GUEST_MB} MB, verified and rewritten all the time; hosts under {self.lab.accel}"
+        )
         self.guest(self.move.source_guest)
 
-    def depart(self):
+    def migrate(self):
         move = self.move
-        self.story.chapter("3. It moves over rail 1; rail 2 is listed, too, and stands by")
+        self.narrator.heading("3. It migrates over rail 1; rail 2 is its standby")
         self.command(move.destination, f"migrate_set_parameter max-postcopy-bandwidth {BANDWIDTH}")
         self.command(move.source, f"migrate -d {move.uri(1)},{move.uri(2)}")
         move.wait_midway()
         move.destination_guest.wait_running()
         self.guest(move.destination_guest)
         self.show()
-        wait_for("rail 2 stands by", 30, self.stands_by)
+        wait_for("rail 2 is a standby", 30, self.has_standby)
         self.command(move.source, "info paths")
 
-    def stands_by(self):
+    def has_standby(self):
         second = self.move.uri(2)
-        return any(path["uri"] == second and path["state"] == "standby" for path in self.move.source.paths())
+        return any(
+            path["uri"] == second and path["state"] == "standby"
+            for path in self.move.source.paths()
+        )
 
-    def lose(self):
+    def cut_rail(self):
         move = self.move
-        self.story.chapter("4. Rail 1 is cut in the middle of it")
-        self.story.command("", "soft-roce/lab cut 1")
+        self.narrator.heading("4. Rail 1 is cut in the middle of the migration")
+        self.narrator.command("", "soft-roce/lab cut 1")
         self.in_place = GUEST_MB * MB - move.expect_midway()
         self.cut = move.cut(lambda: self.lab.cut(1))
         self.cut.wait_active()
-        self.tell_events()
-        self.story.says("", "nobody has typed anything")
+        self.show_events()
+        self.narrator.note("", "no command was given")
         self.cut.expect_path(move.uri(2))
         self.figures = self.cut.report()
         self.guest(move.destination_guest)
         self.show()
 
-    def tell_events(self):
-        """What both engines went through, in its order, with the time since the cut."""
-        told = []
+    def show_events(self):
+        """Shows the state changes of both engines in order, with the time since the cut."""
+        events = []
         for engine in self.move.engines:
             ahead, _ = engine.host.clock_offset()
             reasons = [event["data"].get("reason", "") for event in self.cut.migrations(engine)]
             for (status, at), reason in zip(self.cut.events(engine), reasons):
-                told.append((at - ahead - self.cut.at, engine.name, status, reason))
-        for after, name, status, reason in sorted(told):
-            self.story.says(name, f"+{after * 1000:.0f} ms  {status}: {reason}")
+                events.append((at - ahead - self.cut.at, engine.name, status, reason))
+        for after, name, status, reason in sorted(events):
+            self.narrator.note(name, f"+{after * 1000:.0f} ms  {status}: {reason}")
 
-    def arrive(self):
+    def verify(self):
         move = self.move
-        self.story.chapter("5. It goes on over rail 2 to its end")
+        self.narrator.heading("5. It completes over rail 2")
         self.command(move.destination, "migrate_set_parameter max-postcopy-bandwidth 0")
         move.wait_all("completed", 120)
         self.show()
@@ -127,48 +136,53 @@ class Demo:
         before = move.destination_guest.verified()
         while move.destination_guest.verified() < before + AFTER_PAGES:
             seen = move.destination_guest.verified()
-            wait_for("the guest works on", 20, lambda: move.destination_guest.verified() > seen)
+            wait_for(
+                "the guest makes progress", 20, lambda: move.destination_guest.verified() > seen
+            )
             self.guest(move.destination_guest)
         move.finish()
-        self.story.says("guest on b", "has verified every page: none is corrupt")
+        self.narrator.note("guest on b", "has verified every page; none is corrupt")
 
     def table(self):
-        """The numbers, and whether they make sense."""
+        """Prints the figures, and checks that they are plausible."""
         source, destination = self.info
         paused, active = self.figures
         total = destination["ram"]["total"]
         rows = (
             ("downtime at the switch-over", f"{source['downtime']} ms"),
-            ("cut to both sides paused", f"{paused * 1000:.0f} ms"),
-            ("paused to postcopy-active", f"{(active - paused) * 1000:.0f} ms"),
+            ("from the cut until both sides are paused", f"{paused * 1000:.0f} ms"),
+            ("from the pause until postcopy-active", f"{(active - paused) * 1000:.0f} ms"),
             ("memory in place before the cut", f"{self.in_place / MB:.0f} of {total / MB:.0f} MB"),
-            ("recoveries, commands typed for them", f"{source['postroad']['recoveries']}, none"),
+            ("recoveries, commands given for them", f"{source['postroad']['recoveries']}, none"),
             ("faults served", f"{destination['postroad']['faults']}"),
             ("fault latency, mean (longest)", latency(destination)),
             ("memory read over rdma:", f"{destination['ram']['transferred'] / MB:.0f} MB"),
-            ("migration, in all", f"{source['total-time'] / 1000:.1f} s"),
+            ("total time of the migration", f"{source['total-time'] / 1000:.1f} s"),
             ("corrupt pages", f"{self.move.destination_guest.last()[3]}"),
         )
-        self.story.chapter("What it took (the hosts are emulated)")
+        self.narrator.heading("The figures (the hosts are emulated)")
         for name, value in rows:
             print(f"  {name:<40}{value:>24}")
-        expect(0 < self.in_place < total, "the cut was not in the middle")
-        expect(source["postroad"]["recoveries"] == 1, "there was to be exactly one recovery")
-        expect(destination["postroad"]["faults"] > 0, "no fault was served: this was no postcopy")
+        expect(0 < self.in_place < total, "the cut must be in the middle of the migration")
+        expect(source["postroad"]["recoveries"] == 1, "there must be exactly one recovery")
+        expect(
+            destination["postroad"]["faults"] > 0,
+            "no fault was served: this was not a postcopy migration",
+        )
 
-    def tell(self):
+    def run(self):
         print(PICTURE, end="")
-        for chapter in (self.hosts, self.work, self.depart, self.lose, self.arrive, self.table):
-            chapter()
+        for step in (self.hosts, self.work, self.migrate, self.cut_rail, self.verify, self.table):
+            step()
 
 
-def perform(options, story):
+def run_demo(options, narrator):
     build = os.path.abspath(options.build)
-    story.says("", "two hosts boot; if they are emulated, this takes a while")
+    narrator.note("", "two hosts boot; emulated ones take a while")
     with Lab(build=build) as lab:
-        demo = Demo(lab, build, story)
+        demo = Demo(lab, build, narrator)
         try:
-            demo.tell()
+            demo.run()
         except (Failure, LabError):
             if demo.move:
                 print(demo.move.logs(), file=sys.stderr)
@@ -183,13 +197,16 @@ def main():
     parser.add_argument("--build", default="build", help="build directory (default: build)")
     options = parser.parse_args()
     raise_on_signals()
-    story = Story(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    narrator = Narrator(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     try:
-        perform(options, story)
+        run_demo(options, narrator)
     except (Failure, LabError) as failure:
         print(f"\ndemo-roce: FAILED: {failure}", file=sys.stderr)
         return 1
-    print(f"\nThe guest has moved over RDMA and outlived its rail. {time.monotonic() - story.began:.0f} s")
+    print(
+        "\nThe guest has migrated over RDMA, in spite of the cut rail."
+        f" {time.monotonic() - narrator.began:.0f} s"
+    )
     return 0
 
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A running Linux guest moves to another host, loses its path half-way, and recovers over another.
+"""Migrates a running Linux guest to another host, cuts its path half-way, and recovers over
+another.
 
-Two hosts (network namespaces) are joined by two links. An unpatched QEMU runs a guest that rewrites and
-verifies its memory all the time. QEMU=PROGRAM in the environment chooses another QEMU (tests/qemu-versions). Everything
-is told as it happens; the exit code is 1 if anything is off."""
+Two links join two hosts (network namespaces). A stock QEMU runs a guest that rewrites and verifies
+its memory all the time. The environment variable QEMU chooses another QEMU program
+(tests/qemu-versions). The demo explains each step; its exit code is 1 if a check fails."""
 
 import argparse
 import os
@@ -34,8 +35,8 @@ PICTURE = """
 """
 
 
-class Story:
-    """The teller: what happened, when, and what the guest says."""
+class Narrator:
+    """Prints each step with its time."""
 
     def __init__(self, colour):
         self.began = time.monotonic()
@@ -48,11 +49,11 @@ class Story:
         at = time.monotonic() - self.began
         print(f"{at:6.1f} s  {self.paint(code, f'{tag:<12}')} {text}", flush=True)
 
-    def chapter(self, text):
+    def heading(self, text):
         print(f"\n{self.paint('1', text)}", flush=True)
 
-    def says(self, who, text):
-        self.line(who, text, "36")
+    def note(self, source, text):
+        self.line(source, text, "36")
 
     def command(self, host, text):
         self.line(host, self.paint("1", f"$ {text}"), "33")
@@ -61,25 +62,26 @@ class Story:
         last = console.last()
         self.line(
             f"guest on {where}",
-            f"t={last.t:.1f} s, {last.rounds} rounds, {last.pages} pages verified, {last.corrupt} corrupt",
+            f"t={last.t:.1f} s, {last.rounds} rounds, {last.pages} pages verified,"
+            f" {last.corrupt} corrupt",
             "32" if not last.corrupt else "31",
         )
 
 
 class Demo:
-    def __init__(self, lab, story):
+    def __init__(self, lab, narrator):
         self.lab = lab
-        self.story = story
+        self.narrator = narrator
         self.move = None
         self.at_cut = None
 
     def command(self, engine, line):
-        """Shows and runs one command of the operator."""
+        """Shows and runs a command of the operator."""
         side = "source" if engine is self.move.source else "destination"
-        self.story.command(side, f"postroadctl {side}.qmp '{line}'")
-        said = engine.hmp(line).strip()
-        if said:
-            self.story.says("", said)
+        self.narrator.command(side, f"postroadctl {side}.qmp '{line}'")
+        answer = engine.hmp(line).strip()
+        if answer:
+            self.narrator.note("", answer)
 
     def show(self, engine):
         info = engine.query()
@@ -87,41 +89,45 @@ class Demo:
         ram = info["ram"]
         reason = info["postroad"].get("reason")
         done = 100 * (ram["total"] - ram["remaining"]) / ram["total"]
-        self.story.says(side, f"{info['status']}, {done:.0f} % in place" + (f" ({reason})" if reason else ""))
+        self.narrator.note(
+            side, f"{info['status']}, {done:.0f} % in place" + (f" ({reason})" if reason else "")
+        )
 
     def show_both(self):
         for engine in self.move.engines:
             self.show(engine)
 
     def boot(self):
-        self.story.chapter("1. A guest works on the source host")
+        self.narrator.heading("1. A guest runs on the source host")
         self.move = Move(self.lab, scheme="ofi", spec=GUEST, tls=True)
-        self.story.says(
+        self.narrator.note(
             "",
             f"stock QEMU ({self.lab.accel}), {GUEST.ram_mb} MB, Linux rewrites and verifies"
             f" {GUEST.work_mb} MB of it at {GUEST.work_rate} pages/s",
         )
         self.move.source_vm.console.wait_running("source")
-        self.story.guest(self.move.source_vm.console, "A")
+        self.narrator.guest(self.move.source_vm.console, "A")
 
-    def depart(self):
+    def migrate(self):
         move = self.move
-        self.story.chapter("2. It moves over link1")
+        self.narrator.heading("2. It migrates over link1")
         for engine in move.engines:
             self.command(engine, f"migrate_set_parameter max-postcopy-bandwidth {BANDWIDTH}")
         self.command(move.source, f"migrate -d {move.uri(link=1)}")
-        wait_for("the guest runs at the destination", 30, lambda: move.destination_vm.console.last())
-        self.story.guest(move.destination_vm.console, "B")
+        wait_for(
+            "the guest runs at the destination", 30, lambda: move.destination_vm.console.last()
+        )
+        self.narrator.guest(move.destination_vm.console, "B")
         self.show_both()
         move.destination_vm.console.wait_surveyed()
         move.expect_midway()
-        self.story.guest(move.destination_vm.console, "B")
+        self.narrator.guest(move.destination_vm.console, "B")
         self.show_both()
 
     def cut(self):
         move = self.move
-        self.story.chapter("3. link1 is cut in the middle of it")
-        self.story.command("source", "ip link set link1 down")
+        self.narrator.heading("3. link1 is cut in the middle of the migration")
+        self.narrator.command("source", "ip link set link1 down")
         move.network.link_down(1)
         move.wait_paused()
         self.at_cut = move.destination.query()
@@ -130,14 +136,16 @@ class Demo:
         seen = len(console.progress())
         for _ in range(PAUSE_SECONDS):
             seen += round(1000 / GUEST.tick_ms)
-            wait_for("the guest goes on printing", 10, lambda: len(console.progress()) >= seen)
-            self.story.guest(console, "B")
-        self.story.says("", "the guest prints on; its workers wait for pages that can't come now")
+            wait_for("the guest prints its progress", 10, lambda: len(console.progress()) >= seen)
+            self.narrator.guest(console, "B")
+        self.narrator.note(
+            "", "the guest still runs; its workers wait for pages that cannot arrive now"
+        )
         move.wait_paused()
 
     def recover(self):
         move = self.move
-        self.story.chapter("4. The recovery takes link2")
+        self.narrator.heading("4. The migration recovers over link2")
         self.command(move.source, f"migrate -d -r {move.uri(link=2)}")
         for engine in move.engines:
             wait_for(
@@ -151,26 +159,26 @@ class Demo:
         move.wait_completed()
         self.show_both()
 
-    def arrive(self):
+    def verify(self):
         move = self.move
-        self.story.chapter("5. The source is switched off, the guest verifies on")
-        expect(move.source_vm.status() != "running", "the guest must not run on the source any more")
-        self.story.command("source", "quit (QEMU)")
+        self.narrator.heading("5. The source QEMU ends, and the guest verifies all its memory")
+        expect(move.source_vm.status() != "running", "the guest still runs on the source")
+        self.narrator.command("source", "quit (QEMU)")
         move.source_vm.quit()
         console = move.destination_vm.console
         start = console.last()
         second = 0
         while second < AFTER_SECONDS or not GUEST.went_round(start, console.last()):
-            expect(second < 120, "the guest does not get round its memory")
+            expect(second < 120, "the guest has not verified all its memory within 120 s")
             second += 2
-            wait_for("the guest works on", 20, lambda: console.last().t >= start.t + second)
-            self.story.guest(console, "B")
-        self.story.says("", "every page has been verified since the source is gone")
+            wait_for("the guest makes progress", 20, lambda: console.last().t >= start.t + second)
+            self.narrator.guest(console, "B")
+        self.narrator.note("", "the guest has verified every page since the source ended")
         console.expect_sound()
         move.source_vm.console.expect_sound()
 
     def table(self):
-        """The numbers, and whether they make sense."""
+        """Prints the figures, and checks that they are plausible."""
         source, destination = (engine.query() for engine in self.move.engines)
         extra = destination["postroad"]
         page = destination["ram"]["page-size"]
@@ -179,7 +187,7 @@ class Demo:
         corrupt = self.move.destination_vm.console.last().corrupt
         rows = (
             ("downtime at the switch-over", f"{source['downtime']} ms"),
-            ("time paused (a human, 4 s)", f"{source['postroad']['time-paused']} ms"),
+            ("time paused (the operator waits 4 s)", f"{source['postroad']['time-paused']} ms"),
             ("recovery, command to postcopy-active", f"{source['postroad']['last-recovery']} ms"),
             ("pages in place before the cut", f"{before} of {total}"),
             ("pages after the cut", f"{total - before}"),
@@ -188,18 +196,21 @@ class Demo:
             ("memory moved over the links", f"{destination['ram']['transferred'] // MB} MB"),
             ("corrupt pages", f"{corrupt}"),
         )
-        self.story.chapter("What it took")
+        self.narrator.heading("The figures")
         for name, value in rows:
             print(f"  {name:<40}{value:>24}")
-        expect(0 < before < total, f"{before} of {total} pages before the cut: it was not in the middle")
-        expect(source["postroad"]["recoveries"] == 1, "there was to be exactly one recovery")
-        expect(extra["faults"] > 0, "no fault was served: this was no postcopy")
+        expect(
+            0 < before < total,
+            f"{before} of {total} pages were in place at the cut: it must be in the middle",
+        )
+        expect(source["postroad"]["recoveries"] == 1, "there must be exactly one recovery")
+        expect(extra["faults"] > 0, "no fault was served: this was not a postcopy migration")
         expect(corrupt == 0, f"{corrupt} corrupt pages")
 
-    def tell(self):
+    def run(self):
         print(PICTURE, end="")
-        for chapter in (self.boot, self.depart, self.cut, self.recover, self.arrive, self.table):
-            chapter()
+        for step in (self.boot, self.migrate, self.cut, self.recover, self.verify, self.table):
+            step()
 
 
 def latency(info):
@@ -213,7 +224,7 @@ def main():
     parser.add_argument("--build", default="build", help="build directory (default: build)")
     options = parser.parse_args()
     raise_on_signals()
-    story = Story(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    narrator = Narrator(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     wanted = os.environ.get("POSTROAD_ACCEL", "auto")
     lab = None
     try:
@@ -222,7 +233,7 @@ def main():
         lab = Lab(options.build, probe_accel(os.path.join(options.build, "linux-guest"), wanted))
         with lab:
             try:
-                Demo(lab, story).tell()
+                Demo(lab, narrator).run()
             except Failure:
                 print(lab.logs(), file=sys.stderr)
                 raise
@@ -232,7 +243,10 @@ def main():
     except Failure as failure:
         print(f"\ndemo: FAILED: {failure}", file=sys.stderr)
         return 1
-    print(f"\nThe guest has moved, lost its path, and recovered. {time.monotonic() - story.began:.0f} s")
+    print(
+        "\nThe guest has migrated, lost its path, and recovered."
+        f" {time.monotonic() - narrator.began:.0f} s"
+    )
     return 0
 
 

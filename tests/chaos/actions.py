@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Does what a plan says: each action is a context that is entered to do it and left to undo it."""
+"""The actions of a plan. Each is a context manager: entering it disturbs the migration, leaving it
+undoes that."""
 
 import json
 import os
@@ -18,147 +19,158 @@ from harness.qmp import QmpError
 POSTCOPY = ("postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover")
 
 
-class Stage:
-    """A running migration as the actions see it."""
+class Target:
+    """The migration that the actions disturb."""
 
-    def __init__(self, cast, uris):
-        self.cast = cast
-        self.links = cast.links
+    def __init__(self, setup, uris):
+        self.setup = setup
+        self.links = setup.links
         self.uris = uris
-        self.held = False  # somebody has paused it by hand
+        self.paused_by_operator = False  # with migrate-pause
         self.stopped = set()  # names of engines
         self.strangers = []
         self.refused_cancels = 0
         self.kills = 0
-        self.on_restart = None  # story's: an engine has come back
+        self.on_restart = None  # called with an engine that was restarted
 
     def engine(self, side):
-        return getattr(self.cast, side)
+        return getattr(self.setup, side)
 
     def link(self, which):
         """The link of the path in use, or the other one."""
-        used = next((path["uri"] for path in self.cast.source.paths() if path["state"] == "active"), self.uris[0])
+        used = next(
+            (path["uri"] for path in self.setup.source.paths() if path["state"] == "active"),
+            self.uris[0],
+        )
         number = int(used.split(":")[1].split(".")[2])
         return number if which != "other" else LINKS[-1] + LINKS[0] - number
 
     def excuse(self, engines, since):
+        """The engines could not run from `since` until now: slow answers do not count."""
         for engine in engines:
-            for poller in self.cast.pollers(engine)[-1:]:
+            for poller in self.setup.pollers(engine)[-1:]:
                 poller.excused.append((since, time.monotonic() + 0.02))
 
-    def watch_strangers(self, all_of_them=False):
-        """Those that were turned away are forgotten. All of them have to be, in the end."""
+    def check_strangers(self, wait_for_all=False):
+        """Checks the strangers whose connections have ended. At the end of a round all must have
+        ended."""
         for stranger in list(self.strangers):
-            if all_of_them:
+            if wait_for_all:
                 stranger.wait(30)
             if not stranger.alive():
                 said = stranger.output()
-                expect("still connected" not in said, f"{stranger.name} was never turned away: {said}")
+                expect(
+                    "still connected" not in said, f"{stranger.name} was never disconnected: {said}"
+                )
                 self.strangers.remove(stranger)
 
 
-def perform(stage, action):
-    return ACTIONS[action.name](stage, action)
+def run_action(target, action):
+    return ACTIONS[action.name](target, action)
 
 
 @contextmanager
-def cut(stage, action):
-    stage.links.cut(stage.link(action.path))
+def cut(target, action):
+    target.links.cut(target.link(action.path))
     yield
-    stage.links.heal()
+    target.links.heal()
 
 
 @contextmanager
-def black_hole(stage, action):
-    stage.links.black_hole(stage.link(action.path))
+def black_hole(target, action):
+    target.links.black_hole(target.link(action.path))
     yield
-    stage.links.heal()
+    target.links.heal()
 
 
 @contextmanager
-def one_way(stage, action):
-    """What this side sends is lost; it hears everything."""
-    stage.links.black_hole(stage.link(action.path), sender=stage.cast.host(action.side))
+def one_way(target, action):
+    """Drops what this side sends on the link. What the other side sends arrives."""
+    target.links.black_hole(target.link(action.path), sender=target.setup.host(action.side))
     yield
-    stage.links.heal()
+    target.links.heal()
 
 
 @contextmanager
-def outage(stage, action):
+def outage(target, action):
     del action
     for link in LINKS:
-        stage.links.black_hole(link)
+        target.links.black_hole(link)
     yield
-    stage.links.heal()
+    target.links.heal()
 
 
 @contextmanager
-def pause(stage, action):
+def pause(target, action):
     try:
-        stage.engine(action.side).qmp.command("migrate-pause")
-        stage.held = True
+        target.engine(action.side).qmp.command("migrate-pause")
+        target.paused_by_operator = True
     except QmpError:
-        pass  # it is paused for another reason just now
+        pass  # it is already paused for another reason
     yield
 
 
 @contextmanager
-def kill(stage, action):
-    """The engine dies; what an operator, or systemd, starts in its place goes on."""
-    engine = stage.engine(action.side)
+def kill(target, action):
+    """Kills the engine. Another one takes its place with --resume, as an operator or systemd would
+    start it."""
+    engine = target.engine(action.side)
     engine.kill()
-    stage.kills += 1
+    target.kills += 1
     yield
     engine.resume()
-    stage.cast.watch(engine)
-    stage.on_restart(engine)
+    target.setup.watch(engine)
+    target.on_restart(engine)
 
 
 @contextmanager
-def stall(stage, action):
-    engine = stage.engine(action.side)
+def stall(target, action):
+    engine = target.engine(action.side)
     if not engine.process.alive():
         yield
         return
     since = time.monotonic()
-    stage.cast.signal(engine, signal.SIGSTOP)
-    stage.stopped.add(engine.name)
+    target.setup.signal(engine, signal.SIGSTOP)
+    target.stopped.add(engine.name)
     try:
         yield
     finally:
-        stage.cast.signal(engine, signal.SIGCONT)
-        stage.stopped.discard(engine.name)
-        stage.excuse([engine], since)
+        target.setup.signal(engine, signal.SIGCONT)
+        target.stopped.discard(engine.name)
+        target.excuse([engine], since)
 
 
 @contextmanager
-def cancel(stage, action):
-    """The guest has been handed over: there is nothing to cancel, on either side."""
-    engine = stage.engine(action.side)
-    if engine.name in stage.stopped or not engine.process.alive():
+def cancel(target, action):
+    """Tries to cancel. The guest was handed over, so both sides have to refuse."""
+    engine = target.engine(action.side)
+    if engine.name in target.stopped or not engine.process.alive():
         yield
         return
     try:
         engine.qmp.command("migrate_cancel")
         status = engine.status()
-        expect(status == "completed", f"{engine.name}: migrate_cancel was taken in {status}")
+        expect(
+            status == "completed", f"{engine.name}: migrate_cancel was accepted in state {status}"
+        )
     except QmpError:
-        stage.refused_cancels += 1
+        target.refused_cancels += 1
     yield
 
 
 @contextmanager
-def stranger(stage, action):
-    stage.strangers.append(stage.cast.knock(action.kind))
+def stranger(target, action):
+    target.strangers.append(target.setup.start_stranger(action.kind))
     yield
-    stage.watch_strangers()
+    target.check_strangers()
 
 
 FLOOD_CLIENTS, FLOOD_LINES = 8, 200
 
 
 def flood_once(path):
-    """Many clients that ask much at once; some talk nonsense, and none of them waits for the answers."""
+    """Many clients that each send many commands at once. A quarter sends garbage; none reads the
+    answers."""
     line = json.dumps({"execute": "query-migrate"}).encode() + b"\n"
     clients = []
     for number in range(FLOOD_CLIENTS):
@@ -170,14 +182,14 @@ def flood_once(path):
             client.sendall(b'{"execute": "qmp_capabilities"}\n')
             client.sendall(line * FLOOD_LINES if number % 4 else b"\x00{[" * FLOOD_LINES + b"\n")
         except OSError:
-            pass  # it does not take more
+            pass  # the engine does not accept more
     for client in clients:
         client.close()
 
 
 @contextmanager
-def flood(stage, action):
-    path = stage.engine(action.side).qmp_path
+def flood(target, action):
+    path = target.engine(action.side).qmp_path
     over = threading.Event()
 
     def run():
@@ -195,8 +207,8 @@ def flood(stage, action):
 
 
 @contextmanager
-def starve(stage, action):
-    """Each CPU has something else to do, of the same priority."""
+def starve(target, action):
+    """Loads each CPU with busy processes of the same priority."""
     del action
     since = time.monotonic()
     busy = [
@@ -209,7 +221,7 @@ def starve(stage, action):
         for process in busy:
             process.kill()
             process.wait()
-        stage.excuse([stage.cast.source, stage.cast.destination], since)
+        target.excuse([target.setup.source, target.setup.destination], since)
 
 
 ACTIONS = {
@@ -226,4 +238,4 @@ ACTIONS = {
     "starve": starve,
 }
 
-__all__ = ["Failure", "POSTCOPY", "Stage", "perform"]
+__all__ = ["Failure", "POSTCOPY", "Target", "run_action"]

@@ -1,30 +1,40 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is done to a migration, and in which order: a function of the seed and of nothing else.
+"""The disturbances of a migration and their order, which depend on the seed only.
 
-A round is one migration, a sequence of steps. Each step is one disturbance, or two at a time, which are held for a while or
-until the migration has recovered, then undone; then the migration has to be well again. Which path is meant by "the one in use"
-is only known when it is done, and when a round is over before its last step the rest is left out: so a seed that is
-repeated does the same things in the same order, at not quite the same moments."""
+A round is one migration with a sequence of steps. Each step is one disturbance, or two at a time.
+They last for a while or until the migration has recovered. Then they are undone, and the migration
+has to get well again. The path in use is looked up when an action starts, and a round whose
+migration completes early skips its remaining steps. So a repeated seed has the same actions in the
+same order, at slightly different times."""
 
 import random
 from dataclasses import dataclass, field
 
 SIDES = ("source", "destination")
 
-# How often each is chosen, of the sum. Name -> weight, by what a recovery is expected after it.
+# Name -> weight in the random choice. A recovery is expected after a breaking action.
 BREAKING = {"cut": 6, "black-hole": 4, "one-way": 5, "pause": 3, "outage": 1, "kill": 3}
-SHAKING = {"stall": 4, "cancel": 1, "stranger": 2, "flood": 2, "starve": 1}
-BESIDE = ("stall", "cancel", "stranger", "flood")  # also beside another one
+HARMLESS = {"stall": 4, "cancel": 1, "stranger": 2, "flood": 2, "starve": 1}
+COMBINABLE = ("stall", "cancel", "stranger", "flood")  # may also be the second action of a step
 
-STRANGERS = ("silent", "noise", "http", "half-a-header", "huge-hello", "foreign-hello", "foreign-resume", "foreign-lane")
+STRANGERS = (
+    "silent",
+    "noise",
+    "http",
+    "half-a-header",
+    "huge-hello",
+    "foreign-hello",
+    "foreign-resume",
+    "foreign-lane",
+)
 
 
 @dataclass
 class Action:
     name: str
     side: str = ""  # "source", "destination"
-    path: str = ""  # "used": the one in use, "other"
-    kind: str = ""  # of a stranger
+    path: str = ""  # "used": the path in use; "other": the other one
+    kind: str = ""  # of a stranger (STRANGERS)
 
     def __str__(self):
         return " ".join(word for word in (self.name, self.side, self.path, self.kind) if word)
@@ -34,9 +44,9 @@ class Action:
 class Step:
     actions: list
     hold_ms: int
-    until_recovered: bool  # hold it until then, not for so long
-    burst: bool  # pages come fast when it begins
-    rest_ms: int  # before the next
+    until_recovered: bool  # it lasts until the migration has recovered, instead of hold_ms
+    burst: bool  # the bandwidth limit is raised when it begins
+    rest_ms: int  # pause before the next step
 
     def __str__(self):
         what = " and ".join(map(str, self.actions))
@@ -48,11 +58,11 @@ class Step:
 class Round:
     number: int
     scheme: str  # "ofi", "tcp", "both"
-    auto: bool  # recovers by itself
+    auto: bool  # capability auto-recover
     standbys: bool
     verify: bool
     read_size: int  # bulk-read-size, bytes
-    cancelled: list  # migrations that are cancelled at their beginning, each after so many ms
+    cancelled: list  # ms after which earlier attempts are cancelled
     steps: list = field(default_factory=list)
 
 
@@ -76,11 +86,11 @@ def leave_out(weights, without):
 
 
 def make_step(rng, without):
-    breaking, shaking = leave_out(BREAKING, without), leave_out(SHAKING, without)
-    first = make_action(rng, pick(rng, breaking if rng.random() < 0.75 else shaking))
+    breaking, harmless = leave_out(BREAKING, without), leave_out(HARMLESS, without)
+    first = make_action(rng, pick(rng, breaking if rng.random() < 0.75 else harmless))
     actions = [first]
     if rng.random() < 0.3:
-        second = make_action(rng, rng.choice([name for name in BESIDE if name not in without]))
+        second = make_action(rng, rng.choice([name for name in COMBINABLE if name not in without]))
         if second.name != first.name:
             actions.append(second)
     names = {action.name for action in actions}
@@ -98,7 +108,7 @@ def make_step(rng, without):
 
 
 def make_round(seed, number, n_steps, scheme=None, without=(), verify=None):
-    """without: names of actions."""
+    """without: the names of actions that are not used."""
     rng = random.Random(f"{seed}/{number}")
     round_ = Round(
         number,
@@ -117,12 +127,20 @@ def make_round(seed, number, n_steps, scheme=None, without=(), verify=None):
     return round_
 
 
-def make_calm(number, scheme):
-    """Nothing happens in it: what is left of it is what may be left of any."""
-    return Round(number, scheme or "both", auto=True, standbys=True, verify=False, read_size=131072, cancelled=[])
+def make_undisturbed(number, scheme):
+    """A round without disturbances. Its resources at the end are the limit for other rounds."""
+    return Round(
+        number,
+        scheme or "both",
+        auto=True,
+        standbys=True,
+        verify=False,
+        read_size=131072,
+        cancelled=[],
+    )
 
 
 def chain_of(seed, number):
-    """(rounds, whether TLS is used) of a chain: engines that stay, each first a destination and then a source."""
+    """(rounds, TLS) of a chain, in which each engine is a destination first and then a source."""
     rng = random.Random(f"{seed}/chain/{number}")
     return rng.randrange(2, 4), number % 2 == 1

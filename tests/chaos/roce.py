@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The cast on the RoCE lab: two emulated hosts with two rails, paths over rdma:."""
+"""The setup on the RoCE lab: two virtual hosts, two rails, and paths over rdma:."""
 
 import os
 import sys
@@ -11,13 +11,13 @@ sys.path.insert(0, os.path.join(HERE, "..", "roce", "migrate"))
 from cast import PORT, RAILS, Lab, LabError, Move  # noqa: E402
 from harness.process import Failure  # noqa: E402
 
-from watch import Poller  # noqa: E402
+from checks import Poller  # noqa: E402
 
-WITHOUT = ("flood", "starve")  # what is done on this machine and not on the lab's hosts
+WITHOUT = ("flood", "starve")  # actions that only work on this machine, not on the lab's hosts
 
 
 class Rails:
-    """The links."""
+    """The links of the lab."""
 
     def __init__(self, lab):
         self.lab = lab
@@ -26,16 +26,18 @@ class Rails:
         self.lab.cut(rail)
 
     def black_hole(self, rail, sender=None):
-        """A host drops what arrives."""
-        hears = None if sender is None else next(host for host in self.lab.hosts if host is not sender)
-        self.lab.inject("blackhole", rail, hears)
+        """The receiving host drops the packets; sender: only those of this host are dropped."""
+        receiver = (
+            None if sender is None else next(host for host in self.lab.hosts if host is not sender)
+        )
+        self.lab.inject("blackhole", rail, receiver)
 
     def heal(self):
         self.lab.restore(*RAILS)
 
 
 class Stranger:
-    """A process of a lab's host, as harness.process has them."""
+    """A process on a host of the lab, with the methods of harness.process."""
 
     def __init__(self, process, name):
         self.process = process
@@ -52,20 +54,25 @@ class Stranger:
 
 
 def ahead(host):
-    """What a host's monotonic clock is ahead of ours, in seconds."""
-    there = float(host.run("python3", "-c", "import time; print(time.time() - time.monotonic())", check=True).stdout)
+    """By how many seconds a host's monotonic clock is ahead of this machine's."""
+    there = float(
+        host.run(
+            "python3", "-c", "import time; print(time.time() - time.monotonic())", check=True
+        ).stdout
+    )
     offset, _ = host.clock_offset()
     return time.time() - time.monotonic() - there + offset
 
 
 class HostPoller(Poller):
-    """Asks an engine on a host, from there. What the emulated CPU itself waits for, its kernel does not know."""
+    """Polls an engine of the lab on its own host. The time without a CPU is not known there: the
+    virtual CPU waits for this machine's CPUs, and the host's kernel does not count that."""
 
     bound = 2.0  # s
-    EVERY = 0.2  # s: the engine needs the CPU, too
+    EVERY = 0.2  # s; the engine shares the virtual CPU
 
     def __init__(self, engine, clock):  # pylint: disable=super-init-not-called
-        """clock: what the host's is ahead of ours."""
+        """clock: by how many seconds the host's clock is ahead."""
         self.name, self.engine, self.clock = engine.name, engine, clock
         self.excused = []
         argv = [os.path.join(HERE, "poll-monitor"), engine.qmp_path, engine.process.pid, self.EVERY]
@@ -75,8 +82,8 @@ class HostPoller(Poller):
         return [(asked - self.clock, *rest) for asked, *rest in super().answers()]
 
 
-class Hosts:
-    """The test guest moves from host a to host b, once."""
+class RocePair:
+    """The test guest migrates from host a to host b, once."""
 
     role_of_source = "source"
 
@@ -86,7 +93,7 @@ class Hosts:
         self.move = Move(lab, build, size_mb=options.size, pace_us=options.pace)
         self.source, self.destination = self.move.engines
         self.clocks = {host.name: ahead(host) for host in lab.hosts}
-        self.watching = {engine.name: [] for engine in self.move.engines}
+        self.all_pollers = {engine.name: [] for engine in self.move.engines}
         for engine in self.move.engines:
             self.watch(engine)
 
@@ -97,7 +104,7 @@ class Hosts:
         return self.lab.a if side == "source" else self.lab.b
 
     def pollers(self, engine):
-        return self.watching[engine.name]
+        return self.all_pollers[engine.name]
 
     def watch(self, engine):
         self.pollers(engine).append(HostPoller(engine, self.clocks[engine.host.name]))
@@ -106,7 +113,7 @@ class Hosts:
         del scheme
         return [self.move.uri(rail) for rail in RAILS]
 
-    def knock(self, kind):
+    def start_stranger(self, kind):
         argv = [os.path.join(HERE, "stranger"), self.lab.b.address(2), str(PORT), kind]
         return Stranger(self.lab.a.popen("python3", *argv), f"stranger-{kind}")
 
@@ -124,12 +131,12 @@ class Hosts:
         pass
 
     def end(self):
-        """The guest looks at all its pages once more."""
-        for member in (self.move.destination_guest, self.source, self.destination):
-            member.end()
+        """Ends the guest, which checks all its pages, and the engines."""
+        for node in (self.move.destination_guest, self.source, self.destination):
+            node.end()
 
     def close(self):
-        for pollers in self.watching.values():
+        for pollers in self.all_pollers.values():
             for poller in pollers:
                 poller.process.close()
         self.move.close()
@@ -139,7 +146,7 @@ class Hosts:
 
 
 def start(options):
-    """The lab, booted, or the one that runs there."""
+    """Boots a lab, or attaches to the running one in --lab-directory."""
     if options.lab_directory:
         return Lab.attach(options.lab_directory)
     lab = Lab(build=os.path.abspath(options.build))
@@ -147,20 +154,20 @@ def start(options):
     return lab
 
 
-def play(options, rounds, perform):
-    """perform(cast, round) for each round, on one lab."""
+def run_rounds(options, rounds, run_round):
+    """Calls run_round(setup, round) for each round, on one lab."""
     try:
         lab = start(options)
         try:
             for round_ in rounds:
-                cast = Hosts(lab, options)
+                setup = RocePair(lab, options)
                 try:
-                    perform(cast, round_)
-                    cast.end()
+                    run_round(setup, round_)
+                    setup.end()
                 except (Failure, LabError) as error:
-                    raise Failure(f"{error}\n{cast.logs()}") from None
+                    raise Failure(f"{error}\n{setup.logs()}") from None
                 finally:
-                    cast.close()
+                    setup.close()
         finally:
             if not options.lab_directory:
                 lab.stop()

@@ -120,7 +120,7 @@ def look_up_lacks_threads(lab):
     engine = Engine(lab, host, guest.option(), wrapper=(*deaf(lab), *threads.wrapper))
     wait_warm(engine)
     # The load thread stays; GIO's that looks up is the last one.
-    lacking = ((0, 'no thread "errand"'), (1, 'no thread "load"'), (2, 'no thread "spare"'), (2, "took too long"))
+    lacking = ((0, 'no thread "async-command"'), (1, 'no thread "load"'), (2, 'no thread "spare"'), (2, "took too long"))
     for n, words in lacking:
         threads.allow(n)
         engine.refused(f"migrate_incoming tcp:{NAME}:4444", words)

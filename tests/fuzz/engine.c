@@ -11,12 +11,12 @@
 
 #define CONNECTIONS_MAX 12
 
-/* The other end of a connection. */
+/* The peer's end of a connection. */
 typedef struct Peer {
 	int fd, engine_fd;
 	GArray *segments;
-	guint at; /* the segment that is next */
-	GByteArray *heard;
+	guint at; /* index of the next segment */
+	GByteArray *received;
 } Peer;
 
 static FuzzEngine *engine;
@@ -42,7 +42,7 @@ static void make_blocks(void)
 			.base = 0x100000000ull * (i + 1),
 		};
 		g_assert(block->memfd >= 0 && ftruncate(block->memfd, block->size) == 0);
-		/* Something, zeros, and a hole. */
+		/* A page of data, pages of zeros, and a hole. */
 		g_assert(pwrite(block->memfd, "data", 4, 0) == 4);
 		g_assert(pwrite(block->memfd, "\0", 1, block->page_size) == 1);
 	}
@@ -76,7 +76,7 @@ static gboolean guest_stop(PrGuest *guest, gboolean *ret_was_running, GError **e
 	return engine->stopped;
 }
 
-/* The guest runs on at most one side: not here once RUN may have been seen. */
+/* The guest runs on one side at most, so not here once the peer may have received RUN. */
 static gboolean guest_resume(PrGuest *guest, GError **error)
 {
 	g_assert(!engine->handed_over);
@@ -119,7 +119,7 @@ static void guest_load_abort(PrGuest *guest)
 	engine->loading = FALSE;
 }
 
-/* Once, and only with all of its state. */
+/* The guest starts once, and only with all of its device state. */
 static gboolean guest_run(PrGuest *guest, GError **error)
 {
 	g_assert(engine->loaded && !engine->n_runs);
@@ -178,7 +178,7 @@ static int guest_fetch_state(PrGuest *guest, GError **error)
 
 static char *guest_process(PrGuest *guest)
 {
-	return g_strdup("0 0 0 -"); /* of no process that can be seen */
+	return g_strdup("0 0 0 -"); /* of a process that does not exist here */
 }
 
 static void guest_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
@@ -217,26 +217,26 @@ static void peer_free(gpointer opaque)
 
 	close(peer->fd);
 	g_array_unref(peer->segments);
-	g_byte_array_unref(peer->heard);
+	g_byte_array_unref(peer->received);
 	g_free(peer);
 }
 
-/* What this side sends is what the other one takes. */
-static void check_heard(GByteArray *heard)
+/* Checks that the peer can decode each frame that the engine has sent. */
+static void check_frames(GByteArray *received)
 {
 	gsize at = 0;
 
-	while (heard->len - at >= PR_WIRE_HEADER_BYTES) {
+	while (received->len - at >= PR_WIRE_HEADER_BYTES) {
 		PrMsgHeader header;
 
-		g_assert(pr_header_decode(heard->data + at, &header, NULL));
+		g_assert(pr_header_decode(received->data + at, &header, NULL));
 		g_assert(pr_msg_is_known(header.type));
-		if (heard->len - at - PR_WIRE_HEADER_BYTES < header.length)
+		if (received->len - at - PR_WIRE_HEADER_BYTES < header.length)
 			break;
 		at += PR_WIRE_HEADER_BYTES + header.length;
 	}
 	if (at)
-		g_byte_array_remove_range(heard, 0, at);
+		g_byte_array_remove_range(received, 0, at);
 }
 
 static void drain(Peer *peer)
@@ -245,13 +245,13 @@ static void drain(Peer *peer)
 	ssize_t n;
 
 	while ((n = recv(peer->fd, room, sizeof room, MSG_DONTWAIT)) > 0)
-		g_byte_array_append(peer->heard, room, n);
-	check_heard(peer->heard);
+		g_byte_array_append(peer->received, room, n);
+	check_frames(peer->received);
 }
 
 static Peer *find_peer(int engine_fd)
 {
-	/* The last one: descriptors are used again. */
+	/* From the last one, because descriptors are reused. */
 	for (guint i = engine->peers->len; i > 0; i--) {
 		Peer *peer = engine->peers->pdata[i - 1];
 
@@ -291,8 +291,8 @@ static void write_segment(Peer *peer)
 		send(peer->fd, bytes->data, bytes->len, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
-/* The engine has read everything: what comes next? */
-static void go_on(Peer *peer)
+/* The engine has read the whole segment: does the segment's end action, and sends the next one. */
+static void continue_script(Peer *peer)
 {
 	ScriptSegment done = g_array_index(peer->segments, ScriptSegment, peer->at);
 
@@ -301,10 +301,10 @@ static void go_on(Peer *peer)
 		return;
 	}
 	peer->at++;
-	if (done.then == SCRIPT_HUMAN)
+	if (done.then == SCRIPT_COMMAND)
 		command(done.what);
 	else
-		fuzz_engine_knock(engine);
+		fuzz_engine_accept(engine);
 	write_segment(peer);
 }
 
@@ -313,7 +313,7 @@ gboolean fuzz_engine_has_next(const FuzzEngine *self)
 	return self->input.left && self->peers->len < CONNECTIONS_MAX;
 }
 
-/* -1: there is no other. */
+/* Returns -1 when the input has no more connections. */
 static int next_fd(FuzzEngine *self)
 {
 	Peer *peer;
@@ -328,7 +328,7 @@ static int next_fd(FuzzEngine *self)
 		.fd = fds[1],
 		.engine_fd = fds[0],
 		.segments = script_read(&self->input, blocks, FUZZ_N_BLOCKS),
-		.heard = g_byte_array_new(),
+		.received = g_byte_array_new(),
 	};
 	g_ptr_array_add(self->peers, peer);
 	write_segment(peer);
@@ -342,7 +342,7 @@ GSocket *fuzz_engine_next(FuzzEngine *self)
 	return fd < 0 ? NULL : g_socket_new_from_fd(fd, NULL);
 }
 
-gboolean fuzz_engine_knock(FuzzEngine *self)
+gboolean fuzz_engine_accept(FuzzEngine *self)
 {
 	int fd = self->listener ? next_fd(self) : -1;
 
@@ -353,7 +353,8 @@ gboolean fuzz_engine_knock(FuzzEngine *self)
 
 /* ---- the seams ---- */
 
-/* Threads that serve one connection, or free it, do so here and now. What the others do the rig does. */
+/* A thread that serves or frees one connection runs here, to its end. The rig does the work of the
+ * other threads. */
 GThread *fuzz_thread_new(const char *name, GThreadFunc func, gpointer opaque)
 {
 	if (strcmp(name, "standby") == 0 || strcmp(name, "closing") == 0 ||
@@ -374,7 +375,7 @@ static void read_message(PrControl *control)
 
 	drain(peer);
 	while (!reach_control_read(control))
-		go_on(peer);
+		continue_script(peer);
 }
 
 void fuzz_cond_wait(GCond *cond, GMutex *lock)
@@ -401,7 +402,7 @@ PrWait fuzz_wait_fd(int fd, short events, gint64 deadline, GCancellable *cancel)
 
 	drain(peer);
 	if (events & G_IO_IN)
-		go_on(peer);
+		continue_script(peer);
 	return PR_WAIT_READY;
 }
 
@@ -425,7 +426,7 @@ const PrTransportOps *fuzz_transport_find(const char *scheme, GError **error)
 	return NULL;
 }
 
-/* ---- life ---- */
+/* ---- creation and end ---- */
 
 static void on_state(PrState state, const char *reason, void *opaque)
 {
@@ -457,7 +458,7 @@ FuzzEngine *fuzz_engine_new(const uint8_t *data, gsize size, PrGuestRole role)
 	return engine;
 }
 
-/* What is in place, what travelled, and what is on its way: the bitmaps and the sums agree. */
+/* Checks that the bitmaps agree with the counts of received, transferred and requested pages. */
 static void check_ram(const PrSession *session)
 {
 	uint64_t received = 0;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* An engine for the monitor to talk to: it does as it is told, at once, and tells its news. */
+/* A fake engine for the monitor. It executes each command at once, and reports its state
+ * changes. */
 #pragma once
 
 #include "monitor/monitor.h"

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The destination's fault and pull threads, and userfaultfd, without threads and without a kernel. They hold their
- * owner to the rules: one path at a time, none when they are stopped, and nothing is woken outside of a block.
+ * Fake fault and pull threads of the destination, and a fake userfaultfd. They check their caller:
+ * one path at a time, no path after a stop, and no wake-up outside of a RAM block.
  */
 #include "migration/postcopy/fault.h"
 #include "migration/memory/uffd.h"
@@ -65,7 +65,7 @@ PrPull *pr_pull_start(PrRam *ram, int uffd, const PrParams *params, PrFaultServi
 	return self;
 }
 
-/* A few pages land, and as many are asked for. */
+/* A few pages arrive, and as many are requested. */
 void pr_pull_attach(PrPull *self, PrDataPath *path)
 {
 	g_assert(!self->path && path);
@@ -113,7 +113,7 @@ void pr_pull_stop(PrPull *self)
 	pr_pull_unref(self);
 }
 
-/* Nothing pulls along. */
+/* No rail joins the bulk pull. */
 gboolean pr_pull_wants_rail(PrPull *self, PrDataPath *path)
 {
 	return FALSE;

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The engine's end of an agent socket, as the agent. An input is a list of packets, each an answer to the call that
- * is under way: a byte that says with how many descriptors, and whether the head of the answer is made to fit
- * the call; a length of two bytes; the bytes behind the head, or the whole packet. The calls are made one after
- * the other until the input, or the connection, is at its end.
+ * Plays the agent for the engine's agent client. An input is a list of packets, each the answer to
+ * the current call. A packet is a byte, a length of two bytes, and data. The byte has the number of
+ * descriptors, and says whether a head that fits the call is put before the data. Calls are made
+ * until the input or the connection ends.
  */
 #include <glib.h>
 #include <sys/mman.h>
 
 #include "tests/fuzz/fuzz.h"
 
-/* Where a caller waits, the reader thread's work is done. */
+/* Does the reader thread's work where a caller would wait for it. */
 static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline);
 #define g_cond_wait_until     fuzz_read_answer
 #define g_thread_join(thread) g_thread_unref(thread)
@@ -68,7 +68,7 @@ static void put_fitting_head(GByteArray *packet, uint8_t how)
 	g_byte_array_append(packet, (const uint8_t *)&head, sizeof(head));
 }
 
-/* A region that makes sense, but for what the input says. */
+/* Adds a valid region, with the flaws that the input names. */
 static void put_region(GByteArray *packet, guint i)
 {
 	PrAgentWireRegion region = {.base = 0x100000 * (i + 1), .size = 65536, .page_size = 4096};
@@ -138,7 +138,7 @@ static void check_regions(GError **error)
 	}
 }
 
-/* The answer of the call is what the error says. */
+/* Makes one call. The error tells whether it succeeded. */
 static void call(guint which, GError **error)
 {
 	gboolean was_running;

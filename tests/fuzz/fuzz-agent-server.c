@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The agent, as its engines: several at the same time. An input is a list of packets: a byte that says on which
- * connection it comes, with how many descriptors, and whether it is a request with the operation that the
- * next byte names, or whatever bytes. What the server hands to its second thread is done at once.
+ * Plays several engines at once for the agent's server. An input is a list of packets. Each starts
+ * with a byte that has the connection, the number of descriptors, and the kind: a request whose
+ * operation is the next byte, or arbitrary bytes. Jobs for the server's second thread run at once.
  */
 #include <sys/socket.h>
 #include <unistd.h>
@@ -38,7 +38,7 @@ static int vmm_load(void *opaque, int fd)
 	return read(fd, &first, 1) == 1 ? 0 : -EINVAL;
 }
 
-/* In the place of uffd.c and fence.c. */
+/* These replace uffd.c and fence.c. */
 bool agent_uffd_probe(PrAgent *agent, AgentResult *result)
 {
 	return true;
@@ -74,7 +74,7 @@ static void close_all(const int *fds, unsigned n)
 		close(fds[i]);
 }
 
-/* Replies are of the protocol's shape; *ret_ids: which requests they answer. */
+/* Checks that all replies follow the protocol. */
 static void read_replies(int fd)
 {
 	static union {
@@ -146,7 +146,7 @@ static void do_jobs(PrAgent *agent)
 	}
 }
 
-/* The next connection of this engine, if it has none. */
+/* Connects this engine unless it is connected. */
 static void connect_engine(PrAgent *agent, int *engine_fd, unsigned index)
 {
 	AgentConn *conn = &agent->conns[index];
@@ -175,7 +175,7 @@ static void run_engines(PrAgent *agent, FuzzInput *input)
 		else
 			send_next(input, engine_fds[index], how, i);
 		serve_conn(agent, &agent->conns[index]);
-		/* Jobs may pile up. */
+		/* Otherwise the jobs pile up. */
 		if (how & 0x80)
 			do_jobs(agent);
 		for (unsigned j = 0; j < ENGINES; j++)

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Received bitmaps, as the source takes them in a recovery (migration/source/recover.c). An input is a list: a byte
- * that says what, a length of two bytes, as many bytes. They are the body of a RECV_BITMAP or RECV_BITMAP_ZSTD,
- * or bits, which travel both ways and are to arrive as they are.
+ * Received bitmaps, as the source handles them in a recovery (migration/source/recover.c). An input
+ * is a list of items: a byte with the kind, a length of two bytes, and data. The data is the body
+ * of a RECV_BITMAP or RECV_BITMAP_ZSTD, or bits that are encoded and decoded and must stay the
+ * same.
  */
 #include <string.h>
 
@@ -13,7 +14,7 @@
 #define N_BLOCKS 4
 #define BITS_MAX 4096
 
-/* What the return-path thread needs of an engine. */
+/* The parts of an engine that the return-path thread uses. */
 typedef struct Source {
 	PrSession session;
 	PrSource role;
@@ -51,7 +52,7 @@ static void source_clear(Source *source)
 
 static gboolean take(Source *source, uint16_t type, const uint8_t *body, gsize len)
 {
-	/* Memory that ends with the body, so that AddressSanitizer sees a read beyond it. */
+	/* The memory ends with the body, so that AddressSanitizer sees a read beyond it. */
 	g_autofree uint8_t *exact = g_memdup2(body, len);
 	PrMsg msg = {.type = type, .length = len, .body = exact};
 	g_autoptr(GError) error = NULL;
@@ -64,8 +65,8 @@ static gboolean take(Source *source, uint16_t type, const uint8_t *body, gsize l
 	return ok;
 }
 
-/* One that nobody has asked for changes nothing. */
-static void take_unasked(Source *source, uint16_t type, const uint8_t *body, gsize len)
+/* A bitmap that was not requested is an error and changes nothing. */
+static void handle_unrequested(Source *source, uint16_t type, const uint8_t *body, gsize len)
 {
 	g_autofree uint8_t *exact = g_memdup2(body, len);
 	PrMsg msg = {.type = type, .length = len, .body = exact};
@@ -75,7 +76,7 @@ static void take_unasked(Source *source, uint16_t type, const uint8_t *body, gsi
 	g_assert(!source->role.bitmaps_due);
 }
 
-/* What is dirty at the source is what is not received at the destination. */
+/* The pages that are dirty at the source are those not received at the destination. */
 static void check_bits(const PrRamBlock *block, const unsigned long *received)
 {
 	for (uint64_t i = 0; i < block->n_pages; i++)
@@ -93,7 +94,7 @@ static void send_bits(Source *source, uint8_t what, const uint8_t *bytes, gsize 
 	g_autoptr(GByteArray) body = g_byte_array_new();
 	uint16_t type;
 
-	/* Bits beyond the end may be set in memory; they do not travel. */
+	/* Bits beyond the end may be set in memory, but are not sent. */
 	for (gsize at = 0; len && at < size; at += len)
 		memcpy((uint8_t *)received + at, bytes, MIN(len, size - at));
 	type = pr_recv_bitmap_encode(body, block->idstr, received, block->n_pages, what & 4);
@@ -117,7 +118,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		if (what & 2)
 			send_bits(&source, what, bytes, n);
 		else if (what & 4)
-			take_unasked(&source, type, bytes, n);
+			handle_unrequested(&source, type, bytes, n);
 		else
 			take(&source, type, bytes, n);
 	}

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The destination, as its source and as strangers: the listener's first frames, the load thread with all of its
- * commands, recoveries and standby paths.
+ * Plays the source and unauthenticated peers for a destination: the listener's first frames, all
+ * commands of the load thread, recoveries and standby paths.
  */
 #include "migration/destination/destination.h"
 #include "migration/destination/listen.h"
@@ -9,7 +9,7 @@
 
 static void wait_for_peer(FuzzEngine *engine)
 {
-	if (fuzz_engine_knock(engine))
+	if (fuzz_engine_accept(engine))
 		return;
 	g_assert(!engine->m->session.quit);
 	g_mutex_lock(&engine->m->session.lock);
@@ -25,7 +25,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	engine->wait = wait_for_peer;
 	engine->listener = reach_listener_new(uri, &fuzz_transport, &engine->data,
 					      pr_destination_hello, &engine->m->destination);
-	/* As pr_migration_incoming() leaves it. */
+	/* As pr_migration_incoming() sets it. */
 	engine->m->session.thread = g_thread_ref(g_thread_self());
 	pr_load_thread(&engine->m->destination);
 	return 0;

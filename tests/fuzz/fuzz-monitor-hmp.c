@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Somebody at the monitor's terminal. The first byte says how many bytes come at once, the rest is what is typed.
- * A command that waits is answered when the migration has ended.
+ * Plays an operator at the monitor's terminal. The first byte is the size of the pieces, the rest
+ * is the typed text. When a command waits, the migration is made to complete.
  */
 #include <sys/socket.h>
 #include <unistd.h>
@@ -15,7 +15,7 @@ static void on_quit(void *opaque)
 {
 }
 
-/* Commands are in the table, their arguments are what the table says. */
+/* A parsed command is in the table, and its arguments are valid. */
 static void check_line(const char *line)
 {
 	g_autoptr(JsonObject) args = NULL;
@@ -39,11 +39,11 @@ static void check_lines(const FuzzInput *input)
 	}
 }
 
-static void turn_loop(PrMonitor *monitor, int fd)
+static void run_loop(PrMonitor *monitor, int fd)
 {
 	char room[16384];
 
-	while (g_main_context_iteration(monitor->context, monitor->errands->len > 0))
+	while (g_main_context_iteration(monitor->context, monitor->async_commands->len > 0))
 		;
 	while (recv(fd, room, sizeof(room), MSG_DONTWAIT) > 0)
 		;
@@ -54,7 +54,7 @@ static void end_wait(PrHmpSession *session, PrMigration *migration, int fd)
 	while (session->wait) {
 		fake_migration_set(migration, PR_STATE_ACTIVE);
 		fake_migration_set(migration, PR_STATE_COMPLETED);
-		turn_loop(session->monitor, fd);
+		run_loop(session->monitor, fd);
 	}
 }
 
@@ -71,7 +71,7 @@ static void run_session(PrMonitor *monitor, PrMigration *migration, FuzzInput *i
 		const uint8_t *data = fuzz_take(input, step ? step : input->left, &n);
 
 		on_input((const char *)data, n, session);
-		turn_loop(monitor, fds[1]);
+		run_loop(monitor, fds[1]);
 		end_wait(session, migration, fds[1]);
 	}
 	pr_hmp_session_free(session);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A QMP client of the monitor: framer, requests, all commands. The first byte says how many bytes come at once,
- * the rest is what the client sends. Every answer is JSON that a QMP client understands.
+ * Plays a QMP client of the monitor, for the framer, requests and all commands. The first byte is
+ * the size of the pieces, the rest is the client's data. Every answer must be valid QMP.
  */
 #include <sys/socket.h>
 
@@ -39,7 +39,7 @@ static void check_answer(const char *line, gsize len)
 	g_assert(kinds == 1);
 }
 
-/* The client reads its answers. */
+/* Reads and checks the client's answers. */
 static void read_answers(int fd, GString *unread)
 {
 	char room[16384], *end;
@@ -69,7 +69,7 @@ static void run_client(PrQmpServer *server, FuzzInput *input)
 
 		on_input((const char *)data, n, server->clients->pdata[0]);
 		while (g_main_context_iteration(server->monitor->context,
-						server->monitor->errands->len > 0))
+						server->monitor->async_commands->len > 0))
 			;
 		read_answers(fds[1], unread);
 	}

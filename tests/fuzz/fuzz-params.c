@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Migration parameters and capabilities as an operator types them: lines of "NAME=VALUE", "NAME#NUMBER" (a
- * number, as QMP gives it) and "NAME+" or "NAME-" (a capability). Whatever was set, the values are valid
- * together afterwards.
+ * Sets migration parameters and capabilities. Lines are "NAME=VALUE" (text, as in HMP),
+ * "NAME#NUMBER" (a number, as in QMP) and "NAME+" or "NAME-" (a capability). After each line all
+ * values must be valid together.
  */
 #include <string.h>
 

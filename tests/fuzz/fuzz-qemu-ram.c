@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What QEMU's human monitor prints of its RAM (guest/qemu-ram.c): `info ramblock`, `info mtree -f` and
- * `gpa2hva`, parted by lines of "--".
+ * Parses QEMU's HMP output about its RAM (guest/qemu-ram.c): `info ramblock`, `info mtree -f` and
+ * `gpa2hva`, separated by lines of "--".
  */
 #include <string.h>
 
@@ -62,7 +62,7 @@ static void match(const GArray *ramblocks)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	g_autofree char *bytes = g_strndup((const char *)data, size);
-	/* The QMP client lets nothing else through. */
+	/* The QMP client only passes valid UTF-8 on. */
 	g_autofree char *text = g_utf8_make_valid(bytes, -1);
 	g_auto(GStrv) parts = g_strsplit(text, "--\n", 3);
 	guint n = g_strv_length(parts);

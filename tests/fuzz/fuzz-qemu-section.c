@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What a destination makes of the bytes that a source sends about its QEMU: sections that are cut anywhere, facts in JSON,
- * pages of private RAM. The first byte says how many bytes come at a time.
+ * Decodes a source's data about its QEMU, as a destination does: sections that arrive in pieces,
+ * facts in JSON, and pages of private RAM. The first byte is the size of the pieces.
  */
 #include <string.h>
 #include <sys/mman.h>
@@ -22,7 +22,7 @@ typedef struct Target {
 	int memory; /* a memfd; a write beyond the block makes it longer */
 } Target;
 
-/* One block is mapped, one is not known yet where. */
+/* One block is mapped; the address of the other one is not known yet. */
 static GArray *make_blocks(void)
 {
 	GArray *ramblocks = g_array_new(FALSE, TRUE, sizeof(PrQemuRamBlock));
@@ -37,7 +37,7 @@ static GArray *make_blocks(void)
 	return blocks;
 }
 
-static void take_facts(Target *target, const uint8_t *body, gsize len)
+static void handle_facts(Target *target, const uint8_t *body, gsize len)
 {
 	g_autoptr(GError) error = NULL;
 	g_autoptr(JsonObject) source = pr_qemu_facts_from_text((const char *)body, len, &error);
@@ -52,15 +52,15 @@ static void take_facts(Target *target, const uint8_t *body, gsize len)
 }
 
 /* PrQemuSectionTake */
-static gboolean take(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
-		     GError **error)
+static gboolean handle_section(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
+			       GError **error)
 {
 	Target *target = opaque;
 	g_autofree uint8_t *exact = g_memdup2(body, len);
 
 	g_assert(type > 0 && type < PR_QEMU_SECTION_N && len <= PR_QEMU_SECTION_MAX);
 	if (type == PR_QEMU_SECTION_FACTS)
-		take_facts(target, exact, len);
+		handle_facts(target, exact, len);
 	else if (type == PR_QEMU_SECTION_BLOCK)
 		target->current = pr_qemu_private_find(target->blocks, (const char *)exact, len);
 	else if (type == PR_QEMU_SECTION_PAGES && target->current)
@@ -71,9 +71,10 @@ static gboolean take(PrQemuSectionType type, const uint8_t *body, gsize len, voi
 static JsonObject *make_facts(void)
 {
 	static const char text[] =
-		"{\"qemu\": \"7.2\", \"machine\": \"q35\", \"cpu\": \"max\", \"cpus\": 1, \"devices\": "
-		"[{\"bus\": \"pcie.0\", \"bus-type\": \"PCIE\", \"addr\": \"02.0\", \"type\": "
-		"\"VGA\", \"id\": \"\"}], \"ram\": [{\"name\": \"vga.vram\", \"size\": 65536}]}";
+		"{\"qemu\": \"7.2\", \"machine\": \"q35\", \"cpu\": \"max\", \"cpus\": 1, "
+		"\"devices\": [{\"bus\": \"pcie.0\", \"bus-type\": \"PCIE\", "
+		"\"addr\": \"02.0\", \"type\": \"VGA\", \"id\": \"\"}], "
+		"\"ram\": [{\"name\": \"vga.vram\", \"size\": 65536}]}";
 
 	return pr_qemu_facts_from_text(text, strlen(text), NULL);
 }
@@ -91,8 +92,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	pr_qemu_section_reader_init(&reader);
 	for (gsize at = 0; ok && at < input.left; at += step)
-		ok = pr_qemu_section_read(&reader, input.at + at, MIN(step, input.left - at), take,
-					  &target, &error);
+		ok = pr_qemu_section_read(&reader, input.at + at, MIN(step, input.left - at),
+					  handle_section, &target, &error);
 	fuzz_clean_outcome(ok, error);
 	g_assert_cmpint(lseek(target.memory, 0, SEEK_END), <=, 4096 + BLOCK_BYTES);
 	pr_qemu_section_reader_clear(&reader);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * QEMU's monitor, as QEMU: what the client and the checks of the `qemu:` kind make of its answers. An input is a list of
- * lines, each the answer to the next command: what "return" is to be, or, behind a '!', whatever
- * bytes come. The first byte says which role the guest is checked for.
+ * Plays QEMU for the QMP client and the checks of `qemu:` guests. The input's first byte is the
+ * role for which the guest is checked. Then each line is the answer to the next command: the value
+ * of "return", or arbitrary bytes after a '!'.
  */
 #include <glib.h>
 #include <string.h>
@@ -15,7 +15,7 @@
 #include "guest/qemu.h"
 #include "tests/fuzz/fuzz.h"
 
-/* Where a caller waits, the reader thread's work is done. */
+/* Does the reader thread's work where a caller would wait for it. */
 static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline);
 #define g_cond_wait_until fuzz_read_answer
 #include "guest/qmp.c"
@@ -31,10 +31,10 @@ static struct {
 	PrQemuSave *save;
 } rig;
 
-/* In the place of guest.c, which knows the agents. */
+/* Replaces guest.c, which needs the agents. */
 G_DEFINE_QUARK(pr_guest_error, pr_guest_error)
 
-/* In the place of an agent: two regions, the first as large as the healthy QEMU's RAM. */
+/* Replaces an agent: two regions, the first one as large as the RAM of the seed "healthy". */
 GArray *pr_guest_blocks_new(void)
 {
 	return g_array_new(FALSE, TRUE, sizeof(PrGuestBlock));
@@ -114,7 +114,7 @@ static void open_qmp(int fd)
 	rig.save = pr_qemu_save_new(rig.qmp, NULL);
 }
 
-/* pr_qmp_free() without the thread. */
+/* Like pr_qmp_free(), but there is no thread. */
 static void close_qmp(void)
 {
 	PrQmp *qmp = rig.qmp;
@@ -142,12 +142,12 @@ static void clear_blocks(GArray *blocks)
 }
 
 /* PrGuestSink */
-static gboolean drop(const void *data, gsize len, void *opaque, GError **error)
+static gboolean discard(const void *data, gsize len, void *opaque, GError **error)
 {
 	return TRUE;
 }
 
-/* What a source tells of its QEMU, to one that has other answers. */
+/* Loads the early state of a source whose QEMU differs. */
 static gboolean load_early(GError **error)
 {
 	static const char facts[] =
@@ -171,9 +171,9 @@ static void ask_all(PrGuestRole role)
 	if (role == PR_GUEST_DESTINATION)
 		ok = load_early(&state_error) && pr_qemu_load_begin(rig.load, &state_error);
 	else
-		ok = pr_qemu_save_describe(rig.save, drop, NULL, &state_error) &&
-		     pr_qemu_save_early(rig.save, drop, NULL, &state_error) &&
-		     pr_qemu_save_state(rig.save, NULL, drop, NULL, &state_error);
+		ok = pr_qemu_save_describe(rig.save, discard, NULL, &state_error) &&
+		     pr_qemu_save_early(rig.save, discard, NULL, &state_error) &&
+		     pr_qemu_save_state(rig.save, NULL, discard, NULL, &state_error);
 	fuzz_clean_outcome(ok, state_error);
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The source, as its destination: from `migrate` on, with recoveries as long as the input has connections. The
- * answer to HELLO, and all that the return path may bring.
+ * Plays the destination for a source, from `migrate` on, with a recovery for each further
+ * connection of the input: the answer to HELLO, and all messages of the return path.
  */
 #include "migration/source/source.h"
 #include "tests/fuzz/engine.h"
@@ -29,7 +29,7 @@ static void wait_for_peer(FuzzEngine *engine)
 	PrState state = state_of(engine->m, &conn);
 
 	if (conn)
-		reach_source_take(conn);
+		reach_source_handle(conn);
 	else if (state != PR_STATE_POSTCOPY_PAUSED || !fuzz_engine_has_next(engine) ||
 		 !pr_migration_start(engine->m, FUZZ_URI, TRUE, NULL))
 		quit(engine->m);
@@ -45,7 +45,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	g_assert(pr_migration_start(engine->m, FUZZ_URI, FALSE, NULL));
 	pr_source_thread(&engine->m->source);
 	state = state_of(engine->m, &conn);
-	/* The guest runs here exactly if it has not been handed over. */
+	/* The guest runs here unless it was handed over. */
 	g_assert(engine->handed_over ==
 		 (pr_state_is_postcopy(state) || state == PR_STATE_COMPLETED));
 	g_assert(engine->handed_over || (!engine->stopped && engine->n_resumes == 1));

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* URIs and lists of them (transport/uri.c). The first byte says whether it is to be listened there. */
+/* Parses URIs and lists of them (transport/uri.c). The first byte says whether they are for
+ * listening. */
 #include <string.h>
 
 #include "tests/fuzz/fuzz.h"
@@ -19,7 +20,8 @@ static void same_uri(const PrUri *a, const PrUri *b)
 		g_assert_cmpstr(value, ==, g_hash_table_lookup(b->options, key));
 }
 
-/* The address of a URI is the URI without its options: the parser takes it, and finds the same there. */
+/* A URI's address is the URI without options. The parser must accept it and return the same
+ * values. */
 static void check_address(const PrUri *uri, gboolean listening)
 {
 	g_autofree char *address = pr_uri_address(uri);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Every decoder of transport/wire/wire.c. The first byte chooses the message, the rest is its body. What a decoder
- * takes its encoder gives back, byte for byte where there is only one way to say it.
+ * Every decoder of transport/wire/wire.c. The first byte chooses the message, the rest is its body.
+ * A decoded message is encoded again. Where it has one encoding only, the result must be the body.
  */
 #include <string.h>
 
@@ -11,12 +11,13 @@
 
 #define MANY_BITS 8192
 
-/* Decodes; what it has taken it appends to `out` again. *ret_exact: `out` has to be the body. */
-typedef gboolean (*Turn)(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			 GError **error);
+/* Decodes a body, and appends the encoded message to `out`. *ret_exact: `out` must be equal to the
+ * body. */
+typedef gboolean (*Roundtrip)(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
+			      GError **error);
 
-static gboolean turn_header(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			    GError **error)
+static gboolean roundtrip_header(const uint8_t *body, gsize len, GByteArray *out,
+				 gboolean *ret_exact, GError **error)
 {
 	uint8_t in[PR_WIRE_HEADER_BYTES] = {0}, again[PR_WIRE_HEADER_BYTES];
 	PrMsgHeader header;
@@ -33,8 +34,8 @@ static gboolean turn_header(const uint8_t *body, gsize len, GByteArray *out, gbo
 	return TRUE;
 }
 
-static gboolean turn_hello(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			   GError **error)
+static gboolean roundtrip_hello(const uint8_t *body, gsize len, GByteArray *out,
+				gboolean *ret_exact, GError **error)
 {
 	g_auto(PrHello) hello = {0}, copy = {0};
 
@@ -45,21 +46,21 @@ static gboolean turn_hello(const uint8_t *body, gsize len, GByteArray *out, gboo
 	return TRUE;
 }
 
-static gboolean turn_hello_ack(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			       GError **error)
+static gboolean roundtrip_hello_ack(const uint8_t *body, gsize len, GByteArray *out,
+				    gboolean *ret_exact, GError **error)
 {
 	PrHelloAck ack;
 
 	if (!pr_hello_ack_decode(body, len, &ack, error))
 		return FALSE;
 	pr_hello_ack_encode(out, &ack);
-	/* A refusal may come from another version. */
+	/* A refusal may have another version's number. */
 	*ret_exact = body[5] == PR_WIRE_VERSION && !body[4];
 	return TRUE;
 }
 
-static gboolean turn_lane(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			  GError **error)
+static gboolean roundtrip_lane(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
+			       GError **error)
 {
 	PrLaneHello lane;
 
@@ -69,8 +70,8 @@ static gboolean turn_lane(const uint8_t *body, gsize len, GByteArray *out, gbool
 	return TRUE;
 }
 
-static gboolean turn_heartbeat(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			       GError **error)
+static gboolean roundtrip_heartbeat(const uint8_t *body, gsize len, GByteArray *out,
+				    gboolean *ret_exact, GError **error)
 {
 	PrHeartbeatBody heartbeat;
 	uint8_t raw[PR_HEARTBEAT_BYTES];
@@ -82,8 +83,8 @@ static gboolean turn_heartbeat(const uint8_t *body, gsize len, GByteArray *out, 
 	return TRUE;
 }
 
-static gboolean turn_u32(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			 GError **error)
+static gboolean roundtrip_u32(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
+			      GError **error)
 {
 	uint32_t value;
 
@@ -93,8 +94,8 @@ static gboolean turn_u32(const uint8_t *body, gsize len, GByteArray *out, gboole
 	return TRUE;
 }
 
-static gboolean turn_reason(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			    GError **error)
+static gboolean roundtrip_reason(const uint8_t *body, gsize len, GByteArray *out,
+				 gboolean *ret_exact, GError **error)
 {
 	char reason[PR_REASON_MAX + 1];
 
@@ -105,8 +106,8 @@ static gboolean turn_reason(const uint8_t *body, gsize len, GByteArray *out, gbo
 	return TRUE;
 }
 
-static gboolean turn_advise(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			    GError **error)
+static gboolean roundtrip_advise(const uint8_t *body, gsize len, GByteArray *out,
+				 gboolean *ret_exact, GError **error)
 {
 	uint64_t summary, page_size;
 
@@ -116,8 +117,8 @@ static gboolean turn_advise(const uint8_t *body, gsize len, GByteArray *out, gbo
 	return TRUE;
 }
 
-static gboolean turn_ranges(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			    GError **error)
+static gboolean roundtrip_ranges(const uint8_t *body, gsize len, GByteArray *out,
+				 gboolean *ret_exact, GError **error)
 {
 	g_autofree PrWireRange *ranges = NULL;
 	uint32_t block;
@@ -132,8 +133,8 @@ static gboolean turn_ranges(const uint8_t *body, gsize len, GByteArray *out, gbo
 	return TRUE;
 }
 
-static gboolean turn_grants(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			    GError **error)
+static gboolean roundtrip_grants(const uint8_t *body, gsize len, GByteArray *out,
+				 gboolean *ret_exact, GError **error)
 {
 	g_autofree PrWireGrant *grants = NULL;
 	uint32_t block;
@@ -145,8 +146,8 @@ static gboolean turn_grants(const uint8_t *body, gsize len, GByteArray *out, gbo
 	return TRUE;
 }
 
-static gboolean turn_packaged(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			      GError **error)
+static gboolean roundtrip_packaged(const uint8_t *body, gsize len, GByteArray *out,
+				   gboolean *ret_exact, GError **error)
 {
 	PrPackaged packaged;
 
@@ -158,8 +159,8 @@ static gboolean turn_packaged(const uint8_t *body, gsize len, GByteArray *out, g
 	return TRUE;
 }
 
-static gboolean turn_block_name(const uint8_t *body, gsize len, GByteArray *out,
-				gboolean *ret_exact, GError **error)
+static gboolean roundtrip_block_name(const uint8_t *body, gsize len, GByteArray *out,
+				     gboolean *ret_exact, GError **error)
 {
 	char idstr[PR_IDSTR_MAX + 1];
 
@@ -169,8 +170,8 @@ static gboolean turn_block_name(const uint8_t *body, gsize len, GByteArray *out,
 	return TRUE;
 }
 
-static gboolean turn_req_pages(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			       GError **error)
+static gboolean roundtrip_req_pages(const uint8_t *body, gsize len, GByteArray *out,
+				    gboolean *ret_exact, GError **error)
 {
 	uint8_t raw[PR_REQ_PAGES_BYTES];
 	PrReqPages req;
@@ -182,8 +183,8 @@ static gboolean turn_req_pages(const uint8_t *body, gsize len, GByteArray *out, 
 	return TRUE;
 }
 
-static gboolean turn_progress(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			      GError **error)
+static gboolean roundtrip_progress(const uint8_t *body, gsize len, GByteArray *out,
+				   gboolean *ret_exact, GError **error)
 {
 	PrProgress progress;
 
@@ -193,8 +194,8 @@ static gboolean turn_progress(const uint8_t *body, gsize len, GByteArray *out, g
 	return TRUE;
 }
 
-static gboolean turn_lost(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			  GError **error)
+static gboolean roundtrip_lost(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
+			       GError **error)
 {
 	PrLost lost;
 
@@ -205,8 +206,8 @@ static gboolean turn_lost(const uint8_t *body, gsize len, GByteArray *out, gbool
 	return TRUE;
 }
 
-static gboolean turn_activate(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			      GError **error)
+static gboolean roundtrip_activate(const uint8_t *body, gsize len, GByteArray *out,
+				   gboolean *ret_exact, GError **error)
 {
 	PrActivate activate;
 
@@ -216,8 +217,8 @@ static gboolean turn_activate(const uint8_t *body, gsize len, GByteArray *out, g
 	return TRUE;
 }
 
-static gboolean turn_probed(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			    GError **error)
+static gboolean roundtrip_probed(const uint8_t *body, gsize len, GByteArray *out,
+				 gboolean *ret_exact, GError **error)
 {
 	PrProbed probed;
 
@@ -227,9 +228,9 @@ static gboolean turn_probed(const uint8_t *body, gsize len, GByteArray *out, gbo
 	return TRUE;
 }
 
-/* How many bits a bitmap has to have is not in the message: two bytes before it say it. */
-static gboolean take_bitmap(uint16_t type, const uint8_t *body, gsize len, GByteArray *out,
-			    GError **error)
+/* The message does not have the number of bits: the two bytes before it do. */
+static gboolean decode_bitmap(uint16_t type, const uint8_t *body, gsize len, GByteArray *out,
+			      GError **error)
 {
 	FuzzInput input = {body, len};
 	uint64_t n_bits = fuzz_u16(&input) % MANY_BITS;
@@ -245,32 +246,33 @@ static gboolean take_bitmap(uint16_t type, const uint8_t *body, gsize len, GByte
 	return TRUE;
 }
 
-static gboolean turn_bitmap(const uint8_t *body, gsize len, GByteArray *out, gboolean *ret_exact,
-			    GError **error)
+static gboolean roundtrip_bitmap(const uint8_t *body, gsize len, GByteArray *out,
+				 gboolean *ret_exact, GError **error)
 {
 	*ret_exact = len >= 2;
-	return take_bitmap(PR_RP_RECV_BITMAP, body, len, out, error);
+	return decode_bitmap(PR_RP_RECV_BITMAP, body, len, out, error);
 }
 
-/* The same bits, uncompressed: they are taken again as such. */
-static gboolean turn_bitmap_zstd(const uint8_t *body, gsize len, GByteArray *out,
-				 gboolean *ret_exact, GError **error)
+/* The encoded result has the same bits uncompressed, and must be valid itself. */
+static gboolean roundtrip_bitmap_zstd(const uint8_t *body, gsize len, GByteArray *out,
+				      gboolean *ret_exact, GError **error)
 {
 	g_autoptr(GByteArray) again = g_byte_array_new();
 
 	*ret_exact = FALSE;
-	if (!take_bitmap(PR_RP_RECV_BITMAP_ZSTD, body, len, out, error))
+	if (!decode_bitmap(PR_RP_RECV_BITMAP_ZSTD, body, len, out, error))
 		return FALSE;
-	g_assert(take_bitmap(PR_RP_RECV_BITMAP, out->data, out->len, again, NULL));
+	g_assert(decode_bitmap(PR_RP_RECV_BITMAP, out->data, out->len, again, NULL));
 	g_assert(again->len == out->len && !memcmp(again->data, out->data, out->len));
 	return TRUE;
 }
 
-static const Turn turns[] = {
-	turn_header,   turn_hello,	turn_hello_ack, turn_lane,	  turn_heartbeat,
-	turn_u32,      turn_reason,	turn_advise,	turn_ranges,	  turn_grants,
-	turn_packaged, turn_block_name, turn_req_pages, turn_progress,	  turn_lost,
-	turn_activate, turn_probed,	turn_bitmap,	turn_bitmap_zstd,
+static const Roundtrip roundtrips[] = {
+	roundtrip_header,    roundtrip_hello,	 roundtrip_hello_ack,	roundtrip_lane,
+	roundtrip_heartbeat, roundtrip_u32,	 roundtrip_reason,	roundtrip_advise,
+	roundtrip_ranges,    roundtrip_grants,	 roundtrip_packaged,	roundtrip_block_name,
+	roundtrip_req_pages, roundtrip_progress, roundtrip_lost,	roundtrip_activate,
+	roundtrip_probed,    roundtrip_bitmap,	 roundtrip_bitmap_zstd,
 };
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -279,15 +281,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	g_autoptr(GByteArray) again = g_byte_array_new();
 	g_autoptr(GError) error = NULL;
 	FuzzInput input = {data, size};
-	Turn turn = turns[fuzz_u8(&input) % G_N_ELEMENTS(turns)];
-	gboolean exact = TRUE, ok = turn(input.at, input.left, out, &exact, &error);
+	Roundtrip roundtrip = roundtrips[fuzz_u8(&input) % G_N_ELEMENTS(roundtrips)];
+	gboolean exact = TRUE, ok = roundtrip(input.at, input.left, out, &exact, &error);
 
 	fuzz_clean_outcome(ok, error);
-	if (!ok || turn == turn_bitmap_zstd)
+	if (!ok || roundtrip == roundtrip_bitmap_zstd)
 		return 0;
 	if (exact)
 		g_assert(out->len == input.left && !memcmp(out->data, input.at, out->len));
-	g_assert(turn(out->data, out->len, again, &exact, NULL));
+	g_assert(roundtrip(out->data, out->len, again, &exact, NULL));
 	g_assert(again->len == out->len && !memcmp(again->data, out->data, out->len));
 	return 0;
 }

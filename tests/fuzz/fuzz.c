@@ -10,8 +10,8 @@
 
 static gboolean verbose; /* set once, before the first input */
 
-/* Criticals are bugs: of ours, or of how we use a library. Everything else is about the input, and shown when
- * somebody has set G_MESSAGES_DEBUG to look at one. */
+/* Critical messages are bugs, in Postroad or in its use of a library. Other messages are about the
+ * input; they are shown if G_MESSAGES_DEBUG is set. */
 static GLogWriterOutput write_log(GLogLevelFlags level, const GLogField *fields, gsize n,
 				  gpointer opaque)
 {
@@ -83,7 +83,7 @@ void fuzz_clean_outcome(gboolean ok, const GError *error)
 	g_assert(!error || g_utf8_validate(error->message, -1, NULL));
 }
 
-/* The sum of the first few that are free: one that was left open would be among them. */
+/* The sum of the lowest free descriptors. An open one would change it. */
 int fuzz_next_fd(void)
 {
 	int fds[NEXT_FDS], sum = 0;

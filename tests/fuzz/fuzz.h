@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the fuzz targets share. A target is one function, LLVMFuzzerTestOneInput(): libFuzzer calls it with
- * inputs of its own making, replay.c with those of the corpus. It aborts when something is wrong.
+ * Shared by the fuzz targets. A target is one function, LLVMFuzzerTestOneInput(). libFuzzer calls
+ * it with generated inputs, replay.c with those of the corpus. It aborts when a check fails.
  *
- * The same input does the same each time: no threads, no clock, nothing that outlives the call.
+ * A target is deterministic: it has no threads, reads no clock, and keeps no state from call to
+ * call.
  */
 #pragma once
 
@@ -13,7 +14,7 @@
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-/* What is left of an input. Whoever takes more than there is gets what there is, or zeros. */
+/* The unread part of an input. A read beyond its end returns fewer bytes, or zeros. */
 typedef struct FuzzInput {
 	const uint8_t *at;
 	gsize left;
@@ -21,15 +22,16 @@ typedef struct FuzzInput {
 
 uint8_t fuzz_u8(FuzzInput *input);
 uint16_t fuzz_u16(FuzzInput *input); /* big endian */
-/* *ret_n: at most n. The bytes stay the input's. */
+/* *ret_n: the number of bytes, at most n. The input owns them. */
 const uint8_t *fuzz_take(FuzzInput *input, gsize n, gsize *ret_n);
-/* The rest of the line, without its newline; the caller's to g_free(). NULL: the input is at its end. */
+/* Returns the rest of the line without its newline; free it with g_free(). NULL: the end of the
+ * input. */
 char *fuzz_line(FuzzInput *input);
 
-/* A function that can fail says so in both ways, and in words. */
+/* Checks that a function has failed in both ways, result and error with a text, or in neither. */
 void fuzz_outcome(gboolean ok, const GError *error);
-/* The same where the words may hold what a peer has said: they are still UTF-8. */
+/* The same, and the error is UTF-8 even if it quotes a peer. */
 void fuzz_clean_outcome(gboolean ok, const GError *error);
 
-/* To see at the end that no descriptor was left open: the same number as before. */
+/* Returns the same number before and after a call that left no descriptor open. */
 int fuzz_next_fd(void);

@@ -4,7 +4,7 @@
 #include "migration/source/return-path.c"
 
 /* As pr_source_return_path_thread() does it. */
-void reach_source_take(PrConn *conn)
+void reach_source_handle(PrConn *conn)
 {
 	g_autoptr(GError) error = NULL;
 	g_autoptr(PrMsg) msg = pr_control_recv(conn->control, G_MAXUINT, &error);

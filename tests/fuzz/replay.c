@@ -1,46 +1,65 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* In the place of libFuzzer: runs a target over the files, and the files in the directories, that are named. */
+/* Takes libFuzzer's place: runs a target over corpora (*.inputs, see corpus.py) and single
+ * inputs. */
 #include <stdio.h>
 #include <string.h>
 
 #include "tests/fuzz/fuzz.h"
 
-static gboolean run_file(const char *path)
+static gboolean run_input(const char *name, const void *data, gsize size)
+{
+	/* The memory ends with the input, so that AddressSanitizer sees a read beyond it. */
+	g_autofree uint8_t *exact = g_memdup2(data, size);
+
+	if (LLVMFuzzerTestOneInput(exact, size) == 0)
+		return TRUE;
+	fprintf(stderr, "%s: the target has rejected it\n", name);
+	return FALSE;
+}
+
+/* A line of a corpus: the name of an input, a space, and its percent-encoded bytes. */
+static gboolean run_line(const char *line)
+{
+	const char *space = strchr(line, ' ');
+	g_autofree char *name = space ? g_strndup(line, space - line) : NULL;
+	g_autoptr(GBytes) bytes = space ? g_uri_unescape_bytes(space + 1, -1, NULL, NULL) : NULL;
+
+	if (!bytes) {
+		fprintf(stderr, "not a line of a corpus: %s\n", line);
+		return FALSE;
+	}
+	return run_input(name, g_bytes_get_data(bytes, NULL), g_bytes_get_size(bytes));
+}
+
+/* Returns the number of inputs; -1: one could not be run. */
+static int run_corpus(const char *text)
+{
+	g_auto(GStrv) lines = g_strsplit(text, "\n", -1);
+	int n = 0;
+
+	for (char **line = lines; *line; line++) {
+		if (!**line || **line == '#')
+			continue;
+		if (!run_line(*line))
+			return -1;
+		n++;
+	}
+	return n;
+}
+
+static int run_file(const char *path)
 {
 	g_autoptr(GError) error = NULL;
-	g_autofree uint8_t *exact = NULL;
 	g_autofree char *text = NULL;
 	gsize size;
 
 	if (!g_file_get_contents(path, &text, &size, &error)) {
 		fprintf(stderr, "%s\n", error->message);
-		return FALSE;
+		return -1;
 	}
-	/* Memory that ends with the input, so that AddressSanitizer sees a read beyond it. */
-	exact = g_memdup2(text, size);
-	if (LLVMFuzzerTestOneInput(exact, size) == 0)
-		return TRUE;
-	fprintf(stderr, "%s: the target has refused it\n", path);
-	return FALSE;
-}
-
-/* How many files there were; -1: one could not be run. */
-static int run_all(const char *path)
-{
-	g_autoptr(GDir) folder = g_dir_open(path, 0, NULL);
-	const char *name;
-	int n = 0;
-
-	if (!folder)
-		return run_file(path) ? 1 : -1;
-	while ((name = g_dir_read_name(folder))) {
-		g_autofree char *file = g_build_filename(path, name, NULL);
-
-		if (!run_file(file))
-			return -1;
-		n++;
-	}
-	return n;
+	if (g_str_has_suffix(path, ".inputs"))
+		return run_corpus(text);
+	return run_input(path, text, size) ? 1 : -1;
 }
 
 int main(int argc, char **argv)
@@ -49,7 +68,7 @@ int main(int argc, char **argv)
 
 	LLVMFuzzerInitialize(&argc, &argv);
 	for (int i = 1; i < argc; i++) {
-		int n = run_all(argv[i]);
+		int n = run_file(argv[i]);
 
 		if (n < 0)
 			return 1;
@@ -58,6 +77,6 @@ int main(int argc, char **argv)
 	printf("%d inputs\n", all);
 	if (all)
 		return 0;
-	fprintf(stderr, "there is no input to run; name files or directories\n");
+	fprintf(stderr, "no input to run; name corpora (*.inputs) or single inputs\n");
 	return 1;
 }

@@ -5,13 +5,13 @@
 
 #include "transport/backend.h"
 
-#define BYTES_MAX (48 * 1024) /* of a connection: less than a socket holds */
+#define BYTES_MAX (48 * 1024) /* of a connection; less than a socket buffers */
 
 typedef struct Script {
 	FuzzInput *input;
 	const PrWireBlock *blocks;
 	guint n_blocks;
-	GByteArray *out; /* of the segment */
+	GByteArray *out; /* the bytes of the segment */
 	gsize total;
 } Script;
 
@@ -49,7 +49,7 @@ static void put_hello(Script *script, GByteArray *body)
 	};
 	uint8_t flaws;
 
-	/* Not in the initializer, where nothing says in which order. */
+	/* Not in the initializer: C does not define its order of evaluation. */
 	hello.resume = next(script);
 	hello.epoch = next(script);
 	flaws = next(script);
@@ -89,7 +89,7 @@ static void put_grant(Script *script, GByteArray *body)
 	pr_grants_encode(body, index, &grant, 1);
 }
 
-/* 0 pages: all that are left. */
+/* 0 pages: all to the end of the block. */
 static void put_zero(Script *script, GByteArray *body)
 {
 	uint32_t index;
@@ -265,7 +265,7 @@ static void add_message(Script *script, ScriptOp op)
 	add_frame(script, type, body);
 }
 
-/* Up to and with whatever ends the segment. */
+/* Reads up to and including the operation that ends the segment. */
 static ScriptSegment read_segment(Script *script)
 {
 	ScriptSegment segment = {.bytes = g_byte_array_new(), .then = SCRIPT_END};
@@ -276,9 +276,9 @@ static ScriptSegment read_segment(Script *script)
 
 		if (op == SCRIPT_END)
 			break;
-		if (op == SCRIPT_KNOCK || op == SCRIPT_HUMAN) {
+		if (op == SCRIPT_CONNECT || op == SCRIPT_COMMAND) {
 			segment.then = op;
-			segment.what = op == SCRIPT_HUMAN ? next(script) : 0;
+			segment.what = op == SCRIPT_COMMAND ? next(script) : 0;
 			break;
 		}
 		add_message(script, op);

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What a peer sends over one connection, made of an input: a list of operations. Most of them are one well-formed
- * message with what the operation's bytes say, so that a conversation gets far; some are whatever
- * bytes. The connection ends with SCRIPT_END or with the input.
+ * The messages of a peer over one connection, generated from an input, which is a list of
+ * operations. Most operations are a well-formed message, so that a conversation gets far; their
+ * bytes set its fields. Others are arbitrary bytes. The connection ends with SCRIPT_END or with the
+ * input.
  */
 #pragma once
 
@@ -37,9 +38,10 @@ typedef enum ScriptOp {
 	SCRIPT_LANE,  /* flaws */
 	SCRIPT_TYPED, /* type (2), length, body */
 	SCRIPT_RAW,   /* length, bytes */
-	/* What happens here when all before it has been read. */
-	SCRIPT_KNOCK, /* the next connection of the input comes in */
-	SCRIPT_HUMAN, /* what: a human gives a command */
+	/* These are not messages. They take place when the engine has read all messages before
+	 * them. */
+	SCRIPT_CONNECT, /* the next connection of the input is made */
+	SCRIPT_COMMAND, /* what: a command of the operator */
 	SCRIPT_N_OPS
 } ScriptOp;
 
@@ -48,9 +50,10 @@ typedef enum ScriptOp {
 
 typedef struct ScriptSegment {
 	GByteArray *bytes;
-	ScriptOp then; /* SCRIPT_END, SCRIPT_KNOCK or SCRIPT_HUMAN */
+	ScriptOp then; /* SCRIPT_END, SCRIPT_CONNECT or SCRIPT_COMMAND */
 	uint8_t what;
 } ScriptSegment;
 
-/* The segments of one connection (ScriptSegment), the last one with SCRIPT_END. blocks: of this side. */
+/* Reads the segments (ScriptSegment) of one connection; the last one has SCRIPT_END. blocks: the
+ * RAM blocks of this side. */
 GArray *script_read(FuzzInput *input, const PrWireBlock *blocks, guint n_blocks);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Where the engine meets the outside, for the targets that drive it as a whole: included before everything
- * else in the engine's sources that are compiled for them once more. Its threads and its waits become
- * calls of the rig (engine.c), and so do its sockets and transports. Nothing else of it is changed.
+ * For the targets that drive a whole engine. Some of the engine's sources are compiled again with
+ * this header before all others. It turns the creation of threads, waits, sockets and transports
+ * into calls of the test rig (engine.c). The engine's code is otherwise unchanged.
  */
 #pragma once
 

@@ -17,20 +17,20 @@
 
 #include "transport/transport.h"
 
-#define WAIT_MS 20000 /* longest wait for an answer before a test has failed */
+#define WAIT_MS 20000 /* a test that waits longer for an answer fails */
 
-/* Of util/try-alloc.c. */
+/* Needed by util/try-alloc.c. */
 G_DEFINE_QUARK(pr_path_error, pr_path_error)
 
 struct PrMigration {
 	GMutex lock;
 	PrMigrationHooks hooks;
-	PrState state;	 /* lock */
-	char *reason;	 /* lock */
-	char *last_call; /* lock */
-	char *fail;	 /* lock */
-	gboolean held;	 /* lock; no name is found */
-	GCond changed;	 /* of held, or a look-up was cancelled */
+	PrState state;		/* lock */
+	char *reason;		/* lock */
+	char *last_call;	/* lock */
+	char *fail;		/* lock */
+	gboolean names_blocked; /* lock; name look-ups do not end */
+	GCond changed;		/* signals changes of names_blocked, and cancelled look-ups */
 };
 
 PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigrationHooks *hooks)
@@ -64,7 +64,7 @@ void fake_set_state(PrMigration *migration, PrState state, const char *reason)
 	migration->hooks.on_state(state, reason, migration->hooks.opaque);
 }
 
-void fake_tell_path(PrMigration *migration, PrPathState state, const char *reason)
+void fake_report_path(PrMigration *migration, PrPathState state, const char *reason)
 {
 	migration->hooks.on_path("rdma:10.0.1.2:4444", state, "mlx5_0", reason,
 				 migration->hooks.opaque);
@@ -78,10 +78,10 @@ void fake_fail_next(PrMigration *migration, const char *message)
 	g_mutex_unlock(&migration->lock);
 }
 
-void fake_hold_names(PrMigration *migration, gboolean hold)
+void fake_block_names(PrMigration *migration, gboolean hold)
 {
 	g_mutex_lock(&migration->lock);
-	migration->held = hold;
+	migration->names_blocked = hold;
 	g_cond_broadcast(&migration->changed);
 	g_mutex_unlock(&migration->lock);
 }
@@ -100,7 +100,7 @@ static gboolean find_name(PrMigration *migration, GCancellable *cancel, GError *
 	gulong chained = g_cancellable_connect(cancel, G_CALLBACK(wake), migration, NULL);
 
 	g_mutex_lock(&migration->lock);
-	while (migration->held && !g_cancellable_is_cancelled(cancel))
+	while (migration->names_blocked && !g_cancellable_is_cancelled(cancel))
 		g_cond_wait(&migration->changed, &migration->lock);
 	g_mutex_unlock(&migration->lock);
 	g_cancellable_disconnect(cancel, chained);
@@ -307,7 +307,7 @@ int bench_teardown(void **state)
 
 	g_main_context_invoke(bench->context, end_loop, bench->loop);
 	g_thread_join(bench->thread);
-	/* the socket file is gone, so the directory is empty */
+	/* The socket file was removed, so the directory is empty. */
 	assert_int_equal(g_rmdir(bench->dir), 0);
 	g_main_loop_unref(bench->loop);
 	g_main_context_unref(bench->context);

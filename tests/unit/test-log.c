@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Whoever logs does not wait for whoever reads the log, and what was dropped is said. */
+/* Logging never blocks, even if no process reads the log; the log has the number of dropped
+ * lines. */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -18,14 +19,15 @@
 #include "monitor/log.h"
 
 #define LINES	 20000
-#define PATIENCE 60000 /* ms; for what has to come */
-#define PER_BURST                                                                                  \
-	60000 /* ms; that LINES lines may take, a sanitizer and a busy machine included: nobody waits */
+#define PATIENCE 60000 /* ms; for output that must arrive */
+/* ms; for LINES lines, with a sanitizer on a busy machine. If logging blocked, it would take
+ * longer. */
+#define PER_BURST 60000
 
-/* One end stays with the log for the whole program; each test makes it lead somewhere else. */
+/* The log's descriptor for the whole program. Each test points it to another file. */
 static int log_fd;
 
-static void lead_to(int fd)
+static void log_to(int fd)
 {
 	assert_int_equal(dup2(fd, log_fd), log_fd);
 }
@@ -39,7 +41,7 @@ static void log_many(void)
 	assert_in_range(g_get_monotonic_time() - began, 0, PER_BURST * 1000);
 }
 
-/* Reads until the text has come, and returns all up to there. */
+/* Reads until the wanted text has arrived. Returns all text. */
 static char *read_until(int fd, const char *wanted)
 {
 	g_autoptr(GString) got = g_string_new(NULL);
@@ -67,7 +69,7 @@ static guint count(const char *text, const char *word)
 	return n;
 }
 
-/* The number in front of the word, which is there once. */
+/* Returns the number before the word. The word must occur once. */
 static guint number_before(const char *text, const char *word)
 {
 	const char *at = strstr(text, word);
@@ -79,11 +81,12 @@ static guint number_before(const char *text, const char *word)
 	return (guint)g_ascii_strtoull(at, NULL, 10);
 }
 
-/* All lines that are said to be missing, at one place or at several. */
+/* Returns the sum of all lines that the log says are missing. */
 static guint count_missing(const char *text)
 {
-	static const char *const words[] = {" line of the log is missing here: nobody read",
-					    " lines of the log are missing here: nobody read"};
+	static const char *const words[] = {
+		" line of the log is missing here: the log was not read",
+		" lines of the log are missing here: the log was not read"};
 	guint n = 0;
 
 	for (guint i = 0; i < G_N_ELEMENTS(words); i++)
@@ -97,12 +100,12 @@ static guint count_missing(const char *text)
 	return n;
 }
 
-static void lines_come_whole_and_in_order(void **state)
+static void lines_are_whole_and_in_order(void **state)
 {
 	int ends[2];
 
 	assert_int_equal(pipe(ends), 0);
-	lead_to(ends[1]);
+	log_to(ends[1]);
 	g_message("the first");
 	g_warning("the second");
 	g_debug("too unimportant");
@@ -114,17 +117,17 @@ static void lines_come_whole_and_in_order(void **state)
 	close(ends[1]);
 }
 
-static void pipe_that_nobody_reads_holds_up_nobody(void **state)
+static void a_pipe_that_is_not_read_does_not_block(void **state)
 {
 	int ends[2];
 
 	assert_int_equal(pipe(ends), 0);
-	lead_to(ends[1]);
+	log_to(ends[1]);
 	log_many();
-	/* The end of the program does not wait for ever either. */
+	/* A flush, as at the end of the program, does not wait for ever either. */
 	assert_false(pr_log_flush(50));
-	/* A writer that gets no CPU at first leaves several gaps: all of it is read before more is
-	 * said. */
+	/* If the writer thread gets no CPU at first, the log has several gaps. So all of it is read
+	 * before the next line is logged. */
 	g_autoptr(GString) all = g_string_new(NULL);
 	guint missing = 0;
 	while (count(all->str, "of many\n") + missing < LINES) {
@@ -142,19 +145,19 @@ static void pipe_that_nobody_reads_holds_up_nobody(void **state)
 	close(ends[1]);
 }
 
-static void pipe_whose_reader_is_gone_holds_up_nobody(void **state)
+static void a_pipe_without_a_reader_does_not_block(void **state)
 {
 	int gone[2], ends[2];
 
 	assert_int_equal(pipe(gone), 0);
-	lead_to(gone[1]);
+	log_to(gone[1]);
 	close(gone[0]);
 	close(gone[1]);
 	g_message("to nobody");
 	g_message("to nobody either");
 	assert_true(pr_log_flush(PATIENCE));
 	assert_int_equal(pipe(ends), 0);
-	lead_to(ends[1]);
+	log_to(ends[1]);
 	g_message("to somebody");
 	g_autofree char *text = read_until(ends[0], "to somebody\n");
 	assert_int_equal(number_before(text, " lines of the log are missing here"), 2);
@@ -163,8 +166,8 @@ static void pipe_whose_reader_is_gone_holds_up_nobody(void **state)
 	close(ends[1]);
 }
 
-/* In a file system of 64 KiB, which nobody else sees and which ends with this process. -1: this machine does
- * not let us have one. */
+/* Opens a file in a tmpfs of 64 KiB, in a mount namespace of this process. -1: it can't be mounted
+ * here. */
 static int open_small_file(void)
 {
 	if (unshare(CLONE_NEWNS) != 0 || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
@@ -173,7 +176,7 @@ static int open_small_file(void)
 	return open("/tmp/log", O_RDWR | O_CREAT | O_APPEND, 0600);
 }
 
-static void full_disk_holds_up_nobody_and_is_said_when_there_is_room(void **state)
+static void a_full_disk_does_not_block_and_is_logged_later(void **state)
 {
 	int fd = open_small_file();
 	char text[8192];
@@ -182,7 +185,7 @@ static void full_disk_holds_up_nobody_and_is_said_when_there_is_room(void **stat
 		print_message("skipped: a small tmpfs: %s\n", g_strerror(errno));
 		skip();
 	}
-	lead_to(fd);
+	log_to(fd);
 	log_many();
 	assert_true(pr_log_flush(PATIENCE));
 	assert_int_equal(ftruncate(fd, 0), 0);
@@ -194,7 +197,7 @@ static void full_disk_holds_up_nobody_and_is_said_when_there_is_room(void **stat
 	assert_true(number_before(text, " lines of the log are missing here: they could") > 1000);
 	assert_non_null(strstr(text, "No space left on device"));
 	assert_non_null(strstr(text, "there is room again\n"));
-	lead_to(STDERR_FILENO);
+	log_to(STDERR_FILENO);
 	close(fd);
 }
 
@@ -210,10 +213,10 @@ static int start_log(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(lines_come_whole_and_in_order),
-		cmocka_unit_test(pipe_that_nobody_reads_holds_up_nobody),
-		cmocka_unit_test(pipe_whose_reader_is_gone_holds_up_nobody),
-		cmocka_unit_test(full_disk_holds_up_nobody_and_is_said_when_there_is_room),
+		cmocka_unit_test(lines_are_whole_and_in_order),
+		cmocka_unit_test(a_pipe_that_is_not_read_does_not_block),
+		cmocka_unit_test(a_pipe_without_a_reader_does_not_block),
+		cmocka_unit_test(a_full_disk_does_not_block_and_is_logged_later),
 	};
 
 	return cmocka_run_group_tests(tests, start_log, NULL);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Who is served by the monitor's socket, and how many. */
+/* The limits of the monitor's socket: users, and the number of clients. */
 #include <glib/gstdio.h>
 #include <string.h>
 
@@ -17,7 +17,7 @@ static void assert_contains(const char *text, const char *part)
 		fail_msg("'%s' is not in: %s", part, text);
 }
 
-static void expect_turned_away(Bench *bench, const char *why)
+static void expect_refused(Bench *bench, const char *why)
 {
 	g_autoptr(Client) client = client_new(bench);
 	g_autofree char *text = client_ask(client, NULL);
@@ -27,7 +27,7 @@ static void expect_turned_away(Bench *bench, const char *why)
 	assert_true(client_at_end(client));
 }
 
-static void one_client_too_many_is_told_so(void **state)
+static void too_many_clients_get_an_error(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(GPtrArray) clients = g_ptr_array_new_with_free_func((GDestroyNotify)client_free);
@@ -36,35 +36,35 @@ static void one_client_too_many_is_told_so(void **state)
 	for (guint i = 0; i < 64; i++)
 		g_ptr_array_add(clients, client_ready(bench));
 	for (guint i = 0; i < 200; i++)
-		expect_turned_away(bench, "there are 64 clients already");
+		expect_refused(bench, "there are 64 clients already");
 	answer = client_ask(clients->pdata[63], "{\"execute\":\"query-version\"}");
 	assert_contains(answer, "return");
-	/* One that leaves makes room, when the monitor has seen that. */
+	/* After a client has disconnected, the monitor accepts another one. */
 	g_ptr_array_set_size(clients, 63);
-	for (gboolean let_in = FALSE; !let_in;) {
+	for (gboolean accepted = FALSE; !accepted;) {
 		g_autoptr(Client) client = client_new(bench);
 		g_autofree char *text = client_ask(client, NULL);
 
-		let_in = strstr(text, "\"QMP\"") != NULL;
+		accepted = strstr(text, "\"QMP\"") != NULL;
 	}
 }
 
-static void stranger(void *opaque)
+static void connect_as_nobody(void *opaque)
 {
-	expect_turned_away(opaque, "user 65534; this monitor serves root and user 0 only");
+	expect_refused(opaque, "user 65534; this monitor serves root and user 0 only");
 }
 
-static void other_users_are_turned_away(void **state)
+static void other_users_are_refused(void **state)
 {
 	Bench *bench = *state;
 	g_autofree char *answer = NULL;
 
 	if (geteuid() != 0)
 		skip();
-	/* The file's mode alone keeps them out; here somebody has widened it. */
+	/* The file's mode normally keeps other users out. Here it is widened. */
 	assert_int_equal(g_chmod(bench->dir, 0755), 0);
 	assert_int_equal(g_chmod(bench->path, 0666), 0);
-	as_user(NOBODY, stranger, bench);
+	as_user(NOBODY, connect_as_nobody, bench);
 
 	g_autoptr(Client) client = client_ready(bench);
 	answer = client_ask(client, "{\"execute\":\"query-version\"}");
@@ -76,8 +76,8 @@ static void other_users_are_turned_away(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		ON_BENCH(one_client_too_many_is_told_so),
-		ON_BENCH(other_users_are_turned_away),
+		ON_BENCH(too_many_clients_get_an_error),
+		ON_BENCH(other_users_are_refused),
 	};
 
 	return cmocka_run_group_tests_name("monitor-clients", tests, NULL, NULL);

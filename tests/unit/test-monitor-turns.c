@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Several clients of one monitor: each has its turn, however much another one asks, and whatever it waits for. */
+/* Several clients of one monitor: neither many commands nor an asynchronous command of one delay
+ * others. */
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
@@ -16,7 +17,7 @@
 #define ASKED  300
 #define PROMPT "(postroad) "
 
-/* Keeps the monitor's thread busy until it is let go. */
+/* Blocks the monitor's thread until the mutex is unlocked. */
 static gboolean wait_for_mutex(gpointer opaque)
 {
 	g_mutex_lock(opaque);
@@ -24,8 +25,9 @@ static gboolean wait_for_mutex(gpointer opaque)
 	return G_SOURCE_REMOVE;
 }
 
-/* The commands of the one count up; where the count stands when the other one is answered says how many went before. */
-static void one_who_asks_much_does_not_keep_the_others_waiting(void **state)
+/* Each command of the greedy client counts a parameter up. Its value in the other client's answer
+ * tells how many of them were run before. */
+static void many_commands_of_one_client_do_not_delay_others(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) greedy = client_ready(bench);
@@ -50,7 +52,8 @@ static void one_who_asks_much_does_not_keep_the_others_waiting(void **state)
 	const char *value = strstr(answer, "\"handshake-timeout\":");
 	assert_non_null(value);
 	assert_int_equal(sscanf(value, "\"handshake-timeout\":%d", &stands), 1);
-	/* It may have had a turn or two; the default value is larger. */
+	/* A few may come first. Before the first one the parameter has its default, which is
+	 * larger. */
 	assert_true(stands < FIRST + ASKED / 10 || stands > FIRST + ASKED);
 
 	for (guint i = 0; i < ASKED; i++) {
@@ -99,8 +102,8 @@ static void assert_nothing_to_read(Client *client)
 	assert_int_equal(poll(&fd, 1, 0), 0);
 }
 
-/* What was sent behind the command that waits is answered behind it. */
-static void while_a_name_is_looked_up_only_who_asked_waits(void **state)
+/* The answers keep the order of the commands, so the second command waits for the first. */
+static void a_name_look_up_delays_only_its_client(void **state)
 {
 	static const char *const asked[] = {
 		RECOVER(",\"id\":1"),
@@ -114,21 +117,21 @@ static void while_a_name_is_looked_up_only_who_asked_waits(void **state)
 		g_autoptr(Client) client = client_ready(bench);
 		g_autofree char *both = g_strconcat(asked[i], VERSION, NULL);
 
-		fake_hold_names(bench->migration, TRUE);
+		fake_block_names(bench->migration, TRUE);
 		client_send(client, both);
 		wait_for_call(bench, "recover tcp:there:1");
 		assert_answered(other, VERSION, "return");
 		assert_answered(other, BY_HMP("x-postroad-hmp", "info status"), "Engine status");
 		assert_nothing_to_read(client);
-		fake_hold_names(bench->migration, FALSE);
+		fake_block_names(bench->migration, FALSE);
 		assert_answered(client, NULL, "\"id\":1");
 		assert_answered(client, NULL, "\"id\":2");
-		/* It is heard again. */
+		/* The client is served again. */
 		assert_answered(client, "{\"execute\":\"migrate-pause\",\"id\":3}", "\"id\":3");
 	}
 }
 
-static void at_the_terminal_the_next_line_waits(void **state)
+static void a_name_look_up_delays_the_next_line_of_a_terminal(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) other = client_ready(bench);
@@ -136,18 +139,18 @@ static void at_the_terminal_the_next_line_waits(void **state)
 	static const char lines[] = "migrate_recover tcp:there:1\ninfo status\n";
 	char so_far[128] = "";
 
-	fake_hold_names(bench->migration, TRUE);
+	fake_block_names(bench->migration, TRUE);
 	assert_int_equal(write(bench->hmp_fd, lines, strlen(lines)), strlen(lines));
 	wait_for_call(bench, "recover tcp:there:1");
 	assert_answered(other, VERSION, "return");
 	assert_int_equal(read(bench->hmp_fd, so_far, sizeof(so_far) - 1), strlen(PROMPT));
 	assert_string_equal(so_far, PROMPT);
-	fake_hold_names(bench->migration, FALSE);
+	fake_block_names(bench->migration, FALSE);
 	g_autofree char *line = read_text_line(bench->hmp_fd, input);
 	assert_non_null(strstr(line, "Engine status"));
 }
 
-static void what_became_of_it_is_told(void **state)
+static void a_failed_look_up_is_an_error(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) client = client_ready(bench);
@@ -162,7 +165,7 @@ static void what_became_of_it_is_told(void **state)
 	assert_answered(client, VERSION, "return");
 }
 
-static void who_goes_away_meanwhile_is_forgotten(void **state)
+static void a_client_may_disconnect_during_a_look_up(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) other = client_ready(bench);
@@ -171,23 +174,23 @@ static void who_goes_away_meanwhile_is_forgotten(void **state)
 		Client *client = client_ready(bench);
 		g_autofree char *twice = g_strconcat(RECOVER(""), RECOVER(""), NULL);
 
-		fake_hold_names(bench->migration, TRUE);
+		fake_block_names(bench->migration, TRUE);
 		client_send(client, twice);
 		wait_for_call(bench, "recover tcp:there:1");
 		client_free(client);
 		assert_answered(other, "{\"execute\":\"migrate-pause\"}", "return");
-		fake_hold_names(bench->migration, FALSE);
+		fake_block_names(bench->migration, FALSE);
 	}
 	assert_answered(other, VERSION, "return");
 }
 
-/* The rest is the teardown's. */
-static void a_look_up_does_not_keep_the_engine_from_ending(void **state)
+/* The teardown checks that the engine ends. */
+static void a_look_up_does_not_delay_the_engines_end(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) client = client_ready(bench);
 
-	fake_hold_names(bench->migration, TRUE);
+	fake_block_names(bench->migration, TRUE);
 	client_send(client, RECOVER(""));
 	wait_for_call(bench, "recover tcp:there:1");
 }
@@ -197,12 +200,12 @@ static void a_look_up_does_not_keep_the_engine_from_ending(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		ON_BENCH(one_who_asks_much_does_not_keep_the_others_waiting),
-		ON_BENCH(while_a_name_is_looked_up_only_who_asked_waits),
-		ON_BENCH(at_the_terminal_the_next_line_waits),
-		ON_BENCH(what_became_of_it_is_told),
-		ON_BENCH(who_goes_away_meanwhile_is_forgotten),
-		ON_BENCH(a_look_up_does_not_keep_the_engine_from_ending),
+		ON_BENCH(many_commands_of_one_client_do_not_delay_others),
+		ON_BENCH(a_name_look_up_delays_only_its_client),
+		ON_BENCH(a_name_look_up_delays_the_next_line_of_a_terminal),
+		ON_BENCH(a_failed_look_up_is_an_error),
+		ON_BENCH(a_client_may_disconnect_during_a_look_up),
+		ON_BENCH(a_look_up_does_not_delay_the_engines_end),
 	};
 
 	return cmocka_run_group_tests_name("monitor-turns", tests, NULL, NULL);

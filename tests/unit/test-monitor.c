@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The monitor over its real socket, with a fake engine behind it. */
+/* The monitor at its real socket, with a fake engine. */
 #include <errno.h>
 #include <fcntl.h>
 #include <gio/gio.h>
@@ -15,12 +15,13 @@
 #include <stddef.h>
 #include <cmocka.h>
 
+#include "monitor/hmp.h"
 #include "tests/unit/fake-engine.h"
 #include "util/json-framer.h"
-#include "monitor/hmp.h"
 
-/* Half a pair in an escape: json-glib before 1.10 takes it for a pair, and what it makes of it is refused later. */
-#define NO_PAIR (JSON_CHECK_VERSION(1, 10, 0) ? "surrogate pair" : "is no character")
+/* The error for an escape that is half of a surrogate pair. json-glib before 1.10 accepts it, and
+ * the monitor refuses the result. */
+#define NO_PAIR (JSON_CHECK_VERSION(1, 10, 0) ? "surrogate pair" : "does not encode a character")
 
 static void assert_contains(const char *text, const char *part)
 {
@@ -44,11 +45,11 @@ static void the_greeting_is_qemus(void **state)
 			    "postroad-" PR_VERSION);
 }
 
-/* One conversation with one client: what is sent, and what the answer must contain. */
+/* One command of a conversation: the request, and a part of the expected answer. */
 typedef struct Turn {
 	const char *sent;
 	const char *answer;
-	const char *call; /* what the engine was asked for; NULL: does not matter */
+	const char *call; /* the expected call of the engine; NULL: any */
 } Turn;
 
 static void converse(Bench *bench, Client *client, const Turn *turns, guint n)
@@ -63,7 +64,7 @@ static void converse(Bench *bench, Client *client, const Turn *turns, guint n)
 	}
 }
 
-static void nothing_is_served_before_the_negotiation(void **state)
+static void commands_are_refused_before_the_negotiation(void **state)
 {
 	static const Turn turns[] = {
 		{"{\"execute\":\"query-migrate\"}", "Expecting capabilities negotiation"},
@@ -84,7 +85,7 @@ static void nothing_is_served_before_the_negotiation(void **state)
 	assert_int_equal(g_atomic_int_get(&((Bench *)*state)->quits), 0);
 }
 
-static void every_command_succeeds_in_its_right_form(void **state)
+static void every_command_succeeds_with_valid_arguments(void **state)
 {
 	static const Turn turns[] = {
 		{"{\"execute\":\"query-version\"}", "{\"return\":{\"qemu\":{\"major\":"},
@@ -130,7 +131,7 @@ static void every_command_succeeds_in_its_right_form(void **state)
 	assert_int_equal(pr_param(&bench->params, PR_PARAM_BULK_WINDOW), 16);
 }
 
-static void every_mistake_is_answered_and_named(void **state)
+static void errors_name_the_mistake(void **state)
 {
 	static const Turn turns[] = {
 		{"{\"execute\":\"frobnicate\"}",
@@ -190,7 +191,8 @@ static void every_mistake_is_answered_and_named(void **state)
 		 "{\"capability\":\"postcopy-ram\",\"state\":false}]}}",
 		 "'postcopy-ram' is always on"},
 		{"{\"execute\":\"human-monitor-command\"}", "'command-line' is missing"},
-		{"{\"execute\":\"human-monitor-command\",\"arguments\":{\"command-line\":\"bogus\"}}",
+		{"{\"execute\":\"human-monitor-command\","
+		 "\"arguments\":{\"command-line\":\"bogus\"}}",
 		 "{\"return\":\"Error: unknown command: 'bogus'"},
 		{"{\"execute\":\"x-postroad-hmp\",\"arguments\":{\"command-line\":\"bogus\"}}",
 		 "{\"error\":{\"class\":\"GenericError\",\"desc\":\"unknown command: 'bogus'"},
@@ -200,13 +202,13 @@ static void every_mistake_is_answered_and_named(void **state)
 	g_autoptr(Client) client = client_ready(bench);
 
 	converse(bench, client, turns, G_N_ELEMENTS(turns));
-	/* of a set with a mistake nothing is set */
+	/* A set with a mistake changes nothing. */
 	assert_int_equal(pr_param(&bench->params, PR_PARAM_BULK_WINDOW), 32);
 	assert_true(pr_capability(&bench->params, PR_CAP_ZERO_PAGES));
 	assert_int_equal(g_atomic_int_get(&bench->quits), 0);
 }
 
-static void the_engines_refusals_are_passed_on(void **state)
+static void errors_of_the_engine_are_passed_on(void **state)
 {
 	static const char *const commands[] = {
 		"{\"execute\":\"migrate\",\"arguments\":{\"uri\":\"tcp:a:1\"}}",
@@ -228,7 +230,7 @@ static void the_engines_refusals_are_passed_on(void **state)
 	}
 }
 
-static void ids_of_any_kind_come_back(void **state)
+static void answers_carry_ids_of_any_type(void **state)
 {
 	static const Turn turns[] = {
 		{"{\"execute\":\"migrate-pause\",\"id\":7}", "{\"return\":{},\"id\":7}"},
@@ -246,7 +248,7 @@ static void ids_of_any_kind_come_back(void **state)
 	converse(*state, client, turns, G_N_ELEMENTS(turns));
 }
 
-static void messages_need_no_newline_and_may_come_in_pieces(void **state)
+static void messages_need_no_newline_and_may_be_split(void **state)
 {
 	g_autoptr(Client) client = client_ready(*state);
 	g_autofree char *first = NULL, *second = NULL;
@@ -259,7 +261,7 @@ static void messages_need_no_newline_and_may_come_in_pieces(void **state)
 	assert_string_equal(second, "{\"return\":{},\"id\":\"}{\\\"\"}");
 }
 
-static void query_migrate_has_qemus_fields_and_ours(void **state)
+static void query_migrate_has_the_fields_of_qemu_and_postroad(void **state)
 {
 	static const Turn turns[] = {
 		{"{\"execute\":\"query-migrate\"}",
@@ -294,15 +296,15 @@ static void query_migrate_has_qemus_fields_and_ours(void **state)
 	converse(bench, client, turns, G_N_ELEMENTS(turns));
 }
 
-static void changes_of_state_are_events_in_order(void **state)
+static void state_changes_are_events_in_order(void **state)
 {
 	static const PrState states[] = {PR_STATE_SETUP, PR_STATE_ACTIVE, PR_STATE_DEVICE,
 					 PR_STATE_POSTCOPY_ACTIVE, PR_STATE_COMPLETED};
 	Bench *bench = *state;
 	g_autoptr(Client) client = client_ready(bench);
 	g_autoptr(Client) other = client_ready(bench);
-	g_autoptr(Client) stranger = client_new(bench); /* has not negotiated: gets none */
-	G_GNUC_UNUSED g_autoptr(JsonNode) greeting = client_receive(stranger);
+	g_autoptr(Client) unready = client_new(bench); /* has not negotiated: gets no events */
+	G_GNUC_UNUSED g_autoptr(JsonNode) greeting = client_receive(unready);
 	g_autofree char *answer = NULL;
 
 	for (guint i = 0; i < 200; i++)
@@ -317,18 +319,18 @@ static void changes_of_state_are_events_in_order(void **state)
 		assert_string_equal(first, expected);
 		assert_string_equal(second, expected);
 	}
-	answer = client_ask(stranger, "{\"execute\":\"query-version\"}");
+	answer = client_ask(unready, "{\"execute\":\"query-version\"}");
 	assert_contains(answer, "Expecting capabilities");
-	assert_true(g_queue_is_empty(stranger->events));
+	assert_true(g_queue_is_empty(unready->events));
 }
 
-static void changes_of_paths_are_events_and_end_no_wait(void **state)
+static void path_changes_are_events_and_end_no_wait(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) client = client_ready(bench);
 	g_autofree char *lost = NULL, *next = NULL;
 
-	fake_tell_path(bench->migration, PR_PATH_FAILED, "port is DOWN");
+	fake_report_path(bench->migration, PR_PATH_FAILED, "port is DOWN");
 	fake_set_state(bench->migration, PR_STATE_POSTCOPY_PAUSED, "lost");
 	lost = client_event(client);
 	next = client_event(client);
@@ -347,7 +349,7 @@ static void without_the_capability_there_are_no_events(void **state)
 
 	assert_contains(set, "return");
 	fake_set_state(bench->migration, PR_STATE_SETUP, NULL);
-	/* the answer comes behind anything that was due before */
+	/* An answer follows all events that were queued before. */
 	for (guint i = 0; i < 3; i++)
 		g_free(client_ask(client, "{\"execute\":\"query-migrate\"}"));
 	assert_true(g_queue_is_empty(client->events));
@@ -371,7 +373,7 @@ static void migrate_without_d_is_answered_at_its_end(void **state)
 		{PR_STATE_FAILED, "the migration has failed: no luck; why"},
 		{PR_STATE_CANCELLED, "the migration has been cancelled: why"},
 		{PR_STATE_POSTCOPY_PAUSED,
-		 "the migration is paused: why; go on with: migrate -r URI"},
+		 "the migration is paused: why; resume it with: migrate -r URI"},
 	};
 	Bench *bench = *state;
 
@@ -381,7 +383,7 @@ static void migrate_without_d_is_answered_at_its_end(void **state)
 		g_autofree char *answer = NULL, *same = NULL, *second = NULL;
 
 		client_send(client, HMP("migrate tcp:a:1"));
-		/* the same client and others are served meanwhile */
+		/* Meanwhile this client and others are served. */
 		same = client_ask(client, "{\"execute\":\"query-migrate\",\"id\":2}");
 		assert_contains(same, "\"status\":\"setup\"");
 		second = client_ask(other, "{\"execute\":\"query-migrate\",\"id\":3}");
@@ -393,7 +395,7 @@ static void migrate_without_d_is_answered_at_its_end(void **state)
 	}
 }
 
-static void the_end_of_an_earlier_migration_answers_nobody(void **state)
+static void the_end_of_an_earlier_migration_ends_no_wait(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) client = client_ready(bench);
@@ -401,7 +403,7 @@ static void the_end_of_an_earlier_migration_answers_nobody(void **state)
 	for (guint i = 0; i < 50; i++) {
 		g_autofree char *query = NULL, *ended = NULL;
 
-		/* the change and the command race to the main loop */
+		/* The state changes and the command race to the main loop. */
 		fake_set_state(bench->migration, PR_STATE_ACTIVE, NULL);
 		fake_set_state(bench->migration, PR_STATE_FAILED, "stale");
 		client_send(client, HMP("migrate -r tcp:b:1"));
@@ -413,7 +415,7 @@ static void the_end_of_an_earlier_migration_answers_nobody(void **state)
 	}
 }
 
-static void a_waiting_client_may_leave(void **state)
+static void a_waiting_client_may_disconnect(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) other = client_ready(bench);
@@ -442,7 +444,7 @@ static void detached_and_qmp_migrate_are_answered_at_once(void **state)
 	converse(*state, client, turns, G_N_ELEMENTS(turns));
 }
 
-static void a_migrate_that_is_refused_is_answered_at_once(void **state)
+static void a_refused_migrate_is_answered_at_once(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) client = client_ready(bench);
@@ -466,7 +468,8 @@ static void hmp_shows_and_sets(void **state)
 		{HMP("info migrate"), "[ 16 us - 32 us ): 70\\n"},
 		{HMP("info migrate"), "longest fault: 900 us\\n"},
 		{HMP("info migrate"), "repeated faults: 5\\n"},
-		{HMP("info migrate"), "read ahead: 40 pages\\nwaited for of these: 9 pages\\n"},
+		{HMP("info migrate"),
+		 "read ahead: 40 pages\\nread ahead and waited for: 9 pages\\n"},
 		{HMP("info migrate"),
 		 "postcopy blocktime: 7 ms\\npostcopy blocktime at most: 17 ms\\n"
 		 "postcopy non-vcpu blocktime: 13 ms\\n"},
@@ -503,7 +506,8 @@ static void hmp_shows_and_sets(void **state)
 static void hmp_lines_parse_by_the_table(void **state)
 {
 	static const struct {
-		const char *line, *name, *args; /* name NULL: an error that contains args */
+		const char *line, *name,
+			*args; /* name NULL: an error, and args is a part of its text */
 	} rows[] = {
 		{"migrate tcp:a:1", "migrate", "{\"uri\":\"tcp:a:1\"}"},
 		{"  migrate   -d\ttcp:a:1 ", "migrate", "{\"detach\":true,\"uri\":\"tcp:a:1\"}"},
@@ -513,7 +517,7 @@ static void hmp_lines_parse_by_the_table(void **state)
 		{"migrate -x a", NULL, "unknown option '-x'; usage: migrate [-d] [-r] URI"},
 		{"migrate -d", NULL, "migrate: missing 'uri'"},
 		{"migrate a b", NULL, "unexpected word 'b'"},
-		{"migrate \"a", NULL, "can't read the line"},
+		{"migrate \"a", NULL, "can't parse the line"},
 		{"migrate_pause now", NULL, "unexpected word 'now'; usage: migrate_pause"},
 		{"migrate_pause -f", NULL, "unknown option '-f'"},
 		{"migrate_recover", NULL, "missing 'uri'"},
@@ -548,7 +552,7 @@ static void hmp_lines_parse_by_the_table(void **state)
 	}
 }
 
-/* What the prompt and the line that was answered look like at the other end. */
+/* Reads one line of the session's output, with the prompt before it. */
 static void assert_hmp_line(Bench *bench, GString *buffer, const char *expected)
 {
 	g_autofree char *line = read_text_line(bench->hmp_fd, buffer);
@@ -575,7 +579,7 @@ static void hmp_at_a_terminal_waits_for_migrate(void **state)
 	hmp_send(bench, "migrate tcp:a:1\nmigrate_pause\ninfo status\n");
 	event = client_event(client);
 	assert_string_equal(event, "setup/asked to");
-	/* the lines behind it are held, the QMP client is not */
+	/* The next lines wait; the QMP client is served. */
 	query = client_ask(client, "{\"execute\":\"query-migrate\"}");
 	assert_contains(query, "setup");
 	{
@@ -591,7 +595,7 @@ static void hmp_at_a_terminal_waits_for_migrate(void **state)
 			"failed (no route)");
 }
 
-static void the_end_of_the_terminal_harms_nobody(void **state)
+static void the_end_of_the_terminal_affects_no_other_client(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) client = client_ready(bench);
@@ -605,7 +609,7 @@ static void the_end_of_the_terminal_harms_nobody(void **state)
 	assert_contains(answer, "return");
 }
 
-static void a_silent_client_blocks_nobody_and_is_dropped(void **state)
+static void a_client_that_does_not_read_is_disconnected(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) silent = client_ready(bench);
@@ -618,7 +622,7 @@ static void a_silent_client_blocks_nobody_and_is_dropped(void **state)
 		ssize_t n = send(silent->fd, flood, strlen(flood), MSG_NOSIGNAL);
 
 		if (n < 0 && errno == EAGAIN) {
-			/* its input is full: the other one has its turns */
+			/* The silent client's queue is full; the other client is still served. */
 			g_autofree char *answer =
 				client_ask(client, "{\"execute\":\"query-version\"}");
 
@@ -629,7 +633,7 @@ static void a_silent_client_blocks_nobody_and_is_dropped(void **state)
 			break;
 		}
 	}
-	/* whether or not its last bytes were taken, what was not delivered ends it */
+	/* Its connection ends, because it did not read its answers. */
 	assert_true(client_at_end(silent));
 	{
 		g_autofree char *answer = client_ask(client, "{\"execute\":\"query-version\"}");
@@ -638,7 +642,7 @@ static void a_silent_client_blocks_nobody_and_is_dropped(void **state)
 	}
 }
 
-static void a_huge_message_is_refused_and_served_on(void **state)
+static void after_a_huge_message_the_client_is_served(void **state)
 {
 	g_autoptr(Client) client = client_ready(*state);
 	g_autofree char *filler = g_strnfill(2 * PR_FRAME_MAX, 'x');
@@ -682,7 +686,7 @@ static void collect(const char *message, gsize len, const char *fault, void *opa
 	g_string_append_printf(opaque, "%s|", fault ? "!" : message);
 }
 
-static void framing_does_not_depend_on_the_pieces(void **state)
+static void framing_does_not_depend_on_the_split(void **state)
 {
 	static const struct {
 		const char *input, *messages;
@@ -714,7 +718,7 @@ static void framing_does_not_depend_on_the_pieces(void **state)
 	}
 }
 
-static void the_socket_is_private_and_never_stolen(void **state)
+static void the_socket_is_private_and_a_served_one_is_not_replaced(void **state)
 {
 	Bench *bench = *state;
 	g_autofree char *file = g_build_filename(bench->dir, "file", NULL);
@@ -725,7 +729,7 @@ static void the_socket_is_private_and_never_stolen(void **state)
 		{bench->path, "another process serves it"},
 		{file, "not a socket"},
 		{nowhere, "No such file"},
-		{deep, "longer than a socket's may be"},
+		{deep, "too long for a unix socket"},
 	};
 	g_autoptr(GMainContext) context = g_main_context_new();
 	g_autoptr(PrMonitor) monitor = pr_monitor_new(&bench->params, context, NULL, NULL);
@@ -757,30 +761,30 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		ON_BENCH(the_greeting_is_qemus),
-		ON_BENCH(nothing_is_served_before_the_negotiation),
-		ON_BENCH(every_command_succeeds_in_its_right_form),
-		ON_BENCH(every_mistake_is_answered_and_named),
-		ON_BENCH(the_engines_refusals_are_passed_on),
-		ON_BENCH(ids_of_any_kind_come_back),
-		ON_BENCH(messages_need_no_newline_and_may_come_in_pieces),
-		ON_BENCH(query_migrate_has_qemus_fields_and_ours),
-		ON_BENCH(changes_of_state_are_events_in_order),
-		ON_BENCH(changes_of_paths_are_events_and_end_no_wait),
+		ON_BENCH(commands_are_refused_before_the_negotiation),
+		ON_BENCH(every_command_succeeds_with_valid_arguments),
+		ON_BENCH(errors_name_the_mistake),
+		ON_BENCH(errors_of_the_engine_are_passed_on),
+		ON_BENCH(answers_carry_ids_of_any_type),
+		ON_BENCH(messages_need_no_newline_and_may_be_split),
+		ON_BENCH(query_migrate_has_the_fields_of_qemu_and_postroad),
+		ON_BENCH(state_changes_are_events_in_order),
+		ON_BENCH(path_changes_are_events_and_end_no_wait),
 		ON_BENCH(without_the_capability_there_are_no_events),
 		ON_BENCH(migrate_without_d_is_answered_at_its_end),
-		ON_BENCH(the_end_of_an_earlier_migration_answers_nobody),
-		ON_BENCH(a_waiting_client_may_leave),
+		ON_BENCH(the_end_of_an_earlier_migration_ends_no_wait),
+		ON_BENCH(a_waiting_client_may_disconnect),
 		ON_BENCH(detached_and_qmp_migrate_are_answered_at_once),
-		ON_BENCH(a_migrate_that_is_refused_is_answered_at_once),
+		ON_BENCH(a_refused_migrate_is_answered_at_once),
 		ON_BENCH(hmp_shows_and_sets),
 		cmocka_unit_test(hmp_lines_parse_by_the_table),
 		ON_BENCH(hmp_at_a_terminal_waits_for_migrate),
-		ON_BENCH(the_end_of_the_terminal_harms_nobody),
-		ON_BENCH(a_silent_client_blocks_nobody_and_is_dropped),
-		ON_BENCH(a_huge_message_is_refused_and_served_on),
+		ON_BENCH(the_end_of_the_terminal_affects_no_other_client),
+		ON_BENCH(a_client_that_does_not_read_is_disconnected),
+		ON_BENCH(after_a_huge_message_the_client_is_served),
 		ON_BENCH(many_clients_come_and_go),
-		cmocka_unit_test(framing_does_not_depend_on_the_pieces),
-		ON_BENCH(the_socket_is_private_and_never_stolen),
+		cmocka_unit_test(framing_does_not_depend_on_the_split),
+		ON_BENCH(the_socket_is_private_and_a_served_one_is_not_replaced),
 	};
 
 	return cmocka_run_group_tests_name("monitor", tests, NULL, NULL);

@@ -19,14 +19,14 @@ static void defaults_are_within_their_ranges(void **state)
 		assert_true(info->min <= info->def && info->def <= info->max);
 		assert_true(info->help && info->unit);
 		assert_int_equal(pr_param(&params, i), info->def);
-		/* setting what is set is always allowed */
+		/* A value that is set already is always valid. */
 		assert_true(pr_params_set(&params, info->name, info->def, NULL));
 	}
 	for (guint i = 0; i < PR_N_CAPABILITIES; i++)
 		assert_int_equal(pr_capability(&params, i), pr_capability_info(i)->def);
 }
 
-static void the_contract_names_these_defaults(void **state)
+static void the_defaults_have_these_values(void **state)
 {
 	static const struct {
 		PrParam param;
@@ -54,7 +54,7 @@ static void the_contract_names_these_defaults(void **state)
 	}
 }
 
-static void text_is_a_number_with_an_optional_suffix(void **state)
+static void values_are_numbers_with_an_optional_suffix(void **state)
 {
 	static const struct {
 		const char *name, *text;
@@ -177,8 +177,8 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(defaults_are_within_their_ranges),
-		cmocka_unit_test(the_contract_names_these_defaults),
-		cmocka_unit_test(text_is_a_number_with_an_optional_suffix),
+		cmocka_unit_test(the_defaults_have_these_values),
+		cmocka_unit_test(values_are_numbers_with_an_optional_suffix),
 		cmocka_unit_test(a_range_error_names_parameter_value_and_range),
 		cmocka_unit_test(an_unknown_parameter_lists_the_known),
 		cmocka_unit_test(the_heartbeat_stays_below_its_timeout),

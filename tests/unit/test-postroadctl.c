@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* postroadctl as a program, against a monitor with a fake engine behind it. */
+/* The program postroadctl, connected to a monitor with a fake engine. */
 #include <gio/gio.h>
 #include <gio/gunixsocketaddress.h>
 #include <glib/gstdio.h>
@@ -34,7 +34,7 @@ static void assert_contains(const char *text, const char *part)
 		fail_msg("'%s' is not in: %s", part, text);
 }
 
-/* Runs it to its end. */
+/* Runs postroadctl to its end. */
 static void ctl(Run *run, const char *path, const char *command, const char *file)
 {
 	const char *argv[] = {g_getenv("POSTROADCTL"), path, command, file, NULL};
@@ -65,7 +65,7 @@ static void a_line_prints_its_answer(void **state)
 	assert_string_equal(run.out, "postroad-" PR_VERSION "\n");
 }
 
-static void a_line_that_fails_says_so_and_exits_1(void **state)
+static void a_failed_line_prints_its_error_and_exits_1(void **state)
 {
 	Bench *bench = *state;
 	g_auto(Run) run = {0};
@@ -77,15 +77,15 @@ static void a_line_that_fails_says_so_and_exits_1(void **state)
 	assert_string_equal(run.err, "postroadctl: nothing is paused\n");
 }
 
-static void usage_is_explained(void **state)
+static void usage_errors_explain_the_usage(void **state)
 {
 	Bench *bench = *state;
 	static const struct {
 		const char *path, *command, *file, *error;
 	} rows[] = {
-		{NULL, NULL, NULL, "expected QMP-PATH and a command"},
-		{"sock", NULL, NULL, "expected QMP-PATH and a command"},
-		{"sock", "report", NULL, "report: expected the name of a file"},
+		{NULL, NULL, NULL, "expected QMP-PATH and COMMAND"},
+		{"sock", NULL, NULL, "expected QMP-PATH and COMMAND"},
+		{"sock", "report", NULL, "report: expected a file name"},
 		{"sock", "migrate", "-d", "-d"},
 		{"sock", "migrate", "tcp:a:1", "put an HMP line in quotes"},
 		{"--frob", NULL, NULL, "--frob"},
@@ -107,7 +107,7 @@ static void usage_is_explained(void **state)
 	assert_true(g_file_test(bench->path, G_FILE_TEST_EXISTS));
 }
 
-static void a_missing_engine_is_named(void **state)
+static void a_missing_engine_is_an_error_with_the_path(void **state)
 {
 	Bench *bench = *state;
 	g_autofree char *missing = g_build_filename(bench->dir, "missing", NULL);
@@ -124,7 +124,7 @@ static void a_missing_engine_is_named(void **state)
 	g_object_unref(dead);
 	ctl(&second, stale, "info status", NULL);
 	assert_int_equal(second.code, 1);
-	assert_contains(second.err, "nobody serves this socket");
+	assert_contains(second.err, "no process serves this socket");
 	assert_int_equal(g_unlink(stale), 0);
 }
 
@@ -154,7 +154,7 @@ static void a_report_is_json_with_all_its_parts(void **state)
 	assert_int_equal(g_unlink(file), 0);
 }
 
-/* A `watch` in progress, with its output on a pipe. */
+/* A running `watch`, with its output in a pipe. */
 typedef struct Watch {
 	GPid pid;
 	int out;
@@ -171,7 +171,7 @@ static void watch_start(Watch *watch, Bench *bench)
 		NULL, NULL, &watch->pid, NULL, &watch->out, NULL, NULL));
 }
 
-/* Reads lines until one begins with this; progress lines may come between. */
+/* Reads lines until one starts with this text. Progress lines may come first. */
 static void watch_expect(Watch *watch, const char *start)
 {
 	for (guint i = 0; i < 1000; i++) {
@@ -185,7 +185,7 @@ static void watch_expect(Watch *watch, const char *start)
 	fail_msg("no line '%s'", start);
 }
 
-/* Reads to the end and returns the exit status. */
+/* Reads the output to its end and returns the exit status. */
 static int watch_end(Watch *watch)
 {
 	char *line;
@@ -200,7 +200,7 @@ static int watch_end(Watch *watch)
 	return WEXITSTATUS(status);
 }
 
-static void watch_goes_on_through_a_pause_to_completion(void **state)
+static void watch_continues_through_a_pause_to_completion(void **state)
 {
 	Bench *bench = *state;
 	Watch watch;
@@ -243,11 +243,11 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		ON_BENCH(a_line_prints_its_answer),
-		ON_BENCH(a_line_that_fails_says_so_and_exits_1),
-		ON_BENCH(usage_is_explained),
-		ON_BENCH(a_missing_engine_is_named),
+		ON_BENCH(a_failed_line_prints_its_error_and_exits_1),
+		ON_BENCH(usage_errors_explain_the_usage),
+		ON_BENCH(a_missing_engine_is_an_error_with_the_path),
 		ON_BENCH(a_report_is_json_with_all_its_parts),
-		ON_BENCH(watch_goes_on_through_a_pause_to_completion),
+		ON_BENCH(watch_continues_through_a_pause_to_completion),
 		ON_BENCH(watch_of_a_failure_exits_1),
 	};
 

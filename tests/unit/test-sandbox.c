@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The sandbox, each time in a process of its own that has a thread from before, as an engine has. */
+/* The sandbox. Each test enters it in a process of its own, which has a thread already, like an
+ * engine. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -26,14 +27,14 @@
 
 #include "monitor/sandbox.h"
 
-#define KEPT ((1ull << 1) | (1ull << 10) | (1ull << 14)) /* as sandbox.c names them */
+#define KEPT ((1ull << 1) | (1ull << 10) | (1ull << 14)) /* the capabilities that sandbox.c keeps */
 #if defined(__SANITIZE_ADDRESS__)
 #define LEAK_CHECK TRUE
 #else
 #define LEAK_CHECK FALSE
 #endif
 
-/* In the child: what does not hold ends it, with the line in its status. */
+/* In the child: a condition that does not hold ends it, with the line number in its exit status. */
 #define HOLDS(condition)                                                                           \
 	do {                                                                                       \
 		if (!(condition)) {                                                                \
@@ -95,7 +96,7 @@ static void in_sandbox(const PrSandbox *sandbox, void (*check)(void))
 
 static void nothing_is_started(void)
 {
-	/* Were it started, it would say that this test has failed. */
+	/* If this program could be started, the test would fail. */
 	char *const argv[] = {"false", NULL};
 	char *const environment[] = {NULL};
 
@@ -139,7 +140,7 @@ static void nothing_else_is_reached(void)
 	HOLDS(syscall(SYS_io_uring_setup, 1, NULL) < 0 && errno == ENOSYS);
 }
 
-static void a_sandboxed_engine_reaches_nothing_else(void **state)
+static void a_sandboxed_engine_can_change_nothing_else(void **state)
 {
 	in_sandbox(&(PrSandbox){.filter = TRUE}, nothing_else_is_reached);
 }
@@ -149,7 +150,8 @@ static gpointer give_back(gpointer opaque)
 	return opaque;
 }
 
-/* Whole migrations are in the end-to-end tests; this says early what is missing. */
+/* The end-to-end tests run whole migrations in the sandbox. This test finds a denied call
+ * sooner. */
 static void its_work_is_done(void)
 {
 	struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
@@ -179,12 +181,12 @@ static void programs_can_be_started(void)
 	HOLDS(g_spawn_command_line_sync("true", NULL, NULL, NULL, NULL));
 }
 
-static void without_it_only_the_filter_is_missing(void **state)
+static void without_the_option_only_the_filter_is_missing(void **state)
 {
 	in_sandbox(&(PrSandbox){.filter = FALSE}, programs_can_be_started);
 }
 
-/* A line of the calling thread's status. */
+/* Reads a number from the calling thread's status file. */
 static guint64 own_status(const char *name, guint base)
 {
 	g_autofree char *text = NULL;
@@ -232,7 +234,7 @@ static void nothing_of_root_is_left(void)
 	its_work_is_done();
 }
 
-static void a_user_is_become_by_all_threads(void **state)
+static void all_threads_change_the_user(void **state)
 {
 	if (geteuid() != 0)
 		skip();
@@ -267,18 +269,19 @@ static void a_wrong_user_is_named(void **state)
 	expect_refusal(&(PrSandbox){.user = "no-such-user"}, 0, "--user 'no-such-user'");
 	expect_refusal(&(PrSandbox){.user = "nobody", .group = "no-such-group"}, 0,
 		       "--group 'no-such-group'");
-	expect_refusal(&(PrSandbox){.user = "nobody"}, 65534, "only root can become another user");
+	expect_refusal(&(PrSandbox){.user = "nobody"}, 65534,
+		       "only root can change to another user");
 }
 
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(a_sandboxed_engine_starts_no_program),
-		cmocka_unit_test(a_sandboxed_engine_reaches_nothing_else),
+		cmocka_unit_test(a_sandboxed_engine_can_change_nothing_else),
 		cmocka_unit_test(a_sandboxed_engine_can_do_its_work),
-		cmocka_unit_test(without_it_only_the_filter_is_missing),
+		cmocka_unit_test(without_the_option_only_the_filter_is_missing),
 		cmocka_unit_test(root_keeps_few_capabilities),
-		cmocka_unit_test(a_user_is_become_by_all_threads),
+		cmocka_unit_test(all_threads_change_the_user),
 		cmocka_unit_test(a_wrong_user_is_named),
 	};
 

@@ -254,7 +254,7 @@ static void a_main_loop_that_does_not_turn_is_reported(void **state)
 	g_autofree char *last = NULL;
 
 	pr_watchdog_start(watchdog);
-	pr_loop_watch(watchdog, context);
+	pr_main_loop_watch(watchdog, context);
 	/* The loop waits for events: that is idle. */
 	g_source_set_callback(idles, end_idle, loop, NULL);
 	g_source_attach(idles, context);
@@ -268,7 +268,7 @@ static void a_main_loop_that_does_not_turn_is_reported(void **state)
 		g_clear_pointer(&last, g_free);
 	assert_non_null(last);
 	assert_non_null(strstr(last, "thread \"main loop\": answering the monitor"));
-	pr_loop_watch(NULL, context);
+	pr_main_loop_watch(NULL, context);
 	pr_watchdog_free(watchdog);
 }
 
