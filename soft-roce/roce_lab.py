@@ -275,14 +275,25 @@ class Machine:
             wait_until(f"process {self.pid} is gone", 10, lambda: not self.alive())
 
 
-def start_time(pid):
-    """When a process was started, in the kernel's ticks; None: there is none, or only its remains."""
+def stat_fields(pid):
+    """What /proc/PID/stat has behind the command, or None without such a process. The state comes first."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
-            fields = stat.read().rpartition(")")[2].split()
+            return stat.read().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else int(fields[19])
+
+
+def start_time(pid):
+    """When a process was started, in the kernel's ticks. None: there is no such process, or it is a zombie."""
+    fields = stat_fields(pid)
+    return int(fields[19]) if fields and fields[0] != "Z" else None
+
+
+def cpu_seconds(pid):
+    """The CPU time that a process has used, in user mode and in the kernel."""
+    fields = stat_fields(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def wait_until(what, seconds, probe, interval=0.02):
@@ -400,6 +411,10 @@ class Lab:
 
     def host(self, name):
         return self.hosts[HOSTS.index(name)]
+
+    def cpu_seconds(self):
+        """The CPU time that both hosts have used so far."""
+        return sum(cpu_seconds(machine.pid) for machine in self.machines)
 
     def _file(self, name):
         return os.path.join(self.directory, name)

@@ -444,7 +444,7 @@ def killed(lab):
         wait_until("its machines have ended", 30, lambda: not any(map(start_time, pids)))
 
 
-GROUP = runner.Group("lab", CASES, lambda lab, _build, function, _notes: function(lab))
+GROUP = runner.Group("lab", CASES, lambda lab, test, _notes: test(lab), subject=lambda lab, _build: lab)
 
 if __name__ == "__main__":
     sys.exit(runner.main([GROUP], __doc__))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The migrations as a group of tests."""
+"""The migrations as groups of tests."""
 
 import os
 import sys
@@ -13,8 +13,8 @@ import kvm  # noqa: E402
 from cast import Failure, LabError  # noqa: E402
 
 
-def perform(lab, build, function, notes):
-    stage = cases.Stage(lab, build, notes)
+def perform(subject, function, notes):
+    stage = cases.Stage(*subject, notes)
     try:
         function(stage)
     except (Failure, LabError, runner.OutOfTime) as error:
@@ -23,10 +23,14 @@ def perform(lab, build, function, notes):
         stage.close()
 
 
-# One CPU: what Linux patches in its own code when a guest under KVM begins or ends can crash an emulated host of two.
+def subject(lab, build):
+    return lab, build
+
+
+# One CPU: Linux patches its own code when a guest under KVM begins or ends, which can crash an emulated host of two.
 NEWER = {"kernel": "6.12", "cpus": 1}
 GROUPS = [
-    runner.Group("rdma", cases.CASES, perform),
-    runner.Group("kvm", kvm.CASES, perform, kvm.SECONDS),
-    runner.Group("kvm-6.12", kvm.NEWER_CASES, perform, kvm.LINUX_SECONDS, NEWER),
+    runner.Group("rdma", cases.CASES, perform, subject),
+    runner.Group("kvm", kvm.CASES, perform, subject, kvm.SECONDS),
+    runner.Group("kvm-6.12", kvm.NEWER_CASES, perform, subject, kvm.LINUX_SECONDS, NEWER),
 ]
