@@ -398,8 +398,9 @@ def by_hand(lab):
             argv = [program, "--dir", directory, *words]
             return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=400)
 
-        up = call("up", "--build", lab.spec.build, "--accel", lab.accel, "--memory", "512")
+        pids = []
         try:
+            up = call("up", "--build", lab.spec.build, "--accel", lab.accel, "--memory", "512")
             expect(up.returncode == 0, f"lab up: {up.stderr}")
             pids = machines_of(directory)
             again = call("up", "--build", lab.spec.build)
@@ -442,6 +443,29 @@ def killed(lab):
             owner.send_signal(signal.SIGKILL)
             owner.wait()
         wait_until("its machines have ended", 30, lambda: not any(map(start_time, pids)))
+
+
+@case("lab-that-is-booting-ends-with-a-test-run-that-is-terminated")
+def terminated(lab):
+    """`lab up` starts machines that live on after it. The supervisor of the test run ends them nevertheless."""
+    with tempfile.TemporaryDirectory(prefix="postroad-lab-") as directory:
+        argv = [os.path.join(ROOT, "soft-roce", "lab"), "--dir", directory]
+        argv += ["up", "--build", lab.spec.build, "--accel", lab.accel, "--memory", "512"]
+        code = (
+            f"import subprocess, sys; sys.path.insert(0, {HERE!r})\n"
+            "import runner\n"
+            "runner.exit_on_signals()\n"
+            f"runner.supervise([lambda: subprocess.run({argv!r})])"
+        )
+        run = subprocess.Popen([sys.executable, "-B", "-c", code])
+        try:
+            pids = wait_until("two machines run", 120, lambda: started(directory))
+        finally:
+            run.send_signal(signal.SIGTERM)
+            run.wait(60)
+        expect(run.returncode == 128 + signal.SIGTERM, f"the test run ended with {run.returncode}")
+        left = [pid for pid in pids if start_time(pid)]
+        expect(not left, f"the test run has ended, and the machines {left} run")
 
 
 GROUP = runner.Group("lab", CASES, lambda lab, test, _notes: test(lab), subject=lambda lab, _build: lab)

@@ -187,7 +187,7 @@ def probes(pair):
 @case("strangers-are-refused-and-the-right-one-gets-in")
 def strangers(pair):
     pair.fill(0, 0, MIB)
-    pair.destination.ask("open", 7, 60000)
+    pair.destination.do("open", 7, 60000)
     for binding in ((6, 0x5E), (8, 0x5E), (7, 0x5F), (7, 0x5E, 0x12)):
         epoch, *rest = binding
         reason = pair.source.refuses("open", epoch, CONNECT_MS, *rest)
@@ -386,7 +386,7 @@ def no_device(pair):
     try:
         pair.inject("rdma-del", "a")
         pair.lab.inject("rdma-del", 2, "a")
-        expect_words(pair.source.refuses("open", 1, 1000), "has no RDMA device", "rdma link add", pair.uri)
+        expect_words(pair, pair.source.refuses("open", 1, 1000), "has no RDMA device", "rdma link add", pair.uri)
     finally:
         pair.lab.restore(2)
 
@@ -395,9 +395,9 @@ def no_device(pair):
 def unequal_mtu(pair):
     pair.broken = True
     pair.lab.b.run("ip", "link", "set", "eth1", "mtu", 1500, check=True)
-    pair.destination.ask("open", 1, CONNECT_MS)
+    pair.destination.do("open", 1, CONNECT_MS)
     words = ("packets of 4096 bytes", "takes 1024")
-    expect_words(pair.source.refuses("open", 1, CONNECT_MS), "refused the data lane", *words)
+    expect_words(pair, pair.source.refuses("open", 1, CONNECT_MS), "refused the data lane", *words)
     try:
         pair.destination.answer()
     except LabError as error:
@@ -416,7 +416,7 @@ def reconnect_after_loss(pair):
     """How long it takes after a connect request was lost and the rail is whole again."""
     pair.epoch += 1
     pair.inject("blackhole", "b")
-    pair.destination.ask("open", pair.epoch, CONNECT_MS)
+    pair.destination.do("open", pair.epoch, CONNECT_MS)
     pair.source.ask("open", pair.epoch, CONNECT_MS)
     wait_until("the request is lost", 30, lambda: packets_dropped(pair.lab.b, 1))
     pair.lab.undo("blackhole", 1, "b")

@@ -42,7 +42,7 @@ class HostQmp(Qmp):
 
 def wait_socket(host, path, process):
     """Waits until a process has opened its socket on a host: one command does the looking."""
-    host.run("sh", "-c", f"until [ -S {path} ] || ! [ -d /proc/{process.pid} ]; do sleep 0.05; done")
+    host.run("busybox", "sh", "-c", f"until [ -S {path} ] || ! [ -d /proc/{process.pid} ]; do sleep 0.05; done")
     expect(process.alive(), f"{process.name} on host {host.name} has ended: {process.output()[-1000:]}")
 
 
@@ -51,7 +51,7 @@ class Workload:
 
     LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 
-    def __init__(self, host, build, directory, incoming=False, size_mb=16, pace_us=200000, threads=2):
+    def __init__(self, host, build, directory, incoming=False, size_mb=16, pace_us=500000, threads=2):
         """pace_us: the rest of each thread after 16 pages."""
         self.host = host
         self.agent = f"{directory}/agent"

@@ -104,8 +104,8 @@ class StrangersQueuePair:
     """Somebody who knows where the destination listens for queue pairs, and nothing else."""
 
     def __init__(self, host, build, uri, timeout_ms):
-        self.process = host.popen(os.path.join(build, "tests", "roce", "rdma-pair"), "source", uri)
-        self.process.write(f"open 1 {timeout_ms}\n".encode())
+        self.process = host.popen(os.path.join(build, "tests", "roce", "rdma-pair"))
+        self.process.write(f"begin source {uri}\nopen 1 {timeout_ms}\n".encode())
 
     def answers(self):
         return self.process.output("out").splitlines()[1:]

@@ -14,10 +14,7 @@ LIMIT = 65536  # bytes that a process may lock by itself: much less than a guest
 
 # Prints for each thread of a process that has not just ended: user, effective capabilities.
 THREADS = """
-for thread in /proc/$1/task/*; do
-    awk '/^Uid:/ {user = $2} /^CapEff:/ {print user, $2}' $thread/status 2>/dev/null
-done
-true
+cat /proc/$1/task/*/status 2>/dev/null | awk '/^Uid:/ {user = $2} /^CapEff:/ {print user, $2}'
 """
 
 
@@ -49,7 +46,7 @@ def limited():
 def expect_unprivileged(engine):
     """Each thread is of that user and has no capability, and the guest's memory is pinned by it nevertheless. Returns how
     much, in KiB."""
-    threads = engine.host.run("sh", "-c", THREADS, "sh", engine.process.pid, check=True).stdout.splitlines()
+    threads = engine.host.run("busybox", "sh", "-c", THREADS, "sh", engine.process.pid, check=True).stdout.splitlines()
     strange = [thread for thread in threads if thread.split() != [UID, "0" * 16]]
     expect(len(threads) > 2 and not strange, f"threads of the {engine.name} have user and capabilities {threads}")
     return wait_for(f"the {engine.name} has pinned more than it may lock", 20, lambda: pinned_kib(engine))

@@ -45,7 +45,10 @@ static gboolean set_lanes(Side *side, char **words, GString *ret, GError **error
 	return TRUE;
 }
 
-/* EPOCH MS [SECRET [UUID]] */
+/*
+ * EPOCH MS [SECRET [UUID]]. A destination gives two answers: one before it waits for the source, so
+ * that a test knows when the source may come, and one after.
+ */
 static gboolean open_path(Side *side, char **words, GString *ret, GError **error)
 {
 	PrPathSetup setup = path_setup(side, words);
@@ -53,6 +56,9 @@ static gboolean open_path(Side *side, char **words, GString *ret, GError **error
 
 	side->n_failures = 0;
 	g_clear_pointer(&side->reason, g_free);
+	if (!side->source)
+		puts("ok waits");
+	fflush(stdout);
 	side->path = side->source ? side->ops->connect(&setup, error)
 				  : side->ops->accept(side->listener, &setup, error);
 	g_string_printf(ret, "%" PRId64, g_get_monotonic_time() - begin);
