@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A data path of rdma: between the lab's hosts, driven step by step: host a is the source, host b the destination.
+"""A data path of rdma: between the lab's hosts, driven step by step: host a is the source, host b
+the destination.
 
-On each host one rdma-pair process (tests/roce/pair/) serves one test after another. It is replaced after a test that
-failed, and after one that removed an RDMA device: librdmacm keeps the old device open until its process ends."""
+On each host one rdma-pair process (tests/roce/pair/) serves one test after another. It is replaced
+after a test that failed, and after one that removed an RDMA device: librdmacm keeps the old device
+open until its process ends."""
 
 import os
 import queue
@@ -29,8 +31,9 @@ class Spoiled(LabError):
 
 
 def nobody_connects(lab):
-    """Whether rping gets no answer over rail 1. A message of rdma_cm that soft-RoCE could not send may spoil a device's
-    management queue pair until the device is made anew (soft-roce/README.md)."""
+    """Whether rping gets no answer over rail 1. A message of rdma_cm that soft-RoCE could not send
+    may spoil a device's management queue pair until the device is made anew (soft-roce/README.md).
+    """
     server = lab.b.popen("rping", "-s", "-a", lab.b.address(1), "-C", "1")
     try:
         wait_until("rping runs", 30, server.alive)
@@ -153,7 +156,8 @@ class Pair:
     """Source and destination over rail 1, for one test."""
 
     def __init__(self, programs, options="", notes=None, fresh=False):
-        """options: of the URI. notes: lines for the report. fresh: in new processes, which have no device open."""
+        """options: of the URI. notes: lines for the report. fresh: in new processes, which have no
+        device open."""
         self.lab, self.programs = programs.lab, programs
         self.uri = f"rdma:{self.lab.b.address(1)}:{PORT}" + (f"?{options}" if options else "")
         self.notes = [] if notes is None else notes
@@ -189,8 +193,8 @@ class Pair:
         self.device_removed |= fault == "rdma-del"
 
     def mend(self):
-        """Makes rail 1 whole. Waits until the paths have ended that were closed while it was down: a rail that goes down
-        again in that moment would spoil the device."""
+        """Makes rail 1 whole. Waits until the paths have ended that were closed while it was down:
+        a rail that goes down again in that moment would spoil the device."""
         self.restore()
         for side, threads in self.threads:
             wait_until(
@@ -292,7 +296,8 @@ def at_rest(program, threads):
 
 
 def perform(programs, test, notes):
-    """Runs one test. Runs it again with new devices if soft-RoCE's device is spoiled for all programs."""
+    """Runs one test. Runs it again with new devices if soft-RoCE's device is spoiled for all
+    programs."""
     function, options, kind = test
     try:
         with Pair(programs, options, notes, **kind) as pair:

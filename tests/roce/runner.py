@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs groups of tests on RoCE labs: two at a time, since tests wait a good deal, each in a process of its own (a
-worker) that takes one test after another.
+"""Runs groups of tests on RoCE labs: two at a time, since tests wait a good deal, each in a process
+of its own (a worker) that takes one test after another.
 
-No test can hang: a test that exceeds its bound is interrupted and fails. If what it leaves behind cannot be cleared
-away in time, the next test gets a lab that is booted anew. When the program ends, in whatever way, so does all that it
-has started (supervisor.py)."""
+No test can hang: a test that exceeds its bound is interrupted and fails. If what it leaves behind
+cannot be cleared away in time, the next test gets a lab that is booted anew. When the program ends,
+in whatever way, so does all that it has started (supervisor.py)."""
 
 import argparse
 import json
@@ -42,16 +42,16 @@ class Group:
 
     name: str
     cases: list  # (name, test)
-    perform: object  # (subject, test, notes): runs one test; raises if it fails. notes: lines for the report
-    subject: object  # (lab, build): what all tests of the group on one lab share; its end() may fail
+    perform: object  # (subject, test, notes): runs a test, raises if it fails; notes: for the report
+    subject: object  # (lab, build): makes what all tests on one lab share; its end() may fail
     seconds: int = CASE_SECONDS  # bound of a test
     hosts: dict = field(default_factory=dict)  # needs of the lab's hosts: fields of roce_lab.Spec
 
 
 @contextmanager
 def bounded(seconds):
-    """Raises OutOfTime in the main thread after that time, and again each CLEANING_SECONDS: this bounds the cleaning,
-    too."""
+    """Raises OutOfTime in the main thread after that time, and again each CLEANING_SECONDS: this
+    bounds the cleaning, too."""
 
     def stop(_number, _frame):
         raise OutOfTime(f"it was interrupted after its bound of {seconds} s")
@@ -203,11 +203,12 @@ class Plan:
             if group.hosts not in self.kinds:
                 self.kinds.append(group.hosts)
         self.taken = FORK.Array("b", len(wanted))
-        self.users = FORK.Array("i", len(self.kinds))  # workers that have hosts of this kind; under taken's lock
+        self.users = FORK.Array("i", len(self.kinds))  # workers with such hosts; under taken's lock
 
     def take(self, current):
-        """The index of a test for a worker whose lab has this kind of hosts, or None. A worker changes to another kind
-        when there is no more work for its lab, at best to one that no worker has."""
+        """The index of a test for a worker whose lab has this kind of hosts, or None. A worker
+        changes to another kind when there is no more work for its lab, at best to one that no
+        worker has."""
         with self.taken.get_lock():
             free = [at for at, taken in enumerate(self.taken) if not taken]
             if not free:
@@ -224,7 +225,8 @@ class Plan:
 
 
 def work(plan, options, results):
-    """A worker: takes tests until there are no more. results: a file that gets a line of JSON for each."""
+    """A worker: takes tests until there are no more. results: a file that gets a line of JSON for
+    each."""
     with LabUser(options) as user, open(results, "a") as file:
 
         def note(entry):
@@ -279,7 +281,8 @@ def run_tests(wanted, options):
 
 
 def collect(files):
-    """Reads what workers have written: results, and for each worker that ended well what its labs left behind."""
+    """Reads what workers have written: results, and for each worker that ended well what its labs
+    left behind."""
     results, left = [], []
     for name in filter(os.path.exists, files):
         with open(name) as file:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Child processes whose descendants end with the program, however it ends.
 
-A virtual machine of `soft-roce/lab up` lives on after that command, in a session of its own. This process is the
-subreaper of such orphans: the kernel makes them its children, so that it can find and end them. If this process is
-killed by SIGKILL, its children get SIGTERM, and clean up by themselves."""
+A virtual machine of `soft-roce/lab up` lives on after that command, in a session of its own. This
+process is the subreaper of such orphans: the kernel makes them its children, so that it can find
+and end them. If this process is killed by SIGKILL, its children get SIGTERM, and clean up by
+themselves."""
 
 import ctypes
 import os
@@ -18,8 +19,8 @@ END_SECONDS = 60  # for children that clean up after SIGTERM
 
 
 def supervise(actions):
-    """Runs each action in a child process; returns after all have ended. The children of children that are left then,
-    or at an exception, are killed."""
+    """Runs each action in a child process; returns after all have ended. The children of children
+    that are left then, or at an exception, are killed."""
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ours = os.getpid()
     started = []
@@ -53,7 +54,7 @@ def start(action, parent):
 
 def end(started):
     """Tells these children to end, and kills whatever is left after them or after END_SECONDS."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}  # one signal is enough
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
     deadline = time.monotonic() + END_SECONDS
     for pid in children():
         if pid in started:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A malicious peer: what it can do to the other side's memory over its own connection, with the keys that it got.
+"""A malicious peer: what it can do to the other side's memory over its own connection, with the
+keys that it got.
 
-As in test_verbs.py, rdma-pair stands in for both engines, with the engine's own code for the data path."""
+As in test_verbs.py, rdma-pair stands in for both engines, with the engine's own code for the data
+path."""
 
 from rdma_pair import MIB, PORT, Pair, expect
 from test_verbs import PATIENT
@@ -29,8 +31,9 @@ class SecondPair(Pair):
         self.sides = [self.destination, self.source]
 
 
-# A queue pair that refuses an operation goes into the error state, so each attack has a connection of its own.
-NOT_ALLOWED = ("remote invalid request error", "remote access error")  # refused by the queue pair, or by the key
+# A queue pair that refuses an operation goes into the error state, so each attack has a connection
+# of its own.
+NOT_ALLOWED = ("remote invalid request error", "remote access error")  # of queue pair, and of key
 BAD_KEY = NOT_ALLOWED[1:]
 URGENT, BULK = 0, 1
 
@@ -54,7 +57,7 @@ def expect_refused(pair, lane, operation, addr, key, statuses, what):
     pair.source.do("verify", 0, 0, 4 * MIB, 1)
 
 
-@case("foreign-write-or-atomic-to-the-sources-memory-is-refused-by-queue-pair-and-by-key")
+@case("write-or-atomic-of-a-malicious-destination-is-refused-by-queue-pair-and-by-key")
 def foreign_write(pair):
     pair.fill(0, 0, 4 * MIB)
     for operation, lane in (("write", BULK), ("atomic", URGENT)):
@@ -63,7 +66,8 @@ def foreign_write(pair):
         expect(attack(pair.destination, lane, "read", addr, key) == "success", "the key is not even good for reading")
         expect_refused(pair, lane, operation, addr, key, NOT_ALLOWED, "as it is granted")
         pair.close()
-        # A queue pair that takes any operation leaves the key, which refuses. The open page shows that the operation works.
+        # A queue pair that takes any operation leaves the key, which refuses. The open page shows
+        # that the operation works.
         pair.connect()
         addr, key = granted(pair)
         open_page = pair.source.do("allow").split()
@@ -95,9 +99,10 @@ def foreign_key(pair):
     other.close()
 
 
-@case("source-can-do-nothing-to-the-destinations-memory")
+@case("malicious-source-cannot-access-the-destinations-memory")
 def foreign_source(pair):
-    """The destination grants nothing. Even the key that it uses itself, for READs to land, admits no peer."""
+    """The destination grants nothing. Even the key that it uses itself, for READs to land, admits
+    no peer."""
     pair.fill(0, 0, 4 * MIB)
     for operation in ("read", "write", "atomic"):
         for opened, statuses in ((False, NOT_ALLOWED), (True, BAD_KEY)):

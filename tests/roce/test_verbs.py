@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of the data path of rdma: between two RoCE hosts, without engine and guest.
 
-Host a is the source, host b the destination. Each test drives both sides step by step, and may break rail 1."""
+Host a is the source, host b the destination. Each test drives both sides step by step, and may
+break rail 1."""
 
 import os
 import re
@@ -17,10 +18,11 @@ import runner  # noqa: E402
 from rdma_pair import CONNECT_MS, KIB, MIB, PORT, Programs, Spoiled, expect, perform  # noqa: E402
 from roce_lab import LabError, wait_until  # noqa: E402
 
-NOTICED_SECONDS = 15.0  # after a fault: up to 3.2 s for the lanes' timers, the rest for the emulated hosts
+NOTICED_SECONDS = 15.0  # after a fault: 3.2 s for the lanes' timers, the rest for emulated hosts
 CASES = []
 
-# The device gives up a READ after 3.8 s instead of 0.3, so that a host that gets no CPU for a moment is no broken rail.
+# The device gives up a READ after 3.8 s instead of 0.3, so that a host that gets no CPU for a
+# moment is no broken rail.
 TIMERS = "ack-timeout=17&retry=6&bulk-retry=6&read-deadline-ms=0"
 PATIENT = TIMERS + "&connect-timeout-ms=3000"
 # For tests that break a rail: 2.1 s for an urgent READ, 3.2 s for a bulk READ.
@@ -29,7 +31,8 @@ DEFAULTS = ""
 
 
 def case(name, options=PATIENT, **kind):
-    """Registers a test under the behaviour that it proves. options: of the URI of both sides. kind: see Pair."""
+    """Registers a test under the behaviour that it proves. options: of the URI of both sides. kind:
+    see Pair."""
 
     def register(function):
         CASES.append((name, (function, options, kind)))
@@ -113,7 +116,8 @@ def exchanged(pair):
     pair.source.do("punch", 0, 4 * MIB, MIB)
     pair.source.do("punch", 0, 6 * MIB, 4 * KIB)
     pair.fill(0, 6 * MIB, 4 * KIB, seed=3)
-    # That somebody else has looked at them since hides nothing. (Linux before 6.2 pins another mapping anyway.)
+    # Another mapping has touched the pages since, which must not hide the change. (Linux before 6.2
+    # pins another mapping anyway.)
     pair.source.do("touch", 0, 0, 3 * MIB)
     pair.source.do("touch", 0, 6 * MIB, 4 * KIB)
     granted = pair.grant()
@@ -126,7 +130,7 @@ def exchanged(pair):
 
 
 def covered(grants):
-    """The bytes that grants of one block let be read, as (begin, end), neighbours together."""
+    """The ranges of one block that its grants cover, as (begin, end), with neighbours merged."""
     spans = []
     for begin, length in sorted((at, n) for _, at, n, *_ in grants):
         expect(not spans or spans[-1][1] <= begin, f"granted twice: {grants}")
@@ -139,8 +143,9 @@ def covered(grants):
 
 @case("grants-that-come-piece-by-piece-never-name-a-page-that-was-exchanged")
 def incremental_grants(pair):
-    """In each MiB the guest gives 128 KiB back that were registered, and takes half of it again. Then the source looks at
-    its RAM in an order of the destination's choice, and what it grants is read before it looks at the rest."""
+    """In each MiB the guest discards 128 KiB that were registered, and writes half of it again.
+    Then the source scans its RAM in an order that the destination chooses. The destination reads
+    each grant before the next scan."""
     pair.fill(0, 0, 16 * MIB)
     pair.open()
     for at in range(0, 16 * MIB, MIB):
@@ -172,7 +177,7 @@ def probes(pair):
     for lane in (0, 1):
         for count in (1, 4):
             pair.destination.do("probe", lane, count)
-    expect(pair.destination.resources()["blocks"] == [0, 0], "a probe has brought something")
+    expect(pair.destination.resources()["blocks"] == [0, 0], "a probe has brought memory")
     pair.fill(0, 0, 16 * MIB)
     pair.grant()
     pair.destination.do("probe", 0, 4)
@@ -184,7 +189,7 @@ def probes(pair):
     pair.close()
 
 
-@case("strangers-are-refused-and-the-right-one-gets-in")
+@case("peers-with-another-epoch-secret-or-uuid-are-refused-and-the-right-peer-connects")
 def strangers(pair):
     pair.fill(0, 0, MIB)
     pair.destination.do("open", 7, 60000)
@@ -201,7 +206,8 @@ def strangers(pair):
     pair.close()
 
 
-# As rdma-pair tells them: timers, retries, RNR retries and timer, READs out and in, access, traffic class.
+# The order of rdma-pair's answer: timer, retries, RNR retries and timer, READs out and in, access,
+# traffic class.
 REMOTE_READ = 4
 
 
@@ -254,7 +260,7 @@ def late_read_on_another_lane(pair):
     pair.close()
 
 
-# The device's own timers would take 30 s to notice anything.
+# With these the device's own timers take 30 s to notice a fault.
 PATIENT_DEVICE = "ack-timeout=20&retry=6&bulk-retry=6&read-deadline-ms="
 
 
@@ -274,14 +280,14 @@ def late_read(pair):
     pair.close()
 
 
-@case("process-that-was-stopped-does-not-take-its-reads-for-late", PATIENT_DEVICE + "3000")
+@case("process-that-was-stopped-does-not-fail-its-path-for-late-reads", PATIENT_DEVICE + "3000")
 def stopped(pair):
     pair.fill(0, 0, 16 * MIB)
     pair.connect()
     pair.destination.do("pull")
     for _ in range(3):
         pair.destination.process.signal(19)
-        time.sleep(4.5)  # more than the deadline; it is what is tested
+        time.sleep(4.5)  # more than the deadline, which is under test
         pair.destination.process.signal(18)
         time.sleep(0.3)  # READs are under way again; the test holds if not
     expect("has not failed" in pair.destination.refuses("await-failure", 2000), "the path has failed")
@@ -291,7 +297,7 @@ def stopped(pair):
     pair.destination.do("close")
 
 
-@case("completion-that-nobody-takes-is-not-late", PATIENT_DEVICE + "3000")
+@case("completion-that-is-polled-late-does-not-fail-the-path", PATIENT_DEVICE + "3000")
 def neglected(pair):
     pair.fill(0, 0, MIB)
     pair.connect()
@@ -391,7 +397,8 @@ def no_device(pair):
         pair.lab.restore(2)
 
 
-@case("unequal-mtu-is-an-error-that-names-both", DEFAULTS)  # what a refusal says has little room, and names the path
+# With the default options, as a refusal has little room for its text, which names the path.
+@case("unequal-mtu-is-an-error-that-names-both", DEFAULTS)
 def unequal_mtu(pair):
     pair.broken = True
     pair.lab.b.run("ip", "link", "set", "eth1", "mtu", 1500, check=True)
@@ -407,13 +414,14 @@ def unequal_mtu(pair):
 
 
 def packets_dropped(host, rail):
-    """What a black hole there has swallowed."""
+    """The number of packets that a black hole there has dropped."""
     text = host.run("tc", "-s", "filter", "show", "dev", f"eth{rail}", "ingress", check=True).stdout
     return int(re.search(r"(\d+) pkt", text)[1])
 
 
 def reconnect_after_loss(pair):
-    """How long it takes after a connect request was lost and the rail is whole again."""
+    """Loses a connect request. Returns the seconds from the mending of the rail until both sides
+    are connected."""
     pair.epoch += 1
     pair.inject("blackhole", "b")
     pair.destination.do("open", pair.epoch, CONNECT_MS)
@@ -428,7 +436,7 @@ def reconnect_after_loss(pair):
 
 @case("connect-request-that-is-lost-is-repeated-sooner-than-rdma-cm-would", TIMERS)
 def lost_request(pair):
-    """A busy host may be late; it is not each time."""
+    """A busy host may be late, but hardly three times."""
     pair.fill(0, 0, MIB)
     pair.connect()
     pair.close()
@@ -446,18 +454,19 @@ def lost_request(pair):
 @case("attempt-that-is-given-up-on-a-dead-rail-leaves-the-device-as-it-was")
 def attempt_on_dead_rail(pair):
     def connect():
-        """A device that is spoiled now was spoiled by the attempt: that is the failure, not a reason to try once more."""
+        """A device that is spoiled now was spoiled by the attempt. That is a failure, and no reason
+        to try once more."""
         try:
             pair.connect()
         except Spoiled as error:
-            raise LabError(f"nobody connects over the rail any more, rping neither: {error}") from None
+            raise LabError(f"no program connects over the rail any more, not even rping: {error}") from None
 
     pair.fill(0, 0, MIB)
-    pair.connect()  # whatever was done to the device before has not spoiled it
+    pair.connect()  # earlier tests have not spoiled the device
     pair.close()
     hits = 0
     for _ in range(4):
-        connect()  # it works, and resolves the address for what follows
+        connect()  # it works, and resolves the address for the next attempt
         pair.check(0, 0, MIB)
         pair.close()
         pair.inject("blackhole", "b")
@@ -468,7 +477,7 @@ def attempt_on_dead_rail(pair):
         try:
             pair.source.answer()
         except LabError as error:
-            # If it was something else that was lost, the source had not got so far as to ask.
+            # If another message was lost, the source had not sent its request yet.
             pair.note(f"{error}")
             hits += "rail rxe1 is DOWN" in str(error)
         else:
@@ -483,7 +492,7 @@ def attempt_on_dead_rail(pair):
     pair.close()
 
 
-@case("address-that-is-not-ours-may-go")
+@case("removal-of-an-unrelated-address-does-not-fail-the-path")
 def other_address(pair):
     pair.fill(0, 0, MIB)
     pair.connect()
@@ -506,8 +515,9 @@ def wrong_uris(pair):
 
 
 def break_rail(pair, fault, host, reasons, noticed_by="destination"):
-    """Breaks rail 1 under READs: all of them complete, each side reports one failure with a reason, and the end is
-    quick. noticed_by: the side whose host has the fault. The destination always notices."""
+    """Breaks rail 1 under READs: all of them complete, each side reports one failure with a reason,
+    and the end is quick. noticed_by: the side whose host has the fault. The destination always
+    notices."""
     pair.destination.do("pull")
     pair.inject(fault, host)
     # A host that is busy with READs may take seconds to run the command that breaks its rail.
@@ -559,14 +569,14 @@ fault_case("device-removed-at-the-destination", "rdma-del", "b", REMOVED, comes_
 fault_case("device-removed-at-the-source", "rdma-del", "a", REMOVED, "source", comes_back=False)
 
 
-@case("device-that-was-removed-under-us-is-an-error-at-once-and-hangs-nobody")
+@case("opening-a-path-on-a-removed-device-fails-at-once")
 def dead_device(pair):
     pair.fill(0, 0, MIB)
     pair.connect()
     pair.inject("rdma-del", "a")
     pair.source.do("await-failure", 10000)
     pair.source.do("close")
-    # The kernel keeps what is left of the device for as long as we have it open.
+    # The kernel keeps the removed device as long as a program has it open.
     for side in (pair.source, pair.other("source")):
         began = time.monotonic()
         reason = side.refuses("open", 2, CONNECT_MS)

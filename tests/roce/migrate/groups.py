@@ -10,24 +10,25 @@ sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import runner  # noqa: E402
 import cases  # noqa: E402
 import kvm  # noqa: E402
-from cast import Failure, LabError  # noqa: E402
+from move import Failure, LabError  # noqa: E402
 
 
 def perform(subject, function, notes):
-    stage = cases.Stage(*subject, notes)
+    test = cases.Test(*subject, notes)
     try:
-        function(stage)
+        function(test)
     except (Failure, LabError, runner.OutOfTime) as error:
-        raise Failure(f"{error}\n{stage.logs()}") from error
+        raise Failure(f"{error}\n{test.logs()}") from error
     finally:
-        stage.close()
+        test.close()
 
 
 def subject(lab, build):
     return lab, build
 
 
-# One CPU: Linux patches its own code when a guest under KVM begins or ends, which can crash an emulated host of two.
+# One CPU: Linux patches its own code when a guest under KVM begins or ends, which can crash an
+# emulated host of two.
 NEWER = {"kernel": "6.12", "cpus": 1}
 GROUPS = [
     runner.Group("rdma", cases.CASES, perform, subject),

@@ -4,7 +4,8 @@
  *
  * Each line is a command. The answer is one line: "ok", "ok RESULT" or "error REASON". "begin"
  * starts a side and "end" closes it, so that one process serves many tests. rdma-pair stands in for
- * the engine where the two sides have to be on two hosts. tests/roce/rdma_pair.py drives two of them.
+ * the engine where the two sides have to be on two hosts. tests/roce/rdma_pair.py drives two of
+ * them.
  */
 #include <stdio.h>
 #include <string.h>
