@@ -16,7 +16,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.dont_write_bytecode = True
 sys.path[:0] = [HERE, os.path.join(HERE, "e2e"), os.path.join(HERE, "roce", "migrate")]
 
-from cast import MB, Failure, Lab, LabError, Move, expect  # noqa: E402
+from move import MB, Failure, Lab, LabError, Move, expect  # noqa: E402
 from demo import Narrator, latency  # noqa: E402
 from harness.process import raise_on_signals, wait_for  # noqa: E402
 

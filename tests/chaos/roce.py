@@ -8,7 +8,7 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "roce", "migrate"))
 
-from cast import PORT, RAILS, Lab, LabError, Move  # noqa: E402
+from move import PORT, RAILS, Lab, LabError, Move  # noqa: E402
 from harness.process import Failure  # noqa: E402
 
 from checks import Poller  # noqa: E402

@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs groups of tests on one RoCE lab, booted once for all of them.
+"""Runs groups of tests on RoCE labs: two at a time, since tests wait a good deal, each in a process
+of its own (a worker) that takes one test after another.
 
-No test can hang: what takes longer than its bound is interrupted and fails, and if what it leaves behind cannot be
-cleared away in time, the next test gets a lab that is booted anew."""
+No test can hang: a test that exceeds its bound is interrupted and fails. If what it leaves behind
+cannot be cleared away in time, the next test gets a lab that is booted anew. When the program ends,
+in whatever way, so does all that it has started (supervisor.py)."""
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.join(HERE, "..", "..", "soft-roce"), os.path.join(HERE, "..", "e2e")]
+sys.path[:0] = [HERE, os.path.join(HERE, "..", "..", "soft-roce"), os.path.join(HERE, "..", "e2e")]
 
 from harness.process import Failure  # noqa: E402
 from roce_lab import KERNELS, RAILS, Lab, LabError, start_time  # noqa: E402
+from supervisor import supervise  # noqa: E402
 
+WORKERS = 2
+ENOUGH = 8  # tests for which a second lab pays
 CASE_SECONDS = 400
 CLEANING_SECONDS = 60
+FORK = multiprocessing.get_context("fork")
 
 
 class OutOfTime(Exception):
-    """A test has taken longer than it may."""
+    """A test has exceeded its bound."""
 
 
 @dataclass
@@ -33,19 +41,20 @@ class Group:
     """Tests of one kind."""
 
     name: str
-    cases: list  # (name, function)
-    perform: object  # (lab, build, function, notes): runs one; raises if it fails. notes: lines for the report
-    seconds: int = CASE_SECONDS  # what a test may take
-    hosts: dict = field(default_factory=dict)  # what the lab's hosts are like that it needs: roce_lab.Spec
+    cases: list  # (name, test)
+    perform: object  # (subject, test, notes): runs a test, raises if it fails; notes: for the report
+    subject: object  # (lab, build): makes what all tests on one lab share; its end() may fail
+    seconds: int = CASE_SECONDS  # bound of a test
+    hosts: dict = field(default_factory=dict)  # needs of the lab's hosts: fields of roce_lab.Spec
 
 
 @contextmanager
 def bounded(seconds):
-    """Raises OutOfTime in the main thread when the time is up, and again each time that it is over once more: what is
-    done on the way out is bounded, too."""
+    """Raises OutOfTime in the main thread after that time, and again each CLEANING_SECONDS: this
+    bounds the cleaning, too."""
 
     def stop(_number, _frame):
-        raise OutOfTime(f"it was interrupted: it may take {seconds} s")
+        raise OutOfTime(f"it was interrupted after its bound of {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, CLEANING_SECONDS)
@@ -56,118 +65,248 @@ def bounded(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-class Bench:
-    """The lab on which the tests are done, one after the other."""
+class LabUser:
+    """Has a lab for tests, which need different kinds of hosts one after another."""
 
     def __init__(self, options):
         self.options = options
         self.build = os.path.abspath(options.build)
-        self.lab = None
-        self.hosts = None  # what they are like, of a lab that runs
+        self.lab = Lab.attach(options.lab) if options.lab else None
+        self.hosts = None  # the kind of hosts that the lab has; None: it does not run
+        self.subjects = {}  # of groups, on this lab
         self.refused = []  # (hosts, error) of labs that did not boot; no second try
+        self.left = []  # processes and files that labs left behind
 
     def __enter__(self):
-        if self.options.lab:
-            self.lab = Lab.attach(self.options.lab)
         return self
 
-    def _start(self, hosts):
-        began = time.monotonic()
-        self.lab = Lab(build=self.build, **hosts)
-        self.lab.start()
-        self.hosts = hosts
-        seconds = time.monotonic() - began
-        print(f"the lab is up under {self.lab.accel}, Linux {self.lab.spec.kernel} ({seconds:.1f} s)", flush=True)
+    def __exit__(self, *_):
+        self.stop()
 
     def have_hosts(self, hosts):
-        """Has a lab with hosts like these."""
+        """Boots a lab with hosts of this kind, if it has none."""
         if hosts == self.hosts or self.options.lab:
             return
         for refused, error in self.refused:
             if refused == hosts:
                 raise error
-        self._stop()
+        self.stop()
         try:
             self._start(hosts)
         except LabError as error:
             self.refused.append((hosts, error))
             raise
 
-    def _stop(self):
-        self.hosts = None
-        if self.lab:
-            self.lab.stop()
+    def _start(self, hosts):
+        began = time.monotonic()
+        self.lab = Lab(build=self.build, **hosts)
+        self.lab.start()
+        self.hosts = hosts
+        seconds, used = time.monotonic() - began, self.lab.cpu_seconds()
+        say(f"the lab is up under {self.lab.accel}, Linux {self.lab.spec.kernel} ({seconds:.1f} s, {used:.1f} s of CPU)")
 
-    def __exit__(self, *_):
-        if not self.options.lab:
-            self._stop()
+    def subject(self, group):
+        if group.name not in self.subjects:
+            self.subjects[group.name] = group.subject(self.lab, self.build)
+        return self.subjects[group.name]
+
+    def end_subject(self, group):
+        """Ends what the group's tests have shared. Raises if that ends with an error."""
+        subject = self.subjects.pop(group.name, None)
+        if hasattr(subject, "end"):
+            subject.end()
+
+    def stop(self):
+        """Ends the lab, if it is not somebody else's."""
+        if self.options.lab or self.hosts is None:
+            return
+        self.hosts = None
+        self.subjects.clear()
+        machines, directory = [machine.pid for machine in self.lab.machines], self.lab.directory
+        self.lab.stop()
+        self.left += [f"process {pid}" for pid in machines if start_time(pid)]
+        self.left += [directory] if os.path.exists(directory) else []
 
     def recover(self):
-        """Has a lab for the next test, after one that failed."""
+        """Has a lab for the next test, after a test that failed."""
         try:
             with bounded(CLEANING_SECONDS):
                 self.lab.renew(*RAILS)
         except (LabError, OutOfTime) as error:
             if self.options.lab:
                 raise
-            print(f"the lab is booted anew: {error}", flush=True)
-            self._stop()
+            say(f"the lab is booted anew: {error}")
+            self.stop()
 
-    def run(self, group, name, function):
+    def run(self, group, name, test):
+        """Runs one test; returns its entry of the results."""
+        name = f"{group.name}: {name}"
         try:
             self.have_hosts(group.hosts)
         except LabError as error:
-            entry = {"name": f"{group.name}: {name}", "result": "fail", "seconds": 0, "message": f"the lab: {error}"}
-            report(entry)
-            return {**entry, "notes": []}
-        began = time.monotonic()
-        result, message, notes = "pass", "", []
-        try:
-            with bounded(group.seconds):
-                group.perform(self.lab, self.build, function, notes)
-        except (Failure, LabError, OutOfTime) as error:
-            result, message = "fail", str(error)
-        except Exception:  # pylint: disable=broad-except
-            result, message = "fail", traceback.format_exc()
-        seconds = time.monotonic() - began
-        entry = {"name": f"{group.name}: {name}", "result": result, "seconds": seconds, "message": message}
+            return report({"name": name, "result": "fail", "seconds": 0, "message": f"the lab: {error}"})
+        began, used, notes = time.monotonic(), self.lab.cpu_seconds(), []
+        message = why_failed(group.seconds, lambda: group.perform(self.subject(group), test, notes))
+        entry = {
+            "name": name,
+            "result": "fail" if message else "pass",
+            "seconds": time.monotonic() - began,
+            "cpu_seconds": self.lab.cpu_seconds() - used,  # of both hosts
+            "message": message,
+            "notes": notes,
+        }
         report(entry)
-        for line in notes:
-            print(f"       {line}", flush=True)
-        if result == "fail":
+        if message:
             self.recover()
-        return {**entry, "notes": notes}
+        return entry
+
+
+def why_failed(seconds, action):
+    """Runs this within a bound. Returns an empty text, or the reason for which it has failed."""
+    try:
+        with bounded(seconds):
+            action()
+    except (Failure, LabError, OutOfTime) as error:
+        return str(error) or type(error).__name__
+    except Exception:  # pylint: disable=broad-except
+        return traceback.format_exc()
+    return ""
+
+
+def say(text):
+    """In one write, since workers share the output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def report(entry):
     shown = {"pass": "ok  ", "fail": "FAIL"}[entry["result"]]
     message = f": {entry['message']}" if entry["message"] else ""
-    print(f"{shown} {entry['name']} ({entry['seconds']:.1f} s){message}", flush=True)
-
-
-def leaves_nothing(bench):
-    """A last test: the lab's own end."""
-    lab = bench.lab
-    pids = [machine.pid for machine in lab.machines]
-    began = time.monotonic()
-    lab.stop()
-    left = [pid for pid in pids if start_time(pid)]
-    ok = pids and not left and not os.path.exists(lab.directory)
-    entry = {
-        "name": "lab: leaves-nothing-behind",
-        "result": "pass" if ok else "fail",
-        "seconds": time.monotonic() - began,
-        "message": "" if ok else f"left behind: processes {left}, {lab.directory}",
-    }
-    report(entry)
+    used = f", {entry['cpu_seconds']:.1f} s of CPU" if "cpu_seconds" in entry else ""
+    lines = [f"{shown} {entry['name']} ({entry['seconds']:.1f} s{used}){message}"]
+    say("\n       ".join(lines + entry.get("notes", [])))
     return entry
+
+
+# Workers
+
+
+class Plan:
+    """All tests, in their order, and who has taken them. Workers share it."""
+
+    FREE, TAKEN = 0, 1
+
+    def __init__(self, wanted, workers):
+        self.wanted = wanted
+        self.kinds = []  # of hosts
+        for group, _, _ in wanted:
+            if group.hosts not in self.kinds:
+                self.kinds.append(group.hosts)
+        self.taken = FORK.Array("b", len(wanted))
+        self.users = FORK.Array("i", len(self.kinds))  # workers with such hosts; under taken's lock
+
+    def take(self, current):
+        """The index of a test for a worker whose lab has this kind of hosts, or None. A worker
+        changes to another kind when there is no more work for its lab, at best to one that no
+        worker has."""
+        with self.taken.get_lock():
+            free = [at for at, taken in enumerate(self.taken) if not taken]
+            if not free:
+                return None
+            kind_of = {at: self.kinds.index(self.wanted[at][0].hosts) for at in free}
+            here = self.kinds.index(current) if current in self.kinds else None
+            best = min(free, key=lambda at: (kind_of[at] != here, self.users[kind_of[at]] > 0, at))
+            if kind_of[best] != here:
+                self.users[kind_of[best]] += 1
+                if here is not None:
+                    self.users[here] -= 1
+            self.taken[best] = self.TAKEN
+            return best
+
+
+def work(plan, options, results):
+    """A worker: takes tests until there are no more. results: a file that gets a line of JSON for
+    each."""
+    with LabUser(options) as user, open(results, "a") as file:
+
+        def note(entry):
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+
+        kind, used_groups = None, []
+        try:
+            while (at := plan.take(kind)) is not None:
+                group, name, test = plan.wanted[at]
+                if group.hosts != kind:
+                    end_groups(user, used_groups, note)
+                kind = group.hosts
+                note(user.run(group, name, test))
+                if group not in used_groups:
+                    used_groups.append(group)
+            end_groups(user, used_groups, note)
+        finally:
+            user.stop()
+        note({"left": user.left})
+
+
+def end_groups(user, groups, note):
+    """Ends what the tests of each group have shared on a lab. A failure is a result of its own."""
+    for group in groups:
+        message = why_failed(CLEANING_SECONDS, lambda group=group: user.end_subject(group))
+        if message:
+            note(report({"name": f"{group.name}: end", "result": "fail", "seconds": 0, "message": message}))
+    groups.clear()
+
+
+def run_tests(wanted, options):
+    """Returns the results of these tests, and one more on the end of the labs."""
+    count = 1 if options.lab or len(wanted) <= ENOUGH else WORKERS
+    plan = Plan(wanted, count)
+    with tempfile.TemporaryDirectory(prefix="postroad-roce-") as directory:
+        files = [os.path.join(directory, str(number)) for number in range(count)]
+        supervise([lambda file=file: work(plan, options, file) for file in files])
+        results, left = collect(files)
+    done = {entry["name"] for entry in results}
+    for group, name, _ in wanted:
+        if f"{group.name}: {name}" not in done:
+            lost = {"name": f"{group.name}: {name}", "result": "fail", "seconds": 0, "message": "its worker has died"}
+            results.append(report(lost))
+    if not options.lab:
+        ended = len(left) == count
+        left = sum(left, [])
+        message = f"left behind: {', '.join(left)}" if left else "" if ended else "a worker has died"
+        entry = {"name": "lab: leaves-nothing-behind", "seconds": 0, "message": message}
+        results.append(report({**entry, "result": "fail" if message else "pass"}))
+    return results
+
+
+def collect(files):
+    """Reads what workers have written: results, and for each worker that ended well what its labs
+    left behind."""
+    results, left = [], []
+    for name in filter(os.path.exists, files):
+        with open(name) as file:
+            for entry in map(json.loads, file):
+                if "left" in entry:
+                    left.append(entry["left"])
+                else:
+                    results.append(entry)
+    return results, left
+
+
+def fit(wanted, spec):
+    """The tests that the hosts of a running lab are good for."""
+    fitting = [each for each in wanted if each[0].hosts.get("kernel", KERNELS[0]) == spec.kernel]
+    if len(fitting) < len(wanted):
+        say(f"{len(wanted) - len(fitting)} tests are left out, for labs with another kernel than {spec.kernel}")
+    return fitting
 
 
 def run_groups(groups, options):
     wanted = [
-        (group, name, function)
+        (group, name, test)
         for group in groups
-        for name, function in group.cases
+        for name, test in group.cases
         if options.pattern in f"{group.name}: {name}"
     ]
     if options.list:
@@ -175,17 +314,7 @@ def run_groups(groups, options):
         return []
     if options.lab:
         wanted = fit(wanted, Lab.attach(options.lab).spec)
-    with Bench(options) as bench:
-        results = [bench.run(*each) for each in wanted]
-        return [*results, leaves_nothing(bench)] if bench.hosts is not None else results
-
-
-def fit(wanted, spec):
-    """Of these tests those that the hosts of a lab that runs are good for."""
-    fitting = [each for each in wanted if each[0].hosts.get("kernel", KERNELS[0]) == spec.kernel]
-    if len(fitting) < len(wanted):
-        print(f"{len(wanted) - len(fitting)} tests are left out, for labs with another kernel than {spec.kernel}")
-    return fitting
+    return run_tests(wanted, options) if wanted else []
 
 
 def exit_on_signals():

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tests of the lab itself: what the tests of failover rely on."""
+"""Tests of the lab itself, on which the tests of failover rely."""
 
 import os
 import signal
@@ -31,11 +31,11 @@ def case(name):
 
 
 def sleeps(host):
-    """How many sleep commands a host runs."""
+    """The number of sleep commands that run on a host."""
     return len(host.run("busybox", "pidof", "sleep").stdout.split())
 
 
-# What a rail carries, seen from a.
+# Traffic over a rail, as host a sees it
 
 
 def pings(host, rail, peer):
@@ -58,7 +58,7 @@ def connects(host, address, port):
 
 
 def wait_listens(host, server, look):
-    """Waits until the server is there for clients; look: the command that lists who is."""
+    """Waits until the server listens. look: the command that lists listeners."""
     wait_until(
         f"{server.name} listens on host {host.name}",
         30,
@@ -67,7 +67,8 @@ def wait_listens(host, server, look):
 
 
 def rdma_works(lab, rail, seconds=20):
-    """Whether a connection is made over a rail and b reads a's memory over it; and what was said."""
+    """Returns whether b can connect over a rail and read a's memory, and the output of both
+    programs."""
     options = ["-a", lab.b.address(rail), "-S", "4096", "-C", "3", "-v"]
     server = lab.b.popen("rping", "-s", *options)
     try:
@@ -140,10 +141,10 @@ def files(lab):
         refused = host.run("touch", f"{ROOT}/lab-was-here")
         expect(refused.returncode and "Read-only" in refused.stderr, f"host {host.name} can write to {ROOT}")
         host.run("sh", "-c", f"echo {host.name} >{lab.share}/from-{host.name}; echo >/tmp/mine", check=True)
-        expect(not os.path.exists("/tmp/mine"), "the hosts' /tmp is ours")
+        expect(not os.path.exists("/tmp/mine"), "the hosts' /tmp is this machine's")
     for name in HOSTS:
         with open(os.path.join(lab.share, f"from-{name}")) as file:
-            expect(file.read() == f"{name}\n", f"what host {name} wrote to the share did not come through")
+            expect(file.read() == f"{name}\n", f"the file that host {name} wrote to the share has other contents here")
     expect(lab.a.run("cat", f"{lab.share}/from-b").stdout == "b\n", "host a does not see b's file")
 
 
@@ -181,7 +182,7 @@ def terminal(lab):
 
 @case("commands-end-with-their-session-unless-in-the-background")
 def sessions(lab):
-    for _ in range(30):  # more than there are ports
+    for _ in range(30):  # more than a host has ports
         process = lab.a.popen("sh", "-c", "sleep 1000 & echo here; wait")
         wait_until("the command prints", 30, lambda running=process: running.output())
         process.close()
@@ -233,14 +234,15 @@ def nested(lab):
         said = "after 5 rounds, the guest has printed what is in its output"
         wait_until(said, 60, lambda: guest.output("out").count(".") >= 5 or not guest.alive())
         expect(guest.output("out").startswith("B....."), f"the guest printed {guest.output()!r}")
-        # One byte changed behind its back. It may overwrite that before it looks: so, again.
-        spoil = f"printf Z | dd of={memory} bs=1 seek={0x180000} conv=notrunc"
+        # Changes one byte of the guest. The guest may overwrite it before it verifies: hence
+        # repeatedly.
+        change = f"printf Z | dd of={memory} bs=1 seek={0x180000} conv=notrunc"
 
         def noticed():
-            lab.a.run("sh", "-c", spoil, check=True)
+            lab.a.run("sh", "-c", change, check=True)
             return "BAD 0018" in guest.output("out")
 
-        wait_until("the guest finds its memory spoiled", 30, noticed)
+        wait_until("the guest finds the changed byte", 30, noticed)
     finally:
         guest.kill()
 
@@ -273,7 +275,7 @@ def cut_one_end(lab):
     lab.cut(2, "a")
     wait_until("the port on host a is down", 30, lambda: port_state(lab.a, 2) == "DOWN")
     expect_dead(lab, 2)
-    expect(port_state(lab.b, 2) == "ACTIVE", f"b's port is {port_state(lab.b, 2)}, it should know nothing")
+    expect(port_state(lab.b, 2) == "ACTIVE", f"b's port is {port_state(lab.b, 2)}, and should be unaware of the cut")
     lab.mend(2)
     expect_whole(lab, 2)
 
@@ -283,7 +285,7 @@ def blackhole(lab):
     lab.inject("blackhole", 1)
     expect_dead(lab, 1)
     for host in lab.hosts:
-        expect(port_state(host, 1) == "ACTIVE", f"host {host.name} was told: its port is {port_state(host, 1)}")
+        expect(port_state(host, 1) == "ACTIVE", f"the port of host {host.name} is {port_state(host, 1)}, and should be unaware of the fault")
     expect_no_reads(lab, 1)
     lab.undo("blackhole", 1)
     expect_whole(lab, 1)
@@ -292,11 +294,11 @@ def blackhole(lab):
 @case("blackhole-of-one-host-lets-the-other-direction-through")
 def blackhole_one_way(lab):
     lab.inject("blackhole", 1, "a")
-    # b's answers, to a's ping and to whoever has that address, are lost at a.
+    # a loses b's answers to its pings and to its ARP requests.
     lab.b.run("ip", "neighbour", "flush", "dev", "eth1", check=True)
     before = received(lab.b, 1)
     expect(not pings(lab.a, 1, lab.b), "the answer came in spite of a's black hole")
-    expect(received(lab.b, 1) > before, "nothing of what a sent has arrived at b")
+    expect(received(lab.b, 1) > before, "no packet of a has arrived at b")
     lab.undo("blackhole", 1, "a")
     expect_whole(lab, 1)
 
@@ -329,7 +331,7 @@ def link_down(lab):
 @case("removed-address-takes-its-gid-along")
 def address_del(lab):
     def gids():
-        # Of a thousand places, the first ones are taken first.
+        # The table has a thousand places, which are used from the first on.
         return lab.b.run("sh", "-c", "cat /sys/class/infiniband/rxe1/ports/1/gids/?").stdout
 
     mine = "ffff:0a58:0102"
@@ -382,7 +384,7 @@ def restore(lab):
     expect_whole(lab, 2)
 
 
-# Several labs, and their ends
+# Several labs, and their end
 
 
 def machines_of(directory):
@@ -398,8 +400,9 @@ def by_hand(lab):
             argv = [program, "--dir", directory, *words]
             return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=400)
 
-        up = call("up", "--build", lab.spec.build, "--accel", lab.accel, "--memory", "512")
+        pids = []
         try:
+            up = call("up", "--build", lab.spec.build, "--accel", lab.accel, "--memory", "512")
             expect(up.returncode == 0, f"lab up: {up.stderr}")
             pids = machines_of(directory)
             again = call("up", "--build", lab.spec.build)
@@ -417,7 +420,7 @@ def by_hand(lab):
 
 
 def started(directory):
-    """The process ids of both machines, once they have been started."""
+    """The process IDs of both machines, or None until both have started."""
     try:
         pids = machines_of(directory)
     except LabError:
@@ -427,7 +430,7 @@ def started(directory):
 
 @case("lab-of-a-killed-test-ends-with-it")
 def killed(lab):
-    """The machines need not have booted for that."""
+    """The machines need not have booted for this."""
     code = (
         f"import sys; sys.path.insert(0, {ROOT + '/soft-roce'!r})\n"
         "from roce_lab import Lab\n"
@@ -444,7 +447,31 @@ def killed(lab):
         wait_until("its machines have ended", 30, lambda: not any(map(start_time, pids)))
 
 
-GROUP = runner.Group("lab", CASES, lambda lab, _build, function, _notes: function(lab))
+@case("lab-that-is-booting-ends-with-a-test-run-that-is-terminated")
+def terminated(lab):
+    """`lab up` starts machines that live on after it. The supervisor of the test run ends them
+    nevertheless."""
+    with tempfile.TemporaryDirectory(prefix="postroad-lab-") as directory:
+        argv = [os.path.join(ROOT, "soft-roce", "lab"), "--dir", directory]
+        argv += ["up", "--build", lab.spec.build, "--accel", lab.accel, "--memory", "512"]
+        code = (
+            f"import subprocess, sys; sys.path.insert(0, {HERE!r})\n"
+            "import runner\n"
+            "runner.exit_on_signals()\n"
+            f"runner.supervise([lambda: subprocess.run({argv!r})])"
+        )
+        run = subprocess.Popen([sys.executable, "-B", "-c", code])
+        try:
+            pids = wait_until("two machines run", 120, lambda: started(directory))
+        finally:
+            run.send_signal(signal.SIGTERM)
+            run.wait(60)
+        expect(run.returncode == 128 + signal.SIGTERM, f"the test run ended with {run.returncode}")
+        left = [pid for pid in pids if start_time(pid)]
+        expect(not left, f"the test run has ended, and the machines {left} run")
+
+
+GROUP = runner.Group("lab", CASES, lambda lab, test, _notes: test(lab), subject=lambda lab, _build: lab)
 
 if __name__ == "__main__":
     sys.exit(runner.main([GROUP], __doc__))

@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A guest in one boot sector: it writes memory and verifies it, over and over, and says so on the
- * first serial port. For migrations of a stock QEMU where even a small Linux would take too long.
+ * A guest in one boot sector: it writes and verifies memory, over and over, and reports on the first
+ * serial port. It is for migrations of a stock QEMU where even a small Linux would take too long.
  *
- * It knows what every word of its area must hold: (round + 1) * STEP ^ address, with the round that
- * wrote it last. Each round compares all words with the last round's value and writes its own. The
- * area begins at 1 MiB. It prints
- *	B	it runs, before the first round
- *	.	a round is over, and all was well
+ * The value of each word of its area is (round + 1) * STEP ^ address, with the last round that wrote
+ * it. Each round compares all words with the last round's value and writes its own. The area begins
+ * at 1 MiB. It prints
+ *	B	before the first round
+ *	.	after each round in which all words were right
  *	BAD AAAAAAAA FFFFFFFF WWWWWWWW
- *		the word at this address was that and should be this; then it stops for good
- * Two words at the end of the sector can be patched: how many bytes the area has, and how many times a
- * round waits between pages (I/O port accesses, about 1 us each on real hardware, to dirty less).
+ *		address, value found and value wanted of a wrong word; then it stops for good
+ * Two words at the end of the sector can be patched: the size of the area in bytes, and the number
+ * of I/O port accesses (about 1 us each on real hardware) between two pages, to dirty less.
  */
 #define BASE 0x100000
 #define STEP 0x9e3779b9

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The tests: each is a migration over rdma: to which something happens on the way.
+"""Tests of migrations over rdma: that are disturbed on their way.
 
-After each of them the guest has to verify all of its memory at the destination. Cuts that differ only in their kind
-follow each other within one migration, from rail to rail and back."""
+At the end of each test the guest verifies all of its memory at the destination. Faults that differ
+only in their kind follow each other within one migration, from rail to rail and back."""
 
 import os
 import re
 import time
 from functools import partial
 
-import charged
+import cgroups
 import strangers
-import users
-from cast import PORT, RAILS, Failure, LabError, Move, expect, wait_for
+import unprivileged
+from move import PATIENT_URI, PORT, RAILS, Failure, LabError, Move, expect, wait_for
 from guests import BootGuest, build_boot_sector, find_built, qemu_versions
-from huge import huge_pages
+from hugepages import huge_pages
 from roce_lab import on_each
 
 CASES = []
 DEAD_SECONDS = 20
 RACES = 8
-ANSWER_SECONDS = 10.0  # an idle monitor needs a few ms; the rest is the emulated hosts'
+ANSWER_SECONDS = 10.0  # of a monitor: a few ms when idle, the rest is for emulated hosts
 WHERE = {None: "both hosts", "a": "the source", "b": "the destination"}
 
 
@@ -34,15 +34,16 @@ def case(name):
     return register
 
 
-class Stage:
-    """What one test has; gone at its end, with both rails whole again."""
+class Test:
+    """The lab and the migrations of one test. At its end they are ended, and both rails are whole
+    again."""
 
     def __init__(self, lab, build, notes):
         self.lab, self.build, self.notes = lab, build, notes
         self.moves = []
 
     def move(self, **kind):
-        move = Move(self.lab, self.build, **kind)
+        move = Move(self.lab, self.build, **{"uri_options": PATIENT_URI, **kind})
         move.notes = self.notes
         self.moves.append(move)
         return move
@@ -53,9 +54,9 @@ class Stage:
     def close(self):
         for move in self.moves:
             move.close()
-        # soft-RoCE's management queue pair does not outlive a message that could not be sent, such as the last one of
-        # a process that ends while its rail is down.
-        self.lab.renew(*RAILS)
+        # soft-RoCE's management queue pair does not outlive a message that could not be sent, such
+        # as the last one of a process that ends while its rail is down.
+        self.lab.renew_disturbed()
 
 
 def both_rails(move):
@@ -71,35 +72,36 @@ def break_rail(lab, fault, rail, host):
 
 
 @case("migration-over-rdma-completes")
-def completes(stage):
-    move = stage.move()
+def completes(test):
+    move = test.move()
     move.start(move.uri(1))
     move.finish()
 
 
-# Engines with less memory than the guest has.
+# Engines with less memory than the guest
 
 
 @case("small-engine-brings-in-a-large-guest-over-rdma")
-def small_engine(stage):
-    """With a rail that is cut in the middle."""
-    with charged.groups(stage):
-        move = stage.move(wrapper=charged.WRAPPER, size_mb=64)
-        charged.put_guest(move.destination_guest)
-        before = charged.usage(move.lab.b, "guest")
+def small_engine(test):
+    """A rail is cut in the middle."""
+    with cgroups.groups(test):
+        move = test.move(wrapper=cgroups.WRAPPER, size_mb=48)
+        cgroups.put_guest(move.destination_guest)
+        before = cgroups.usage(move.lab.b, "guest")
         move.start_slowly(*both_rails(move), bandwidth="4M")
-        cut = move.cut(lambda: stage.lab.cut(1))
+        cut = move.cut(lambda: test.lab.cut(1))
         cut.wait_active()
         move.complete()
-        charged.expect_charged_to_guest(move, before, 50)
+        cgroups.expect_charged_to_guest(move, before, 38)
         move.finish()
 
 
-# A path is lost, nobody asks for anything, and the other rail is taken.
+# A path is lost, and the engines recover over the other rail by themselves
 
 
 def fail_over(move, fault, rail, host, **reasons):
-    """One cut, and the way out of it; returns its times. reasons: what a side says about its pause, one of these."""
+    """Breaks a rail and waits for the recovery; returns its times. reasons: for a side the texts of
+    which its pause has to give one."""
     cut = move.cut(lambda: break_rail(move.lab, fault, rail, host))
     cut.wait_active()
     cut.expect_path(move.uri(3 - rail))
@@ -111,17 +113,18 @@ def fail_over(move, fault, rail, host, **reasons):
     return times
 
 
-def fail_over_again_and_again(stage, faults):
-    """Each fault is on the rail that the one before has led to. rdma-del comes last, if at all: soft-RoCE's device
-    cannot come back while an engine is left that had it open."""
-    move = stage.move(size_mb=32, pace_us=500000)
-    move.start_slowly(*both_rails(move), bandwidth="512K")
+def fail_over_again_and_again(test, faults):
+    """Each fault hits the rail to which the previous one has led. rdma-del comes last, if at all:
+    soft-RoCE's device cannot come back while an engine has it open. The guest's memory takes two
+    minutes, since each fault may take many seconds on a busy machine."""
+    move = test.move(size_mb=32, pace_us=1000000)
+    move.start_slowly(*both_rails(move), bandwidth="128K")
     rail = 1
     for fault, host, reasons in faults:
         try:
             fail_over(move, fault, rail, host, **reasons)
             if fault != "rdma-del":
-                stage.lab.restore(rail)
+                test.lab.restore(rail)
             rail = 3 - rail
             left = move.destination.remaining()
             wait_for("pages come over the other rail", 30, lambda at=left: move.destination.remaining() < at)
@@ -152,7 +155,7 @@ CHAINS = {
         ("blackhole", "b", {"destination": TIMED_OUT}),
         ("rdma-del", "b", {"destination": REMOVED}),
     ),
-    # The control channel outlives the queue pairs, or they outlive it, and one side may know nothing.
+    # The control channel outlives the queue pairs, or they outlive it. One side may not notice.
     "failover-when-only-a-part-of-a-rail-dies": (
         ("blackhole", None, {"destination": TIMED_OUT + SILENCE}),
         ("blackhole-rdma", None, {"destination": TIMED_OUT, "source": TOLD}),
@@ -166,24 +169,24 @@ for chain, its_faults in CHAINS.items():
     CASES.append((chain, partial(fail_over_again_and_again, faults=its_faults)))
 
 
-@case("each-fault-thread-has-a-queue-pair-and-a-rail-that-dies-forgets-nobody")
-def fault_threads(stage):
-    move = stage.move(size_mb=32, pace_us=500000, settings=("fault-threads=2",))
-    move.start_slowly(*both_rails(move), bandwidth="512K")
+@case("each-fault-thread-has-a-queue-pair-and-no-fault-is-lost-with-a-rail")
+def fault_threads(test):
+    move = test.move(size_mb=32, pace_us=1000000, settings=("fault-threads=2",))
+    move.start_slowly(*both_rails(move), bandwidth="128K")
     for rail, fault in ((1, "cut"), (2, "blackhole")):
         fail_over(move, fault, rail, None)
-        stage.lab.restore(rail)
+        test.lab.restore(rail)
     move.finish()
 
 
-# No path, for a while or for good
+# No path over rdma:, for a while or for good
 
 
 @case("both-rails-dead-for-20-s-keep-both-sides-paused-until-one-is-back")
-def both_dead(stage):
-    move = stage.move()
+def both_dead(test):
+    move = test.move()
     move.start_slowly(*both_rails(move))
-    cut = move.cut(lambda: [stage.lab.cut(rail) for rail in RAILS])
+    cut = move.cut(lambda: [test.lab.cut(rail) for rail in RAILS])
     cut.wait_paused()
     slowest = 0.0
     while time.time() - cut.at < DEAD_SECONDS:
@@ -193,20 +196,20 @@ def both_dead(stage):
             slowest = max(slowest, time.monotonic() - began)
         cut.expect_only_paused()
     expect(slowest < ANSWER_SECONDS, f"a monitor took {slowest:.1f} s to answer while both rails were dead")
-    stage.notes.append(f"both rails dead for {DEAD_SECONDS} s, slowest monitor answer {slowest * 1000:.0f} ms")
+    test.notes.append(f"both rails dead for {DEAD_SECONDS} s, slowest monitor answer {slowest * 1000:.0f} ms")
     move.expect_midway()
     cut.expect_only_paused()
-    stage.lab.mend(2)
+    test.lab.mend(2)
     cut.wait_active(90)
     cut.report()
     move.finish()
 
 
-def falls_back(stage, fault):
-    """On both rails and both hosts at once."""
-    move = stage.move()
+def falls_back(test, fault):
+    """Injects the fault on both rails and both hosts at once."""
+    move = test.move()
     move.start_slowly(*both_rails(move), move.uri(1, "tcp"))
-    cut = move.cut(lambda: on_each(RAILS, lambda rail: stage.lab.inject(fault, rail)))
+    cut = move.cut(lambda: on_each(RAILS, lambda rail: test.lab.inject(fault, rail)))
     cut.wait_active(90)
     cut.expect_path(move.uri(1, "tcp"))
     cut.report(f"{fault} of both rails")
@@ -219,25 +222,25 @@ CASES += [
 ]
 
 
-# Recovery by hand, and what can come in between
+# Recovery by hand, and what may interfere with it
 
 
 def reasons_of_pause(engine, nth):
-    """Why it has paused for the n-th time, as its event says."""
+    """The reason that the engine's n-th event of a pause gives."""
     paused = [event["data"] for event in engine.migrations() if event["data"]["status"] == "postcopy-paused"]
     return f"{engine.name}: {paused[nth - 1].get('reason')}" if len(paused) >= nth else f"{engine.name}: not paused"
 
 
 def type_recovery(move, uri):
-    """As an operator types it who wants to see the end of it."""
+    """Types the command without -d, so that it returns at the end of the migration."""
     return move.lab.a.popen(move.source.ctl, move.source.qmp_path, f"migrate -r {uri}")
 
 
 @case("recovery-by-hand-waits-for-the-end-of-the-migration")
-def by_hand(stage):
-    move = stage.move(settings=("auto-recover=off",))
+def by_hand(test):
+    move = test.move(settings=("auto-recover=off",))
     move.start_slowly(*both_rails(move))
-    cut = move.cut(lambda: stage.lab.cut(1))
+    cut = move.cut(lambda: test.lab.cut(1))
     cut.wait_paused()
     cut.expect_only_paused()
     typed = type_recovery(move, move.uri(2))
@@ -251,10 +254,11 @@ def by_hand(stage):
     move.finish()
 
 
-@case("engines-that-are-killed-are-followed-by-others")
-def killed(stage):
-    """The kernel ends the dead one's queue pairs, and nothing of them lands in what the next one has placed."""
-    move = stage.move(settings=("auto-recover=off", "max-postcopy-bandwidth=1M"))
+@case("killed-engines-are-replaced-and-the-migration-recovers")
+def killed(test):
+    """The kernel ends the killed engine's queue pairs, so that no READ of it lands in pages that
+    the next engine has placed."""
+    move = test.move(settings=("auto-recover=off", "max-postcopy-bandwidth=256K"))
     move.start(move.uri(1))
     move.wait_midway()
     for engine in (move.destination, move.source):
@@ -268,23 +272,23 @@ def killed(stage):
 
 
 @case("engines-without-privileges-recover-over-rdma")
-def without_privileges(stage):
-    """What comes after they have become another user: standbys, lanes and registrations of recoveries, a listener, and what
-    the next engine does that takes a killed one's place."""
-    with users.devices_of_group(*stage.lab.hosts):
-        move = stage.move(
+def without_privileges(test):
+    """After they have become another user, engines connect standbys and lanes, register memory in
+    recoveries, listen again, and are replaced after a kill."""
+    with unprivileged.devices_of_group(*test.lab.hosts):
+        move = test.move(
             size_mb=32,
             pace_us=1500000,
             settings=("max-postcopy-bandwidth=128K",),
-            options=users.as_user("--group", users.GROUP),
-            wrapper=users.limited(),
+            options=unprivileged.as_user("--group", unprivileged.GROUP),
+            wrapper=unprivileged.limited(),
         )
         move.start_slowly(*both_rails(move), bandwidth="128K")
-        pinned = [users.expect_unprivileged(engine) for engine in move.engines]
-        stage.notes.append(f"pinned by source and destination, with a limit of {users.LIMIT // 1024} KiB: {pinned} KiB")
+        pinned = [unprivileged.expect_unprivileged(engine) for engine in move.engines]
+        test.notes.append(f"pinned by source and destination, with a limit of {unprivileged.LIMIT // 1024} KiB: {pinned} KiB")
         for rail in RAILS:
             fail_over(move, "cut", rail, None)
-            stage.lab.restore(rail)
+            test.lab.restore(rail)
         recover_at_another_port(move, PORT + 10)
         for engine in move.engines:
             cut = move.cut(lambda killed=engine: move.replace(killed))
@@ -292,29 +296,30 @@ def without_privileges(stage):
             cut.wait_seen("postcopy-active", 60, [survivor])
             move.wait_all("postcopy-active")
             for each in move.engines:
-                users.expect_unprivileged(each)
+                unprivileged.expect_unprivileged(each)
         move.finish()
 
 
 def recover_at_another_port(move, port):
-    """By hand: the destination listens once more."""
+    """By hand: the destination listens at another port."""
     move.source.hmp("migrate_pause")
     move.wait_all("postcopy-paused")
-    move.destination.hmp(f"migrate_recover rdma:0.0.0.0:{port}?ack-timeout=16")
-    by_hand = move.cut(lambda: move.source.hmp(f"migrate -d -r rdma:{move.lab.b.address(2)}:{port},{move.uri(1)}"))
+    move.destination.hmp(f"migrate_recover rdma:0.0.0.0:{port}?ack-timeout=17&{PATIENT_URI}")
+    uri = f"rdma:{move.lab.b.address(2)}:{port}?{PATIENT_URI}"
+    by_hand = move.cut(lambda: move.source.hmp(f"migrate -d -r {uri},{move.uri(1)}"))
     by_hand.wait_seen("postcopy-active", 60)
 
 
-@case("engine-that-may-not-use-rdma-devices-says-so-and-how")
-def may_not(stage):
-    """The guest stays where it is, and moves when the engines may."""
+@case("engine-without-permission-on-rdma-devices-says-how-to-get-it")
+def may_not(test):
+    """The guest stays where it is, and moves once the engines have the permission."""
     words = "no permission on /dev/infiniband/*", "--group"
-    move = stage.move(incoming="defer", options=users.as_user())
-    listen = f"migrate_incoming rdma:0.0.0.0:{PORT}?ack-timeout=16"
-    with users.devices_of_group(stage.lab.b):
+    move = test.move(incoming="defer", options=unprivileged.as_user())
+    listen = f"migrate_incoming rdma:0.0.0.0:{PORT}?ack-timeout=17&{PATIENT_URI}"
+    with unprivileged.devices_of_group(test.lab.b):
         move.destination.refused(listen, *words)
     move.destination.hmp(listen)
-    with users.devices_of_group(stage.lab.a):
+    with unprivileged.devices_of_group(test.lab.a):
         move.source.refused(f"migrate {move.uri(1)}", *words)
     status = move.source.status()
     expect(status == "failed", f"the source is {status}")
@@ -324,13 +329,13 @@ def may_not(stage):
 
 
 @case("stale-peer-and-strangers-queue-pair-do-not-disturb")
-def stale_and_strange(stage):
-    lab = stage.lab
-    move = stage.move(settings=("auto-recover=off",))
-    ear = strangers.Eavesdropper(lab.a, 1)
+def stale_and_strange(test):
+    lab = test.lab
+    move = test.move(settings=("auto-recover=off",))
+    recorder = strangers.HelloRecorder(lab.a, 1)
     move.start_slowly(*both_rails(move))
-    move.slow_down("300K")  # who is not expected waits for seconds before he is turned away
-    hello = ear.hello()
+    move.slow_down("128K")  # an unexpected peer waits for seconds before it is refused
+    hello = recorder.hello()
     cut = move.cut(lambda: None)
     expect(strangers.epoch_of(hello) == 1, f"the first HELLO has epoch {strangers.epoch_of(hello)}")
 
@@ -338,46 +343,47 @@ def stale_and_strange(stage):
     foreign = strangers.of_another_migration(late)
 
     def current():
-        """The epoch in use. Standby connections take numbers, too."""
+        """The epoch in use. Standby connections use up numbers, too."""
         return move.destination.query()["postroad"]["epoch"]
 
-    def knock():
-        """Says what was said once, what a source would say that has missed a recovery, and what another one would."""
-        reasons = strangers.knock(lab.a, lab.b.address(2), hello, late, foreign)
-        stage.notes.append("; ".join(reasons))
+    def send_hellos():
+        """Sends the HELLO of epoch 1, that of a source that has missed a recovery, and that of
+        another migration."""
+        reasons = strangers.send_hellos(lab.a, lab.b.address(2), hello, late, foreign)
+        test.notes.append("; ".join(reasons))
         over = f"epoch 1 is over; the current one is {current()}"
         expect(len(reasons) == 3 and over in reasons[1], f"epoch 1 should be over, and they say {reasons}")
 
     def stranger(timeout_ms):
-        return strangers.StrangersQueuePair(lab.a, stage.build, move.uri(2), timeout_ms)
+        return strangers.StrangersQueuePair(lab.a, test.build, move.uri(2), timeout_ms)
 
-    knock()
-    stranger(1000).expect_turned_away()
+    send_hellos()
+    stranger(1000).expect_refused()
     statuses = [cut.statuses(engine) for engine in move.engines]
     expect(not any(statuses), f"strangers have led a running migration to {statuses}")
 
     cut = move.cut(lambda: lab.cut(1))
     cut.wait_paused()
     patient = stranger(60000)
-    knock()
+    send_hellos()
     cut.expect_only_paused()
     move.source.hmp(f"migrate -d -r {move.uri(2)}")
     cut.wait_active()
-    patient.expect_turned_away("refused the data lane")
+    patient.expect_refused("refused the data lane")
 
     cut = move.cut(lambda: None)
     expect(current() > 1, "the recovery has taken no new epoch")
-    knock()
+    send_hellos()
     statuses = [cut.statuses(engine) for engine in move.engines]
     expect(not any(statuses), f"strangers have led a recovered migration to {statuses}")
     move.finish()
 
 
-@case("destination-that-turns-on-its-source-changes-nothing-there")
-def hostile(stage):
-    """Two of its READs are a WRITE and an atomic addition, with the keys that it has. Both pages are read afterwards, so
-    that the guest would meet what had become of them."""
-    move = stage.move(destination_env={"LD_PRELOAD": find_built(stage.build, "libhostile.so")})
+@case("malicious-destination-cannot-change-the-sources-memory")
+def hostile(test):
+    """It posts a WRITE and an atomic addition in place of two READs, with the keys that it has.
+    Both pages are read afterwards, so that the guest would find a change."""
+    move = test.move(destination_env={"LD_PRELOAD": find_built(test.build, "libhostile.so")})
     move.start_slowly(*both_rails(move))
     for what, recoveries in (("WRITE", 1), ("atomic", 2)):
         wait_for(
@@ -385,8 +391,8 @@ def hostile(stage):
             60,
             lambda n=recoveries: move.source.query()["postroad"]["recoveries"] >= n,
         )
-        expect(f"hostile: {what} to" in move.destination.process.output(), "recovered, without a reason")
-        stage.notes.append(f"{what}: " + "; ".join(reasons_of_pause(each, recoveries) for each in move.engines))
+        expect(f"hostile: {what} to" in move.destination.process.output(), "recovered without a reason")
+        test.notes.append(f"{what}: " + "; ".join(reasons_of_pause(each, recoveries) for each in move.engines))
     move.complete()
     move.destination_guest.end()
     move.source.end()
@@ -396,7 +402,8 @@ def hostile(stage):
 
 
 def cut_rail_2_in_recovery(move):
-    """Whether the rail was cut before the recovery had got through: that is a race, on purpose."""
+    """Returns whether the rail was cut before the recovery was complete. That is a race, on
+    purpose."""
     again = move.cut(lambda: move.source.hmp(f"migrate -d -r {move.uri(2)}"))
     again.wait_seen("postcopy-recover-setup", 30, [move.source])
     move.lab.cut(2)
@@ -407,8 +414,8 @@ def cut_rail_2_in_recovery(move):
 
 
 def cut_after_messages(move, messages):
-    """The path is lost at a certain place of the recovery's handshake."""
-    uri = f"faulty+{move.uri(2)}?cut-after-messages={messages}"
+    """The path is lost after that many messages of the recovery's handshake."""
+    uri = f"faulty+{move.uri(2)}&cut-after-messages={messages}"
     again = move.cut(lambda: move.source.hmp(f"migrate -d -r {uri}"))
     again.wait_seen("postcopy-paused", 60, [move.source])
     move.wait_all("postcopy-paused")
@@ -416,10 +423,10 @@ def cut_after_messages(move, messages):
 
 
 @case("cuts-during-recovery-lead-back-to-the-pause-again-and-again")
-def cut_during_recovery(stage):
-    move = stage.move(settings=("auto-recover=off",))
+def cut_during_recovery(test):
+    move = test.move(settings=("auto-recover=off",))
     move.start_slowly(*both_rails(move))
-    first = move.cut(lambda: stage.lab.cut(1))
+    first = move.cut(lambda: test.lab.cut(1))
     first.wait_paused()
     for messages in range(1, 4):
         cut_after_messages(move, messages)
@@ -428,7 +435,7 @@ def cut_during_recovery(stage):
         hits += cut_rail_2_in_recovery(move)
         if hits == 2:
             break
-    expect(hits, f"{RACES} recoveries, and none was cut before it had got through")
+    expect(hits, f"{RACES} recoveries, and none was cut before it was complete")
     last = move.cut(lambda: move.source.hmp(f"migrate -d -r {move.uri(2)}"))
     last.wait_seen("postcopy-active", 60)
     last.expect_path(move.uri(2))
@@ -438,39 +445,39 @@ def cut_during_recovery(stage):
 # A stock QEMU
 
 
-def boot_guest(stage, **more):
-    image = os.path.join(stage.lab.share, "boot-sector.img")
+def boot_guest(test, **more):
+    image = os.path.join(test.lab.share, "boot-sector.img")
     return {"guest": BootGuest, "image": build_boot_sector(image, 16), **more}
 
 
 @case("stock-qemu-with-the-agent-preloaded-moves-over-rdma")
-def qemu_moves(stage):
-    move = stage.move(**boot_guest(stage, preload=True))
+def qemu_moves(test):
+    move = test.move(**boot_guest(test, preload=True))
     move.start(move.uri(1))
     move.finish()
 
 
 @case("stock-qemu-outlives-its-rail")
-def qemu_outlives(stage):
-    move = stage.move(**boot_guest(stage))
+def qemu_outlives(test):
+    move = test.move(**boot_guest(test))
     move.start_slowly(*both_rails(move))
     fail_over(move, "cut", 1, None)
     move.finish()
 
 
-def outlive_with_huge_pages(stage, **kind):
-    with huge_pages(stage, BootGuest.RAM_MB // 2):
-        move = stage.move(**boot_guest(stage, backend="huge", **kind))
+def outlive_with_huge_pages(test, **kind):
+    with huge_pages(test, BootGuest.RAM_MB // 2):
+        move = test.move(**boot_guest(test, backend="huge", **kind))
         move.start_slowly(*both_rails(move))
         fail_over(move, "cut", 1, None)
         move.finish()
 
 
 @case("guest-of-huge-pages-outlives-its-rail")
-def huge(stage):
-    outlive_with_huge_pages(stage)
+def huge(test):
+    outlive_with_huge_pages(test)
 
 
 @case("guest-of-huge-pages-outlives-its-rail-with-the-newest-qemu")
-def huge_newest(stage):
-    outlive_with_huge_pages(stage, qemu=qemu_versions()[-1].program)
+def huge_newest(test):
+    outlive_with_huge_pages(test, qemu=qemu_versions()[-1].program)

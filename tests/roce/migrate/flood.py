@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""flood.py ADDRESS PORT: on a host of the lab, sends datagrams of random bytes in bursts to an echo service, for ever, and
-compares what comes back. Prints twice a second how many have come back and how many were not what was sent."""
+"""flood.py ADDRESS PORT: sends bursts of random datagrams from a host of the lab to an echo
+service, for ever.
+
+Compares the answers. Prints twice a second the numbers of answers and of wrong answers."""
 
 import os
 import select
@@ -11,7 +13,7 @@ import time
 
 BURST = 8
 SIZE = 1400
-PATIENCE = 0.2  # for the rest of a burst, in seconds; what comes later is not counted
+PATIENCE = 0.2  # seconds for the answers to a burst; later ones are not counted
 TICK = 0.5
 
 
@@ -42,7 +44,7 @@ def main():
         try:
             more, wrong = burst(port, number)
             echoed, bad = echoed + more, bad + wrong
-        except OSError:  # nobody is there (yet)
+        except OSError:  # the guest does not answer (yet)
             time.sleep(PATIENCE)
         number += 1
         if time.monotonic() >= said + TICK:

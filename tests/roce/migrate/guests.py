@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guests that are moved between the lab's hosts.
 
-Both kinds know what each of their pages must hold, look all the time, and say what they found. A guest has
-  option                 what the engine's --guest takes
-  wait_ready()           an engine can come
-  wait_running()         it works, on this host
-  wait_verifies()        it works on, and all that it has looked at was right
-  expect_stopped()       it does not run here (any more)
-  end()                  ends it; it has to be well until then"""
+All kinds verify the contents of their pages all the time, and print what they find. A guest has
+  option                 argument of the engine's --guest
+  wait_ready()           waits until an engine can connect
+  wait_running()         waits until it runs on this host
+  wait_verifies()        waits until it has verified more pages, all of them right
+  expect_stopped()       it does not run on this host (any more)
+  end()                  ends it; it must not have found a wrong page"""
 
 import os
 import re
@@ -41,8 +41,9 @@ class HostQmp(Qmp):
 
 
 def wait_socket(host, path, process):
-    """Waits until a process has opened its socket on a host: one command does the looking."""
-    host.run("sh", "-c", f"until [ -S {path} ] || ! [ -d /proc/{process.pid} ]; do sleep 0.05; done")
+    """Waits until a process has opened its socket on a host. One command on the host does all
+    polling."""
+    host.run("busybox", "sh", "-c", f"until [ -S {path} ] || ! [ -d /proc/{process.pid} ]; do sleep 0.05; done")
     expect(process.alive(), f"{process.name} on host {host.name} has ended: {process.output()[-1000:]}")
 
 
@@ -51,8 +52,8 @@ class Workload:
 
     LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 
-    def __init__(self, host, build, directory, incoming=False, size_mb=16, pace_us=200000, threads=2):
-        """pace_us: the rest of each thread after 16 pages."""
+    def __init__(self, host, build, directory, incoming=False, size_mb=16, pace_us=500000, threads=2):
+        """pace_us: the pause of each thread after 16 pages."""
         self.host = host
         self.agent = f"{directory}/agent"
         self.option = f"agent:{self.agent}"
@@ -64,7 +65,7 @@ class Workload:
         wait_socket(self.host, self.agent, self.process)
 
     def last(self):
-        """(state, pages verified, pages written, pages corrupt) as it said last; None: nothing yet."""
+        """(state, pages verified, pages written, pages corrupt) of its last line, or None."""
         lines = self.LINE.findall(self.process.output("out"))
         return (lines[-1][0], *map(int, lines[-1][1:])) if lines else None
 
@@ -91,11 +92,11 @@ class Workload:
         expect(self.last()[0] == "paused", f"the guest runs on host {self.host.name}, too")
 
     def end(self):
-        """Has it verify every page before it ends."""
+        """It verifies every page before it ends."""
         self.process.signal(15)
         code = self.process.wait(60)
         said = self.process.output()
-        expect("final corrupt=0 now=0" in said, f"the last look at all pages: {said[-1000:]}")
+        expect("final corrupt=0 now=0" in said, f"the last verification of all pages: {said[-1000:]}")
         expect(code == 0, f"the guest ended with {code}: {said[-1000:]}")
 
 
@@ -103,8 +104,8 @@ class HostQemu:
     """A stock QEMU on a host. Its guest prints to its standard output."""
 
     def __init__(self, host, build, directory, argv, incoming=False, preload=False, kvm=False, qemu=QEMU):
-        """argv: what the guest is like. preload: with the preload agent in it; else its engine attaches to it. kvm: under
-        KVM instead of TCG. qemu: the program."""
+        """argv: options for the guest. preload: with the preload agent; without it the engine
+        attaches to QEMU. kvm: under KVM instead of TCG. qemu: the program."""
         self.host = host
         self.kvm = kvm
         self.agent, self.qmp_path, self.our_qmp_path = (f"{directory}/{name}" for name in ("agent", "qmp", "qmp2"))
@@ -141,13 +142,13 @@ class HostQemu:
         expect(code == 0, f"QEMU on host {self.host.name} ended with {code}: {self.process.output()[-1000:]}")
 
     def expect_sound(self):
-        """What the guest has found on this host was right."""
+        """The guest has found no wrong page on this host."""
         raise NotImplementedError
 
 
 class BootGuest(HostQemu):
-    """The boot-sector guest (tests/roce/bootguest), small enough for emulation within emulation. It prints a dot for
-    each round in which all of its memory was right."""
+    """The boot-sector guest (tests/roce/bootguest), small enough for emulation within emulation. It
+    prints a dot for each round in which all of its memory was right."""
 
     RAM_MB = 32
     ROUNDS = 3
@@ -157,9 +158,9 @@ class BootGuest(HostQemu):
         super().__init__(host, build, directory, argv, **kind)
 
     def said(self):
-        """What it has printed on this host, and that it was nothing bad."""
+        """What it has printed on this host, which must not be a wrong page."""
         said = self.process.output("out")
-        expect("BAD" not in said, f"the guest on host {self.host.name} has found its memory spoiled: {said[-200:]}")
+        expect("BAD" not in said, f"the guest on host {self.host.name} has found a wrong word in its memory: {said[-200:]}")
         return said
 
     def rounds(self):
@@ -167,16 +168,16 @@ class BootGuest(HostQemu):
 
     def wait_running(self, seconds=60):
         wait_for(
-            f"the guest of QEMU goes through its memory on host {self.host.name}",
+            f"the guest of QEMU completes a round through its memory on host {self.host.name}",
             seconds,
             lambda: self.rounds() > 0 or self.expect_alive(),
         )
 
     def wait_verifies(self, seconds=90):
-        """The round that it is in, and more: each word is compared at least twice."""
+        """Waits for the present round and more, so that each word is compared at least twice."""
         before = self.rounds()
         wait_for(
-            f"the guest of QEMU on host {self.host.name} goes through its memory {self.ROUNDS} more times",
+            f"the guest of QEMU on host {self.host.name} completes {self.ROUNDS} more rounds through its memory",
             seconds,
             lambda: self.rounds() >= before + self.ROUNDS or self.expect_alive(),
         )
@@ -186,7 +187,7 @@ class BootGuest(HostQemu):
 
 
 def build_boot_sector(path, megabytes):
-    """A disk with the guest that works on so much of its memory."""
+    """Builds a disk with the guest that works on that much of its memory; returns its path."""
     builder = os.path.join(HERE, "..", "bootguest", "build")
     done = subprocess.run([builder, path, str(megabytes * MB)], capture_output=True, text=True, check=False)
     if done.returncode:

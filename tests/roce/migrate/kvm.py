@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests under KVM: a stock QEMU on the lab's hosts, whose CPUs have AMD's SVM (emulated, where this machine's KVM is not
-used for the hosts).
+"""Guests under KVM: a stock QEMU on the lab's hosts, whose CPUs have AMD's SVM (emulated, where
+this machine's KVM is not used for the hosts).
 
-What is different there: a vCPU waits for a page inside of KVM_RUN, in the kernel; the kernel itself touches the guest's
-memory; Linux guests are told of a page that is missing, and run something else meanwhile."""
+Three things differ there. A vCPU waits for a page inside KVM_RUN, in the kernel. The kernel itself
+accesses the guest's memory. KVM tells Linux guests of a missing page, and they run another task
+meanwhile (asynchronous page faults)."""
 
 import re
 import time
 
 from cases import ANSWER_SECONDS, both_rails, boot_guest, fail_over, outlive_with_huge_pages
-from cast import expect, wait_for
-from linux import Flood, LinuxGuest, build_linux
+from move import expect, wait_for
+from linux_guest import Flood, LinuxGuest, build_linux
 from roce_lab import Host, on_each
 from userfaults import recorded
 
 CASES, NEWER_CASES = [], []
-SECONDS, LINUX_SECONDS = 300, 800  # what a test may take
-# A guest that is emulated twice leaves its host little time.
-PATIENT = ("heartbeat-timeout=10000", "connect-timeout=20000", "handshake-timeout=30000")
+SECONDS, LINUX_SECONDS = 300, 800  # bounds of a test
+# A guest that is emulated twice leaves its host little CPU time.
+PATIENT = ("heartbeat-timeout=10000", "heartbeat-interval=500", "connect-timeout=20000", "handshake-timeout=30000")
 IN_KVM_RUN = "kvm_arch_vcpu_ioctl_run"
 IN_USERFAULT = "handle_userfault"
 PAGES_TOLD = 50
 GAP_SECONDS = 60
 
-# Prints for each of these threads of a process its state and where it is in the kernel.
+# Prints state and kernel stack of these threads of a process.
 STACKS = """
 pid=$1
 shift
@@ -38,7 +39,7 @@ HANDED_OVER = "the guest at the source, which was handed over"
 STOPPED = "it was told to stop, and has stopped"
 FENCED = "its RAM is write-protected: what the destination reads has not changed"
 
-# COMMAND PID FILE: gives the command the RAM of a QEMU and the file.
+# COMMAND PID FILE: runs the command with the RAM of a QEMU and the file as arguments.
 WITH_RAM = """
 ram=
 for fd in /proc/$2/fd/*; do
@@ -61,9 +62,9 @@ def case(name, *lists):
     return register
 
 
-def move_under_kvm(stage, **kind):
-    on_each(stage.lab.hosts, Host.load_kvm)
-    return stage.move(**boot_guest(stage, kvm=True, patience=PATIENT, **kind))
+def move_under_kvm(test, **kind):
+    on_each(test.lab.hosts, Host.load_kvm)
+    return test.move(**boot_guest(test, kvm=True, patience=PATIENT, **kind))
 
 
 def vcpu_threads(guest):
@@ -71,44 +72,45 @@ def vcpu_threads(guest):
 
 
 def waiting(guest, threads):
-    """States of the vCPUs that wait in KVM_RUN for a page, by the letter that ps shows."""
+    """The states, as ps letters, of the vCPUs that wait in KVM_RUN for a page."""
     done = guest.host.run("sh", "-c", STACKS, "sh", guest.process.pid, *threads)
     stacks = done.stdout.split("thread ")[1:]
     there = [stack for stack in stacks if IN_KVM_RUN in stack and IN_USERFAULT in stack]
     return [re.search(r"State:\s+(\w)", stack)[1] for stack in there]
 
 
-def answered(stage, what, ask):
-    """What a monitor says, and that it said it soon."""
+def answered(test, what, ask):
+    """Asks a monitor, which has to answer soon; returns its answer."""
     began = time.monotonic()
     answer = ask()
     seconds = time.monotonic() - began
     expect(seconds < ANSWER_SECONDS, f"{what} was answered after {seconds:.1f} s, with a vCPU waiting for a page")
-    stage.notes.append(f"{what} was answered in {seconds * 1000:.0f} ms while a vCPU waited in KVM_RUN for a page")
+    test.notes.append(f"{what} was answered in {seconds * 1000:.0f} ms while a vCPU waited in KVM_RUN for a page")
     return answer
 
 
-def expect_paused_engine_answers(stage, engine):
-    info = answered(stage, f"the {engine.name}'s query-migrate", engine.query)
+def expect_paused_engine_answers(test, engine):
+    info = answered(test, f"the {engine.name}'s query-migrate", engine.query)
     expect(info["status"] == "postcopy-paused", f"the {engine.name} is {info['status']}")
 
 
-def expect_answers_without_vcpu(stage, guest):
-    """What QEMU can tell without a vCPU."""
-    info = answered(stage, "QEMU's query-status", lambda: guest.qmp.command("query-status"))
+def expect_answers_without_vcpu(test, guest):
+    """A query for which QEMU needs no vCPU."""
+    info = answered(test, "QEMU's query-status", lambda: guest.qmp.command("query-status"))
     expect(info["status"] == "running", f"QEMU at the destination is {info}")
 
 
-def expect_answers_with_vcpu(stage, guest):
-    """Linux 6.12 lets a vCPU that waits for a page be interrupted. Each of these needs that."""
+def expect_answers_with_vcpu(test, guest):
+    """Commands for which QEMU interrupts its vCPUs, which Linux 6.12 allows while they wait for a
+    page."""
     qmp = guest.qmp
-    answered(stage, "QEMU's stop", lambda: qmp.command("stop"))
+    answered(test, "QEMU's stop", lambda: qmp.command("stop"))
     line = {"command-line": "info registers"}
-    said = answered(stage, "QEMU's info registers", lambda: qmp.command("human-monitor-command", **line))
+    said = answered(test, "QEMU's info registers", lambda: qmp.command("human-monitor-command", **line))
     expect("EIP=" in said or "RIP=" in said, f"QEMU's registers are {said!r}")
     info = qmp.command("query-status")
     expect(info["status"] == "paused", f"QEMU at the destination was stopped, and is {info}")
-    answered(stage, "QEMU's cont", lambda: qmp.command("cont"))
+    answered(test, "QEMU's cont", lambda: qmp.command("cont"))
 
 
 def wait_vcpu_waits(guest, threads):
@@ -116,29 +118,30 @@ def wait_vcpu_waits(guest, threads):
 
 
 @case("guest-under-kvm-moves-over-rdma", CASES)
-def moves(stage):
-    move = move_under_kvm(stage)
+def moves(test):
+    move = move_under_kvm(test)
     move.start(move.uri(1))
     move.finish()
 
 
 @case("guest-under-kvm-outlives-its-rail", CASES)
-def outlives(stage):
-    move = move_under_kvm(stage)
+def outlives(test):
+    move = move_under_kvm(test)
     move.start_slowly(*both_rails(move))
     fail_over(move, "cut", 1, None)
     move.finish()
 
 
 @case("guest-of-huge-pages-under-kvm-outlives-its-rail", CASES)
-def huge(stage):
-    on_each(stage.lab.hosts, Host.load_kvm)
-    outlive_with_huge_pages(stage, kvm=True, patience=PATIENT)
+def huge(test):
+    on_each(test.lab.hosts, Host.load_kvm)
+    outlive_with_huge_pages(test, kvm=True, patience=PATIENT)
 
 
-def pause_with_waiting_vcpu(stage, break_off):
-    """A migration that goes no further: returns it, and the threads of the destination's vCPUs, of which one waits."""
-    move = move_under_kvm(stage, settings=("auto-recover=off",))
+def pause_with_waiting_vcpu(test, break_off):
+    """Breaks a migration off. Returns it, and the threads of the destination's vCPUs, one of which
+    waits for a page."""
+    move = move_under_kvm(test, settings=("auto-recover=off",))
     threads = vcpu_threads(move.destination_guest)
     move.start_slowly(*both_rails(move))
     break_off(move)
@@ -160,36 +163,37 @@ def go_on(move, rail):
 
 
 @case("engine-killed-and-resumed-while-a-vcpu-waits-in-kvm-run", CASES)
-def killed(stage):
-    """Linux 6.1 does not let that vCPU be interrupted, so QEMU is asked nothing that needs it."""
-    move, threads = pause_with_waiting_vcpu(stage, lambda move: move.destination.kill())
-    expect_answers_without_vcpu(stage, move.destination_guest)
+def killed(test):
+    """Linux 6.1 does not interrupt that vCPU, so QEMU gets no command that needs it."""
+    move, threads = pause_with_waiting_vcpu(test, lambda move: move.destination.kill())
+    expect_answers_without_vcpu(test, move.destination_guest)
     move.follow(move.destination)
     move.wait_all("postcopy-paused")
-    expect_answers_without_vcpu(stage, move.destination_guest)
+    expect_answers_without_vcpu(test, move.destination_guest)
     for engine in move.engines:
-        expect_paused_engine_answers(stage, engine)
+        expect_paused_engine_answers(test, engine)
     wait_vcpu_waits(move.destination_guest, threads)
     go_on(move, 2)
 
 
 @case("monitors-answer-while-a-vcpu-waits-in-kvm-run", NEWER_CASES)
-def answers(stage):
-    move, threads = pause_with_waiting_vcpu(stage, pause)
+def answers(test):
+    move, threads = pause_with_waiting_vcpu(test, pause)
     for engine in move.engines:
-        expect_paused_engine_answers(stage, engine)
-    expect_answers_without_vcpu(stage, move.destination_guest)
-    expect_answers_with_vcpu(stage, move.destination_guest)
+        expect_paused_engine_answers(test, engine)
+    expect_answers_without_vcpu(test, move.destination_guest)
+    expect_answers_with_vcpu(test, move.destination_guest)
     wait_vcpu_waits(move.destination_guest, threads)
     go_on(move, 2)
 
 
-# The source's guest is let run again after the hand-over. The kernel holds it where it writes.
+# Somebody lets the source's guest run again after the hand-over. The write protection stops it at
+# its first write.
 
 
-def start_fenced(stage):
-    """In postcopy, with the source's RAM write-protected."""
-    move = move_under_kvm(stage, settings=("auto-recover=off", "guest-timeout=8000"))
+def start_fenced(test):
+    """Starts a migration, and waits until the source's RAM is write-protected."""
+    move = move_under_kvm(test, settings=("auto-recover=off", "guest-timeout=8000"))
     move.start_slowly(*both_rails(move))
     said = move.source.process.output
     wait_for("the source's RAM is fenced", 60, lambda: "is write-protected, which took" in said())
@@ -197,14 +201,14 @@ def start_fenced(stage):
 
 
 def with_ram(command, move):
-    """Of the source's QEMU, and a file beside it."""
+    """Runs a command with the RAM of the source's QEMU and a file."""
     guest = move.source_guest
     return guest.host.run("sh", "-c", WITH_RAM, "sh", command, guest.process.pid, f"{move.directory}/ram")
 
 
 def let_run(move, watched):
-    """The guest is held at its first write, or an engine that watches has stopped it before: its memory stays as it
-    is."""
+    """Lets the source's guest run: it waits at its first write, or a watching engine has stopped it
+    before. Its memory does not change."""
     guest = move.source_guest
     threads, rounds = vcpu_threads(guest), guest.rounds()
     copied = with_ram("cp", move)
@@ -230,7 +234,7 @@ def recover(move):
 
 
 def finish_fenced(move):
-    """The answer to `cont` may have had to wait until the fence was lifted."""
+    """The answer to `cont` may come only after the fence was lifted."""
     move.full_speed()
     move.wait_all("completed", 90)
     guest = move.source_guest
@@ -240,9 +244,9 @@ def finish_fenced(move):
 
 
 @case("guest-let-run-at-the-source-changes-no-page-and-is-stopped", CASES)
-def let_run_watched(stage):
-    """In a pause, so that the migration does not end meanwhile."""
-    move = start_fenced(stage)
+def let_run_watched(test):
+    """The migration is paused, so that it does not end meanwhile."""
+    move = start_fenced(test)
     pause(move)
     let_run(move, watched=True)
     for words in (HANDED_OVER, FENCED):
@@ -252,8 +256,8 @@ def let_run_watched(stage):
 
 
 @case("guest-let-run-at-the-source-without-an-engine-changes-no-page", NEWER_CASES)
-def let_run_orphan(stage):
-    move = start_fenced(stage)
+def let_run_orphan(test):
+    move = start_fenced(test)
     move.source.kill()
     move.destination.wait_status("postcopy-paused")
     let_run(move, watched=False)
@@ -267,7 +271,7 @@ def let_run_orphan(stage):
 # Linux
 
 
-# Who waits for pages there, beside the vCPUs in KVM_RUN, by a function of the kernel that only they come through.
+# Waiters for pages, each known by a kernel function that only its faults come through.
 WAITERS = {
     "kvm_mmu_page_fault": "vCPUs in KVM_RUN",
     "kvm_set_msr_common": "MSRs that are set while the state is loaded, such as kvmclock's",
@@ -278,10 +282,10 @@ WAITERS = {
 
 
 @case("linux-under-kvm-with-vhost-net-and-async-page-faults-outlives-its-rail", NEWER_CASES)
-def linux(stage):
-    build_linux(stage.build)
-    on_each(stage.lab.hosts, Host.load_kvm)
-    move = stage.move(guest=LinuxGuest, patience=PATIENT)
+def linux(test):
+    build_linux(test.build)
+    on_each(test.lab.hosts, Host.load_kvm)
+    move = test.move(guest=LinuxGuest, patience=PATIENT)
     source, destination = move.source_guest, move.destination_guest
     leaving = Flood(move, source)
     leaving.wait_more()
@@ -293,13 +297,13 @@ def linux(stage):
         fail_over(move, "cut", 1, None)
         arriving.wait_more()
         move.complete(seconds=240)
-        expect_all_waited(stage, faults.count())
+        expect_all_waited(test, faults.count())
     expect_times(source.console, destination.console)
     move.finish()
 
 
 def expect_told(move):
-    """KVM tells the guest at the destination of pages that have come, which is what asynchronous page faults are."""
+    """KVM tells the guest at the destination of pages that have come (asynchronous page faults)."""
     source, destination = move.source_guest.console, move.destination_guest.console
     before = source.kvm().told
 
@@ -310,15 +314,16 @@ def expect_told(move):
     move.expect_midway()
 
 
-def expect_all_waited(stage, faults):
+def expect_all_waited(test, faults):
     for function, who in WAITERS.items():
-        expect(faults.get(function), f"no page that was missing was waited for by {who}: {faults}")
+        expect(faults.get(function), f"no missing page was waited for by {who}: {faults}")
     waited = ", ".join(f"{faults[function]} by {who}" for function, who in WAITERS.items())
-    stage.notes.append(f"pages waited for: {waited}")
+    test.notes.append(f"pages waited for: {waited}")
 
 
 def expect_times(source, destination):
-    """The guest's clock is KVM's, and goes on where it was; the host writes the time that it took."""
+    """The guest uses KVM's clock, which continues at the destination, and its steal time grows
+    there."""
     first, last = destination.kvm_lines()[0], destination.kvm()
     expect(last.clock == "kvm-clock", f"the guest's clock is {last.clock}")
     expect(last.steal > first.steal, f"the steal time at the destination was and is {last.steal}")

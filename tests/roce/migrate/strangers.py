@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Peers that knock at a destination and have no business there: what was once right, and what never was.
+"""Peers that connect to a destination without right: with an epoch that is over, or of another
+migration.
 
-The real source's HELLO is overheard on its way, so that it can be sent again when its epoch is over: same migration,
-same secret."""
+The real source's HELLO is recorded on its way, so that it can be sent again when its epoch is over,
+with the same migration and secret."""
 
 import os
 import struct
 
-from cast import PORT, expect, wait_for
+from move import PORT, expect, wait_for
 
-# Prints the first message that is sent to a port over a network device, in hexadecimal.
-EAVESDROPPER = """
+# Prints, in hexadecimal, the first message that is sent to a port over a network device.
+RECORDER = """
 import socket, struct, sys
 tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
 tap.bind((sys.argv[1], 0))
@@ -32,8 +33,8 @@ while True:
         break
 """
 
-# Sends each message over a connection of its own, and prints what comes back until the peer closes it.
-KNOCKER = """
+# Sends each message over a connection of its own. Prints the answer, which ends when the peer closes.
+HELLO_SENDER = """
 import socket, sys
 for message in sys.argv[3:]:
     peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
@@ -55,18 +56,18 @@ RESUME_AT = EPOCH_AT + 8
 REASON_AT = 8 + 4 + 2 + 4 + 8 + 2 + 40  # of a HELLO_ACK
 
 
-class Eavesdropper:
-    """Listens on a host for the HELLO that is about to be sent over a rail."""
+class HelloRecorder:
+    """Records on a host the next HELLO that is sent over a rail."""
 
     def __init__(self, host, rail):
-        self.process = host.popen("python3", "-c", EAVESDROPPER, f"eth{rail}", str(PORT))
-        wait_for("the eavesdropper listens", 20, lambda: "listening" in self.process.output("out"))
+        self.process = host.popen("python3", "-c", RECORDER, f"eth{rail}", str(PORT))
+        wait_for("the recorder listens", 20, lambda: "listening" in self.process.output("out"))
 
     def hello(self):
         self.process.wait(20)
         hello = bytes.fromhex(self.process.output("out").split()[-1])
         kind, _, length = struct.unpack_from(">HHI", hello)
-        expect(kind == HELLO and length == len(hello) - 8, f"overheard {hello[:16].hex()}…, which is no HELLO")
+        expect(kind == HELLO and length == len(hello) - 8, f"recorded {hello[:16].hex()}…, which is no HELLO")
         return hello
 
 
@@ -75,7 +76,7 @@ def of_another_migration(hello):
 
 
 def of_a_recovery(hello):
-    """Says that it resumes the migration, with the epoch that it has."""
+    """A HELLO of the same epoch that resumes the migration."""
     return hello[:RESUME_AT] + bytes([RESUME_ASKED]) + hello[RESUME_AT + 1 :]
 
 
@@ -83,15 +84,15 @@ def epoch_of(hello):
     return struct.unpack_from(">Q", hello, EPOCH_AT)[0]
 
 
-def knock(host, address, *hellos):
-    """Says each of them to a destination; returns the reasons for which they were refused."""
-    argv = ["python3", "-c", KNOCKER, address, PORT, *(hello.hex() for hello in hellos)]
+def send_hellos(host, address, *hellos):
+    """Sends each of them to a destination; returns the reasons of the refusals."""
+    argv = ["python3", "-c", HELLO_SENDER, address, PORT, *(hello.hex() for hello in hellos)]
     answers = host.run(*argv, check=True).stdout.splitlines()
     return [reason_of(bytes.fromhex(answer)) for answer in answers]
 
 
 def reason_of(answer):
-    """Why a HELLO was refused, as the HELLO_ACK has it."""
+    """The reason that a HELLO_ACK gives for a refusal."""
     kind, _, length = struct.unpack_from(">HHI", answer) if len(answer) >= 8 else (0, 0, 0)
     expect(kind == HELLO_ACK, f"the stranger got {answer[:64].hex()}, no HELLO_ACK")
     status = struct.unpack_from(">I", answer, 8 + 4 + 2)[0]
@@ -101,17 +102,18 @@ def reason_of(answer):
 
 
 class StrangersQueuePair:
-    """Somebody who knows where the destination listens for queue pairs, and nothing else."""
+    """A peer that knows the address at which the destination listens for queue pairs, but no
+    secret."""
 
     def __init__(self, host, build, uri, timeout_ms):
-        self.process = host.popen(os.path.join(build, "tests", "roce", "rdma-pair"), "source", uri)
-        self.process.write(f"open 1 {timeout_ms}\n".encode())
+        self.process = host.popen(os.path.join(build, "tests", "roce", "rdma-pair"))
+        self.process.write(f"begin source {uri}\nopen 1 {timeout_ms}\n".encode())
 
     def answers(self):
         return self.process.output("out").splitlines()[1:]
 
-    def expect_turned_away(self, *words, seconds=40):
-        answer = wait_for("the stranger's queue pair is turned away", seconds, self.answers)[0]
+    def expect_refused(self, *words, seconds=40):
+        answer = wait_for("the stranger's queue pair is refused", seconds, self.answers)[0]
         expect(answer.startswith("error "), f"the stranger's queue pair got in: {answer}")
         for word in words:
             expect(word in answer, f"that should have {word!r}: {answer}")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who waits for the pages of a guest on a host: the kernel counts its own stacks, where it hands a fault to userfaultfd."""
+"""Counts the waiters for a guest's pages on a host, by kernel stack, where the kernel hands a fault
+to userfaultfd."""
 
 import re
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ class Userfaults:
         self.host = host
 
     def count(self):
-        """How many of the faults came through each function of the kernel. Only the innermost of a stack are known."""
+        """The number of faults that came through each kernel function. Only the innermost functions
+        of a stack are known."""
         counts = {}
         for stack, hits in STACK.findall(self.host.run("cat", f"{EVENT}/hist", check=True).stdout):
             for function in set(re.findall(r"(\w+)(?:\.\S+)?\+0x", stack)):
@@ -35,7 +37,7 @@ class Userfaults:
 
 @contextmanager
 def recorded(host):
-    """While this lasts."""
+    """Counts meanwhile."""
     host.run("sh", "-c", ON, check=True)
     try:
         yield Userfaults(host)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory cgroups (version 2) of the lab's hosts: one with little room for the engine, one for the guest."""
+"""Memory cgroups (version 2) on the lab's hosts: one with a low limit for the engine, one for the
+guest."""
 
 from contextlib import contextmanager
 
-from cast import MB, expect
+from move import MB, expect
 from roce_lab import on_each
 
 ROOT = "/sys/fs/cgroup"
@@ -15,7 +16,7 @@ mkdir {ROOT}/engine {ROOT}/guest &&
 echo {LIMIT} >{ROOT}/engine/memory.max
 """
 
-# What was in them has been killed, and may be ending still.
+# Their processes have been killed, and may not have ended yet.
 REMOVE = f"""
 for i in $(seq 100); do
     rmdir {ROOT}/engine {ROOT}/guest 2>/dev/null
@@ -25,19 +26,19 @@ done
 exit 1
 """
 
-# A command that execs an engine in its group.
+# A wrapper that runs an engine in its group.
 WRAPPER = ("sh", "-c", f'echo $$ >{ROOT}/engine/cgroup.procs && exec "$@"', "sh")
 
 
 @contextmanager
-def groups(stage):
-    """For all that is started within. It is killed at the end."""
-    hosts = stage.lab.hosts
+def groups(test):
+    """Has both groups meanwhile. Kills the processes of the test at the end."""
+    hosts = test.lab.hosts
     on_each(hosts, lambda host: host.run("sh", "-c", MAKE, check=True))
     try:
         yield
     finally:
-        for move in stage.moves:
+        for move in test.moves:
             move.close()
         on_each(hosts, lambda host: host.run("sh", "-c", REMOVE, check=True))
 
@@ -51,13 +52,14 @@ def usage(host, group):
 
 
 def expect_charged_to_guest(move, before, megabytes):
-    """memory.peak is of Linux 5.19."""
+    """The guest's group was charged for the pages, and the engine's group was never full.
+    memory.peak needs Linux 5.19."""
     host = move.destination.host
     peak = host.run("sh", "-c", f"cat {ROOT}/engine/memory.peak || cat {ROOT}/engine/memory.current", check=True)
     events = host.run("cat", f"{ROOT}/engine/memory.events", check=True).stdout.split()
     grown = usage(host, "guest") - before
     told = f"engine: at most {int(peak.stdout) / MB:.1f} MiB; guest: {grown / MB:.0f} MiB more"
     move.notes.append(told)
-    expect(grown >= megabytes * MB, f"the guest's group has not the {megabytes} MiB that have come in: {told}")
+    expect(grown >= megabytes * MB, f"the guest's group was not charged for {megabytes} MiB that have come in: {told}")
     full = dict(zip(events[::2], events[1::2]))
     expect(full["max"] == full["oom"] == "0", f"the engine's group was full: {told}; {full}")

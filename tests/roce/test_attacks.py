@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a peer can do to the other one's memory with a connection that is its own, and with keys that it was told.
+"""A malicious peer: what it can do to the other side's memory over its own connection, with the
+keys that it got.
 
-As in test_verbs.py, rdma-pairs stand in for the engines; the path is the engines' own. Here one of them turns on the
-other."""
+As in test_verbs.py, rdma-pair stands in for both engines, with the engine's own code for the data
+path."""
 
-from test_verbs import MIB, PATIENT, PORT, Pair, expect
+from rdma_pair import MIB, PORT, Pair, expect
+from test_verbs import PATIENT
 
 CASES = []
 
@@ -13,30 +15,32 @@ def case(name):
     """Registers a test under the behaviour that it proves."""
 
     def register(function):
-        CASES.append((name, function, PATIENT))
+        CASES.append((name, (function, PATIENT, {})))
         return function
 
     return register
 
 
 class SecondPair(Pair):
-    """Two more processes, with a path of their own."""
+    """A second path, between two processes of their own."""
 
     def __init__(self, first, port):
-        super().__init__(first.lab, first.program, first.env, first.options)
+        super().__init__(first.programs)
         self.destination = first.other("destination", (), port)
         self.source = first.other("source", (), port)
+        self.sides = [self.destination, self.source]
 
 
-# What a peer may do with a connection that is its own. A queue pair that refuses an operation falls into the error state,
-# so that each try has a connection of its own.
-NOT_ALLOWED = ("remote invalid request error", "remote access error")  # the queue pair's answer, or its key's
+# A queue pair that refuses an operation goes into the error state, so each attack has a connection
+# of its own.
+NOT_ALLOWED = ("remote invalid request error", "remote access error")  # of queue pair, and of key
 BAD_KEY = NOT_ALLOWED[1:]
 URGENT, BULK = 0, 1
 
 
-def foreign(side, lane, operation, addr, key):
-    return side.do("foreign", lane, operation, addr, key)
+def attack(side, lane, operation, addr, key):
+    """Returns how the operation ended, in the words of libibverbs."""
+    return side.do("attack", lane, operation, addr, key)
 
 
 def granted(pair):
@@ -46,28 +50,29 @@ def granted(pair):
 
 
 def expect_refused(pair, lane, operation, addr, key, statuses, what):
-    """And that the guest's memory is what it was."""
-    ended = foreign(pair.destination, lane, operation, addr, key)
-    print(f"     {what}, {operation}: {ended}")
+    """Also verifies that the source's memory has not changed."""
+    ended = attack(pair.destination, lane, operation, addr, key)
+    pair.note(f"{what}, {operation}: {ended}")
     expect(ended in statuses, f"{what}: {operation} ended with {ended!r}, not with one of {statuses}")
-    pair.source.do("filled", 0, 0, 4 * MIB, 1)
+    pair.source.do("verify", 0, 0, 4 * MIB, 1)
 
 
-@case("foreign-write-or-atomic-to-the-sources-memory-is-refused-by-queue-pair-and-by-key")
+@case("write-or-atomic-of-a-malicious-destination-is-refused-by-queue-pair-and-by-key")
 def foreign_write(pair):
     pair.fill(0, 0, 4 * MIB)
     for operation, lane in (("write", BULK), ("atomic", URGENT)):
         pair.connect()
         addr, key = granted(pair)
-        expect(foreign(pair.destination, lane, "read", addr, key) == "success", "the key is not even good for reading")
+        expect(attack(pair.destination, lane, "read", addr, key) == "success", "the key is not even good for reading")
         expect_refused(pair, lane, operation, addr, key, NOT_ALLOWED, "as it is granted")
         pair.close()
-        # Were the queue pairs to take it, the key would not; that such a queue pair takes it shows on other memory.
+        # A queue pair that takes any operation leaves the key, which refuses. The open page shows
+        # that the operation works.
         pair.connect()
         addr, key = granted(pair)
-        bait = pair.source.do("allow").split()
-        expect(foreign(pair.destination, lane, operation, *bait) == "success", f"{operation} does not work at all")
-        expect(int(pair.source.do("bait"), 16) != 0, f"{operation} has not arrived")
+        open_page = pair.source.do("allow").split()
+        expect(attack(pair.destination, lane, operation, *open_page) == "success", f"{operation} does not work at all")
+        expect(int(pair.source.do("open-page"), 16) != 0, f"{operation} has not arrived")
         expect_refused(pair, lane, operation, addr, key, BAD_KEY, "over a queue pair that takes anything")
         pair.close()
 
@@ -94,9 +99,10 @@ def foreign_key(pair):
     other.close()
 
 
-@case("source-can-do-nothing-to-the-destinations-memory")
+@case("malicious-source-cannot-access-the-destinations-memory")
 def foreign_source(pair):
-    """Nothing of it is exported: not even its own key for READs to land lets anybody in."""
+    """The destination grants nothing. Even the key that it uses itself, for READs to land, admits
+    no peer."""
     pair.fill(0, 0, 4 * MIB)
     for operation in ("read", "write", "atomic"):
         for opened, statuses in ((False, NOT_ALLOWED), (True, BAD_KEY)):
@@ -104,10 +110,10 @@ def foreign_source(pair):
             pair.check(0, 0, 4 * MIB)
             where = pair.destination.do("own-key", 0, 0).split()
             if opened:
-                bait = pair.destination.do("allow").split()
-                expect(foreign(pair.source, BULK, operation, *bait) == "success", f"{operation} does not work at all")
-            ended = foreign(pair.source, BULK, operation, *where)
-            print(f"     {operation}{', over a queue pair that takes anything' if opened else ''}: {ended}")
+                open_page = pair.destination.do("allow").split()
+                expect(attack(pair.source, BULK, operation, *open_page) == "success", f"{operation} does not work at all")
+            ended = attack(pair.source, BULK, operation, *where)
+            pair.note(f"{operation}{', over a queue pair that takes anything' if opened else ''}: {ended}")
             expect(ended in statuses, f"{operation} ended with {ended!r}, not with one of {statuses}")
-            pair.destination.do("filled", 0, 0, 4 * MIB, 1)
+            pair.destination.do("verify", 0, 0, 4 * MIB, 1)
             pair.close()

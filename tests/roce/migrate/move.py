@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A migration between the two hosts of the RoCE lab: who takes part, its steps, and what a cut costs.
+"""A migration between the two hosts of the RoCE lab: guests and engines, its steps, and the times
+of a failover.
 
-Host a is the source, b the destination. On each run a guest (guests.py) and an engine. The operator's commands are
-typed there, too."""
+Host a is the source, host b the destination. On each host run a guest (guests.py), an engine, and
+the operator's commands for it."""
 
 import itertools
 import os
@@ -19,16 +20,18 @@ from harness.process import Failure, expect, wait_for  # noqa: E402
 from roce_lab import FAULTS, RAILS, Lab, LabError, on_each  # noqa: E402
 
 PORT, TCP_PORT = 4444, 4445
-SLOW = "1M"  # a guest's memory takes many seconds: what is cut is in the middle of it
-# Emulated hosts stop for long moments on a busy machine: READs get 2.1 s (urgent) and 3.2 s (bulk), heartbeats 5 s.
-BOTH = f"rdma:0.0.0.0:{PORT}?ack-timeout=17,tcp:0.0.0.0:{TCP_PORT}"
-PATIENT = ("heartbeat-timeout=5000", "connect-timeout=10000", "handshake-timeout=20000")
+SLOW = "256K"  # a guest's memory takes half a minute, so that a cut comes in the middle of it
+# Emulated hosts get no CPU for long moments on a busy machine: READs get 2.1 s (urgent) and 3.2 s
+# (bulk), heartbeats 5 s, the first attempt to connect a lane 3 s.
+PATIENT_URI = "connect-timeout-ms=3000"
+BOTH = f"rdma:0.0.0.0:{PORT}?ack-timeout=17&{PATIENT_URI},tcp:0.0.0.0:{TCP_PORT}"
+PATIENT = ("heartbeat-timeout=5000", "heartbeat-interval=500", "connect-timeout=10000", "handshake-timeout=20000")
 IN_PAUSE = {"postcopy-paused", "postcopy-recover-setup", "postcopy-recover"}
 NUMBERS = itertools.count(1)
 
 
 class HostEngine(Engine):  # pylint: disable=super-init-not-called
-    """One engine, on a host, beside that host's guest."""
+    """The engine of a host, beside that host's guest."""
 
     def __init__(self, host, name, build, directory, guest, incoming=None, settings=(), options=(), env=None, wrapper=()):
         self.host = host
@@ -62,6 +65,15 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
         except Failure as failure:
             raise Failure(f"{failure}; {self.name} said: {self.process.output()[-1000:]}") from None
 
+    def hmp(self, line, seconds=20):
+        """As postroadctl does it, whose start costs an emulated host 0.2 s. Returns what
+        postroadctl would print."""
+        self.qmp.send("x-postroad-hmp", **{"command-line": line})
+        answer = self.qmp.answer(seconds)
+        if answer is None or "error" in answer:
+            raise Failure(f"{self.name}: '{line}' failed: {answer and answer['error'].get('desc')}")
+        return answer["return"]
+
     def postroadctl(self, line, seconds):
         return self.host.run(self.ctl, self.qmp_path, line, timeout=seconds)
 
@@ -70,7 +82,7 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
         return [event for event in self.qmp.drain_events() if event["event"] == "MIGRATION"]
 
     def end(self):
-        """As an operator would; it has to be well until then."""
+        """Ends it as an operator would. It must not have failed before."""
         self.qmp.close()
         self.process.signal(15)
         code = self.process.wait(20)
@@ -81,7 +93,7 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
 
 
 class Move:
-    """The cast, and the steps of a migration as one call each."""
+    """Guests and engines, and the steps of a migration as one call each."""
 
     def __init__(  # pylint: disable=too-many-arguments
         self,
@@ -94,19 +106,22 @@ class Move:
         options=(),
         wrapper=(),
         destination_env=None,
+        uri_options="",
         **kind,
     ):
-        """options: more of them, for both engines. wrapper: a command that execs the engine. destination_env: for that
-        engine. kind: for the guest."""
+        """options: further ones of both engines. wrapper: a command that execs the engine.
+        uri_options: of all rdma: URIs.
+        destination_env: environment of the destination's engine. kind: of the guest."""
         self.lab = lab
+        self.uri_options = f"?{uri_options}" if uri_options else ""
         self.directory = f"/tmp/move{next(NUMBERS)}"
-        self.started = []  # processes, to be ended whatever happens
-        self.notes = []  # what each cut took, for the report
+        self.started = []  # (member, process): close() ends all processes
+        self.notes = []  # lines for the report
         settings = (*patience, *settings)
 
         def start(host):
             arrives = host is lab.b
-            host.run("mkdir", self.directory, check=True)
+            host.run("busybox", "mkdir", self.directory, check=True)
             its_guest = self._keep(guest(host, build, self.directory, incoming=arrives, **kind))
             its_guest.wait_ready()
             where = (build, self.directory, its_guest)
@@ -126,22 +141,22 @@ class Move:
         return member
 
     def replace(self, engine):
-        """An engine is killed, another one takes its place."""
+        """Kills an engine and starts another one in its place."""
         engine.kill()
         self.follow(engine)
 
     def follow(self, engine):
-        """Another one takes the place of one that was killed."""
+        """Starts another engine in place of a killed one."""
         engine.resume()
         self._keep(engine)
 
     def close(self):
         for _, process in self.started:
             process.kill()
-        on_each(self.lab.hosts, lambda host: host.run("rm", "-rf", self.directory))
+        on_each(self.lab.hosts, lambda host: host.run("busybox", "rm", "-rf", self.directory))
 
     def logs(self):
-        """The ends of all output, for a failure's report."""
+        """The last lines of all output, for the report of a failure."""
         out = []
         for member, process in self.started:
             name = getattr(member, "name", "guest")
@@ -150,8 +165,9 @@ class Move:
         return "\n".join(out)
 
     def uri(self, rail, scheme="rdma"):
-        port = PORT if scheme == "rdma" else TCP_PORT
-        return f"{scheme}:{self.lab.b.address(rail)}:{port}"
+        if scheme == "rdma":
+            return f"rdma:{self.lab.b.address(rail)}:{PORT}{self.uri_options}"
+        return f"{scheme}:{self.lab.b.address(rail)}:{TCP_PORT}"
 
     # Steps
 
@@ -165,21 +181,23 @@ class Move:
         self.source.hmp(f"migrate -d {','.join(uris)}")
 
     def start_slowly(self, *uris, bandwidth=SLOW):
-        """And waits until part of the pages, not all, are at the destination."""
+        """Waits until a part of the pages has arrived."""
         self.slow_down(bandwidth)
         self.start(*uris)
         self.wait_midway()
 
     def wait_midway(self):
-        """Some of the pages have come in postcopy, and some are to come."""
+        """Waits until some pages have come in postcopy, while others are missing."""
 
         def in_postcopy():
             info = self.destination.query()
             expect(info.get("status") not in ("failed", "completed"), f"the destination is {info}")
             return info["ram"]["remaining"] if info.get("status") == "postcopy-active" else 0
 
-        at_first = wait_for("the destination is in postcopy with pages to come", 60, in_postcopy)
+        at_first = wait_for("the destination is in postcopy and misses pages", 60, in_postcopy)
         wait_for("more pages come", 60, lambda: self.destination.remaining() < at_first)
+        for engine in self.engines:
+            wait_for(f"the {engine.name} has said that it is in postcopy", 60, lambda e=engine: in_postcopy_now(e))
         self.expect_midway()
 
     def expect_midway(self):
@@ -192,7 +210,8 @@ class Move:
             engine.wait_status(status, seconds)
 
     def complete(self, seconds=90):
-        """Sees the migration through; then everything that the guest has must be right."""
+        """Waits for the end of the migration. Then the guest must run at the destination only, with
+        the right contents."""
         self.full_speed()
         self.wait_all("completed", seconds)
         expect(self.source.remaining() == self.destination.remaining() == 0, "completed with pages remaining")
@@ -200,21 +219,30 @@ class Move:
         self.source_guest.expect_stopped()
 
     def finish(self):
-        """And ends everybody; the source's guest, which only keeps its part, is left."""
+        """Also ends both engines and the destination's guest. The source's guest is stopped and
+        stays."""
         self.complete()
         for member in (self.destination_guest, self.source, self.destination):
             member.end()
 
     def cut(self, what):
-        """Does `what` to the path in use and keeps the time."""
+        """Calls `what`, which breaks the path in use; returns the Cut that observes the
+        consequences."""
         self.expect_midway()
         cut = Cut(self)
         what()
         return cut
 
 
+def in_postcopy_now(engine):
+    """Whether the last of its events says so. Events may arrive later than an answer of the other
+    engine."""
+    events = engine.migrations()
+    return bool(events) and events[-1]["data"]["status"] == "postcopy-active"
+
+
 class Cut:
-    """The loss of a path, and the way back as the events of both sides tell it."""
+    """The loss of a path, and the recovery, as the events of both sides show them."""
 
     def __init__(self, move):
         self.move = move
@@ -239,7 +267,7 @@ class Cut:
         return [status for status, _ in self.events(engine)]
 
     def reason(self, engine, status):
-        """What the engine gave as the first reason for this state since the cut."""
+        """The first reason that the engine gave for this state since the cut."""
         wanted = (event["data"] for event in self.migrations(engine) if event["data"]["status"] == status)
         return next((data.get("reason", "") for data in wanted), None)
 
@@ -255,12 +283,12 @@ class Cut:
         self.wait_seen("postcopy-paused", seconds)
 
     def wait_active(self, seconds=90):
-        """Paused, and in postcopy again."""
+        """Waits until both have paused, and have been in postcopy again."""
         self.wait_paused(seconds)
         self.wait_seen("postcopy-active", seconds)
 
     def expect_path(self, uri):
-        """Over which path the source says it went on."""
+        """Expects that the source says that it has recovered over this path."""
         wanted = f"connected again over {uri}"
         events = self.migrations(self.move.source)
         reasons = [event["data"].get("reason") for event in events if event["data"]["status"] == "postcopy-recover"]
@@ -272,8 +300,8 @@ class Cut:
             expect(not strange, f"{engine.name} left the pause: {self.statuses(engine)}")
 
     def times(self):
-        """Seconds from the cut until both sides were paused, and until both were in postcopy again. The hosts' clocks
-        are compared with ours now."""
+        """Seconds from the cut until both sides were paused, and until both were in postcopy again,
+        by this machine's clock."""
         paused, active = [], []
         for engine in self.move.engines:
             ahead, _ = engine.host.clock_offset()
@@ -286,7 +314,7 @@ class Cut:
         return both_paused, both_active
 
     def report(self, what="cut"):
-        """Keeps the three figures for the test's report."""
+        """Adds the three figures to the test's report."""
         both_paused, both_active = self.times()
         self.move.notes.append(
             f"{what}: to both paused {both_paused:.2f} s, paused to postcopy-active"

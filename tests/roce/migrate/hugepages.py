@@ -3,7 +3,7 @@
 
 from contextlib import contextmanager
 
-from cast import expect
+from move import expect
 from roce_lab import on_each
 
 POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
@@ -12,17 +12,17 @@ POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 def set_pool(host, pages):
     host.run("sh", "-c", f"echo 3 >/proc/sys/vm/drop_caches; echo {pages} >{POOL}", check=True)
     got = int(host.run("cat", POOL, check=True).stdout)
-    expect(got == pages, f"host {host.name} has {got} of {pages} huge pages to give")
+    expect(got == pages, f"host {host.name} has {got} of {pages} huge pages")
 
 
 @contextmanager
-def huge_pages(stage, pages):
-    """For all that is started within. It is ended then."""
-    hosts = stage.lab.hosts
+def huge_pages(test, pages):
+    """Reserves huge pages on both hosts meanwhile. Ends the processes of the test at the end."""
+    hosts = test.lab.hosts
     on_each(hosts, lambda host: set_pool(host, pages))
     try:
         yield
     finally:
-        for move in stage.moves:
+        for move in test.moves:
             move.close()
         on_each(hosts, lambda host: set_pool(host, 0))

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The Linux test guest (tests/guest/linux) under KVM on a host of the lab, with a network card of vhost-net's, in a QEMU
-that runs as another user than its engine."""
+"""The Linux test guest (tests/guest/linux) under KVM on a host of the lab, with a vhost-net network
+card. Its QEMU runs as another user than its engine."""
 
 import os
 import re
 import subprocess
 from dataclasses import dataclass
 
-from cast import Failure, expect, wait_for
+from move import Failure, expect, wait_for
 from guests import HostQemu
 from harness.vm import Console, GuestSpec
-from users import UID, USER
+from unprivileged import UID, USER
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KVM_LINE = re.compile(r"^guest: kvm: clock=(\S+) steal=(\d+) told=(\d+)\s*$", re.M)
@@ -19,7 +19,7 @@ SPEC = GuestSpec(ram_mb=128, work_mb=24, work_rate=2000, vcpus=2)
 HOST_ADDRESS, GUEST_ADDRESS, ECHO = "10.99.0.1", "10.99.0.2", 7
 BOOT_SECONDS = 300
 
-# The same address on both hosts: the guest looks for its neighbour once.
+# Both hosts have the same address, since the guest resolves its neighbour once.
 TAP = f"""
 modprobe -a tun vhost_net || exit 1
 ! [ -e /sys/class/net/tap0 ] || ip link del tap0
@@ -29,7 +29,7 @@ ip tuntap add tap0 mode tap && ip address add {HOST_ADDRESS}/24 dev tap0 &&
 
 
 def build_linux(build):
-    """Does only what is missing."""
+    """Builds the guest if it is missing or out of date."""
     builder = os.path.join(HERE, "..", "..", "guest", "linux", "build-initramfs")
     output = os.path.join(build, "linux-guest")
     done = subprocess.run([builder, output], capture_output=True, text=True, check=False)
@@ -39,8 +39,8 @@ def build_linux(build):
 
 @dataclass
 class KvmLine:
-    """What the guest knows of KVM: its clock, the ticks that the host took from all its CPUs, and how often KVM has told it
-    of a page that has come."""
+    """KVM as the guest sees it: its clock, the ticks that the host stole from all its CPUs, and the
+    number of pages whose arrival KVM has announced."""
 
     clock: str
     steal: int
@@ -61,7 +61,7 @@ class HostConsole(Console):  # pylint: disable=super-init-not-called
         return [KvmLine(clock, int(steal), int(told)) for clock, steal, told in KVM_LINE.findall(self.text())]
 
     def kvm(self):
-        """The last of them; None: there is none yet."""
+        """The last of them, or None."""
         lines = self.kvm_lines()
         return lines[-1] if lines else None
 
@@ -101,7 +101,7 @@ class LinuxGuest(HostQemu):
     def expect_sound(self):
         self.console.expect_sound()
         text = self.console.text()
-        expect("fatal" not in text and "BUG" not in text, f"the {self.name} is not well: {text[-1000:]}")
+        expect("fatal" not in text and "BUG" not in text, f"the {self.name} has failed: {text[-1000:]}")
 
 
 class Flood:
