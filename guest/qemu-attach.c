@@ -6,18 +6,18 @@
  * The process is held by a pidfd before anything is looked at, so that a number that was used again is found out: who
  * looked through /proc/PID and then finds the pidfd's process alive has looked at that very one.
  */
-#include "guest/qemu.h"
+#include "guest/qemu-attach.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/userfaultfd.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "guest/agent/uffd-ranges.h"
 #include "guest/attach/attach.h"
+#include "guest/qemu-query.h"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77 /* Linux 6.5 */
@@ -124,11 +124,8 @@ PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrG
 /* The parked duplicate says so, too: it is the same open file. */
 void pr_qemu_unregister(int uffd, const PrGuestBlock *blocks, guint n)
 {
-	for (guint i = 0; i < n; i++) {
-		struct uffdio_range range = {.start = blocks[i].base, .len = blocks[i].size};
-
-		(void)ioctl(uffd, UFFDIO_UNREGISTER, &range);
-	}
+	for (guint i = 0; i < n; i++)
+		agent_uffd_unregister(uffd, blocks[i].base, blocks[i].size);
 	(void)fcntl(uffd, F_SETFL, PR_ATTACH_UFFD_OFF);
 }
 

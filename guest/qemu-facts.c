@@ -4,9 +4,9 @@
 #include <string.h>
 
 #include "guest/json.h"
-#include "guest/qemu.h"
-#include "guest/qmp-frame.h"
 #include "guest/qemu-private.h"
+#include "guest/qemu-query.h"
+#include "util/json-framer.h"
 
 #define DEVICES_MAX 4096 /* a source may name, and RAM blocks */
 
@@ -244,18 +244,22 @@ char *pr_qemu_facts_to_text(JsonObject *facts)
 	return json_to_string(node, FALSE);
 }
 
-/* json-glib's parser recurses: who knows how deep the peer's text goes? It is one object, and nothing behind it. */
+/* PrFrameSink; opaque: the number of objects so far, 2 behind a fault. */
+static void count_object(const char *message, gsize len, const char *fault, void *opaque)
+{
+	*(guint *)opaque += fault ? 2 : 1;
+}
+
+/* json-glib's parser recurses, so the depth of the peer's text is checked first. It has to be one object, with nothing
+ * behind it. */
 static gboolean is_shallow_object(const char *text, gsize len)
 {
-	PrQmpFrameResult result = PR_QMP_FRAME_MORE;
-	PrQmpFrame frame;
-	gsize at = 0;
+	g_auto(PrFramer) framer;
+	guint objects = 0;
 
-	pr_qmp_frame_init(&frame);
-	while (at < len && result == PR_QMP_FRAME_MORE)
-		result = pr_qmp_frame_push(&frame, text[at++]);
-	pr_qmp_frame_clear(&frame);
-	return result == PR_QMP_FRAME_OBJECT && at == len;
+	pr_framer_init(&framer, PR_FRAMER_OBJECTS);
+	pr_framer_feed(&framer, text, len, count_object, &objects);
+	return objects == 1 && !framer.busy && text[len - 1] == '}';
 }
 
 JsonObject *pr_qemu_facts_from_text(const char *text, gsize len, GError **error)
@@ -263,7 +267,7 @@ JsonObject *pr_qemu_facts_from_text(const char *text, gsize len, GError **error)
 	g_autoptr(JsonParser) parser = json_parser_new();
 	JsonNode *root = NULL;
 
-	if (is_shallow_object(text, len) && g_utf8_validate(text, (gssize)len, NULL) &&
+	if (is_shallow_object(text, len) &&
 	    json_parser_load_from_data(parser, text, (gssize)len, NULL))
 		root = json_parser_get_root(parser);
 	if (root && JSON_NODE_HOLDS_OBJECT(root))

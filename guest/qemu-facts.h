@@ -15,7 +15,9 @@
 
 #include "guest/qmp.h"
 
-/* ramblocks: of pr_qemu_private_list(). */
+/* The machine type, as in -machine. */
+char *pr_qemu_machine(PrQmp *qmp, GError **error);
+/* private_blocks: of pr_qemu_private_list(). */
 JsonObject *pr_qemu_facts(PrQmp *qmp, const GArray *private_blocks, GError **error);
 char *pr_qemu_facts_to_text(JsonObject *facts);
 /* Of the other side: not to be trusted. */

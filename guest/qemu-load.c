@@ -8,6 +8,8 @@
  * it waits for its migration, which it remembers. With late-block-activate it takes the locks of disk images only when
  * it is let run; until then the source can still take its guest back.
  */
+#include "guest/qemu-load.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
@@ -17,10 +19,11 @@
 
 #include "guest/json.h"
 #include "guest/kinds.h"
+#include "guest/qemu-blocks.h"
 #include "guest/qemu-facts.h"
 #include "guest/qemu-private.h"
+#include "guest/qemu-query.h"
 #include "guest/qemu-section.h"
-#include "guest/qemu.h"
 
 #define FD_NAME	       "postroad"
 #define CANCEL_LOOK_MS 20

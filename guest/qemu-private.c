@@ -6,9 +6,9 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "guest/qemu-query.h"
 #include "guest/qemu-ram.h"
 #include "guest/qemu-section.h"
-#include "guest/qemu.h"
 
 #define PAGE  4096u
 #define CHUNK (256u * 1024) /* bytes that are read and looked at in one go */
@@ -78,7 +78,7 @@ void pr_qemu_private_locate(PrQmp *qmp, GArray *blocks)
 		}
 		if (!mtree)
 			mtree = pr_qmp_human(qmp, "info mtree -f", NULL);
-		block->hva = mtree ? pr_qemu_ask_hva(qmp, mtree, block->name) : 0;
+		block->hva = mtree ? pr_qemu_query_hva(qmp, mtree, block->name) : 0;
 	}
 }
 

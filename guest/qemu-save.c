@@ -5,6 +5,8 @@
  * are put in here: the configuration section behind the head (the machine type), and an empty description of the
  * stream behind its end, which QEMU would miss.
  */
+#include "guest/qemu-save.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -12,10 +14,10 @@
 #include <unistd.h>
 
 #include "guest/json.h"
+#include "guest/qemu-blocks.h"
 #include "guest/qemu-facts.h"
 #include "guest/qemu-private.h"
 #include "guest/qemu-section.h"
-#include "guest/qemu.h"
 
 /* QEMU's migration stream, migration/savevm.c */
 #define STREAM_MAGIC	    0x5145564du /* "QEVM" */

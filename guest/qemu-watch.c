@@ -7,7 +7,7 @@
  * QEMU waits for the vCPU, with its monitor. Nothing is lost by that; the answer comes when the fence
  * is lifted. So QMP's timeout bounds each call, and the thread says that it has not been answered.
  */
-#include "guest/qemu.h"
+#include "guest/qemu-watch.h"
 
 #include "guest/json.h"
 
@@ -235,7 +235,7 @@ void pr_qemu_watch_end(PrQemuWatch *watch)
 		g_thread_join(g_steal_pointer(&watch->thread));
 }
 
-void pr_qemu_watch_tell(PrQemuWatch *watch, PrGuestRanAgain ran_again, void *opaque)
+void pr_qemu_watch_observe(PrQemuWatch *watch, PrGuestRanAgain ran_again, void *opaque)
 {
 	g_mutex_lock(&watch->telling);
 	watch->ran_again = ran_again;

@@ -3,15 +3,21 @@
  * The kind `qemu:qmp=PATH[,pid=N][,agent=PATH]`: a stock QEMU. QMP stops, saves, loads and continues it; memory and
  * faults are provided by a helper that attaches to its process, or by the preload agent in it.
  */
-#include "guest/qemu.h"
-
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "guest/death.h"
 #include "guest/json.h"
 #include "guest/kinds.h"
+#include "guest/qemu-attach.h"
+#include "guest/qemu-blocks.h"
+#include "guest/qemu-check.h"
+#include "guest/qemu-load.h"
+#include "guest/qemu-query.h"
+#include "guest/qemu-save.h"
+#include "guest/qemu-watch.h"
 
 typedef struct QemuGuest {
 	PrGuest parent;
@@ -29,18 +35,14 @@ typedef struct QemuGuest {
 	PrQemuWatch *watch; /* constant */
 
 	GMutex lock;
-	GArray *blocks;		/* lock; PrGuestBlock; NULL before prepare() */
-	int uffd;		/* lock; of a fault mode that a helper turned on; -1: off */
-	gboolean stopped;	/* lock; by stop(), and not resumed since */
-	gboolean was_running;	/* lock; goes with stopped */
-	gboolean may_be_fenced; /* lock; by fence(), or by the engine before */
-	gboolean at_rest;	/* lock; QEMU has stopped the guest since stop() was called */
-	gboolean ran_again;	/* lock; and somebody else has let it run, or reset it */
-	gboolean dead;		/* lock */
-	char *death;		/* lock; why, once dead; constant then */
-	GMutex telling;		/* held while `died` is called; taken before lock */
-	PrGuestDied died;	/* lock; taken when called */
-	void *died_opaque;	/* lock */
+	GArray *blocks;		 /* lock; PrGuestBlock; NULL before prepare() */
+	int uffd;		 /* lock; of a fault mode that a helper turned on; -1: off */
+	gboolean resume_running; /* lock; stop() stopped a running guest, which resume() lets run */
+	gboolean may_be_fenced;	 /* lock; by fence(), or by an engine that has died */
+	gboolean at_rest;	 /* lock; QEMU has stopped the guest since stop() was called */
+	gboolean ran_again; /* lock; and it has been let run or reset since, not by this engine */
+	char *dead;	    /* lock; why QEMU is gone, or NULL; constant once set */
+	PrDeath death;	    /* has its own lock */
 } QemuGuest;
 
 typedef struct QemuSpec {
@@ -120,21 +122,12 @@ static void on_event(const char *name, JsonObject *data, void *opaque)
 static void on_end(const char *reason, void *opaque)
 {
 	QemuGuest *self = opaque;
-	PrGuestDied died = NULL;
-	void *died_opaque;
 
-	g_mutex_lock(&self->telling);
 	g_mutex_lock(&self->lock);
-	if (!self->dead) {
-		self->dead = TRUE;
-		self->death = self->load ? pr_qemu_load_died(self->load, reason) : g_strdup(reason);
-		died = g_steal_pointer(&self->died);
-	}
-	died_opaque = self->died_opaque;
+	if (!self->dead)
+		self->dead = self->load ? pr_qemu_load_died(self->load, reason) : g_strdup(reason);
 	g_mutex_unlock(&self->lock);
-	if (died)
-		died(self->death, died_opaque);
-	g_mutex_unlock(&self->telling);
+	pr_death_report(&self->death, self->dead);
 }
 
 static void keep_uffd(QemuGuest *self, int uffd)
@@ -160,11 +153,11 @@ static void qemu_close(PrGuest *guest)
 	g_clear_pointer(&self->blocks, g_array_unref);
 	g_clear_object(&self->qmp_socket);
 	keep_uffd(self, -1);
-	g_free(self->death);
+	g_free(self->dead);
 	g_free(self->qmp_path);
 	g_mutex_clear(&self->connecting);
 	g_mutex_clear(&self->lock);
-	g_mutex_clear(&self->telling);
+	pr_death_clear(&self->death);
 	g_free(self);
 }
 
@@ -212,7 +205,7 @@ static gboolean connect_qmp(QemuGuest *self, GError **error)
 	self->save = pr_qemu_save_new(qmp, self->agent);
 	self->load = pr_qemu_load_new(qmp, self->agent, self->timeout_ms);
 	if (self->dead)
-		g_free(pr_qemu_load_died(self->load, self->death));
+		g_free(pr_qemu_load_died(self->load, self->dead));
 	g_mutex_unlock(&self->lock);
 	pr_qmp_on_death(qmp, on_end, self);
 	return TRUE;
@@ -265,7 +258,7 @@ static PrGuest *qemu_open(const char *spec, PrGuestHelper *helper, guint timeout
 	guest = &self->parent;
 	guest->ops = &pr_guest_qemu;
 	g_mutex_init(&self->lock);
-	g_mutex_init(&self->telling);
+	pr_death_init(&self->death);
 	g_mutex_init(&self->connecting);
 	self->qmp_path = g_strdup(parsed.qmp);
 	self->timeout_ms = timeout_ms;
@@ -352,8 +345,7 @@ static gboolean qemu_assume_stopped(PrGuest *guest, gboolean was_running, GError
 	if (!connect_qmp(self, error))
 		return FALSE;
 	g_mutex_lock(&self->lock);
-	self->stopped = TRUE;
-	self->was_running = was_running;
+	self->resume_running = was_running;
 	g_mutex_unlock(&self->lock);
 	return TRUE;
 }
@@ -389,8 +381,7 @@ static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **er
 		return FALSE;
 	/* It may stop from now on. */
 	g_mutex_lock(&self->lock);
-	self->stopped = TRUE;
-	self->was_running = running;
+	self->resume_running = running;
 	self->at_rest = !running;
 	self->ran_again = FALSE;
 	g_mutex_unlock(&self->lock);
@@ -424,12 +415,12 @@ static gboolean qemu_resume(PrGuest *guest, GError **error)
 		return FALSE;
 	pr_qemu_save_end(self->save);
 	g_mutex_lock(&self->lock);
-	cont = self->stopped && self->was_running;
+	cont = self->resume_running;
 	g_mutex_unlock(&self->lock);
 	if (cont && !pr_qmp_command(self->qmp, "cont", NULL, -1, error))
 		return FALSE;
 	g_mutex_lock(&self->lock);
-	self->stopped = FALSE;
+	self->resume_running = FALSE;
 	g_mutex_unlock(&self->lock);
 	return TRUE;
 }
@@ -591,7 +582,7 @@ static gboolean qemu_was_fenced(PrGuest *guest)
 
 static void qemu_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
 {
-	pr_qemu_watch_tell(((QemuGuest *)guest)->watch, ran_again, opaque);
+	pr_qemu_watch_observe(((QemuGuest *)guest)->watch, ran_again, opaque);
 }
 
 static gboolean qemu_store_state_fd(PrGuest *guest, int memfd, GError **error)
@@ -606,21 +597,7 @@ static int qemu_fetch_state(PrGuest *guest, GError **error)
 
 static void qemu_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 {
-	QemuGuest *self = (QemuGuest *)guest;
-	g_autofree char *reason = NULL;
-
-	g_mutex_lock(&self->telling);
-	g_mutex_lock(&self->lock);
-	if (self->dead) {
-		reason = g_strdup(self->death);
-	} else {
-		self->died = died;
-		self->died_opaque = opaque;
-	}
-	g_mutex_unlock(&self->lock);
-	if (reason && died)
-		died(reason, opaque);
-	g_mutex_unlock(&self->telling);
+	pr_death_observe(&((QemuGuest *)guest)->death, died, opaque);
 }
 
 const PrGuestOps pr_guest_qemu = {

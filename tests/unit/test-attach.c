@@ -23,7 +23,7 @@
 #include "guest/agent-client.h"
 #include "guest/attach/attach.h"
 #include "guest/attach/internal.h"
-#include "guest/attach/kill.h"
+#include "guest/attach/crash-point.h"
 #include "tests/unit/attach-guest.h"
 
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
@@ -626,9 +626,9 @@ static void the_end_of_the_helper_is_not_the_guests(void **state)
 
 /* Kill points */
 
-static PrAttachPoint wanted; /* constant in a helper */
+static PrAttachCrashPoint wanted; /* constant in a helper */
 
-static void die_there(PrAttachPoint point)
+static void die_there(PrAttachCrashPoint point)
 {
 	if (point == wanted)
 		kill(getpid(), SIGKILL);
@@ -652,7 +652,7 @@ static void do_all(Attached *attached, AttachGuest *guest, int kept, int ret_uff
 	pr_agent_client_store_state_fd(client, -1, NULL);
 }
 
-static void assert_killed(pid_t helper, PrAttachPoint point)
+static void assert_killed(pid_t helper, PrAttachCrashPoint point)
 {
 	gint64 deadline = g_get_monotonic_time() + TIMEOUT * G_TIME_SPAN_MILLISECOND;
 	siginfo_t info = {0};
@@ -661,19 +661,19 @@ static void assert_killed(pid_t helper, PrAttachPoint point)
 	       g_get_monotonic_time() < deadline)
 		g_usleep(1000);
 	if (info.si_code != CLD_KILLED)
-		print_error("the helper was not killed at %s\n", pr_attach_point_name(point));
+		print_error("the helper was not killed at %s\n", pr_attach_crash_point_name(point));
 	assert_int_equal(info.si_code, CLD_KILLED);
 }
 
-static void die_at(AttachGuest *guest, PrAttachPoint point)
+static void die_at(AttachGuest *guest, PrAttachCrashPoint point)
 {
 	int kept = new_state('1'), uffd;
 	Attached attached;
 
 	wanted = point;
-	pr_attach_hook = die_there;
+	pr_attach_crash_hook = die_there;
 	attached = attach(guest);
-	pr_attach_hook = NULL;
+	pr_attach_crash_hook = NULL;
 	do_all(&attached, guest, kept, &uffd);
 	assert_killed(attached.helper, point);
 	detach(&attached);
@@ -685,7 +685,7 @@ static void die_at(AttachGuest *guest, PrAttachPoint point)
 /* Wherever a helper dies, the process lives on, and the next helper has all of it. */
 static void a_helper_may_die_anywhere(void **state)
 {
-	for (PrAttachPoint point = 0; point < PR_ATTACH_N_POINTS; point++) {
+	for (PrAttachCrashPoint point = 0; point < PR_ATTACH_N_CRASH_POINTS; point++) {
 		g_autoptr(AttachGuest) guest = attach_guest_new();
 		g_auto(Attached) attached = {0};
 		int memfd, kept = new_state('2'), fetched;
@@ -713,8 +713,10 @@ static void a_helper_may_die_anywhere(void **state)
 /* Parked, and registered in part: a fault mode that is asked for is made whole. */
 static void an_unfinished_fault_mode_is_finished(void **state)
 {
-	static const PrAttachPoint points[] = {PR_ATTACH_UFFD_MADE, PR_ATTACH_UFFD_READY,
-					       PR_ATTACH_REGISTERED, PR_ATTACH_ENTRIES_DROPPED};
+	static const PrAttachCrashPoint points[] = {PR_ATTACH_CRASH_UFFD_MADE,
+						    PR_ATTACH_CRASH_UFFD_READY,
+						    PR_ATTACH_CRASH_REGISTERED,
+						    PR_ATTACH_CRASH_ENTRIES_DROPPED};
 
 	for (guint i = 0; i < G_N_ELEMENTS(points); i++) {
 		g_autoptr(AttachGuest) guest = attach_guest_new();

@@ -9,8 +9,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "guest/qmp-frame.h"
 #include "guest/qmp.h"
+#include "util/json-framer.h"
 #include "tests/unit/fake-qmp.h"
 
 #define TIMEOUT	      20000 /* ms; the machine may be busy with other tests */
@@ -102,6 +102,23 @@ static void assert_fails(PrQmp *qmp, const char *command, PrGuestError code, con
 
 /* Frames */
 
+typedef struct Cut {
+	GString *objects; /* separated by | */
+	guint faults;
+} Cut;
+
+/* PrFrameSink */
+static void collect(const char *message, gsize len, const char *fault, void *opaque)
+{
+	Cut *cut = opaque;
+
+	if (fault)
+		cut->faults++;
+	else
+		g_string_append_printf(cut->objects, "%s%.*s", cut->objects->len ? "|" : "",
+				       (int)len, message);
+}
+
 static void objects_are_cut_by_their_braces(void **state)
 {
 	static const struct {
@@ -124,43 +141,58 @@ static void objects_are_cut_by_their_braces(void **state)
 	};
 
 	for (guint i = 0; i < G_N_ELEMENTS(cases); i++) {
-		g_autoptr(GString) objects = g_string_new(NULL);
-		gboolean garbage = FALSE;
-		PrQmpFrame frame;
+		for (gsize piece = 1; piece <= strlen(cases[i].bytes) + 1; piece++) {
+			g_autoptr(GString) objects = g_string_new(NULL);
+			g_auto(PrFramer) framer;
+			Cut cut = {.objects = objects};
+			gsize len = strlen(cases[i].bytes);
 
-		pr_qmp_frame_init(&frame);
-		for (const char *at = cases[i].bytes; *at && !garbage; at++) {
-			PrQmpFrameResult result = pr_qmp_frame_push(&frame, *at);
-
-			garbage = result == PR_QMP_FRAME_GARBAGE;
-			if (result != PR_QMP_FRAME_OBJECT)
-				continue;
-			g_string_append_printf(objects, "%s%s", objects->len ? "|" : "",
-					       frame.text->str);
-			pr_qmp_frame_next(&frame);
+			pr_framer_init(&framer, PR_FRAMER_OBJECTS);
+			for (gsize at = 0; at < len; at += piece)
+				pr_framer_feed(&framer, cases[i].bytes + at, MIN(piece, len - at),
+					       collect, &cut);
+			assert_string_equal(objects->str, cases[i].objects);
+			assert_int_equal(cut.faults, cases[i].garbage ? 1 : 0);
 		}
-		assert_string_equal(objects->str, cases[i].objects);
-		assert_int_equal(garbage, cases[i].garbage);
-		pr_qmp_frame_clear(&frame);
 	}
+}
+
+/* The number of such bytes behind an opening brace until there is a fault. */
+static guint bytes_until_fault(char byte)
+{
+	g_autoptr(GString) objects = g_string_new(NULL);
+	g_auto(PrFramer) framer;
+	Cut cut = {.objects = objects};
+	guint n = 0;
+
+	pr_framer_init(&framer, PR_FRAMER_OBJECTS);
+	pr_framer_feed(&framer, "{", 1, collect, &cut);
+	while (!cut.faults && n <= PR_FRAME_OBJECT_MAX) {
+		pr_framer_feed(&framer, &byte, 1, collect, &cut);
+		n++;
+	}
+	assert_int_equal(cut.faults, 1);
+	return n;
 }
 
 static void depth_and_length_are_bounded(void **state)
 {
-	PrQmpFrame frame;
-	guint n = 0;
+	assert_int_equal(bytes_until_fault('{'), PR_FRAME_DEPTH);
+	assert_int_equal(bytes_until_fault(' '), PR_FRAME_OBJECT_MAX);
+}
 
-	pr_qmp_frame_init(&frame);
-	while (pr_qmp_frame_push(&frame, '{') == PR_QMP_FRAME_MORE)
-		n++;
-	assert_int_equal(n, PR_QMP_DEPTH_MAX);
-	pr_qmp_frame_clear(&frame);
-	pr_qmp_frame_init(&frame);
-	assert_int_equal(pr_qmp_frame_push(&frame, '{'), PR_QMP_FRAME_MORE);
-	for (n = 1; pr_qmp_frame_push(&frame, ' ') == PR_QMP_FRAME_MORE; n++)
-		assert_true(n <= PR_QMP_OBJECT_MAX);
-	assert_int_equal(n, PR_QMP_OBJECT_MAX);
-	pr_qmp_frame_clear(&frame);
+/* QEMU prints unsigned 64-bit numbers, of up to 20 digits. */
+static void long_numbers_pass(void **state)
+{
+	static const char number[] = "{\"n\": 18446744073709551615}";
+	g_autoptr(GString) objects = g_string_new(NULL);
+	g_auto(PrFramer) framer;
+	Cut cut = {.objects = objects};
+
+	pr_framer_init(&framer, PR_FRAMER_OBJECTS);
+	pr_framer_feed(&framer, number, strlen(number), collect, &cut);
+	assert_string_equal(objects->str, number);
+	assert_int_equal(cut.faults, 0);
 }
 
 /* Conversations */
@@ -397,6 +429,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(objects_are_cut_by_their_braces),
 		cmocka_unit_test(depth_and_length_are_bounded),
+		cmocka_unit_test(long_numbers_pass),
 		cmocka_unit_test(a_command_is_answered),
 		cmocka_unit_test(errors_of_qemu_are_passed_on),
 		cmocka_unit_test(answers_out_of_order_find_their_callers),
