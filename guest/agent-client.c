@@ -25,19 +25,20 @@ typedef struct Call {
 } Call;
 
 struct PrAgentClient {
-	char *path;	  /* constant; NULL: a helper's */
-	char *name;	  /* constant; for messages */
+	char *path;	  /* constant; NULL: the client of a helper */
+	char *name;	  /* constant; for error texts */
 	guint timeout_ms; /* constant */
 	int fd;		  /* constant; sends are single packets and need no lock */
 	GThread *reader;  /* the owner's */
 	guint32 flags;	  /* constant after open */
-	pid_t pid;	  /* constant after open; of the guest's process, as the agent tells it */
+	pid_t pid;	  /* constant after open; the guest's process, as the agent reports it */
 
-	/* Of a helper's client, constant after open; else -1. */
+	/* For the client of a helper; constant after open. Else -1. */
 	pid_t helper; /* 0: none */
 	int pidfd;    /* of the guest's process */
 	int wake_fd;  /* eventfd: ends the reader */
-	int lock_fd; /* a duplicate of the helper's lock on that process: keeps the lock when the helper dies */
+	/* a duplicate of the helper's lock on that process: keeps the lock when the helper dies */
+	int lock_fd;
 
 	/* The owner's thread only: pr_agent_client_allocator() */
 	gboolean asked_allocator;
@@ -176,7 +177,8 @@ static void fail(PrAgentClient *client, GError *failure)
 		pr_death_report(&client->death, failure->message);
 }
 
-/* Waits until the process ends, the time is up, or this client is closed. timeout_ms -1: without a limit of time. */
+/* Waits until the process ends, the time is up, or this client is closed. timeout_ms -1: without a
+ * limit of time. */
 static gboolean process_ended(PrAgentClient *client, int timeout_ms)
 {
 	struct pollfd polls[] = {{.fd = client->pidfd, .events = POLLIN},
@@ -189,7 +191,8 @@ static gboolean process_ended(PrAgentClient *client, int timeout_ms)
 	return polls[0].revents != 0;
 }
 
-/* The helper has ended, and the process has not. All calls fail from now on. Waits for the end of the process, to report it. */
+/* The helper has ended, and the process has not. All calls fail from now on. Waits for the end of
+ * the process, to report it. */
 static void wait_without_helper(PrAgentClient *client)
 {
 	gboolean closing;
@@ -199,8 +202,8 @@ static void wait_without_helper(PrAgentClient *client)
 	if (!closing)
 		client->failure = g_error_new(
 			PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE,
-			"%s: it has ended; what has been set up goes on, start this engine anew "
-			"with --resume to have it back",
+			"%s: it has ended; the guest goes on, and its faults wait; restart this "
+			"engine with --resume",
 			client->name);
 	g_cond_broadcast(&client->cond);
 	g_mutex_unlock(&client->lock);
@@ -237,7 +240,7 @@ static gpointer reader_thread(gpointer data)
 /* Calls */
 
 static gboolean send_request(PrAgentClient *client, const PrAgentRequest *request,
-			     const PrAgentLoad *load, GError **error)
+			     const PrAgentPayload *load, GError **error)
 {
 	const struct iovec pieces[] = {
 		{.iov_base = (void *)request, .iov_len = sizeof(*request)},
@@ -316,7 +319,7 @@ static gboolean reply_ok(PrAgentClient *client, const PrAgentAnswer *reply, GErr
 	return FALSE;
 }
 
-PrAgentAnswer *pr_agent_call_with(PrAgentClient *client, PrAgentOp op, const PrAgentLoad *load,
+PrAgentAnswer *pr_agent_call_with(PrAgentClient *client, PrAgentOp op, const PrAgentPayload *load,
 				  guint timeouts, GCancellable *cancel, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() +
@@ -351,15 +354,15 @@ PrAgentAnswer *pr_agent_call_with(PrAgentClient *client, PrAgentOp op, const PrA
 PrAgentAnswer *pr_agent_call(PrAgentClient *client, PrAgentOp op, int fd, guint timeouts,
 			     GCancellable *cancel, GError **error)
 {
-	const PrAgentLoad load = {.fd = fd};
+	const PrAgentPayload load = {.fd = fd};
 
 	return pr_agent_call_with(client, op, &load, timeouts, cancel, error);
 }
 
 /* Opening */
 
-/* The engine believes the agent what the guest's memory is. So another user must not serve the socket. An engine of root
- * accepts any user, as root has named the path. */
+/* The engine believes the agent what the guest's memory is. So another user must not serve the
+ * socket. An engine of root accepts any user, as root has named the path. */
 static gboolean check_peer(int fd, const char *path, GError **error)
 {
 	struct ucred peer;
@@ -367,7 +370,8 @@ static gboolean check_peer(int fd, const char *path, GError **error)
 
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION,
-			    "agent %s: whose it is can't be told: %s", path, g_strerror(errno));
+			    "agent %s: cannot find out which user serves it: %s", path,
+			    g_strerror(errno));
 		return FALSE;
 	}
 	if (geteuid() == 0 || peer.uid == 0 || peer.uid == geteuid())
@@ -398,7 +402,8 @@ static int connect_socket(const char *path, GError **error)
 			    g_strerror(errno));
 		return -1;
 	}
-	/* An agent accepts at once. If the backlog of this socket is full, its server is no agent. */
+	/* An agent accepts at once. If the backlog of this socket is full, its server is no
+	 * agent. */
 	g_unix_set_fd_nonblocking(fd, TRUE, NULL);
 	if (connect(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE,

@@ -53,8 +53,8 @@ static int allocate(int fd, uint64_t offset, uint64_t length)
 	return code;
 }
 
-/* UFFDIO_CONTINUE on a page that the file does not have fails with EFAULT, but the kernel has made the page table by then.
- * EEXIST: the file had the page, so the range was not empty. */
+/* UFFDIO_CONTINUE on a page that the file does not have fails with EFAULT, but the kernel has made
+ * the page table by then. EEXIST: the file had the page, so the range was not empty. */
 static int make_table(int uffd, uint64_t at, uint64_t page_size)
 {
 	struct uffdio_continue args = {.range = {.start = at, .len = page_size},
@@ -151,7 +151,8 @@ void pr_allocator_serve(int socket)
 		struct pollfd polls[] = {{.fd = socket, .events = POLLIN},
 					 {.fd = self.end_fd, .events = POLLIN}};
 
-		/* Ended by a request, by the end of the engine, or by the descriptor that END gave. */
+		/* Ended by a request, by the end of the engine, or by the descriptor that END
+		 * gave. */
 		if (poll(polls, 2, -1) < 0 && errno != EINTR)
 			break;
 		go_on = !polls[1].revents && (!polls[0].revents || serve_request(&self));
@@ -180,7 +181,8 @@ static bool has_memory(const char *controllers, size_t length)
 	return false;
 }
 
-/* The path of such a line, if it is of the memory controller's own hierarchy (v1), or of version 2; else NULL. */
+/* The path of such a line, if it is of the memory controller's own hierarchy (v1), or of version 2;
+ * else NULL. */
 static const char *path_of(const char *line, size_t length, bool v1)
 {
 	const char *one = memchr(line, ':', length);

@@ -36,7 +36,7 @@ static char *file_system_of(const char *path)
 	return name;
 }
 
-/* Which file a backend's memory is, and on what file system. */
+/* Adds the file of a backend's memory, and its file system. */
 static gboolean add_file(PrQmp *qmp, PrQemuBackend *backend, GError **error)
 {
 	g_autoptr(JsonNode) path = NULL;
@@ -119,9 +119,9 @@ static gboolean check_blocks(const GArray *ramblocks, const GArray *backends, gu
 	return TRUE;
 }
 
-/* Addresses are a check, and settle which of two blocks of the same size is which. A QEMU that does not
- * tell them is matched by order. */
-static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backends)
+/* Addresses are a check, and tell two blocks of the same size apart. Where QEMU does not tell them,
+ * blocks are matched by order. */
+static void query_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backends)
 {
 	g_autofree char *mtree = pr_qmp_human(qmp, "info mtree -f", NULL);
 
@@ -133,7 +133,7 @@ static void ask_for_addresses(PrQmp *qmp, GArray *ramblocks, const GArray *backe
 	}
 }
 
-/* What RAM there is; refused if it is not shared. files: files in memory will do, too. */
+/* Lists QEMU's RAM; refused if it is not shared. files: files in memory are accepted, too. */
 static gboolean list_ram(PrQmp *qmp, gboolean files, GArray **ret_ramblocks, GArray **ret_backends,
 			 GError **error)
 {
@@ -157,7 +157,7 @@ gboolean pr_qemu_check_ram(PrQmp *qmp, GError **error)
 	return list_ram(qmp, FALSE, &ramblocks, &backends, error);
 }
 
-/* A helper knows more than the guest's RAM. */
+/* A helper lists all shared memory of the process, and is told which of it is the guest's RAM. */
 static GArray *match_attached(PrAgentClient *helper, const GArray *ramblocks,
 			      const GArray *backends, GArray *regions, GError **error)
 {
@@ -191,7 +191,7 @@ GArray *pr_qemu_blocks(PrQmp *qmp, PrAgentClient *agent, GError **error)
 
 	if (!list_ram(qmp, helper, &ramblocks, &backends, error))
 		return NULL;
-	ask_for_addresses(qmp, ramblocks, backends);
+	query_addresses(qmp, ramblocks, backends);
 	regions = pr_agent_client_regions(agent, error);
 	if (!regions)
 		return NULL;

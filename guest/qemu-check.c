@@ -13,7 +13,7 @@ static const char *object_string(JsonObject *object, const char *member)
 	return text ? text : "";
 }
 
-/* Older ones do not tell what keeps them from migrating. */
+/* A QEMU older than 7.2 does not report its migration blockers. */
 static gboolean check_version(PrQmp *qmp, GError **error)
 {
 	guint major, minor;
@@ -26,7 +26,7 @@ static gboolean check_version(PrQmp *qmp, GError **error)
 			      minor);
 }
 
-/* Capabilities of QEMU's own migration with which it would not read a plain stream. */
+/* With these capabilities QEMU would not read a plain stream. */
 static gboolean check_capabilities(PrQmp *qmp, GError **error)
 {
 	static const char *const bad[] = {"multifd", "postcopy-preempt",    "mapped-ram",
@@ -52,7 +52,7 @@ static gboolean check_capabilities(PrQmp *qmp, GError **error)
 	return TRUE;
 }
 
-/* With a TLS of its own QEMU would shake hands on our socket. */
+/* With TLS credentials QEMU would start a TLS handshake on the engine's socket. */
 static gboolean check_parameters(PrQmp *qmp, GError **error)
 {
 	g_autoptr(JsonObject) parameters = pr_qmp_query(qmp, "query-migrate-parameters", error);
@@ -67,7 +67,8 @@ static gboolean check_parameters(PrQmp *qmp, GError **error)
 		"(migrate_set_parameter tls-creds \"\" in its monitor)");
 }
 
-/* What QEMU itself names as a reason not to migrate: devices that have no state, and what uses the guest right now. */
+/* QEMU's own migration blockers: devices whose state can't be migrated, and jobs that use the guest
+ * at present. */
 static gboolean check_blockers(JsonObject *migration, GError **error)
 {
 	JsonNode *node = json_object_get_member(migration, "blocked-reasons");
@@ -187,7 +188,7 @@ static gboolean check_state(PrQmp *qmp, PrGuestRole role, GError **error)
 	       check_blockers(migration, error);
 }
 
-/* Devices whose state, or whose access to guest RAM, lives outside of QEMU. */
+/* Devices whose state is outside of QEMU, or which access guest RAM from outside of QEMU. */
 static gboolean check_device(const char *path, const char *name, const char *type, GError **error)
 {
 	static const char *const bad[] = {"child<vfio-", "vhost-user", "vhost-vdpa",
@@ -245,12 +246,18 @@ static gboolean check_network(PrQmp *qmp, GError **error)
 	return TRUE;
 }
 
+static gboolean check_role(PrQmp *qmp, PrGuestRole role, GError **error)
+{
+	if (role == PR_GUEST_SOURCE)
+		return check_bitmaps(qmp, error);
+	return check_capabilities(qmp, error) && check_parameters(qmp, error);
+}
+
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error)
 {
-	return check_version(qmp, error) && (!fresh || check_state(qmp, role, error)) &&
-	       (role == PR_GUEST_SOURCE
-			? check_bitmaps(qmp, error)
-			: check_capabilities(qmp, error) && check_parameters(qmp, error)) &&
+	if (!check_version(qmp, error) || (fresh && !check_state(qmp, role, error)))
+		return FALSE;
+	return check_role(qmp, role, error) &&
 	       check_devices_at(qmp, "/machine/peripheral", error) &&
 	       check_devices_at(qmp, "/machine/peripheral-anon", error) &&
 	       check_network(qmp, error);

@@ -5,5 +5,6 @@
 #include "guest/guest.h"
 #include "guest/qmp.h"
 
-/* Changes nothing. fresh: no engine has begun to load a guest here, so the run state has to be the initial one. */
+/* Changes nothing. fresh: no engine has begun to load a guest here, so the run state has to be the
+ * initial one. */
 gboolean pr_qemu_check(PrQmp *qmp, PrGuestRole role, gboolean fresh, GError **error);

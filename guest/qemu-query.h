@@ -7,11 +7,12 @@
 /* Sets an error PR_GUEST_ERROR_UNSUPPORTED; returns FALSE. */
 gboolean pr_qemu_refuse(GError **error, const char *format, ...) G_GNUC_PRINTF(2, 3);
 
-/* Executes a command whose "return" is an array. Takes arguments (NULL: none). The array belongs to *ret_node, which the
- * caller frees. */
+/* Executes a command whose "return" is an array. Takes arguments (NULL: none). The array belongs to
+ * *ret_node, which the caller frees. */
 JsonArray *pr_qemu_execute_array(PrQmp *qmp, const char *command, JsonObject *arguments,
 				 JsonNode **ret_node, GError **error);
-/* A string of the object at that place of the array. NULL: not an object, or it has no such string. */
+/* A string of the object at that place of the array. NULL: not an object, or it has no such
+ * string. */
 const char *pr_qemu_element_string(JsonArray *array, guint i, const char *member);
 /* The arguments of a command about a QOM path. */
 JsonObject *pr_qemu_path_arguments(const char *path);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The device state of a source's QEMU, which `xen-save-devices-state` writes into a memfd of the engine's. In spite of its
- * name the command is in every build. With the guest stopped it releases the locks of disk images, which `cont` takes
- * again.
+ * The device state of a source's QEMU, which `xen-save-devices-state` writes into a memfd of the
+ * engine's. In spite of its name the command is in every build. With the guest stopped it releases
+ * the locks of disk images, which `cont` takes again.
  */
 #pragma once
 
@@ -13,7 +13,8 @@ typedef struct PrQemuSave PrQemuSave;
 
 PrQemuSave *pr_qemu_save_new(PrQmp *qmp, PrAgentClient *agent);
 void pr_qemu_save_free(PrQemuSave *save);
-/* While the guest runs: sends the facts that the destination's QEMU has to match, then private RAM. */
+/* While the guest runs: sends the facts that the destination's QEMU has to match, then private
+ * RAM. */
 gboolean pr_qemu_save_describe(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error);
 gboolean pr_qemu_save_early(PrQemuSave *save, PrGuestSink sink, void *opaque, GError **error);
 /* While the guest runs: the steps that would lengthen the downtime. */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The watch stops a guest at once that somebody lets run in this QEMU, once it may run elsewhere. QMP's events tell it.
- * A thread of its own makes its calls, as they may hang.
+ * * The watch: once the guest may run elsewhere, QMP's events show whether QEMU lets it run here,
+ * and the watch stops it at once. A thread of its own makes the QMP calls, as they may hang.
  */
 #pragma once
 

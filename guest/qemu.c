@@ -1,7 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The kind `qemu:qmp=PATH[,pid=N][,agent=PATH]`: a stock QEMU. QMP stops, saves, loads and continues it; memory and
- * faults are provided by a helper that attaches to its process, or by the preload agent in it.
+ * The kind `qemu:qmp=PATH[,pid=N][,agent=PATH]`: a stock QEMU. The engine stops, saves, loads and
+ * continues it over QMP. A helper that attaches to its process, or the preload agent in it, gives
+ * access to memory and faults.
+ *
+ * qemu-check.c refuses QEMUs that can't be migrated; qemu-facts.c compares both sides;
+ * qemu-attach.c finds the process; qemu-blocks.c, qemu-ram.c and qemu-private.c have the RAM
+ * blocks; qemu-save.c and qemu-load.c the device state, in the format of qemu-section.c;
+ * qemu-watch.c keeps the guest stopped.
  */
 #include <fcntl.h>
 #include <stdlib.h>
@@ -24,10 +30,11 @@ typedef struct QemuGuest {
 	PrAgentClient *agent; /* constant */
 	char *qmp_path;	      /* constant */
 	guint timeout_ms;     /* constant */
-	GSocket *qmp_socket;  /* connecting; waits for the greeting; NULL: none, or used up */
+	/* connecting; connected, before the greeting; NULL: not connected, or qmp has it */
+	GSocket *qmp_socket;
 
-	/* Set once, under both locks, so that either is good for reading: by open(), or by the first call that
-	 * needs it (connect_qmp). Constant then. */
+	/* Set once, with both locks held, so that a reader needs either: by open(), or by the first
+	 * call that needs QMP (connect_qmp()). Constant afterwards. */
 	PrQmp *qmp;
 	PrQemuSave *save;
 	PrQemuLoad *load;
@@ -35,8 +42,9 @@ typedef struct QemuGuest {
 	PrQemuWatch *watch; /* constant */
 
 	GMutex lock;
-	GArray *blocks;		 /* lock; PrGuestBlock; NULL before prepare() */
-	int uffd;		 /* lock; of a fault mode that a helper turned on; -1: off */
+	GArray *blocks; /* lock; PrGuestBlock; NULL before prepare() */
+	/* lock; a duplicate, where a helper turned the fault mode on; else -1 */
+	int uffd;
 	gboolean resume_running; /* lock; stop() stopped a running guest, which resume() lets run */
 	gboolean may_be_fenced;	 /* lock; by fence(), or by an engine that has died */
 	gboolean at_rest;	 /* lock; QEMU has stopped the guest since stop() was called */
@@ -48,7 +56,7 @@ typedef struct QemuGuest {
 typedef struct QemuSpec {
 	char *qmp;
 	char *agent; /* NULL: a helper attaches */
-	char *pid;   /* NULL: whoever listens at qmp */
+	char *pid;   /* NULL: the process that listens at qmp */
 } QemuSpec;
 
 static void qemu_spec_clear(QemuSpec *spec)
@@ -118,7 +126,8 @@ static void on_event(const char *name, JsonObject *data, void *opaque)
 	pr_qemu_watch_event(self->watch, name);
 }
 
-/* Called by QMP's reader and by the agent's, at the end of their connections; the first call reports the death. */
+/* PrGuestDied: called by the reader threads of QMP and of the agent at the end of their
+ * connections. The first call reports the death. */
 static void on_end(const char *reason, void *opaque)
 {
 	QemuGuest *self = opaque;
@@ -130,7 +139,7 @@ static void on_end(const char *reason, void *opaque)
 	pr_death_report(&self->death, self->dead);
 }
 
-static void keep_uffd(QemuGuest *self, int uffd)
+static void set_uffd(QemuGuest *self, int uffd)
 {
 	g_mutex_lock(&self->lock);
 	if (self->uffd >= 0)
@@ -143,7 +152,7 @@ static void qemu_close(PrGuest *guest)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
-	/* The watch's thread makes calls of QMP, whose reader tells the watch. */
+	/* The watch's thread makes QMP calls, and QMP's reader thread calls the watch. */
 	pr_qemu_watch_end(self->watch);
 	g_clear_pointer(&self->qmp, pr_qmp_free);
 	g_clear_pointer(&self->watch, pr_qemu_watch_free);
@@ -152,7 +161,7 @@ static void qemu_close(PrGuest *guest)
 	g_clear_pointer(&self->load, pr_qemu_load_free);
 	g_clear_pointer(&self->blocks, g_array_unref);
 	g_clear_object(&self->qmp_socket);
-	keep_uffd(self, -1);
+	set_uffd(self, -1);
 	g_free(self->dead);
 	g_free(self->qmp_path);
 	g_mutex_clear(&self->connecting);
@@ -161,8 +170,8 @@ static void qemu_close(PrGuest *guest)
 	g_free(self);
 }
 
-/* The agent begins to listen with the first shared RAM, so that its absence may have that cause: then the
- * cause is told. */
+/* The preload agent begins to listen when QEMU maps the first shared RAM. So if it does not listen,
+ * the error names RAM that is not shared as the cause. */
 static PrAgentClient *open_preloaded(const QemuSpec *spec, guint timeout_ms, GError **error)
 {
 	g_autoptr(GError) missing = NULL;
@@ -183,8 +192,9 @@ static PrAgentClient *open_preloaded(const QemuSpec *spec, guint timeout_ms, GEr
 	return NULL;
 }
 
-/* An engine that follows another one must not wait for QMP: QEMU's main loop may itself be waiting, for a page
- * that this engine is there to bring, or for the fence to be lifted. So then it is connected when it is needed first. */
+/* An engine that follows another one must not wait for QMP in open(). QEMU's main loop may itself
+ * wait for a page that this engine has to bring, or for the end of the fence. So in that case the
+ * first call that needs QMP connects. */
 static gboolean connect_qmp(QemuGuest *self, GError **error)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->connecting);
@@ -219,7 +229,8 @@ static PrQmp *watch_qmp(void *opaque, GError **error)
 	return connect_qmp(self, error) ? self->qmp : NULL;
 }
 
-/* The connection that tells whose socket it is serves QMP later: QEMU has one client at a time. */
+/* QEMU serves one QMP client at a time. So the connection that shows which process listens is used
+ * for QMP later. */
 static gboolean open_agent(QemuGuest *self, const QemuSpec *spec, PrGuestHelper *helper,
 			   GError **error)
 {
@@ -237,7 +248,7 @@ static gboolean open_agent(QemuGuest *self, const QemuSpec *spec, PrGuestHelper 
 	return self->agent != NULL;
 }
 
-/* Where the fault mode is on already, an engine was here before, and made sure of that. */
+/* Not called where the fault mode or the fence is on: the engine before has checked the process. */
 static gboolean check_process(QemuGuest *self, const QemuSpec *spec, GError **error)
 {
 	return spec->agent ||
@@ -291,7 +302,7 @@ static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint 
 	if (role == PR_GUEST_DESTINATION && !pr_agent_client_probe(self->agent, error))
 		return NULL;
 	locker = g_mutex_locker_new(&self->lock);
-	/* The first answer stays: callers hold pointers into it. */
+	/* Callers hold pointers into the first array, so a later one is dropped. */
 	if (!self->blocks)
 		self->blocks = g_steal_pointer(&blocks);
 	*ret_n = self->blocks->len;
@@ -379,7 +390,7 @@ static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **er
 
 	if (!query_running(self, &running, error))
 		return FALSE;
-	/* It may stop from now on. */
+	/* Set before the `stop`, as its event may come before its answer. */
 	g_mutex_lock(&self->lock);
 	self->resume_running = running;
 	self->at_rest = !running;
@@ -400,7 +411,7 @@ static gboolean qemu_check_stopped(PrGuest *guest, GError **error)
 	if (ran_again)
 		g_set_error(
 			error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
-			"somebody let the guest run, or reset it, while it was being handed over");
+			"the guest was let run or reset, not by this engine, while it was being handed over");
 	return !ran_again;
 }
 
@@ -409,7 +420,7 @@ static gboolean qemu_resume(PrGuest *guest, GError **error)
 	QemuGuest *self = (QemuGuest *)guest;
 	gboolean cont;
 
-	/* From here on it is this engine that lets it run. */
+	/* From here on this engine lets the guest run, which is no fault. */
 	pr_qemu_watch_end(self->watch);
 	if (!connect_qmp(self, error))
 		return FALSE;
@@ -497,11 +508,11 @@ static int qemu_uffd_enable(PrGuest *guest, GError **error)
 	int uffd = pr_agent_client_uffd_enable(self->agent, error);
 
 	if (uffd >= 0 && pr_agent_client_is_helper(self->agent))
-		keep_uffd(self, fcntl(uffd, F_DUPFD_CLOEXEC, 3));
+		set_uffd(self, fcntl(uffd, F_DUPFD_CLOEXEC, 3));
 	return uffd;
 }
 
-/* Without the helper the descriptor stays in QEMU, and does nothing. */
+/* Without the helper the unregistered descriptor stays open in QEMU, where it has no effect. */
 static gboolean unregister(QemuGuest *self)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->lock);
@@ -523,16 +534,17 @@ static gboolean qemu_uffd_disable(PrGuest *guest, GError **error)
 		g_propagate_error(error, g_steal_pointer(&failure));
 		return FALSE;
 	}
-	keep_uffd(self, -1);
+	set_uffd(self, -1);
 	return TRUE;
 }
 
-static void qemu_let_go(PrGuest *guest)
+static void qemu_close_uffd(PrGuest *guest)
 {
-	keep_uffd((QemuGuest *)guest, -1);
+	set_uffd((QemuGuest *)guest, -1);
 }
 
-/* The watch first: it holds where the fence can't be had, and while that is being made. */
+/* The watch begins first: it works also where the kernel refuses the fence, and while the fence is
+ * being set up. */
 static gboolean qemu_fence(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
@@ -550,13 +562,13 @@ static gboolean qemu_fence(PrGuest *guest, GError **error)
 	return watched;
 }
 
-/* The watch goes on. */
+/* Does not end the watch. */
 static gboolean qemu_unfence(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 	gboolean fenced;
 
-	/* Where there is no fence nobody needs to be asked: the helper may have ended. */
+	/* Without a fence the helper is not needed; it may have ended. */
 	g_mutex_lock(&self->lock);
 	fenced = self->may_be_fenced;
 	g_mutex_unlock(&self->lock);
@@ -627,7 +639,7 @@ const PrGuestOps pr_guest_qemu = {
 	.vcpu_threads = qemu_vcpu_threads,
 	.uffd_enable = qemu_uffd_enable,
 	.uffd_disable = qemu_uffd_disable,
-	.let_go = qemu_let_go,
+	.close_uffd = qemu_close_uffd,
 	.allocator = qemu_allocator,
 	.fence = qemu_fence,
 	.unfence = qemu_unfence,

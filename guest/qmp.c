@@ -116,8 +116,8 @@ static void deliver_answer(PrQmp *qmp, JsonNode *root)
 	g_clear_pointer(&root, json_node_unref);
 }
 
-/* The parser turns an escaped half of a surrogate pair into bytes that are not UTF-8. QEMU's texts become part of errors, and
- * with them of the JSON that Postroad's own monitor sends. */
+/* The parser turns an escaped half of a surrogate pair into bytes that are not UTF-8. QEMU's texts
+ * become part of errors, and with them of the JSON that Postroad's own monitor sends. */
 static gboolean is_utf8(JsonNode *root)
 {
 	g_autofree char *text = json_to_string(root, FALSE);
@@ -471,7 +471,8 @@ void pr_qmp_free(PrQmp *qmp)
 {
 	g_autoptr(GSource) quit = g_idle_source_new();
 
-	/* Quits by a source: if the loop does not run yet, g_main_loop_quit() would have no effect. */
+	/* Quits by a source: if the loop does not run yet, g_main_loop_quit() would have no
+	 * effect. */
 	g_source_set_callback(quit, quit_loop, qmp->loop, NULL);
 	g_source_attach(quit, qmp->context);
 	if (qmp->reader)

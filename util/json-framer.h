@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Cuts a stream of bytes into JSON messages: the monitor's from its clients, and a QEMU's from its QMP socket.
+ * Cuts a stream of bytes into JSON messages: the monitor's from its clients, and a QEMU's from its
+ * QMP socket.
  *
- * Pure: no I/O. The framer refuses what the JSON parser must never see: messages that are too long, too deep (the parser
- * recurses), or not UTF-8.
+ * Pure: no I/O. The framer refuses what the JSON parser must never see: messages that are too long,
+ * too deep (the parser recurses), or not UTF-8.
  */
 #pragma once
 
@@ -14,13 +15,14 @@
 #define PR_FRAME_DEPTH	    64		  /* brackets within brackets */
 
 typedef enum PrFramerMode {
-	/* For clients of the monitor. Programs send JSON objects without a newline behind them, people send lines. So a
-	 * message ends where its outermost bracket closes, or at a newline, whichever comes first. A newline within
-	 * brackets is a fault, and the next line starts afresh: a client that sent half a message gets an error at once,
-	 * and its next command works. An integer beyond 64 bits is a fault, as the parser wraps it. */
+	/* For clients of the monitor. Programs send JSON objects without a newline behind them,
+	 * people send lines. So a message ends where its outermost bracket closes, or at a newline,
+	 * whichever comes first. A newline within brackets is a fault, and the next line starts
+	 * afresh: a client that sent half a message gets an error at once, and its next command
+	 * works. An integer beyond 64 bits is a fault, as the parser wraps it. */
 	PR_FRAMER_LINES,
-	/* For a QEMU's monitor, which prints objects on one line or on several. Anything else is a fault, behind which
-	 * the framer ignores all bytes. */
+	/* For a QEMU's monitor, which prints objects on one line or on several. Anything else is a
+	 * fault, behind which the framer ignores all bytes. */
 	PR_FRAMER_OBJECTS,
 } PrFramerMode;
 

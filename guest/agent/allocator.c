@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The thread that allocates pages for the engine (guest/allocator.h). The kernel charges them to the memory cgroup of
- * this process. The attached engine has one such thread, which ends when that engine is gone.
+ * The thread that allocates pages for the engine (guest/allocator.h). The kernel charges them to
+ * the memory cgroup of this process. The attached engine has one such thread, which ends when that
+ * engine is gone.
  */
 #include <errno.h>
 #include <string.h>

@@ -1,20 +1,21 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The fence: every region is write-protected in the kernel, by a userfaultfd of its own that nobody reads. A thread of
- * this process that writes waits there, be it a vCPU's, a device's or the VMM's main loop; reads pass. So the memory of
- * a guest that has been handed over does not change, whatever the VMM is told to do.
+ * The fence: every region is write-protected in the kernel, by a userfaultfd that is never
+ * read. A thread of this process that writes waits there, be it a vCPU's, a device's or the VMM's
+ * main loop; reads pass. So the memory of a guest that has been handed over does not change,
+ * whatever the VMM is told to do.
  *
- * The agent alone has the descriptor, so that the fence outlives the engine. The fence ends with FENCE_OFF, with the
- * agent, or with the process.
+ * The agent alone has the descriptor, so that the fence outlives the engine. The fence ends with
+ * FENCE_OFF, with the agent, or with the process.
  *
- * The fence does not cover writes through other mappings of the same memfds, which another process may have
- * (vhost-user), nor DMA of real devices (vfio). Guests with such devices are refused.
+ * The fence does not cover writes through other mappings of the same memfds, which another process
+ * may have (vhost-user), nor DMA of real devices (vfio). Guests with such devices are refused.
  */
 #include "guest/agent/internal.h"
 #include "guest/agent/uffd-ranges.h"
 
-/* The VMM adds and removes regions from its own threads, which must not wait for the fence. So the lock is not held
- * over the ioctls; one on a region that is removed meanwhile fails. */
+/* The VMM adds and removes regions from its own threads, which must not wait for the fence. So the
+ * lock is not held over the ioctls; one on a region that is removed meanwhile fails. */
 static unsigned copy_regions(PrAgent *agent, PrAgentWireRegion *ret)
 {
 	unsigned n;
@@ -38,8 +39,8 @@ void agent_fence_off(PrAgent *agent)
 	agent_close_fd(&agent->fence_fd);
 }
 
-/* Where the fence is on already, this fences the regions that were added since. To protect the others again is
- * harmless. */
+/* Where the fence is on already, this fences the regions that were added since. To protect the
+ * others again is harmless. */
 bool agent_fence_on(PrAgent *agent, AgentResult *result)
 {
 	PrAgentWireRegion regions[PR_AGENT_REGIONS_MAX];

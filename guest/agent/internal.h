@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The agent's own parts: agent.c (life and regions), server.c (socket and requests), reply.c (results and replies),
- * worker.c (the VMM's callbacks), uffd.c (the fault mode), fence.c (write protection), uffd-ranges.c (the ioctls of
- * both), allocator.c (allocates pages for the engine). libc and pthreads only: this code lives in other people's VMMs.
+ * The agent's own parts: agent.c (life and regions), server.c (socket and requests), reply.c
+ * (results and replies), worker.c (the VMM's callbacks), uffd.c (the fault mode), fence.c (write
+ * protection), uffd-ranges.c (the ioctls of both), allocator.c (allocates pages for the engine).
+ * libc and pthreads only: this code lives in other people's VMMs.
  */
 #pragma once
 
@@ -49,11 +50,13 @@ struct PrAgent {
 	AgentJob next;		 /* lock; a RUN that waits for the job before it */
 	bool quit;		 /* lock */
 	pthread_cond_t job_cond; /* lock; job or quit changed */
-	/* The engine that said HELLO; -1: none. The server thread writes it under the lock, and reads it without. */
+	/* The engine that said HELLO; -1: none. The server thread writes it under the lock, and
+	 * reads it without. */
 	int attached_fd;
 	uint64_t attached_serial; /* as attached_fd */
 
-	/* From here on the fields belong to the server thread; before it starts and after it ended, to the owner. */
+	/* From here on the fields belong to the server thread; before it starts and after it ended,
+	 * to the owner. */
 	bool serving;
 	int fence_fd;	  /* -1: the fence is off */
 	int allocator_fd; /* the agent's end of the allocator's socket; -1: no allocator runs */
@@ -64,14 +67,16 @@ struct PrAgent {
 	struct stat socket_stat; /* of the socket file that this agent made */
 	AgentConn conns[PR_AGENT_CONNS];
 	uint64_t last_serial;
-	uid_t refused_uid; /* the refused user that was logged last; 0, which is never refused: none */
+	/* the refused user that was logged last; 0, which is never refused: none */
+	uid_t refused_uid;
 	/* The worker's: the guest ran at the first STOP, and RUN has not been called since. */
 	bool stopped_running;
 	pthread_t server;
 	pthread_t worker;
 };
 
-/* thread.c. The thread has all signals blocked: they are for the VMM's own threads. Returns 0 or -errno. */
+/* thread.c. The thread has all signals blocked: they are for the VMM's own threads. Returns 0 or
+ * -errno. */
 int agent_thread_create(pthread_t *ret_thread, void *(*run)(void *), PrAgent *agent,
 			const char *name);
 
@@ -84,15 +89,17 @@ void *agent_worker_thread(void *opaque);
 /* Hands a callback to the worker. Takes fd. False: refused, *result says why. */
 bool agent_worker_start(PrAgent *agent, const PrAgentRequest *request, int fd, AgentResult *result);
 
-/* uffd.c. Opens a userfaultfd with all needed features, and with those optional ones that the kernel has; or -1. */
+/* uffd.c. Opens a userfaultfd with all needed features, and with those optional ones that the
+ * kernel has; or -1. */
 int agent_uffd_open(uint64_t needed, uint64_t optional, AgentResult *result);
 /* The caller holds the lock. */
 bool agent_uffd_probe(PrAgent *agent, AgentResult *result);
 bool agent_uffd_enable(PrAgent *agent, AgentResult *result);
 void agent_uffd_disable(PrAgent *agent);
 
-/* allocator.c; called by the server thread, without the lock. Starts an allocator for the engine of this connection.
- * Returns the engine's end of its socket, which the caller closes. -1 with PR_AGENT_OK: the engine needs none. */
+/* allocator.c; called by the server thread, without the lock. Starts an allocator for the engine of
+ * this connection. Returns the engine's end of its socket, which the caller closes. -1 with
+ * PR_AGENT_OK: the engine needs none. */
 int agent_allocator_begin(PrAgent *agent, int conn, AgentResult *result);
 void agent_allocator_end(PrAgent *agent);
 

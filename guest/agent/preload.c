@@ -1,19 +1,22 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * libpostroad-agent.so: the agent for a stock QEMU, loaded by LD_PRELOAD. POSTROAD_AGENT names the socket.
+ * libpostroad-agent.so: the agent for a stock QEMU, loaded by LD_PRELOAD. POSTROAD_AGENT names the
+ * socket.
  *
- * The library watches mmap() for MAP_SHARED mappings of the memfds of QEMU's memory-backend-memfd. It offers them to
- * the engine in the order of their mapping. The service starts with the first such mapping. By then a QEMU with
- * -daemonize has forked, so the agent's threads survive.
+ * The library watches mmap() for MAP_SHARED mappings of the memfds of QEMU's memory-backend-memfd.
+ * It offers them to the engine in the order of their mapping. The service starts with the first
+ * such mapping. By then a QEMU with -daemonize has forked, so the agent's threads survive.
  *
  * Without POSTROAD_AGENT nothing happens: the wrappers pass their arguments on.
  *
- * Children must not inherit any of this. A QEMU, which the library knows by the name of the executable, loses the
- * variable and this library's entry of LD_PRELOAD from its environment before main(). Other programs may be wrappers
- * that execute QEMU later (timeout, numactl, ip netns exec). They keep both until they map a memfd themselves. The
- * library knows a child that was forked and not executed by its process id.
+ * Children must not inherit any of this. A QEMU, which the library knows by the name of the
+ * executable, loses the variable and this library's entry of LD_PRELOAD from its environment before
+ * main(). Other programs may be wrappers that execute QEMU later (timeout, numactl, ip netns exec).
+ * They keep both until they map a memfd themselves. The library knows a child that was forked and
+ * not executed by its process id.
  */
-/* With _FILE_OFFSET_BITS, glibc's headers make the name mmap an alias of mmap64. This file defines both. */
+/* With _FILE_OFFSET_BITS, glibc's headers make the name mmap an alias of mmap64. This file defines
+ * both. */
 #undef _FILE_OFFSET_BITS
 #include <dlfcn.h>
 #include <errno.h>

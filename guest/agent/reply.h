@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Results of requests and the replies that carry them, for the agent and for the attach helper (guest/attach/). */
+/* Results of requests and the replies that carry them, for the agent and for the attach helper
+ * (guest/attach/). */
 #pragma once
 
 #include <stdbool.h>
@@ -21,7 +22,7 @@ void agent_close_fd(int *fd);
 
 /* The head of a reply from this process. */
 PrAgentReply agent_make_reply(const PrAgentRequest *request, const AgentResult *result);
-/* Sends a reply with up to PR_AGENT_REGIONS_MAX descriptors, without blocking. False: the reply is lost, and the
- * connection has to be closed. */
+/* Sends a reply with up to PR_AGENT_REGIONS_MAX descriptors, without blocking. False: the reply is
+ * lost, and the connection has to be closed. */
 bool agent_reply(int conn, const PrAgentRequest *request, const AgentResult *result, const int *fds,
 		 unsigned n_fds);

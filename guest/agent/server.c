@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The server thread: accepts engines, reads requests, answers. It waits in poll() only, and the fence is the only request
- * that takes long. Replies are sent without blocking: an engine that does not read them loses its connection. A
- * connection that breaks the protocol is closed. Nothing that arrives here can end the process.
+ * The server thread: accepts engines, reads requests, answers. It waits in poll() only, and the
+ * fence is the only request that takes long. Replies are sent without blocking: an engine that does
+ * not read them loses its connection. A connection that breaks the protocol is closed. Nothing that
+ * arrives here can end the process.
  *
- * The first connection that says HELLO is attached, until it closes. Another HELLO meanwhile is refused, as two engines
- * would place pages twice.
+ * The first connection that says HELLO is attached, until it closes. Another HELLO meanwhile is
+ * refused, as two engines would place pages twice.
  *
- * The attached engine can read and write the guest's memory. So it has to run as root, or as the user of this process.
- * The mode of the socket file demands the same, but administrators widen modes.
+ * The attached engine can read and write the guest's memory. So it has to run as root, or as the
+ * user of this process. The mode of the socket file demands the same, but administrators widen
+ * modes.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -156,7 +158,8 @@ static int open_memory(AgentResult *result)
 	return fd;
 }
 
-/* -1 without a failure: standard error is a terminal or a pipe, which another process must not read. */
+/* -1 without a failure: standard error is a terminal or a pipe, which another process must not
+ * read. */
 static int open_stderr(void)
 {
 	struct stat st;
@@ -187,8 +190,8 @@ static bool handle_allocator(PrAgent *agent, int conn, const Incoming *in)
 	return ok;
 }
 
-/* FENCE_ON and FENCE_OFF. To protect many GiB takes long. The engine's other requests and new connections wait meanwhile;
- * the VMM does not, as the lock is free. */
+/* FENCE_ON and FENCE_OFF. To protect many GiB takes long. The engine's other requests and new
+ * connections wait meanwhile; the VMM does not, as the lock is free. */
 static bool handle_fence(PrAgent *agent, int conn, const Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};

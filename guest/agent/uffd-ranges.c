@@ -7,7 +7,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
-/* Bytes that one ioctl protects. It walks the page tables, and threads that map or unmap memory wait meanwhile. */
+/* Bytes that one ioctl protects. It walks the page tables, and threads that map or unmap memory
+ * wait meanwhile. */
 #define PROTECT_BYTES (1ull << 30)
 #define NAME_BYTES    (PR_AGENT_IDSTR_MAX + 64)
 

@@ -2,10 +2,10 @@
 /*
  * The fault mode: a userfaultfd of this process over every region.
  *
- * The descriptor's ioctls act on the address space of the process that made it. So the agent makes it here, and the
- * engine resolves the faults with it. Order: register MISSING|MINOR, then drop the page table entries. An access after
- * that faults, whatever was mapped before. The agent keeps the descriptor itself, so that a fault waits, and does not
- * read zeros, while there is no engine.
+ * The descriptor's ioctls act on the address space of the process that made it. So the agent makes
+ * it here, and the engine resolves the faults with it. Order: register MISSING|MINOR, then drop the
+ * page table entries. An access after that faults, whatever was mapped before. The agent keeps the
+ * descriptor itself, so that a fault waits, and does not read zeros, while there is no engine.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -64,7 +64,8 @@ static uint64_t needed_features(const PrAgent *agent)
 	return agent_uffd_needed(AGENT_UFFD_FAULTS, hugetlb);
 }
 
-/* UFFDIO_API works once per descriptor, so the question for the features takes a descriptor of its own. */
+/* UFFDIO_API works once per descriptor, so the question for the features takes a descriptor of its
+ * own. */
 static bool check_features(uint64_t needed, uint64_t *ret_supported, AgentResult *result)
 {
 	int fd = uffd_new_checked(result);

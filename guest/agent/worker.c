@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The worker thread calls the VMM's callbacks: stop, run, save and load, one at a time. It is not the server thread,
- * since load() may wait for a page for as long as the path is down.
+ * The worker thread calls the VMM's callbacks: stop, run, save and load, one at a time. It is not
+ * the server thread, since load() may wait for a page for as long as the path is down.
  *
- * The reply to STOP says whether the guest ran at the first STOP. An engine may die after that STOP, and the next engine
- * stops the guest again to learn this.
+ * The reply to STOP says whether the guest ran at the first STOP. An engine may die after that
+ * STOP, and the next engine stops the guest again to learn this.
  */
 #include <errno.h>
 #include <string.h>
@@ -28,8 +28,8 @@ static const char *op_name(uint32_t op)
 	}
 }
 
-/* The slot for a job, or NULL. An engine that gives a migration up during STOP or SAVE sends RUN at once: that RUN waits
- * in the second slot. */
+/* The slot for a job, or NULL. An engine that gives a migration up during STOP or SAVE sends RUN at
+ * once: that RUN waits in the second slot. */
 static AgentJob *free_slot(PrAgent *agent, uint32_t op)
 {
 	bool saving = agent->job.op == PR_AGENT_STOP || agent->job.op == PR_AGENT_SAVE;

@@ -1,17 +1,19 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The helper's child that allocates pages (guest/allocator.h). The helper forks it before it gives privileges up. The
- * child drops all privileges, and waits for the engine's requests. The helper moves it into the memory cgroup of the
- * guest's process, by writing to cgroup.procs there. It also gives it a pidfd of that process: a child that outlives the
- * guest would keep the guest's cgroup alive.
+ * The helper's child that allocates pages (guest/allocator.h). The helper forks it before it gives
+ * privileges up. The child drops all privileges, and waits for the engine's requests. The helper
+ * moves it into the memory cgroup of the guest's process, by writing to cgroup.procs there. It also
+ * gives it a pidfd of that process: a child that outlives the guest would keep the guest's cgroup
+ * alive.
  *
- * With cgroup v2 the main thread may be in a threaded cgroup, as libvirt makes them. Memory belongs to a domain cgroup
- * above it then, which accepts processes.
+ * With cgroup v2 the main thread may be in a threaded cgroup, as libvirt makes them. Memory belongs
+ * to a domain cgroup above it then, which accepts processes.
  *
- * Where the cgroup has no room left the kernel kills a process in it. The child raises its OOM score, so that the kernel
- * kills it and not the guest. The engine then reports this, and goes on when there is room. But the pages that the child
- * has allocated stay, so the cgroup stays full, and the next page that the VMM needs would have the VMM killed. So the
- * child holds a reserve: memory of its own, charged to that cgroup, which its death frees.
+ * Where the cgroup has no room left the kernel kills a process in it. The child raises its OOM
+ * score, so that the kernel kills it and not the guest. The engine then reports this, and goes on
+ * when there is room. But the pages that the child has allocated stay, so the cgroup stays full,
+ * and the next page that the VMM needs would have the VMM killed. So the child holds a reserve:
+ * memory of its own, charged to that cgroup, which its death frees.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -40,7 +42,8 @@ static void write_file(const char *name, const char *text)
 	close(fd);
 }
 
-/* Reserves address space only. It is locked where that is permitted, as the death of the child frees no swapped memory. */
+/* Reserves address space only. It is locked where that is permitted, as the death of the child
+ * frees no swapped memory. */
 static char *map_reserve(void)
 {
 	char *reserve = mmap(NULL, RESERVE, PROT_READ | PROT_WRITE,
@@ -92,7 +95,8 @@ void attach_allocator_fork(AttachAllocator *allocator, bool filter)
 		agent_close_fd(&allocator->socket);
 }
 
-/* Reads a file of /proc line by line, as it may be of any length. A line that does not fit is cut. */
+/* Reads a file of /proc line by line, as it may be of any length. A line that does not fit is
+ * cut. */
 typedef struct Lines {
 	int fd;
 	size_t at, n;
@@ -169,7 +173,8 @@ static bool is_hierarchy(char *line, bool v1, char **ret_root, char **ret_where)
 	return true;
 }
 
-/* The path of a cgroup in this process's file system; *ret_above: the length of the mount point in it. */
+/* The path of a cgroup in this process's file system; *ret_above: the length of the mount point in
+ * it. */
 static bool locate_cgroup(const char *path, bool v1, char *ret, size_t bytes, size_t *ret_above)
 {
 	Lines lines = {.fd = open("/proc/self/mountinfo", O_RDONLY | O_CLOEXEC)};

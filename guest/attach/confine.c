@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The helper gives privileges up as soon as it is forked. It closes every descriptor but its socket, that of the
- * allocator and standard error. It drops every capability but two, and denies itself the system calls that it does not
- * need. The filter is a list of allowed calls, as the helper is libc and little else; any other call fails with EPERM.
+ * The helper gives privileges up as soon as it is forked. It closes every descriptor but its
+ * socket, that of the allocator and standard error. It drops every capability but two, and denies
+ * itself the system calls that it does not need. The filter is a list of allowed calls, as the
+ * helper is libc and little else; any other call fails with EPERM.
  *
- * Its child that allocates pages (allocator.c) drops all capabilities, and may make only the calls for that.
+ * Its child that allocates pages (allocator.c) drops all capabilities, and may make only the calls
+ * for that.
  *
- * CAP_SYS_PTRACE: to read another user's process, to stop its main thread, to duplicate its descriptors.
- * CAP_DAC_OVERRIDE: to open its memory for writing, and /dev/userfaultfd.
+ * CAP_SYS_PTRACE: to read another user's process, to stop its main thread, to duplicate its
+ * descriptors. CAP_DAC_OVERRIDE: to open its memory for writing, and /dev/userfaultfd.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -57,14 +59,15 @@ static void close_others(int socket, int other)
 			close(fd);
 	}
 	syscall(SYS_close_range, (unsigned)last + 1, ~0u, 0);
-	/* /dev/null takes the numbers of the standard descriptors, so that no other file gets them. */
+	/* /dev/null takes the numbers of the standard descriptors, so that no other file gets
+	 * them. */
 	while ((fd = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && fd <= STDERR_FILENO)
 		;
 	agent_close_fd(&fd);
 }
 
-/* The helper ends with its socket, and not by a signal to the engine's terminal or unit. SIGCHLD is blocked, as
- * inject-x86_64.c waits for it. */
+/* The helper ends with its socket, and not by a signal to the engine's terminal or unit. SIGCHLD is
+ * blocked, as inject-x86_64.c waits for it. */
 static void arrange_signals(void)
 {
 	sigset_t child;

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Crash points: the moments at which the death of a helper leaves a different state behind in the guest's process. A test
- * program may set the hook and kill the helper there (tests/e2e/killable.c). The installed engine sets no hook, so that a
- * crash point costs one comparison.
+ * Crash points: the moments at which the death of a helper leaves a different state behind in the
+ * guest's process. A test program may set the hook and kill the helper there
+ * (tests/e2e/killable.c). The installed engine sets no hook, so that a crash point costs one
+ * comparison.
  */
 #pragma once
 

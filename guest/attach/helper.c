@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The helper serves the requests of one engine about one process, one at a time. It ends with the engine, with the
- * process, or when a packet is not exactly a request.
+ * The helper serves the requests of one engine about one process, one at a time. It ends with the
+ * engine, with the process, or when a packet is not exactly a request.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -182,8 +182,8 @@ static bool handle_for_fd(Helper *helper, const Incoming *in)
 	return reply_own_fd(helper, in, &result, fd);
 }
 
-/* FAULT_OFF and FENCE_OFF. To close the parked descriptors takes a stop of QEMU's main thread. So the reply is sent first,
- * as the engine waits for it. */
+/* FAULT_OFF and FENCE_OFF. To close the parked descriptors takes a stop of QEMU's main thread. So
+ * the reply is sent first, as the engine waits for it. */
 static bool handle_off(Helper *helper, const Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};

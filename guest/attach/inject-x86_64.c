@@ -2,17 +2,20 @@
 /*
  * Injects system calls into the main thread of another program, with ptrace(2).
  *
- * The thread has to sleep in ppoll() or poll(), where QEMU's main loop waits without its lock. It is then at the boundary
- * of a system call, right behind its own syscall instruction. The injector executes that instruction again, with other
- * registers. If the helper is killed in the middle, ppoll() seems to have returned something, which a main loop takes
- * for a spurious wake-up. vCPUs and other threads are not stopped.
+ * The thread has to sleep in ppoll() or poll(), where QEMU's main loop waits without its lock. It
+ * is then at the boundary of a system call, right behind its own syscall instruction. The injector
+ * executes that instruction again, with other registers. If the helper is killed in the middle,
+ * ppoll() seems to have returned something, which a main loop takes for a spurious wake-up. vCPUs
+ * and other threads are not stopped.
  *
- * The injector restores the registers in the signal path, for which it interrupts the thread once more. Only there the
- * kernel decides to restart an interrupted call. An orig_rax of -1 keeps the kernel from restarting an injected call. A
- * signal that arrives is delivered with the thread's own registers, and the call is tried again. Pointer arguments point
- * to memory below the red zone of the stack, whose bytes are restored.
+ * The injector restores the registers in the signal path, for which it interrupts the thread once
+ * more. Only there the kernel decides to restart an interrupted call. An orig_rax of -1 keeps the
+ * kernel from restarting an injected call. A signal that arrives is delivered with the thread's own
+ * registers, and the call is tried again. Pointer arguments point to memory below the red zone of
+ * the stack, whose bytes are restored.
  *
- * It injects only calls that QEMU's seccomp filters allow: socketpair, recvmsg, ioctl, close, madvise.
+ * It injects only calls that QEMU's seccomp filters allow: socketpair, recvmsg, ioctl, close,
+ * madvise.
  */
 #include <errno.h>
 #include <signal.h>
@@ -84,7 +87,8 @@ static Stopped classify(int status, int *ret_signal)
 	return STOPPED_BY_SIGNAL;
 }
 
-/* deadline 0: none, for a call that has begun and has to end. Ended by the end of the call, or of the process. */
+/* deadline 0: none, for a call that has begun and has to end. Ended by the end of the call, or of
+ * the process. */
 static Stopped wait_stopped(const AttachStop *stop, int64_t deadline, int *ret_signal)
 {
 	int status;
@@ -225,7 +229,8 @@ static Attempt attempt(AttachStop *stop)
 	}
 }
 
-/* Whether the thread seems to be in such a call. Reading this does not stop it, as an attempt would. */
+/* Whether the thread seems to be in such a call. Reading this does not stop it, as an attempt
+ * would. */
 static bool may_be_at_rest(const AttachStop *stop)
 {
 	char text[256];
@@ -270,11 +275,10 @@ static bool stop_at_rest(AttachStop *stop)
 			attach_sleep(tries ? RETRY_MS : CHECK_MS);
 	}
 	if (how == ATTEMPT_AGAIN)
-		agent_fail(
-			stop->result, PR_AGENT_FAILED,
-			"the main thread of process %d was not once at rest in ppoll() within %d ms; "
-			"is it a QEMU, and does its monitor answer?",
-			(int)stop->target->pid, ATTACH_STOP_MS);
+		agent_fail(stop->result, PR_AGENT_FAILED,
+			   "the main thread of process %d never slept in ppoll() within %d ms; "
+			   "is it a QEMU, and does its monitor answer?",
+			   (int)stop->target->pid, ATTACH_STOP_MS);
 	/* A tracer that has ended meanwhile is no failure. */
 	if (how == ATTEMPT_STOPPED)
 		*stop->result = before;

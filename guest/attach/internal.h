@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The helper's own parts: helper.c (socket and requests), confine.c (gives privileges up), target.c (the process that it
- * serves), ram.c (the process's shared memory), inject-*.c (system calls in its main thread), push.c (gives it
- * descriptors), uffd.c (faults and fence), state.c (the state memfd), allocator.c (a child that allocates pages).
+ * The helper's own parts: helper.c (socket and requests), confine.c (gives privileges up), target.c
+ * (the process that it serves), ram.c (the process's shared memory), inject-*.c (system calls in
+ * its main thread), push.c (gives it descriptors), uffd.c (faults and fence), state.c (the state
+ * memfd), allocator.c (a child that allocates pages).
  */
 #pragma once
 
@@ -13,11 +14,12 @@
 
 #include "guest/agent/reply.h"
 
-/* The time for the main thread to come to rest in its poll: less than guest-timeout, and longer than a busy host keeps a
- * thread off its CPUs. */
+/* The time for the main thread to come to rest in its poll: less than guest-timeout, and longer
+ * than a busy host keeps a thread off its CPUs. */
 #define ATTACH_STOP_MS 5000
 
-/* The guest's process. All access goes through these descriptors, which never come to mean another process. */
+/* The guest's process. All access goes through these descriptors, which never come to mean another
+ * process. */
 typedef struct AttachTarget {
 	pid_t pid;	   /* 0: before ATTACH */
 	int pidfd;	   /* owned */
@@ -40,7 +42,8 @@ typedef struct AttachRam {
 } AttachRam;
 
 /* target.c */
-/* As agent_fail(), for a part of the process that could not be accessed, by errno: says why, and what to do. */
+/* As agent_fail(), for a part of the process that could not be accessed, by errno: says why, and
+ * what to do. */
 bool attach_fail_access(const AttachTarget *target, AgentResult *result, const char *what);
 bool attach_is_traced(const AttachTarget *target);
 /* Monotonic milliseconds. */
@@ -61,7 +64,8 @@ bool attach_target_read(const AttachTarget *target, const char *name, char *text
 const char *attach_field(const char *text, const char *name);
 /* The letter of its main thread's state; 0: gone. */
 char attach_target_state(const AttachTarget *target);
-/* Calls visit() for each open descriptor until it returns false. Returns false if they can't be listed. */
+/* Calls visit() for each open descriptor until it returns false. Returns false if they can't be
+ * listed. */
 bool attach_each_fd(const AttachTarget *target, bool (*visit)(int fd, void *opaque), void *opaque);
 
 /* ram.c */
@@ -70,8 +74,9 @@ bool attach_ram_choose(AttachRam *ram, const uint64_t *bases, unsigned n, AgentR
 void attach_ram_clear(AttachRam *ram);
 
 /*
- * inject-ARCH.c. One stop of the main thread: attach_stop(), any number of attach_call(), attach_resume(). Pointer
- * arguments of the calls point into the scratch, which lies at scratch_at in the process.
+ * inject-ARCH.c. One stop of the main thread: attach_stop(), any number of attach_call(),
+ * attach_resume(). Pointer arguments of the calls point into the scratch, which lies at scratch_at
+ * in the process.
  */
 #define ATTACH_SCRATCH_BYTES 256
 
@@ -91,15 +96,17 @@ struct AttachStop {
 extern const bool attach_has_injector;
 
 bool attach_stop(AttachStop *stop, AttachTarget *target, AgentResult *result);
-/* Fills in the scratch, and the arguments that point into it. Called again when a call is repeated. */
+/* Fills in the scratch, and the arguments that point into it. Called again when a call is
+ * repeated. */
 typedef void (*AttachPrepare)(AttachStop *stop, unsigned long args[6]);
-/* One system call; *ret is its result, or -errno. False: the process can't be stopped any more. A signal that arrives
- * before the call is delivered to the original thread state first. Then the call is prepared and tried again. prepare
- * may be NULL. */
+/* One system call; *ret is its result, or -errno. False: the process can't be stopped any more. A
+ * signal that arrives before the call is delivered to the original thread state first. Then the
+ * call is prepared and tried again. prepare may be NULL. */
 bool attach_call(AttachStop *stop, long number, const unsigned long args[6], AttachPrepare prepare,
 		 long *ret);
 void attach_resume(AttachStop *stop);
-/* Detaches from a thread that did not stop in time, if it has stopped since. To be called now and then. */
+/* Detaches from a thread that did not stop in time, if it has stopped since. To be called now and
+ * then. */
 void attach_detach_pending(AttachTarget *target);
 
 /* push.c: within a stop. */
@@ -117,8 +124,8 @@ int attach_uffd_enable(AttachTarget *target, const AttachRam *ram, AgentResult *
 bool attach_uffd_disable(const AttachTarget *target, const AttachRam *ram, AgentResult *result);
 bool attach_fence_on(AttachTarget *target, const AttachRam *ram, AgentResult *result);
 bool attach_fence_off(const AttachTarget *target, const AttachRam *ram, AgentResult *result);
-/* Closes the parked descriptors that were turned off. One that can't be closed now is closed the next time; it has no effect
- * meanwhile. */
+/* Closes the parked descriptors that were turned off. One that can't be closed now is closed the
+ * next time; it has no effect meanwhile. */
 void attach_close_parked(AttachTarget *target, AgentResult *result);
 
 /* state.c */
@@ -135,13 +142,14 @@ typedef struct AttachAllocator {
 
 /* Before the helper is confined. */
 void attach_allocator_fork(AttachAllocator *allocator, bool filter);
-/* Moves the child into the memory cgroup of the process. Returns the engine's end of its socket, which the caller closes.
- * -1 with PR_AGENT_OK: engine and process are in the same memory cgroup anyway. */
+/* Moves the child into the memory cgroup of the process. Returns the engine's end of its socket,
+ * which the caller closes. -1 with PR_AGENT_OK: engine and process are in the same memory cgroup
+ * anyway. */
 int attach_allocator(AttachAllocator *allocator, const AttachTarget *target, AgentResult *result);
 
 /* confine.c */
-/* Gives up all privileges that are not needed, and all descriptors but socket, other (-1: none) and standard error. False: it
- * failed, and the helper must not serve. */
+/* Gives up all privileges that are not needed, and all descriptors but socket, other (-1: none) and
+ * standard error. False: it failed, and the helper must not serve. */
 bool attach_confine(int socket, int other, bool filter);
 /* The same for the child that allocates pages. */
 bool attach_confine_allocator(int socket, bool filter);

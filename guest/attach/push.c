@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Gives the process a descriptor of the helper's. The process makes a socket pair, the helper duplicates one end of it and
- * sends the descriptor there, and the process receives it at the other end.
+ * Gives the process a descriptor of the helper's. The process makes a socket pair, the helper
+ * duplicates one end of it and sends the descriptor there, and the process receives it at the other
+ * end.
  */
 #include <errno.h>
 #include <string.h>
@@ -108,17 +109,17 @@ bool attach_close_there(AttachStop *stop, int fd)
 
 static int push_over(AttachStop *stop, const int pair[2], int fd)
 {
-	int ours = attach_target_fd(stop->target, pair[0]);
+	int own_end = attach_target_fd(stop->target, pair[0]);
 	bool sent;
 
-	if (ours < 0) {
+	if (own_end < 0) {
 		attach_fail_access(stop->target, stop->result, "taking a descriptor");
 		return -1;
 	}
-	sent = send_fd(ours, fd);
+	sent = send_fd(own_end, fd);
 	if (!sent)
 		fail_call(stop, "sending a descriptor", -errno);
-	close(ours);
+	close(own_end);
 	if (!sent)
 		return -1;
 	pr_attach_crash_point(PR_ATTACH_CRASH_SENT);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The memory of the process that other processes can map: MAP_SHARED mappings of files in memory (memfd, tmpfs,
- * hugetlbfs) that the process still has open. The engine knows which of them are the guest's RAM (CHOOSE).
+ * The memory of the process that other processes can map: MAP_SHARED mappings of files in memory
+ * (memfd, tmpfs, hugetlbfs) that the process still has open. The engine knows which of them are the
+ * guest's RAM (CHOOSE).
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -18,7 +19,8 @@
 #define SPANS_MAX  256 /* shared mappings of any kind */
 #define LINE_BYTES 512 /* of /proc/PID/maps; the rest of a longer line does not matter */
 
-/* A part of a file that is mapped in one piece. The kernel may have split it into several mappings. */
+/* A part of a file that is mapped in one piece. The kernel may have split it into several
+ * mappings. */
 typedef struct Span {
 	uint64_t start, end, offset, inode;
 	dev_t device;
@@ -109,7 +111,8 @@ static bool is_memory(int fd, uint32_t *ret_page_size)
 	return fs.f_type == HUGETLBFS_MAGIC || fs.f_type == TMPFS_MAGIC;
 }
 
-/* Finds the mappings of the file that this descriptor is open for. The first writable descriptor of a file is duplicated. */
+/* Finds the mappings of the file that this descriptor is open for. The first writable descriptor of
+ * a file is duplicated. */
 static bool match_fd(int number, void *opaque)
 {
 	Search *search = opaque;

@@ -14,8 +14,9 @@
 
 #include "guest/attach/internal.h"
 
-#define STATUS_BYTES  8192
-#define LOCK_MS	      3000 /* a helper of an engine that was just killed keeps the lock for a moment */
+#define STATUS_BYTES 8192
+/* a helper of an engine that was just killed keeps the lock for a moment */
+#define LOCK_MS	      3000
 #define LOCK_CHECK_MS 5
 
 int64_t attach_now(void)
@@ -93,9 +94,9 @@ static pid_t pid_of(int pidfd)
 
 bool attach_target_gone(const AttachTarget *target)
 {
-	struct pollfd look = {.fd = target->pidfd, .events = POLLIN};
+	struct pollfd end = {.fd = target->pidfd, .events = POLLIN};
 
-	return poll(&look, 1, 0) > 0;
+	return poll(&end, 1, 0) > 0;
 }
 
 bool attach_target_open(AttachTarget *target, int pidfd, AgentResult *result)
@@ -108,7 +109,8 @@ bool attach_target_open(AttachTarget *target, int pidfd, AgentResult *result)
 		return agent_fail(result, PR_AGENT_FAILED, "the guest's process is gone");
 	snprintf(name, sizeof(name), "/proc/%d", (int)target->pid);
 	target->proc_fd = open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	/* As the process still lives, this is its directory, and not that of a later process with the same pid. */
+	/* As the process still lives, this is its directory, and not that of a later process with
+	 * the same pid. */
 	if (target->proc_fd < 0 || attach_target_gone(target))
 		return agent_fail(result, PR_AGENT_FAILED, "process %d is gone", (int)target->pid);
 	return true;
@@ -196,8 +198,9 @@ bool attach_fail_access(const AttachTarget *target, AgentResult *result, const c
 		      : "");
 }
 
-/* Locks /proc/PID/auxv. Only a process with the right to ptrace the target can open it, so that no other user can take the
- * lock. The engine gets a duplicate, so the kernel unlocks when both helper and engine are gone. */
+/* Locks /proc/PID/auxv. Only a process with the right to ptrace the target can open it, so that no
+ * other user can take the lock. The engine gets a duplicate, so the kernel unlocks when both helper
+ * and engine are gone. */
 bool attach_target_lock(AttachTarget *target, AgentResult *result)
 {
 	int64_t deadline = attach_now() + LOCK_MS;

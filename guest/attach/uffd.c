@@ -1,20 +1,22 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The fault mode and the fence: two userfaultfds of the process. The process holds their descriptors itself (parked), so
- * that a fault waits, and does not read zeros, while there is neither helper nor engine.
+ * The fault mode and the fence: two userfaultfds of the process. The process holds their
+ * descriptors itself (parked), so that a fault waits, and does not read zeros, while there is
+ * neither helper nor engine.
  *
- * The process has to make the descriptor, since its ioctls act on the address space of the process that made it. The
- * helper does everything else from outside. For userfaultfd(2) the kernel checks the credentials of the calling process;
- * for /dev/userfaultfd it checks those of the process that opened the device. So the helper opens the device, and gives
- * the process that descriptor first.
+ * The process has to make the descriptor, since its ioctls act on the address space of the process
+ * that made it. The helper does everything else from outside. For userfaultfd(2) the kernel checks
+ * the credentials of the calling process; for /dev/userfaultfd it checks those of the process that
+ * opened the device. So the helper opens the device, and gives the process that descriptor first.
  *
- * The helper finds Postroad's userfaultfds again by the features that they were opened with. The fault mode has
- * MINOR_SHMEM; the fence has WP_HUGETLBFS_SHMEM without it. QEMU asks for neither. The flags of the open file record the
- * progress (Progress): they mean nothing else, as the process never reads these userfaultfds.
+ * The helper finds Postroad's userfaultfds again by the features that they were opened with. The
+ * fault mode has MINOR_SHMEM; the fence has WP_HUGETLBFS_SHMEM without it. QEMU asks for neither.
+ * The flags of the open file record the progress (Progress): they mean nothing else, as the process
+ * never reads these userfaultfds.
  *
- * Fault mode: register the chosen regions MISSING|MINOR, then drop the page table entries. An access after that faults,
- * whatever was mapped before. Fence: register WP and protect every page. No process reads the fence's userfaultfd, so a
- * thread that writes waits.
+ * Fault mode: register the chosen regions MISSING|MINOR, then drop the page table entries. An
+ * access after that faults, whatever was mapped before. Fence: register WP and protect every page.
+ * No process reads the fence's userfaultfd, so a thread that writes waits.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -101,7 +103,8 @@ static bool note_uffd(int fd, void *opaque)
 	return search->n < PARKED_MAX;
 }
 
-/* One without features is of neither kind. A helper that died has made it, or QEMU has, and is about to open it. */
+/* One without features is of neither kind. A helper that died has made it, or QEMU has, and is
+ * about to open it. */
 static bool is_kind(const Parked *parked, AgentUffdKind kind)
 {
 	bool minor = parked->features & UFFD_FEATURE_MINOR_SHMEM;
@@ -169,7 +172,8 @@ static int uffd_of_helper(void)
 	return fd;
 }
 
-/* UFFDIO_API works once per descriptor, so the question for the features takes one of the helper's own. */
+/* UFFDIO_API works once per descriptor, so the question for the features takes one of the helper's
+ * own. */
 static bool check_features(uint64_t needed, uint64_t *ret_supported, AgentResult *result)
 {
 	int fd = uffd_of_helper();
@@ -237,7 +241,8 @@ static int make_there(AttachStop *stop)
 	return there;
 }
 
-/* With the device it works. Without, only a try shows whether the kernel lets this process make one. */
+/* With the device it works. Without, only a try shows whether the kernel lets this process make
+ * one. */
 static bool try_to_make(AttachStop *stop)
 {
 	int device = open(UFFD_DEVICE, O_RDWR | O_CLOEXEC);
@@ -279,7 +284,8 @@ static int open_api(const AttachTarget *target, int there, uint64_t features, Ag
 	return uffd;
 }
 
-/* The helper's duplicate of the parked userfaultfd of this kind; -1: there is none, or see *result. */
+/* The helper's duplicate of the parked userfaultfd of this kind; -1: there is none, or see
+ * *result. */
 static int dup_parked(const AttachTarget *target, AgentUffdKind kind, Parked *ret_parked,
 		      AgentResult *result)
 {
@@ -298,8 +304,9 @@ static int dup_parked(const AttachTarget *target, AgentUffdKind kind, Parked *re
 	return uffd;
 }
 
-/* One that a dead helper has made and not opened. QEMU opens its own in the main thread at once, which is stopped here between
- * two system calls of its main loop; so an unopened one is not QEMU's. */
+/* One that a dead helper has made and not opened. QEMU opens its own in the main thread at once,
+ * which is stopped here between two system calls of its main loop; so an unopened one is not
+ * QEMU's. */
 static int find_unopened(const AttachTarget *target)
 {
 	Search search;
@@ -348,7 +355,8 @@ static bool register_all(int uffd, const AttachRam *ram, AgentUffdKind kind, Age
 	return true;
 }
 
-/* Unregisters the chosen regions; where none were chosen, all of them, which is harmless where nothing is registered. */
+/* Unregisters the chosen regions; where none were chosen, all of them, which is harmless where
+ * nothing is registered. */
 static void unregister_all(int uffd, const AttachRam *ram)
 {
 	set_progress(uffd, PROGRESS_BEGUN);
@@ -399,8 +407,8 @@ static bool protect_all(int uffd, const AttachRam *ram, AgentResult *result)
 
 /* The operations */
 
-/* Within a stop. Makes the userfaultfd unless one is parked (*uffd), and does all further steps, which a helper that died
- * may have left undone. */
+/* Within a stop. Makes the userfaultfd unless one is parked (*uffd), and does all further steps,
+ * which a helper that died may have left undone. */
 static bool set_up(AttachStop *stop, const AttachRam *ram, AgentUffdKind kind, int *uffd)
 {
 	if (*uffd < 0)

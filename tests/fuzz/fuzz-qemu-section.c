@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What a destination makes of the bytes that a source sends about its QEMU: sections that are cut anywhere, facts in JSON,
- * pages of private RAM. The first byte says how many bytes come at a time.
+ * What a destination makes of the bytes that a source sends about its QEMU: sections that are cut
+ * anywhere, facts in JSON, pages of private RAM. The first byte says how many bytes come at a time.
  */
 #include <string.h>
 #include <sys/mman.h>
@@ -51,7 +51,7 @@ static void take_facts(Target *target, const uint8_t *body, gsize len)
 	}
 }
 
-/* PrQemuSectionTake */
+/* PrQemuSectionHandler */
 static gboolean take(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
 		     GError **error)
 {
@@ -64,7 +64,8 @@ static gboolean take(PrQemuSectionType type, const uint8_t *body, gsize len, voi
 	else if (type == PR_QEMU_SECTION_BLOCK)
 		target->current = pr_qemu_private_find(target->blocks, (const char *)exact, len);
 	else if (type == PR_QEMU_SECTION_PAGES && target->current)
-		return pr_qemu_private_take(target->current, target->memory, exact, len, error);
+		return pr_qemu_private_handle_pages(target->current, target->memory, exact, len,
+						    error);
 	return TRUE;
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * QEMU's monitor, as QEMU: what the client and the checks of the `qemu:` kind make of its answers. An input is a list of
- * lines, each the answer to the next command: what "return" is to be, or, behind a '!', whatever
- * bytes come. The first byte says which role the guest is checked for.
+ * QEMU's monitor, as QEMU: what the client and the checks of the `qemu:` kind make of its answers.
+ * An input is a list of lines, each the answer to the next command: what "return" is to be, or,
+ * behind a '!', whatever bytes come. The first byte says which role the guest is checked for.
  */
 #include <glib.h>
 #include <string.h>

@@ -509,7 +509,7 @@ static void a_main_thread_that_never_rests_in_poll_is_refused(void **state)
 
 	close(choose(&attached, guest));
 	attach_guest_leave_poll(guest);
-	assert_probe_refused(&attached, "not once at rest");
+	assert_probe_refused(&attached, "never slept in ppoll");
 }
 
 typedef struct Shooter {

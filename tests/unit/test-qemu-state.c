@@ -34,7 +34,7 @@ typedef struct Sections {
 	guint n_blocks, n_pages;
 } Sections;
 
-/* PrQemuSectionTake */
+/* PrQemuSectionHandler */
 static gboolean sort(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
 		     GError **error)
 {
@@ -165,9 +165,9 @@ static void a_save_that_fails_says_why(void **state)
 		const char *words;
 	} cases[] = {
 		{FAKE_ERROR "no space", NULL, 0, "no space"},
-		{"{}", "", 0, "makes no sense"},
-		{"{}", "QEVM\0\0\0\4x\0", 10, "makes no sense"},
-		{"{}", "QEVM\0\0\0\3cut off", 15, "makes no sense"},
+		{"{}", "", 0, "not a migration stream"},
+		{"{}", "QEVM\0\0\0\4x\0", 10, "not a migration stream"},
+		{"{}", "QEVM\0\0\0\3cut off", 15, "not a migration stream"},
 	};
 
 	for (guint i = 0; i < G_N_ELEMENTS(cases); i++) {
