@@ -409,9 +409,9 @@ static gboolean qemu_check_stopped(PrGuest *guest, GError **error)
 	ran_again = self->ran_again;
 	g_mutex_unlock(&self->lock);
 	if (ran_again)
-		g_set_error(
-			error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
-			"the guest was let run or reset, not by this engine, while it was being handed over");
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
+			    "another client of QEMU let the guest run, or reset it, during the "
+			    "hand-over");
 	return !ran_again;
 }
 

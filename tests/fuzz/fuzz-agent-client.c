@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The engine's end of an agent socket, as the agent. An input is a list of packets, each an answer to the call that
- * is under way: a byte that says with how many descriptors, and whether the head of the answer is made to fit
- * the call; a length of two bytes; the bytes behind the head, or the whole packet. The calls are made one after
- * the other until the input, or the connection, is at its end.
+ * The engine's end of an agent socket. An input is a list of packets, each an answer to the call in
+ * progress. The first byte of a packet has the number of descriptors, and whether the head of the
+ * answer is made to fit the call. A length of two bytes follows, and the bytes behind the head, or
+ * the whole packet. The calls are made one after the other until the end of the input or of the
+ * connection.
  */
 #include <glib.h>
 #include <sys/mman.h>

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The agent, as its engines: several at the same time. An input is a list of packets: a byte that says on which
- * connection it comes, with how many descriptors, and whether it is a request with the operation that the
- * next byte names, or whatever bytes. What the server hands to its second thread is done at once.
+ * The agent's server, with several engines at the same time. An input is a list of packets. The
+ * first byte of a packet selects the connection and the number of descriptors. It also selects
+ * whether the packet is a request, whose operation the next byte names, or any bytes. The jobs for
+ * the worker thread are done at once, in this thread.
  */
 #include <sys/socket.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The QMP client against a server that does what it should not. */
+/* The QMP client against a server that misbehaves. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -14,10 +14,11 @@
 #include "tests/unit/fake-qmp.h"
 
 #define TIMEOUT	      20000 /* ms; the machine may be busy with other tests */
-#define SHORT_TIMEOUT 100   /* ms; where nothing ever comes */
-#define LATE_TIMEOUT  3000  /* ms; for one answer that comes too late, among others that must not */
+#define SHORT_TIMEOUT 100   /* ms; where no answer ever comes */
+/* ms; for one answer that comes too late, where others have to come in time */
+#define LATE_TIMEOUT 3000
 
-/* What the client told us, from its thread. */
+/* Calls of the client's reader thread. */
 typedef struct Seen {
 	GMutex lock;
 	GCond cond;	 /* lock */
@@ -276,7 +277,7 @@ static void a_descriptor_travels_with_its_command(void **state)
 	pr_qmp_free(qmp);
 }
 
-static void a_late_answer_hurts_nobody(void **state)
+static void a_late_answer_is_ignored(void **state)
 {
 	g_autoptr(FakeQmp) fake = fake_qmp_new(NULL);
 	PrQmp *qmp = connect_to(fake, LATE_TIMEOUT, NULL);
@@ -331,7 +332,7 @@ static void another_protocol_is_recognized(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL));
 }
 
-/* Each ends the call that waits, and every later one, and tells the owner once. */
+/* Each ends the waiting call and every later one, and is reported to the owner once. */
 static void garbage_ends_the_connection(void **state)
 {
 	static const char *const garbage[] = {
@@ -353,7 +354,7 @@ static void garbage_ends_the_connection(void **state)
 	}
 }
 
-/* JSON, but not an answer: nobody's business. */
+/* JSON that is no answer is ignored. */
 static void strange_objects_are_skipped(void **state)
 {
 	static const char *const strange[] = {
@@ -380,7 +381,7 @@ static void strange_objects_are_skipped(void **state)
 	pr_qmp_free(qmp);
 }
 
-static void an_answer_that_is_neither_is_an_error(void **state)
+static void an_answer_without_return_or_error_is_an_error(void **state)
 {
 	g_autoptr(FakeQmp) fake = fake_qmp_new(NULL);
 	PrQmp *qmp = connect_to(fake, TIMEOUT, NULL);
@@ -393,7 +394,7 @@ static void an_answer_that_is_neither_is_an_error(void **state)
 	pr_qmp_free(qmp);
 }
 
-static void the_end_is_told_once_and_in_words(void **state)
+static void the_end_is_reported_once_with_its_cause(void **state)
 {
 	g_autoptr(FakeQmp) fake = fake_qmp_new(NULL);
 	g_auto(Seen) seen = {.events = g_string_new(NULL)};
@@ -405,7 +406,7 @@ static void the_end_is_told_once_and_in_words(void **state)
 	assert_fails(qmp, "stop", PR_GUEST_ERROR_DIED, "");
 	wait_for_death(&seen);
 	assert_non_null(strstr(seen.reason, "QEMU is gone"));
-	/* Who asks later is told at once. */
+	/* A later observer is called at once. */
 	pr_qmp_on_death(qmp, on_died, &late);
 	assert_int_equal(late.deaths, 1);
 	pr_qmp_free(qmp);
@@ -434,15 +435,15 @@ int main(void)
 		cmocka_unit_test(errors_of_qemu_are_passed_on),
 		cmocka_unit_test(answers_out_of_order_find_their_callers),
 		cmocka_unit_test(a_descriptor_travels_with_its_command),
-		cmocka_unit_test(a_late_answer_hurts_nobody),
+		cmocka_unit_test(a_late_answer_is_ignored),
 		cmocka_unit_test(events_are_delivered_in_order),
 		cmocka_unit_test(no_greeting_is_a_timeout),
 		cmocka_unit_test(a_missing_socket_is_named),
 		cmocka_unit_test(another_protocol_is_recognized),
 		cmocka_unit_test(garbage_ends_the_connection),
 		cmocka_unit_test(strange_objects_are_skipped),
-		cmocka_unit_test(an_answer_that_is_neither_is_an_error),
-		cmocka_unit_test(the_end_is_told_once_and_in_words),
+		cmocka_unit_test(an_answer_without_return_or_error_is_an_error),
+		cmocka_unit_test(the_end_is_reported_once_with_its_cause),
 		cmocka_unit_test(a_shutdown_is_named),
 	};
 
