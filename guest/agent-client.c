@@ -539,6 +539,8 @@ void pr_agent_client_free(PrAgentClient *client)
 	g_free(client);
 }
 
+/* Properties */
+
 const char *pr_agent_client_path(PrAgentClient *client)
 {
 	return client->name;
@@ -573,6 +575,8 @@ gboolean pr_agent_client_was_fenced(PrAgentClient *client)
 {
 	return (client->flags & PR_AGENT_FLAG_FENCE_ON) != 0;
 }
+
+/* The allocator, and the end of the process */
 
 int pr_agent_client_allocator(PrAgentClient *client, GError **error)
 {

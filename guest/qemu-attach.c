@@ -24,6 +24,8 @@
 #define SO_PEERPIDFD 77 /* Linux 6.5 */
 #endif
 
+/* The process behind the socket */
+
 static char *name_of(pid_t pid)
 {
 	g_autofree char *path = g_strdup_printf("/proc/%d/comm", (int)pid);
@@ -107,6 +109,8 @@ static gboolean refuse_agent(pid_t pid, GError **error)
 	return TRUE;
 }
 
+/* Attaching */
+
 PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrGuestHelper *helper,
 			      guint timeout_ms, GError **error)
 {
@@ -130,6 +134,8 @@ void pr_qemu_unregister(int uffd, const PrGuestBlock *blocks, guint n)
 		agent_uffd_unregister(uffd, blocks[i].base, blocks[i].size);
 	(void)fcntl(uffd, F_SETFL, PR_ATTACH_UFFD_OFF);
 }
+
+/* The check that it runs these vCPUs */
 
 /* The thread id in the process's own pid namespace: the last one of "NSpid:". */
 static uint32_t own_thread_id(pid_t pid, const char *thread)

@@ -53,6 +53,8 @@ typedef struct QemuGuest {
 	PrDeath death;	    /* has its own lock */
 } QemuGuest;
 
+/* The spec */
+
 typedef struct QemuSpec {
 	char *qmp;
 	char *agent; /* NULL: a helper attaches */
@@ -109,6 +111,8 @@ static gboolean qemu_wants_helper(const char *spec)
 	return parse_spec(spec, &parsed, NULL) && !parsed.agent;
 }
 
+/* QMP events, and the end of QEMU */
+
 static void on_event(const char *name, JsonObject *data, void *opaque)
 {
 	QemuGuest *self = opaque;
@@ -138,6 +142,8 @@ static void on_end(const char *reason, void *opaque)
 	g_mutex_unlock(&self->lock);
 	pr_death_report(&self->death, self->dead);
 }
+
+/* Opening and closing */
 
 static void set_uffd(QemuGuest *self, int uffd)
 {
@@ -285,6 +291,8 @@ static PrGuest *qemu_open(const char *spec, PrGuestHelper *helper, guint timeout
 	return g_steal_pointer(&guest);
 }
 
+/* RAM blocks */
+
 static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint *ret_n,
 					GError **error)
 {
@@ -330,6 +338,8 @@ static const PrGuestBlock *qemu_adopt(PrGuest *guest, const PrGuestBlock *known,
 	self->blocks = g_steal_pointer(&blocks);
 	return (const PrGuestBlock *)self->blocks->data;
 }
+
+/* Source: stop, save, resume */
 
 static gboolean query_running(QemuGuest *self, gboolean *ret_running, GError **error)
 {
@@ -445,6 +455,8 @@ static gboolean qemu_save(PrGuest *guest, GCancellable *cancel, PrGuestSink sink
 	       pr_qemu_save_state(self->save, cancel, sink, opaque, error);
 }
 
+/* Destination: load, run */
+
 static gboolean qemu_load_early(PrGuest *guest, const void *data, gsize len, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
@@ -501,6 +513,8 @@ static GArray *qemu_vcpu_threads(PrGuest *guest, GError **error)
 
 	return connect_qmp(self, error) ? pr_qemu_vcpu_threads(self->qmp, error) : NULL;
 }
+
+/* Fault mode and fence */
 
 static int qemu_uffd_enable(PrGuest *guest, GError **error)
 {
@@ -596,6 +610,8 @@ static void qemu_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *o
 {
 	pr_qemu_watch_observe(((QemuGuest *)guest)->watch, ran_again, opaque);
 }
+
+/* The state memfd, and the end of the process */
 
 static gboolean qemu_store_state_fd(PrGuest *guest, int memfd, GError **error)
 {
