@@ -159,23 +159,23 @@ static int call_for_fd(PrAgentClient *client, PrAgentOp op, GCancellable *cancel
 
 int pr_agent_client_uffd_enable(PrAgentClient *client, GError **error)
 {
-	int uffd = call_for_fd(client, PR_AGENT_FAULT_ON, NULL, error);
+	int uffd = call_for_fd(client, PR_AGENT_UFFD_ENABLE, NULL, error);
 
 	/* The fault mode may be on, but without a descriptor no engine can serve the faults. */
 	if (uffd < 0)
-		call_simple(client, PR_AGENT_FAULT_OFF, NULL);
+		call_simple(client, PR_AGENT_UFFD_DISABLE, NULL);
 	return uffd;
 }
 
 gboolean pr_agent_client_uffd_disable(PrAgentClient *client, GError **error)
 {
-	return call_simple(client, PR_AGENT_FAULT_OFF, error);
+	return call_simple(client, PR_AGENT_UFFD_DISABLE, error);
 }
 
 gboolean pr_agent_client_store_state_fd(PrAgentClient *client, int memfd, GError **error)
 {
 	g_autoptr(PrAgentAnswer) reply =
-		pr_agent_call(client, PR_AGENT_KEEP_STATE, memfd, 1, NULL, error);
+		pr_agent_call(client, PR_AGENT_STORE_STATE, memfd, 1, NULL, error);
 
 	return reply != NULL;
 }

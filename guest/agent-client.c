@@ -78,9 +78,9 @@ const char *pr_agent_op_name(guint32 op)
 		[PR_AGENT_HELLO] = "hello",
 		[PR_AGENT_REGIONS] = "list of regions",
 		[PR_AGENT_PROBE] = "userfaultfd probe",
-		[PR_AGENT_FAULT_ON] = "fault mode on",
-		[PR_AGENT_FAULT_OFF] = "fault mode off",
-		[PR_AGENT_KEEP_STATE] = "keep state",
+		[PR_AGENT_UFFD_ENABLE] = "fault mode on",
+		[PR_AGENT_UFFD_DISABLE] = "fault mode off",
+		[PR_AGENT_STORE_STATE] = "store state",
 		[PR_AGENT_FETCH_STATE] = "fetch state",
 		[PR_AGENT_STOP] = "stop",
 		[PR_AGENT_RUN] = "run",
@@ -568,7 +568,7 @@ gboolean pr_agent_client_has_callbacks(PrAgentClient *client)
 
 gboolean pr_agent_client_was_faulting(PrAgentClient *client)
 {
-	return (client->flags & PR_AGENT_FLAG_FAULT_ON) != 0;
+	return (client->flags & PR_AGENT_FLAG_UFFD_ENABLED) != 0;
 }
 
 gboolean pr_agent_client_was_fenced(PrAgentClient *client)

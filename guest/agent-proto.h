@@ -5,23 +5,23 @@
  * thread in the guest's process (guest/agent/), or the helper process that attaches to it from
  * outside (guest/attach/).
  *
- * 	engine                                  agent
- * 	ATTACH + pidfd                  ──▶     (helper only, once: the guest's process)
- * 	                                ◀──     ATTACH
- * 	HELLO (version)                 ──▶
- * 	                                ◀──     HELLO (flags), or BUSY: another engine is attached
- * 	REGIONS                         ──▶
- * 	                                ◀──     REGIONS, one memfd each
- * 	FAULT_ON                        ──▶
- * 	                                ◀──     the userfaultfd
- * 	LOAD + memfd                    ──▶     (by the agent's worker thread)
- * 	FAULT_OFF                       ──▶
- * 	                                ◀──     FAULT_OFF
- * 	                                ◀──     LOAD
+ *	engine                                  agent
+ *	ATTACH + pidfd                  ──▶     (helper only, once: the guest's process)
+ *	                                ◀──     ATTACH
+ *	HELLO (version)                 ──▶
+ *	                                ◀──     HELLO (flags), or BUSY: another engine is attached
+ *	REGIONS                         ──▶
+ *	                                ◀──     REGIONS, one memfd each
+ *	UFFD_ENABLE                     ──▶
+ *	                                ◀──     the userfaultfd
+ *	LOAD + memfd                    ──▶     (by the agent's worker thread)
+ *	UFFD_DISABLE                    ──▶
+ *	                                ◀──     UFFD_DISABLE
+ *	                                ◀──     LOAD
  *
  * A reply carries the id of its request. STOP, RUN, SAVE and LOAD have their reply when the VMM has
  * finished them, out of order with the others: a LOAD that waits for a page must not delay
- * FAULT_OFF. A packet that is not exactly a request closes the connection.
+ * UFFD_DISABLE. A packet that is not exactly a request closes the connection.
  */
 #pragma once
 
@@ -32,17 +32,18 @@
 #define PR_AGENT_MAGIC	 0x50724167 /* "PrAg" */
 #define PR_AGENT_VERSION 2
 
-/* The name of an engine's state memfd (KEEP_STATE), by which the helper finds it. */
+/* The name of an engine's state memfd (STORE_STATE), by which the helper finds it. */
 #define PR_AGENT_STATE_NAME "postroad-state"
 
 typedef enum PrAgentOp {
 	PR_AGENT_HELLO = 1,
 	PR_AGENT_REGIONS,
-	PR_AGENT_PROBE,	      /* whether FAULT_ON can work here; changes nothing */
-	PR_AGENT_FAULT_ON,    /* replies with the userfaultfd; when on already, with the same one */
-	PR_AGENT_FAULT_OFF,   /* unregisters, which wakes all waiting threads */
-	PR_AGENT_KEEP_STATE,  /* with a memfd to store; with none: closes the stored one */
-	PR_AGENT_FETCH_STATE, /* replies with the stored memfd, or with none */
+	PR_AGENT_PROBE, /* whether UFFD_ENABLE can work here; changes nothing */
+	/* replies with the userfaultfd; when on already, with the same one */
+	PR_AGENT_UFFD_ENABLE,
+	PR_AGENT_UFFD_DISABLE, /* unregisters, which wakes all waiting threads */
+	PR_AGENT_STORE_STATE,  /* with a memfd to store; with none: closes the stored one */
+	PR_AGENT_FETCH_STATE,  /* replies with the stored memfd, or with none */
 	PR_AGENT_STOP,
 	PR_AGENT_RUN,
 	PR_AGENT_SAVE, /* replies with a memfd */
@@ -80,8 +81,8 @@ typedef struct PrAgentRequest {
 	uint32_t id;
 } PrAgentRequest;
 
-#define PR_AGENT_FLAG_CALLBACKS 0x1u /* HELLO: stop, run, save and load are offered */
-#define PR_AGENT_FLAG_FAULT_ON	0x2u /* HELLO: the fault mode is on already */
+#define PR_AGENT_FLAG_CALLBACKS	   0x1u /* HELLO: stop, run, save and load are offered */
+#define PR_AGENT_FLAG_UFFD_ENABLED 0x2u /* HELLO: the fault mode is on already */
 #define PR_AGENT_FLAG_WAS_RUNNING                                                                  \
 	0x4u			      /* STOP: the guest ran at the first STOP since the last RUN */
 #define PR_AGENT_FLAG_FENCE_ON	0x8u  /* HELLO: the fence is on already */

@@ -142,7 +142,7 @@ static bool handle_hello(PrAgent *agent, AgentConn *conn, const PrAgentRequest *
 		agent->attached_serial = conn->serial;
 		result.flags = PR_AGENT_FLAG_ALLOCATES |
 			       (agent->has_ops ? PR_AGENT_FLAG_CALLBACKS : 0) |
-			       (agent->uffd >= 0 ? PR_AGENT_FLAG_FAULT_ON : 0) |
+			       (agent->uffd >= 0 ? PR_AGENT_FLAG_UFFD_ENABLED : 0) |
 			       (agent->fence_fd >= 0 ? PR_AGENT_FLAG_FENCE_ON : 0);
 		pthread_mutex_unlock(&agent->lock);
 	}
@@ -203,7 +203,7 @@ static bool handle_fence(PrAgent *agent, int conn, const Incoming *in)
 	return agent_reply(conn, &in->request, &result, NULL, 0);
 }
 
-/* PROBE, FAULT_ON, FAULT_OFF, KEEP_STATE and FETCH_STATE. */
+/* PROBE, UFFD_ENABLE, UFFD_DISABLE, STORE_STATE and FETCH_STATE. */
 static bool handle_memory(PrAgent *agent, int conn, Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
@@ -215,14 +215,14 @@ static bool handle_memory(PrAgent *agent, int conn, Incoming *in)
 	case PR_AGENT_PROBE:
 		agent_uffd_probe(agent, &result);
 		break;
-	case PR_AGENT_FAULT_ON:
+	case PR_AGENT_UFFD_ENABLE:
 		if (agent_uffd_enable(agent, &result))
 			fd = agent->uffd;
 		break;
-	case PR_AGENT_FAULT_OFF:
+	case PR_AGENT_UFFD_DISABLE:
 		agent_uffd_disable(agent);
 		break;
-	case PR_AGENT_KEEP_STATE:
+	case PR_AGENT_STORE_STATE:
 		agent_close_fd(&agent->state_fd);
 		agent->state_fd = in->fd;
 		in->fd = -1;
@@ -253,7 +253,7 @@ static bool fds_as_expected(const Incoming *in)
 	switch (in->request.op) {
 	case PR_AGENT_LOAD:
 		return in->fd >= 0;
-	case PR_AGENT_KEEP_STATE:
+	case PR_AGENT_STORE_STATE:
 		return true;
 	default:
 		return in->fd < 0;
@@ -274,9 +274,9 @@ static bool handle_request(PrAgent *agent, AgentConn *conn, Incoming *in)
 	case PR_AGENT_REGIONS:
 		return handle_regions(agent, conn->fd, &in->request);
 	case PR_AGENT_PROBE:
-	case PR_AGENT_FAULT_ON:
-	case PR_AGENT_FAULT_OFF:
-	case PR_AGENT_KEEP_STATE:
+	case PR_AGENT_UFFD_ENABLE:
+	case PR_AGENT_UFFD_DISABLE:
+	case PR_AGENT_STORE_STATE:
 	case PR_AGENT_FETCH_STATE:
 		return handle_memory(agent, conn->fd, in);
 	case PR_AGENT_MEMORY:

@@ -163,7 +163,7 @@ static bool handle_for_fd(Helper *helper, const Incoming *in)
 	int fd = -1;
 
 	switch (in->request.op) {
-	case PR_AGENT_FAULT_ON:
+	case PR_AGENT_UFFD_ENABLE:
 		fd = attach_uffd_enable(&helper->target, &helper->ram, &result);
 		break;
 	case PR_AGENT_FETCH_STATE:
@@ -182,8 +182,8 @@ static bool handle_for_fd(Helper *helper, const Incoming *in)
 	return reply_own_fd(helper, in, &result, fd);
 }
 
-/* FAULT_OFF and FENCE_OFF. To close the parked descriptors takes a stop of QEMU's main thread. So
- * the reply is sent first, as the engine waits for it. */
+/* UFFD_DISABLE and FENCE_OFF. To close the parked descriptors takes a stop of QEMU's main thread.
+ * So the reply is sent first, as the engine waits for it. */
 static bool handle_off(Helper *helper, const Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
@@ -191,7 +191,7 @@ static bool handle_off(Helper *helper, const Incoming *in)
 
 	if (!find_ram(helper, &result))
 		return reply(helper, in, &result);
-	if (in->request.op == PR_AGENT_FAULT_OFF)
+	if (in->request.op == PR_AGENT_UFFD_DISABLE)
 		attach_uffd_disable(&helper->target, &helper->ram, &result);
 	else
 		attach_fence_off(&helper->target, &helper->ram, &result);
@@ -212,7 +212,7 @@ static bool handle_simple(Helper *helper, const Incoming *in)
 	case PR_AGENT_PROBE:
 		attach_probe(target, &helper->ram, &result);
 		break;
-	case PR_AGENT_KEEP_STATE:
+	case PR_AGENT_STORE_STATE:
 		attach_store_state_fd(target, in->fd, &result);
 		break;
 	case PR_AGENT_FENCE_ON:
@@ -236,7 +236,7 @@ static bool is_expected(const Helper *helper, const Incoming *in)
 
 	if (in->request.magic != PR_AGENT_MAGIC)
 		return false;
-	if (op == PR_AGENT_ATTACH ? in->fd < 0 : op != PR_AGENT_KEEP_STATE && in->fd >= 0)
+	if (op == PR_AGENT_ATTACH ? in->fd < 0 : op != PR_AGENT_STORE_STATE && in->fd >= 0)
 		return false;
 	if (in->n_bases && op != PR_AGENT_CHOOSE)
 		return false;
@@ -259,17 +259,17 @@ static bool handle_request(Helper *helper, Incoming *in)
 		return handle_regions(helper, in);
 	case PR_AGENT_CHOOSE:
 		return handle_choose(helper, in);
-	case PR_AGENT_FAULT_ON:
+	case PR_AGENT_UFFD_ENABLE:
 	case PR_AGENT_FETCH_STATE:
 	case PR_AGENT_MEMORY:
 	case PR_AGENT_STDERR:
 	case PR_AGENT_ALLOCATOR:
 		return handle_for_fd(helper, in);
-	case PR_AGENT_FAULT_OFF:
+	case PR_AGENT_UFFD_DISABLE:
 	case PR_AGENT_FENCE_OFF:
 		return handle_off(helper, in);
 	case PR_AGENT_PROBE:
-	case PR_AGENT_KEEP_STATE:
+	case PR_AGENT_STORE_STATE:
 	case PR_AGENT_FENCE_ON:
 		return handle_simple(helper, in);
 	case PR_AGENT_STOP:

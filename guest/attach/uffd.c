@@ -141,7 +141,7 @@ bool attach_parked(const AttachTarget *target, uint32_t *ret_flags, AgentResult 
 	fence = find_kind(&search, AGENT_UFFD_FENCE);
 	*ret_flags = 0;
 	if (faults.there >= 0 && faults.flags != PROGRESS_OFF)
-		*ret_flags |= PR_AGENT_FLAG_FAULT_ON;
+		*ret_flags |= PR_AGENT_FLAG_UFFD_ENABLED;
 	/* A fence that a dead helper has not finished does not hold all writers. */
 	if (fence.there >= 0 && fence.flags == PROGRESS_DONE)
 		*ret_flags |= PR_AGENT_FLAG_FENCE_ON;

@@ -8,11 +8,11 @@
  * agent serves an engine over a unix socket, in threads of its own. The library needs libc and
  * pthreads only.
  *
- * 	PrAgent *agent = pr_agent_new(&ops, vm);
- * 	pr_agent_add_region(agent, &(PrAgentRegion){ .idstr = "ram", .base = ram, … });
- * 	err = pr_agent_serve(agent, "/run/vm/agent.sock");
- * 	…
- * 	pr_agent_free(agent);
+ *	PrAgent *agent = pr_agent_new(&ops, vm);
+ *	pr_agent_add_region(agent, &(PrAgentRegion){ .idstr = "ram", .base = ram, … });
+ *	err = pr_agent_serve(agent, "/run/vm/agent.sock");
+ *	…
+ *	pr_agent_free(agent);
  *
  * One process can have any number of agents. All functions may be called from any thread, except
  * pr_agent_free(): it is called once, when no other thread uses the agent, and not from one of the

@@ -675,7 +675,7 @@ static gpointer load_thread(gpointer data)
 }
 
 /* The load waits for a page that never comes. load_abort() ends the call in the engine, the agent
- * answers meanwhile, and FAULT_OFF ends the load in the guest. */
+ * answers meanwhile, and UFFD_DISABLE ends the load in the guest. */
 static void a_load_that_waits_for_a_page_can_be_aborted(void **state)
 {
 	g_autoptr(TestGuest) source = new_guest(TRUE, TRUE);

@@ -713,7 +713,7 @@ static void a_helper_may_die_anywhere(void **state)
 	}
 }
 
-/* A userfaultfd is parked, and registered in part. The next FAULT_ON completes it. */
+/* A userfaultfd is parked, and registered in part. The next UFFD_ENABLE completes it. */
 static void an_unfinished_fault_mode_is_finished(void **state)
 {
 	static const PrAttachCrashPoint points[] = {PR_ATTACH_CRASH_UFFD_MADE,

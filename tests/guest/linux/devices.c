@@ -8,8 +8,8 @@
  * Environment: devices, with any of "vram", "disk", "rng", "echo", "kvm". Prints after each round
  * over all of them:
  *
- * 	guest: devices: rounds=3 bad=0
- * 	guest: kvm: clock=kvm-clock steal=12 told=345		with "kvm": see print_kvm()
+ *	guest: devices: rounds=3 bad=0
+ *	guest: kvm: clock=kvm-clock steal=12 told=345		with "kvm": see print_kvm()
  */
 #include <errno.h>
 #include <fcntl.h>

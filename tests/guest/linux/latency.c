@@ -15,9 +15,9 @@
  * Environment: lat_mb (size of the buffer, MiB), lat_kind (random-write, sequential, read-mostly,
  * idle), lat_threads, lat_stall_ns (accesses that take as long count as stalls). Prints
  *
- * 	latency: pages=N clock=tsc clock_ns=90	(cost of reading the clock)
- * 	latency: at FIRST+COUNT …		(page frames of the region, in order; several lines)
- * 	latency: ready				(the buffer is filled, the workers run)
+ *	latency: pages=N clock=tsc clock_ns=90	(cost of reading the clock)
+ *	latency: at FIRST+COUNT …		(page frames of the region, in order; several lines)
+ *	latency: ready				(the buffer is filled, the workers run)
  */
 #include <errno.h>
 #include <fcntl.h>

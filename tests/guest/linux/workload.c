@@ -20,7 +20,7 @@
  * limit), work_survey, work_per_survey (pages, 0: no limit). Prints, once all pages have their
  * first generation and then every work_tick ms:
  *
- * 	guest: t=12.345 rounds=3 pages=123456 corrupt=0 surveys=0
+ *	guest: t=12.345 rounds=3 pages=123456 corrupt=0 surveys=0
  */
 #include <elf.h>
 #include <errno.h>
