@@ -81,14 +81,13 @@ typedef struct PrAgentRequest {
 	uint32_t id;
 } PrAgentRequest;
 
-#define PR_AGENT_FLAG_CALLBACKS	   0x1u /* HELLO: stop, run, save and load are offered */
-#define PR_AGENT_FLAG_UFFD_ENABLED 0x2u /* HELLO: the fault mode is on already */
-#define PR_AGENT_FLAG_WAS_RUNNING                                                                  \
-	0x4u			      /* STOP: the guest ran at the first STOP since the last RUN */
-#define PR_AGENT_FLAG_FENCE_ON	0x8u  /* HELLO: the fence is on already */
-#define PR_AGENT_FLAG_ALLOCATES 0x10u /* HELLO: the agent knows ALLOCATOR; since version 2 */
+#define PR_AGENT_FLAG_CALLBACKS	   0x1u	 /* HELLO: stop, run, save and load are offered */
+#define PR_AGENT_FLAG_UFFD_ENABLED 0x2u	 /* HELLO: the fault mode is on already */
+#define PR_AGENT_FLAG_WAS_RUNNING  0x4u	 /* STOP: it ran at the first STOP since RUN */
+#define PR_AGENT_FLAG_FENCE_ON	   0x8u	 /* HELLO: the fence is on already */
+#define PR_AGENT_FLAG_ALLOCATES	   0x10u /* HELLO: the agent knows ALLOCATOR; since version 2 */
 
-#define PR_AGENT_TEXT_MAX	511
+#define PR_AGENT_TEXT_MAX	   511
 
 typedef struct PrAgentReply {
 	uint32_t magic;

@@ -6,7 +6,7 @@
  * or that allocates it with fallocate(2). An engine that places a guest's pages would be charged
  * for the whole guest. So it asks a process in the guest's memory cgroup to allocate the pages
  * first. That is a thread of the agent in the guest's own process (guest/agent/), or a child of the
- * attach helper, which the helper has put into that cgroup (guest/attach/allocator.c).
+ * attach helper. The helper has moved the child into that cgroup (guest/attach/allocator.c).
  *
  * The engine speaks to the allocator over a SOCK_SEQPACKET pair. Two kinds of requests have no
  * reply. FILE gives the allocator a descriptor of the file with that number. END gives it a

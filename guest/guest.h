@@ -164,7 +164,7 @@ struct PrGuestOps {
 	/* Source, once the guest may run elsewhere. fence() write-protects its RAM here in the
 	 * kernel, whatever the VMM is told to do. The protection lasts until unfence(), also when
 	 * this engine ends. From fence() on, a guest that is let run here is stopped at once, with
-	 * or without the protection, and the observer of on_run_again() is called. fence() fails
+	 * or without the protection. Then the observer of on_run_again() is called. fence() fails
 	 * where the kernel refuses the protection. Both are harmless when repeated. */
 	gboolean (*fence)(PrGuest *guest, GError **error);
 	gboolean (*unfence)(PrGuest *guest, GError **error);

@@ -2,9 +2,9 @@
 /*
  * RAM blocks that are private to QEMU (a frame buffer, flash, ROMs). They are not in the device
  * state, and no other process can map them. So their pages travel through the engines. The source's
- * engine reads them from the memory of its QEMU while the guest runs, and reads those that have
- * changed again when it has stopped. The destination's engine writes them into the memory of its
- * QEMU before that loads its state.
+ * engine reads them from the memory of its QEMU while the guest runs. When the guest has stopped,
+ * it reads those again that have changed. The destination's engine writes them into the memory of
+ * its QEMU before that loads its state.
  *
  * QEMU tells the address of a block in its process since 8.0 (`info ramblock`). Before 8.0 only
  * blocks in the guest's address space can be found (`gpa2hva`). A frame buffer whose BAR is not
@@ -12,9 +12,9 @@
  * deferred: kept in the engine, and written before the guest runs. A block that can't be found at
  * all stays as QEMU has made it; the guest cannot see it either.
  *
- * Before 8.0 blocks are known by the last part of their names only, so that two of one kind (two
- * frame buffers) can't be told apart. They are not migrated, and the log says so. Blocks named
- * /rom@… are fw_cfg's; each QEMU makes its own.
+ * Before 8.0 blocks are known by the last part of their names only. So two of one kind (two frame
+ * buffers) can't be told apart. They are not migrated, and the log says so. Blocks named /rom@… are
+ * fw_cfg's; each QEMU makes its own.
  */
 #pragma once
 

@@ -4,8 +4,8 @@
  * RESET, and passes them to the watch's thread. That sends `stop` and reports the outcome.
  *
  * `stop` may hang. Where the RAM is write-protected (the fence), a vCPU that was let run waits at
- * its first write, and QEMU's main loop with its monitor waits for the vCPU. No data are lost by
- * that, and the answer comes when the fence ends. So QMP's timeout bounds each call, and the thread
+ * its first write. QEMU's main loop with its monitor waits for the vCPU. No data are lost by that,
+ * and the answer comes when the fence ends. So QMP's timeout bounds each call, and the thread
  * reports that there was no answer.
  */
 #include "guest/qemu-watch.h"

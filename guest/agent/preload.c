@@ -9,11 +9,11 @@
  *
  * Without POSTROAD_AGENT nothing happens: the wrappers pass their arguments on.
  *
- * Children must not inherit any of this. A QEMU, which the library knows by the name of the
- * executable, loses the variable and this library's entry of LD_PRELOAD from its environment before
- * main(). Other programs may be wrappers that execute QEMU later (timeout, numactl, ip netns exec).
- * They keep both until they map a memfd themselves. The library knows a child that was forked and
- * not executed by its process id.
+ * Children must not inherit any of this. The library knows a QEMU by the name of its executable.
+ * There it removes the variable and its own entry of LD_PRELOAD from the environment before main().
+ * Other programs may be wrappers that execute QEMU later (timeout, numactl, ip netns exec). They
+ * keep both until they map a memfd themselves. The library knows a child that was forked and not
+ * executed by its process id.
  */
 /* With _FILE_OFFSET_BITS, glibc's headers make the name mmap an alias of mmap64. This file defines
  * both. */

@@ -11,9 +11,9 @@
  *
  * Where the cgroup has no room left the kernel kills a process in it. The child raises its OOM
  * score, so that the kernel kills it and not the guest. The engine then reports this, and goes on
- * when there is room. But the pages that the child has allocated stay, so the cgroup stays full,
- * and the next page that the VMM needs would have the VMM killed. So the child holds a reserve:
- * memory of its own, charged to that cgroup, which its death frees.
+ * when there is room. But the pages that the child has allocated stay, so the cgroup stays full.
+ * The next page that the VMM needs would have the VMM killed. So the child holds a reserve: memory
+ * of its own, charged to that cgroup, which its death frees.
  */
 #include <errno.h>
 #include <fcntl.h>

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Gives the process a descriptor of the helper's. The process makes a socket pair, the helper
- * duplicates one end of it and sends the descriptor there, and the process receives it at the other
+ * Gives the process a descriptor of the helper's. The process makes a socket pair. The helper
+ * duplicates one end of it and sends the descriptor there. The process receives it at the other
  * end.
  */
 #include <errno.h>
