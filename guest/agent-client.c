@@ -543,7 +543,7 @@ void pr_agent_client_free(PrAgentClient *client)
 
 const char *pr_agent_client_path(PrAgentClient *client)
 {
-	return client->name;
+	return client->path;
 }
 
 const char *pr_agent_client_name(PrAgentClient *client)

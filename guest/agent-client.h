@@ -28,7 +28,7 @@ PrAgentClient *pr_agent_client_attach(const PrGuestHelper *helper, pid_t pid, in
 void pr_agent_client_free(PrAgentClient *client);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrAgentClient, pr_agent_client_free)
 
-/* The name for error texts: the agent's socket, or the helper and its process. */
+/* The agent's socket; NULL: the client of a helper. */
 const char *pr_agent_client_path(PrAgentClient *client);
 /* The pid of the guest's process, in its own pid namespace where an agent reports it. */
 pid_t pr_agent_client_pid(PrAgentClient *client);

@@ -183,6 +183,30 @@ static void regions_are_checked(void **state)
 	close(memfd);
 }
 
+/* The error tells the options for such an agent, with the path of its socket and nothing else. */
+static void an_agent_without_callbacks_is_refused_by_the_path_of_its_socket(void **state)
+{
+	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(dir, "agent.sock", NULL);
+	g_autofree char *spec = g_strconcat("agent:", path, NULL);
+	g_autofree char *expected =
+		g_strdup_printf("agent %s: offers memory only; if this is a QEMU, use "
+				"qemu:qmp=PATH,agent=%s",
+				path, path);
+	PrAgent *agent = pr_agent_new(NULL, NULL);
+	g_autoptr(PrGuest) guest = NULL;
+	g_autoptr(GError) error = NULL;
+	guint n;
+
+	assert_int_equal(pr_agent_serve(agent, path), 0);
+	guest = pr_guest_open(spec, NULL, TIMEOUT, &error);
+	assert_non_null(guest);
+	assert_null(guest->ops->prepare(guest, PR_GUEST_SOURCE, &n, &error));
+	assert_string_equal(error->message, expected);
+	pr_agent_free(agent);
+	rmdir(dir);
+}
+
 /* Without free descriptors the agent waits instead of spinning, and goes on later. */
 static void an_agent_without_descriptors_goes_on_later(void **state)
 {
@@ -295,6 +319,7 @@ int main(void)
 		cmocka_unit_test(engines_of_other_users_are_refused),
 		cmocka_unit_test(an_agent_of_another_user_is_not_believed),
 		cmocka_unit_test(regions_are_checked),
+		cmocka_unit_test(an_agent_without_callbacks_is_refused_by_the_path_of_its_socket),
 		cmocka_unit_test(an_agent_without_descriptors_goes_on_later),
 		cmocka_unit_test(huge_pages_are_served),
 	};
