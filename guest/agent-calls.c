@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What is asked of an agent: memory and faults, and the VMM's callbacks. */
+/* The requests to an agent: memory and faults, and the VMM's callbacks. */
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -95,7 +95,7 @@ static gboolean adopt_one(GArray *regions, const PrGuestBlock *known, GArray *ou
 		if (!is_known(region, known))
 			continue;
 		block.idstr = g_strdup(known->idstr);
-		region->memfd = -1; /* has gone over */
+		region->memfd = -1; /* the new array owns it now */
 		g_array_append_val(out, block);
 		return TRUE;
 	}
@@ -128,7 +128,7 @@ gboolean pr_agent_client_choose(PrAgentClient *client, const PrGuestBlock *block
 				GError **error)
 {
 	g_autofree uint64_t *bases = g_new(uint64_t, n);
-	const PrAgentLoad load = {.fd = -1, .bases = bases, .n_bases = n};
+	const PrAgentPayload load = {.fd = -1, .bases = bases, .n_bases = n};
 	g_autoptr(PrAgentAnswer) reply = NULL;
 
 	for (guint i = 0; i < n; i++)
@@ -159,23 +159,23 @@ static int call_for_fd(PrAgentClient *client, PrAgentOp op, GCancellable *cancel
 
 int pr_agent_client_uffd_enable(PrAgentClient *client, GError **error)
 {
-	int uffd = call_for_fd(client, PR_AGENT_FAULT_ON, NULL, error);
+	int uffd = call_for_fd(client, PR_AGENT_UFFD_ENABLE, NULL, error);
 
-	/* It may be on, and we have nothing to serve the faults with. */
+	/* The fault mode may be on, but without a descriptor no engine can serve the faults. */
 	if (uffd < 0)
-		call_simple(client, PR_AGENT_FAULT_OFF, NULL);
+		call_simple(client, PR_AGENT_UFFD_DISABLE, NULL);
 	return uffd;
 }
 
 gboolean pr_agent_client_uffd_disable(PrAgentClient *client, GError **error)
 {
-	return call_simple(client, PR_AGENT_FAULT_OFF, error);
+	return call_simple(client, PR_AGENT_UFFD_DISABLE, error);
 }
 
 gboolean pr_agent_client_store_state_fd(PrAgentClient *client, int memfd, GError **error)
 {
 	g_autoptr(PrAgentAnswer) reply =
-		pr_agent_call(client, PR_AGENT_KEEP_STATE, memfd, 1, NULL, error);
+		pr_agent_call(client, PR_AGENT_STORE_STATE, memfd, 1, NULL, error);
 
 	return reply != NULL;
 }
@@ -200,7 +200,7 @@ int pr_agent_client_stderr(PrAgentClient *client, GError **error)
 	return reply ? pr_agent_answer_take_fd(reply, 0) : -1;
 }
 
-/* The kernel walks all page tables; a guest may have more RAM than that takes in one timeout. */
+/* The kernel walks all page tables, which may take longer than one timeout for a large guest. */
 gboolean pr_agent_client_fence_on(PrAgentClient *client, GError **error)
 {
 	g_autoptr(PrAgentAnswer) reply =

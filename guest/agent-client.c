@@ -12,7 +12,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "guest/death.h"
 #include "guest/kinds.h"
+#include "guest/packet.h"
 #include "guest/process.h"
 
 /* A call that waits for its reply; on the stack of its caller. */
@@ -23,21 +25,22 @@ typedef struct Call {
 } Call;
 
 struct PrAgentClient {
-	char *path;	  /* constant; NULL: a helper's */
-	char *name;	  /* constant; for messages */
+	char *path;	  /* constant; NULL: the client of a helper */
+	char *name;	  /* constant; for error texts */
 	guint timeout_ms; /* constant */
 	int fd;		  /* constant; sends are single packets and need no lock */
 	GThread *reader;  /* the owner's */
 	guint32 flags;	  /* constant after open */
-	pid_t pid;	  /* constant after open; of the guest's process, as the agent tells it */
+	pid_t pid;	  /* constant after open; the guest's process, as the agent reports it */
 
-	/* Of a helper's client, constant after open; else -1. */
+	/* For the client of a helper; constant after open. Else -1. */
 	pid_t helper; /* 0: none */
 	int pidfd;    /* of the guest's process */
-	int wake_fd;  /* eventfd: the reader is to end */
-	int lock_fd;  /* the helper's lock on that process, which ours keeps when it dies */
+	int wake_fd;  /* eventfd: ends the reader */
+	/* a duplicate of the helper's lock on that process: keeps the lock when the helper dies */
+	int lock_fd;
 
-	/* The owner's: agent-calls.c */
+	/* The owner's thread only: pr_agent_client_allocator() */
 	gboolean asked_allocator;
 	int allocator_fd; /* -1: there is none */
 
@@ -46,10 +49,8 @@ struct PrAgentClient {
 	GHashTable *calls; /* lock; id -> Call */
 	guint32 last_id;   /* lock */
 	GError *failure;   /* lock; set once: the connection is gone */
-	GMutex telling;	   /* held while `died` is called; taken before lock */
-	PrGuestDied died;  /* lock; taken when called */
-	void *died_opaque; /* lock */
-	gboolean closing;  /* lock; the end is ours: nobody died */
+	gboolean closing;  /* lock; the owner ends the connection: no death */
+	PrDeath death;	   /* has its own lock */
 };
 
 void pr_agent_answer_free(PrAgentAnswer *reply)
@@ -77,9 +78,9 @@ const char *pr_agent_op_name(guint32 op)
 		[PR_AGENT_HELLO] = "hello",
 		[PR_AGENT_REGIONS] = "list of regions",
 		[PR_AGENT_PROBE] = "userfaultfd probe",
-		[PR_AGENT_FAULT_ON] = "fault mode on",
-		[PR_AGENT_FAULT_OFF] = "fault mode off",
-		[PR_AGENT_KEEP_STATE] = "keep state",
+		[PR_AGENT_UFFD_ENABLE] = "fault mode on",
+		[PR_AGENT_UFFD_DISABLE] = "fault mode off",
+		[PR_AGENT_STORE_STATE] = "store state",
 		[PR_AGENT_FETCH_STATE] = "fetch state",
 		[PR_AGENT_STOP] = "stop",
 		[PR_AGENT_RUN] = "run",
@@ -99,23 +100,9 @@ const char *pr_agent_op_name(guint32 op)
 
 /* The reader thread */
 
-static void take_fds(struct msghdr *msg, PrAgentAnswer *reply)
-{
-	for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(msg); cmsg; cmsg = CMSG_NXTHDR(msg, cmsg)) {
-		guint n = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-
-		if (cmsg->cmsg_level != SOL_SOCKET || cmsg->cmsg_type != SCM_RIGHTS)
-			continue;
-		n = MIN(n, PR_AGENT_REGIONS_MAX - reply->n_fds);
-		memcpy(reply->fds + reply->n_fds, CMSG_DATA(cmsg), n * sizeof(int));
-		reply->n_fds += n;
-	}
-}
-
 static gboolean reply_valid(const PrAgentAnswer *reply, gsize len)
 {
 	const PrAgentReply *head = reply->head;
-	guint max_fds = 1;
 
 	if (len < sizeof(*head) || head->magic != PR_AGENT_MAGIC ||
 	    head->n_regions > PR_AGENT_REGIONS_MAX || head->status >= PR_AGENT_N_STATUS)
@@ -126,40 +113,31 @@ static gboolean reply_valid(const PrAgentAnswer *reply, gsize len)
 		return TRUE;
 	if (head->op == PR_AGENT_REGIONS)
 		return reply->n_fds == head->n_regions;
-	return reply->n_fds <= max_fds && !head->n_regions;
+	return reply->n_fds <= 1 && !head->n_regions;
 }
 
 /* NULL: the connection is at its end. */
 static PrAgentAnswer *receive(PrAgentClient *client, GError **error)
 {
 	g_autoptr(PrAgentAnswer) reply = g_new0(PrAgentAnswer, 1);
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(PR_AGENT_REGIONS_MAX * sizeof(int))];
-	} control;
-	struct iovec iov;
-	struct msghdr msg = {.msg_iov = &iov,
-			     .msg_iovlen = 1,
-			     .msg_control = control.bytes,
-			     .msg_controllen = sizeof(control.bytes)};
+	struct iovec piece = {.iov_base = g_malloc0(PR_AGENT_REPLY_MAX),
+			      .iov_len = PR_AGENT_REPLY_MAX};
+	PrPacket packet = {
+		.pieces = &piece, .n_pieces = 1, .fds = reply->fds, .n_fds = PR_AGENT_REGIONS_MAX};
 	ssize_t n;
 
-	reply->head = g_malloc0(PR_AGENT_REPLY_MAX);
-	iov = (struct iovec){.iov_base = reply->head, .iov_len = PR_AGENT_REPLY_MAX};
-	do {
-		n = recvmsg(client->fd, &msg, MSG_CMSG_CLOEXEC);
-	} while (n < 0 && errno == EINTR);
-	/* An empty packet, which is no answer, may come with descriptors as well. */
-	if (n >= 0)
-		take_fds(&msg, reply);
+	reply->head = piece.iov_base;
+	n = pr_packet_receive(client->fd, &packet, 0);
+	/* An empty packet may come with descriptors, too. */
+	reply->n_fds = packet.n_fds;
 	if (n <= 0) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
 			    "%s: the guest's process closed the connection%s%s", client->name,
 			    n < 0 ? ": " : "", n < 0 ? g_strerror(errno) : "");
 		return NULL;
 	}
-	reply->truncated = (msg.msg_flags & MSG_CTRUNC) != 0;
-	if ((msg.msg_flags & MSG_TRUNC) || !reply_valid(reply, n)) {
+	reply->truncated = (packet.cut & MSG_CTRUNC) != 0;
+	if ((packet.cut & MSG_TRUNC) || !reply_valid(reply, n)) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
 			    "%s: an answer of %zd bytes makes no sense; is this the socket "
 			    "of a Postroad agent of this version?",
@@ -175,7 +153,7 @@ static void deliver(PrAgentClient *client, PrAgentAnswer *reply)
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&client->lock);
 	Call *call = g_hash_table_lookup(client->calls, GUINT_TO_POINTER(reply->head->id));
 
-	/* Its caller may have given up. */
+	/* No call: its caller has given up. */
 	if (!call || call->reply || call->op != reply->head->op) {
 		pr_agent_answer_free(reply);
 		return;
@@ -184,25 +162,23 @@ static void deliver(PrAgentClient *client, PrAgentAnswer *reply)
 	g_cond_broadcast(&client->cond);
 }
 
+/* Takes failure. */
 static void fail(PrAgentClient *client, GError *failure)
 {
-	PrGuestDied died;
-	void *opaque;
+	gboolean closing;
 
-	g_mutex_lock(&client->telling);
 	g_mutex_lock(&client->lock);
 	g_clear_error(&client->failure);
 	client->failure = failure;
-	died = client->closing ? NULL : g_steal_pointer(&client->died);
-	opaque = client->died_opaque;
+	closing = client->closing;
 	g_cond_broadcast(&client->cond);
 	g_mutex_unlock(&client->lock);
-	if (died)
-		died(failure->message, opaque);
-	g_mutex_unlock(&client->telling);
+	if (!closing)
+		pr_death_report(&client->death, failure->message);
 }
 
-/* Without a timeout: waits until it ends, or this client is closed. */
+/* Waits until the process ends, the time is up, or this client is closed. timeout_ms -1: without a
+ * limit of time. */
 static gboolean process_ended(PrAgentClient *client, int timeout_ms)
 {
 	struct pollfd polls[] = {{.fd = client->pidfd, .events = POLLIN},
@@ -215,8 +191,9 @@ static gboolean process_ended(PrAgentClient *client, int timeout_ms)
 	return polls[0].revents != 0;
 }
 
-/* A helper can end by itself. The guest does not suffer, and no call can be made any more. */
-static void outlive_helper(PrAgentClient *client)
+/* The helper has ended, and the process has not. All calls fail from now on. Waits for the end of
+ * the process, to report it. */
+static void wait_without_helper(PrAgentClient *client)
 {
 	gboolean closing;
 
@@ -225,8 +202,8 @@ static void outlive_helper(PrAgentClient *client)
 	if (!closing)
 		client->failure = g_error_new(
 			PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE,
-			"%s: it has ended; what has been set up goes on, start this engine anew "
-			"with --resume to have it back",
+			"%s: it has ended; the guest goes on, and its faults wait; restart this "
+			"engine with --resume",
 			client->name);
 	g_cond_broadcast(&client->cond);
 	g_mutex_unlock(&client->lock);
@@ -236,10 +213,10 @@ static void outlive_helper(PrAgentClient *client)
 	process_ended(client, -1);
 }
 
-static void tell_end(PrAgentClient *client, GError *failure)
+static void report_end(PrAgentClient *client, GError *failure)
 {
 	if (client->helper && !process_ended(client, 0))
-		outlive_helper(client);
+		wait_without_helper(client);
 	if (client->helper && process_ended(client, 0)) {
 		g_clear_error(&failure);
 		failure = g_error_new(PR_GUEST_ERROR, PR_GUEST_ERROR_DIED,
@@ -256,47 +233,30 @@ static gpointer reader_thread(gpointer data)
 
 	while ((reply = receive(client, &failure)))
 		deliver(client, reply);
-	tell_end(client, failure);
+	report_end(client, failure);
 	return NULL;
 }
 
 /* Calls */
 
 static gboolean send_request(PrAgentClient *client, const PrAgentRequest *request,
-			     const PrAgentLoad *load, GError **error)
+			     const PrAgentPayload *load, GError **error)
 {
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(sizeof(int))];
-	} control = {0};
-	struct iovec iov[] = {
+	const struct iovec pieces[] = {
 		{.iov_base = (void *)request, .iov_len = sizeof(*request)},
 		{.iov_base = (void *)load->bases, .iov_len = load->n_bases * sizeof(uint64_t)},
 	};
-	struct msghdr msg = {.msg_iov = iov, .msg_iovlen = 2};
-	ssize_t n;
+	PrPacket packet = {
+		.pieces = pieces, .n_pieces = 2, .fds = (int *)&load->fd, .n_fds = load->fd >= 0};
 
-	if (load->fd >= 0) {
-		struct cmsghdr *cmsg;
-
-		msg.msg_control = control.bytes;
-		msg.msg_controllen = sizeof(control.bytes);
-		cmsg = CMSG_FIRSTHDR(&msg);
-		cmsg->cmsg_level = SOL_SOCKET;
-		cmsg->cmsg_type = SCM_RIGHTS;
-		cmsg->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(cmsg), &load->fd, sizeof(int));
-	}
-	do {
-		n = sendmsg(client->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
-	} while (n < 0 && errno == EINTR);
-	/* Then the reader tells whose end it is. */
-	if (n < 0 && (errno == EPIPE || errno == ECONNRESET))
+	if (pr_packet_send(client->fd, &packet, MSG_DONTWAIT))
 		return TRUE;
-	if (n < 0)
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, "%s: cannot send '%s': %s",
-			    client->name, pr_agent_op_name(request->op), g_strerror(errno));
-	return n >= 0;
+	/* Then the reader thread finds out why the connection has ended. */
+	if (errno == EPIPE || errno == ECONNRESET)
+		return TRUE;
+	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED, "%s: cannot send '%s': %s",
+		    client->name, pr_agent_op_name(request->op), g_strerror(errno));
+	return FALSE;
 }
 
 static void wake_calls(GCancellable *cancel, gpointer data)
@@ -359,8 +319,7 @@ static gboolean reply_ok(PrAgentClient *client, const PrAgentAnswer *reply, GErr
 	return FALSE;
 }
 
-/* The whole round trip. NULL: no answer, or a refusal. */
-PrAgentAnswer *pr_agent_call_with(PrAgentClient *client, PrAgentOp op, const PrAgentLoad *load,
+PrAgentAnswer *pr_agent_call_with(PrAgentClient *client, PrAgentOp op, const PrAgentPayload *load,
 				  guint timeouts, GCancellable *cancel, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() +
@@ -395,15 +354,15 @@ PrAgentAnswer *pr_agent_call_with(PrAgentClient *client, PrAgentOp op, const PrA
 PrAgentAnswer *pr_agent_call(PrAgentClient *client, PrAgentOp op, int fd, guint timeouts,
 			     GCancellable *cancel, GError **error)
 {
-	const PrAgentLoad load = {.fd = fd};
+	const PrAgentPayload load = {.fd = fd};
 
 	return pr_agent_call_with(client, op, &load, timeouts, cancel, error);
 }
 
 /* Opening */
 
-/* A process of another user would be believed what the guest's memory is. Root can't be told whose guest it is to
- * serve; it has named the path. */
+/* The engine believes the agent what the guest's memory is. So another user must not serve the
+ * socket. An engine of root accepts any user, as root has named the path. */
 static gboolean check_peer(int fd, const char *path, GError **error)
 {
 	struct ucred peer;
@@ -411,7 +370,8 @@ static gboolean check_peer(int fd, const char *path, GError **error)
 
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PERMISSION,
-			    "agent %s: whose it is can't be told: %s", path, g_strerror(errno));
+			    "agent %s: cannot find out which user serves it: %s", path,
+			    g_strerror(errno));
 		return FALSE;
 	}
 	if (geteuid() == 0 || peer.uid == 0 || peer.uid == geteuid())
@@ -442,7 +402,8 @@ static int connect_socket(const char *path, GError **error)
 			    g_strerror(errno));
 		return -1;
 	}
-	/* The server only ever polls: if its backlog is full, it is not an agent. */
+	/* An agent accepts at once. If the backlog of this socket is full, its server is no
+	 * agent. */
 	g_unix_set_fd_nonblocking(fd, TRUE, NULL);
 	if (connect(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE,
@@ -459,9 +420,9 @@ static int connect_socket(const char *path, GError **error)
 	return -1;
 }
 
-static gboolean say_hello(PrAgentClient *client, GError **error)
+static gboolean send_hello(PrAgentClient *client, GError **error)
 {
-	/* A helper waits for the last engine's, which may just be ending. */
+	/* A helper waits for the lock of the last engine's helper, which may just be ending. */
 	guint timeouts = client->helper ? 2 : 1;
 	g_autoptr(PrAgentAnswer) reply =
 		pr_agent_call(client, PR_AGENT_HELLO, -1, timeouts, NULL, error);
@@ -484,7 +445,7 @@ static PrAgentClient *client_new(int fd, guint timeout_ms)
 	client->pidfd = client->wake_fd = client->lock_fd = client->allocator_fd = -1;
 	client->calls = g_hash_table_new(NULL, NULL);
 	g_mutex_init(&client->lock);
-	g_mutex_init(&client->telling);
+	pr_death_init(&client->death);
 	g_cond_init(&client->cond);
 	return client;
 }
@@ -506,12 +467,12 @@ PrAgentClient *pr_agent_client_open(const char *path, guint timeout_ms, GError *
 
 	client->path = g_strdup(path);
 	client->name = g_strconcat("agent ", path, NULL);
-	if (!start_reader(client, error) || !say_hello(client, error))
+	if (!start_reader(client, error) || !send_hello(client, error))
 		return NULL;
 	return g_steal_pointer(&client);
 }
 
-static gboolean say_attach(PrAgentClient *client, GError **error)
+static gboolean send_attach(PrAgentClient *client, GError **error)
 {
 	g_autoptr(PrAgentAnswer) reply =
 		pr_agent_call(client, PR_AGENT_ATTACH, client->pidfd, 1, NULL, error);
@@ -533,7 +494,8 @@ PrAgentClient *pr_agent_client_attach(const PrGuestHelper *helper, pid_t pid, in
 			    g_strerror(errno));
 		return NULL;
 	}
-	if (!start_reader(client, error) || !say_attach(client, error) || !say_hello(client, error))
+	if (!start_reader(client, error) || !send_attach(client, error) ||
+	    !send_hello(client, error))
 		return NULL;
 	return g_steal_pointer(&client);
 }
@@ -570,16 +532,18 @@ void pr_agent_client_free(PrAgentClient *client)
 	g_hash_table_unref(client->calls);
 	g_clear_error(&client->failure);
 	g_mutex_clear(&client->lock);
-	g_mutex_clear(&client->telling);
+	pr_death_clear(&client->death);
 	g_cond_clear(&client->cond);
 	g_free(client->path);
 	g_free(client->name);
 	g_free(client);
 }
 
+/* Properties */
+
 const char *pr_agent_client_path(PrAgentClient *client)
 {
-	return client->name;
+	return client->path;
 }
 
 const char *pr_agent_client_name(PrAgentClient *client)
@@ -604,13 +568,15 @@ gboolean pr_agent_client_has_callbacks(PrAgentClient *client)
 
 gboolean pr_agent_client_was_faulting(PrAgentClient *client)
 {
-	return (client->flags & PR_AGENT_FLAG_FAULT_ON) != 0;
+	return (client->flags & PR_AGENT_FLAG_UFFD_ENABLED) != 0;
 }
 
 gboolean pr_agent_client_was_fenced(PrAgentClient *client)
 {
 	return (client->flags & PR_AGENT_FLAG_FENCE_ON) != 0;
 }
+
+/* The allocator, and the end of the process */
 
 int pr_agent_client_allocator(PrAgentClient *client, GError **error)
 {
@@ -634,21 +600,7 @@ int pr_agent_client_allocator(PrAgentClient *client, GError **error)
 
 void pr_agent_client_on_death(PrAgentClient *client, PrGuestDied died, void *opaque)
 {
-	g_autofree char *reason = NULL;
-
-	g_mutex_lock(&client->telling);
-	g_mutex_lock(&client->lock);
-	if (g_error_matches(client->failure, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE) ||
-	    !client->failure) {
-		client->died = died;
-		client->died_opaque = opaque;
-	} else {
-		reason = g_strdup(client->failure->message);
-	}
-	g_mutex_unlock(&client->lock);
-	if (reason && died)
-		died(reason, opaque);
-	g_mutex_unlock(&client->telling);
+	pr_death_observe(&client->death, died, opaque);
 }
 
 char *pr_agent_client_process(PrAgentClient *client)

@@ -1,26 +1,27 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What engine and agent say to each other, over a SOCK_SEQPACKET unix socket of one host: one packet a
- * request, one packet a reply, native byte order, descriptors by SCM_RIGHTS. The agent is a thread in the
- * guest's process (guest/agent/), or the helper process that attaches to it from outside (guest/attach/).
+ * The protocol between engine and agent, over a SOCK_SEQPACKET unix socket of one host. A request
+ * is one packet, and so is a reply; native byte order, descriptors by SCM_RIGHTS. The agent is a
+ * thread in the guest's process (guest/agent/), or the helper process that attaches to it from
+ * outside (guest/attach/).
  *
  *	engine                                  agent
- *	ATTACH + pidfd                  ──▶     (helper only: the process that it is for, once)
+ *	ATTACH + pidfd                  ──▶     (helper only, once: the guest's process)
  *	                                ◀──     ATTACH
  *	HELLO (version)                 ──▶
  *	                                ◀──     HELLO (flags), or BUSY: another engine is attached
  *	REGIONS                         ──▶
  *	                                ◀──     REGIONS, one memfd each
- *	FAULT_ON                        ──▶
+ *	UFFD_ENABLE                     ──▶
  *	                                ◀──     the userfaultfd
- *	LOAD + memfd                    ──▶     (on the agent's second thread)
- *	FAULT_OFF                       ──▶
- *	                                ◀──     FAULT_OFF
+ *	LOAD + memfd                    ──▶     (by the agent's worker thread)
+ *	UFFD_DISABLE                    ──▶
+ *	                                ◀──     UFFD_DISABLE
  *	                                ◀──     LOAD
  *
- * Replies carry the id of their request. STOP, RUN, SAVE and LOAD are answered when the VMM has done
- * them, out of order with the rest: a LOAD that waits for a page must not keep FAULT_OFF from being
- * heard. A packet that is not exactly a request closes the connection.
+ * A reply carries the id of its request. STOP, RUN, SAVE and LOAD have their reply when the VMM has
+ * finished them, out of order with the others: a LOAD that waits for a page must not delay
+ * UFFD_DISABLE. A packet that is not exactly a request closes the connection.
  */
 #pragma once
 
@@ -31,38 +32,45 @@
 #define PR_AGENT_MAGIC	 0x50724167 /* "PrAg" */
 #define PR_AGENT_VERSION 2
 
-/* The name of an engine's state memfd (KEEP_STATE): the helper finds it by this. */
+/* The name of an engine's state memfd (STORE_STATE), by which the helper finds it. */
 #define PR_AGENT_STATE_NAME "postroad-state"
 
 typedef enum PrAgentOp {
 	PR_AGENT_HELLO = 1,
 	PR_AGENT_REGIONS,
-	PR_AGENT_PROBE,	      /* could FAULT_ON work here? Changes nothing */
-	PR_AGENT_FAULT_ON,    /* replies with the userfaultfd; when on already, with the same one */
-	PR_AGENT_FAULT_OFF,   /* unregisters, which wakes everybody */
-	PR_AGENT_KEEP_STATE,  /* with a memfd to keep, or with none: forget it */
-	PR_AGENT_FETCH_STATE, /* replies with that memfd, or with none */
+	PR_AGENT_PROBE, /* whether UFFD_ENABLE can work here; changes nothing */
+	/* replies with the userfaultfd; when on already, with the same one */
+	PR_AGENT_UFFD_ENABLE,
+	PR_AGENT_UFFD_DISABLE, /* unregisters, which wakes all waiting threads */
+	PR_AGENT_STORE_STATE,  /* with a memfd to store; with none: closes the stored one */
+	PR_AGENT_FETCH_STATE,  /* replies with the stored memfd, or with none */
 	PR_AGENT_STOP,
 	PR_AGENT_RUN,
 	PR_AGENT_SAVE, /* replies with a memfd */
 	PR_AGENT_LOAD, /* with a memfd */
-	PR_AGENT_MEMORY, /* replies with the process's memory (/proc/PID/mem), open for reading and writing */
-	PR_AGENT_STDERR, /* replies with its standard error, open for reading, or with none: not a file */
-	PR_AGENT_FENCE_ON, /* write-protects every region until FENCE_OFF, also without an engine */
-	PR_AGENT_FENCE_OFF, /* whoever waited to write goes on */
+	/* replies with the process's memory (/proc/PID/mem), open for reading and writing */
+	PR_AGENT_MEMORY,
+	/* replies with its standard error, open for reading, or with none: not a file */
+	PR_AGENT_STDERR,
+	/* write-protects every region until FENCE_OFF, also while no engine is attached */
+	PR_AGENT_FENCE_ON,
+	PR_AGENT_FENCE_OFF, /* ends that; waiting writers go on */
 	PR_AGENT_ATTACH, /* helper only, once, before HELLO: with a pidfd of the guest's process */
-	PR_AGENT_CHOOSE, /* helper only: the bases (uint64_t) of the regions that are the guest's RAM follow */
-	PR_AGENT_ALLOCATOR, /* replies with the allocator's socket (allocator.h), or with none: engine and guest share a
-			     * memory cgroup. Only where HELLO has said ALLOCATES; an engine asks once */
+	/* helper only: the bases (uint64_t) of the regions that are the guest's RAM follow the
+	 * request */
+	PR_AGENT_CHOOSE,
+	/* replies with the allocator's socket (allocator.h); with none where engine and guest share
+	 * a memory cgroup. Only after HELLO with ALLOCATES, and once per engine */
+	PR_AGENT_ALLOCATOR,
 	PR_AGENT_N_OPS
 } PrAgentOp;
 
 typedef enum PrAgentStatus {
 	PR_AGENT_OK = 0,
-	PR_AGENT_BUSY,	      /* another engine is attached, or a callback is still at work */
+	PR_AGENT_BUSY,	      /* another engine is attached, or a callback is still running */
 	PR_AGENT_PERMISSION,  /* userfaultfd refused */
-	PR_AGENT_UNSUPPORTED, /* kernel, or an agent without callbacks */
-	PR_AGENT_FAILED,      /* the VMM or the kernel said no */
+	PR_AGENT_UNSUPPORTED, /* by the kernel, or by an agent without callbacks */
+	PR_AGENT_FAILED,      /* the VMM or the kernel returned an error */
 	PR_AGENT_N_STATUS
 } PrAgentStatus;
 
@@ -73,13 +81,13 @@ typedef struct PrAgentRequest {
 	uint32_t id;
 } PrAgentRequest;
 
-#define PR_AGENT_FLAG_CALLBACKS	  0x1u	/* HELLO: stop, run, save and load are offered */
-#define PR_AGENT_FLAG_FAULT_ON	  0x2u	/* HELLO: the fault mode is on already */
-#define PR_AGENT_FLAG_WAS_RUNNING 0x4u	/* STOP: when the guest was stopped first since it ran */
-#define PR_AGENT_FLAG_FENCE_ON	  0x8u	/* HELLO: the fence is on already */
-#define PR_AGENT_FLAG_ALLOCATES	  0x10u /* HELLO: ALLOCATOR is known; since version 2 */
+#define PR_AGENT_FLAG_CALLBACKS	   0x1u	 /* HELLO: stop, run, save and load are offered */
+#define PR_AGENT_FLAG_UFFD_ENABLED 0x2u	 /* HELLO: the fault mode is on already */
+#define PR_AGENT_FLAG_WAS_RUNNING  0x4u	 /* STOP: it ran at the first STOP since RUN */
+#define PR_AGENT_FLAG_FENCE_ON	   0x8u	 /* HELLO: the fence is on already */
+#define PR_AGENT_FLAG_ALLOCATES	   0x10u /* HELLO: the agent knows ALLOCATOR; since version 2 */
 
-#define PR_AGENT_TEXT_MAX	  511
+#define PR_AGENT_TEXT_MAX	   511
 
 typedef struct PrAgentReply {
 	uint32_t magic;
@@ -90,7 +98,7 @@ typedef struct PrAgentReply {
 	uint32_t flags;
 	uint32_t pid;			  /* HELLO: of the guest's process */
 	uint32_t n_regions;		  /* REGIONS: so many PrAgentWireRegion follow */
-	char text[PR_AGENT_TEXT_MAX + 1]; /* what went wrong, for the operator */
+	char text[PR_AGENT_TEXT_MAX + 1]; /* the error text for the operator */
 } PrAgentReply;
 
 typedef struct PrAgentWireRegion {

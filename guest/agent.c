@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The kind `agent:PATH`: a process that links the agent library and does everything itself.
+ * The kind `agent:PATH`: a process that links the agent library, with callbacks for stop, run, save
+ * and load.
  */
 #include <errno.h>
 #include <glib-unix.h>
@@ -11,18 +12,19 @@
 #include "guest/agent-client.h"
 #include "guest/kinds.h"
 
-#define SAVE_CHUNK   (256 * 1024) /* bytes */
-#define BUSY_MS	     10000	  /* for a callback that a dead engine asked for to end */
-#define BUSY_LOOK_US 5000
+#define SAVE_CHUNK (256 * 1024) /* bytes */
+/* the time for a callback to end that an engine, since dead, has asked for */
+#define BUSY_MS	      10000
+#define BUSY_CHECK_US 5000
 
 typedef struct AgentGuest {
 	PrGuest parent;
 	PrAgentClient *client; /* constant */
 
 	GMutex lock;
-	GArray *blocks;		   /* lock; PrGuestBlock; NULL before prepare() */
-	gboolean resume_running;   /* lock; stop() stopped a running guest */
-	int load_fd;		   /* lock; memfd of the load in progress, or -1 */
+	GArray *blocks;		 /* lock; PrGuestBlock; NULL before prepare() */
+	gboolean resume_running; /* lock; stop() stopped a running guest, which resume() lets run */
+	int load_fd;		 /* lock; memfd of the load in progress, or -1 */
 	GCancellable *load_cancel; /* lock; of the load in progress, or NULL */
 } AgentGuest;
 
@@ -99,7 +101,7 @@ static const PrGuestBlock *agent_prepare(PrGuest *guest, PrGuestRole role, guint
 	if (role == PR_GUEST_DESTINATION && !pr_agent_client_probe(self->client, error))
 		return NULL;
 	locker = g_mutex_locker_new(&self->lock);
-	/* The first answer stays: callers hold pointers into it. */
+	/* Callers hold pointers into the first array, so a later one is dropped. */
 	if (!self->blocks)
 		self->blocks = g_steal_pointer(&blocks);
 	*ret_n = self->blocks->len;
@@ -146,8 +148,8 @@ static gboolean agent_stop(PrGuest *guest, gboolean *ret_was_running, GError **e
 	return TRUE;
 }
 
-/* To stop it once more does no harm, and is how the agent is asked whether it ran (agent/worker.c). It may still
- * be at what the last engine wanted. */
+/* To stop the guest once more does no harm, and the reply says whether it ran at the first stop
+ * (agent/worker.c). The agent may still run a callback for the last engine. */
 static gboolean agent_assume_stopped(PrGuest *guest, gboolean was_running, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() + BUSY_MS * G_TIME_SPAN_MILLISECOND;
@@ -162,7 +164,7 @@ static gboolean agent_assume_stopped(PrGuest *guest, gboolean was_running, GErro
 			g_propagate_error(error, g_steal_pointer(&inner));
 			return FALSE;
 		}
-		g_usleep(BUSY_LOOK_US); /* between two looks whether it is done */
+		g_usleep(BUSY_CHECK_US); /* between two checks whether it has ended */
 	}
 }
 
@@ -243,7 +245,7 @@ static gboolean agent_load_data(PrGuest *guest, const void *data, gsize len, GEr
 			continue;
 		if (n < 0) {
 			g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-				    "cannot keep the device state: %s", g_strerror(errno));
+				    "cannot store the device state: %s", g_strerror(errno));
 			return FALSE;
 		}
 		at += n;
@@ -321,8 +323,8 @@ static gboolean agent_was_fenced(PrGuest *guest)
 	return pr_agent_client_was_fenced(((AgentGuest *)guest)->client);
 }
 
-/* Nothing to watch: the agent lets the guest run for its engine alone, and what a VMM does by itself it does not
- * hear of. */
+/* Never called: the agent lets the guest run for its engine only, and a VMM that runs its guest by
+ * itself does not tell the agent. */
 static void agent_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
 {
 }

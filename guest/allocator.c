@@ -11,6 +11,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "guest/packet.h"
+
 #define CGROUP_BYTES 8192
 
 typedef struct Allocator {
@@ -26,59 +28,18 @@ typedef struct Incoming {
 
 bool pr_allocator_send(int socket, const PrAllocatorRequest *request, int fd)
 {
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(sizeof(int))];
-	} control = {0};
-	struct iovec iov = {.iov_base = (void *)request, .iov_len = sizeof(*request)};
-	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
-	ssize_t n;
+	struct iovec piece = {.iov_base = (void *)request, .iov_len = sizeof(*request)};
+	PrPacket packet = {.pieces = &piece, .n_pieces = 1, .fds = &fd, .n_fds = fd >= 0};
 
-	if (fd >= 0) {
-		struct cmsghdr *cmsg;
-
-		msg.msg_control = control.bytes;
-		msg.msg_controllen = sizeof(control.bytes);
-		cmsg = CMSG_FIRSTHDR(&msg);
-		cmsg->cmsg_level = SOL_SOCKET;
-		cmsg->cmsg_type = SCM_RIGHTS;
-		cmsg->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(cmsg), &fd, sizeof(int));
-	}
-	do {
-		n = sendmsg(socket, &msg, MSG_NOSIGNAL);
-	} while (n < 0 && errno == EINTR);
-	return n == (ssize_t)sizeof(*request);
+	return pr_packet_send(socket, &packet, 0);
 }
 
-static void take_fd(struct msghdr *msg, int *ret_fd)
-{
-	for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(msg); cmsg; cmsg = CMSG_NXTHDR(msg, cmsg)) {
-		if (cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS && *ret_fd < 0)
-			memcpy(ret_fd, CMSG_DATA(cmsg), sizeof(*ret_fd));
-	}
-}
-
-/* There is room for one descriptor: the kernel closes what does not fit. */
 static bool receive(int socket, Incoming *in)
 {
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_LEN(sizeof(int))];
-	} control;
-	struct iovec iov = {.iov_base = &in->request, .iov_len = sizeof(in->request)};
-	struct msghdr msg = {.msg_iov = &iov,
-			     .msg_iovlen = 1,
-			     .msg_control = control.bytes,
-			     .msg_controllen = sizeof(control.bytes)};
-	ssize_t n;
+	struct iovec piece = {.iov_base = &in->request, .iov_len = sizeof(in->request)};
+	PrPacket packet = {.pieces = &piece, .n_pieces = 1, .fds = &in->fd, .n_fds = 1};
 
-	do {
-		n = recvmsg(socket, &msg, MSG_CMSG_CLOEXEC);
-	} while (n < 0 && errno == EINTR);
-	if (n >= 0)
-		take_fd(&msg, &in->fd);
-	return n == (ssize_t)sizeof(in->request) && !(msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
+	return pr_packet_receive(socket, &packet, 0) == sizeof(in->request) && !packet.cut;
 }
 
 static int allocate(int fd, uint64_t offset, uint64_t length)
@@ -92,8 +53,8 @@ static int allocate(int fd, uint64_t offset, uint64_t length)
 	return code;
 }
 
-/* To map a page that the file does not have fails, after the table for it was made. EEXIST: the file had it, the range was not
- * empty. */
+/* UFFDIO_CONTINUE on a page that the file does not have fails with EFAULT, but the kernel has made
+ * the page table by then. EEXIST: the file had the page, so the range was not empty. */
 static int make_table(int uffd, uint64_t at, uint64_t page_size)
 {
 	struct uffdio_continue args = {.range = {.start = at, .len = page_size},
@@ -119,7 +80,7 @@ static int make_tables(int uffd, uint64_t start, uint64_t length)
 	return code;
 }
 
-static int carry_out(int fd, const PrAllocatorRequest *request)
+static int execute(int fd, const PrAllocatorRequest *request)
 {
 	if (fd < 0)
 		return EBADF;
@@ -128,10 +89,10 @@ static int carry_out(int fd, const PrAllocatorRequest *request)
 	return make_tables(fd, request->offset, request->length);
 }
 
-static bool answer(const Allocator *self, const PrAllocatorRequest *request)
+static bool execute_and_reply(const Allocator *self, const PrAllocatorRequest *request)
 {
 	PrAllocatorReply reply = {.id = request->id,
-				  .code = carry_out(self->files[request->file], request)};
+				  .code = execute(self->files[request->file], request)};
 	ssize_t n;
 
 	do {
@@ -140,7 +101,7 @@ static bool answer(const Allocator *self, const PrAllocatorRequest *request)
 	return n == (ssize_t)sizeof(reply);
 }
 
-static void keep(int *at, int *fd)
+static void replace_fd(int *at, int *fd)
 {
 	if (*at >= 0)
 		close(*at);
@@ -148,7 +109,7 @@ static void keep(int *at, int *fd)
 	*fd = -1;
 }
 
-static bool handle(Allocator *self, Incoming *in)
+static bool handle_request(Allocator *self, Incoming *in)
 {
 	bool wants_fd = in->request.op == PR_ALLOCATOR_FILE || in->request.op == PR_ALLOCATOR_END;
 
@@ -156,14 +117,14 @@ static bool handle(Allocator *self, Incoming *in)
 		return false;
 	switch (in->request.op) {
 	case PR_ALLOCATOR_FILE:
-		keep(&self->files[in->request.file], &in->fd);
+		replace_fd(&self->files[in->request.file], &in->fd);
 		return true;
 	case PR_ALLOCATOR_END:
-		keep(&self->end_fd, &in->fd);
+		replace_fd(&self->end_fd, &in->fd);
 		return true;
 	case PR_ALLOCATOR_PAGES:
 	case PR_ALLOCATOR_TABLES:
-		return answer(self, &in->request);
+		return execute_and_reply(self, &in->request);
 	default:
 		return false;
 	}
@@ -172,7 +133,7 @@ static bool handle(Allocator *self, Incoming *in)
 static bool serve_request(Allocator *self)
 {
 	Incoming in = {.fd = -1};
-	bool ok = receive(self->socket, &in) && handle(self, &in);
+	bool ok = receive(self->socket, &in) && handle_request(self, &in);
 
 	if (in.fd >= 0)
 		close(in.fd);
@@ -190,7 +151,8 @@ void pr_allocator_serve(int socket)
 		struct pollfd polls[] = {{.fd = socket, .events = POLLIN},
 					 {.fd = self.end_fd, .events = POLLIN}};
 
-		/* Ended by a request, the end of the engine, or what END gave. */
+		/* Ended by a request, by the end of the engine, or by the descriptor that END
+		 * gave. */
 		if (poll(polls, 2, -1) < 0 && errno != EINTR)
 			break;
 		go_on = !polls[1].revents && (!polls[0].revents || serve_request(&self));
@@ -203,7 +165,7 @@ void pr_allocator_serve(int socket)
 		close(self.end_fd);
 }
 
-/* Lines of "NUMBER:CONTROLLERS:PATH". */
+/* CONTROLLERS of a line "NUMBER:CONTROLLERS:PATH" is a list with commas. */
 static bool has_memory(const char *controllers, size_t length)
 {
 	static const char memory[] = "memory";
@@ -219,7 +181,8 @@ static bool has_memory(const char *controllers, size_t length)
 	return false;
 }
 
-/* The path of such a line: of the memory controller's own hierarchy, or of version 2. NULL: it is another one's. */
+/* The path of such a line, if it is of the memory controller's own hierarchy (v1), or of version 2;
+ * else NULL. */
 static const char *path_of(const char *line, size_t length, bool v1)
 {
 	const char *one = memchr(line, ':', length);

@@ -37,7 +37,7 @@ void pr_guest_helper_end(PrGuestHelper *helper)
 		;
 }
 
-gboolean pr_guest_begin(const char *spec, gboolean filter, PrGuestHelper *ret, GError **error)
+gboolean pr_guest_fork_helper(const char *spec, gboolean filter, PrGuestHelper *ret, GError **error)
 {
 	const char *rest;
 	const PrGuestOps *kind = find_kind(spec, &rest);
@@ -76,12 +76,12 @@ PrGuest *pr_guest_open(const char *spec, PrGuestHelper *helper, guint timeout_ms
 			    spec);
 		return NULL;
 	}
-	if (!helper && !pr_guest_begin(spec, TRUE, &own, error))
+	if (!helper && !pr_guest_fork_helper(spec, TRUE, &own, error))
 		return NULL;
 	if (!helper)
 		helper = &own;
 	guest = kind->open(rest, helper, timeout_ms, error);
-	/* What was not taken. */
+	/* Ends a helper that was not taken. */
 	pr_guest_helper_end(helper);
 	return guest;
 }

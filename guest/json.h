@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Members of a QMP object whose type is not to be trusted. */
+/* Reads members of a QMP object, whose types are checked as they come from another process. */
 #pragma once
 
 #include <json-glib/json-glib.h>

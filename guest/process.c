@@ -9,7 +9,8 @@
 #define FIELD_STATE 3  /* proc(5): of /proc/PID/stat, counted from 1 */
 #define FIELD_START 22 /* clock ticks since the boot */
 
-/* The fields behind the name, which may hold anything; the first is FIELD_STATE. NULL: no such process. */
+/* The fields behind the name, which may hold any characters. The first field is FIELD_STATE. NULL:
+ * no such process. */
 static char **stat_fields(pid_t pid)
 {
 	g_autofree char *path = g_strdup_printf("/proc/%d/stat", (int)pid);
@@ -49,7 +50,7 @@ char *pr_process_text(pid_t pid)
 			       start_time(pid), pid_namespace(), boot);
 }
 
-/* A zombie has let go of its memory and its files. */
+/* A zombie has released its memory and its files. */
 static gboolean is_zombie(pid_t pid)
 {
 	g_auto(GStrv) fields = stat_fields(pid);
@@ -57,7 +58,7 @@ static gboolean is_zombie(pid_t pid)
 	return !fields || !fields[0] || strchr("ZX", fields[0][0]) != NULL;
 }
 
-/* The first thread of a process may have ended long before the others: only without others it is over. */
+/* The main thread of a process may be a zombie while other threads still run. */
 static gboolean has_other_threads(pid_t pid)
 {
 	g_autofree char *path = g_strdup_printf("/proc/%d/task", (int)pid);
@@ -80,7 +81,8 @@ gboolean pr_process_lives(const char *text)
 	return strcmp(now, text) == 0 && (!is_zombie(pid) || has_other_threads(pid));
 }
 
-/* proc(5): /proc/PID/task/TID/statm begins with the size of the address space: 0 once the thread has let go of it. */
+/* proc(5): /proc/PID/task/TID/statm begins with the size of the address space, which is 0 once the
+ * thread has released it. */
 static gboolean thread_uses_memory(pid_t pid, const char *tid)
 {
 	g_autofree char *path = g_strdup_printf("/proc/%d/task/%s/statm", (int)pid, tid);

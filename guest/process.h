@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Which process somebody means, in a text that can be written down: pid, when it was started, the pid namespace
- * that the number is of, and the boot. No two processes of a host have the same.
+ * Identifies a process by a text that can be recorded: its pid, its start time, the pid namespace
+ * of that pid, and the boot id. No two processes of a host have the same text.
  */
 #pragma once
 
@@ -10,11 +10,12 @@
 
 #define PR_PROCESS_TEXT_BYTES 128 /* with the end mark */
 
-/* "PID START NAMESPACE BOOT"; START is 0 where the process can't be looked at. g_free() it. */
+/* "PID START NAMESPACE BOOT"; START is 0 where /proc does not show the process. g_free() it. */
 char *pr_process_text(pid_t pid);
-/* Whether that very process is still there, in whole or as one that is just ending. One of another pid namespace
- * can't be seen: it counts as gone. */
+/* Whether that process still exists, also if it is just ending. A process of another pid namespace
+ * can't be seen, and counts as gone. */
 gboolean pr_process_lives(const char *text);
-/* Whether a thread of that process may still touch its memory. Not any more also while its end waits for something
- * else, as KVM does for asynchronous page faults. TRUE for a process that can't be seen from here. */
+/* Whether a thread of that process may still touch its memory. FALSE also for a process whose end
+ * waits for something else, as KVM waits for asynchronous page faults. TRUE for a process that
+ * can't be seen from here. */
 gboolean pr_process_uses_memory(const char *text);

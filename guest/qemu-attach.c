@@ -1,27 +1,30 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Which process the QEMU behind a QMP socket is. The socket tells who listens at it, which may be another one: libvirt
- * makes the socket, and gives it to QEMU. So the threads of the vCPUs, which QMP tells, must be that process's.
+ * Finds the process of the QEMU at a QMP socket. The kernel tells which process has called listen()
+ * on the socket, but that may be another one: libvirt makes the socket, and passes it to QEMU. So
+ * the threads of the vCPUs, which QMP lists, must belong to that process.
  *
- * The process is held by a pidfd before anything is looked at, so that a number that was used again is found out: who
- * looked through /proc/PID and then finds the pidfd's process alive has looked at that very one.
+ * A pidfd is opened before /proc/PID is read, as the kernel reuses pids. If the process of the
+ * pidfd still lives after the reading, the files of /proc/PID were those of that process.
  */
-#include "guest/qemu.h"
+#include "guest/qemu-attach.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/userfaultfd.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "guest/agent/uffd-ranges.h"
 #include "guest/attach/attach.h"
+#include "guest/qemu-query.h"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77 /* Linux 6.5 */
 #endif
+
+/* The process behind the socket */
 
 static char *name_of(pid_t pid)
 {
@@ -33,7 +36,7 @@ static char *name_of(pid_t pid)
 	return g_strchomp(name);
 }
 
-/* 0: it can't be told. */
+/* 0: not known, as for a process outside of this pid namespace. */
 static pid_t listener_of(GSocket *socket)
 {
 	struct ucred peer = {0};
@@ -75,7 +78,8 @@ static int open_process(GSocket *qmp, const char *qmp_path, pid_t *pid, GError *
 	return pidfd;
 }
 
-/* The name of its thread (guest/agent/agent.c). An agent that was never asked for has none. */
+/* Whether the process has a thread with the agent's name (guest/agent/agent.c). A loaded agent that
+ * does not serve has none. */
 static gboolean has_agent(pid_t pid)
 {
 	g_autofree char *path = g_strdup_printf("/proc/%d/task", (int)pid);
@@ -93,7 +97,7 @@ static gboolean has_agent(pid_t pid)
 	return FALSE;
 }
 
-/* Agent and helper would not know what the other one has set up. */
+/* Neither agent nor helper knows the userfaultfds of the other. */
 static gboolean refuse_agent(pid_t pid, GError **error)
 {
 	if (!has_agent(pid))
@@ -105,11 +109,13 @@ static gboolean refuse_agent(pid_t pid, GError **error)
 	return TRUE;
 }
 
+/* Attaching */
+
 PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrGuestHelper *helper,
 			      guint timeout_ms, GError **error)
 {
 	int pidfd = open_process(qmp, qmp_path, &pid, error);
-	PrGuestHelper taken = *helper;
+	PrGuestHelper own = *helper;
 
 	if (pidfd < 0)
 		return NULL;
@@ -118,22 +124,21 @@ PrAgentClient *pr_qemu_attach(GSocket *qmp, const char *qmp_path, pid_t pid, PrG
 		return NULL;
 	}
 	*helper = (PrGuestHelper)PR_GUEST_HELPER_NONE;
-	return pr_agent_client_attach(&taken, pid, pidfd, timeout_ms, error);
+	return pr_agent_client_attach(&own, pid, pidfd, timeout_ms, error);
 }
 
-/* The parked duplicate says so, too: it is the same open file. */
+/* The flags of the parked descriptor change, too, as it is the same open file. */
 void pr_qemu_unregister(int uffd, const PrGuestBlock *blocks, guint n)
 {
-	for (guint i = 0; i < n; i++) {
-		struct uffdio_range range = {.start = blocks[i].base, .len = blocks[i].size};
-
-		(void)ioctl(uffd, UFFDIO_UNREGISTER, &range);
-	}
+	for (guint i = 0; i < n; i++)
+		agent_uffd_unregister(uffd, blocks[i].base, blocks[i].size);
 	(void)fcntl(uffd, F_SETFL, PR_ATTACH_UFFD_OFF);
 }
 
-/* The thread's number where the process itself is at home: the last one of "NSpid:". */
-static uint32_t own_number(pid_t pid, const char *thread)
+/* The check that it runs these vCPUs */
+
+/* The thread id in the process's own pid namespace: the last one of "NSpid:". */
+static uint32_t own_thread_id(pid_t pid, const char *thread)
 {
 	g_autofree char *path = g_strdup_printf("/proc/%d/task/%s/status", (int)pid, thread);
 	g_autofree char *text = NULL;
@@ -159,7 +164,7 @@ static GHashTable *threads_of(pid_t pid)
 	const char *name;
 
 	while (dir && (name = g_dir_read_name(dir)))
-		g_hash_table_add(threads, GUINT_TO_POINTER(own_number(pid, name)));
+		g_hash_table_add(threads, GUINT_TO_POINTER(own_thread_id(pid, name)));
 	return threads;
 }
 

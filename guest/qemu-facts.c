@@ -4,15 +4,15 @@
 #include <string.h>
 
 #include "guest/json.h"
-#include "guest/qemu.h"
-#include "guest/qmp-frame.h"
 #include "guest/qemu-private.h"
+#include "guest/qemu-query.h"
+#include "util/json-framer.h"
 
-#define DEVICES_MAX 4096 /* a source may name, and RAM blocks */
+#define DEVICES_MAX 4096 /* the most devices, or RAM blocks, that a source may name */
 
-/* ---- the devices ---- */
+/* The devices */
 
-/* A bus that encloses the line which is being read. */
+/* A bus that contains the current line. */
 typedef struct Bus {
 	gsize indent;
 	char *name;
@@ -30,9 +30,9 @@ static void bus_clear(gpointer data)
 typedef struct DeviceParser {
 	GArray *buses; /* Bus, the innermost last */
 	JsonArray *devices;
-	JsonObject *device; /* the one whose properties follow; owned by devices; NULL: none */
+	JsonObject *device; /* the device whose properties follow; owned by devices; NULL: none */
 	gsize device_indent;
-	GString *addr; /* of it, so far */
+	GString *addr; /* the device's place on its bus, so far */
 } DeviceParser;
 
 static Bus *innermost(DeviceParser *parser)
@@ -77,7 +77,7 @@ static void begin_device(DeviceParser *parser, gsize indent, const char *text)
 	json_array_add_object_element(parser->devices, parser->device);
 }
 
-/* The properties that say where on its bus a device is. */
+/* Whether the property is a part of the device's place on its bus. */
 static gboolean is_place(const char *name)
 {
 	static const char *const places[] = {"addr", "port", "unit", "channel", "scsi-id",
@@ -87,7 +87,7 @@ static gboolean is_place(const char *name)
 }
 
 /* `name = "value"`, or `name = 7 (0x7)` */
-static void take_property(DeviceParser *parser, const char *text)
+static void parse_property(DeviceParser *parser, const char *text)
 {
 	const char *equals = strstr(text, " = ");
 	g_autofree char *name = equals ? g_strndup(text, equals - text) : NULL;
@@ -104,7 +104,7 @@ static void take_property(DeviceParser *parser, const char *text)
 	g_string_append_printf(parser->addr, "%s%s", parser->addr->len ? "/" : "", value);
 }
 
-static void take_line(DeviceParser *parser, const char *line)
+static void parse_line(DeviceParser *parser, const char *line)
 {
 	gsize indent = strspn(line, " ");
 	const char *text = line + indent;
@@ -119,7 +119,7 @@ static void take_line(DeviceParser *parser, const char *line)
 	} else if (g_str_has_prefix(text, "dev: ")) {
 		begin_device(parser, indent, text + strlen("dev: "));
 	} else if (parser->device && indent > parser->device_indent) {
-		take_property(parser, text);
+		parse_property(parser, text);
 	} else if (g_str_has_prefix(text, "type ") && (bus = innermost(parser)) && !bus->type) {
 		bus->type = g_strdup(text + strlen("type "));
 	}
@@ -134,16 +134,16 @@ JsonArray *pr_qemu_devices_parse(const char *qtree)
 
 	g_array_set_clear_func(parser.buses, bus_clear);
 	for (guint i = 0; lines[i]; i++)
-		take_line(&parser, lines[i]);
+		parse_line(&parser, lines[i]);
 	end_device(&parser);
 	g_array_unref(parser.buses);
 	g_string_free(parser.addr, TRUE);
 	return parser.devices;
 }
 
-/* ---- asking ---- */
+/* The facts of a QEMU */
 
-static char *ask_type(PrQmp *qmp, const char *path, GError **error)
+static char *query_type(PrQmp *qmp, const char *path, GError **error)
 {
 	JsonObject *arguments = json_object_new();
 	g_autoptr(JsonNode) node = NULL;
@@ -168,13 +168,13 @@ static char *without(const char *text, const char *suffix)
 
 char *pr_qemu_machine(PrQmp *qmp, GError **error)
 {
-	g_autofree char *type = ask_type(qmp, "/machine", error);
+	g_autofree char *type = query_type(qmp, "/machine", error);
 
 	return type ? without(type, "-machine") : NULL;
 }
 
-/* How many vCPUs there are, and the model of the first. */
-static gboolean ask_cpus(PrQmp *qmp, JsonObject *facts, GError **error)
+/* The number of vCPUs, and the model of the first. */
+static gboolean query_cpus(PrQmp *qmp, JsonObject *facts, GError **error)
 {
 	g_autoptr(JsonNode) node = pr_qmp_execute(qmp, "query-cpus-fast", NULL, -1, error);
 	g_autofree char *type = NULL;
@@ -195,7 +195,7 @@ static gboolean ask_cpus(PrQmp *qmp, JsonObject *facts, GError **error)
 			    "QEMU's answer to 'query-cpus-fast' names no CPU");
 		return FALSE;
 	}
-	type = ask_type(qmp, path, error);
+	type = query_type(qmp, path, error);
 	if (!type)
 		return FALSE;
 	json_object_set_string_member(facts, "cpu", type);
@@ -226,7 +226,8 @@ JsonObject *pr_qemu_facts(PrQmp *qmp, const GArray *private_blocks, GError **err
 	g_autofree char *qtree = machine ? pr_qmp_human(qmp, "info qtree", error) : NULL;
 	guint major, minor;
 
-	if (!qtree || !ask_cpus(qmp, facts, error) || !pr_qemu_version(qmp, &major, &minor, error))
+	if (!qtree || !query_cpus(qmp, facts, error) ||
+	    !pr_qemu_version(qmp, &major, &minor, error))
 		return NULL;
 	version = g_strdup_printf("%u.%u", major, minor);
 	json_object_set_string_member(facts, "qemu", version);
@@ -244,18 +245,22 @@ char *pr_qemu_facts_to_text(JsonObject *facts)
 	return json_to_string(node, FALSE);
 }
 
-/* json-glib's parser recurses: who knows how deep the peer's text goes? It is one object, and nothing behind it. */
+/* PrFrameSink; opaque: the number of objects so far, 2 behind a fault. */
+static void count_object(const char *message, gsize len, const char *fault, void *opaque)
+{
+	*(guint *)opaque += fault ? 2 : 1;
+}
+
+/* json-glib's parser recurses, so the depth of the peer's text is checked first. It has to be one
+ * object, with nothing behind it. */
 static gboolean is_shallow_object(const char *text, gsize len)
 {
-	PrQmpFrameResult result = PR_QMP_FRAME_MORE;
-	PrQmpFrame frame;
-	gsize at = 0;
+	g_auto(PrFramer) framer;
+	guint objects = 0;
 
-	pr_qmp_frame_init(&frame);
-	while (at < len && result == PR_QMP_FRAME_MORE)
-		result = pr_qmp_frame_push(&frame, text[at++]);
-	pr_qmp_frame_clear(&frame);
-	return result == PR_QMP_FRAME_OBJECT && at == len;
+	pr_framer_init(&framer, PR_FRAMER_OBJECTS);
+	pr_framer_feed(&framer, text, len, count_object, &objects);
+	return objects == 1 && !framer.busy && text[len - 1] == '}';
 }
 
 JsonObject *pr_qemu_facts_from_text(const char *text, gsize len, GError **error)
@@ -263,17 +268,17 @@ JsonObject *pr_qemu_facts_from_text(const char *text, gsize len, GError **error)
 	g_autoptr(JsonParser) parser = json_parser_new();
 	JsonNode *root = NULL;
 
-	if (is_shallow_object(text, len) && g_utf8_validate(text, (gssize)len, NULL) &&
+	if (is_shallow_object(text, len) &&
 	    json_parser_load_from_data(parser, text, (gssize)len, NULL))
 		root = json_parser_get_root(parser);
 	if (root && JSON_NODE_HOLDS_OBJECT(root))
 		return json_object_ref(json_node_get_object(root));
 	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-		    "what the source tells of its QEMU is not a JSON object");
+		    "the source's description of its QEMU is not a JSON object");
 	return NULL;
 }
 
-/* ---- comparing ---- */
+/* Comparing */
 
 static const char *fact(JsonObject *object, const char *name)
 {
@@ -322,8 +327,8 @@ static gboolean check_machine(JsonObject *source, JsonObject *here, GError **err
 		fact(source, "cpu"), fact(here, "cpu"));
 }
 
-/* Whether a command line puts devices on such a bus. */
-static gboolean is_open_bus(const char *type)
+/* Whether a command line can put devices on such a bus. */
+static gboolean is_pluggable_bus(const char *type)
 {
 	static const char *const types[] = {
 		"PCI", "PCIE", "usb-bus", "SCSI", "IDE", "virtio-serial-bus", NULL};
@@ -337,15 +342,15 @@ static char *place_of(JsonObject *device)
 			       fact(device, "type"));
 }
 
-/* Whether a device of the list has to be the same on both sides. NULL: it has not. */
+/* The device of the list, if it has to be the same on both sides; else NULL. */
 static JsonObject *compared(JsonArray *devices, guint i, gboolean all)
 {
 	JsonObject *device = element(devices, i);
 
-	return device && (all || is_open_bus(fact(device, "bus-type"))) ? device : NULL;
+	return device && (all || is_pluggable_bus(fact(device, "bus-type"))) ? device : NULL;
 }
 
-/* Adds to the number of devices in a place; returns what it was. */
+/* Adds to the number of devices in a place; returns the number before. */
 static guint count_place(GHashTable *places, JsonObject *device, gint change)
 {
 	g_autofree char *place = place_of(device);
@@ -424,7 +429,8 @@ static gint64 size_of_block(JsonArray *blocks, const char *name)
 	return -1;
 }
 
-/* Whether each block of `blocks` is among the others, and of the same size if that is asked for. */
+/* Whether `others` has each block of `blocks`, with the same size. here, where: the sides of the
+ * two, for the error. */
 static gboolean check_blocks_in(JsonArray *blocks, JsonArray *others, const char *here,
 				const char *where, GError **error)
 {

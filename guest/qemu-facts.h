@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What two QEMUs must have in common for one to take the other's device state: machine type, CPU model, number of vCPUs,
- * devices with their places, and the private RAM blocks with their sizes. The source tells them, as JSON, while its
- * guest still runs; the destination compares them with its own QEMU's and names what differs.
+ * The facts that two QEMUs must have in common for one to load the other's device state: machine
+ * type, CPU model, number of vCPUs, devices with their places, and the private RAM blocks with
+ * their sizes. The source sends its facts as JSON while its guest still runs. The destination
+ * compares them with those of its own QEMU, and names the difference.
  *
- * QEMU finds a device's state by its place (bus and address), so that is what is compared, and the device's type. The
- * list is of `info qtree`. Two versions of QEMU model the inside of a machine differently (its ISA and system
- * bus), so there only what a command line puts on a bus is compared.
+ * QEMU finds a device's state by the device's place (bus and address). So place and type of each
+ * device are compared, as `info qtree` lists them. Two versions of QEMU model the inside of a
+ * machine differently (its ISA and system bus). Between two versions only the devices are compared
+ * that a command line puts on a bus.
  */
 #pragma once
 
@@ -15,13 +17,17 @@
 
 #include "guest/qmp.h"
 
-/* ramblocks: of pr_qemu_private_list(). */
+/* The machine type, as in -machine. */
+char *pr_qemu_machine(PrQmp *qmp, GError **error);
+/* private_blocks: of pr_qemu_private_list(). */
 JsonObject *pr_qemu_facts(PrQmp *qmp, const GArray *private_blocks, GError **error);
 char *pr_qemu_facts_to_text(JsonObject *facts);
-/* Of the other side: not to be trusted. */
+/* Parses the source's text, which is not trusted. */
 JsonObject *pr_qemu_facts_from_text(const char *text, gsize len, GError **error);
-/* Whether a guest of `source` can be loaded by `here`; else the error names the first difference and what to do. */
+/* Whether `here` can load a guest of `source`; else the error names the first difference and the
+ * remedy. */
 gboolean pr_qemu_facts_check(JsonObject *source, JsonObject *here, GError **error);
 
-/* For its test: the devices in `info qtree`, an array of objects with bus, bus-type, addr, type and id. */
+/* For its test: the devices in `info qtree`, an array of objects with bus, bus-type, addr, type and
+ * id. */
 JsonArray *pr_qemu_devices_parse(const char *qtree);

@@ -1,13 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * QEMU may touch guest RAM while it loads; then its main loop waits for a page, and neither reads our bytes nor
- * answers QMP. So nothing here asks it anything before its event has come, and every wait ends with the
- * deadline, with load_abort(), or with QEMU's death.
+ * QEMU may touch guest RAM while it loads. Then its main loop waits for a page, and neither reads
+ * the state nor answers QMP. So no QMP command is sent between the start of the load and the event
+ * at its end. Every wait ends with the deadline, with load_abort(), or with QEMU's death.
  *
- * The state says that the guest ran, so QEMU would let it run as soon as it is loaded: it is told to stop before, while
- * it waits for its migration, which it remembers. With late-block-activate it takes the locks of disk images only when
- * it is let run; until then the source can still take its guest back.
+ * The state says that the guest ran, so QEMU would let it run as soon as it is loaded. It gets
+ * `stop` before, while it waits for its migration, and remembers it. With late-block-activate QEMU
+ * locks disk images only when it lets the guest run. Until then the source can still let its guest
+ * run again.
  */
+#include "guest/qemu-load.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
@@ -17,38 +20,41 @@
 
 #include "guest/json.h"
 #include "guest/kinds.h"
+#include "guest/qemu-blocks.h"
 #include "guest/qemu-facts.h"
 #include "guest/qemu-private.h"
+#include "guest/qemu-query.h"
 #include "guest/qemu-section.h"
-#include "guest/qemu.h"
 
-#define FD_NAME	       "postroad"
-#define CANCEL_LOOK_MS 20
-#define STDERR_MAX     2000 /* bytes of it that are told, the last ones */
+#define FD_NAME		"postroad"
+#define CANCEL_CHECK_MS 20
+#define STDERR_MAX	2000 /* the last bytes of QEMU's standard error that go into an error */
 
 struct PrQemuLoad {
 	PrQmp *qmp;	      /* constant */
 	PrAgentClient *agent; /* constant */
 	guint timeout_ms;     /* constant */
 
-	/* The caller's thread; calls come one after the other. */
+	/* The caller's thread; there is one call at a time. */
 	PrQemuSectionReader reader;
-	GArray *blocks;		     /* PrQemuPrivateBlock; NULL: nothing came early */
-	PrQemuPrivateBlock *current; /* of blocks: the one that PAGES are of; NULL: none */
-	int memory;		     /* of QEMU's process; -1: not open */
-	gboolean survives_failure;   /* QEMU can be told to live on when it cannot load */
+	GArray *blocks;		     /* PrQemuPrivateBlock; NULL: no FACTS have come */
+	PrQemuPrivateBlock *current; /* of blocks: the one of the last BLOCK; NULL: none */
+	int memory;		     /* /proc/PID/mem of QEMU; -1: not open */
+	gboolean survives_failure;   /* QEMU can be told not to exit when it cannot load */
 
 	GMutex lock;
-	GCond cond;	       /* lock; end or dead changed */
-	char *end;	       /* lock; how QEMU's migration ended: "completed", "failed", … */
+	GCond cond; /* lock; end or dead changed */
+	/* lock; the last status of QEMU's migration: "completed", "failed", …; NULL: it has not
+	 * ended */
+	char *end;
 	char *dead;	       /* lock; why QEMU is gone, or NULL */
-	gboolean runs;	       /* lock; the guest was let run since load_begin() */
-	int ready_fd;	       /* lock; QEMU has the other end already, -1: no */
-	int fd;		       /* lock; of the load in progress; -1: none */
+	gboolean runs;	       /* lock; QEMU has let the guest run since load_begin() */
+	int ready_fd;	       /* lock; a prepared socket, whose other end QEMU has; -1: none */
+	int fd;		       /* lock; the socket of the load in progress; -1: none */
 	GCancellable *cancel;  /* lock; of the load in progress, or NULL */
-	gboolean asked_stderr; /* lock */
-	int stderr_fd;	       /* lock; QEMU's, if it is a file; -1: it is not */
-	off_t stderr_from;     /* lock; what it had when the load began, bytes */
+	gboolean asked_stderr; /* lock; stderr_fd is final */
+	int stderr_fd;	       /* lock; QEMU's standard error; -1: that is not a file */
+	off_t stderr_from;     /* lock; its size when the load began, bytes */
 };
 
 PrQemuLoad *pr_qemu_load_new(PrQmp *qmp, PrAgentClient *agent, guint timeout_ms)
@@ -88,7 +94,7 @@ void pr_qemu_load_free(PrQemuLoad *load)
 	g_free(load);
 }
 
-/* ---- events ---- */
+/* Events */
 
 static gboolean is_end(const char *status)
 {
@@ -121,7 +127,7 @@ static void wake_waiters(GCancellable *cancel, gpointer data)
 	g_mutex_unlock(&load->lock);
 }
 
-/* With the lock held. NULL: nothing ended. */
+/* With the lock held. Returns the status at the end, or NULL. */
 static char *wait_locked(PrQemuLoad *load, gint64 deadline, GCancellable *cancel, GError **error)
 {
 	while (!load->end) {
@@ -157,10 +163,10 @@ static char *wait_for_end(PrQemuLoad *load, guint timeouts, GCancellable *cancel
 	return end;
 }
 
-/* ---- what QEMU says of a failure ---- */
+/* What QEMU says of a failure */
 
 /* With the lock held. */
-static void note_stderr(PrQemuLoad *load)
+static void note_stderr_size(PrQemuLoad *load)
 {
 	struct stat st;
 
@@ -168,8 +174,8 @@ static void note_stderr(PrQemuLoad *load)
 		load->stderr_fd >= 0 && fstat(load->stderr_fd, &st) == 0 ? st.st_size : 0;
 }
 
-/* A QEMU older than 9.1 ends when it cannot load, and says why on its standard error only. With the lock held. NULL:
- * that is not a file, or it has said nothing. */
+/* A QEMU older than 9.1 exits when it cannot load, and prints the reason on its standard error
+ * only. With the lock held. NULL: standard error is not a file, or has no new text. */
 static char *read_stderr(PrQemuLoad *load)
 {
 	g_autofree char *text = NULL;
@@ -206,7 +212,7 @@ char *pr_qemu_load_died(PrQemuLoad *load, const char *reason)
 	return g_strdup(load->dead);
 }
 
-/* Whether QEMU has ended; it may be about to. FALSE: not in that time. */
+/* Whether QEMU ends within that time. */
 static gboolean has_died(PrQemuLoad *load, guint within_ms, GError **error)
 {
 	gint64 deadline = g_get_monotonic_time() + (gint64)within_ms * G_TIME_SPAN_MILLISECOND;
@@ -219,7 +225,7 @@ static gboolean has_died(PrQemuLoad *load, guint within_ms, GError **error)
 	return load->dead != NULL;
 }
 
-/* QEMU has answered that it has failed, or it has ended. */
+/* QEMU has reported a failed load, or has ended. */
 static gboolean fail_load(PrQemuLoad *load, GError **error)
 {
 	g_autoptr(JsonObject) object = NULL;
@@ -237,9 +243,9 @@ static gboolean fail_load(PrQemuLoad *load, GError **error)
 	return FALSE;
 }
 
-/* ---- before the guest is stopped ---- */
+/* Before the guest is stopped */
 
-static gboolean take_facts(PrQemuLoad *load, const uint8_t *body, gsize len, GError **error)
+static gboolean handle_facts(PrQemuLoad *load, const uint8_t *body, gsize len, GError **error)
 {
 	g_autoptr(JsonObject) source = pr_qemu_facts_from_text((const char *)body, len, error);
 	g_autoptr(JsonObject) here = NULL;
@@ -261,33 +267,34 @@ static gboolean refuse_section(const char *what, GError **error)
 	return FALSE;
 }
 
-static gboolean take_block(PrQemuLoad *load, const uint8_t *name, gsize len, GError **error)
+static gboolean handle_block(PrQemuLoad *load, const uint8_t *name, gsize len, GError **error)
 {
 	load->current =
 		load->blocks ? pr_qemu_private_find(load->blocks, (const char *)name, len) : NULL;
 	return load->current ? TRUE : refuse_section("RAM of an unknown block", error);
 }
 
-static gboolean take_pages(PrQemuLoad *load, const uint8_t *body, gsize len, GError **error)
+static gboolean handle_pages(PrQemuLoad *load, const uint8_t *body, gsize len, GError **error)
 {
-	return load->current ? pr_qemu_private_take(load->current, load->memory, body, len, error)
-			     : refuse_section("pages of no RAM block", error);
+	return load->current
+		       ? pr_qemu_private_handle_pages(load->current, load->memory, body, len, error)
+		       : refuse_section("pages of no RAM block", error);
 }
 
-/* PrQemuSectionTake */
-static gboolean take_early(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
-			   GError **error)
+/* PrQemuSectionHandler */
+static gboolean handle_early(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
+			     GError **error)
 {
 	PrQemuLoad *load = opaque;
 
 	switch (type) {
 	case PR_QEMU_SECTION_FACTS:
-		return take_facts(load, body, len, error);
+		return handle_facts(load, body, len, error);
 	case PR_QEMU_SECTION_BLOCK:
-		return take_block(load, body, len, error) &&
+		return handle_block(load, body, len, error) &&
 		       pr_qemu_private_clear(load->current, load->memory, error);
 	case PR_QEMU_SECTION_PAGES:
-		return take_pages(load, body, len, error);
+		return handle_pages(load, body, len, error);
 	default:
 		return refuse_section("device state before its guest has stopped", error);
 	}
@@ -295,7 +302,7 @@ static gboolean take_early(PrQemuSectionType type, const uint8_t *body, gsize le
 
 gboolean pr_qemu_load_early(PrQemuLoad *load, const void *data, gsize len, GError **error)
 {
-	return pr_qemu_section_read(&load->reader, data, len, take_early, load, error);
+	return pr_qemu_section_read(&load->reader, data, len, handle_early, load, error);
 }
 
 static void add_capability(JsonArray *list, const char *name)
@@ -318,8 +325,8 @@ static gboolean set_capabilities(PrQemuLoad *load, GError **error)
 	return pr_qmp_command(load->qmp, "migrate-set-capabilities", arguments, -1, error);
 }
 
-/* Hands one end of a socketpair to QEMU under FD_NAME; returns the other. */
-static int give_socket(PrQemuLoad *load, GError **error)
+/* Gives QEMU one end of a socketpair under FD_NAME; returns the other, or -1. */
+static int send_socket(PrQemuLoad *load, GError **error)
 {
 	JsonObject *arguments;
 	int pair[2];
@@ -340,7 +347,7 @@ static int give_socket(PrQemuLoad *load, GError **error)
 	return -1;
 }
 
-static int take_ready(PrQemuLoad *load)
+static int steal_ready_fd(PrQemuLoad *load)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&load->lock);
 	int fd = load->ready_fd;
@@ -349,7 +356,7 @@ static int take_ready(PrQemuLoad *load)
 	return fd;
 }
 
-/* Since 9.1 QEMU can be asked to live on when it cannot load, and to say why. */
+/* Since 9.1 QEMU can be told not to exit when it cannot load; then it reports the reason. */
 static gboolean query_exit_on_error(PrQemuLoad *load, GError **error)
 {
 	guint major, minor;
@@ -360,20 +367,20 @@ static gboolean query_exit_on_error(PrQemuLoad *load, GError **error)
 	return TRUE;
 }
 
-/* What pr_qemu_load_prepare() has made, or now. */
+/* The socket that pr_qemu_load_prepare() has made, or a new one. */
 static int prepared_socket(PrQemuLoad *load, GError **error)
 {
-	int fd = take_ready(load);
+	int fd = steal_ready_fd(load);
 
 	if (fd >= 0)
 		return fd;
 	if (!set_capabilities(load, error) || !query_exit_on_error(load, error))
 		return -1;
-	return give_socket(load, error);
+	return send_socket(load, error);
 }
 
-/* Where QEMU's standard error can be read, so that its reason can be told. */
-static void find_stderr(PrQemuLoad *load)
+/* Opens QEMU's standard error once, so that errors can quote it. */
+static void open_stderr(PrQemuLoad *load)
 {
 	g_autoptr(GError) error = NULL;
 	gboolean asked;
@@ -399,7 +406,7 @@ gboolean pr_qemu_load_prepare(PrQemuLoad *load, GError **error)
 
 	if (fd < 0)
 		return FALSE;
-	find_stderr(load);
+	open_stderr(load);
 	pr_qemu_section_reader_reset(&load->reader);
 	g_mutex_lock(&load->lock);
 	load->ready_fd = fd;
@@ -407,7 +414,7 @@ gboolean pr_qemu_load_prepare(PrQemuLoad *load, GError **error)
 	return TRUE;
 }
 
-/* ---- load ---- */
+/* Load */
 
 static gboolean begin_incoming(PrQemuLoad *load, GError **error)
 {
@@ -432,7 +439,7 @@ gboolean pr_qemu_load_begin(PrQemuLoad *load, GError **error)
 	g_mutex_lock(&load->lock);
 	g_clear_pointer(&load->end, g_free);
 	load->runs = FALSE;
-	note_stderr(load);
+	note_stderr_size(load);
 	g_mutex_unlock(&load->lock);
 	if (!pr_qmp_command(load->qmp, "stop", NULL, -1, error) || !begin_incoming(load, error)) {
 		close(fd);
@@ -447,7 +454,8 @@ gboolean pr_qemu_load_begin(PrQemuLoad *load, GError **error)
 	return TRUE;
 }
 
-/* The socket stays open while another thread uses it: load_abort() only shuts it down. */
+/* load_abort() shuts the socket down and does not close it, so that this thread can use it without
+ * the lock. */
 static int current_load(PrQemuLoad *load, GCancellable **ret_cancel, GError **error)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&load->lock);
@@ -461,7 +469,7 @@ static int current_load(PrQemuLoad *load, GCancellable **ret_cancel, GError **er
 	return load->fd;
 }
 
-/* Waits until the socket takes bytes, for a cancellation or the time. */
+/* Waits until the socket can be written to. Ended by a cancellation or the deadline, too. */
 static gboolean wait_for_socket(PrQemuLoad *load, int fd, GCancellable *cancel, GError **error)
 {
 	struct pollfd ready = {.fd = fd, .events = POLLOUT};
@@ -470,9 +478,9 @@ static gboolean wait_for_socket(PrQemuLoad *load, int fd, GCancellable *cancel, 
 							   G_TIME_SPAN_MILLISECOND;
 	int n;
 
-	/* Not by GLib's descriptor of the cancellable: that ends the process where there is none left. */
+	/* Polls the cancellable, as g_cancellable_get_fd() aborts where no descriptor is left. */
 	do {
-		n = poll(&ready, 1, CANCEL_LOOK_MS);
+		n = poll(&ready, 1, CANCEL_CHECK_MS);
 		if (g_cancellable_set_error_if_cancelled(cancel, error))
 			return FALSE;
 	} while (n <= 0 && g_get_monotonic_time() < deadline);
@@ -482,8 +490,8 @@ static gboolean wait_for_socket(PrQemuLoad *load, int fd, GCancellable *cancel, 
 	return n > 0;
 }
 
-/* QEMU has closed its end: it has failed, and says so or is about to end. */
-static gboolean broke_off(PrQemuLoad *load, int code, GError **error)
+/* QEMU has closed its end: its load has failed, and it reports that or exits. */
+static gboolean fail_send(PrQemuLoad *load, int code, GError **error)
 {
 	g_autofree char *end = wait_for_end(load, 1, NULL, NULL);
 
@@ -510,28 +518,28 @@ static gboolean send_state(PrQemuLoad *load, const uint8_t *at, gsize len, GErro
 		if (n < 0 && (errno == EINTR || errno == EAGAIN))
 			continue;
 		if (n < 0)
-			return broke_off(load, errno, error);
+			return fail_send(load, errno, error);
 		at += n;
 		len -= n;
 	}
 	return TRUE;
 }
 
-/* PrQemuSectionTake */
-static gboolean take_late(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
-			  GError **error)
+/* PrQemuSectionHandler */
+static gboolean handle_late(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
+			    GError **error)
 {
 	PrQemuLoad *load = opaque;
 
 	switch (type) {
 	case PR_QEMU_SECTION_BLOCK:
-		return take_block(load, body, len, error);
+		return handle_block(load, body, len, error);
 	case PR_QEMU_SECTION_PAGES:
-		return take_pages(load, body, len, error);
+		return handle_pages(load, body, len, error);
 	case PR_QEMU_SECTION_STATE:
 		return send_state(load, body, len, error);
 	default:
-		return refuse_section("what its QEMU is like when its guest has stopped", error);
+		return refuse_section("facts about its QEMU after its guest has stopped", error);
 	}
 }
 
@@ -540,10 +548,10 @@ gboolean pr_qemu_load_data(PrQemuLoad *load, const void *data, gsize len, GError
 	g_autoptr(GCancellable) cancel = NULL;
 
 	return current_load(load, &cancel, error) >= 0 &&
-	       pr_qemu_section_read(&load->reader, data, len, take_late, load, error);
+	       pr_qemu_section_read(&load->reader, data, len, handle_late, load, error);
 }
 
-/* QEMU tells its end when it has decided whether the guest runs. */
+/* QEMU sends the event of the end after it has decided whether the guest runs. */
 static gboolean check_not_running(PrQemuLoad *load, GError **error)
 {
 	g_mutex_lock(&load->lock);
@@ -556,10 +564,10 @@ static gboolean check_not_running(PrQemuLoad *load, GError **error)
 	return !runs;
 }
 
-static gboolean release_held(PrQemuLoad *load, GError **error)
+static gboolean write_deferred(PrQemuLoad *load, GError **error)
 {
-	return !load->blocks || !pr_qemu_private_has_held(load->blocks) ||
-	       pr_qemu_private_release(load->qmp, load->blocks, load->memory, error);
+	return !load->blocks || !pr_qemu_private_has_deferred(load->blocks) ||
+	       pr_qemu_private_write_deferred(load->qmp, load->blocks, load->memory, error);
 }
 
 static gboolean await_loaded(PrQemuLoad *load, GCancellable *cancel, GError **error)
@@ -590,7 +598,7 @@ gboolean pr_qemu_load_end(PrQemuLoad *load, GError **error)
 	g_mutex_lock(&load->lock);
 	close_fd(&load->fd);
 	g_mutex_unlock(&load->lock);
-	return loaded && check_not_running(load, error) && release_held(load, error);
+	return loaded && check_not_running(load, error) && write_deferred(load, error);
 }
 
 void pr_qemu_load_abort(PrQemuLoad *load)

@@ -6,16 +6,18 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "guest/qemu-query.h"
 #include "guest/qemu-ram.h"
 #include "guest/qemu-section.h"
-#include "guest/qemu.h"
 
 #define PAGE  4096u
-#define CHUNK (256u * 1024) /* bytes that are read and looked at in one go */
+#define CHUNK (256u * 1024) /* bytes that are read and compared at once */
 
-/* What a source may send of a block of that size, bytes: all of it twice, each page by itself. */
-#define HELD_MAX(size) MIN(2 * (size) + (size) / 64 + PR_QEMU_SECTION_MAX, (uint64_t)HELD_LIMIT)
-#define HELD_LIMIT     (1u << 30) /* bytes */
+/* The most bytes that a source may send for a block of that size: the whole block twice, page by
+ * page. */
+#define DEFERRED_MAX(size)                                                                         \
+	MIN(2 * (size) + (size) / 64 + PR_QEMU_SECTION_MAX, (uint64_t)DEFERRED_LIMIT)
+#define DEFERRED_LIMIT (1u << 30) /* bytes */
 
 static const uint8_t zeros[CHUNK];
 
@@ -25,7 +27,7 @@ static void block_clear(gpointer data)
 
 	g_free(block->name);
 	g_clear_pointer(&block->hashes, g_array_unref);
-	g_clear_pointer(&block->held, g_byte_array_unref);
+	g_clear_pointer(&block->deferred, g_byte_array_unref);
 }
 
 GArray *pr_qemu_private_list(const GArray *ramblocks, const GArray *backends)
@@ -46,7 +48,7 @@ GArray *pr_qemu_private_list(const GArray *ramblocks, const GArray *backends)
 	return blocks;
 }
 
-/* In `info mtree` blocks have the last part of their names only. */
+/* `info mtree` shows only the last part of the block's name. */
 static gboolean is_ambiguous(const GArray *blocks, guint which)
 {
 	const char *name = g_array_index(blocks, PrQemuPrivateBlock, which).name;
@@ -71,14 +73,15 @@ void pr_qemu_private_locate(PrQmp *qmp, GArray *blocks)
 			continue;
 		if (is_ambiguous(blocks, i)) {
 			g_warning(
-				"RAM block '%s' of QEMU does not move: this QEMU does not tell which of "
-				"several with such a name it is (8.0 and newer do)",
+				"RAM block '%s' of QEMU is not migrated: several blocks have such "
+				"a name, and this QEMU does not tell their addresses (8.0 and "
+				"newer do)",
 				block->name);
 			continue;
 		}
 		if (!mtree)
 			mtree = pr_qmp_human(qmp, "info mtree -f", NULL);
-		block->hva = mtree ? pr_qemu_ask_hva(qmp, mtree, block->name) : 0;
+		block->hva = mtree ? pr_qemu_query_hva(qmp, mtree, block->name) : 0;
 	}
 }
 
@@ -93,7 +96,7 @@ PrQemuPrivateBlock *pr_qemu_private_find(GArray *blocks, const char *name, gsize
 	return NULL;
 }
 
-/* ---- the process's memory ---- */
+/* The memory of QEMU's process */
 
 static gboolean fail_access(const PrQemuPrivateBlock *block, const char *what, ssize_t n,
 			    GError **error)
@@ -138,13 +141,13 @@ static gboolean write_block(const PrQemuPrivateBlock *block, int memory, uint64_
 	return TRUE;
 }
 
-/* ---- source ---- */
+/* Source */
 
 typedef struct Sending {
 	PrQemuPrivateBlock *block;
 	int memory;
-	gboolean first; /* nothing was sent of this block before */
-	gboolean named; /* the other side knows which block this is about */
+	gboolean first; /* no page of this block was sent before */
+	gboolean named; /* a BLOCK section with this block's name was sent */
 	PrGuestSink sink;
 	void *opaque;
 } Sending;
@@ -163,19 +166,19 @@ static gboolean send_run(Sending *sending, uint64_t offset, const uint8_t *bytes
 	return sending->sink(out->data, out->len, sending->opaque, error);
 }
 
-/* Whether this page has to be sent; from now on the other side has it. */
-static gboolean is_news(Sending *sending, uint64_t offset, const uint8_t *page, gsize len)
+/* Whether this page has to be sent. Records it as sent. */
+static gboolean has_changed(Sending *sending, uint64_t offset, const uint8_t *page, gsize len)
 {
 	uint64_t *known = &g_array_index(sending->block->hashes, uint64_t, offset / PAGE);
 	uint64_t hash = XXH3_64bits(page, len);
 
-	gboolean news = sending->first ? memcmp(page, zeros, len) != 0 : *known != hash;
+	gboolean changed = sending->first ? memcmp(page, zeros, len) != 0 : *known != hash;
 
 	*known = hash;
-	return news;
+	return changed;
 }
 
-/* Pages that lie side by side go as one. */
+/* Sends adjacent changed pages as one run. */
 static gboolean send_chunk(Sending *sending, uint64_t offset, const uint8_t *bytes, gsize len,
 			   GError **error)
 {
@@ -184,7 +187,7 @@ static gboolean send_chunk(Sending *sending, uint64_t offset, const uint8_t *byt
 	for (gsize at = 0; at < len; at += PAGE) {
 		gsize page = MIN(PAGE, len - at);
 
-		if (!is_news(sending, offset + at, bytes + at, page))
+		if (!has_changed(sending, offset + at, bytes + at, page))
 			continue;
 		if (end != at) {
 			if (end > begin &&
@@ -205,7 +208,8 @@ static gboolean send_block(Sending *sending, uint8_t *buffer, GError **error)
 	if (sending->first) {
 		block->hashes = g_array_new(FALSE, TRUE, sizeof(uint64_t));
 		g_array_set_size(block->hashes, (block->size + PAGE - 1) / PAGE);
-		/* Named in any case, so that it is made all zeros there. */
+		/* Sends the name even if no page follows, so that the destination clears the
+		 * block. */
 		if (!send_run(sending, 0, NULL, 0, error))
 			return FALSE;
 	}
@@ -231,8 +235,8 @@ gboolean pr_qemu_private_send(GArray *blocks, int memory, PrGuestSink sink, void
 				   .opaque = opaque};
 
 		if (!sending.block->hva)
-			g_debug("RAM block '%s' of QEMU is not mapped; the destination's QEMU has its "
-				"own",
+			g_debug("RAM block '%s' of QEMU is not mapped; the destination's QEMU "
+				"keeps its own",
 				sending.block->name);
 		else if (!send_block(&sending, buffer, error))
 			return FALSE;
@@ -240,14 +244,14 @@ gboolean pr_qemu_private_send(GArray *blocks, int memory, PrGuestSink sink, void
 	return TRUE;
 }
 
-/* ---- destination ---- */
+/* Destination */
 
 gboolean pr_qemu_private_clear(PrQemuPrivateBlock *block, int memory, GError **error)
 {
 	g_autofree uint8_t *buffer = g_malloc(CHUNK);
 
 	if (!block->hva) {
-		g_clear_pointer(&block->held, g_byte_array_unref);
+		g_clear_pointer(&block->deferred, g_byte_array_unref);
 		return TRUE;
 	}
 	for (uint64_t offset = 0; offset < block->size; offset += CHUNK) {
@@ -262,8 +266,8 @@ gboolean pr_qemu_private_clear(PrQemuPrivateBlock *block, int memory, GError **e
 	return TRUE;
 }
 
-static gboolean place(const PrQemuPrivateBlock *block, int memory, const uint8_t *body, gsize len,
-		      GError **error)
+static gboolean write_pages(const PrQemuPrivateBlock *block, int memory, const uint8_t *body,
+			    gsize len, GError **error)
 {
 	const uint8_t *bytes;
 	uint64_t offset;
@@ -278,74 +282,74 @@ static gboolean place(const PrQemuPrivateBlock *block, int memory, const uint8_t
 	return block->hva ? write_block(block, memory, offset, bytes, n, error) : TRUE;
 }
 
-gboolean pr_qemu_private_take(PrQemuPrivateBlock *block, int memory, const uint8_t *body, gsize len,
-			      GError **error)
+gboolean pr_qemu_private_handle_pages(PrQemuPrivateBlock *block, int memory, const uint8_t *body,
+				      gsize len, GError **error)
 {
-	if (!place(block, memory, body, len, error))
+	if (!write_pages(block, memory, body, len, error))
 		return FALSE;
 	if (block->hva)
 		return TRUE;
-	if (!block->held)
-		block->held = g_byte_array_new();
-	if (block->held->len + len > HELD_MAX(block->size)) {
+	if (!block->deferred)
+		block->deferred = g_byte_array_new();
+	if (block->deferred->len + len > DEFERRED_MAX(block->size)) {
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-			    "the source sends more of RAM block '%s' than there is", block->name);
+			    "the source sends more of RAM block '%s' than its size", block->name);
 		return FALSE;
 	}
-	pr_qemu_section_append(block->held, PR_QEMU_SECTION_PAGES, body, len);
+	pr_qemu_section_append(block->deferred, PR_QEMU_SECTION_PAGES, body, len);
 	return TRUE;
 }
 
-gboolean pr_qemu_private_has_held(const GArray *blocks)
+gboolean pr_qemu_private_has_deferred(const GArray *blocks)
 {
 	for (guint i = 0; i < blocks->len; i++) {
-		if (g_array_index(blocks, PrQemuPrivateBlock, i).held)
+		if (g_array_index(blocks, PrQemuPrivateBlock, i).deferred)
 			return TRUE;
 	}
 	return FALSE;
 }
 
-typedef struct Releasing {
+typedef struct DeferredWrite {
 	PrQemuPrivateBlock *block;
 	int memory;
-} Releasing;
+} DeferredWrite;
 
-/* PrQemuSectionTake */
-static gboolean release_section(PrQemuSectionType type, const uint8_t *body, gsize len,
-				void *opaque, GError **error)
+/* PrQemuSectionHandler */
+static gboolean write_deferred_section(PrQemuSectionType type, const uint8_t *body, gsize len,
+				       void *opaque, GError **error)
 {
-	Releasing *releasing = opaque;
+	DeferredWrite *deferred = opaque;
 
-	return place(releasing->block, releasing->memory, body, len, error);
+	return write_pages(deferred->block, deferred->memory, body, len, error);
 }
 
-static gboolean release_block(PrQemuPrivateBlock *block, int memory, GError **error)
+static gboolean write_deferred_block(PrQemuPrivateBlock *block, int memory, GError **error)
 {
-	Releasing releasing = {block, memory};
+	DeferredWrite deferred = {block, memory};
 	PrQemuSectionReader reader;
 	gboolean ok;
 
 	pr_qemu_section_reader_init(&reader);
-	ok = pr_qemu_section_read(&reader, block->held->data, block->held->len, release_section,
-				  &releasing, error);
+	ok = pr_qemu_section_read(&reader, block->deferred->data, block->deferred->len,
+				  write_deferred_section, &deferred, error);
 	pr_qemu_section_reader_clear(&reader);
 	return ok;
 }
 
-gboolean pr_qemu_private_release(PrQmp *qmp, GArray *blocks, int memory, GError **error)
+gboolean pr_qemu_private_write_deferred(PrQmp *qmp, GArray *blocks, int memory, GError **error)
 {
 	pr_qemu_private_locate(qmp, blocks);
 	for (guint i = 0; i < blocks->len; i++) {
 		PrQemuPrivateBlock *block = &g_array_index(blocks, PrQemuPrivateBlock, i);
 
-		if (!block->held)
+		if (!block->deferred)
 			continue;
 		if (!block->hva)
-			g_info("RAM block '%s' of QEMU is not mapped; it stays as this QEMU has made it",
+			g_info("RAM block '%s' of QEMU is not mapped; this QEMU keeps its own",
 			       block->name);
-		else if (!release_block(block, memory, error))
+		else if (!write_deferred_block(block, memory, error))
 			return FALSE;
-		g_clear_pointer(&block->held, g_byte_array_unref);
+		g_clear_pointer(&block->deferred, g_byte_array_unref);
 	}
 	return TRUE;
 }

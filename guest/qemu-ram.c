@@ -6,7 +6,7 @@
 #include "guest/agent-client.h"
 
 #define MIB(bytes) ((guint)((bytes) >> 20))
-#define SHOWN_MAX  200 /* bytes, of what QEMU printed */
+#define SHOWN_MAX  200 /* bytes of QEMU's output in an error */
 
 static void ramblock_clear(gpointer data)
 {
@@ -31,7 +31,8 @@ GArray *pr_qemu_backends_new(void)
 	return backends;
 }
 
-/* "  NAME    4 KiB  0xOFFSET 0xUSED 0xTOTAL[ RO? ][ 0xHVA]": the name may be empty or hold blanks. */
+/* "  NAME    4 KiB  0xOFFSET 0xUSED 0xTOTAL[ RO? ][ 0xHVA]": the name may be empty or hold
+ * blanks. */
 static gboolean parse_line(const char *line, PrQemuRamBlock *ret)
 {
 	static const char pattern[] =
@@ -73,7 +74,7 @@ GArray *pr_qemu_ramblocks_parse(const char *text, GError **error)
 			g_array_append_val(blocks, block);
 	}
 	if (!blocks->len) {
-		/* The cut may be within a character. */
+		/* The cut may split a character. */
 		g_autofree char *shown = g_utf8_make_valid(text, strnlen(text, SHOWN_MAX));
 
 		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
@@ -84,7 +85,6 @@ GArray *pr_qemu_ramblocks_parse(const char *text, GError **error)
 	return g_steal_pointer(&blocks);
 }
 
-/* Blocks are named after their backend's path, memory regions after its last part. */
 const char *pr_qemu_last_part(const char *name)
 {
 	const char *slash = strrchr(name, '/');
@@ -123,7 +123,8 @@ gboolean pr_qemu_parse_hva(const char *text, uint64_t *ret_hva)
 	return *ret_hva != 0;
 }
 
-/* The block is called after its backend, with "/objects/" before it or the path of the device that owns it. */
+/* A block has the name of its backend, behind "/objects/" or behind the path of the device that
+ * owns it. */
 const PrQemuBackend *pr_qemu_backend_of(const GArray *backends, const char *block)
 {
 	const char *id = pr_qemu_last_part(block);
@@ -142,7 +143,8 @@ static gboolean is_device_memory(const char *name)
 	return strstr(name, "vram") || strstr(name, "flash") || strstr(name, "rom");
 }
 
-/* Whether whoever serves the RAM may have this backend's. A helper finds out: it sees files in memory only. */
+/* Whether agent or helper may be able to serve this backend's memory. A helper checks that a file
+ * is one in memory. */
 static gboolean is_servable(const PrQemuBackend *backend)
 {
 	return g_str_equal(backend->type, "memory-backend-memfd") || backend->fs;
@@ -195,7 +197,8 @@ gboolean pr_qemu_block_shared(const PrQemuRamBlock *block, const GArray *backend
 	return FALSE;
 }
 
-/* The backends that QEMU has mapped: those of the machine, and unnamed blocks of a backend's size. */
+/* Whether QEMU may have mapped a backend for the block: a block of the machine, or an unnamed one
+ * of a backend's size. */
 static gboolean may_be_mapped(const PrQemuRamBlock *block, const GArray *backends)
 {
 	gboolean shared = FALSE;
@@ -257,7 +260,7 @@ static gboolean refuse_count(guint n_blocks, guint n_regions, GError **error)
 	return FALSE;
 }
 
-static void take_region(GArray *out, PrGuestBlock *region, const char *name)
+static void move_region(GArray *out, PrGuestBlock *region, const char *name)
 {
 	PrGuestBlock block = *region;
 
@@ -281,7 +284,7 @@ GArray *pr_qemu_match(const GArray *ramblocks, const GArray *backends, GArray *r
 		const PrQemuRamBlock *block = mapped->pdata[i];
 		PrGuestBlock *region = find_region(block, i, regions);
 
-		/* A backend that the machine does not use: nobody migrates it. */
+		/* A backend that the machine does not use is not migrated. */
 		if (!*block->name)
 			continue;
 		if (!region) {
@@ -292,7 +295,7 @@ GArray *pr_qemu_match(const GArray *ramblocks, const GArray *backends, GArray *r
 				block->name, MIB(block->size));
 			return NULL;
 		}
-		take_region(out, region, block->name);
+		move_region(out, region, block->name);
 	}
 	return g_steal_pointer(&out);
 }
@@ -318,7 +321,7 @@ static gboolean match_attached(const PrQemuRamBlock *block, const GArray *backen
 	}
 	region = region_at(regions, block->hva);
 	if (region && region->size == block->size && region->memfd >= 0) {
-		take_region(out, region, block->name);
+		move_region(out, region, block->name);
 		return TRUE;
 	}
 	if (!region && backend && backend->path && !is_in_memory(backend->fs))
@@ -341,7 +344,7 @@ GArray *pr_qemu_match_attached(const GArray *ramblocks, const GArray *backends, 
 	for (guint i = 0; i < mapped->len; i++) {
 		const PrQemuRamBlock *block = mapped->pdata[i];
 
-		/* A backend that the machine does not use: nobody migrates it. */
+		/* A backend that the machine does not use is not migrated. */
 		if (*block->name && !match_attached(block, backends, regions, out, error))
 			return NULL;
 	}

@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Nothing here is a migration to QEMU: none of its capabilities or parameters is touched, and `cont` takes the guest
- * back at once. What `xen-save-devices-state` writes is QEMU's migration stream without RAM, and without two things that
- * are put in here: the configuration section behind the head (the machine type), and an empty description of the
- * stream behind its end, which QEMU would miss.
+ * For QEMU this is no migration: none of its migration capabilities or parameters is changed, and
+ * `cont` lets the guest run again at once. `xen-save-devices-state` writes QEMU's migration stream
+ * without RAM. The stream lacks two parts that the destination's QEMU expects, and that are added
+ * here: the configuration section behind the head (the machine type), and an empty description of
+ * the stream behind its end.
  */
+#include "guest/qemu-save.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -12,10 +15,10 @@
 #include <unistd.h>
 
 #include "guest/json.h"
+#include "guest/qemu-blocks.h"
 #include "guest/qemu-facts.h"
 #include "guest/qemu-private.h"
 #include "guest/qemu-section.h"
-#include "guest/qemu.h"
 
 /* QEMU's migration stream, migration/savevm.c */
 #define STREAM_MAGIC	    0x5145564du /* "QEVM" */
@@ -26,18 +29,18 @@
 #define SECTION_DESCRIPTION 0x06
 
 #define CHUNK		    (256 * 1024)  /* bytes of QEMU's stream in a section */
-#define STATE_MAX	    (1024u << 20) /* bytes; of one that is larger something is wrong */
+#define STATE_MAX	    (1024u << 20) /* bytes; a larger state is a fault */
 
 struct PrQemuSave {
 	PrQmp *qmp;	      /* constant */
 	PrAgentClient *agent; /* constant */
 
-	/* From here on: the thread's that calls; one at a time. */
-	char *machine;	 /* as in -machine; NULL: not asked yet */
+	/* From here on: the caller's thread; there is one call at a time. */
+	char *machine;	 /* as in -machine; NULL: not queried yet */
 	GArray *blocks;	 /* PrQemuPrivateBlock; NULL: not described */
 	int memory;	 /* of QEMU's process; -1: not open */
-	int state_fd;	 /* memfd that QEMU writes to; -1: not prepared */
-	gint64 fdset_id; /* of QEMU's end of it */
+	int state_fd;	 /* the memfd that QEMU writes to; -1: not prepared */
+	gint64 fdset_id; /* the set of descriptors in QEMU that has the memfd */
 };
 
 PrQemuSave *pr_qemu_save_new(PrQmp *qmp, PrAgentClient *agent)
@@ -98,7 +101,8 @@ gboolean pr_qemu_save_early(PrQemuSave *save, PrGuestSink sink, void *opaque, GE
 	       pr_qemu_private_send(save->blocks, save->memory, sink, opaque, error);
 }
 
-/* QEMU opens what it was given only for what the descriptor can do: so it gets one that can be written only. */
+/* QEMU duplicates a descriptor of a set whose access mode is the one that it opens with. It opens
+ * for writing only. */
 static int open_for_writing(int memfd)
 {
 	g_autofree char *path = g_strdup_printf("/proc/self/fd/%d", memfd);
@@ -162,10 +166,11 @@ static gboolean write_state(PrQemuSave *save, GError **error)
 
 static gboolean refuse_state(gsize len, GError **error)
 {
-	g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
-		    "the device state that QEMU has saved makes no sense (%" G_GSIZE_FORMAT
-		    " bytes)",
-		    len);
+	g_set_error(
+		error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL,
+		"the device state that QEMU has saved is not a migration stream (%" G_GSIZE_FORMAT
+		" bytes)",
+		len);
 	return FALSE;
 }
 
@@ -182,7 +187,7 @@ static gboolean check_state(const uint8_t *state, gsize len, GError **error)
 	return refuse_state(len, error);
 }
 
-/* What the destination's QEMU expects of a migration stream. */
+/* Adds the two parts that the stream lacks. */
 static GByteArray *complete_stream(PrQemuSave *save, const uint8_t *state, gsize len)
 {
 	static const uint8_t description[] = {SECTION_DESCRIPTION, 0, 0, 0, 2, '{', '}'};
@@ -201,7 +206,7 @@ static GByteArray *complete_stream(PrQemuSave *save, const uint8_t *state, gsize
 	return stream;
 }
 
-static GByteArray *take_state(PrQemuSave *save, GError **error)
+static GByteArray *read_state(PrQemuSave *save, GError **error)
 {
 	off_t len = lseek(save->state_fd, 0, SEEK_END);
 	GByteArray *stream = NULL;
@@ -244,12 +249,13 @@ gboolean pr_qemu_save_state(PrQemuSave *save, GCancellable *cancel, PrGuestSink 
 	g_autoptr(GByteArray) stream = NULL;
 
 	if (!pr_qemu_save_prepare(save, error) ||
-	    g_cancellable_set_error_if_cancelled(cancel, error) || !write_state(save, error) ||
-	    (save->memory >= 0 &&
-	     !pr_qemu_private_send(save->blocks, save->memory, sink, opaque, error)))
+	    g_cancellable_set_error_if_cancelled(cancel, error) || !write_state(save, error))
+		return FALSE;
+	if (save->memory >= 0 &&
+	    !pr_qemu_private_send(save->blocks, save->memory, sink, opaque, error))
 		return FALSE;
 	close_fd(&save->memory);
-	stream = take_state(save, error);
+	stream = read_state(save, error);
 	return stream && send_stream(stream, cancel, sink, opaque, error);
 }
 

@@ -64,7 +64,7 @@ gboolean pr_qemu_section_at_end(const PrQemuSectionReader *reader)
 	return !reader->bytes->len;
 }
 
-/* Sets *ret_total to the section's length with its head, 0 while the head is incomplete. */
+/* *ret_total: the length of the section with its head; 0: the head is incomplete. */
 static gboolean measure(const GByteArray *bytes, gsize *ret_total, GError **error)
 {
 	guint32 head[2];
@@ -87,7 +87,7 @@ static gboolean measure(const GByteArray *bytes, gsize *ret_total, GError **erro
 	return TRUE;
 }
 
-/* Takes up to `wanted` bytes in all; returns how many of the data it used. */
+/* Appends data until there are `wanted` bytes; returns how many it used. */
 static gsize fill(GByteArray *bytes, gsize wanted, const guint8 *data, gsize len)
 {
 	gsize n = MIN(wanted - bytes->len, len);
@@ -97,7 +97,7 @@ static gsize fill(GByteArray *bytes, gsize wanted, const guint8 *data, gsize len
 }
 
 gboolean pr_qemu_section_read(PrQemuSectionReader *reader, const void *data, gsize len,
-			      PrQemuSectionTake take, void *opaque, GError **error)
+			      PrQemuSectionHandler handle, void *opaque, GError **error)
 {
 	GByteArray *bytes = reader->bytes;
 	const guint8 *at = data;
@@ -117,7 +117,7 @@ gboolean pr_qemu_section_read(PrQemuSectionReader *reader, const void *data, gsi
 		if (bytes->len < total)
 			continue;
 		PrQemuSectionType type = bytes->data[HEAD / 2 - 1];
-		if (!take(type, bytes->data + HEAD, total - HEAD, opaque, error))
+		if (!handle(type, bytes->data + HEAD, total - HEAD, opaque, error))
 			return FALSE;
 		g_byte_array_set_size(bytes, 0);
 	}

@@ -1,23 +1,23 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The watch over a guest that may run elsewhere. QMP's reader sees the events RESUME and RESET and hands them to the
- * watch's thread, which sends `stop` and says what became of it.
+ * The watch over a guest that may run elsewhere. QMP's reader thread sees the events RESUME and
+ * RESET, and passes them to the watch's thread. That sends `stop` and reports the outcome.
  *
- * `stop` may hang. A vCPU that was let run waits at its first write where the RAM is write-protected (the fence), and
- * QEMU waits for the vCPU, with its monitor. Nothing is lost by that; the answer comes when the fence
- * is lifted. So QMP's timeout bounds each call, and the thread says that it has not been answered.
+ * `stop` may hang. Where the RAM is write-protected (the fence), a vCPU that was let run waits at
+ * its first write. QEMU's main loop with its monitor waits for the vCPU. No data are lost by that,
+ * and the answer comes when the fence ends. So QMP's timeout bounds each call, and the thread
+ * reports that there was no answer.
  */
-#include "guest/qemu.h"
+#include "guest/qemu-watch.h"
 
 #include "guest/json.h"
 
-#define RETRY_US                                                                                   \
-	G_USEC_PER_SEC /* between two tries to reach QMP, or to stop a guest that QEMU does not */
+#define RETRY_US G_USEC_PER_SEC /* between two tries to reach QMP, or to stop a guest */
 
-/* What there is to be done; a set. */
+/* Events that the watch's thread has to handle; a set. */
 typedef enum Seen {
-	SEEN_BEGIN = 1 << 0,  /* the watch has begun: does the guest run already? */
-	SEEN_RESUME = 1 << 1, /* QEMU let it run */
+	SEEN_BEGIN = 1 << 0,  /* the watch has begun; the guest may run already */
+	SEEN_RESUME = 1 << 1, /* QEMU has let it run */
 	SEEN_RESET = 1 << 2,  /* QEMU has reset it */
 } Seen;
 
@@ -25,37 +25,38 @@ struct PrQemuWatch {
 	PrQemuWatchQmp connect; /* constant */
 	void *connect_opaque;	/* constant */
 
-	GMutex life;	 /* held by begin() and end(); taken before the others */
-	GThread *thread; /* life; NULL: there is no watch */
+	GMutex lifecycle; /* held by begin() and end(); taken before the other locks */
+	GThread *thread;  /* lifecycle; NULL: no watch runs */
 
-	GMutex telling;		   /* held while ran_again is called; taken before lock */
-	PrGuestRanAgain ran_again; /* telling */
-	void *ran_again_opaque;	   /* telling */
+	GMutex calling;		   /* held while ran_again is called; taken before lock */
+	PrGuestRanAgain ran_again; /* calling */
+	void *ran_again_opaque;	   /* calling */
 
-	gint64 acting_on; /* the thread's; seen_at of what it is at */
+	gint64 acting_on; /* the watch's thread; seen_at of the events that it handles */
 
 	GMutex lock;
-	GCond cond;	 /* lock; seen or ending changed */
-	guint seen;	 /* lock; of Seen */
-	gint64 seen_at;	 /* lock; when the first of them came; monotonic us, 0: before the watch */
-	gboolean begun;	 /* lock; events count */
+	GCond cond; /* lock; seen or ending changed */
+	guint seen; /* lock; of Seen */
+	/* lock; the time of the first of them, monotonic us; 0: before the watch began */
+	gint64 seen_at;
+	gboolean begun;	 /* lock; FALSE: events are ignored */
 	gboolean ending; /* lock */
 };
 
-/* ---- the watch's thread ---- */
+/* The watch's thread */
 
-static void tell(PrQemuWatch *watch, const char *what)
+static void report(PrQemuWatch *watch, const char *what)
 {
-	g_mutex_lock(&watch->telling);
+	g_mutex_lock(&watch->calling);
 	if (watch->ran_again)
 		watch->ran_again(what, watch->acting_on, watch->ran_again_opaque);
 	else
 		g_warning("%s", what);
-	g_mutex_unlock(&watch->telling);
+	g_mutex_unlock(&watch->calling);
 }
 
 /* FALSE: the watch ends. */
-static gboolean rest(PrQemuWatch *watch)
+static gboolean wait_before_retry(PrQemuWatch *watch)
 {
 	gint64 until = g_get_monotonic_time() + RETRY_US;
 
@@ -67,21 +68,21 @@ static gboolean rest(PrQemuWatch *watch)
 	return go_on;
 }
 
-/* A QEMU that does not answer may have been told to let the guest run: then it hangs in the fence. */
-static void tell_silence(PrQemuWatch *watch, const GError *error)
+/* A QEMU that does not answer may have let the guest run, and hang in the fence. */
+static void report_silence(PrQemuWatch *watch, const GError *error)
 {
 	g_autofree char *words = g_strdup_printf(
-		"whether QEMU lets the guest run is not known: %s; it may have been told to, and wait "
-		"for the write protection to end",
+		"whether QEMU lets the guest run is not known: %s; it may have been told to, and "
+		"wait for the write protection to end",
 		error->message);
 
-	tell(watch, words);
+	report(watch, words);
 }
 
-/* NULL: the watch ends before there is one. */
-static PrQmp *reach(PrQemuWatch *watch)
+/* NULL: the watch ends before QMP is connected. */
+static PrQmp *connect_qmp(PrQemuWatch *watch)
 {
-	gboolean told = FALSE;
+	gboolean reported = FALSE;
 
 	for (;;) {
 		g_autoptr(GError) error = NULL;
@@ -89,15 +90,15 @@ static PrQmp *reach(PrQemuWatch *watch)
 
 		if (qmp)
 			return qmp;
-		if (!told)
-			tell_silence(watch, error);
-		told = TRUE;
-		if (!rest(watch))
+		if (!reported)
+			report_silence(watch, error);
+		reported = TRUE;
+		if (!wait_before_retry(watch))
 			return NULL;
 	}
 }
 
-static void tell_stop(PrQemuWatch *watch, const char *what, const GError *error)
+static void report_stop(PrQemuWatch *watch, const char *what, const GError *error)
 {
 	g_autofree char *words = NULL;
 
@@ -111,29 +112,30 @@ static void tell_stop(PrQemuWatch *watch, const char *what, const GError *error)
 	else
 		words = g_strdup_printf("%s; it was told to stop, and could not be stopped: %s",
 					what, error->message);
-	tell(watch, words);
+	report(watch, words);
 }
 
-/* A `stop` that QEMU refuses is sent again; one that it has not answered it will carry out. */
+/* Sends `stop` again if QEMU refuses it. QEMU executes a `stop` that it has not answered when its
+ * main loop goes on. */
 static void stop_guest(PrQemuWatch *watch, PrQmp *qmp, const char *what)
 {
-	gboolean refused, told = FALSE;
+	gboolean refused, reported = FALSE;
 
 	do {
 		g_autoptr(GError) error = NULL;
 
 		pr_qmp_command(qmp, "stop", NULL, -1, &error);
 		refused = g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED);
-		if (!told || !refused)
-			tell_stop(watch, what, error);
-		told = TRUE;
-	} while (refused && rest(watch));
+		if (!reported || !refused)
+			report_stop(watch, what, error);
+		reported = TRUE;
+	} while (refused && wait_before_retry(watch));
 }
 
-/* Events before the watch began were not recorded: QEMU is asked. */
-static void look(PrQemuWatch *watch, PrQmp *qmp)
+/* Events from before the watch were not recorded, so the thread asks QEMU. */
+static void check_running(PrQemuWatch *watch, PrQmp *qmp)
 {
-	gboolean told = FALSE;
+	gboolean reported = FALSE;
 
 	do {
 		g_autoptr(GError) error = NULL;
@@ -143,20 +145,20 @@ static void look(PrQemuWatch *watch, PrQmp *qmp)
 			stop_guest(watch, qmp, "QEMU lets the guest run already");
 		if (status)
 			return;
-		if (!told)
-			tell_silence(watch, error);
-		told = TRUE;
-	} while (rest(watch));
+		if (!reported)
+			report_silence(watch, error);
+		reported = TRUE;
+	} while (wait_before_retry(watch));
 }
 
-static void act(PrQemuWatch *watch, PrQmp *qmp, guint seen)
+static void handle_seen(PrQemuWatch *watch, PrQmp *qmp, guint seen)
 {
 	if (seen & SEEN_RESUME)
 		stop_guest(watch, qmp, "QEMU has let the guest run (event RESUME)");
 	else if (seen & SEEN_BEGIN)
-		look(watch, qmp);
+		check_running(watch, qmp);
 	if (seen & SEEN_RESET)
-		tell(watch, "QEMU has reset the guest (event RESET); it does not run");
+		report(watch, "QEMU has reset the guest (event RESET); it does not run");
 }
 
 /* FALSE: the watch ends. */
@@ -177,15 +179,15 @@ static gboolean wait_seen(PrQemuWatch *watch, guint *ret_seen)
 static gpointer watch_thread(gpointer opaque)
 {
 	PrQemuWatch *watch = opaque;
-	PrQmp *qmp = reach(watch);
+	PrQmp *qmp = connect_qmp(watch);
 	guint seen;
 
 	while (qmp && wait_seen(watch, &seen))
-		act(watch, qmp, seen);
+		handle_seen(watch, qmp, seen);
 	return NULL;
 }
 
-/* ---- for the others ---- */
+/* Called by other threads */
 
 void pr_qemu_watch_event(PrQemuWatch *watch, const char *name)
 {
@@ -218,7 +220,7 @@ static void set_begun(PrQemuWatch *watch, gboolean begun)
 
 gboolean pr_qemu_watch_begin(PrQemuWatch *watch, GError **error)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&watch->life);
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&watch->lifecycle);
 
 	set_begun(watch, TRUE);
 	if (!watch->thread)
@@ -228,19 +230,19 @@ gboolean pr_qemu_watch_begin(PrQemuWatch *watch, GError **error)
 
 void pr_qemu_watch_end(PrQemuWatch *watch)
 {
-	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&watch->life);
+	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&watch->lifecycle);
 
 	set_begun(watch, FALSE);
 	if (watch->thread)
 		g_thread_join(g_steal_pointer(&watch->thread));
 }
 
-void pr_qemu_watch_tell(PrQemuWatch *watch, PrGuestRanAgain ran_again, void *opaque)
+void pr_qemu_watch_observe(PrQemuWatch *watch, PrGuestRanAgain ran_again, void *opaque)
 {
-	g_mutex_lock(&watch->telling);
+	g_mutex_lock(&watch->calling);
 	watch->ran_again = ran_again;
 	watch->ran_again_opaque = opaque;
-	g_mutex_unlock(&watch->telling);
+	g_mutex_unlock(&watch->calling);
 }
 
 PrQemuWatch *pr_qemu_watch_new(PrQemuWatchQmp connect, void *opaque)
@@ -249,8 +251,8 @@ PrQemuWatch *pr_qemu_watch_new(PrQemuWatchQmp connect, void *opaque)
 
 	watch->connect = connect;
 	watch->connect_opaque = opaque;
-	g_mutex_init(&watch->life);
-	g_mutex_init(&watch->telling);
+	g_mutex_init(&watch->lifecycle);
+	g_mutex_init(&watch->calling);
 	g_mutex_init(&watch->lock);
 	g_cond_init(&watch->cond);
 	return watch;
@@ -259,8 +261,8 @@ PrQemuWatch *pr_qemu_watch_new(PrQemuWatchQmp connect, void *opaque)
 void pr_qemu_watch_free(PrQemuWatch *watch)
 {
 	pr_qemu_watch_end(watch);
-	g_mutex_clear(&watch->life);
-	g_mutex_clear(&watch->telling);
+	g_mutex_clear(&watch->lifecycle);
+	g_mutex_clear(&watch->calling);
 	g_mutex_clear(&watch->lock);
 	g_cond_clear(&watch->cond);
 	g_free(watch);

@@ -1,27 +1,40 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The kind `qemu:qmp=PATH[,pid=N][,agent=PATH]`: a stock QEMU. QMP stops, saves, loads and continues it; memory and
- * faults are provided by a helper that attaches to its process, or by the preload agent in it.
+ * The kind `qemu:qmp=PATH[,pid=N][,agent=PATH]`: a stock QEMU. The engine stops, saves, loads and
+ * continues it over QMP. A helper that attaches to its process, or the preload agent in it, gives
+ * access to memory and faults.
+ *
+ * qemu-check.c refuses QEMUs that can't be migrated; qemu-facts.c compares both sides;
+ * qemu-attach.c finds the process; qemu-blocks.c, qemu-ram.c and qemu-private.c have the RAM
+ * blocks; qemu-save.c and qemu-load.c the device state, in the format of qemu-section.c;
+ * qemu-watch.c keeps the guest stopped.
  */
-#include "guest/qemu.h"
-
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "guest/death.h"
 #include "guest/json.h"
 #include "guest/kinds.h"
+#include "guest/qemu-attach.h"
+#include "guest/qemu-blocks.h"
+#include "guest/qemu-check.h"
+#include "guest/qemu-load.h"
+#include "guest/qemu-query.h"
+#include "guest/qemu-save.h"
+#include "guest/qemu-watch.h"
 
 typedef struct QemuGuest {
 	PrGuest parent;
 	PrAgentClient *agent; /* constant */
 	char *qmp_path;	      /* constant */
 	guint timeout_ms;     /* constant */
-	GSocket *qmp_socket;  /* connecting; waits for the greeting; NULL: none, or used up */
+	/* connecting; connected, before the greeting; NULL: not connected, or qmp has it */
+	GSocket *qmp_socket;
 
-	/* Set once, under both locks, so that either is good for reading: by open(), or by the first call that
-	 * needs it (connect_qmp). Constant then. */
+	/* Set once, with both locks held, so that a reader needs either: by open(), or by the first
+	 * call that needs QMP (connect_qmp()). Constant afterwards. */
 	PrQmp *qmp;
 	PrQemuSave *save;
 	PrQemuLoad *load;
@@ -29,24 +42,23 @@ typedef struct QemuGuest {
 	PrQemuWatch *watch; /* constant */
 
 	GMutex lock;
-	GArray *blocks;		/* lock; PrGuestBlock; NULL before prepare() */
-	int uffd;		/* lock; of a fault mode that a helper turned on; -1: off */
-	gboolean stopped;	/* lock; by stop(), and not resumed since */
-	gboolean was_running;	/* lock; goes with stopped */
-	gboolean may_be_fenced; /* lock; by fence(), or by the engine before */
-	gboolean at_rest;	/* lock; QEMU has stopped the guest since stop() was called */
-	gboolean ran_again;	/* lock; and somebody else has let it run, or reset it */
-	gboolean dead;		/* lock */
-	char *death;		/* lock; why, once dead; constant then */
-	GMutex telling;		/* held while `died` is called; taken before lock */
-	PrGuestDied died;	/* lock; taken when called */
-	void *died_opaque;	/* lock */
+	GArray *blocks; /* lock; PrGuestBlock; NULL before prepare() */
+	/* lock; a duplicate, where a helper turned the fault mode on; else -1 */
+	int uffd;
+	gboolean resume_running; /* lock; stop() stopped a running guest, which resume() lets run */
+	gboolean may_be_fenced;	 /* lock; by fence(), or by an engine that has died */
+	gboolean at_rest;	 /* lock; QEMU has stopped the guest since stop() was called */
+	gboolean ran_again; /* lock; and it has been let run or reset since, not by this engine */
+	char *dead;	    /* lock; why QEMU is gone, or NULL; constant once set */
+	PrDeath death;	    /* has its own lock */
 } QemuGuest;
+
+/* The spec */
 
 typedef struct QemuSpec {
 	char *qmp;
 	char *agent; /* NULL: a helper attaches */
-	char *pid;   /* NULL: whoever listens at qmp */
+	char *pid;   /* NULL: the process that listens at qmp */
 } QemuSpec;
 
 static void qemu_spec_clear(QemuSpec *spec)
@@ -99,6 +111,8 @@ static gboolean qemu_wants_helper(const char *spec)
 	return parse_spec(spec, &parsed, NULL) && !parsed.agent;
 }
 
+/* QMP events, and the end of QEMU */
+
 static void on_event(const char *name, JsonObject *data, void *opaque)
 {
 	QemuGuest *self = opaque;
@@ -116,28 +130,22 @@ static void on_event(const char *name, JsonObject *data, void *opaque)
 	pr_qemu_watch_event(self->watch, name);
 }
 
-/* Called by QMP's reader and by the agent's, at the end of their connections; the first call reports the death. */
+/* PrGuestDied: called by the reader threads of QMP and of the agent at the end of their
+ * connections. The first call reports the death. */
 static void on_end(const char *reason, void *opaque)
 {
 	QemuGuest *self = opaque;
-	PrGuestDied died = NULL;
-	void *died_opaque;
 
-	g_mutex_lock(&self->telling);
 	g_mutex_lock(&self->lock);
-	if (!self->dead) {
-		self->dead = TRUE;
-		self->death = self->load ? pr_qemu_load_died(self->load, reason) : g_strdup(reason);
-		died = g_steal_pointer(&self->died);
-	}
-	died_opaque = self->died_opaque;
+	if (!self->dead)
+		self->dead = self->load ? pr_qemu_load_died(self->load, reason) : g_strdup(reason);
 	g_mutex_unlock(&self->lock);
-	if (died)
-		died(self->death, died_opaque);
-	g_mutex_unlock(&self->telling);
+	pr_death_report(&self->death, self->dead);
 }
 
-static void keep_uffd(QemuGuest *self, int uffd)
+/* Opening and closing */
+
+static void set_uffd(QemuGuest *self, int uffd)
 {
 	g_mutex_lock(&self->lock);
 	if (self->uffd >= 0)
@@ -150,7 +158,7 @@ static void qemu_close(PrGuest *guest)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 
-	/* The watch's thread makes calls of QMP, whose reader tells the watch. */
+	/* The watch's thread makes QMP calls, and QMP's reader thread calls the watch. */
 	pr_qemu_watch_end(self->watch);
 	g_clear_pointer(&self->qmp, pr_qmp_free);
 	g_clear_pointer(&self->watch, pr_qemu_watch_free);
@@ -159,17 +167,17 @@ static void qemu_close(PrGuest *guest)
 	g_clear_pointer(&self->load, pr_qemu_load_free);
 	g_clear_pointer(&self->blocks, g_array_unref);
 	g_clear_object(&self->qmp_socket);
-	keep_uffd(self, -1);
-	g_free(self->death);
+	set_uffd(self, -1);
+	g_free(self->dead);
 	g_free(self->qmp_path);
 	g_mutex_clear(&self->connecting);
 	g_mutex_clear(&self->lock);
-	g_mutex_clear(&self->telling);
+	pr_death_clear(&self->death);
 	g_free(self);
 }
 
-/* The agent begins to listen with the first shared RAM, so that its absence may have that cause: then the
- * cause is told. */
+/* The preload agent begins to listen when QEMU maps the first shared RAM. So if it does not listen,
+ * the error names RAM that is not shared as the cause. */
 static PrAgentClient *open_preloaded(const QemuSpec *spec, guint timeout_ms, GError **error)
 {
 	g_autoptr(GError) missing = NULL;
@@ -190,8 +198,9 @@ static PrAgentClient *open_preloaded(const QemuSpec *spec, guint timeout_ms, GEr
 	return NULL;
 }
 
-/* An engine that follows another one must not wait for QMP: QEMU's main loop may itself be waiting, for a page
- * that this engine is there to bring, or for the fence to be lifted. So then it is connected when it is needed first. */
+/* An engine that follows another one must not wait for QMP in open(). QEMU's main loop may itself
+ * wait for a page that this engine has to bring, or for the end of the fence. So in that case the
+ * first call that needs QMP connects. */
 static gboolean connect_qmp(QemuGuest *self, GError **error)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->connecting);
@@ -212,7 +221,7 @@ static gboolean connect_qmp(QemuGuest *self, GError **error)
 	self->save = pr_qemu_save_new(qmp, self->agent);
 	self->load = pr_qemu_load_new(qmp, self->agent, self->timeout_ms);
 	if (self->dead)
-		g_free(pr_qemu_load_died(self->load, self->death));
+		g_free(pr_qemu_load_died(self->load, self->dead));
 	g_mutex_unlock(&self->lock);
 	pr_qmp_on_death(qmp, on_end, self);
 	return TRUE;
@@ -226,7 +235,8 @@ static PrQmp *watch_qmp(void *opaque, GError **error)
 	return connect_qmp(self, error) ? self->qmp : NULL;
 }
 
-/* The connection that tells whose socket it is serves QMP later: QEMU has one client at a time. */
+/* QEMU serves one QMP client at a time. So the connection that shows which process listens is used
+ * for QMP later. */
 static gboolean open_agent(QemuGuest *self, const QemuSpec *spec, PrGuestHelper *helper,
 			   GError **error)
 {
@@ -244,7 +254,7 @@ static gboolean open_agent(QemuGuest *self, const QemuSpec *spec, PrGuestHelper 
 	return self->agent != NULL;
 }
 
-/* Where the fault mode is on already, an engine was here before, and made sure of that. */
+/* Not called where the fault mode or the fence is on: the engine before has checked the process. */
 static gboolean check_process(QemuGuest *self, const QemuSpec *spec, GError **error)
 {
 	return spec->agent ||
@@ -265,7 +275,7 @@ static PrGuest *qemu_open(const char *spec, PrGuestHelper *helper, guint timeout
 	guest = &self->parent;
 	guest->ops = &pr_guest_qemu;
 	g_mutex_init(&self->lock);
-	g_mutex_init(&self->telling);
+	pr_death_init(&self->death);
 	g_mutex_init(&self->connecting);
 	self->qmp_path = g_strdup(parsed.qmp);
 	self->timeout_ms = timeout_ms;
@@ -280,6 +290,8 @@ static PrGuest *qemu_open(const char *spec, PrGuestHelper *helper, guint timeout
 	pr_agent_client_on_death(self->agent, on_end, self);
 	return g_steal_pointer(&guest);
 }
+
+/* RAM blocks */
 
 static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint *ret_n,
 					GError **error)
@@ -298,7 +310,7 @@ static const PrGuestBlock *qemu_prepare(PrGuest *guest, PrGuestRole role, guint 
 	if (role == PR_GUEST_DESTINATION && !pr_agent_client_probe(self->agent, error))
 		return NULL;
 	locker = g_mutex_locker_new(&self->lock);
-	/* The first answer stays: callers hold pointers into it. */
+	/* Callers hold pointers into the first array, so a later one is dropped. */
 	if (!self->blocks)
 		self->blocks = g_steal_pointer(&blocks);
 	*ret_n = self->blocks->len;
@@ -327,6 +339,8 @@ static const PrGuestBlock *qemu_adopt(PrGuest *guest, const PrGuestBlock *known,
 	return (const PrGuestBlock *)self->blocks->data;
 }
 
+/* Source: stop, save, resume */
+
 static gboolean query_running(QemuGuest *self, gboolean *ret_running, GError **error)
 {
 	g_autoptr(JsonObject) object = NULL;
@@ -352,8 +366,7 @@ static gboolean qemu_assume_stopped(PrGuest *guest, gboolean was_running, GError
 	if (!connect_qmp(self, error))
 		return FALSE;
 	g_mutex_lock(&self->lock);
-	self->stopped = TRUE;
-	self->was_running = was_running;
+	self->resume_running = was_running;
 	g_mutex_unlock(&self->lock);
 	return TRUE;
 }
@@ -387,10 +400,9 @@ static gboolean qemu_stop(PrGuest *guest, gboolean *ret_was_running, GError **er
 
 	if (!query_running(self, &running, error))
 		return FALSE;
-	/* It may stop from now on. */
+	/* Set before the `stop`, as its event may come before its answer. */
 	g_mutex_lock(&self->lock);
-	self->stopped = TRUE;
-	self->was_running = running;
+	self->resume_running = running;
 	self->at_rest = !running;
 	self->ran_again = FALSE;
 	g_mutex_unlock(&self->lock);
@@ -407,9 +419,9 @@ static gboolean qemu_check_stopped(PrGuest *guest, GError **error)
 	ran_again = self->ran_again;
 	g_mutex_unlock(&self->lock);
 	if (ran_again)
-		g_set_error(
-			error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
-			"somebody let the guest run, or reset it, while it was being handed over");
+		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED,
+			    "another client of QEMU let the guest run, or reset it, during the "
+			    "hand-over");
 	return !ran_again;
 }
 
@@ -418,18 +430,18 @@ static gboolean qemu_resume(PrGuest *guest, GError **error)
 	QemuGuest *self = (QemuGuest *)guest;
 	gboolean cont;
 
-	/* From here on it is this engine that lets it run. */
+	/* From here on this engine lets the guest run, which is no fault. */
 	pr_qemu_watch_end(self->watch);
 	if (!connect_qmp(self, error))
 		return FALSE;
 	pr_qemu_save_end(self->save);
 	g_mutex_lock(&self->lock);
-	cont = self->stopped && self->was_running;
+	cont = self->resume_running;
 	g_mutex_unlock(&self->lock);
 	if (cont && !pr_qmp_command(self->qmp, "cont", NULL, -1, error))
 		return FALSE;
 	g_mutex_lock(&self->lock);
-	self->stopped = FALSE;
+	self->resume_running = FALSE;
 	g_mutex_unlock(&self->lock);
 	return TRUE;
 }
@@ -442,6 +454,8 @@ static gboolean qemu_save(PrGuest *guest, GCancellable *cancel, PrGuestSink sink
 	return connect_qmp(self, error) &&
 	       pr_qemu_save_state(self->save, cancel, sink, opaque, error);
 }
+
+/* Destination: load, run */
 
 static gboolean qemu_load_early(PrGuest *guest, const void *data, gsize len, GError **error)
 {
@@ -500,17 +514,19 @@ static GArray *qemu_vcpu_threads(PrGuest *guest, GError **error)
 	return connect_qmp(self, error) ? pr_qemu_vcpu_threads(self->qmp, error) : NULL;
 }
 
+/* Fault mode and fence */
+
 static int qemu_uffd_enable(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 	int uffd = pr_agent_client_uffd_enable(self->agent, error);
 
 	if (uffd >= 0 && pr_agent_client_is_helper(self->agent))
-		keep_uffd(self, fcntl(uffd, F_DUPFD_CLOEXEC, 3));
+		set_uffd(self, fcntl(uffd, F_DUPFD_CLOEXEC, 3));
 	return uffd;
 }
 
-/* Without the helper the descriptor stays in QEMU, and does nothing. */
+/* Without the helper the unregistered descriptor stays open in QEMU, where it has no effect. */
 static gboolean unregister(QemuGuest *self)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&self->lock);
@@ -532,16 +548,17 @@ static gboolean qemu_uffd_disable(PrGuest *guest, GError **error)
 		g_propagate_error(error, g_steal_pointer(&failure));
 		return FALSE;
 	}
-	keep_uffd(self, -1);
+	set_uffd(self, -1);
 	return TRUE;
 }
 
-static void qemu_let_go(PrGuest *guest)
+static void qemu_close_uffd(PrGuest *guest)
 {
-	keep_uffd((QemuGuest *)guest, -1);
+	set_uffd((QemuGuest *)guest, -1);
 }
 
-/* The watch first: it holds where the fence can't be had, and while that is being made. */
+/* The watch begins first: it works also where the kernel refuses the fence, and while the fence is
+ * being set up. */
 static gboolean qemu_fence(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
@@ -559,13 +576,13 @@ static gboolean qemu_fence(PrGuest *guest, GError **error)
 	return watched;
 }
 
-/* The watch goes on. */
+/* Does not end the watch. */
 static gboolean qemu_unfence(PrGuest *guest, GError **error)
 {
 	QemuGuest *self = (QemuGuest *)guest;
 	gboolean fenced;
 
-	/* Where there is no fence nobody needs to be asked: the helper may have ended. */
+	/* Without a fence the helper is not needed; it may have ended. */
 	g_mutex_lock(&self->lock);
 	fenced = self->may_be_fenced;
 	g_mutex_unlock(&self->lock);
@@ -591,8 +608,10 @@ static gboolean qemu_was_fenced(PrGuest *guest)
 
 static void qemu_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
 {
-	pr_qemu_watch_tell(((QemuGuest *)guest)->watch, ran_again, opaque);
+	pr_qemu_watch_observe(((QemuGuest *)guest)->watch, ran_again, opaque);
 }
+
+/* The state memfd, and the end of the process */
 
 static gboolean qemu_store_state_fd(PrGuest *guest, int memfd, GError **error)
 {
@@ -606,21 +625,7 @@ static int qemu_fetch_state(PrGuest *guest, GError **error)
 
 static void qemu_on_death(PrGuest *guest, PrGuestDied died, void *opaque)
 {
-	QemuGuest *self = (QemuGuest *)guest;
-	g_autofree char *reason = NULL;
-
-	g_mutex_lock(&self->telling);
-	g_mutex_lock(&self->lock);
-	if (self->dead) {
-		reason = g_strdup(self->death);
-	} else {
-		self->died = died;
-		self->died_opaque = opaque;
-	}
-	g_mutex_unlock(&self->lock);
-	if (reason && died)
-		died(reason, opaque);
-	g_mutex_unlock(&self->telling);
+	pr_death_observe(&((QemuGuest *)guest)->death, died, opaque);
 }
 
 const PrGuestOps pr_guest_qemu = {
@@ -650,7 +655,7 @@ const PrGuestOps pr_guest_qemu = {
 	.vcpu_threads = qemu_vcpu_threads,
 	.uffd_enable = qemu_uffd_enable,
 	.uffd_disable = qemu_uffd_disable,
-	.let_go = qemu_let_go,
+	.close_uffd = qemu_close_uffd,
 	.allocator = qemu_allocator,
 	.fence = qemu_fence,
 	.unfence = qemu_unfence,

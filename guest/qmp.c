@@ -5,8 +5,9 @@
 #include <gio/gunixsocketaddress.h>
 #include <string.h>
 
+#include "guest/death.h"
 #include "guest/json.h"
-#include "guest/qmp-frame.h"
+#include "util/json-framer.h"
 
 #define READ_CHUNK 16384 /* bytes */
 
@@ -24,9 +25,11 @@ struct PrQmp {
 	GMainContext *context; /* constant; the reader's */
 	GMainLoop *loop;       /* constant; the reader's */
 	GThread *reader;       /* the owner's */
-	PrQmpFrame frame;      /* the reader's */
+	PrFramer framer;       /* the reader's */
+	gboolean broken;       /* the reader's; something came that is not QMP */
 
-	GMutex send_lock; /* held over one command's bytes */
+	GMutex send_lock; /* held while one command is sent */
+	PrDeath death;	  /* has its own lock */
 
 	GMutex lock;
 	GCond cond;	   /* lock; an answer, the greeting, or the end */
@@ -34,30 +37,26 @@ struct PrQmp {
 	guint32 last_id;   /* lock */
 	gboolean greeted;  /* lock */
 	GError *failure;   /* lock; set once: the connection is gone */
-	char *shutdown;	   /* lock; why QEMU said it shuts down, or NULL */
-	PrGuestDied died;  /* lock; taken when called */
-	void *died_opaque; /* lock */
+	char *shutdown;	   /* lock; the reason in QEMU's SHUTDOWN event, or NULL */
 };
 
 /* The reader thread */
 
+/* Takes failure. Only the first one counts. */
 static void fail(PrQmp *qmp, GError *failure)
 {
-	PrGuestDied died = NULL;
-	void *opaque;
+	gboolean first;
 
 	g_mutex_lock(&qmp->lock);
-	if (qmp->failure) {
-		g_error_free(failure);
-	} else {
+	first = !qmp->failure;
+	if (first)
 		qmp->failure = failure;
-		died = g_steal_pointer(&qmp->died);
-	}
-	opaque = qmp->died_opaque;
 	g_cond_broadcast(&qmp->cond);
 	g_mutex_unlock(&qmp->lock);
-	if (died)
-		died(failure->message, opaque);
+	if (first)
+		pr_death_report(&qmp->death, failure->message);
+	else
+		g_error_free(failure);
 }
 
 static void fail_closed(PrQmp *qmp, const char *detail)
@@ -100,7 +99,7 @@ static void deliver_event(PrQmp *qmp, JsonObject *object)
 		qmp->on_event(name, data, qmp->event_opaque);
 }
 
-/* Takes root: it belongs to one thread at a time. */
+/* Takes root, as only one thread at a time may use it. */
 static void deliver_answer(PrQmp *qmp, JsonNode *root)
 {
 	gint64 id = pr_json_int(json_node_get_object(root), "id");
@@ -113,12 +112,12 @@ static void deliver_answer(PrQmp *qmp, JsonNode *root)
 		g_cond_broadcast(&qmp->cond);
 	}
 	g_mutex_unlock(&qmp->lock);
-	/* Its caller may have given up. */
+	/* No call: its caller has given up. */
 	g_clear_pointer(&root, json_node_unref);
 }
 
-/* The parser takes any bytes, and makes some of half a surrogate pair. What QEMU says goes into errors, and with
- * them into our own monitor's JSON. */
+/* The parser turns an escaped half of a surrogate pair into bytes that are not UTF-8. QEMU's texts
+ * become part of errors, and with them of the JSON that Postroad's own monitor sends. */
 static gboolean is_utf8(JsonNode *root)
 {
 	g_autofree char *text = json_to_string(root, FALSE);
@@ -126,57 +125,53 @@ static gboolean is_utf8(JsonNode *root)
 	return g_utf8_validate(text, -1, NULL);
 }
 
-static JsonNode *parse(PrQmp *qmp)
+static JsonNode *parse(const char *message, gsize len)
 {
 	g_autoptr(JsonParser) parser = json_parser_new();
 
-	if (!json_parser_load_from_data(parser, qmp->frame.text->str, qmp->frame.text->len, NULL) ||
+	if (!json_parser_load_from_data(parser, message, len, NULL) ||
 	    !JSON_NODE_HOLDS_OBJECT(json_parser_get_root(parser)) ||
 	    !is_utf8(json_parser_get_root(parser)))
 		return NULL;
 	return json_parser_steal_root(parser);
 }
 
-static gboolean deliver(PrQmp *qmp)
+static void set_greeted(PrQmp *qmp)
 {
-	g_autoptr(JsonNode) root = parse(qmp);
-	JsonObject *object;
-
-	if (!root) {
-		fail_garbage(qmp, "what came is not JSON");
-		return FALSE;
-	}
-	object = json_node_get_object(root);
-	if (json_object_has_member(object, "event")) {
-		deliver_event(qmp, object);
-	} else if (json_object_has_member(object, "QMP")) {
-		g_mutex_lock(&qmp->lock);
-		qmp->greeted = TRUE;
-		g_cond_broadcast(&qmp->cond);
-		g_mutex_unlock(&qmp->lock);
-	} else {
-		deliver_answer(qmp, g_steal_pointer(&root));
-	}
-	return TRUE;
+	g_mutex_lock(&qmp->lock);
+	qmp->greeted = TRUE;
+	g_cond_broadcast(&qmp->cond);
+	g_mutex_unlock(&qmp->lock);
 }
 
-static gboolean take_bytes(PrQmp *qmp, const char *bytes, gsize len)
+/* PrFrameSink */
+static void on_message(const char *message, gsize len, const char *fault, void *opaque)
 {
-	for (gsize i = 0; i < len; i++) {
-		switch (pr_qmp_frame_push(&qmp->frame, bytes[i])) {
-		case PR_QMP_FRAME_MORE:
-			break;
-		case PR_QMP_FRAME_GARBAGE:
-			fail_garbage(qmp, "what came is not QMP");
-			return FALSE;
-		case PR_QMP_FRAME_OBJECT:
-			if (!deliver(qmp))
-				return FALSE;
-			pr_qmp_frame_next(&qmp->frame);
-			break;
-		}
+	PrQmp *qmp = opaque;
+	g_autoptr(JsonNode) root = fault || qmp->broken ? NULL : parse(message, len);
+	JsonObject *object;
+
+	if (qmp->broken)
+		return;
+	if (!root) {
+		qmp->broken = TRUE;
+		fail_garbage(qmp, fault ? "what came is not QMP" : "what came is not JSON");
+		return;
 	}
-	return TRUE;
+	object = json_node_get_object(root);
+	if (json_object_has_member(object, "event"))
+		deliver_event(qmp, object);
+	else if (json_object_has_member(object, "QMP"))
+		set_greeted(qmp);
+	else
+		deliver_answer(qmp, g_steal_pointer(&root));
+}
+
+/* FALSE: these bytes were not QMP. */
+static gboolean receive_bytes(PrQmp *qmp, const char *bytes, gsize len)
+{
+	pr_framer_feed(&qmp->framer, bytes, len, on_message, qmp);
+	return !qmp->broken;
 }
 
 static gboolean on_readable(GSocket *socket, GIOCondition condition, gpointer data)
@@ -192,7 +187,7 @@ static gboolean on_readable(GSocket *socket, GIOCondition condition, gpointer da
 		fail_closed(qmp, error ? error->message : "it closed the connection");
 		return G_SOURCE_REMOVE;
 	}
-	return take_bytes(qmp, chunk, n) ? G_SOURCE_CONTINUE : G_SOURCE_REMOVE;
+	return receive_bytes(qmp, chunk, n) ? G_SOURCE_CONTINUE : G_SOURCE_REMOVE;
 }
 
 static gpointer reader_thread(gpointer data)
@@ -237,7 +232,7 @@ static gssize send_some(PrQmp *qmp, const char *bytes, gsize len, int fd, GError
 				     message ? 1 : 0, G_SOCKET_MSG_NONE, NULL, error);
 }
 
-/* fd goes with the first bytes. */
+/* fd is sent with the first bytes. */
 static gboolean send_text(PrQmp *qmp, const char *command, const char *text, int fd, GError **error)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&qmp->send_lock);
@@ -350,7 +345,7 @@ JsonNode *pr_qmp_execute(PrQmp *qmp, const char *command, JsonObject *arguments,
 	g_autoptr(GError) cause = NULL;
 	g_autoptr(JsonNode) answer = exchange(qmp, command, arguments, fd, &cause);
 
-	/* An answer may arrive in the moment of giving up: then it counts. */
+	/* An answer that arrives at the moment of the timeout counts. */
 	if (answer)
 		return result_of(qmp, command, json_node_get_object(answer), error);
 	g_propagate_error(error, g_steal_pointer(&cause));
@@ -454,7 +449,8 @@ PrQmp *pr_qmp_open_over(GSocket *socket, const char *path, guint timeout_ms, PrQ
 	qmp->context = g_main_context_new();
 	qmp->loop = g_main_loop_new(qmp->context, FALSE);
 	qmp->calls = g_hash_table_new(NULL, NULL);
-	pr_qmp_frame_init(&qmp->frame);
+	pr_framer_init(&qmp->framer, PR_FRAMER_OBJECTS);
+	pr_death_init(&qmp->death);
 	g_mutex_init(&qmp->lock);
 	g_mutex_init(&qmp->send_lock);
 	g_cond_init(&qmp->cond);
@@ -475,7 +471,8 @@ void pr_qmp_free(PrQmp *qmp)
 {
 	g_autoptr(GSource) quit = g_idle_source_new();
 
-	/* As a source: the loop may not run yet, and would not see a quit of now. */
+	/* Quits by a source: if the loop does not run yet, g_main_loop_quit() would have no
+	 * effect. */
 	g_source_set_callback(quit, quit_loop, qmp->loop, NULL);
 	g_source_attach(quit, qmp->context);
 	if (qmp->reader)
@@ -485,7 +482,8 @@ void pr_qmp_free(PrQmp *qmp)
 	g_main_loop_unref(qmp->loop);
 	g_main_context_unref(qmp->context);
 	g_hash_table_unref(qmp->calls);
-	pr_qmp_frame_clear(&qmp->frame);
+	pr_framer_clear(&qmp->framer);
+	pr_death_clear(&qmp->death);
 	g_clear_error(&qmp->failure);
 	g_free(qmp->shutdown);
 	g_mutex_clear(&qmp->lock);
@@ -497,16 +495,5 @@ void pr_qmp_free(PrQmp *qmp)
 
 void pr_qmp_on_death(PrQmp *qmp, PrGuestDied died, void *opaque)
 {
-	g_autofree char *reason = NULL;
-
-	g_mutex_lock(&qmp->lock);
-	if (qmp->failure) {
-		reason = g_strdup(qmp->failure->message);
-	} else {
-		qmp->died = died;
-		qmp->died_opaque = opaque;
-	}
-	g_mutex_unlock(&qmp->lock);
-	if (reason)
-		died(reason, opaque);
+	pr_death_observe(&qmp->death, died, opaque);
 }

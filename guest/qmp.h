@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A QMP client. A thread of its own, with its own GMainContext, reads the socket; calls may be made
- * from any thread and at the same time, each bounded in time. Errors are of the domain PR_GUEST_ERROR
- * (a cancelled wait: G_IO_ERROR_CANCELLED) and name the socket and the command.
+ * A QMP client. A thread of its own, with its own GMainContext, reads the socket. Calls may be made
+ * from any thread and at the same time; each has a timeout. Errors are of the domain
+ * PR_GUEST_ERROR, and name the socket and the command.
  *
- * What is not JSON, or not an object, or endless, ends the connection with PR_GUEST_ERROR_PROTOCOL.
+ * Bytes that are not JSON objects, or an object that is too long, end the connection with
+ * PR_GUEST_ERROR_PROTOCOL.
  */
 #pragma once
 
@@ -21,8 +22,8 @@ typedef void (*PrQmpEvent)(const char *name, JsonObject *data, void *opaque);
 /* Connects, waits for the greeting, negotiates. on_event sees every event from then on. */
 PrQmp *pr_qmp_open(const char *path, guint timeout_ms, PrQmpEvent on_event, void *opaque,
 		   GError **error);
-/* The same in two steps. The first waits for nobody, not even for a QEMU that does not answer; the second takes the
- * socket, also when it fails. */
+/* The same in two steps. The first does not wait, even if QEMU does not answer. The second waits
+ * for the greeting, and takes the socket, also when it fails. */
 GSocket *pr_qmp_connect(const char *path, GError **error);
 PrQmp *pr_qmp_open_over(GSocket *socket, const char *path, guint timeout_ms, PrQmpEvent on_event,
 			void *opaque, GError **error);
@@ -30,11 +31,11 @@ PrQmp *pr_qmp_open_over(GSocket *socket, const char *path, guint timeout_ms, PrQ
 void pr_qmp_free(PrQmp *qmp);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrQmp, pr_qmp_free)
 
-/* Executes a command and returns its "return". Takes arguments (NULL: none). fd, if not -1, goes with
- * it (getfd) and stays the caller's. */
+/* Executes a command and returns its "return". Takes arguments (NULL: none). fd, if not -1, is sent
+ * with the command (for getfd), and stays the caller's. */
 JsonNode *pr_qmp_execute(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
 			 GError **error);
-/* As above, for commands whose answer does not matter. */
+/* The same, without the answer. */
 gboolean pr_qmp_command(PrQmp *qmp, const char *command, JsonObject *arguments, int fd,
 			GError **error);
 /* A command without arguments whose "return" is an object; the caller's to unref. */
@@ -42,5 +43,6 @@ JsonObject *pr_qmp_query(PrQmp *qmp, const char *command, GError **error);
 /* The output of a line of the human monitor. */
 char *pr_qmp_human(PrQmp *qmp, const char *line, GError **error);
 
-/* Called once, from the reader thread, or from here if it happened already. */
+/* died is called once when the connection ends: from the reader thread, or from here if it has
+ * ended already. */
 void pr_qmp_on_death(PrQmp *qmp, PrGuestDied died, void *opaque);

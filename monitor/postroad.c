@@ -491,7 +491,7 @@ int main(int argc, char **argv)
 				     .filter = g_strcmp0(options.sandbox, "off") != 0};
 	/* The helper is forked first, because it keeps capabilities that the engine drops. Both
 	 * come before the first thread, which is the log's. */
-	if (!pr_guest_begin(options.guest, engine.sandbox.filter, &engine.helper, &error) ||
+	if (!pr_guest_fork_helper(options.guest, engine.sandbox.filter, &engine.helper, &error) ||
 	    !prepare_sandbox(&options, &engine, &error) ||
 	    !pr_log_start(level, STDERR_FILENO, &error)) {
 		fprintf(stderr, "postroad: %s\n", error->message);

@@ -434,7 +434,7 @@ static void add_client(PrQmpServer *server, int fd)
 	client->server = server;
 	client->pending = g_ptr_array_new_with_free_func((GDestroyNotify)pending_free);
 	g_queue_init(&client->requests);
-	pr_framer_init(&client->framer);
+	pr_framer_init(&client->framer, PR_FRAMER_LINES);
 	client->stream =
 		pr_stream_new(server->monitor->context, fd, fd, on_input, on_closed, client);
 	g_ptr_array_add(server->clients, client);

@@ -1,17 +1,23 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "util/json-framer.h"
 
 #define INT64_DIGITS 19
 
-void pr_framer_init(PrFramer *framer)
+void pr_framer_init(PrFramer *framer, PrFramerMode mode)
 {
-	*framer = (PrFramer){.message = g_string_new(NULL)};
+	*framer = (PrFramer){.mode = mode, .message = g_string_new(NULL)};
 }
 
 void pr_framer_clear(PrFramer *framer)
 {
 	if (framer->message)
 		g_string_free(g_steal_pointer(&framer->message), TRUE);
+}
+
+/* A stream of objects has no place to start afresh. */
+static gboolean is_broken(const PrFramer *framer)
+{
+	return framer->discard && framer->mode == PR_FRAMER_OBJECTS;
 }
 
 static void reset(PrFramer *framer)
@@ -39,7 +45,8 @@ static void finish(PrFramer *framer, PrFrameSink sink, void *opaque)
 		fault(framer, "the message is not UTF-8", sink, opaque);
 	else if (!framer->discard)
 		sink(message->str, message->len, NULL, opaque);
-	reset(framer);
+	if (!is_broken(framer))
+		reset(framer);
 }
 
 /* Returns TRUE when this character closes the outermost bracket. */
@@ -64,29 +71,51 @@ static gboolean scan(PrFramer *framer, char c)
 	return FALSE;
 }
 
+/* NULL: the message is within the limits so far. */
+static const char *limit_exceeded(const PrFramer *framer)
+{
+	gboolean objects = framer->mode == PR_FRAMER_OBJECTS;
+
+	if (objects && framer->message->len > PR_FRAME_OBJECT_MAX)
+		return "the message is longer than 16 MiB";
+	if (!objects && framer->message->len > PR_FRAME_MAX)
+		return "the message is longer than 1 MiB";
+	if (framer->depth > PR_FRAME_DEPTH)
+		return "the message has brackets within brackets over 64 deep";
+	if (!objects && framer->digits > INT64_DIGITS)
+		return "the message has a number beyond 64 bits";
+	return NULL;
+}
+
+static void push(PrFramer *framer, char c, PrFrameSink sink, void *opaque)
+{
+	gboolean objects = framer->mode == PR_FRAMER_OBJECTS;
+	const char *exceeded;
+	gboolean whole;
+
+	if (c == '\n' && framer->busy && !objects) {
+		finish(framer, sink, opaque);
+		return;
+	}
+	if (!framer->busy && g_ascii_isspace(c))
+		return;
+	if (!framer->busy && objects && c != '{') {
+		fault(framer, "there is text outside of a JSON object", sink, opaque);
+		return;
+	}
+	framer->busy = TRUE;
+	whole = scan(framer, c);
+	if (!framer->discard)
+		g_string_append_c(framer->message, c);
+	exceeded = limit_exceeded(framer);
+	if (exceeded)
+		fault(framer, exceeded, sink, opaque);
+	if (whole)
+		finish(framer, sink, opaque);
+}
+
 void pr_framer_feed(PrFramer *framer, const char *data, gsize len, PrFrameSink sink, void *opaque)
 {
-	for (gsize i = 0; i < len; i++) {
-		gboolean whole;
-
-		if (data[i] == '\n' && framer->busy) {
-			finish(framer, sink, opaque);
-			continue;
-		}
-		if (!framer->busy && g_ascii_isspace(data[i]))
-			continue;
-		framer->busy = TRUE;
-		whole = scan(framer, data[i]);
-		if (!framer->discard)
-			g_string_append_c(framer->message, data[i]);
-		if (framer->message->len > PR_FRAME_MAX)
-			fault(framer, "the message is longer than 1 MiB", sink, opaque);
-		else if (framer->depth > PR_FRAME_DEPTH)
-			fault(framer, "the message has brackets within brackets over 64 deep", sink,
-			      opaque);
-		else if (framer->digits > INT64_DIGITS)
-			fault(framer, "the message has a number beyond 64 bits", sink, opaque);
-		if (whole)
-			finish(framer, sink, opaque);
-	}
+	for (gsize i = 0; i < len && !is_broken(framer); i++)
+		push(framer, data[i], sink, opaque);
 }

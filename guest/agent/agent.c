@@ -2,9 +2,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -12,23 +9,6 @@
 #include <unistd.h>
 
 #include "guest/agent/internal.h"
-
-void agent_close_fd(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
-}
-
-void agent_result_fail(AgentResult *result, PrAgentStatus status, const char *format, ...)
-{
-	va_list args;
-
-	result->status = status;
-	va_start(args, format);
-	vsnprintf(result->text, sizeof(result->text), format, args);
-	va_end(args);
-}
 
 PrAgent *pr_agent_new(const PrAgentOps *ops, void *opaque)
 {
@@ -139,24 +119,6 @@ int pr_agent_remove_regions(PrAgent *agent, void *base, uint64_t size)
 	return removed;
 }
 
-int agent_thread_create(pthread_t *ret_thread, void *(*run)(void *), PrAgent *agent,
-			const char *name)
-{
-	sigset_t all, old;
-	pthread_t thread;
-	int err;
-
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	err = pthread_create(&thread, NULL, run, agent);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (err)
-		return -err;
-	pthread_setname_np(thread, name);
-	*ret_thread = thread;
-	return 0;
-}
-
 static void stop_listening(PrAgent *agent)
 {
 	struct stat now;
@@ -173,7 +135,7 @@ static void end_worker(PrAgent *agent)
 {
 	pthread_mutex_lock(&agent->lock);
 	agent->quit = true;
-	/* A load that waits for a page ends with this. */
+	/* This ends a load that waits for a page. */
 	agent_uffd_disable(agent);
 	pthread_cond_signal(&agent->job_cond);
 	pthread_mutex_unlock(&agent->lock);
@@ -224,7 +186,7 @@ static void stop_serving(PrAgent *agent)
 		;
 	pthread_join(agent->server, NULL);
 	agent_allocator_end(agent);
-	/* A callback that waits to write ends with this. */
+	/* This ends a callback that waits to write. */
 	agent_fence_off(agent);
 	end_worker(agent);
 	agent_close_fd(&agent->wake_fd);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The thread that allocates pages for the engine (guest/allocator.h): what it allocates is charged to this process's
- * memory cgroup. There is one for the attached engine; it ends when that engine is gone.
+ * The thread that allocates pages for the engine (guest/allocator.h). The kernel charges them to
+ * the memory cgroup of this process. The attached engine has one such thread, which ends when that
+ * engine is gone.
  */
 #include <errno.h>
 #include <string.h>
@@ -34,15 +35,14 @@ static bool begin(PrAgent *agent, int pair[2], AgentResult *result)
 	int err;
 
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
-		agent_result_fail(result, PR_AGENT_FAILED, "socketpair: %s", strerror(errno));
+		agent_fail(result, PR_AGENT_FAILED, "socketpair: %s", strerror(errno));
 		return false;
 	}
 	agent->allocator_fd = pair[1];
 	err = agent_thread_create(&agent->allocator, allocator_thread, agent, "postroad-pages");
 	if (!err)
 		return true;
-	agent_result_fail(result, PR_AGENT_FAILED, "no thread to allocate pages: %s",
-			  strerror(-err));
+	agent_fail(result, PR_AGENT_FAILED, "no thread to allocate pages: %s", strerror(-err));
 	agent_close_fd(&agent->allocator_fd);
 	close(pair[0]);
 	return false;

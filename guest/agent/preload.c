@@ -1,19 +1,22 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * libpostroad-agent.so: the agent for a stock QEMU, by LD_PRELOAD, with POSTROAD_AGENT naming the socket.
+ * libpostroad-agent.so: the agent for a stock QEMU, loaded by LD_PRELOAD. POSTROAD_AGENT names the
+ * socket.
  *
- * It watches mmap() for MAP_SHARED mappings of the memfds of QEMU's memory-backend-memfd, and offers
- * them to the engine in the order of their mapping. The service starts with the first of them, not
- * earlier: by then QEMU has made itself a daemon, if it was going to, and threads survive.
+ * The library watches mmap() for MAP_SHARED mappings of the memfds of QEMU's memory-backend-memfd.
+ * It offers them to the engine in the order of their mapping. The service starts with the first
+ * such mapping. By then a QEMU with -daemonize has forked, so the agent's threads survive.
  *
  * Without POSTROAD_AGENT nothing happens: the wrappers pass their arguments on.
  *
- * Children must not inherit any of this. A QEMU (known by the name of its executable) loses the
- * variable and this library's entry of LD_PRELOAD from its environment before main(). Other programs
- * may be wrappers that will execute QEMU (timeout, numactl, ip netns exec): they keep both until they
- * map a memfd themselves. A child that is forked and not executed is known by its process id.
+ * Children must not inherit any of this. The library knows a QEMU by the name of its executable.
+ * There it removes the variable and its own entry of LD_PRELOAD from the environment before main().
+ * Other programs may be wrappers that execute QEMU later (timeout, numactl, ip netns exec). They
+ * keep both until they map a memfd themselves. The library knows a child that was forked and not
+ * executed by its process id.
  */
-/* With it, glibc's headers make the name mmap an alias of mmap64; both are defined here. */
+/* With _FILE_OFFSET_BITS, glibc's headers make the name mmap an alias of mmap64. This file defines
+ * both. */
 #undef _FILE_OFFSET_BITS
 #include <dlfcn.h>
 #include <errno.h>
@@ -33,17 +36,18 @@
 typedef void *(*MmapFn)(void *, size_t, int, int, int, off_t);
 typedef int (*MunmapFn)(void *, size_t);
 
-/* Of this process: there is one preload library in it. */
+/* One per process, as the library is loaded once. */
 static struct {
-	char path[PATH_BYTES];	  /* constant after the constructor; "": switched off */
-	_Atomic(MmapFn) mmap;	  /* the next one in line, once known */
+	char path[PATH_BYTES]; /* constant after the constructor; "": switched off */
+	_Atomic(MmapFn)
+		mmap; /* the libc's, or another preload library's; NULL: not looked up yet */
 	_Atomic(MunmapFn) munmap; /* as mmap */
 	_Atomic(PrAgent *) agent; /* set once, under lock */
 	_Atomic pid_t pid;	  /* of the process whose agent it is */
 	pthread_mutex_t lock;	  /* makes the agent */
 } preload = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-/* dlsym() may allocate and so map: then, and before anything is resolved, ask the kernel. */
+/* dlsym() may call mmap(). While it runs, the wrappers call the kernel directly. */
 static _Thread_local bool resolving;
 
 static void *resolve(const char *name)
@@ -101,15 +105,15 @@ static bool same_file(const char *path, size_t len, const char *other)
 	       a.st_ino == b.st_ino;
 }
 
-/* Takes this library out of LD_PRELOAD, and leaves the others in. */
-static void leave_ld_preload(void)
+/* Removes this library from LD_PRELOAD, and keeps the others. */
+static void remove_from_ld_preload(void)
 {
 	const char *list = getenv("LD_PRELOAD");
 	char kept[PATH_BYTES] = "";
 	size_t used = 0;
 	Dl_info self;
 
-	if (!list || strlen(list) >= sizeof(kept) || !dladdr((void *)leave_ld_preload, &self))
+	if (!list || strlen(list) >= sizeof(kept) || !dladdr((void *)remove_from_ld_preload, &self))
 		return;
 	for (const char *at = list; *at;) {
 		size_t len = strcspn(at, ": ");
@@ -131,7 +135,7 @@ static void clean_environment(void)
 {
 	if (!getenv("POSTROAD_AGENT"))
 		return;
-	leave_ld_preload();
+	remove_from_ld_preload();
 	unsetenv("POSTROAD_AGENT");
 }
 
@@ -165,7 +169,7 @@ __attribute__((constructor)) static void start(void)
 
 /* Mappings */
 
-/* Only guest RAM: a user interface shares memfds too, and must never wait for an engine. */
+/* Only guest RAM: QEMU's display code shares memfds too, and must never wait for an engine. */
 static bool is_guest_ram(int fd)
 {
 	static const char name[] = "/memfd:memory-backend-memfd";
@@ -192,12 +196,12 @@ static PrAgent *make_agent(void)
 	return NULL;
 }
 
-/* NULL: this process is not to be served. */
+/* NULL: this process has no agent. */
 static PrAgent *the_agent(bool make)
 {
 	PrAgent *agent = atomic_load(&preload.agent);
 
-	/* A forked child: the agent's threads are not here, and its lock may be held for ever. */
+	/* A forked child has no threads of the agent, and the agent's lock may stay held. */
 	if (agent)
 		return atomic_load(&preload.pid) == getpid() ? agent : NULL;
 	if (!make || atomic_load(&preload.pid))
@@ -265,7 +269,7 @@ PR_AGENT_API void *mmap64(void *addr, size_t len, int prot, int flags, int fd, o
 
 PR_AGENT_API int munmap(void *addr, size_t len)
 {
-	/* Before: afterwards, another thread may already have mapped something there. */
+	/* Before the munmap(), as afterwards another thread may map something there. */
 	if (preload.path[0])
 		forget(addr, len);
 	return next_munmap(addr, len);

@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The server thread: accepts engines, reads requests, answers. It never waits for anything but poll(), and works long
- * for nothing but the fence: replies go out without blocking, and an engine that does not read them loses its connection. A
- * connection that breaks the protocol is closed; nothing that arrives here can end the process.
+ * The server thread: accepts engines, reads requests, answers. It waits in poll() only, and the
+ * fence is the only request that takes long. Replies are sent without blocking: an engine that does
+ * not read them loses its connection. A connection that breaks the protocol is closed. Nothing that
+ * arrives here can end the process.
  *
- * The first connection to say HELLO is attached, until it closes. Another HELLO meanwhile is refused:
- * two engines would place pages twice.
+ * The first connection that says HELLO is attached, until it closes. Another HELLO meanwhile is
+ * refused, as two engines would place pages twice.
  *
- * Whoever is attached has the guest's memory. So it has to be root's, or of the user that this process runs as:
- * the socket file's mode says as much, but modes get widened.
+ * The attached engine can read and write the guest's memory. So it has to run as root, or as the
+ * user of this process. The mode of the socket file demands the same, but administrators widen
+ * modes.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -21,9 +23,9 @@
 #include <unistd.h>
 
 #include "guest/agent/internal.h"
+#include "guest/packet.h"
 
-#define REQUEST_FDS_MAX 4   /* one is legal; room to see, and close, more */
-#define ACCEPT_PAUSE	100 /* ms; before the next try, when the process has no descriptor left */
+#define ACCEPT_PAUSE 100 /* ms before the next accept(), where the process has no descriptor left */
 
 typedef struct Incoming {
 	PrAgentRequest request;
@@ -48,7 +50,7 @@ static int bind_socket(int fd, const struct sockaddr_un *addr)
 	close(probe);
 	if (err != ECONNREFUSED)
 		return -EADDRINUSE;
-	/* Nobody listens: left behind by a process that is gone. */
+	/* No process listens: one that is gone has left the file behind. */
 	if (unlink(addr->sun_path) < 0)
 		return -errno;
 	return bind(fd, (const struct sockaddr *)addr, sizeof(*addr)) < 0 ? -errno : 0;
@@ -65,7 +67,7 @@ int agent_listen(PrAgent *agent, const char *path)
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
 		return -errno;
-	/* bind() gives the file the mode of the socket: it is private from its first moment. */
+	/* bind() gives the file the mode of the socket, so that it is private from the start. */
 	err = fchmod(fd, 0600) < 0 ? -errno : bind_socket(fd, &agent->addr);
 	if (!err && (listen(fd, PR_AGENT_CONNS) < 0 || stat(path, &agent->socket_stat) < 0)) {
 		err = -errno;
@@ -79,65 +81,15 @@ int agent_listen(PrAgent *agent, const char *path)
 	return 0;
 }
 
-static bool send_packet(int conn, struct iovec *iov, unsigned n_iov, const int *fds, unsigned n_fds)
-{
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(PR_AGENT_REGIONS_MAX * sizeof(int))];
-	} control;
-	struct msghdr msg = {.msg_iov = iov, .msg_iovlen = n_iov};
-	struct cmsghdr *cmsg;
-	ssize_t n;
-
-	if (n_fds) {
-		memset(&control, 0, sizeof(control));
-		msg.msg_control = control.bytes;
-		msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
-		cmsg = CMSG_FIRSTHDR(&msg);
-		cmsg->cmsg_level = SOL_SOCKET;
-		cmsg->cmsg_type = SCM_RIGHTS;
-		cmsg->cmsg_len = CMSG_LEN(n_fds * sizeof(int));
-		memcpy(CMSG_DATA(cmsg), fds, n_fds * sizeof(int));
-	}
-	do {
-		n = sendmsg(conn, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
-	} while (n < 0 && errno == EINTR);
-	return n >= 0;
-}
-
-static PrAgentReply make_reply(const PrAgentRequest *request, const AgentResult *result)
-{
-	PrAgentReply reply = {
-		.magic = PR_AGENT_MAGIC,
-		.version = PR_AGENT_VERSION,
-		.op = request->op,
-		.id = request->id,
-		.status = result->status,
-		.flags = result->flags,
-		.pid = getpid(),
-	};
-
-	memcpy(reply.text, result->text, sizeof(reply.text));
-	return reply;
-}
-
-bool agent_reply(int conn, const PrAgentRequest *request, const AgentResult *result, const int *fds,
-		 unsigned n_fds)
-{
-	PrAgentReply reply = make_reply(request, result);
-	struct iovec iov = {.iov_base = &reply, .iov_len = sizeof(reply)};
-
-	return send_packet(conn, &iov, 1, fds, n_fds);
-}
-
-static bool reply_regions(PrAgent *agent, int conn, const PrAgentRequest *request)
+static bool handle_regions(PrAgent *agent, int conn, const PrAgentRequest *request)
 {
 	PrAgentWireRegion regions[PR_AGENT_REGIONS_MAX];
 	int fds[PR_AGENT_REGIONS_MAX];
 	AgentResult result = {.status = PR_AGENT_OK};
-	PrAgentReply reply = make_reply(request, &result);
-	struct iovec iov[2] = {{.iov_base = &reply, .iov_len = sizeof(reply)},
-			       {.iov_base = regions}};
+	PrAgentReply reply = agent_make_reply(request, &result);
+	struct iovec pieces[] = {{.iov_base = &reply, .iov_len = sizeof(reply)},
+				 {.iov_base = regions}};
+	PrPacket packet = {.pieces = pieces, .n_pieces = 2, .fds = fds};
 	bool ok;
 
 	/* The lock keeps the memfds open until they are sent. */
@@ -147,8 +99,9 @@ static bool reply_regions(PrAgent *agent, int conn, const PrAgentRequest *reques
 		regions[i] = agent->regions[i].wire;
 		fds[i] = agent->regions[i].memfd;
 	}
-	iov[1].iov_len = agent->n_regions * sizeof(regions[0]);
-	ok = send_packet(conn, iov, 2, fds, agent->n_regions);
+	pieces[1].iov_len = agent->n_regions * sizeof(regions[0]);
+	packet.n_fds = agent->n_regions;
+	ok = pr_packet_send(conn, &packet, MSG_DONTWAIT);
 	pthread_mutex_unlock(&agent->lock);
 	return ok;
 }
@@ -160,37 +113,36 @@ static bool is_allowed(uid_t uid)
 
 static void refuse_user(PrAgent *agent, uid_t uid, AgentResult *result)
 {
-	agent_result_fail(
-		result, PR_AGENT_PERMISSION,
-		"an engine of user %u is not served: run it as root, or as user %u, which "
-		"the guest's process runs as",
-		uid, geteuid());
-	/* Once, however often it comes: this is the VMM's log. */
+	agent_fail(result, PR_AGENT_PERMISSION,
+		   "an engine of user %u is not served: run it as root, or as user %u, which "
+		   "the guest's process runs as",
+		   uid, geteuid());
+	/* This is the VMM's log: one line is enough, however often that user connects. */
 	if (agent->refused_uid != uid)
 		fprintf(stderr, "postroad-agent: %s: %s\n", agent->addr.sun_path, result->text);
 	agent->refused_uid = uid;
 }
 
-static bool reply_hello(PrAgent *agent, AgentConn *conn, const PrAgentRequest *request)
+static bool handle_hello(PrAgent *agent, AgentConn *conn, const PrAgentRequest *request)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
 
 	if (!is_allowed(conn->uid)) {
 		refuse_user(agent, conn->uid, &result);
 	} else if (request->version != PR_AGENT_VERSION) {
-		agent_result_fail(&result, PR_AGENT_UNSUPPORTED,
-				  "the agent speaks version %u, the engine %u; use the agent that "
-				  "came with the engine",
-				  PR_AGENT_VERSION, request->version);
+		agent_fail(&result, PR_AGENT_UNSUPPORTED,
+			   "the agent speaks version %u, the engine %u; use the agent that "
+			   "came with the engine",
+			   PR_AGENT_VERSION, request->version);
 	} else if (agent->attached_fd >= 0) {
-		agent_result_fail(&result, PR_AGENT_BUSY, "another engine is attached");
+		agent_fail(&result, PR_AGENT_BUSY, "another engine is attached");
 	} else {
 		pthread_mutex_lock(&agent->lock);
 		agent->attached_fd = conn->fd;
 		agent->attached_serial = conn->serial;
 		result.flags = PR_AGENT_FLAG_ALLOCATES |
 			       (agent->has_ops ? PR_AGENT_FLAG_CALLBACKS : 0) |
-			       (agent->uffd >= 0 ? PR_AGENT_FLAG_FAULT_ON : 0) |
+			       (agent->uffd >= 0 ? PR_AGENT_FLAG_UFFD_ENABLED : 0) |
 			       (agent->fence_fd >= 0 ? PR_AGENT_FLAG_FENCE_ON : 0);
 		pthread_mutex_unlock(&agent->lock);
 	}
@@ -202,12 +154,12 @@ static int open_memory(AgentResult *result)
 	int fd = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
 
 	if (fd < 0)
-		agent_result_fail(result, PR_AGENT_PERMISSION, "/proc/self/mem: %s",
-				  strerror(errno));
+		agent_fail(result, PR_AGENT_PERMISSION, "/proc/self/mem: %s", strerror(errno));
 	return fd;
 }
 
-/* -1, and no failure: it is a terminal or a pipe, which nobody else may read. */
+/* -1 without a failure: standard error is a terminal or a pipe, which another process must not
+ * read. */
 static int open_stderr(void)
 {
 	struct stat st;
@@ -217,8 +169,8 @@ static int open_stderr(void)
 	return open("/proc/self/fd/2", O_RDONLY | O_CLOEXEC);
 }
 
-/* MEMORY and STDERR: a descriptor that is opened for the engine alone. */
-static bool reply_opened(int conn, const Incoming *in)
+/* MEMORY and STDERR, which open a descriptor for the engine alone. */
+static bool handle_open(int conn, const Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
 	int fd = in->request.op == PR_AGENT_MEMORY ? open_memory(&result) : open_stderr();
@@ -228,7 +180,7 @@ static bool reply_opened(int conn, const Incoming *in)
 	return ok;
 }
 
-static bool reply_allocator(PrAgent *agent, int conn, const Incoming *in)
+static bool handle_allocator(PrAgent *agent, int conn, const Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
 	int fd = agent_allocator_begin(agent, conn, &result);
@@ -238,9 +190,9 @@ static bool reply_allocator(PrAgent *agent, int conn, const Incoming *in)
 	return ok;
 }
 
-/* FENCE_ON and FENCE_OFF. To protect many GiB takes long: the engine's other requests and new connections wait
- * meanwhile, in this thread. The VMM does not, as the lock is free. */
-static bool reply_fence(PrAgent *agent, int conn, const Incoming *in)
+/* FENCE_ON and FENCE_OFF. To protect many GiB takes long. The engine's other requests and new
+ * connections wait meanwhile; the VMM does not, as the lock is free. */
+static bool handle_fence(PrAgent *agent, int conn, const Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
 
@@ -251,8 +203,8 @@ static bool reply_fence(PrAgent *agent, int conn, const Incoming *in)
 	return agent_reply(conn, &in->request, &result, NULL, 0);
 }
 
-/* PROBE, FAULT_ON, FAULT_OFF, KEEP_STATE and FETCH_STATE. */
-static bool reply_memory(PrAgent *agent, int conn, Incoming *in)
+/* PROBE, UFFD_ENABLE, UFFD_DISABLE, STORE_STATE and FETCH_STATE. */
+static bool handle_memory(PrAgent *agent, int conn, Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
 	int fd = -1;
@@ -263,14 +215,14 @@ static bool reply_memory(PrAgent *agent, int conn, Incoming *in)
 	case PR_AGENT_PROBE:
 		agent_uffd_probe(agent, &result);
 		break;
-	case PR_AGENT_FAULT_ON:
+	case PR_AGENT_UFFD_ENABLE:
 		if (agent_uffd_enable(agent, &result))
 			fd = agent->uffd;
 		break;
-	case PR_AGENT_FAULT_OFF:
+	case PR_AGENT_UFFD_DISABLE:
 		agent_uffd_disable(agent);
 		break;
-	case PR_AGENT_KEEP_STATE:
+	case PR_AGENT_STORE_STATE:
 		agent_close_fd(&agent->state_fd);
 		agent->state_fd = in->fd;
 		in->fd = -1;
@@ -284,13 +236,13 @@ static bool reply_memory(PrAgent *agent, int conn, Incoming *in)
 	return ok;
 }
 
-static bool reply_call(PrAgent *agent, int conn, Incoming *in)
+static bool handle_call(PrAgent *agent, int conn, Incoming *in)
 {
 	AgentResult result = {.status = PR_AGENT_OK};
 	int fd = in->fd;
 
 	in->fd = -1;
-	/* The worker answers. */
+	/* The worker sends the answer. */
 	if (agent_worker_start(agent, &in->request, fd, &result))
 		return true;
 	return agent_reply(conn, &in->request, &result, NULL, 0);
@@ -301,7 +253,7 @@ static bool fds_as_expected(const Incoming *in)
 	switch (in->request.op) {
 	case PR_AGENT_LOAD:
 		return in->fd >= 0;
-	case PR_AGENT_KEEP_STATE:
+	case PR_AGENT_STORE_STATE:
 		return true;
 	default:
 		return in->fd < 0;
@@ -315,80 +267,43 @@ static bool handle_request(PrAgent *agent, AgentConn *conn, Incoming *in)
 	if (in->request.magic != PR_AGENT_MAGIC || !fds_as_expected(in))
 		return false;
 	if (in->request.op == PR_AGENT_HELLO)
-		return !attached && reply_hello(agent, conn, &in->request);
+		return !attached && handle_hello(agent, conn, &in->request);
 	if (!attached)
 		return false;
 	switch (in->request.op) {
 	case PR_AGENT_REGIONS:
-		return reply_regions(agent, conn->fd, &in->request);
+		return handle_regions(agent, conn->fd, &in->request);
 	case PR_AGENT_PROBE:
-	case PR_AGENT_FAULT_ON:
-	case PR_AGENT_FAULT_OFF:
-	case PR_AGENT_KEEP_STATE:
+	case PR_AGENT_UFFD_ENABLE:
+	case PR_AGENT_UFFD_DISABLE:
+	case PR_AGENT_STORE_STATE:
 	case PR_AGENT_FETCH_STATE:
-		return reply_memory(agent, conn->fd, in);
+		return handle_memory(agent, conn->fd, in);
 	case PR_AGENT_MEMORY:
 	case PR_AGENT_STDERR:
-		return reply_opened(conn->fd, in);
+		return handle_open(conn->fd, in);
 	case PR_AGENT_ALLOCATOR:
-		return reply_allocator(agent, conn->fd, in);
+		return handle_allocator(agent, conn->fd, in);
 	case PR_AGENT_FENCE_ON:
 	case PR_AGENT_FENCE_OFF:
-		return reply_fence(agent, conn->fd, in);
+		return handle_fence(agent, conn->fd, in);
 	case PR_AGENT_STOP:
 	case PR_AGENT_RUN:
 	case PR_AGENT_SAVE:
 	case PR_AGENT_LOAD:
-		return reply_call(agent, conn->fd, in);
+		return handle_call(agent, conn->fd, in);
 	default:
 		return false;
 	}
 }
 
-/* Takes the first descriptor, closes the others; returns how many there were. */
-static unsigned take_fds(struct msghdr *msg, int *ret_fd)
-{
-	unsigned n = 0;
-
-	for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(msg); cmsg; cmsg = CMSG_NXTHDR(msg, cmsg)) {
-		unsigned count = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-
-		if (cmsg->cmsg_level != SOL_SOCKET || cmsg->cmsg_type != SCM_RIGHTS)
-			continue;
-		for (unsigned i = 0; i < count; i++, n++) {
-			int fd;
-
-			memcpy(&fd, CMSG_DATA(cmsg) + i * sizeof(int), sizeof(fd));
-			if (n == 0)
-				*ret_fd = fd;
-			else
-				close(fd);
-		}
-	}
-	return n;
-}
-
 /* False: the connection is at its end, or broke the protocol. */
 static bool receive(int conn, Incoming *in)
 {
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(REQUEST_FDS_MAX * sizeof(int))];
-	} control;
-	struct iovec iov = {.iov_base = &in->request, .iov_len = sizeof(in->request)};
-	struct msghdr msg = {.msg_iov = &iov,
-			     .msg_iovlen = 1,
-			     .msg_control = control.bytes,
-			     .msg_controllen = sizeof(control.bytes)};
-	ssize_t n;
+	struct iovec piece = {.iov_base = &in->request, .iov_len = sizeof(in->request)};
+	PrPacket packet = {.pieces = &piece, .n_pieces = 1, .fds = &in->fd, .n_fds = 1};
 
-	do {
-		n = recvmsg(conn, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	} while (n < 0 && errno == EINTR);
-	if (n < 0)
-		return false;
-	return take_fds(&msg, &in->fd) <= 1 && n == sizeof(in->request) &&
-	       !(msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
+	return pr_packet_receive(conn, &packet, MSG_DONTWAIT) == sizeof(in->request) && !packet.cut;
 }
 
 static void close_conn(PrAgent *agent, AgentConn *conn)
@@ -403,7 +318,6 @@ static void close_conn(PrAgent *agent, AgentConn *conn)
 static void serve_conn(PrAgent *agent, AgentConn *conn)
 {
 	Incoming in = {.fd = -1};
-
 	bool ok = receive(conn->fd, &in) && handle_request(agent, conn, &in);
 
 	agent_close_fd(&in.fd);
@@ -411,8 +325,8 @@ static void serve_conn(PrAgent *agent, AgentConn *conn)
 		close_conn(agent, conn);
 }
 
-/* A free slot, or the one of the oldest connection that is not attached. */
-static AgentConn *take_slot(PrAgent *agent)
+/* A free slot. Where there is none, the oldest connection that is not attached loses its own. */
+static AgentConn *claim_slot(PrAgent *agent)
 {
 	AgentConn *oldest = NULL;
 
@@ -428,7 +342,7 @@ static AgentConn *take_slot(PrAgent *agent)
 	return oldest;
 }
 
-/* False: there is no descriptor to be had. */
+/* False: the process has no descriptor left. */
 static bool accept_conn(PrAgent *agent)
 {
 	int fd = accept4(agent->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -442,11 +356,20 @@ static bool accept_conn(PrAgent *agent)
 		close(fd);
 		return true;
 	}
-	conn = take_slot(agent);
+	conn = claim_slot(agent);
 	conn->fd = fd;
 	conn->uid = peer.uid;
 	conn->serial = ++agent->last_serial;
 	return true;
+}
+
+/* polls: wake_fd, the listening socket, and the connections. */
+static void fill_polls(const PrAgent *agent, bool accepting, struct pollfd *polls)
+{
+	polls[0] = (struct pollfd){.fd = agent->wake_fd, .events = POLLIN};
+	polls[1] = (struct pollfd){.fd = accepting ? agent->listen_fd : -1, .events = POLLIN};
+	for (unsigned i = 0; i < PR_AGENT_CONNS; i++)
+		polls[2 + i] = (struct pollfd){.fd = agent->conns[i].fd, .events = POLLIN};
 }
 
 void *agent_server_thread(void *opaque)
@@ -456,11 +379,7 @@ void *agent_server_thread(void *opaque)
 	bool accepting = true;
 
 	for (;;) {
-		polls[0] = (struct pollfd){.fd = agent->wake_fd, .events = POLLIN};
-		polls[1] =
-			(struct pollfd){.fd = accepting ? agent->listen_fd : -1, .events = POLLIN};
-		for (unsigned i = 0; i < PR_AGENT_CONNS; i++)
-			polls[2 + i] = (struct pollfd){.fd = agent->conns[i].fd, .events = POLLIN};
+		fill_polls(agent, accepting, polls);
 		if (poll(polls, 2 + PR_AGENT_CONNS, accepting ? -1 : ACCEPT_PAUSE) < 0)
 			continue;
 		accepting = true;

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The thread that calls the VMM: stop, run, save and load, one at a time. It is not the server thread,
- * since load() may wait for a page for as long as the path is down.
+ * The worker thread calls the VMM's callbacks: stop, run, save and load, one at a time. It is not
+ * the server thread, since load() may wait for a page for as long as the path is down.
  *
- * STOP says whether the guest ran when it was stopped first: engines may die, and the next one asks again.
+ * The reply to STOP says whether the guest ran at the first STOP. An engine may die after that
+ * STOP, and the next engine stops the guest again to learn this.
  */
 #include <errno.h>
 #include <string.h>
@@ -27,8 +28,8 @@ static const char *op_name(uint32_t op)
 	}
 }
 
-/* Where the job goes, or NULL. An engine that gives a migration up while the state is being saved lets
- * the guest run on: its RUN comes right behind the STOP or SAVE that nobody waits for any more. */
+/* The slot for a job, or NULL. An engine that gives a migration up during STOP or SAVE sends RUN at
+ * once: that RUN waits in the second slot. */
 static AgentJob *free_slot(PrAgent *agent, uint32_t op)
 {
 	bool saving = agent->job.op == PR_AGENT_STOP || agent->job.op == PR_AGENT_SAVE;
@@ -41,17 +42,17 @@ static AgentJob *free_slot(PrAgent *agent, uint32_t op)
 bool agent_worker_start(PrAgent *agent, const PrAgentRequest *request, int fd, AgentResult *result)
 {
 	if (!agent->has_ops) {
-		agent_result_fail(result, PR_AGENT_UNSUPPORTED, "this agent has no %s callback",
-				  op_name(request->op));
+		agent_fail(result, PR_AGENT_UNSUPPORTED, "this agent has no %s callback",
+			   op_name(request->op));
 		agent_close_fd(&fd);
 		return false;
 	}
 	pthread_mutex_lock(&agent->lock);
 	AgentJob *slot = free_slot(agent, request->op);
 	if (!slot) {
-		agent_result_fail(result, PR_AGENT_BUSY,
-				  "the guest is still busy with '%s'; try again when it is done",
-				  op_name(agent->job.op));
+		agent_fail(result, PR_AGENT_BUSY,
+			   "the guest is still busy with '%s'; try again when it is done",
+			   op_name(agent->job.op));
 		pthread_mutex_unlock(&agent->lock);
 		agent_close_fd(&fd);
 		return false;
@@ -112,8 +113,8 @@ static void do_job(PrAgent *agent, const AgentJob *job, AgentResult *result, int
 		break;
 	}
 	if (err)
-		agent_result_fail(result, PR_AGENT_FAILED, "the guest's %s failed: %s",
-				  op_name(job->op), strerror(-err));
+		agent_fail(result, PR_AGENT_FAILED, "the guest's %s failed: %s", op_name(job->op),
+			   strerror(-err));
 }
 
 static void run_job(PrAgent *agent, const AgentJob *job)
@@ -127,7 +128,7 @@ static void run_job(PrAgent *agent, const AgentJob *job)
 	agent_close_fd(&agent->job.fd);
 	agent->job = agent->next;
 	agent->next = (AgentJob){.fd = -1};
-	/* The engine that asked may be gone, and another one attached. */
+	/* The engine that asked may be gone, and another one may be attached. */
 	if (agent->attached_fd >= 0 && agent->attached_serial == job->serial &&
 	    !agent_reply(agent->attached_fd, &request, &result, &fd, fd >= 0))
 		shutdown(agent->attached_fd, SHUT_RDWR);

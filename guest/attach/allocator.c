@@ -1,16 +1,19 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The helper's child that allocates pages (guest/allocator.h). It is forked before the helper gives anything up, has no
- * privileges itself, and waits for the engine's requests. The helper puts it into the memory cgroup of the guest's
- * process, writing to cgroup.procs there, and gives it that process's pidfd: it must not keep a cgroup of a guest that is gone.
+ * The helper's child that allocates pages (guest/allocator.h). The helper forks it before it gives
+ * privileges up. The child drops all privileges, and waits for the engine's requests. The helper
+ * moves it into the memory cgroup of the guest's process, by writing to cgroup.procs there. It also
+ * gives it a pidfd of that process: a child that outlives the guest would keep the guest's cgroup
+ * alive.
  *
- * With cgroup v2 the main thread's group may be one for threads only, as libvirt makes them; memory belongs to a group
- * above then, which takes processes.
+ * With cgroup v2 the main thread may be in a threaded cgroup, as libvirt makes them. Memory belongs
+ * to a domain cgroup above it then, which accepts processes.
  *
- * Where the group has no room left the kernel kills somebody in it. It is to be this child, and not the guest: the engine
- * says then what has happened, and goes on when there is room. The pages that the child has allocated stay when it
- * is killed, so the group stays full, and the next page that the VMM needs would have the VMM killed. So the child
- * holds a reserve: memory of its own, charged to that group, that its end gives back.
+ * Where the cgroup has no room left the kernel kills a process in it. The child raises its OOM
+ * score, so that the kernel kills it and not the guest. The engine then reports this, and goes on
+ * when there is room. But the pages that the child has allocated stay, so the cgroup stays full.
+ * The next page that the VMM needs would have the VMM killed. So the child holds a reserve: memory
+ * of its own, charged to that cgroup, which its death frees.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -39,7 +42,8 @@ static void write_file(const char *name, const char *text)
 	close(fd);
 }
 
-/* Address space only. It is locked where that is permitted: memory that was swapped out gives nothing back. */
+/* Reserves address space only. It is locked where that is permitted, as the death of the child
+ * frees no swapped memory. */
 static char *map_reserve(void)
 {
 	char *reserve = mmap(NULL, RESERVE, PROT_READ | PROT_WRITE,
@@ -51,12 +55,12 @@ static char *map_reserve(void)
 	return reserve;
 }
 
-/* With the first request: the child is in the guest's group by then, which is charged. */
+/* Waits for the first request. By then the child is in the guest's cgroup, which is charged. */
 static void fill_reserve(int socket, char *reserve)
 {
 	struct pollfd first = {.fd = socket, .events = POLLIN};
 
-	/* Ended by a request, or the end of the engine. */
+	/* Ended by a request, or by the end of the engine. */
 	while (poll(&first, 1, -1) < 0 && errno == EINTR)
 		;
 	if (first.revents == POLLIN)
@@ -88,10 +92,11 @@ void attach_allocator_fork(AttachAllocator *allocator, bool filter)
 	close(pair[1]);
 	allocator->socket = pair[0];
 	if (allocator->pid < 0)
-		attach_close_fd(&allocator->socket);
+		agent_close_fd(&allocator->socket);
 }
 
-/* Lines of a file of /proc, of any number; a longer one is cut. */
+/* Reads a file of /proc line by line, as it may be of any length. A line that does not fit is
+ * cut. */
 typedef struct Lines {
 	int fd;
 	size_t at, n;
@@ -125,7 +130,7 @@ static bool next_line(Lines *lines, char *ret, size_t bytes)
 }
 
 /* Cuts the next word off. */
-static char *word(char **at)
+static char *next_word(char **at)
 {
 	char *found = *at + strspn(*at, " ");
 	size_t length = strcspn(found, " ");
@@ -147,7 +152,7 @@ static bool has_option(const char *options, const char *option)
 	return false;
 }
 
-/* "ID PARENT DEVICE ROOT WHERE OPTIONS … - KIND SOURCE OPTIONS" */
+/* A line of mountinfo: "ID PARENT DEVICE ROOT WHERE OPTIONS … - KIND SOURCE OPTIONS" */
 static bool is_hierarchy(char *line, bool v1, char **ret_root, char **ret_where)
 {
 	char *behind = strstr(line, " - ");
@@ -157,19 +162,20 @@ static bool is_hierarchy(char *line, bool v1, char **ret_root, char **ret_where)
 		return false;
 	*behind = '\0';
 	behind += 3;
-	kind = word(&behind);
-	word(&behind);
+	kind = next_word(&behind);
+	next_word(&behind);
 	if (strcmp(kind, v1 ? "cgroup" : "cgroup2") || (v1 && !has_option(behind, "memory")))
 		return false;
 	for (int i = 0; i < 3; i++)
-		word(&line);
-	*ret_root = word(&line);
-	*ret_where = word(&line);
+		next_word(&line);
+	*ret_root = next_word(&line);
+	*ret_where = next_word(&line);
 	return true;
 }
 
-/* Where a group is in our file system, and how long the part of that is that its hierarchy is mounted at. */
-static bool locate(const char *path, bool v1, char *ret, size_t bytes, size_t *ret_above)
+/* The path of a cgroup in this process's file system; *ret_above: the length of the mount point in
+ * it. */
+static bool locate_cgroup(const char *path, bool v1, char *ret, size_t bytes, size_t *ret_above)
 {
 	Lines lines = {.fd = open("/proc/self/mountinfo", O_RDONLY | O_CLOEXEC)};
 	char line[PATH_BYTES], *root, *where;
@@ -205,7 +211,7 @@ static int write_pid(const char *group, pid_t pid)
 	return code;
 }
 
-static bool join(pid_t pid, const AttachTarget *target, AttachResult *result)
+static bool join_cgroup(pid_t pid, const AttachTarget *target, AgentResult *result)
 {
 	char text[TEXT_BYTES], path[PATH_BYTES], group[PATH_BYTES];
 	size_t above;
@@ -214,12 +220,12 @@ static bool join(pid_t pid, const AttachTarget *target, AttachResult *result)
 
 	if (!attach_target_read(target, "cgroup", text, sizeof(text)) ||
 	    !pr_memory_cgroup(text, path, sizeof(path), &v1))
-		return attach_fail(result, PR_AGENT_UNSUPPORTED,
-				   "process %d has no memory cgroup that can be seen",
-				   (int)target->pid);
-	if (locate(path, v1, group, sizeof(group), &above)) {
+		return agent_fail(result, PR_AGENT_UNSUPPORTED,
+				  "process %d has no memory cgroup that can be seen",
+				  (int)target->pid);
+	if (locate_cgroup(path, v1, group, sizeof(group), &above)) {
 		code = write_pid(group, pid);
-		/* A group for threads only. */
+		/* EOPNOTSUPP: a threaded cgroup. The domain is above it. */
 		for (char *slash; code == EOPNOTSUPP && (slash = strrchr(group, '/')) &&
 				  (size_t)(slash - group) > above;
 		     code = write_pid(group, pid))
@@ -227,13 +233,13 @@ static bool join(pid_t pid, const AttachTarget *target, AttachResult *result)
 	}
 	if (!code)
 		return true;
-	return attach_fail(result,
-			   code == EACCES || code == EPERM ? PR_AGENT_PERMISSION : PR_AGENT_FAILED,
-			   "the memory cgroup of process %d, %s, can't be joined: %s",
-			   (int)target->pid, path, strerror(code));
+	return agent_fail(result,
+			  code == EACCES || code == EPERM ? PR_AGENT_PERMISSION : PR_AGENT_FAILED,
+			  "the memory cgroup of process %d, %s, can't be joined: %s",
+			  (int)target->pid, path, strerror(code));
 }
 
-int attach_allocator(AttachAllocator *allocator, const AttachTarget *target, AttachResult *result)
+int attach_allocator(AttachAllocator *allocator, const AttachTarget *target, AgentResult *result)
 {
 	const PrAllocatorRequest end = {.op = PR_ALLOCATOR_END};
 	int socket = allocator->socket;
@@ -241,15 +247,15 @@ int attach_allocator(AttachAllocator *allocator, const AttachTarget *target, Att
 	if (pr_memory_cgroup_is_shared(getpid(), target->pid))
 		return -1;
 	if (socket < 0) {
-		attach_fail(result, PR_AGENT_FAILED,
-			    "there is no process to allocate pages (any more)");
+		agent_fail(result, PR_AGENT_FAILED,
+			   "there is no process to allocate pages (any more)");
 		return -1;
 	}
-	if (!join(allocator->pid, target, result))
+	if (!join_cgroup(allocator->pid, target, result))
 		return -1;
 	if (!pr_allocator_send(socket, &end, target->pidfd)) {
-		attach_fail(result, PR_AGENT_FAILED, "the process to allocate pages has ended: %s",
-			    strerror(errno));
+		agent_fail(result, PR_AGENT_FAILED, "the process to allocate pages has ended: %s",
+			   strerror(errno));
 		return -1;
 	}
 	allocator->socket = -1;

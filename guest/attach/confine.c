@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the helper gives up at once: every descriptor but its socket and standard error, every capability but the
- * two that it is there for, and the system calls that it has no use for. It is a list of what is allowed, for the
- * helper is libc and little else; what is not on it fails with EPERM.
+ * The helper gives privileges up as soon as it is forked. It closes every descriptor but its
+ * socket, that of the allocator and standard error. It drops every capability but two, and denies
+ * itself the system calls that it does not need. The filter is a list of allowed calls, as the
+ * helper is libc and little else; any other call fails with EPERM.
  *
- * Its child that allocates pages (allocator.c) gives up all of it, and may do nothing but that.
+ * Its child that allocates pages (allocator.c) drops all capabilities, and may make only the calls
+ * for that.
  *
- * SYS_PTRACE: to look into another user's process, to stop its main thread, to take its descriptors. DAC_OVERRIDE: to
- * open its memory for writing, and /dev/userfaultfd.
+ * CAP_SYS_PTRACE: to read another user's process, to stop its main thread, to duplicate its
+ * descriptors. CAP_DAC_OVERRIDE: to open its memory for writing, and /dev/userfaultfd.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -34,7 +36,7 @@
 #define FILTER_ARCH AUDIT_ARCH_AARCH64
 #endif
 
-/* The runtime libraries of sanitizers call what they like. */
+/* The runtime libraries of sanitizers make system calls of their own. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SANITIZED true
 #elif defined(__has_feature)
@@ -57,13 +59,15 @@ static void close_others(int socket, int other)
 			close(fd);
 	}
 	syscall(SYS_close_range, (unsigned)last + 1, ~0u, 0);
-	/* So that nothing else gets their numbers. */
+	/* /dev/null takes the numbers of the standard descriptors, so that no other file gets
+	 * them. */
 	while ((fd = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && fd <= STDERR_FILENO)
 		;
-	attach_close_fd(&fd);
+	agent_close_fd(&fd);
 }
 
-/* It ends with its socket, and not with the engine's terminal or unit. SIGCHLD is waited for (inject-x86_64.c). */
+/* The helper ends with its socket, and not by a signal to the engine's terminal or unit. SIGCHLD is
+ * blocked, as inject-x86_64.c waits for it. */
 static void arrange_signals(void)
 {
 	sigset_t child;
@@ -106,7 +110,7 @@ static const int for_helper[] = {
 #ifdef SYS_poll
 	SYS_poll,
 #endif
-	/* files of /proc, and what was taken from the process */
+	/* files of /proc, and descriptors of the process */
 	SYS_openat,
 	SYS_close,
 	SYS_read,
@@ -166,7 +170,7 @@ static const int for_allocator[] = {
 	SYS_poll,
 #endif
 	SYS_fallocate,	    SYS_ioctl, /* page tables, by the userfaultfd */
-	SYS_close,	    SYS_write, /* a last word on standard error */
+	SYS_close,	    SYS_write, /* libc's last message on standard error */
 	SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_restart_syscall, SYS_getpid, SYS_gettid,
 	SYS_exit_group,	    SYS_exit,
 };
@@ -174,7 +178,7 @@ static const int for_allocator[] = {
 #define MAX_ALLOWED   N_CALLS(for_helper)
 _Static_assert(N_CALLS(for_allocator) <= MAX_ALLOWED, "room in the filter");
 
-/* Signals only to itself, which is how an abort ends. */
+/* Signals are allowed to itself only: abort() needs that. */
 static bool load_filter(const int *allowed, unsigned n_allowed)
 {
 	struct sock_filter code[2 * MAX_ALLOWED + 11];

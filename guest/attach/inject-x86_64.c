@@ -1,18 +1,21 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * System calls in the main thread of another program, which was not made for it.
+ * Injects system calls into the main thread of another program, with ptrace(2).
  *
- * The thread has to be asleep in ppoll() or poll(), where QEMU's main loop rests without its lock: it is then at
- * a system call's boundary, and right behind its own syscall instruction. That instruction is executed again, with
- * other registers. A helper that is killed in the middle leaves a ppoll() that has returned something, which a
- * main loop takes for a spurious wake-up. vCPUs and other threads are not stopped.
+ * The thread has to sleep in ppoll() or poll(), where QEMU's main loop waits without its lock. It
+ * is then at the boundary of a system call, right behind its own syscall instruction. The injector
+ * executes that instruction again, with other registers. If the helper is killed in the middle,
+ * ppoll() seems to have returned something, which a main loop takes for a spurious wake-up. vCPUs
+ * and other threads are not stopped.
  *
- * The registers are restored in the signal path (the thread is interrupted once more for that), since only there
- * the kernel decides to restart an interrupted call; orig_rax of -1 keeps it from restarting ours. A signal that
- * arrives is delivered with the thread's own registers, and the call is tried again. The memory that calls
- * point into lies below the red zone of the stack, and is put back.
+ * The injector restores the registers in the signal path, for which it interrupts the thread once
+ * more. Only there the kernel decides to restart an interrupted call. An orig_rax of -1 keeps the
+ * kernel from restarting an injected call. A signal that arrives is delivered with the thread's own
+ * registers, and the call is tried again. Pointer arguments point to memory below the red zone of
+ * the stack, whose bytes are restored.
  *
- * Only calls that every filter of QEMU's lets pass: socketpair, recvmsg, ioctl, close, madvise.
+ * It injects only calls that QEMU's seccomp filters allow: socketpair, recvmsg, ioctl, close,
+ * madvise.
  */
 #include <errno.h>
 #include <signal.h>
@@ -27,17 +30,17 @@
 #include <unistd.h>
 
 #include "guest/attach/internal.h"
-#include "guest/attach/kill.h"
+#include "guest/attach/crash-point.h"
 
-#define SYSCALL_BYTES	      2	     /* of the instruction 0f 05 */
+#define SYSCALL_BYTES	      2	     /* length of the instruction 0f 05 */
 #define SYSCALL_CODE	      0x050f /* as little-endian text */
 #define USER_CODE	      0x33   /* the code segment of 64-bit programs */
 #define RED_ZONE	      128
 #define ERESTARTNOHAND	      514 /* linux/errno.h, which programs don't see */
 #define ERESTART_RESTARTBLOCK 516
 #define SYSCALL_STOP	      (SIGTRAP | 0x80)
-#define LOOK_MS		      2
-#define RETRY_MS	      100 /* after a stop that came to nothing */
+#define CHECK_MS	      2
+#define RETRY_MS	      100 /* between two stops, where the thread was not at rest */
 #define WAIT_MS		      100
 
 typedef struct user_regs_struct Registers;
@@ -48,8 +51,8 @@ const bool attach_has_injector = true;
 
 typedef enum Stopped {
 	STOPPED_INTERRUPTED, /* as PTRACE_INTERRUPT asked */
-	STOPPED_AT_CALL,     /* before it or behind it */
-	STOPPED_BY_SIGNAL,   /* which is about to be delivered */
+	STOPPED_AT_CALL,     /* at the entry or the exit of a system call */
+	STOPPED_BY_SIGNAL,   /* a signal is about to be delivered */
 	STOPPED_BY_JOB,	     /* SIGSTOP and its like */
 	STOPPED_NOT,	     /* not in time */
 	STOPPED_GONE,
@@ -60,7 +63,7 @@ static long trace(const AttachStop *stop, int request, void *data)
 	return ptrace(request, stop->target->pid, NULL, data);
 }
 
-/* SIGCHLD is blocked: it is there when something has changed since the last look. */
+/* SIGCHLD is blocked, so that it stays pending if it arrives between waitpid() and this wait. */
 static void wait_for_child(int64_t ms)
 {
 	struct timespec time = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L};
@@ -84,7 +87,8 @@ static Stopped classify(int status, int *ret_signal)
 	return STOPPED_BY_SIGNAL;
 }
 
-/* deadline 0: none; a call that was begun has to end. Ended by its end, or the process's. */
+/* deadline 0: none, for a call that has begun and has to end. Ended by the end of the call, or of
+ * the process. */
 static Stopped wait_stopped(const AttachStop *stop, int64_t deadline, int *ret_signal)
 {
 	int status;
@@ -113,7 +117,7 @@ static bool poke(AttachStop *stop, uint64_t at, const void *from, size_t bytes)
 	return pwrite(stop->target->mem_fd, from, bytes, (off_t)at) == (ssize_t)bytes;
 }
 
-/* Asleep in ppoll() or poll(), and to be restarted there. */
+/* Whether the thread sleeps in ppoll() or poll(), and the kernel would restart that call. */
 static bool is_at_rest(AttachStop *stop)
 {
 	const Registers *registers = (const Registers *)stop->registers;
@@ -127,7 +131,7 @@ static bool is_at_rest(AttachStop *stop)
 	       code == SYSCALL_CODE;
 }
 
-static bool take_hold(AttachStop *stop)
+static bool hold_if_at_rest(AttachStop *stop)
 {
 	Registers *registers = (Registers *)stop->registers;
 
@@ -136,18 +140,19 @@ static bool take_hold(AttachStop *stop)
 	stop->scratch_at = (registers->rsp - RED_ZONE - ATTACH_SCRATCH_BYTES) & ~15ul;
 	if (!peek(stop, stop->scratch_at, stop->found, sizeof(stop->found)))
 		return false;
-	stop->held = true;
+	stop->stopped = true;
 	stop->touched = false;
 	return true;
 }
 
-static void let_go(AttachStop *stop, int signal)
+/* Delivers the signal, unless it is 0. */
+static void detach(AttachStop *stop, int signal)
 {
-	stop->held = false;
+	stop->stopped = false;
 	trace(stop, PTRACE_DETACH, (void *)(long)signal);
 }
 
-/* Until the interruption is reached. A signal that comes first is delivered. */
+/* Waits until the thread has stopped. A signal that arrives before that is delivered. */
 static Stopped interrupt(AttachStop *stop)
 {
 	Stopped how;
@@ -163,30 +168,30 @@ static Stopped interrupt(AttachStop *stop)
 	}
 }
 
-/* A thread that could not be stopped is let go of when it stops, or when this helper ends. */
-void attach_settle(AttachTarget *target)
+/* The kernel detaches also when this helper ends. */
+void attach_detach_pending(AttachTarget *target)
 {
 	AttachStop stop = {.target = target};
 	int signal;
 
-	if (!target->unsettled || wait_stopped(&stop, 1, &signal) == STOPPED_NOT)
+	if (!target->stop_pending || wait_stopped(&stop, 1, &signal) == STOPPED_NOT)
 		return;
-	target->unsettled = false;
-	let_go(&stop, signal);
+	target->stop_pending = false;
+	detach(&stop, signal);
 }
 
-static bool refuse_unsettled(AttachStop *stop)
+static bool fail_pending(AttachStop *stop)
 {
-	stop->target->unsettled = true;
-	return attach_fail(stop->result, PR_AGENT_FAILED,
-			   "the main thread of process %d can't be stopped; it waits in the kernel",
-			   (int)stop->target->pid);
+	stop->target->stop_pending = true;
+	return agent_fail(stop->result, PR_AGENT_FAILED,
+			  "the main thread of process %d can't be stopped; it waits in the kernel",
+			  (int)stop->target->pid);
 }
 
 typedef enum Attempt {
-	ATTEMPT_HELD,
+	ATTEMPT_STOPPED,
 	ATTEMPT_AGAIN,
-	ATTEMPT_TRACED, /* by another one: a debugger, or a helper that is just ending */
+	ATTEMPT_TRACED, /* another process traces it: a debugger, or a helper that is just ending */
 	ATTEMPT_FAILED,
 } Attempt;
 
@@ -194,9 +199,9 @@ static Attempt attempt(AttachStop *stop)
 {
 	int pid = stop->target->pid;
 
-	attach_settle(stop->target);
-	if (stop->target->unsettled) {
-		refuse_unsettled(stop);
+	attach_detach_pending(stop->target);
+	if (stop->target->stop_pending) {
+		fail_pending(stop);
 		return ATTEMPT_FAILED;
 	}
 	if (trace(stop, PTRACE_SEIZE, (void *)PTRACE_O_TRACESYSGOOD) < 0) {
@@ -205,26 +210,27 @@ static Attempt attempt(AttachStop *stop)
 	}
 	switch (interrupt(stop)) {
 	case STOPPED_INTERRUPTED:
-		if (take_hold(stop))
-			return ATTEMPT_HELD;
-		let_go(stop, 0);
+		if (hold_if_at_rest(stop))
+			return ATTEMPT_STOPPED;
+		detach(stop, 0);
 		return ATTEMPT_AGAIN;
 	case STOPPED_BY_JOB:
-		let_go(stop, 0);
-		attach_fail(stop->result, PR_AGENT_FAILED,
-			    "process %d is stopped by a signal; let it run: kill -CONT %d", pid,
-			    pid);
+		detach(stop, 0);
+		agent_fail(stop->result, PR_AGENT_FAILED,
+			   "process %d is stopped by a signal; let it run: kill -CONT %d", pid,
+			   pid);
 		return ATTEMPT_FAILED;
 	case STOPPED_NOT:
-		refuse_unsettled(stop);
+		fail_pending(stop);
 		return ATTEMPT_FAILED;
 	default:
-		attach_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
+		agent_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
 		return ATTEMPT_FAILED;
 	}
 }
 
-/* Whether it is worth a stop, as far as can be told without one. */
+/* Whether the thread seems to be in such a call. Reading this does not stop it, as an attempt
+ * would. */
 static bool may_be_at_rest(const AttachStop *stop)
 {
 	char text[256];
@@ -236,74 +242,73 @@ static bool may_be_at_rest(const AttachStop *stop)
 	return number == SYS_ppoll || number == SYS_poll;
 }
 
-/* ptrace(2) takes a number, which may be another process's by now: the pidfd knows. */
-static bool refuse_state(AttachStop *stop)
+/* ptrace(2) takes a pid, which may be another process's by now. The pidfd tells whether it is. */
+static bool check_state(AttachStop *stop)
 {
 	char state = attach_target_state(stop->target);
 	int pid = stop->target->pid;
 
 	if (attach_target_gone(stop->target))
-		return attach_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
+		return agent_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
 	if (state == 'T')
-		return attach_fail(stop->result, PR_AGENT_FAILED,
-				   "process %d is stopped by a signal; let it run: kill -CONT %d",
-				   pid, pid);
+		return agent_fail(stop->result, PR_AGENT_FAILED,
+				  "process %d is stopped by a signal; let it run: kill -CONT %d",
+				  pid, pid);
 	return true;
 }
 
-static bool hold(AttachStop *stop)
+static bool stop_at_rest(AttachStop *stop)
 {
-	const AttachResult before = *stop->result;
+	const AgentResult before = *stop->result;
 	Attempt how = ATTEMPT_AGAIN;
 
 	stop->deadline = attach_now() + ATTACH_STOP_MS;
 	while ((how == ATTEMPT_AGAIN || how == ATTEMPT_TRACED) && attach_now() < stop->deadline) {
 		bool tries = attach_target_state(stop->target) == 't' || may_be_at_rest(stop);
 
-		if (!refuse_state(stop))
+		if (!check_state(stop))
 			return false;
 		if (tries)
 			how = attempt(stop);
-		/* Between two looks at the condition. */
+		/* Between two checks of the condition. */
 		if (how == ATTEMPT_AGAIN || how == ATTEMPT_TRACED)
-			attach_sleep(tries ? RETRY_MS : LOOK_MS);
+			attach_sleep(tries ? RETRY_MS : CHECK_MS);
 	}
 	if (how == ATTEMPT_AGAIN)
-		attach_fail(
-			stop->result, PR_AGENT_FAILED,
-			"the main thread of process %d was not once at rest in ppoll() within %d ms; "
-			"is it a QEMU, and does its monitor answer?",
-			(int)stop->target->pid, ATTACH_STOP_MS);
-	/* Another tracer that has ended meanwhile was no failure. */
-	if (how == ATTEMPT_HELD)
+		agent_fail(stop->result, PR_AGENT_FAILED,
+			   "the main thread of process %d never slept in ppoll() within %d ms; "
+			   "is it a QEMU, and does its monitor answer?",
+			   (int)stop->target->pid, ATTACH_STOP_MS);
+	/* A tracer that has ended meanwhile is no failure. */
+	if (how == ATTEMPT_STOPPED)
 		*stop->result = before;
-	return how == ATTEMPT_HELD;
+	return how == ATTEMPT_STOPPED;
 }
 
-bool attach_stop(AttachStop *stop, AttachTarget *target, AttachResult *result)
+bool attach_stop(AttachStop *stop, AttachTarget *target, AgentResult *result)
 {
 	stop->target = target;
 	stop->result = result;
-	stop->held = false;
+	stop->stopped = false;
 	memset(stop->scratch, 0, sizeof(stop->scratch));
 	if (target->mem_fd < 0)
 		target->mem_fd = attach_target_memory(target);
 	if (target->mem_fd < 0)
 		return attach_fail_access(target, result, "opening the memory");
-	if (!hold(stop))
+	if (!stop_at_rest(stop))
 		return false;
-	pr_attach_point(PR_ATTACH_STOPPED);
+	pr_attach_crash_point(PR_ATTACH_CRASH_STOPPED);
 	return true;
 }
 
-/* As it was found; then nothing has happened to it. */
-static void put_back(AttachStop *stop)
+/* Restores the memory and the registers. */
+static void restore(AttachStop *stop)
 {
 	poke(stop, stop->scratch_at, stop->found, sizeof(stop->found));
 	trace(stop, PTRACE_SETREGS, stop->registers);
 }
 
-static bool set_up(AttachStop *stop, long number, const unsigned long args[6])
+static bool begin_call(AttachStop *stop, long number, const unsigned long args[6])
 {
 	Registers registers = *(const Registers *)stop->registers;
 
@@ -319,14 +324,14 @@ static bool set_up(AttachStop *stop, long number, const unsigned long args[6])
 	if (!poke(stop, stop->scratch_at, stop->scratch, sizeof(stop->scratch)))
 		return false;
 	stop->touched = true;
-	pr_attach_point(PR_ATTACH_SCRATCH_WRITTEN);
+	pr_attach_crash_point(PR_ATTACH_CRASH_SCRATCH_WRITTEN);
 	if (trace(stop, PTRACE_SETREGS, &registers) < 0)
 		return false;
-	pr_attach_point(PR_ATTACH_REGISTERS_SET);
+	pr_attach_crash_point(PR_ATTACH_CRASH_REGISTERS_SET);
 	return true;
 }
 
-/* To the next boundary of a call, or to what comes first. */
+/* Runs the thread to the next entry or exit of a call, or to an earlier stop. */
 static Stopped run_on(AttachStop *stop, int *ret_signal)
 {
 	Stopped how;
@@ -339,20 +344,20 @@ static Stopped run_on(AttachStop *stop, int *ret_signal)
 	return how;
 }
 
-/* A thread that can't be reached, and is there, is let go as far as that goes. */
+/* If the process is still there, restores and detaches as far as possible. */
 static bool fail_gone(AttachStop *stop)
 {
 	int code = errno, pid = stop->target->pid;
 
 	if (attach_target_gone(stop->target)) {
-		stop->held = false;
-		return attach_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
+		stop->stopped = false;
+		return agent_fail(stop->result, PR_AGENT_FAILED, "process %d is gone", pid);
 	}
-	put_back(stop);
-	let_go(stop, 0);
-	return attach_fail(stop->result, PR_AGENT_FAILED,
-			   "the memory or the registers of process %d can't be reached: %s", pid,
-			   strerror(code));
+	restore(stop);
+	detach(stop, 0);
+	return agent_fail(stop->result, PR_AGENT_FAILED,
+			  "the memory or the registers of process %d can't be reached: %s", pid,
+			  strerror(code));
 }
 
 static bool finish_call(AttachStop *stop, long *ret)
@@ -360,17 +365,17 @@ static bool finish_call(AttachStop *stop, long *ret)
 	Registers registers;
 	int signal;
 
-	pr_attach_point(PR_ATTACH_IN_CALL);
+	pr_attach_crash_point(PR_ATTACH_CRASH_IN_CALL);
 	if (run_on(stop, &signal) != STOPPED_AT_CALL ||
 	    trace(stop, PTRACE_GETREGS, &registers) < 0 ||
 	    !peek(stop, stop->scratch_at, stop->scratch, sizeof(stop->scratch)))
 		return fail_gone(stop);
 	*ret = (long)registers.rax;
-	pr_attach_point(PR_ATTACH_CALL_DONE);
+	pr_attach_crash_point(PR_ATTACH_CRASH_CALL_DONE);
 	return true;
 }
 
-bool attach_call(AttachStop *stop, long number, const unsigned long args[6], AttachPlan plan,
+bool attach_call(AttachStop *stop, long number, const unsigned long args[6], AttachPrepare prepare,
 		 long *ret)
 {
 	unsigned long planned[6];
@@ -378,19 +383,19 @@ bool attach_call(AttachStop *stop, long number, const unsigned long args[6], Att
 
 	for (;;) {
 		memcpy(planned, args, sizeof(planned));
-		/* A thread that was let go of may come to rest elsewhere. */
-		if (plan)
-			plan(stop, planned);
-		if (!set_up(stop, number, planned))
+		/* After a detach the thread may have come to rest with another stack pointer. */
+		if (prepare)
+			prepare(stop, planned);
+		if (!begin_call(stop, number, planned))
 			return fail_gone(stop);
 		switch (run_on(stop, &signal)) {
 		case STOPPED_AT_CALL:
 			return finish_call(stop, ret);
 		case STOPPED_BY_SIGNAL:
 		case STOPPED_BY_JOB:
-			put_back(stop);
-			let_go(stop, signal);
-			if (!hold(stop))
+			restore(stop);
+			detach(stop, signal);
+			if (!stop_at_rest(stop))
 				return false;
 			break;
 		default:
@@ -403,17 +408,17 @@ void attach_resume(AttachStop *stop)
 {
 	int signal = 0;
 
-	if (!stop->held)
+	if (!stop->stopped)
 		return;
 	if (stop->touched) {
 		trace(stop, PTRACE_INTERRUPT, NULL);
 		trace(stop, PTRACE_CONT, NULL);
-		/* Ended by the interruption, which no program can hold off. */
+		/* Ended by the interruption, which no program can block. */
 		if (wait_stopped(stop, 0, &signal) == STOPPED_GONE)
 			return;
-		pr_attach_point(PR_ATTACH_BEFORE_RESTORE);
-		put_back(stop);
-		pr_attach_point(PR_ATTACH_RESTORED);
+		pr_attach_crash_point(PR_ATTACH_CRASH_BEFORE_RESTORE);
+		restore(stop);
+		pr_attach_crash_point(PR_ATTACH_CRASH_RESTORED);
 	}
-	let_go(stop, signal);
+	detach(stop, signal);
 }

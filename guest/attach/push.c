@@ -1,5 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* A descriptor of ours becomes one of the process's: over a socket pair that it makes, and whose one end we take. */
+/*
+ * Gives the process a descriptor of the helper's. The process makes a socket pair. The helper
+ * duplicates one end of it and sends the descriptor there. The process receives it at the other
+ * end.
+ */
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -7,9 +11,10 @@
 #include <unistd.h>
 
 #include "guest/attach/internal.h"
-#include "guest/attach/kill.h"
+#include "guest/attach/crash-point.h"
+#include "guest/packet.h"
 
-/* What recvmsg() is given, in the scratch. */
+/* The arguments of the process's recvmsg(), in the scratch. */
 typedef struct Message {
 	struct msghdr head;
 	struct iovec piece;
@@ -23,11 +28,11 @@ _Static_assert(sizeof(Message) <= ATTACH_SCRATCH_BYTES, "room for a message");
 
 static bool fail_call(AttachStop *stop, const char *name, long ret)
 {
-	return attach_fail(stop->result, PR_AGENT_FAILED, "%s in process %d: %s", name,
-			   (int)stop->target->pid, strerror((int)-ret));
+	return agent_fail(stop->result, PR_AGENT_FAILED, "%s in process %d: %s", name,
+			  (int)stop->target->pid, strerror((int)-ret));
 }
 
-static void plan_pair(AttachStop *stop, unsigned long args[6])
+static void prepare_pair(AttachStop *stop, unsigned long args[6])
 {
 	memset(stop->scratch, 0, sizeof(stop->scratch));
 	args[3] = stop->scratch_at;
@@ -38,35 +43,24 @@ static bool make_pair(AttachStop *stop, int ret_pair[2])
 	const unsigned long args[6] = {AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC};
 	long ret;
 
-	if (!attach_call(stop, SYS_socketpair, args, plan_pair, &ret))
+	if (!attach_call(stop, SYS_socketpair, args, prepare_pair, &ret))
 		return false;
 	if (ret < 0)
 		return fail_call(stop, "socketpair()", ret);
 	memcpy(ret_pair, stop->scratch, 2 * sizeof(int));
-	pr_attach_point(PR_ATTACH_PAIR_MADE);
+	pr_attach_crash_point(PR_ATTACH_CRASH_PAIR_MADE);
 	return true;
 }
 
 static bool send_fd(int socket, int fd)
 {
-	Message message;
-	struct cmsghdr *cmsg;
+	struct iovec piece = {.iov_base = "", .iov_len = 1};
+	PrPacket packet = {.pieces = &piece, .n_pieces = 1, .fds = &fd, .n_fds = 1};
 
-	memset(&message, 0, sizeof(message));
-	message.piece = (struct iovec){.iov_base = &message.byte, .iov_len = 1};
-	message.head = (struct msghdr){.msg_iov = &message.piece,
-				       .msg_iovlen = 1,
-				       .msg_control = message.control.bytes,
-				       .msg_controllen = sizeof(message.control.bytes)};
-	cmsg = CMSG_FIRSTHDR(&message.head);
-	cmsg->cmsg_level = SOL_SOCKET;
-	cmsg->cmsg_type = SCM_RIGHTS;
-	cmsg->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(cmsg), &fd, sizeof(fd));
-	return sendmsg(socket, &message.head, MSG_NOSIGNAL | MSG_DONTWAIT) == 1;
+	return pr_packet_send(socket, &packet, MSG_DONTWAIT);
 }
 
-static void plan_message(AttachStop *stop, unsigned long args[6])
+static void prepare_message(AttachStop *stop, unsigned long args[6])
 {
 	Message message;
 	uint64_t at = stop->scratch_at;
@@ -82,7 +76,7 @@ static void plan_message(AttachStop *stop, unsigned long args[6])
 	args[1] = at;
 }
 
-/* Its number there, or -1. */
+/* The number of the descriptor in the process, or -1. */
 static int receive_there(AttachStop *stop, int socket)
 {
 	const unsigned long args[6] = {socket, 0, MSG_DONTWAIT | MSG_CMSG_CLOEXEC};
@@ -91,7 +85,7 @@ static int receive_there(AttachStop *stop, int socket)
 	long ret;
 	int fd;
 
-	if (!attach_call(stop, SYS_recvmsg, args, plan_message, &ret))
+	if (!attach_call(stop, SYS_recvmsg, args, prepare_message, &ret))
 		return -1;
 	memcpy(&message, stop->scratch, sizeof(message));
 	memcpy(&head, message.control.bytes, sizeof(head));
@@ -101,7 +95,7 @@ static int receive_there(AttachStop *stop, int socket)
 		return -1;
 	}
 	memcpy(&fd, message.control.bytes + CMSG_LEN(0), sizeof(fd));
-	pr_attach_point(PR_ATTACH_RECEIVED);
+	pr_attach_crash_point(PR_ATTACH_CRASH_RECEIVED);
 	return fd;
 }
 
@@ -115,20 +109,20 @@ bool attach_close_there(AttachStop *stop, int fd)
 
 static int push_over(AttachStop *stop, const int pair[2], int fd)
 {
-	int ours = attach_target_fd(stop->target, pair[0]);
+	int own_end = attach_target_fd(stop->target, pair[0]);
 	bool sent;
 
-	if (ours < 0) {
+	if (own_end < 0) {
 		attach_fail_access(stop->target, stop->result, "taking a descriptor");
 		return -1;
 	}
-	sent = send_fd(ours, fd);
+	sent = send_fd(own_end, fd);
 	if (!sent)
 		fail_call(stop, "sending a descriptor", -errno);
-	close(ours);
+	close(own_end);
 	if (!sent)
 		return -1;
-	pr_attach_point(PR_ATTACH_SENT);
+	pr_attach_crash_point(PR_ATTACH_CRASH_SENT);
 	return receive_there(stop, pair[1]);
 }
 
@@ -140,8 +134,8 @@ int attach_push(AttachStop *stop, int fd)
 		return -1;
 	there = push_over(stop, pair, fd);
 	if (there >= 0)
-		pr_attach_point(PR_ATTACH_PUSHED);
-	if (stop->held && attach_close_there(stop, pair[0]))
+		pr_attach_crash_point(PR_ATTACH_CRASH_PUSHED);
+	if (stop->stopped && attach_close_there(stop, pair[0]))
 		attach_close_there(stop, pair[1]);
 	return there;
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Where the process has RAM that can be shared: its MAP_SHARED mappings of files in memory (memfd, tmpfs,
- * hugetlbfs) that it still has open. Which of them are the guest's RAM the engine knows (CHOOSE).
+ * The memory of the process that other processes can map: MAP_SHARED mappings of files in memory
+ * (memfd, tmpfs, hugetlbfs) that the process still has open. The engine knows which of them are the
+ * guest's RAM (CHOOSE).
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -16,9 +17,10 @@
 #include "guest/attach/internal.h"
 
 #define SPANS_MAX  256 /* shared mappings of any kind */
-#define LINE_BYTES 512 /* of /proc/PID/maps, as far as it matters */
+#define LINE_BYTES 512 /* of /proc/PID/maps; the rest of a longer line does not matter */
 
-/* A part of a file that is mapped in one piece. The kernel may have split it into several mappings. */
+/* A part of a file that is mapped in one piece. The kernel may have split it into several
+ * mappings. */
 typedef struct Span {
 	uint64_t start, end, offset, inode;
 	dev_t device;
@@ -67,7 +69,7 @@ static void add_span(Search *search, const Span *span)
 	}
 }
 
-static void see_line(Search *search, const char *line)
+static void read_line(Search *search, const char *line)
 {
 	Span span;
 
@@ -88,7 +90,7 @@ static bool read_maps(Search *search)
 		for (ssize_t i = 0; i < n; i++) {
 			if (buffer[i] == '\n') {
 				line[used] = '\0';
-				see_line(search, line);
+				read_line(search, line);
 				used = 0;
 			} else if (used + 1 < sizeof(line)) {
 				line[used++] = buffer[i];
@@ -109,8 +111,9 @@ static bool is_memory(int fd, uint32_t *ret_page_size)
 	return fs.f_type == HUGETLBFS_MAGIC || fs.f_type == TMPFS_MAGIC;
 }
 
-/* Descriptors are told apart by the file; the first that may be written through is taken. */
-static bool see_fd(int number, void *opaque)
+/* Finds the mappings of the file that this descriptor is open for. The first writable descriptor of
+ * a file is duplicated. */
+static bool match_fd(int number, void *opaque)
 {
 	Search *search = opaque;
 	char name[32];
@@ -126,12 +129,12 @@ static bool see_fd(int number, void *opaque)
 			continue;
 		span->fd = attach_target_fd(search->target, number);
 		if (span->fd >= 0 && (fcntl(span->fd, F_GETFL) & O_ACCMODE) != O_RDWR)
-			attach_close_fd(&span->fd);
+			agent_close_fd(&span->fd);
 	}
 	return true;
 }
 
-/* What an engine could map and serve. */
+/* Whether an engine could map it and serve its faults. */
 static bool is_region(const Span *span, uint32_t *ret_page_size)
 {
 	uint64_t size = span->end - span->start;
@@ -159,7 +162,7 @@ static bool add_region(AttachRam *ram, Span *span, uint32_t page_size)
 	return true;
 }
 
-static bool take_regions(AttachRam *ram, Search *search, AttachResult *result)
+static bool add_regions(AttachRam *ram, Search *search, AgentResult *result)
 {
 	bool fits = !search->overflow;
 
@@ -168,25 +171,24 @@ static bool take_regions(AttachRam *ram, Search *search, AttachResult *result)
 
 		if (is_region(&search->spans[i], &page_size))
 			fits = add_region(ram, &search->spans[i], page_size) && fits;
-		attach_close_fd(&search->spans[i].fd);
+		agent_close_fd(&search->spans[i].fd);
 	}
 	return fits ||
-	       attach_fail(
-		       result, PR_AGENT_UNSUPPORTED,
-		       "process %d has more mappings of shared memory than can be looked at (%d "
-		       "of RAM at most); give the guest its RAM in fewer memory backends",
-		       (int)search->target->pid, PR_AGENT_REGIONS_MAX);
+	       agent_fail(result, PR_AGENT_UNSUPPORTED,
+			  "process %d has more mappings of shared memory than can be looked at (%d "
+			  "of RAM at most); give the guest its RAM in fewer memory backends",
+			  (int)search->target->pid, PR_AGENT_REGIONS_MAX);
 }
 
 void attach_ram_clear(AttachRam *ram)
 {
 	for (unsigned i = 0; i < ram->n; i++)
-		attach_close_fd(&ram->regions[i].fd);
+		agent_close_fd(&ram->regions[i].fd);
 	ram->n = 0;
 	ram->chosen = false;
 }
 
-bool attach_ram_find(AttachRam *ram, const AttachTarget *target, AttachResult *result)
+bool attach_ram_find(AttachRam *ram, const AttachTarget *target, AgentResult *result)
 {
 	Search search;
 
@@ -196,12 +198,12 @@ bool attach_ram_find(AttachRam *ram, const AttachTarget *target, AttachResult *r
 	attach_ram_clear(ram);
 	if (!read_maps(&search))
 		return attach_fail_access(target, result, "the list of mappings");
-	if (!attach_each_fd(target, see_fd, &search)) {
+	if (!attach_each_fd(target, match_fd, &search)) {
 		for (unsigned i = 0; i < search.n; i++)
-			attach_close_fd(&search.spans[i].fd);
+			agent_close_fd(&search.spans[i].fd);
 		return attach_fail_access(target, result, "the list of open files");
 	}
-	return take_regions(ram, &search, result);
+	return add_regions(ram, &search, result);
 }
 
 static bool choose_one(AttachRam *ram, uint64_t base)
@@ -215,16 +217,16 @@ static bool choose_one(AttachRam *ram, uint64_t base)
 	return false;
 }
 
-bool attach_ram_choose(AttachRam *ram, const uint64_t *bases, unsigned n, AttachResult *result)
+bool attach_ram_choose(AttachRam *ram, const uint64_t *bases, unsigned n, AgentResult *result)
 {
 	for (unsigned i = 0; i < ram->n; i++)
 		ram->regions[i].chosen = false;
 	ram->chosen = false;
 	for (unsigned i = 0; i < n; i++) {
 		if (!choose_one(ram, bases[i]))
-			return attach_fail(result, PR_AGENT_FAILED,
-					   "there is no shared memory at 0x%llx any more",
-					   (unsigned long long)bases[i]);
+			return agent_fail(result, PR_AGENT_FAILED,
+					  "there is no shared memory at 0x%llx any more",
+					  (unsigned long long)bases[i]);
 	}
 	ram->chosen = true;
 	return true;

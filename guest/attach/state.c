@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The engine's state memfd is a descriptor of the process's, and is known by its name. */
+/* The engine's state memfd is parked in the process, where the next helper finds it by its name. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -7,7 +7,7 @@
 #include <unistd.h>
 
 #include "guest/attach/internal.h"
-#include "guest/attach/kill.h"
+#include "guest/attach/crash-point.h"
 
 #define STATE_MEMFD_MAX 16
 
@@ -28,7 +28,7 @@ static bool is_state(const AttachTarget *target, int fd)
 	return n == sizeof(wanted) - 1 && !memcmp(text, wanted, n);
 }
 
-static bool see_fd(int fd, void *opaque)
+static bool note_state_fd(int fd, void *opaque)
 {
 	Search *search = opaque;
 
@@ -37,24 +37,24 @@ static bool see_fd(int fd, void *opaque)
 	return search->n < STATE_MEMFD_MAX;
 }
 
-/* The older one first: a helper that dies in between leaves none, as before any migration. */
+/* Closes the old one first: a helper that dies in between leaves none, as before any migration. */
 static bool replace(AttachStop *stop, const Search *search, int fd)
 {
 	for (unsigned i = 0; i < search->n; i++) {
 		if (!attach_close_there(stop, search->found[i]))
 			return false;
-		pr_attach_point(PR_ATTACH_OLD_STATE_CLOSED);
+		pr_attach_crash_point(PR_ATTACH_CRASH_OLD_STATE_CLOSED);
 	}
 	return fd < 0 || attach_push(stop, fd) >= 0;
 }
 
-bool attach_store_state_fd(AttachTarget *target, int fd, AttachResult *result)
+bool attach_store_state_fd(AttachTarget *target, int fd, AgentResult *result)
 {
 	Search search = {.target = target};
 	AttachStop stop;
 	bool ok;
 
-	if (!attach_each_fd(target, see_fd, &search))
+	if (!attach_each_fd(target, note_state_fd, &search))
 		return attach_fail_access(target, result, "the list of open files");
 	if (fd < 0 && !search.n)
 		return true;
@@ -65,12 +65,12 @@ bool attach_store_state_fd(AttachTarget *target, int fd, AttachResult *result)
 	return ok;
 }
 
-int attach_fetch_state(const AttachTarget *target, AttachResult *result)
+int attach_fetch_state(const AttachTarget *target, AgentResult *result)
 {
 	Search search = {.target = target};
 	int fd;
 
-	if (!attach_each_fd(target, see_fd, &search)) {
+	if (!attach_each_fd(target, note_state_fd, &search)) {
 		attach_fail_access(target, result, "the list of open files");
 		return -1;
 	}

@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The process that is served, and in which words it is not to be had. */
+/* Access to the process that is served, and the errors that say why it was refused. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,26 +15,9 @@
 #include "guest/attach/internal.h"
 
 #define STATUS_BYTES 8192
-#define LOCK_MS	     3000 /* for the helper of an engine that has just been killed to let go of it */
-#define LOCK_LOOK_MS 5
-
-bool attach_fail(AttachResult *result, PrAgentStatus status, const char *format, ...)
-{
-	va_list args;
-
-	result->status = status;
-	va_start(args, format);
-	vsnprintf(result->text, sizeof(result->text), format, args);
-	va_end(args);
-	return false;
-}
-
-void attach_close_fd(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
-}
+/* a helper of an engine that was just killed keeps the lock for a moment */
+#define LOCK_MS	      3000
+#define LOCK_CHECK_MS 5
 
 int64_t attach_now(void)
 {
@@ -112,24 +94,25 @@ static pid_t pid_of(int pidfd)
 
 bool attach_target_gone(const AttachTarget *target)
 {
-	struct pollfd look = {.fd = target->pidfd, .events = POLLIN};
+	struct pollfd end = {.fd = target->pidfd, .events = POLLIN};
 
-	return poll(&look, 1, 0) > 0;
+	return poll(&end, 1, 0) > 0;
 }
 
-bool attach_target_open(AttachTarget *target, int pidfd, AttachResult *result)
+bool attach_target_open(AttachTarget *target, int pidfd, AgentResult *result)
 {
 	char name[64];
 
 	target->pidfd = pidfd;
 	target->pid = pid_of(pidfd);
 	if (target->pid <= 0)
-		return attach_fail(result, PR_AGENT_FAILED, "the guest's process is gone");
+		return agent_fail(result, PR_AGENT_FAILED, "the guest's process is gone");
 	snprintf(name, sizeof(name), "/proc/%d", (int)target->pid);
 	target->proc_fd = open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	/* As the process is there still, this is its directory, and no later one's of the same number. */
+	/* As the process still lives, this is its directory, and not that of a later process with
+	 * the same pid. */
 	if (target->proc_fd < 0 || attach_target_gone(target))
-		return attach_fail(result, PR_AGENT_FAILED, "process %d is gone", (int)target->pid);
+		return agent_fail(result, PR_AGENT_FAILED, "process %d is gone", (int)target->pid);
 	return true;
 }
 
@@ -144,7 +127,7 @@ char attach_target_state(const AttachTarget *target)
 	return behind && behind[1] ? behind[2] : 0;
 }
 
-/* Who traces it; 0: nobody. */
+/* The process that traces it; 0: none but this one. */
 static pid_t tracer_of(const AttachTarget *target, char *name, size_t bytes)
 {
 	char text[STATUS_BYTES], path[64];
@@ -181,32 +164,32 @@ bool attach_is_traced(const AttachTarget *target)
 	return tracer_of(target, name, sizeof(name)) != 0;
 }
 
-bool attach_fail_access(const AttachTarget *target, AttachResult *result, const char *what)
+bool attach_fail_access(const AttachTarget *target, AgentResult *result, const char *what)
 {
 	int code = errno, scope = yama_scope(), pid = target->pid;
 	char name[64];
 	pid_t tracer;
 
 	if (code == ESRCH || attach_target_gone(target))
-		return attach_fail(result, PR_AGENT_FAILED, "process %d is gone", pid);
+		return agent_fail(result, PR_AGENT_FAILED, "process %d is gone", pid);
 	if (code != EPERM && code != EACCES)
-		return attach_fail(result, PR_AGENT_FAILED, "%s of process %d: %s", what, pid,
-				   strerror(code));
+		return agent_fail(result, PR_AGENT_FAILED, "%s of process %d: %s", what, pid,
+				  strerror(code));
 	tracer = tracer_of(target, name, sizeof(name));
 	if (tracer)
-		return attach_fail(
+		return agent_fail(
 			result, PR_AGENT_PERMISSION,
 			"process %d is traced by process %d (%s), a debugger or the like; "
 			"end that one first",
 			pid, (int)tracer, name);
 	if (scope >= 3)
-		return attach_fail(
+		return agent_fail(
 			result, PR_AGENT_PERMISSION,
 			"%s of process %d: refused, since kernel.yama.ptrace_scope is %d, which "
 			"only a reboot changes; preload libpostroad-agent.so into QEMU and add "
 			"agent=PATH",
 			what, pid, scope);
-	return attach_fail(
+	return agent_fail(
 		result, PR_AGENT_PERMISSION,
 		"%s of process %d: refused; start the engine as root with the "
 		"CAP_SYS_PTRACE and CAP_DAC_OVERRIDE%s, " WAY_OUT,
@@ -215,9 +198,10 @@ bool attach_fail_access(const AttachTarget *target, AttachResult *result, const 
 		      : "");
 }
 
-/* A file of the process's own that only who may look into it can open, so that nobody else can hold the lock.
- * The kernel lets go of it when the helper and the engine are both gone: the engine gets a duplicate. */
-bool attach_target_lock(AttachTarget *target, AttachResult *result)
+/* Locks /proc/PID/auxv. Only a process with the right to ptrace the target can open it, so that no
+ * other user can take the lock. The engine gets a duplicate, so the kernel unlocks when both helper
+ * and engine are gone. */
+bool attach_target_lock(AttachTarget *target, AgentResult *result)
 {
 	int64_t deadline = attach_now() + LOCK_MS;
 
@@ -228,11 +212,11 @@ bool attach_target_lock(AttachTarget *target, AttachResult *result)
 		return attach_fail_access(target, result, "attaching to the memory");
 	while (flock(target->lock_fd, LOCK_EX | LOCK_NB) < 0) {
 		if (errno == EINTR || (errno == EWOULDBLOCK && attach_now() < deadline)) {
-			attach_sleep(LOCK_LOOK_MS); /* between two looks at the condition */
+			attach_sleep(LOCK_CHECK_MS); /* between two checks of the condition */
 			continue;
 		}
-		attach_close_fd(&target->lock_fd);
-		return attach_fail(result, PR_AGENT_BUSY, "another engine is attached");
+		agent_close_fd(&target->lock_fd);
+		return agent_fail(result, PR_AGENT_BUSY, "another engine is attached");
 	}
 	return true;
 }
@@ -247,7 +231,7 @@ int attach_target_fd(const AttachTarget *target, int fd)
 	return (int)syscall(SYS_pidfd_getfd, target->pidfd, fd, 0);
 }
 
-/* readdir() would allocate. */
+/* getdents64(2) instead of readdir(), which allocates. */
 struct entry {
 	uint64_t ino;
 	int64_t off;
@@ -256,7 +240,7 @@ struct entry {
 	char name[];
 };
 
-static bool see_entries(int dir, bool (*see)(int fd, void *opaque), void *opaque)
+static bool visit_entries(int dir, bool (*visit)(int fd, void *opaque), void *opaque)
 {
 	_Alignas(struct entry) char buffer[4096];
 	long n;
@@ -268,21 +252,21 @@ static bool see_entries(int dir, bool (*see)(int fd, void *opaque), void *opaque
 			at += entry->length;
 			if (entry->name[0] < '0' || entry->name[0] > '9')
 				continue;
-			if (!see(atoi(entry->name), opaque))
+			if (!visit(atoi(entry->name), opaque))
 				return true;
 		}
 	}
 	return n == 0;
 }
 
-bool attach_each_fd(const AttachTarget *target, bool (*see)(int fd, void *opaque), void *opaque)
+bool attach_each_fd(const AttachTarget *target, bool (*visit)(int fd, void *opaque), void *opaque)
 {
 	int dir = openat(target->proc_fd, "fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	bool ok;
 
 	if (dir < 0)
 		return false;
-	ok = see_entries(dir, see, opaque);
+	ok = visit_entries(dir, visit, opaque);
 	close(dir);
 	return ok;
 }

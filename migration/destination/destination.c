@@ -262,8 +262,8 @@ static void release_dead_guest(PrDestination *destination)
 	PrGuest *guest = destination->session->guest;
 
 	pr_destination_leave(destination);
-	if (guest->ops->let_go)
-		guest->ops->let_go(guest);
+	if (guest->ops->close_uffd)
+		guest->ops->close_uffd(guest);
 	g_info("the guest's process has ended: its page faults are served no more");
 }
 

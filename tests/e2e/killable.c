@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Linked into the engine, makes one that kills itself at a point (migration/core/crash-point.h), or whose attach helper does
- * (guest/attach/kill.h): POSTROAD_KILL=NAME[:N] kills it when it gets there for the N-th time, with SIGKILL: nothing is
+ * (guest/attach/crash-point.h): POSTROAD_KILL=NAME[:N] kills it when it gets there for the N-th time, with SIGKILL: nothing is
  * tidied up. POSTROAD_KILL=list prints the engine's names, list-attach the helper's. POSTROAD_FREEZE=NAME[:N] stops it
  * there instead, with SIGSTOP: it goes on from there when it is sent SIGCONT.
  */
@@ -11,7 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "guest/attach/kill.h"
+#include "guest/attach/crash-point.h"
 #include "migration/core/crash-point.h"
 
 static int wanted = -1;	       /* constant after the start */
@@ -51,7 +51,7 @@ static void reached(PrCrashPoint point)
 		die();
 }
 
-static void reached_in_helper(PrAttachPoint point)
+static void reached_in_helper(PrAttachCrashPoint point)
 {
 	if ((int)point == wanted_helper)
 		die();
@@ -64,7 +64,7 @@ static const char *engine_name(int point)
 
 static const char *helper_name(int point)
 {
-	return point < PR_ATTACH_N_POINTS ? pr_attach_point_name(point) : NULL;
+	return point < PR_ATTACH_N_CRASH_POINTS ? pr_attach_crash_point_name(point) : NULL;
 }
 
 static void list_and_exit(const char *(*name)(int point))
@@ -106,5 +106,5 @@ __attribute__((constructor)) static void hook_in(void)
 	}
 	countdown = text[length] == ':' ? atoi(text + length + 1) : 1;
 	pr_crash_hook = reached;
-	pr_attach_hook = reached_in_helper;
+	pr_attach_crash_hook = reached_in_helper;
 }

@@ -145,7 +145,7 @@ static void call(guint which, GError **error)
 
 	switch (which) {
 	case 0:
-		say_hello(rig.client, error);
+		send_hello(rig.client, error);
 		break;
 	case 1:
 		check_regions(error);

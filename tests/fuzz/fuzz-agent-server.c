@@ -81,24 +81,17 @@ static void read_replies(int fd)
 		PrAgentReply head;
 		uint8_t bytes[PR_AGENT_REPLY_MAX];
 	} reply;
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(PR_AGENT_REGIONS_MAX * sizeof(int))];
-	} control;
-	struct iovec iov = {&reply, sizeof(reply)};
+	const struct iovec piece = {&reply, sizeof(reply)};
 
 	for (;;) {
-		struct msghdr msg = {.msg_iov = &iov,
-				     .msg_iovlen = 1,
-				     .msg_control = control.bytes,
-				     .msg_controllen = sizeof(control.bytes)};
-		ssize_t n = recvmsg(fd, &msg, MSG_DONTWAIT);
-		int first = -1;
+		int fds[PR_PACKET_FDS_MAX];
+		PrPacket packet = {
+			.pieces = &piece, .n_pieces = 1, .fds = fds, .n_fds = PR_PACKET_FDS_MAX};
+		ssize_t n = pr_packet_receive(fd, &packet, MSG_DONTWAIT);
 
 		if (n <= 0)
 			return;
-		take_fds(&msg, &first);
-		agent_close_fd(&first);
+		close_all(fds, packet.n_fds);
 		g_assert(n == (ssize_t)(sizeof(reply.head) +
 					reply.head.n_regions * sizeof(PrAgentWireRegion)));
 		g_assert(reply.head.magic == PR_AGENT_MAGIC);
@@ -110,16 +103,17 @@ static void read_replies(int fd)
 
 static void send_to_agent(int fd, const void *bytes, gsize len, const int *fds, unsigned n_fds)
 {
-	struct iovec iov = {(void *)bytes, len};
+	const struct iovec piece = {(void *)bytes, len};
+	PrPacket packet = {.pieces = &piece, .n_pieces = 1, .fds = (int *)fds, .n_fds = n_fds};
 
-	send_packet(fd, &iov, 1, fds, n_fds);
+	pr_packet_send(fd, &packet, MSG_DONTWAIT);
 }
 
 /* Sends the next packet of the input. */
 static void send_next(FuzzInput *input, int fd, uint8_t how, uint32_t id)
 {
 	PrAgentRequest request = {PR_AGENT_MAGIC, PR_AGENT_VERSION, 0, id};
-	int fds[REQUEST_FDS_MAX + 2];
+	int fds[6]; /* one is legal */
 	unsigned n_fds = how >> 4 & 7;
 	gsize n;
 

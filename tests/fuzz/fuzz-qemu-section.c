@@ -51,7 +51,7 @@ static void handle_facts(Target *target, const uint8_t *body, gsize len)
 	}
 }
 
-/* PrQemuSectionTake */
+/* PrQemuSectionHandler */
 static gboolean handle_section(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
 			       GError **error)
 {
@@ -64,7 +64,8 @@ static gboolean handle_section(PrQemuSectionType type, const uint8_t *body, gsiz
 	else if (type == PR_QEMU_SECTION_BLOCK)
 		target->current = pr_qemu_private_find(target->blocks, (const char *)exact, len);
 	else if (type == PR_QEMU_SECTION_PAGES && target->current)
-		return pr_qemu_private_take(target->current, target->memory, exact, len, error);
+		return pr_qemu_private_handle_pages(target->current, target->memory, exact, len,
+						    error);
 	return TRUE;
 }
 

@@ -10,9 +10,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "guest/death.h"
+#include "guest/qemu-blocks.h"
+#include "guest/qemu-check.h"
+#include "guest/qemu-load.h"
 #include "guest/qemu-ram.h"
+#include "guest/qemu-save.h"
 #include "guest/qemu-section.h"
-#include "guest/qemu.h"
 #include "tests/fuzz/fuzz.h"
 
 /* Does the reader thread's work where a caller would wait for it. */
@@ -86,7 +90,7 @@ static gboolean fuzz_read_answer(GCond *cond, GMutex *lock, gint64 deadline)
 	if (!text)
 		fail_closed(rig.qmp, "the input is at its end");
 	else
-		take_bytes(rig.qmp, text, strlen(text));
+		receive_bytes(rig.qmp, text, strlen(text));
 	g_mutex_lock(lock);
 	return TRUE;
 }
@@ -106,7 +110,8 @@ static void open_qmp(int fd)
 	g_socket_set_blocking(rig.qmp->socket, FALSE);
 	rig.qmp->on_event = on_event;
 	rig.qmp->calls = g_hash_table_new(NULL, NULL);
-	pr_qmp_frame_init(&rig.qmp->frame);
+	pr_framer_init(&rig.qmp->framer, PR_FRAMER_OBJECTS);
+	pr_death_init(&rig.qmp->death);
 	g_mutex_init(&rig.qmp->lock);
 	g_mutex_init(&rig.qmp->send_lock);
 	g_cond_init(&rig.qmp->cond);
@@ -124,7 +129,8 @@ static void close_qmp(void)
 	g_socket_close(qmp->socket, NULL);
 	g_object_unref(qmp->socket);
 	g_hash_table_unref(qmp->calls);
-	pr_qmp_frame_clear(&qmp->frame);
+	pr_framer_clear(&qmp->framer);
+	pr_death_clear(&qmp->death);
 	g_clear_error(&qmp->failure);
 	g_free(qmp->shutdown);
 	g_mutex_clear(&qmp->lock);

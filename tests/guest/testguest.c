@@ -23,13 +23,15 @@
 #define VERSION_ZEROS 0x80000000u /* this version of the page is all zeros */
 #define STATE_MAGIC   0x74736554u
 #define STOP_TIMEOUT  10000 /* ms; an engine's own timeout is usually shorter */
-#define BURST	      16    /* pages between two rests */
+#define BURST	      16    /* pages between two pauses */
 #define REPORTS	      8	    /* corrupt pages described on stderr; all are counted */
 
 typedef struct Block {
 	int memfd;
 	uint8_t *map;
-	uint32_t *versions; /* each page's belongs to one thread, or to who has parked them all */
+	/* each page's belongs to one thread; to the thread that has parked all others while they
+	 * are parked */
+	uint32_t *versions;
 } Block;
 
 typedef struct Worker {
@@ -128,7 +130,7 @@ static gboolean never_touched(uint32_t page)
 	return page % 16 == 0;
 }
 
-/* Counts, unless the guest is being torn down: then waiting threads wake up to zeros. */
+/* Counts, unless the guest is being freed: then waiting threads read zeros. */
 static gboolean check_page(TestGuest *guest, guint block, uint32_t page)
 {
 	const uint64_t *words = (uint64_t *)(guest->blocks[block].map + (uint64_t)page * PAGE);
@@ -186,7 +188,7 @@ static void work_on_a_page(Worker *worker)
 		rewrite_page(worker, block, page);
 }
 
-/* FALSE: the end. */
+/* FALSE: the thread has to end. */
 static gboolean park(TestGuest *guest)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&guest->lock);
@@ -256,7 +258,7 @@ void testguest_resume(TestGuest *guest)
 	run_locked(guest);
 }
 
-/* What the engine asks for */
+/* The callbacks of the agent */
 
 static int on_stop(void *opaque, bool *ret_was_running)
 {
@@ -361,7 +363,7 @@ static int on_load(void *opaque, int fd)
 	TestGuest *guest = opaque;
 	int err;
 
-	/* The threads look at what is written here only after the lock was passed on to them. */
+	/* The threads read these fields only after they have taken the lock. */
 	if (!testguest_pause(guest, STOP_TIMEOUT))
 		return -EBUSY;
 	err = load_versions(guest, fd);
@@ -370,7 +372,7 @@ static int on_load(void *opaque, int fd)
 	g_mutex_lock(&guest->lock);
 	guest->loaded = TRUE;
 	g_mutex_unlock(&guest->lock);
-	/* A load that was given up half way has read whatever was there when it was let go. */
+	/* A load that was aborted may have read pages that were not there yet. */
 	atomic_store(&guest->corrupt, 0);
 	for (guint i = 0; i < guest->config.load_touches; i++)
 		check_page(guest, i % guest->config.n_blocks,
@@ -531,7 +533,7 @@ void testguest_start(TestGuest *guest)
 		testguest_resume(guest);
 		return;
 	}
-	/* Its threads have just been made: it can be saved when they have come to rest. */
+	/* Its threads have just started. The guest can be saved when they are parked. */
 	gboolean was_running;
 	g_mutex_lock(&guest->lock);
 	stop_locked(guest, STOP_TIMEOUT, &was_running);

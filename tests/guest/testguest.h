@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A guest without a VMM, for tests: RAM blocks in memfds, threads that read, check and rewrite its pages
- * all the time, served to an engine by the agent library. Several live in one process: a source, a
- * destination, each with a socket of its own.
+ * A guest without a VMM, for tests: RAM blocks in memfds, threads that read, check and rewrite its
+ * pages all the time, served to an engine by the agent library. Several live in one process: a
+ * source, a destination, each with a socket of its own.
  *
  * What a page holds is a function of seed, block, page number and a version. The versions live in
- * private memory: they are the device state. So a page that arrives late, twice, from the wrong place
- * or not at all is seen by the next thread that reads it, and counted as corrupt.
+ * private memory: they are the device state. So a page that arrives late, twice, from the wrong
+ * place or not at all is seen by the next thread that reads it, and counted as corrupt.
  *
- * One page in sixteen is never touched (a hole in the memfd) until the guest has been migrated, one in
- * sixteen is written with zeros; threads write zeros now and then, too.
+ * One page in sixteen is never touched (a hole in the memfd) until the guest has been migrated, one
+ * in sixteen is written with zeros; threads write zeros now and then, too.
  */
 #pragma once
 
@@ -45,8 +45,8 @@ const char *testguest_socket(TestGuest *guest);
 /* "agent:SOCKET", for pr_guest_open(). */
 const char *testguest_spec(TestGuest *guest);
 
-/* Parks all threads between two pages. FALSE: some did not get there within timeout_ms (they wait for
- * pages); the guest runs on. */
+/* Parks all threads between two pages. FALSE: some did not get there within timeout_ms (they wait
+ * for pages); the guest runs on. */
 gboolean testguest_pause(TestGuest *guest, guint timeout_ms);
 void testguest_resume(TestGuest *guest);
 gboolean testguest_running(TestGuest *guest);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The test guest as a program: `workload --socket PATH --size 64M …`. It prints a line each --report ms; on SIGUSR1
- * it verifies every page and says so; on SIGTERM or SIGINT, or after --seconds, likewise, and exits: 0, if none was
- * ever wrong.
+ * The test guest as a program: `workload --socket PATH --size 64M …`. It prints a line each
+ * --report ms. On SIGUSR1 it verifies every page and prints the result. On SIGTERM or SIGINT, or
+ * after --seconds, it does the same and exits: with 0 if no page was ever wrong.
  */
 #include <glib-unix.h>
 #include <stdio.h>

@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define LOOK_US	   1000
+#define CHECK_US   1000
 #define TIMEOUT_US (20 * G_TIME_SPAN_SECOND)
 
 struct AttachGuest {
@@ -38,10 +38,10 @@ static void count_signal(int signal)
 	n_signals++;
 }
 
-static void say(const char *format, ...) G_GNUC_PRINTF(1, 2);
+static void print_line(const char *format, ...) G_GNUC_PRINTF(1, 2);
 
-/* One write() a line: threads say things at the same time. */
-static void say(const char *format, ...)
+/* One write() for each line, as several threads print at the same time. */
+static void print_line(const char *format, ...)
 {
 	char line[128];
 	va_list args;
@@ -60,12 +60,12 @@ static void *do_access(void *opaque)
 	int thread = (int)syscall(SYS_gettid);
 
 	free(opaque);
-	say("thread %d\n", thread);
+	print_line("thread %d\n", thread);
 	if (access.write)
 		__atomic_store_n(access.at, access.value, __ATOMIC_RELAXED);
 	else
 		access.value = __atomic_load_n(access.at, __ATOMIC_RELAXED);
-	say("done %d %u\n", thread, access.value);
+	print_line("done %d %u\n", thread, access.value);
 	return NULL;
 }
 
@@ -89,7 +89,7 @@ static void start_access(const char *line)
 	}
 }
 
-static void obey(const char *line)
+static void run_command(const char *line)
 {
 	switch (*line) {
 	case 'm':
@@ -98,16 +98,16 @@ static void obey(const char *line)
 		start_access(line);
 		break;
 	case 's':
-		say("signals %d\n", (int)n_signals);
+		print_line("signals %d\n", (int)n_signals);
 		break;
 	case 'l':
-		say("leaving\n");
+		print_line("leaving\n");
 		for (;;)
 			sleep(1000);
 	}
 }
 
-static void obey_for_ever(void)
+static void run_commands(void)
 {
 	struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
 	char line[128];
@@ -122,7 +122,7 @@ static void obey_for_ever(void)
 			_exit(0);
 		if (line[used] == '\n') {
 			line[used] = '\0';
-			obey(line);
+			run_command(line);
 			used = 0;
 		} else if (used + 1 < sizeof(line)) {
 			used++;
@@ -155,7 +155,7 @@ static void *map_tmpfs(void)
 	if (fd < 0 || unlink(name) < 0 || ftruncate(fd, size) < 0)
 		_exit(1);
 	at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	/* And what is no guest's RAM: it may not be written to. */
+	/* A second mapping is read-only, and so no guest's RAM. */
 	if (at == MAP_FAILED || mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0) == MAP_FAILED)
 		_exit(1);
 	return at;
@@ -169,8 +169,8 @@ void attach_guest_main(int argc, char **argv)
 		return;
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	sigaction(SIGUSR1, &action, NULL);
-	say("%lx %lx\n", (unsigned long)map_memfd(), (unsigned long)map_tmpfs());
-	obey_for_ever();
+	print_line("%lx %lx\n", (unsigned long)map_memfd(), (unsigned long)map_tmpfs());
+	run_commands();
 }
 
 /* The test's side */
@@ -185,9 +185,9 @@ static char *read_line(AttachGuest *guest)
 	return line;
 }
 
-static void tell(AttachGuest *guest, const char *format, ...) G_GNUC_PRINTF(2, 3);
+static void send_command(AttachGuest *guest, const char *format, ...) G_GNUC_PRINTF(2, 3);
 
-static void tell(AttachGuest *guest, const char *format, ...)
+static void send_command(AttachGuest *guest, const char *format, ...)
 {
 	g_autofree char *line = NULL;
 	va_list args;
@@ -252,19 +252,19 @@ static pid_t read_thread(AttachGuest *guest)
 
 pid_t attach_guest_write(AttachGuest *guest, uint64_t at, uint8_t value)
 {
-	tell(guest, "w%" G_GINT64_MODIFIER "x %u\n", at, value);
+	send_command(guest, "w%" G_GINT64_MODIFIER "x %u\n", at, value);
 	return read_thread(guest);
 }
 
 pid_t attach_guest_write_in_main(AttachGuest *guest, uint64_t at, uint8_t value)
 {
-	tell(guest, "m%" G_GINT64_MODIFIER "x %u\n", at, value);
+	send_command(guest, "m%" G_GINT64_MODIFIER "x %u\n", at, value);
 	return read_thread(guest);
 }
 
 pid_t attach_guest_read(AttachGuest *guest, uint64_t at)
 {
-	tell(guest, "r%" G_GINT64_MODIFIER "x\n", at);
+	send_command(guest, "r%" G_GINT64_MODIFIER "x\n", at);
 	return read_thread(guest);
 }
 
@@ -303,7 +303,7 @@ void attach_guest_wait_faulting(AttachGuest *guest, pid_t thread)
 		if (g_str_has_prefix(text, "-1 "))
 			return;
 		g_assert_cmpint(g_get_monotonic_time(), <, deadline);
-		g_usleep(LOOK_US);
+		g_usleep(CHECK_US);
 	}
 }
 
@@ -312,7 +312,7 @@ guint attach_guest_signals(AttachGuest *guest)
 	g_autofree char *line = NULL;
 	guint n;
 
-	tell(guest, "s\n");
+	send_command(guest, "s\n");
 	line = read_line(guest);
 	g_assert_cmpint(sscanf(line, "signals %u", &n), ==, 1);
 	return n;
@@ -333,7 +333,7 @@ void attach_guest_leave_poll(AttachGuest *guest)
 {
 	g_autofree char *line = NULL;
 
-	tell(guest, "l\n");
+	send_command(guest, "l\n");
 	line = read_line(guest);
 	g_assert_cmpstr(line, ==, "leaving");
 }

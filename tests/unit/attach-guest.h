@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A process that a helper can attach to: its main thread rests in ppoll(), as QEMU's does, and for each access to its
- * shared memory that it is asked for it has a thread. It is this very program, executed once more.
+ * A process that a helper can attach to. Its main thread sleeps in ppoll(), as QEMU's does. The
+ * test has it access its shared memory, each time by a new thread. The process executes the test
+ * program once more.
  */
 #pragma once
 
@@ -11,13 +12,13 @@
 
 #define ATTACH_PAGE 4096u
 #define ATTACH_MEMFD_PAGES                                                                         \
-	64u /* in one file, whose second half the kernel keeps as a mapping of its own */
+	64u /* in one file; its second half is a mapping of its own in the kernel */
 #define ATTACH_TMPFS_PAGES  16u
 #define ATTACH_MEMFD_OFFSET (4 * ATTACH_PAGE) /* in the file, of the mapping */
 
 typedef struct AttachGuest AttachGuest;
 
-/* First in main(): does not return in that process. */
+/* To be called first in main(). Does not return in the process that is attached to. */
 void attach_guest_main(int argc, char **argv);
 
 AttachGuest *attach_guest_new(void);
@@ -26,7 +27,7 @@ void attach_guest_free(AttachGuest *guest);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(AttachGuest, attach_guest_free)
 
 pid_t attach_guest_pid(AttachGuest *guest);
-/* Where it has them mapped. */
+/* The addresses of its mappings. */
 uint64_t attach_guest_memfd(AttachGuest *guest);
 uint64_t attach_guest_tmpfs(AttachGuest *guest);
 
@@ -35,14 +36,15 @@ pid_t attach_guest_write(AttachGuest *guest, uint64_t at, uint8_t value);
 pid_t attach_guest_read(AttachGuest *guest, uint64_t at);
 /* The same by its main thread, which can't do anything else meanwhile. */
 pid_t attach_guest_write_in_main(AttachGuest *guest, uint64_t at, uint8_t value);
-/* Waits for the end of one, whichever comes first; returns its thread, and what it has read or written. */
+/* Waits for the end of the next access. Returns its thread, and the value that it has read or
+ * written. */
 pid_t attach_guest_done(AttachGuest *guest, uint8_t *ret_value);
-/* The same for a read from beginning to end. */
+/* A whole read. */
 uint8_t attach_guest_value(AttachGuest *guest, uint64_t at);
 /* Waits until the thread sleeps on a page fault. */
 void attach_guest_wait_faulting(AttachGuest *guest, pid_t thread);
-/* How many SIGUSR1 its main thread has handled; how many descriptors it has. */
+/* The number of SIGUSR1 that its main thread has handled; the number of its descriptors. */
 guint attach_guest_signals(AttachGuest *guest);
 guint attach_guest_files(AttachGuest *guest);
-/* Its main thread sleeps elsewhere, for good. */
+/* Has its main thread sleep in another call for ever. */
 void attach_guest_leave_poll(AttachGuest *guest);

@@ -25,10 +25,10 @@ struct FakeQmp {
 	GHashTable *answers; /* lock; key -> answer */
 	GHashTable *counts;  /* lock; key -> count */
 	GHashTable *args;    /* lock; key -> arguments as JSON */
-	int conn;	     /* lock; -1: nobody yet; closed by fake_qmp_free() */
+	int conn;	     /* lock; -1: no client yet; closed by fake_qmp_free() */
 	int last_fd;	     /* lock */
 	GBytes *state;	     /* lock; or NULL */
-	gint64 held;	     /* the thread's; id of the held command, or 0 */
+	gint64 delayed;	     /* the thread's; id of the command with FAKE_HOLD, or 0 */
 };
 
 static void send_text(int conn, const char *text)
@@ -79,7 +79,7 @@ static char *key_of(JsonObject *command)
 	return g_string_free(key, FALSE);
 }
 
-static void keep_arguments(FakeQmp *fake, const char *key, JsonObject *command)
+static void store_arguments(FakeQmp *fake, const char *key, JsonObject *command)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&fake->lock);
 
@@ -114,7 +114,7 @@ static gboolean answer(FakeQmp *fake, gint64 id, const char *text)
 	return TRUE;
 }
 
-/* As QEMU does before it answers. */
+/* QEMU writes the state before it answers. */
 static void save_state(FakeQmp *fake)
 {
 	g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&fake->lock);
@@ -136,19 +136,19 @@ static gboolean serve_command(FakeQmp *fake, const char *line)
 	g_autofree char *key = key_of(command);
 	g_autofree char *text = NULL;
 
-	keep_arguments(fake, key, command);
+	store_arguments(fake, key, command);
 	text = look_up(fake, key);
 	if (g_str_equal(key, "xen-save-devices-state"))
 		save_state(fake);
 	if (g_strcmp0(text, FAKE_HOLD) == 0) {
-		fake->held = id;
+		fake->delayed = id;
 		return TRUE;
 	}
 	if (!answer(fake, id, text))
 		return FALSE;
-	if (fake->held)
-		send_return(fake, fake->held, "{}");
-	fake->held = 0;
+	if (fake->delayed)
+		send_return(fake, fake->delayed, "{}");
+	fake->delayed = 0;
 	return TRUE;
 }
 

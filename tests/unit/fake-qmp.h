@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A QMP server for tests that says what it is told to say. It serves one connection, on a thread of its
- * own, and answers each command from a table.
+ * A scripted QMP server for tests. It serves one connection, on a thread of its own, and answers
+ * each command from a table.
  *
- * The key is the command's name, with the argument that matters: "query-status", "qom-list PATH",
- * "qom-get PATH PROPERTY", "human-monitor-command LINE", "migrate-set-capabilities", … An unknown key
- * is answered with CommandNotFound. The answer is JSON for "return", or one of the FAKE_… below.
+ * The key is the command's name with some arguments: "query-status", "qom-list PATH", "qom-get PATH
+ * PROPERTY", "human-monitor-command LINE", "migrate-set-capabilities", … An unknown key is answered
+ * with CommandNotFound. The answer is JSON for "return", or one of the FAKE_… below.
  */
 #pragma once
 
@@ -16,29 +16,30 @@ typedef struct FakeQmp FakeQmp;
 #define FAKE_SILENCE "!silence" /* no answer */
 #define FAKE_CLOSE   "!close"	/* closes the connection */
 #define FAKE_HOLD    "!hold"	/* answers {} after the answer to the next command */
-#define FAKE_RAW     "!raw "	/* what follows, as it is */
+#define FAKE_RAW     "!raw "	/* sends the rest of the text unchanged */
 #define FAKE_ERROR   "!error "	/* an error of class GenericError with this description */
 
 /* greeting: NULL for the usual one, "" for none. */
 FakeQmp *fake_qmp_new(const char *greeting);
-/* Waits for the thread: the client has to be gone first, or the server has closed. */
+/* Waits for the thread. Before, the client has to be gone, or the server has to have closed the
+ * connection. */
 void fake_qmp_free(FakeQmp *fake);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(FakeQmp, fake_qmp_free)
 
 const char *fake_qmp_path(FakeQmp *fake);
 void fake_qmp_set(FakeQmp *fake, const char *key, const char *answer);
-/* Sends raw text of the server's own accord, once there is a connection. */
+/* Sends raw text that is no answer, once there is a connection. */
 void fake_qmp_say(FakeQmp *fake, const char *text);
-/* How often a command came. */
+/* How often the client has sent a command. */
 guint fake_qmp_count(FakeQmp *fake, const char *key);
-/* The arguments it came with last, as JSON; NULL: none. */
+/* The command's last arguments, as JSON; NULL: none. */
 char *fake_qmp_arguments(FakeQmp *fake, const char *key);
-/* The descriptor that came last, the caller's to close; -1: none. */
+/* The last descriptor that came, which the caller closes; -1: none. */
 int fake_qmp_take_fd(FakeQmp *fake);
 
-/* What `xen-save-devices-state` writes to the descriptor that came last. */
+/* The bytes that `xen-save-devices-state` writes to the last descriptor that came. */
 void fake_qmp_set_state(FakeQmp *fake, const void *bytes, gsize len);
 
-/* A QEMU 7.2 with 64 MiB of shared RAM in a backend named "mem", whose only flaw is what the test
- * changes. */
+/* Answers of a QEMU 7.2 with 64 MiB of shared RAM in a backend named "mem", which can be migrated
+ * unless the test changes an answer. */
 void fake_qmp_set_healthy(FakeQmp *fake);

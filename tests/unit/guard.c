@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* More than a buffer's worth come with the next SIGCHLD. */
+/* Children beyond one buffer are killed at the next SIGCHLD. */
 static void kill_children(void)
 {
 	char text[4096], *at = text, *end;
@@ -32,8 +32,8 @@ static gboolean has_children(void)
 	return ended == 0 || errno != ECHILD;
 }
 
-/* The children of those that are killed come here, too. */
-static void keep_watch(const sigset_t *signals)
+/* The kernel gives the guard the children of killed processes, too. */
+static void kill_on_signal(const sigset_t *signals)
 {
 	gboolean ending = FALSE;
 	int number = 0;
@@ -41,7 +41,7 @@ static void keep_watch(const sigset_t *signals)
 	while (has_children()) {
 		if (ending)
 			kill_children();
-		/* Ended by a child, by the test, or by its end. */
+		/* Ended by the end of a child, by the test, or by the end of the test. */
 		sigwait(signals, &number);
 		ending = ending || number == SIGTERM;
 	}
@@ -65,9 +65,10 @@ void guard_daemons(gpointer data)
 		sigprocmask(SIG_SETMASK, &before, NULL);
 		return;
 	}
-	/* Whoever waits for the program's output, or for its exec(), does not wait for the guard. */
+	/* Closes the pipes to the test, so that readers of the program's output do not wait for the
+	 * guard. */
 	close_range(0, ~0u, 0);
 	if (program > 0)
-		keep_watch(&signals);
+		kill_on_signal(&signals);
 	_exit(0);
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* A QEMU in pieces, for tests of the `qemu:` kind: the monitor is fake (fake-qmp.h), the agent is real. */
+/* The parts of a QEMU, for tests of the `qemu:` kind: the monitor is a fake (fake-qmp.h), the agent
+ * is real. */
 #pragma once
 
 #include "guest/guest.h"
@@ -24,7 +25,7 @@ void qemu_attach(Qemu *qemu);
 void qemu_free(Qemu *qemu);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qemu, qemu_free)
 
-/* The arguments that a command came with last have these words in them. */
+/* The last arguments of that command contain these words. */
 void assert_arguments(Qemu *qemu, const char *key, const char *words);
-/* The message of an error, which must be there. */
+/* There is an error, whose message contains these words. */
 void assert_says(const GError *error, const char *words);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the agent tells an engine that follows another one. */
+/* An engine that follows another one: what it learns from the agent. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -37,8 +37,9 @@ static void attach_again(TestGuest *guest, PrGuest **engine)
 	*engine = attach(guest);
 }
 
-/* The agent remembers who ran, not the engine; the second one is told nonsense. */
-static void the_next_engine_lets_run_who_ran(void **state)
+/* The agent remembers whether the guest ran. The test passes wrong values to the second engine's
+ * assume_stopped(). */
+static void the_next_engine_resumes_a_guest_that_ran(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest();
 	g_autoptr(PrGuest) engine = attach(guest);
@@ -88,7 +89,7 @@ static void the_next_engine_finds_the_same_blocks_or_none(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(the_next_engine_lets_run_who_ran),
+		cmocka_unit_test(the_next_engine_resumes_a_guest_that_ran),
 		cmocka_unit_test(the_next_engine_finds_the_same_blocks_or_none),
 	};
 

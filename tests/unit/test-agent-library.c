@@ -28,7 +28,7 @@
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 
 #ifndef MFD_HUGE_2MB
-#define MFD_HUGE_2MB (21u << 26) /* of linux/memfd.h, which does not go with libc's header */
+#define MFD_HUGE_2MB (21u << 26) /* from linux/memfd.h, which conflicts with libc's header */
 #endif
 
 static void a_live_socket_is_kept_and_a_stale_one_replaced(void **state)
@@ -59,7 +59,7 @@ static void a_live_socket_is_kept_and_a_stale_one_replaced(void **state)
 
 typedef struct Place {
 	char *dir, *path;
-	int fd; /* of whoever serves there */
+	int fd; /* the user of the process that serves the socket */
 } Place;
 
 static void place_init(Place *place)
@@ -83,7 +83,7 @@ static void open_as_stranger(void *opaque)
 {
 	Place *place = opaque;
 
-	/* More than the agent has slots for: none of them stays. */
+	/* More connections than the agent has slots: none of them stays. */
 	for (guint i = 0; i < 20; i++) {
 		g_autoptr(GError) error = NULL;
 
@@ -106,7 +106,8 @@ static void engines_of_other_users_are_refused(void **state)
 	g_auto(Place) place;
 	place_init(&place);
 	assert_int_equal(pr_agent_serve(agent, place.path), 0);
-	/* The file's mode alone keeps them out; here somebody has widened it. */
+	/* The mode of the socket file keeps other users out. The test widens it, as an
+	 * administrator might. */
 	assert_int_equal(chmod(place.path, 0666), 0);
 	as_user(NOBODY, open_as_stranger, &place);
 	client = pr_agent_client_open(place.path, TIMEOUT, &error);
@@ -182,7 +183,31 @@ static void regions_are_checked(void **state)
 	close(memfd);
 }
 
-/* With the descriptors used up, the agent waits instead of spinning, and goes on later. */
+/* The error tells the options for such an agent, with the path of its socket and nothing else. */
+static void an_agent_without_callbacks_is_refused_by_the_path_of_its_socket(void **state)
+{
+	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(dir, "agent.sock", NULL);
+	g_autofree char *spec = g_strconcat("agent:", path, NULL);
+	g_autofree char *expected =
+		g_strdup_printf("agent %s: offers memory only; if this is a QEMU, use "
+				"qemu:qmp=PATH,agent=%s",
+				path, path);
+	PrAgent *agent = pr_agent_new(NULL, NULL);
+	g_autoptr(PrGuest) guest = NULL;
+	g_autoptr(GError) error = NULL;
+	guint n;
+
+	assert_int_equal(pr_agent_serve(agent, path), 0);
+	guest = pr_guest_open(spec, NULL, TIMEOUT, &error);
+	assert_non_null(guest);
+	assert_null(guest->ops->prepare(guest, PR_GUEST_SOURCE, &n, &error));
+	assert_string_equal(error->message, expected);
+	pr_agent_free(agent);
+	rmdir(dir);
+}
+
+/* Without free descriptors the agent waits instead of spinning, and goes on later. */
 static void an_agent_without_descriptors_goes_on_later(void **state)
 {
 	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
@@ -240,7 +265,7 @@ static void resolve_huge_fault(int uffd, const PrGuestBlock *block, guint8 value
 	assert_int_equal(ioctl(uffd, UFFDIO_CONTINUE, &cont), 0);
 }
 
-/* A memfd of huge pages: its page size is told, and a fault is resolved a huge page at a time. */
+/* A memfd of huge pages: the agent reports its page size, and one CONTINUE resolves a huge page. */
 static void huge_pages_are_served(void **state)
 {
 	int memfd = memfd_create("test", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
@@ -260,7 +285,7 @@ static void huge_pages_are_served(void **state)
 	if (!region.base || region.base == MAP_FAILED) {
 		pr_agent_free(agent);
 		rmdir(dir);
-		/* skip() does not come back. */
+		/* skip() does not return. */
 		g_clear_pointer(&dir, g_free);
 		g_clear_pointer(&path, g_free);
 		print_message("skipped: no huge page is free (vm.nr_hugepages)\n");
@@ -294,6 +319,7 @@ int main(void)
 		cmocka_unit_test(engines_of_other_users_are_refused),
 		cmocka_unit_test(an_agent_of_another_user_is_not_believed),
 		cmocka_unit_test(regions_are_checked),
+		cmocka_unit_test(an_agent_without_callbacks_is_refused_by_the_path_of_its_socket),
 		cmocka_unit_test(an_agent_without_descriptors_goes_on_later),
 		cmocka_unit_test(huge_pages_are_served),
 	};

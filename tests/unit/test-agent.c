@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The agent library, its client and the `agent:` kind, with a real userfaultfd and the test guest. Also
- * run where userfaultfd is refused: then the tests of faults are skipped, and say so.
+ * The agent library, its client and the `agent:` kind, with a real userfaultfd and the test guest.
+ * Where the kernel refuses userfaultfd, the tests of faults are skipped, and print that.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -93,7 +93,7 @@ static gboolean wait_until(gboolean (*done)(void *), void *opaque)
 	return TRUE;
 }
 
-/* Raw connections, for what a real engine never sends */
+/* Raw connections, for packets that a real engine never sends */
 
 static int raw_connect(TestGuest *guest)
 {
@@ -227,8 +227,8 @@ static void place_and_continue(int uffd, const PrGuestBlock *block, guint64 addr
 	assert_int_equal(cont.mapped, PAGE);
 }
 
-/* The engine sees a fault of the guest, puts the page into the memfd, and CONTINUE lets the guest read
- * it. */
+/* The engine sees a fault of the guest, puts the page into the memfd, and CONTINUE lets the guest
+ * read it. */
 static void a_fault_arrives_and_continue_resolves_it(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest(FALSE, FALSE);
@@ -254,7 +254,8 @@ static void a_fault_arrives_and_continue_resolves_it(void **state)
 	close(uffd);
 }
 
-/* What was mapped before the fault mode must fault as well: the engine has emptied the memfd. */
+/* Pages that were mapped before the fault mode must fault as well, as the engine has emptied the
+ * memfd. */
 static void stale_mappings_are_dropped(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest(TRUE, TRUE);
@@ -283,7 +284,7 @@ static void stale_mappings_are_dropped(void **state)
 	close(uffd);
 }
 
-static void fault_mode_off_wakes_everybody(void **state)
+static void fault_mode_off_wakes_all_threads(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest(FALSE, FALSE);
 	g_autoptr(PrGuest) engine = attach(guest);
@@ -388,7 +389,7 @@ static void a_missing_socket_is_named(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_SPEC));
 }
 
-/* Each of these ends its connection, and no descriptor stays behind. */
+/* Each of these ends its connection, and no descriptor stays open. */
 static void garbage_closes_the_connection_only(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest(FALSE, FALSE);
@@ -441,14 +442,14 @@ static void garbage_after_hello_frees_the_place(void **state)
 	assert_true(recv_reply(conn, &reply));
 	assert_int_equal(reply.status, PR_AGENT_OK);
 	assert_true(reply.flags & PR_AGENT_FLAG_CALLBACKS);
-	/* LOAD comes with a memfd */
+	/* LOAD needs a memfd */
 	send_op(conn, PR_AGENT_LOAD, 2);
 	assert_closed(conn);
 	close(conn);
 	engine = attach(guest);
 }
 
-static void another_version_is_told_so(void **state)
+static void another_version_is_refused(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest(FALSE, FALSE);
 	PrAgentRequest hello = {
@@ -463,8 +464,8 @@ static void another_version_is_told_so(void **state)
 	close(conn);
 }
 
-/* Connections that never say anything do not keep an engine out. */
-static void silent_strangers_do_not_keep_the_engine_out(void **state)
+/* Connections that never send anything do not keep an engine out. */
+static void silent_connections_do_not_keep_the_engine_out(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest(FALSE, FALSE);
 	g_autoptr(PrGuest) engine = NULL;
@@ -473,7 +474,7 @@ static void silent_strangers_do_not_keep_the_engine_out(void **state)
 
 	for (guint i = 0; i < G_N_ELEMENTS(conns); i++) {
 		conns[i] = raw_connect(guest);
-		/* Accepted: the one before it was closed, or waits. */
+		/* Accepted; the one before it was closed, or waits. */
 		if (i >= 16)
 			assert_closed(conns[i - 16]);
 	}
@@ -502,7 +503,7 @@ static gboolean has_died(void *opaque)
 	return atomic_load(&((Death *)opaque)->calls) > 0;
 }
 
-static void the_guests_death_is_told_once(void **state)
+static void the_guests_death_is_reported_once(void **state)
 {
 	TestGuest *guest = new_guest(TRUE, FALSE);
 	g_autoptr(PrGuest) engine = attach(guest);
@@ -632,7 +633,7 @@ static void a_guest_moves_by_hand(void **state)
 	assert_int_equal(testguest_corrupt(source), 0);
 }
 
-/* The test guest is a judge: it has to see a page that is wrong by one bit. */
+/* The test guest has to find a page that is wrong by one bit. */
 static void one_wrong_bit_is_seen(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest(TRUE, TRUE);
@@ -673,8 +674,8 @@ static gpointer load_thread(gpointer data)
 	return NULL;
 }
 
-/* The load waits for a page that never comes: load_abort() ends it here, the agent answers
- * meanwhile, and fault mode off ends it there. */
+/* The load waits for a page that never comes. load_abort() ends the call in the engine, the agent
+ * answers meanwhile, and UFFD_DISABLE ends the load in the guest. */
 static void a_load_that_waits_for_a_page_can_be_aborted(void **state)
 {
 	g_autoptr(TestGuest) source = new_guest(TRUE, TRUE);
@@ -695,7 +696,7 @@ static void a_load_that_waits_for_a_page_can_be_aborted(void **state)
 	assert_false(loading.ok);
 	assert_true(g_error_matches(loading.error, G_IO_ERROR, G_IO_ERROR_CANCELLED));
 	g_clear_error(&loading.error);
-	/* The guest itself is busy still. */
+	/* The guest's load callback still runs. */
 	assert_false(to->ops->run(to, &error));
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED));
 	assert_non_null(strstr(error->message, "busy"));
@@ -704,7 +705,7 @@ static void a_load_that_waits_for_a_page_can_be_aborted(void **state)
 	close(uffd);
 }
 
-/* Threads of the guest wait for pages, the path is gone, and so is the engine. */
+/* Threads of the guest wait for pages, and both path and engine are gone. */
 static void a_guest_that_waits_for_pages_can_be_freed(void **state)
 {
 	TestGuest *guest = new_guest(FALSE, FALSE);
@@ -740,16 +741,16 @@ int main(void)
 		cmocka_unit_test(the_socket_is_private),
 		cmocka_unit_test(a_fault_arrives_and_continue_resolves_it),
 		cmocka_unit_test(stale_mappings_are_dropped),
-		cmocka_unit_test(fault_mode_off_wakes_everybody),
+		cmocka_unit_test(fault_mode_off_wakes_all_threads),
 		cmocka_unit_test(faults_outlive_the_engine),
 		cmocka_unit_test(the_state_memfd_outlives_the_engine),
 		cmocka_unit_test(a_second_engine_is_refused),
 		cmocka_unit_test(a_missing_socket_is_named),
 		cmocka_unit_test(garbage_closes_the_connection_only),
 		cmocka_unit_test(garbage_after_hello_frees_the_place),
-		cmocka_unit_test(another_version_is_told_so),
-		cmocka_unit_test(silent_strangers_do_not_keep_the_engine_out),
-		cmocka_unit_test(the_guests_death_is_told_once),
+		cmocka_unit_test(another_version_is_refused),
+		cmocka_unit_test(silent_connections_do_not_keep_the_engine_out),
+		cmocka_unit_test(the_guests_death_is_reported_once),
 		cmocka_unit_test(stop_and_resume_keep_the_run_state),
 		cmocka_unit_test(a_running_guest_does_not_save),
 		cmocka_unit_test(a_guest_moves_by_hand),

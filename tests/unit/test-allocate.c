@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The pages that are allocated before they are read: which, when, and what becomes of a failure. Who is charged for them takes
- * cgroups, and is in tests/e2e/test_charge.py. */
+/* Pages are allocated before they are read: which pages, when, and the effect of a failure.
+ * tests/e2e/test_charge.py tests which cgroup is charged. */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -35,10 +35,10 @@ typedef struct Rig {
 	int memfds[2];
 	int ours, theirs; /* of the socket */
 	GThread *server;
-	int code;    /* atomic: what a server that allocates nothing answers */
-	int n_asked; /* atomic: how often that one was asked for pages */
+	int code;    /* atomic: the reply code of a server that allocates nothing */
+	int n_asked; /* atomic: the number of PAGES requests to it */
 	guint broken;
-	char *reason; /* of the last one */
+	char *reason; /* of the last request */
 } Rig;
 
 static void on_broken(const GError *error, void *opaque)
@@ -56,7 +56,7 @@ static gpointer real_server(gpointer opaque)
 	return NULL;
 }
 
-/* Answers, and that is all. */
+/* A server that replies, and allocates nothing. */
 static gpointer other_server(gpointer opaque)
 {
 	Rig *rig = opaque;
@@ -91,7 +91,7 @@ static Rig *rig_new(GThreadFunc server, uint64_t size)
 	PrGuestBlock blocks[2];
 	int pair[2];
 
-	/* The second one's pages are not charged, as huge pages are not. */
+	/* The kernel does not charge the second block's pages, as they are huge pages. */
 	blocks[0] = make_block(rig, 0, size, PAGE);
 	blocks[1] = make_block(rig, 1, 64 * 16 * PAGE, 16 * PAGE);
 	rig->ram = pr_ram_new(blocks, 2, PR_GUEST_DESTINATION, NULL);
@@ -139,11 +139,11 @@ static void wait_has(const Rig *rig, uint64_t pages)
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	while (has(rig->memfds[0]) < pages && g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	assert_int_equal(has(rig->memfds[0]), pages);
 }
 
-static void only_what_is_read_is_allocated_before_the_guest_runs(void **state)
+static void only_read_pages_are_allocated_before_the_guest_runs(void **state)
 {
 	Rig *rig = rig_new(real_server, N_PAGES * PAGE);
 
@@ -154,14 +154,14 @@ static void only_what_is_read_is_allocated_before_the_guest_runs(void **state)
 	assert_int_equal(has(rig->memfds[0]), 8);
 	assert_true(pr_allocate(rig->allocate, 0, N_PAGES - 256, 256, FALSE));
 	assert_int_equal(has(rig->memfds[0]), 8 + 256);
-	/* What is there already is asked for by nobody. */
+	/* Pages that exist already are not requested. */
 	end_server(rig);
 	assert_true(pr_allocate(rig->allocate, 0, 9, 7, FALSE));
 	assert_int_equal(rig->broken, 0);
 	rig_free(rig);
 }
 
-static void what_lies_in_an_allocated_page_stays(void **state)
+static void data_in_an_allocated_page_stay(void **state)
 {
 	Rig *rig = rig_new(real_server, N_PAGES * PAGE);
 	uint8_t *host = rig->ram->blocks[0].host;
@@ -186,7 +186,7 @@ static void blocks_of_huge_pages_are_left_alone(void **state)
 	rig_free(rig);
 }
 
-static void the_walk_leaves_out_what_is_received_and_what_is_ungranted(void **state)
+static void the_walk_skips_received_and_ungranted_pages(void **state)
 {
 	Rig *rig = rig_new(real_server, N_PAGES * PAGE);
 	PrRamBlock *block = &rig->ram->blocks[0];
@@ -196,7 +196,7 @@ static void the_walk_leaves_out_what_is_received_and_what_is_ungranted(void **st
 	pr_ram_zero(rig->ram, block, 100, 33);
 	pr_allocate_walk(rig->allocate);
 	wait_has(rig, 1000 - 33);
-	/* More of it has been told. */
+	/* The source has granted more. */
 	pr_ram_zero(rig->ram, block, 1500, 500);
 	pr_ram_grant(block, 1000, 1000);
 	pr_allocate_notify(rig->allocate);
@@ -217,7 +217,7 @@ static void the_engines_own_bitmaps_are_allocated_likewise(void **state)
 	rig_free(rig);
 }
 
-static void a_full_cgroup_is_told_to_who_reads_and_can_be_mended(void **state)
+static void a_full_cgroup_fails_the_read_and_can_be_mended(void **state)
 {
 	Rig *rig = rig_new(other_server, N_PAGES * PAGE);
 
@@ -225,7 +225,7 @@ static void a_full_cgroup_is_told_to_who_reads_and_can_be_mended(void **state)
 	assert_false(pr_allocate(rig->allocate, 0, 7, 1, FALSE));
 	assert_int_equal(rig->broken, 1);
 	assert_non_null(strstr(rig->reason, "raise its limit"));
-	/* Each time: the migration may have recovered in between. */
+	/* Requested each time, as the migration may have recovered in between. */
 	assert_false(pr_allocate(rig->allocate, 0, 7, 1, FALSE));
 	assert_int_equal(rig->broken, 2);
 	__atomic_store_n(&rig->code, 0, __ATOMIC_SEQ_CST);
@@ -234,7 +234,7 @@ static void a_full_cgroup_is_told_to_who_reads_and_can_be_mended(void **state)
 	rig_free(rig);
 }
 
-static void a_failure_ahead_of_the_pull_is_nobodys(void **state)
+static void a_failure_ahead_of_the_pull_fails_no_read(void **state)
 {
 	Rig *rig = rig_new(other_server, N_PAGES * PAGE);
 	int before = __atomic_load_n(&rig->n_asked, __ATOMIC_SEQ_CST);
@@ -244,14 +244,14 @@ static void a_failure_ahead_of_the_pull_is_nobodys(void **state)
 	pr_allocate_walk(rig->allocate);
 	while (__atomic_load_n(&rig->n_asked, __ATOMIC_SEQ_CST) == before &&
 	       g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	pr_allocate_stop(g_steal_pointer(&rig->allocate));
 	assert_int_equal(__atomic_load_n(&rig->n_asked, __ATOMIC_SEQ_CST), before + 1);
 	assert_int_equal(rig->broken, 0);
 	rig_free(rig);
 }
 
-static void the_allocators_end_is_told_with_what_to_do(void **state)
+static void the_allocators_end_is_reported_with_the_remedy(void **state)
 {
 	Rig *rig = rig_new(real_server, N_PAGES * PAGE);
 
@@ -264,7 +264,7 @@ static void the_allocators_end_is_told_with_what_to_do(void **state)
 	rig_free(rig);
 }
 
-/* Sanitizers have page tables of their own, for each page that is touched. */
+/* Sanitizers need page tables of their own for each page that is touched. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define TABLES_ARE_OURS FALSE
 #else
@@ -286,7 +286,7 @@ static void page_tables_are_given_back_and_the_pages_stay(void **state)
 	guint n = 2 * PR_ALLOCATE_PIECES_MAX;
 	Rig *rig = rig_new(real_server, n * PIECE);
 	uint8_t *host = rig->ram->blocks[0].host;
-	/* One for each piece would be 8 MiB; the last half may stay. */
+	/* One page table for each piece would be 8 MiB in all; the last half may stay. */
 	uint64_t most = table_bytes() + PR_ALLOCATE_PIECES_MAX * PAGE + PIECE / 4;
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
@@ -295,7 +295,7 @@ static void page_tables_are_given_back_and_the_pages_stay(void **state)
 		host[i * PIECE] = (uint8_t)(i * 7 + 1);
 	}
 	while (TABLES_ARE_OURS && table_bytes() > most && g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	assert_true(!TABLES_ARE_OURS || table_bytes() <= most);
 	assert_int_equal(has(rig->memfds[0]), n);
 	for (guint i = 0; i < n; i++)
@@ -363,7 +363,7 @@ static void the_guests_page_tables_are_made_and_its_pages_are_not(void **state)
 	assert_int_equal(has(memfd), 0);
 	expect_fault(uffd, map);
 	expect_fault(uffd, map + 7 * PIECE);
-	/* What has pages must not be asked for: they would be shown to the guest, so it is an error. */
+	/* A range with pages must not be requested: the guest would see them. So it is an error. */
 	assert_true(pr_allocator_send(pair[0], &tables, -1));
 	assert_int_equal(recv(pair[0], &reply, sizeof(reply), 0), sizeof(reply));
 	assert_int_equal(reply.code, EEXIST);
@@ -424,7 +424,7 @@ static void expect_cgroup(const char *text, const char *path, gboolean v1)
 	assert_int_equal(is_v1, v1);
 }
 
-static void the_memory_cgroup_is_found_in_what_the_kernel_says(void **state)
+static void the_memory_cgroup_is_found_in_the_kernels_text(void **state)
 {
 	char found[8];
 	bool v1;
@@ -444,18 +444,18 @@ static void the_memory_cgroup_is_found_in_what_the_kernel_says(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(only_what_is_read_is_allocated_before_the_guest_runs),
-		cmocka_unit_test(what_lies_in_an_allocated_page_stays),
+		cmocka_unit_test(only_read_pages_are_allocated_before_the_guest_runs),
+		cmocka_unit_test(data_in_an_allocated_page_stay),
 		cmocka_unit_test(blocks_of_huge_pages_are_left_alone),
-		cmocka_unit_test(the_walk_leaves_out_what_is_received_and_what_is_ungranted),
+		cmocka_unit_test(the_walk_skips_received_and_ungranted_pages),
 		cmocka_unit_test(the_engines_own_bitmaps_are_allocated_likewise),
-		cmocka_unit_test(a_full_cgroup_is_told_to_who_reads_and_can_be_mended),
-		cmocka_unit_test(a_failure_ahead_of_the_pull_is_nobodys),
-		cmocka_unit_test(the_allocators_end_is_told_with_what_to_do),
+		cmocka_unit_test(a_full_cgroup_fails_the_read_and_can_be_mended),
+		cmocka_unit_test(a_failure_ahead_of_the_pull_fails_no_read),
+		cmocka_unit_test(the_allocators_end_is_reported_with_the_remedy),
 		cmocka_unit_test(page_tables_are_given_back_and_the_pages_stay),
 		cmocka_unit_test(the_guests_page_tables_are_made_and_its_pages_are_not),
 		cmocka_unit_test(several_threads_read_beside_the_walk),
-		cmocka_unit_test(the_memory_cgroup_is_found_in_what_the_kernel_says),
+		cmocka_unit_test(the_memory_cgroup_is_found_in_the_kernels_text),
 	};
 
 	return cmocka_run_group_tests_name("allocate", tests, NULL, NULL);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What an attach helper is told by an engine that somebody has taken over. Needs root. */
+/* Packets that an attach helper gets from an engine under an attacker's control. Needs root. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -45,7 +45,7 @@ static PrAgentRequest request_of(PrAgentOp op)
 		.magic = PR_AGENT_MAGIC, .version = PR_AGENT_VERSION, .op = op, .id = op};
 }
 
-/* Whether it has answered, rather than ended. */
+/* Whether the helper has replied, and not ended. */
 static gboolean is_answered(int socket)
 {
 	g_autofree PrAgentReply *reply = g_malloc(PR_AGENT_REPLY_MAX);
@@ -99,7 +99,7 @@ static void say_nonsense(int socket, guint which, int pidfd)
 	}
 }
 
-static void nonsense_ends_a_helper_and_harms_nobody(void **state)
+static void malformed_packets_end_the_helper_and_harm_no_process(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	int pidfd = (int)syscall(SYS_pidfd_open, attach_guest_pid(guest), 0), status;
@@ -123,7 +123,7 @@ static void nonsense_ends_a_helper_and_harms_nobody(void **state)
 int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(nonsense_ends_a_helper_and_harms_nobody),
+		cmocka_unit_test(malformed_packets_end_the_helper_and_harm_no_process),
 	};
 
 	attach_guest_main(argc, argv);

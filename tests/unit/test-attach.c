@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The helper that attaches to a process which knows nothing of it, with one of our own (attach-guest.h). Needs root. */
+/* The attach helper, with a process of the test's own (attach-guest.h). Needs root. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -23,7 +23,7 @@
 #include "guest/agent-client.h"
 #include "guest/attach/attach.h"
 #include "guest/attach/internal.h"
-#include "guest/attach/kill.h"
+#include "guest/attach/crash-point.h"
 #include "tests/unit/attach-guest.h"
 
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
@@ -83,7 +83,7 @@ static const PrGuestBlock *find_at(GArray *regions, uint64_t base)
 	return NULL;
 }
 
-/* Its memfd is its RAM; what is in the tmpfs is not. Returns the memfd. */
+/* Chooses the memfd as the guest's RAM, and not the file in the tmpfs. Returns the memfd. */
 static int choose(Attached *attached, AttachGuest *guest)
 {
 	g_autoptr(GError) error = NULL;
@@ -109,7 +109,7 @@ static int uffd_enable(Attached *attached)
 	return uffd;
 }
 
-/* Descriptors are closed behind the answer, and before the next one. */
+/* The helper closes descriptors after a reply, and before the next one. */
 static void wait_closed(Attached *attached)
 {
 	g_autoptr(GError) error = NULL;
@@ -150,7 +150,7 @@ static void wait_readable(int fd)
 	assert_int_equal(poll(&look, 1, TIMEOUT), 1);
 }
 
-/* As an engine would: the page's bytes, then CONTINUE. */
+/* As an engine does: writes the page, then CONTINUE. */
 static void serve_fault(int uffd, AttachGuest *guest, int memfd, uint64_t at, uint8_t value)
 {
 	struct uffdio_continue go = {
@@ -167,7 +167,7 @@ static void serve_fault(int uffd, AttachGuest *guest, int memfd, uint64_t at, ui
 	assert_int_equal(ioctl(uffd, UFFDIO_CONTINUE, &go), 0);
 }
 
-/* A read of a page that was there before, and one that never was. */
+/* Reads a page that existed before, and one that never did. */
 static void check_faults(Attached *attached, AttachGuest *guest, int memfd)
 {
 	int uffd = uffd_enable(attached);
@@ -227,7 +227,7 @@ static void faults_are_served(void **state)
 	assert_int_equal(attach_guest_files(guest), files);
 	check_faults(&attached, guest, memfd);
 	assert_int_equal(attach_guest_files(guest), files + 1);
-	/* What was not chosen is left alone. */
+	/* Regions that were not chosen are not registered. */
 	assert_int_equal(attach_guest_value(guest, attach_guest_tmpfs(guest)), 0);
 	uffd_disable(&attached);
 	assert_int_equal(attach_guest_files(guest), files);
@@ -235,7 +235,7 @@ static void faults_are_served(void **state)
 	close(memfd);
 }
 
-/* Whoever waits for a page when the fault mode is turned off goes on. */
+/* A thread that waits for a page goes on when the fault mode is turned off. */
 static void fault_off_wakes(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -289,7 +289,7 @@ static int fetch(Attached *attached)
 	return fd;
 }
 
-static void what_is_parked_outlives_helpers(void **state)
+static void parked_descriptors_outlive_helpers(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) first = attach(guest);
@@ -366,7 +366,7 @@ static void the_fence_holds_writers_and_lets_readers_pass(void **state)
 	attach_guest_wait_faulting(guest, fresh);
 	assert_int_equal(attach_guest_value(guest, base), 1);
 	assert_int_equal(attach_guest_value(guest, base + 20 * ATTACH_PAGE), 0);
-	/* What is not the guest's RAM is not fenced. */
+	/* Memory that is not the guest's RAM is not fenced. */
 	attach_guest_write(guest, attach_guest_tmpfs(guest), 5);
 	attach_guest_done(guest, NULL);
 	kill_helper(&attached);
@@ -384,7 +384,7 @@ static void the_fence_holds_writers_and_lets_readers_pass(void **state)
 	close(memfd);
 }
 
-/* It can't be stopped while it waits, so nothing may depend on that. */
+/* The main thread can't be stopped while it waits, so FENCE_OFF must work without a stop. */
 static void a_main_thread_that_waits_at_the_fence_is_freed(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -415,7 +415,8 @@ static void assert_refused(pid_t pid, int code, const char *words)
 	assert_non_null(strstr(error->message, words));
 }
 
-/* The engine is what counts: it may still write into the guest's memory when its helper has ended. */
+/* The lock lasts as long as the engine, which may still write into the guest's memory when its
+ * helper has ended. */
 static void one_engine_at_a_time(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -446,7 +447,7 @@ static void a_process_that_is_gone_is_refused(void **state)
 
 	if (pid == 0)
 		_exit(0);
-	/* Dead, and its number is not free yet. */
+	/* A zombie: dead, but its pid is not free yet. */
 	siginfo_t info;
 	waitid(P_PID, pid, &info, WEXITED | WNOWAIT);
 	assert_refused(pid, PR_GUEST_ERROR_REFUSED, "is gone");
@@ -467,7 +468,7 @@ static void a_stopped_process_is_refused_with_the_remedy(void **state)
 	check(pr_agent_client_probe(attached.client, &error), error);
 }
 
-/* Returns when it has the process. */
+/* Returns when it traces the process. */
 static pid_t start_debugger(pid_t pid)
 {
 	int pair[2];
@@ -509,7 +510,7 @@ static void a_main_thread_that_never_rests_in_poll_is_refused(void **state)
 
 	close(choose(&attached, guest));
 	attach_guest_leave_poll(guest);
-	assert_probe_refused(&attached, "not once at rest");
+	assert_probe_refused(&attached, "never slept in ppoll");
 }
 
 typedef struct Shooter {
@@ -529,8 +530,8 @@ static gpointer shoot(gpointer data)
 	return NULL;
 }
 
-/* Signals are delivered as if nobody had been there, and no call is lost or made twice. */
-static void signals_do_not_get_in_the_way(void **state)
+/* Signals are delivered as without a tracer, and no call is lost or made twice. */
+static void signals_are_delivered_and_no_call_is_lost(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
@@ -588,7 +589,7 @@ static void wait_death(Death *death)
 	g_free(death->reason);
 }
 
-static void the_end_of_the_process_is_told(void **state)
+static void the_end_of_the_process_is_reported(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
@@ -602,7 +603,8 @@ static void the_end_of_the_process_is_told(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED));
 }
 
-/* Not the end of the guest: calls say so, and its end is told when it comes. */
+/* The end of the helper is not that of the guest. Calls fail, and the end of the guest is reported
+ * when it comes. */
 static void the_end_of_the_helper_is_not_the_guests(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -624,11 +626,11 @@ static void the_end_of_the_helper_is_not_the_guests(void **state)
 	wait_death(&death);
 }
 
-/* Kill points */
+/* Crash points */
 
-static PrAttachPoint wanted; /* constant in a helper */
+static PrAttachCrashPoint wanted; /* constant in a helper */
 
-static void die_there(PrAttachPoint point)
+static void die_there(PrAttachCrashPoint point)
 {
 	if (point == wanted)
 		kill(getpid(), SIGKILL);
@@ -652,7 +654,7 @@ static void do_all(Attached *attached, AttachGuest *guest, int kept, int ret_uff
 	pr_agent_client_store_state_fd(client, -1, NULL);
 }
 
-static void assert_killed(pid_t helper, PrAttachPoint point)
+static void assert_killed(pid_t helper, PrAttachCrashPoint point)
 {
 	gint64 deadline = g_get_monotonic_time() + TIMEOUT * G_TIME_SPAN_MILLISECOND;
 	siginfo_t info = {0};
@@ -661,19 +663,19 @@ static void assert_killed(pid_t helper, PrAttachPoint point)
 	       g_get_monotonic_time() < deadline)
 		g_usleep(1000);
 	if (info.si_code != CLD_KILLED)
-		print_error("the helper was not killed at %s\n", pr_attach_point_name(point));
+		print_error("the helper was not killed at %s\n", pr_attach_crash_point_name(point));
 	assert_int_equal(info.si_code, CLD_KILLED);
 }
 
-static void die_at(AttachGuest *guest, PrAttachPoint point)
+static void die_at(AttachGuest *guest, PrAttachCrashPoint point)
 {
 	int kept = new_state('1'), uffd;
 	Attached attached;
 
 	wanted = point;
-	pr_attach_hook = die_there;
+	pr_attach_crash_hook = die_there;
 	attached = attach(guest);
-	pr_attach_hook = NULL;
+	pr_attach_crash_hook = NULL;
 	do_all(&attached, guest, kept, &uffd);
 	assert_killed(attached.helper, point);
 	detach(&attached);
@@ -682,10 +684,11 @@ static void die_at(AttachGuest *guest, PrAttachPoint point)
 	close(kept);
 }
 
-/* Wherever a helper dies, the process lives on, and the next helper has all of it. */
+/* At whichever crash point a helper dies, the process lives on, and the next helper works with
+ * it. */
 static void a_helper_may_die_anywhere(void **state)
 {
-	for (PrAttachPoint point = 0; point < PR_ATTACH_N_POINTS; point++) {
+	for (PrAttachCrashPoint point = 0; point < PR_ATTACH_N_CRASH_POINTS; point++) {
 		g_autoptr(AttachGuest) guest = attach_guest_new();
 		g_auto(Attached) attached = {0};
 		int memfd, kept = new_state('2'), fetched;
@@ -710,11 +713,13 @@ static void a_helper_may_die_anywhere(void **state)
 	}
 }
 
-/* Parked, and registered in part: a fault mode that is asked for is made whole. */
+/* A userfaultfd is parked, and registered in part. The next UFFD_ENABLE completes it. */
 static void an_unfinished_fault_mode_is_finished(void **state)
 {
-	static const PrAttachPoint points[] = {PR_ATTACH_UFFD_MADE, PR_ATTACH_UFFD_READY,
-					       PR_ATTACH_REGISTERED, PR_ATTACH_ENTRIES_DROPPED};
+	static const PrAttachCrashPoint points[] = {PR_ATTACH_CRASH_UFFD_MADE,
+						    PR_ATTACH_CRASH_UFFD_READY,
+						    PR_ATTACH_CRASH_REGISTERED,
+						    PR_ATTACH_CRASH_ENTRIES_DROPPED};
 
 	for (guint i = 0; i < G_N_ELEMENTS(points); i++) {
 		g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -730,13 +735,14 @@ static void an_unfinished_fault_mode_is_finished(void **state)
 		check_faults(&attached, guest, memfd);
 		uffd_disable(&attached);
 		keep(&attached, -1);
-		/* At most the device, which the first helper had no time to close. */
+		/* At most the device's descriptor is left, which the first helper had no time to
+		 * close. */
 		assert_in_range(attach_guest_files(guest), files, files + 1);
 		close(memfd);
 	}
 }
 
-static void the_memory_is_handed_out(void **state)
+static void the_memory_is_opened_for_the_engine(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
@@ -749,7 +755,7 @@ static void the_memory_is_handed_out(void **state)
 	assert_int_equal(pwrite(memory, &value, 1, (off_t)at), 1);
 	assert_int_equal(attach_guest_value(guest, at), 123);
 	close(memory);
-	/* Its standard error is this test's, which may be a file. */
+	/* The process has the standard error of this test, which may be a file. */
 	close(pr_agent_client_stderr(attached.client, &error));
 	assert_null(error);
 }
@@ -762,7 +768,7 @@ int main(int argc, char **argv)
 		TEST(shared_memory_is_found_and_joined),
 		TEST(faults_are_served),
 		TEST(fault_off_wakes),
-		TEST(what_is_parked_outlives_helpers),
+		TEST(parked_descriptors_outlive_helpers),
 		TEST(a_newer_state_replaces_the_older),
 		TEST(the_fence_holds_writers_and_lets_readers_pass),
 		TEST(a_main_thread_that_waits_at_the_fence_is_freed),
@@ -771,12 +777,12 @@ int main(int argc, char **argv)
 		TEST(a_stopped_process_is_refused_with_the_remedy),
 		TEST(a_debugger_is_named),
 		TEST(a_main_thread_that_never_rests_in_poll_is_refused),
-		TEST(signals_do_not_get_in_the_way),
-		TEST(the_end_of_the_process_is_told),
+		TEST(signals_are_delivered_and_no_call_is_lost),
+		TEST(the_end_of_the_process_is_reported),
 		TEST(the_end_of_the_helper_is_not_the_guests),
 		TEST(a_helper_may_die_anywhere),
 		TEST(an_unfinished_fault_mode_is_finished),
-		TEST(the_memory_is_handed_out),
+		TEST(the_memory_is_opened_for_the_engine),
 	};
 
 	attach_guest_main(argc, argv);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The fence: what the agent's write protection keeps out, what it lets pass, and how long it lasts. */
+/* The fence: which accesses the agent's write protection stops, which it allows, and how long it
+ * lasts. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -17,10 +18,10 @@
 
 #define PAGE	4096
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
-#define A_WHILE 200   /* ms; what does not happen within is taken not to happen */
+#define A_WHILE 200   /* ms; an event that has not come by then counts as not coming */
 #define HOLE	(16 * PAGE)
 
-/* Of a process without a VMM. Both blocks have pages and holes. */
+/* The RAM of a process without a VMM. Both blocks have pages and holes. */
 static TestGuest *new_guest(void)
 {
 	const TestGuestConfig config = {
@@ -63,14 +64,15 @@ static void unfence(PrGuest *engine)
 	g_assert_no_error(error);
 }
 
-/* Somebody in the guest's process who writes a byte. */
+/* A thread of the guest's process that writes a byte. */
 typedef struct Writer {
 	atomic_uchar *at;
 	GThread *thread;
 	atomic_bool done;
 } Writer;
 
-/* Relaxed: ThreadSanitizer holds a lock of its own over the others, and this store may wait. */
+/* Relaxed, as this store may wait, and ThreadSanitizer holds a lock of its own over stronger
+ * ones. */
 static guint8 byte_at(const Writer *writer)
 {
 	return atomic_load_explicit(writer->at, memory_order_relaxed);
@@ -96,7 +98,7 @@ static gboolean has_written(Writer *writer, guint timeout_ms)
 	gint64 deadline = g_get_monotonic_time() + timeout_ms * G_TIME_SPAN_MILLISECOND;
 
 	while (!atomic_load(&writer->done) && g_get_monotonic_time() < deadline)
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	return atomic_load(&writer->done);
 }
 
@@ -108,7 +110,7 @@ static guint8 in_memfd(TestGuest *guest, guint block, gsize offset)
 	return byte;
 }
 
-/* The writer has come to nothing so far. */
+/* The writer has not written yet. */
 static void assert_waits(Writer *writer, TestGuest *guest, guint block, gsize offset)
 {
 	assert_false(has_written(writer, A_WHILE));
@@ -148,7 +150,7 @@ static void writers_wait_and_readers_pass(void **state)
 	unfence(engine);
 	for (guint i = 0; i < G_N_ELEMENTS(places); i++)
 		assert_goes_on(&writers[i]);
-	/* It is off for good, and to turn it off again is harmless. */
+	/* The fence is off, and to turn it off again is harmless. */
 	unfence(engine);
 	writer_begin(&writers[0], guest, 1, 9 * PAGE);
 	assert_goes_on(&writers[0]);
@@ -164,7 +166,8 @@ static gboolean says_fenced(TestGuest *guest)
 	return pr_agent_client_was_fenced(client);
 }
 
-/* The engine that has fenced dies; the next one is told, and may fence again or lift it. */
+/* The engine that has fenced dies. HELLO tells the next one, which may fence again or end the
+ * fence. */
 static void the_fence_outlives_the_engine(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest();
@@ -186,8 +189,9 @@ static void the_fence_outlives_the_engine(void **state)
 	assert_false(says_fenced(guest));
 }
 
-/* What a page held before is what the destination reads after a writer was let go again and fenced out again. */
-static void a_second_fence_holds_what_the_first_did_not_see(void **state)
+/* What a page held before is what the destination reads after a writer was let go again and fenced
+ * out again. */
+static void a_second_fence_protects_regions_added_since(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest();
 	g_autoptr(PrGuest) engine = attach(guest);
@@ -204,7 +208,7 @@ static void a_second_fence_holds_what_the_first_did_not_see(void **state)
 	assert_goes_on(&writer);
 }
 
-/* Its threads run until one of them waits to write, and can't be parked any more. */
+/* The guest's threads run until one of them waits to write; then they can't be parked any more. */
 static gboolean comes_to_a_write(TestGuest *guest)
 {
 	gint64 deadline = g_get_monotonic_time() + TIMEOUT * G_TIME_SPAN_MILLISECOND;
@@ -215,8 +219,8 @@ static gboolean comes_to_a_write(TestGuest *guest)
 	return testguest_running(guest);
 }
 
-/* Who waits in the fence does not keep the guest's process from ending the agent. */
-static void an_agent_that_is_freed_lets_everybody_go(void **state)
+/* Writers that wait in the fence do not keep the guest's process from freeing the agent. */
+static void freeing_the_agent_wakes_all_writers(void **state)
 {
 	TestGuest *guest = new_guest();
 	PrGuest *engine = attach(guest);
@@ -246,7 +250,7 @@ static void memory_and_standard_error_are_opened_for_the_engine(void **state)
 	assert_int_equal(byte, 0x5a);
 	close(fd);
 
-	/* A file has its standard error for a moment. */
+	/* Redirects standard error to a file for a moment. */
 	int kept = dup(STDERR_FILENO), file = g_file_open_tmp("stderr-XXXXXX", &name, &error);
 	char text[8] = {0};
 	g_assert_no_error(error);
@@ -261,7 +265,7 @@ static void memory_and_standard_error_are_opened_for_the_engine(void **state)
 	close(fd);
 	close(file);
 	unlink(name);
-	/* A pipe is nobody else's to read. */
+	/* No other process may read a pipe. */
 	int ends[2];
 	assert_int_equal(pipe(ends), 0);
 	assert_int_equal(dup2(ends[1], STDERR_FILENO), STDERR_FILENO);
@@ -279,8 +283,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(writers_wait_and_readers_pass),
 		cmocka_unit_test(the_fence_outlives_the_engine),
-		cmocka_unit_test(a_second_fence_holds_what_the_first_did_not_see),
-		cmocka_unit_test(an_agent_that_is_freed_lets_everybody_go),
+		cmocka_unit_test(a_second_fence_protects_regions_added_since),
+		cmocka_unit_test(freeing_the_agent_wakes_all_writers),
 		cmocka_unit_test(memory_and_standard_error_are_opened_for_the_engine),
 	};
 

@@ -709,7 +709,7 @@ static void framing_does_not_depend_on_the_split(void **state)
 			g_autoptr(GString) seen = g_string_new(NULL);
 			gsize len = strlen(rows[i].input);
 
-			pr_framer_init(&framer);
+			pr_framer_init(&framer, PR_FRAMER_LINES);
 			for (gsize at = 0; at < len; at += piece)
 				pr_framer_feed(&framer, rows[i].input + at, MIN(piece, len - at),
 					       collect, seen);

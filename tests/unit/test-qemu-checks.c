@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the `qemu:` kind refuses, and how it names RAM, against a scripted QMP server and a real agent. */
+/* The checks of the `qemu:` kind and its names of RAM, against a scripted QMP server and a real
+ * agent. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -36,7 +37,8 @@ static void vcpus_are_asked_for_by_thread(void **state)
 	static const struct {
 		const char *answer, *words; /* words: NULL: there are two, 4711 and 4712 */
 	} cases[] = {
-		{"[{\"cpu-index\": 0, \"thread-id\": 4711}, {\"cpu-index\": 1, \"thread-id\": 4712}]",
+		{"[{\"cpu-index\": 0, \"thread-id\": 4711}, "
+		 "{\"cpu-index\": 1, \"thread-id\": 4712}]",
 		 NULL},
 		{"[{\"cpu-index\": 0, \"thread-id\": 4711}, {\"cpu-index\": 1}]", "for CPU 1"},
 		{"[{\"thread-id\": -1}]", "for CPU 0"},
@@ -67,7 +69,7 @@ static void vcpus_are_asked_for_by_thread(void **state)
 	}
 }
 
-/* One answer differs from a healthy QEMU's: the error names what it is. */
+/* One answer differs from that of a healthy QEMU. The error names the cause. */
 static void each_flaw_is_refused_by_name(void **state)
 {
 	static const struct {
@@ -157,7 +159,7 @@ static void each_flaw_is_refused_by_name(void **state)
 			print_error("case %u: %s\n", i, error->message);
 		assert_non_null(strstr(error->message, cases[i].words));
 		assert_true(g_error_matches(error, PR_GUEST_ERROR, cases[i].code));
-		/* Nothing was touched. */
+		/* Nothing was changed. */
 		assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
 		assert_int_equal(fake_qmp_count(qemu->fake, "migrate-set-capabilities"), 0);
 	}
@@ -343,7 +345,7 @@ static void mappings_find_their_blocks(void **state)
 	/* by address, even when it contradicts the order */
 	assert_match(0x30000000, 0x10000000, 0x30000000, 0x10000000);
 	assert_match(0x10000000, 0x20000000, 0x10000000, 0x20000000);
-	/* an address that is nobody's, one mapping for two blocks, one too few, one too many */
+	/* an address of no mapping, one mapping for two blocks, a mapping too few, one too many */
 	assert_no_match(0x50000000, 0, 3);
 	assert_no_match(0x10000000, 0x10000000, 3);
 	assert_no_match(0x30000000, 0, 3);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * How the `qemu:` kind saves and loads: device state, private RAM, and what the two sides must have in common; against a
- * scripted QMP server and a real agent.
+ * Saving and loading of the `qemu:` kind: device state, private RAM, and the facts that both sides
+ * must have in common. Against a scripted QMP server and a real agent.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -24,17 +24,17 @@
 
 /* Device state */
 
-/* A migration stream that has one section of each kind that matters: a head, something, an end. */
+/* The shortest migration stream: a head, one byte, an end. */
 static const char qemu_state[] = "QEVM\0\0\0\3device state";
 
-/* What a source's sink has got, by section. */
+/* The sections that the source's sink has received. */
 typedef struct Sections {
 	GByteArray *raw;
 	GString *facts, *state;
 	guint n_blocks, n_pages;
 } Sections;
 
-/* PrQemuSectionTake */
+/* PrQemuSectionHandler */
 static gboolean sort(PrQemuSectionType type, const uint8_t *body, gsize len, void *opaque,
 		     GError **error)
 {
@@ -116,10 +116,10 @@ static void a_state_is_saved_completed_and_the_guest_let_run_on(void **state)
 	assert_true(ops->resume(qemu->guest, &error));
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 1);
 	assert_int_equal(fake_qmp_count(qemu->fake, "remove-fd"), 1);
-	/* Once is enough. */
+	/* A second call does nothing. */
 	assert_true(ops->resume(qemu->guest, &error));
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 1);
-	/* No migration of QEMU's own, and nothing of it was touched. */
+	/* No migration of QEMU's own, and none of its settings was changed. */
 	assert_int_equal(fake_qmp_count(qemu->fake, "migrate"), 0);
 	assert_int_equal(fake_qmp_count(qemu->fake, "migrate-set-capabilities"), 0);
 	sections_clear(&sections);
@@ -139,7 +139,7 @@ static void a_guest_that_was_paused_stays_paused(void **state)
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 0);
 }
 
-/* Until the destination has it, its memory must not change. */
+/* The guest's memory must not change until the destination has it. */
 static void a_guest_that_is_let_run_in_between_is_not_moved(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
@@ -152,7 +152,7 @@ static void a_guest_that_is_let_run_in_between_is_not_moved(void **state)
 	fake_qmp_say(qemu->fake, STOPPED RESUMED);
 	while (qemu->guest->ops->check_stopped(qemu->guest, &error)) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(1000); /* between two looks */
+		g_usleep(1000); /* between two checks */
 	}
 	assert_says(error, "let the guest run");
 }
@@ -165,9 +165,9 @@ static void a_save_that_fails_says_why(void **state)
 		const char *words;
 	} cases[] = {
 		{FAKE_ERROR "no space", NULL, 0, "no space"},
-		{"{}", "", 0, "makes no sense"},
-		{"{}", "QEVM\0\0\0\4x\0", 10, "makes no sense"},
-		{"{}", "QEVM\0\0\0\3cut off", 15, "makes no sense"},
+		{"{}", "", 0, "not a migration stream"},
+		{"{}", "QEVM\0\0\0\4x\0", 10, "not a migration stream"},
+		{"{}", "QEVM\0\0\0\3cut off", 15, "not a migration stream"},
 	};
 
 	for (guint i = 0; i < G_N_ELEMENTS(cases); i++) {
@@ -208,7 +208,7 @@ static void a_save_that_was_cancelled_is_not_begun(void **state)
 #define VRAM_PAGES 70
 #define VRAM	   (VRAM_PAGES * 4096)
 
-/* A frame buffer in this very process, which is what the agent calls QEMU's. */
+/* A frame buffer in this process, which is QEMU's process for the agent. */
 static uint8_t *add_vram(Qemu *qemu)
 {
 	uint8_t *vram =
@@ -241,18 +241,18 @@ static void private_ram_moves_and_only_what_changed_moves_again(void **state)
 	qemu_attach(to);
 	memset(vram + 3 * 4096, 'a', 2 * 4096);
 	memset(vram + 68 * 4096, 'b', 2 * 4096);
-	memset(there, 'x', 10 * 4096); /* what is of no use here */
+	memset(there, 'x', 10 * 4096); /* sections that do not matter here */
 	assert_true(from->guest->ops->describe(from->guest, collect, &early, &error));
 	assert_true(from->guest->ops->save_early(from->guest, NULL, collect, &early, &error));
 	assert_true(to->guest->ops->prepare_load(to->guest, &error));
-	/* Cut anywhere. */
+	/* The stream is cut at any place. */
 	for (guint at = 0; at < early.raw->len; at += 1000)
 		assert_true(to->guest->ops->load_early(to->guest, early.raw->data + at,
 						       MIN(1000, early.raw->len - at), &error));
 	assert_memory_equal(vram, there, VRAM);
 	sections_sort(&early);
 	assert_int_equal(early.n_pages, 4);
-	/* It was written, and has become zero. */
+	/* The guest wrote to the page, which is zero again. */
 	memset(vram + 4 * 4096, 0, 4096);
 	vram[60 * 4096 + 7] = 1;
 	assert_true(from->guest->ops->save(from->guest, NULL, collect, &late, &error));
@@ -268,7 +268,8 @@ static void private_ram_moves_and_only_what_changed_moves_again(void **state)
 	sections_clear(&late);
 }
 
-/* As at a destination before 8.0, whose frame buffer is found only when the guest's address space is loaded. */
+/* As at a destination older than 8.0, whose frame buffer is found only after the device state is
+ * loaded. */
 static void private_ram_that_is_found_late_is_written_late(void **state)
 {
 	g_autoptr(Qemu) from = qemu_new();
@@ -306,7 +307,8 @@ static void private_ram_that_is_found_late_is_written_late(void **state)
 	sections_clear(&bytes);
 }
 
-/* A QEMU before 8.0 tells their place in the guest's address space by the last part of their names only. */
+/* A QEMU older than 8.0 lists blocks in the guest's address space by the last part of their names
+ * only. */
 static void two_frame_buffers_of_one_name_are_not_mixed_up(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
@@ -331,7 +333,7 @@ static void two_frame_buffers_of_one_name_are_not_mixed_up(void **state)
 	sections_clear(&sections);
 }
 
-/* What the two sides must have in common */
+/* The facts that both sides must have in common */
 
 static const char qtree[] =
 	"\"bus: main-system-bus\\r\\n  type System\\r\\n  dev: q35-pcihost, id \\\"\\\"\\r\\n"
@@ -340,7 +342,7 @@ static const char qtree[] =
 	"        bus: virtio-bus\\r\\n          type virtio-pci-bus\\r\\n"
 	"          dev: virtio-net-device, id \\\"\\\"\\r\\n%s\"";
 
-static void what_differs_is_named_while_the_guest_runs(void **state)
+static void differences_are_named_while_the_guest_runs(void **state)
 {
 	static const struct {
 		const char *key, *answer, *words;
@@ -388,7 +390,7 @@ static void what_differs_is_named_while_the_guest_runs(void **state)
 	}
 }
 
-/* Two versions see the inside of a machine differently, and what is plugged in alike. */
+/* Two versions model the inside of a machine differently, but list the plugged devices alike. */
 static void devices_are_compared_by_place_and_type(void **state)
 {
 	static const char ps2[] = "  dev: ps2-kbd, id \\\"\\\"\\r\\n";
@@ -429,10 +431,10 @@ static void devices_are_compared_by_place_and_type(void **state)
 	}
 }
 
-/* The source may be anybody who has a certificate. */
+/* Any process with a certificate may be the source. */
 static void early_state_that_makes_no_sense_is_refused(void **state)
 {
-	static char deep[1 << 20] = "{\"a\": "; /* it would go deeper than a stack */
+	static char deep[1 << 20] = "{\"a\": "; /* deeper than the stack of a recursive parser */
 	static const struct {
 		PrQemuSectionType type;
 		const char *body;
@@ -514,7 +516,7 @@ static void assert_stream_is(int fd, const char *text)
 	assert_string_equal(bytes->str, text);
 }
 
-/* While it loads, QEMU's main loop may wait for a page: it is asked nothing. */
+/* While QEMU loads, its main loop may wait for a page. So no command is sent. */
 static void a_load_waits_for_its_event(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
@@ -538,7 +540,7 @@ static void a_load_waits_for_its_event(void **state)
 	close(fd);
 }
 
-/* In QEMU's own words. */
+/* The error has QEMU's own text. */
 static void a_load_that_fails_says_why(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
@@ -561,7 +563,7 @@ static void a_load_that_fails_says_why(void **state)
 	close(fd);
 }
 
-/* A second guest beside the source's. */
+/* The guest would run on both sides. */
 static void a_guest_that_runs_when_it_is_loaded_is_refused(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
@@ -637,7 +639,7 @@ int main(void)
 		cmocka_unit_test(private_ram_moves_and_only_what_changed_moves_again),
 		cmocka_unit_test(private_ram_that_is_found_late_is_written_late),
 		cmocka_unit_test(two_frame_buffers_of_one_name_are_not_mixed_up),
-		cmocka_unit_test(what_differs_is_named_while_the_guest_runs),
+		cmocka_unit_test(differences_are_named_while_the_guest_runs),
 		cmocka_unit_test(devices_are_compared_by_place_and_type),
 		cmocka_unit_test(early_state_that_makes_no_sense_is_refused),
 		cmocka_unit_test(a_load_that_fails_says_why),

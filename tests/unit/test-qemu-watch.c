@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* A QEMU whose guest was handed over is let run: against a scripted QMP server and a real agent. */
+/* A guest that was handed over is let run in its QEMU. Against a scripted QMP server and a real
+ * agent. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -13,8 +14,9 @@
 #include "tests/guest/testguest.h"
 #include "tests/unit/fake-qmp.h"
 
-#define TIMEOUT	      20000 /* ms; the machine may be busy with other tests */
-#define SHORT_TIMEOUT 3000  /* ms; for an answer that never comes, among others that must */
+#define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
+/* ms; for an answer that never comes, where others have to come in time */
+#define SHORT_TIMEOUT 3000
 #define PATIENCE_US   (20 * G_USEC_PER_SEC)
 
 #define RESUMED	      "{\"event\": \"RESUME\"}\n"
@@ -22,7 +24,7 @@
 #define RUNS	      "{\"status\": \"running\", \"running\": true}"
 #define STANDS	      "{\"status\": \"paused\", \"running\": false}"
 
-/* A QEMU in pieces: the monitor is fake, memory and agent are a test guest's. */
+/* The parts of a QEMU: the monitor is a fake, memory and agent are those of a test guest. */
 typedef struct Qemu {
 	FakeQmp *fake;
 	TestGuest *memory;
@@ -31,7 +33,7 @@ typedef struct Qemu {
 
 	GMutex lock;
 	GCond told;
-	GPtrArray *words; /* lock; what was told */
+	GPtrArray *words; /* lock; the reported texts */
 } Qemu;
 
 static void ran_again(const char *what, gint64 seen, void *opaque)
@@ -81,7 +83,7 @@ static void qemu_free(Qemu *qemu)
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qemu, qemu_free)
 
-/* The kernel may have no write protection for us: the watch is there all the same. */
+/* The kernel may refuse the write protection. The watch works without it. */
 static void fence(Qemu *qemu)
 {
 	g_autoptr(GError) error = NULL;
@@ -90,7 +92,7 @@ static void fence(Qemu *qemu)
 		print_message("not fenced: %s\n", error->message);
 }
 
-/* The n-th that was told, counted from 0, has these words. */
+/* The n-th report, counted from 0, has these words. */
 static void assert_told(Qemu *qemu, guint n, const char *words)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
@@ -111,11 +113,11 @@ static void wait_count(Qemu *qemu, const char *command, guint n)
 
 	while (fake_qmp_count(qemu->fake, command) < n) {
 		g_assert_cmpint(g_get_monotonic_time(), <, deadline);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
-static void who_is_let_run_is_stopped_each_time(void **state)
+static void a_guest_that_is_let_run_is_stopped_each_time(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
 
@@ -129,8 +131,8 @@ static void who_is_let_run_is_stopped_each_time(void **state)
 	}
 }
 
-/* Events of before count for nothing, but the guest may have been let run by them. */
-static void who_runs_when_the_watch_begins_is_stopped(void **state)
+/* Earlier events are ignored, but the guest may have been let run before. */
+static void a_guest_that_runs_when_the_watch_begins_is_stopped(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
 	g_autoptr(GError) error = NULL;
@@ -138,7 +140,7 @@ static void who_runs_when_the_watch_begins_is_stopped(void **state)
 
 	fake_qmp_set(qemu->fake, "query-status", RUNS);
 	fake_qmp_say(qemu->fake, RESUMED);
-	/* The answer is behind the event. */
+	/* The answer comes after the event. */
 	assert_true(qemu->guest->ops->is_running(qemu->guest, &running, &error));
 	assert_true(running);
 	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
@@ -147,7 +149,7 @@ static void who_runs_when_the_watch_begins_is_stopped(void **state)
 	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 1);
 }
 
-static void a_reset_is_told(void **state)
+static void a_reset_is_reported(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
 
@@ -157,7 +159,7 @@ static void a_reset_is_told(void **state)
 	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
 }
 
-static void a_stop_that_hangs_is_told_and_holds_nobody_up(void **state)
+static void a_stop_that_hangs_is_reported_and_blocks_no_caller(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(SHORT_TIMEOUT);
 	g_autoptr(GError) error = NULL;
@@ -169,7 +171,7 @@ static void a_stop_that_hangs_is_told_and_holds_nobody_up(void **state)
 	wait_count(qemu, "stop", 1);
 	assert_true(qemu->guest->ops->unfence(qemu->guest, &error));
 	assert_told(qemu, 0, "has not yet");
-	/* And the watch goes on, without the fence. */
+	/* The watch goes on without the fence. */
 	fake_qmp_set(qemu->fake, "stop", "{}");
 	fake_qmp_say(qemu->fake, RESUMED);
 	assert_told(qemu, 1, "and has stopped");
@@ -188,7 +190,7 @@ static void a_stop_that_is_refused_is_sent_again(void **state)
 	assert_told(qemu, 1, "and has stopped");
 }
 
-/* The engine itself lets it run: that is not for the watch to undo. */
+/* The engine itself lets the guest run, which the watch must not undo. */
 static void a_guest_that_the_engine_resumes_runs_on(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
@@ -208,7 +210,7 @@ static void a_guest_that_the_engine_resumes_runs_on(void **state)
 	assert_int_equal(qemu->words->len, 0);
 }
 
-/* A migration beside it, for the tests of --resume. */
+/* A migration with this QEMU, for the tests of --resume. */
 typedef struct Engine {
 	PrParams params;
 	PrMigration *migration;
@@ -219,7 +221,7 @@ static void on_state(PrState state, const char *reason, void *opaque)
 {
 }
 
-/* As another engine has left it: stopped, and not handed over. */
+/* The state that a dead engine has left: stopped, and not handed over. */
 static void leave_record(Qemu *qemu, const char *dir)
 {
 	const PrGuestBlock block = {
@@ -269,12 +271,12 @@ static void wait_state(Engine *engine, PrState state, const char *words)
 			return;
 		if (g_get_monotonic_time() > deadline)
 			g_error("it is %s: %s", pr_state_name(info.state), info.reason);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
-/* `cont` is refused, as by a lock on the disk image that the destination has still: the monitor of the engine answers, and
- * says so, until QEMU does not refuse any more. */
+/* QEMU refuses `cont`, as if the destination still had a lock on the disk image. The engine's
+ * monitor answers meanwhile and shows that, until QEMU accepts the command. */
 static void an_engine_that_follows_tries_until_the_guest_runs(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
@@ -320,10 +322,10 @@ static void an_engine_gives_up_a_guest_whose_qemu_is_gone(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(who_is_let_run_is_stopped_each_time),
-		cmocka_unit_test(who_runs_when_the_watch_begins_is_stopped),
-		cmocka_unit_test(a_reset_is_told),
-		cmocka_unit_test(a_stop_that_hangs_is_told_and_holds_nobody_up),
+		cmocka_unit_test(a_guest_that_is_let_run_is_stopped_each_time),
+		cmocka_unit_test(a_guest_that_runs_when_the_watch_begins_is_stopped),
+		cmocka_unit_test(a_reset_is_reported),
+		cmocka_unit_test(a_stop_that_hangs_is_reported_and_blocks_no_caller),
 		cmocka_unit_test(a_stop_that_is_refused_is_sent_again),
 		cmocka_unit_test(a_guest_that_the_engine_resumes_runs_on),
 		cmocka_unit_test(an_engine_that_follows_tries_until_the_guest_runs),

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The `qemu:` kind with a real QEMU that runs nothing but its firmware: what prepare() accepts and
- * refuses, and a guest that moves by hand; with the preload agent, and (as root) with a helper that attaches. Skipped
- * where there is no qemu-system-x86_64. The agent library's path comes in POSTROAD_AGENT_LIBRARY.
+ * The `qemu:` kind with a real QEMU that runs its firmware only: which QEMUs prepare() accepts, and
+ * a migration step by step. With the preload agent, and (as root) with a helper that attaches.
+ * Skipped without qemu-system-x86_64. POSTROAD_AGENT_LIBRARY: the path of the agent library.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -35,9 +35,9 @@
 typedef struct Fixture {
 	char *dir;
 	GPtrArray *qemus;    /* GSubprocess */
-	const char *wrapper; /* executes QEMU; NULL: none */
+	const char *wrapper; /* a program that executes QEMU; NULL: none */
 	gboolean attached;   /* without the agent */
-	gboolean daemon;     /* what is in qemus is a guard, which ends its QEMU (guard.h) */
+	gboolean daemon;     /* qemus has guards, which end their QEMUs (guard.h) */
 } Fixture;
 
 static char *path_of(Fixture *fix, const char *name, const char *suffix)
@@ -69,7 +69,7 @@ static void wait_for_socket(const char *path, int type)
 	}
 }
 
-/* A test that is killed leaves no QEMU behind. */
+/* If the test is killed, so is its QEMU. */
 static void die_with_parent(gpointer data)
 {
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -110,7 +110,7 @@ static GSubprocess *start_qemu(Fixture *fix, const char *name, gboolean preload,
 	qemu = g_subprocess_launcher_spawnv(launcher, (const char *const *)argv->pdata, &error);
 	assert_null(error);
 	g_ptr_array_add(fix->qemus, qemu);
-	/* The probe of the QMP socket takes a client's turn and leaves at once. */
+	/* The probe of the QMP socket connects as QEMU's only client, and disconnects at once. */
 	wait_for_socket(qmp, SOCK_STREAM);
 	if (preload)
 		wait_for_socket(agent, SOCK_SEQPACKET);
@@ -218,8 +218,8 @@ static void the_ram_is_found(void **state)
 	assert_int_equal(lseek(blocks[0].memfd, 0, SEEK_END), 64 << 20);
 }
 
-/* Two nodes of the same size, and one backend that the machine does not use: each block finds its own
- * memfd, as the guest's memory shows. */
+/* Two nodes of the same size, and one backend that the machine does not use: each block finds its
+ * own memfd, as the guest's memory shows. */
 static void numa_nodes_of_one_size_are_told_apart(void **state)
 {
 	const char *const args[] = {"-machine", "q35",
@@ -273,7 +273,7 @@ static void private_ram_is_refused(void **state)
 static void shared_ram_of_a_file_is_refused(void **state)
 {
 	Fixture *fix = *state;
-	/* Where files are in memory, as in many a /tmp, a helper takes it. QEMU makes one without a name. */
+	/* A helper serves a file in memory, as in many a /tmp. QEMU makes it without a name. */
 	const char *backend = "memory-backend-file,id=mem,size=64M,share=on,mem-path=/var/tmp";
 	const char *const args[] = {"-object",	backend,
 				    "-machine", "q35,memory-backend=mem",
@@ -288,7 +288,7 @@ static void shared_ram_of_a_file_is_refused(void **state)
 		       fix->attached ? "is the file" : "shared memory of a memory-backend-file");
 }
 
-/* Which a helper finds as well as a memfd. */
+/* A helper finds such a file as well as a memfd. */
 static void ram_in_a_file_in_memory_is_found(void **state)
 {
 	g_autofree char *file = g_strdup_printf("/dev/shm/test-qemu-%d", (int)getpid());
@@ -307,7 +307,7 @@ static void ram_in_a_file_in_memory_is_found(void **state)
 	assert_int_equal(blocks[0].size, 64 << 20);
 }
 
-/* As libvirt does: it makes the socket, and QEMU gets it. */
+/* As libvirt does: another process makes the socket, and passes it to QEMU. */
 static void a_socket_that_another_process_made_needs_the_pid(void **state)
 {
 	Fixture *fix = *state;
@@ -361,7 +361,7 @@ static void a_missing_agent_is_named(void **state)
 	assert_non_null(strstr(error->message, "libpostroad-agent.so"));
 }
 
-static void anothers_agent_is_refused(void **state)
+static void the_agent_of_another_qemu_is_refused(void **state)
 {
 	Fixture *fix = *state;
 	const char *const args[] = {RAM, "-S", NULL};
@@ -444,7 +444,7 @@ static void the_preload_library_is_not_inherited(void **state)
 	assert_null(strstr(env, "LD_PRELOAD="));
 }
 
-/* A daemon forks before it maps its RAM: the agent has to be in the child. */
+/* A daemon forks before it maps its RAM. The agent has to work in the child. */
 static void a_daemon_is_served(void **state)
 {
 	Fixture *fix = *state;
@@ -461,7 +461,7 @@ static void a_daemon_is_served(void **state)
 	guest = attach(fix, "a");
 	prepare(guest, PR_GUEST_SOURCE, &n);
 	assert_int_equal(n, 1);
-	/* As when this test is killed. */
+	/* As if this test was killed. */
 	g_subprocess_send_signal(guard, SIGTERM);
 	g_subprocess_wait(guard, NULL, NULL);
 	assert_int_equal(kill(atoi(pid), 0), -1);
@@ -568,14 +568,14 @@ static void a_guest_moves_by_hand(void **state)
 	assert_true(from->ops->save(from, NULL, collect, bytes, &error));
 	assert_null(error);
 	assert_true(bytes->len > 10000);
-	/* Shared RAM stays out of it. */
+	/* The device state has no shared RAM. */
 	assert_true(bytes->len < 32 << 20);
 	copy_memory(source, destination);
 	load_bytes(to, bytes);
 	assert_false(is_running(to));
 	assert_true(to->ops->run(to, &error));
 	assert_true(is_running(to));
-	/* The migration was given up in the last moment: the source can go on, and try again. */
+	/* The migration is given up at the last moment. The source can go on, and try again. */
 	assert_true(from->ops->resume(from, &error));
 	assert_true(is_running(from));
 	prepare(from, PR_GUEST_SOURCE, &n_source);
@@ -655,7 +655,7 @@ static gpointer load_thread(gpointer data)
 	return NULL;
 }
 
-/* Half of a device state, and then nothing: the load waits, until it is aborted. */
+/* Half of a device state, and no more: the load waits until it is aborted. */
 static void a_load_can_be_aborted(void **state)
 {
 	const char *const args[] = {RAM, "-incoming", "defer", NULL};
@@ -677,7 +677,7 @@ static void a_load_can_be_aborted(void **state)
 	g_clear_error(&error);
 	assert_false(guest->ops->load_end(guest, &error));
 	assert_non_null(error);
-	/* This QEMU is spent, and another load says so instead of hanging. */
+	/* This QEMU can't load again. Another load fails instead of hanging. */
 	thread = g_thread_new("load", load_thread, &loading);
 	g_thread_join(thread);
 	assert_false(loading.ok);
@@ -723,7 +723,7 @@ static void on_died(const char *reason, void *opaque)
 	g_mutex_unlock(&death->lock);
 }
 
-static void the_death_of_qemu_is_told_at_once(void **state)
+static void the_death_of_qemu_is_reported_at_once(void **state)
 {
 	const char *const args[] = {RAM, NULL};
 	g_autoptr(PrGuest) guest = NULL;
@@ -764,7 +764,7 @@ int main(void)
 		TEST(private_ram_is_refused),
 		TEST(shared_ram_of_a_file_is_refused),
 		TEST(a_missing_agent_is_named),
-		TEST(anothers_agent_is_refused),
+		TEST(the_agent_of_another_qemu_is_refused),
 		TEST(roles_need_their_run_state),
 		TEST(the_preload_library_is_not_inherited),
 		TEST(a_daemon_is_served),
@@ -775,7 +775,7 @@ int main(void)
 		TEST(a_paused_guest_stays_paused),
 		TEST(a_load_can_be_aborted),
 		TEST(garbage_instead_of_a_device_state_is_an_error),
-		TEST(the_death_of_qemu_is_told_at_once),
+		TEST(the_death_of_qemu_is_reported_at_once),
 		ATTACHED(the_ram_is_found),
 		ATTACHED(numa_nodes_of_one_size_are_told_apart),
 		ATTACHED(private_ram_is_refused),
@@ -788,7 +788,7 @@ int main(void)
 		ATTACHED(locked_ram_takes_the_fault_mode),
 		ATTACHED(a_guest_moves_by_hand),
 		ATTACHED(a_paused_guest_stays_paused),
-		ATTACHED(the_death_of_qemu_is_told_at_once),
+		ATTACHED(the_death_of_qemu_is_reported_at_once),
 	};
 
 	if (!qemu || !g_getenv("POSTROAD_AGENT_LIBRARY")) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The QMP client against a server that does what it should not. */
+/* The QMP client against a server that misbehaves. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -9,15 +9,16 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "guest/qmp-frame.h"
 #include "guest/qmp.h"
+#include "util/json-framer.h"
 #include "tests/unit/fake-qmp.h"
 
 #define TIMEOUT	      20000 /* ms; the machine may be busy with other tests */
-#define SHORT_TIMEOUT 100   /* ms; where nothing ever comes */
-#define LATE_TIMEOUT  3000  /* ms; for one answer that comes too late, among others that must not */
+#define SHORT_TIMEOUT 100   /* ms; where no answer ever comes */
+/* ms; for one answer that comes too late, where others have to come in time */
+#define LATE_TIMEOUT 3000
 
-/* What the client told us, from its thread. */
+/* Calls of the client's reader thread. */
 typedef struct Seen {
 	GMutex lock;
 	GCond cond;	 /* lock */
@@ -102,6 +103,23 @@ static void assert_fails(PrQmp *qmp, const char *command, PrGuestError code, con
 
 /* Frames */
 
+typedef struct Cut {
+	GString *objects; /* separated by | */
+	guint faults;
+} Cut;
+
+/* PrFrameSink */
+static void collect(const char *message, gsize len, const char *fault, void *opaque)
+{
+	Cut *cut = opaque;
+
+	if (fault)
+		cut->faults++;
+	else
+		g_string_append_printf(cut->objects, "%s%.*s", cut->objects->len ? "|" : "",
+				       (int)len, message);
+}
+
 static void objects_are_cut_by_their_braces(void **state)
 {
 	static const struct {
@@ -124,43 +142,58 @@ static void objects_are_cut_by_their_braces(void **state)
 	};
 
 	for (guint i = 0; i < G_N_ELEMENTS(cases); i++) {
-		g_autoptr(GString) objects = g_string_new(NULL);
-		gboolean garbage = FALSE;
-		PrQmpFrame frame;
+		for (gsize piece = 1; piece <= strlen(cases[i].bytes) + 1; piece++) {
+			g_autoptr(GString) objects = g_string_new(NULL);
+			g_auto(PrFramer) framer;
+			Cut cut = {.objects = objects};
+			gsize len = strlen(cases[i].bytes);
 
-		pr_qmp_frame_init(&frame);
-		for (const char *at = cases[i].bytes; *at && !garbage; at++) {
-			PrQmpFrameResult result = pr_qmp_frame_push(&frame, *at);
-
-			garbage = result == PR_QMP_FRAME_GARBAGE;
-			if (result != PR_QMP_FRAME_OBJECT)
-				continue;
-			g_string_append_printf(objects, "%s%s", objects->len ? "|" : "",
-					       frame.text->str);
-			pr_qmp_frame_next(&frame);
+			pr_framer_init(&framer, PR_FRAMER_OBJECTS);
+			for (gsize at = 0; at < len; at += piece)
+				pr_framer_feed(&framer, cases[i].bytes + at, MIN(piece, len - at),
+					       collect, &cut);
+			assert_string_equal(objects->str, cases[i].objects);
+			assert_int_equal(cut.faults, cases[i].garbage ? 1 : 0);
 		}
-		assert_string_equal(objects->str, cases[i].objects);
-		assert_int_equal(garbage, cases[i].garbage);
-		pr_qmp_frame_clear(&frame);
 	}
+}
+
+/* The number of such bytes behind an opening brace until there is a fault. */
+static guint bytes_until_fault(char byte)
+{
+	g_autoptr(GString) objects = g_string_new(NULL);
+	g_auto(PrFramer) framer;
+	Cut cut = {.objects = objects};
+	guint n = 0;
+
+	pr_framer_init(&framer, PR_FRAMER_OBJECTS);
+	pr_framer_feed(&framer, "{", 1, collect, &cut);
+	while (!cut.faults && n <= PR_FRAME_OBJECT_MAX) {
+		pr_framer_feed(&framer, &byte, 1, collect, &cut);
+		n++;
+	}
+	assert_int_equal(cut.faults, 1);
+	return n;
 }
 
 static void depth_and_length_are_bounded(void **state)
 {
-	PrQmpFrame frame;
-	guint n = 0;
+	assert_int_equal(bytes_until_fault('{'), PR_FRAME_DEPTH);
+	assert_int_equal(bytes_until_fault(' '), PR_FRAME_OBJECT_MAX);
+}
 
-	pr_qmp_frame_init(&frame);
-	while (pr_qmp_frame_push(&frame, '{') == PR_QMP_FRAME_MORE)
-		n++;
-	assert_int_equal(n, PR_QMP_DEPTH_MAX);
-	pr_qmp_frame_clear(&frame);
-	pr_qmp_frame_init(&frame);
-	assert_int_equal(pr_qmp_frame_push(&frame, '{'), PR_QMP_FRAME_MORE);
-	for (n = 1; pr_qmp_frame_push(&frame, ' ') == PR_QMP_FRAME_MORE; n++)
-		assert_true(n <= PR_QMP_OBJECT_MAX);
-	assert_int_equal(n, PR_QMP_OBJECT_MAX);
-	pr_qmp_frame_clear(&frame);
+/* QEMU prints unsigned 64-bit numbers, of up to 20 digits. */
+static void long_numbers_pass(void **state)
+{
+	static const char number[] = "{\"n\": 18446744073709551615}";
+	g_autoptr(GString) objects = g_string_new(NULL);
+	g_auto(PrFramer) framer;
+	Cut cut = {.objects = objects};
+
+	pr_framer_init(&framer, PR_FRAMER_OBJECTS);
+	pr_framer_feed(&framer, number, strlen(number), collect, &cut);
+	assert_string_equal(objects->str, number);
+	assert_int_equal(cut.faults, 0);
 }
 
 /* Conversations */
@@ -244,7 +277,7 @@ static void a_descriptor_travels_with_its_command(void **state)
 	pr_qmp_free(qmp);
 }
 
-static void a_late_answer_hurts_nobody(void **state)
+static void a_late_answer_is_ignored(void **state)
 {
 	g_autoptr(FakeQmp) fake = fake_qmp_new(NULL);
 	PrQmp *qmp = connect_to(fake, LATE_TIMEOUT, NULL);
@@ -299,7 +332,7 @@ static void another_protocol_is_recognized(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL));
 }
 
-/* Each ends the call that waits, and every later one, and tells the owner once. */
+/* Each ends the waiting call and every later one, and is reported to the owner once. */
 static void garbage_ends_the_connection(void **state)
 {
 	static const char *const garbage[] = {
@@ -321,7 +354,7 @@ static void garbage_ends_the_connection(void **state)
 	}
 }
 
-/* JSON, but not an answer: nobody's business. */
+/* JSON that is no answer is ignored. */
 static void strange_objects_are_skipped(void **state)
 {
 	static const char *const strange[] = {
@@ -348,7 +381,7 @@ static void strange_objects_are_skipped(void **state)
 	pr_qmp_free(qmp);
 }
 
-static void an_answer_that_is_neither_is_an_error(void **state)
+static void an_answer_without_return_or_error_is_an_error(void **state)
 {
 	g_autoptr(FakeQmp) fake = fake_qmp_new(NULL);
 	PrQmp *qmp = connect_to(fake, TIMEOUT, NULL);
@@ -361,7 +394,7 @@ static void an_answer_that_is_neither_is_an_error(void **state)
 	pr_qmp_free(qmp);
 }
 
-static void the_end_is_told_once_and_in_words(void **state)
+static void the_end_is_reported_once_with_its_cause(void **state)
 {
 	g_autoptr(FakeQmp) fake = fake_qmp_new(NULL);
 	g_auto(Seen) seen = {.events = g_string_new(NULL)};
@@ -373,7 +406,7 @@ static void the_end_is_told_once_and_in_words(void **state)
 	assert_fails(qmp, "stop", PR_GUEST_ERROR_DIED, "");
 	wait_for_death(&seen);
 	assert_non_null(strstr(seen.reason, "QEMU is gone"));
-	/* Who asks later is told at once. */
+	/* A later observer is called at once. */
 	pr_qmp_on_death(qmp, on_died, &late);
 	assert_int_equal(late.deaths, 1);
 	pr_qmp_free(qmp);
@@ -397,19 +430,20 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(objects_are_cut_by_their_braces),
 		cmocka_unit_test(depth_and_length_are_bounded),
+		cmocka_unit_test(long_numbers_pass),
 		cmocka_unit_test(a_command_is_answered),
 		cmocka_unit_test(errors_of_qemu_are_passed_on),
 		cmocka_unit_test(answers_out_of_order_find_their_callers),
 		cmocka_unit_test(a_descriptor_travels_with_its_command),
-		cmocka_unit_test(a_late_answer_hurts_nobody),
+		cmocka_unit_test(a_late_answer_is_ignored),
 		cmocka_unit_test(events_are_delivered_in_order),
 		cmocka_unit_test(no_greeting_is_a_timeout),
 		cmocka_unit_test(a_missing_socket_is_named),
 		cmocka_unit_test(another_protocol_is_recognized),
 		cmocka_unit_test(garbage_ends_the_connection),
 		cmocka_unit_test(strange_objects_are_skipped),
-		cmocka_unit_test(an_answer_that_is_neither_is_an_error),
-		cmocka_unit_test(the_end_is_told_once_and_in_words),
+		cmocka_unit_test(an_answer_without_return_or_error_is_an_error),
+		cmocka_unit_test(the_end_is_reported_once_with_its_cause),
 		cmocka_unit_test(a_shutdown_is_named),
 	};
 

@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The guest of the benchmark: one worker on each vCPU accesses pages of a large buffer and times every
- * access, whichever engine moves the guest.
+ * The guest of the benchmark. One worker on each vCPU accesses pages of a large buffer and times
+ * every access, whichever engine moves the guest.
  *
- * Nothing falls between two accesses: one lasts from the end of the last to its own end, so that a page
- * of the kernel or of the program that is missing counts, too, and so does a vCPU that is not run. The
- * guest's clock stands still while it is stopped: downtime is not in these figures.
+ * There is no gap between two accesses: one lasts from the end of the last to its own end. So a
+ * missing page of the kernel or of this program counts, too, and so does a vCPU that does not run.
+ * The guest's clock does not advance while the guest is stopped, so downtime is not in these
+ * figures.
  *
- * The figures never go over the console. They are kept in a region of their own, a histogram for each
- * SLOT_NS of the guest's clock, and whoever runs the guest reads them in its RAM: the console says in
- * which pages they are. tests/bench/compare/guest.py knows this layout, too.
+ * The figures never go over the console. They are in a region of their own, a histogram for each
+ * SLOT_NS of the guest's clock. The host reads them in the guest's RAM; the console lists their
+ * pages. tests/bench/compare/guest.py reads this layout, too.
  *
- * Environment: lat_mb (size of the buffer, MiB), lat_kind (random-write, sequential, read-mostly, idle),
- * lat_threads, lat_stall_ns (accesses that take as long count as stalls). Prints
+ * Environment: lat_mb (size of the buffer, MiB), lat_kind (random-write, sequential, read-mostly,
+ * idle), lat_threads, lat_stall_ns (accesses that take as long count as stalls). Prints
  *
  *	latency: pages=N clock=tsc clock_ns=90	(cost of reading the clock)
  *	latency: at FIRST+COUNT …		(page frames of the region, in order; several lines)
@@ -40,14 +41,14 @@
 
 #define MAGIC	      0x3179636e6574616cull /* "latency1" */
 #define SLOT_NS	      10000000ull
-#define N_SLOTS	      4096u	 /* 41 s, then they are used again */
+#define N_SLOTS	      4096u	 /* 41 s, then the slots are used again */
 #define N_BUCKETS     120u	 /* four for each doubling, from 64 ns */
 #define IDLE_NS	      1000000ull /* an idle worker touches a page this often */
 #define HOT_PART      10u	 /* read-mostly: a tenth of the pages … */
 #define HOT_PERCENT   90u	 /* … has nine tenths of the accesses */
 #define WRITE_PERCENT 5u
 
-/* The accesses that ended within one stretch of the guest's clock. */
+/* The accesses that ended within one slot of the guest's clock. */
 struct slot {
 	uint64_t number; /* the slot's start / SLOT_NS */
 	uint64_t sum_ns, max_ns;
@@ -55,12 +56,12 @@ struct slot {
 	uint32_t buckets[N_BUCKETS];
 };
 
-/* Written by its worker alone, read from outside. */
+/* Written by one worker only, read by the host. */
 struct head {
 	uint64_t magic, worker;
 	uint64_t now; /* end of the last access, guest's clock, ns */
 	uint64_t accesses, corrupt;
-	uint64_t clock_ns; /* what reading the clock costs */
+	uint64_t clock_ns; /* the time to read the clock */
 	uint64_t rest[WORDS - 6];
 };
 
@@ -114,7 +115,7 @@ static uint64_t now_ns(void)
 	return (uint64_t)ts.tv_sec * SECOND + (uint64_t)ts.tv_nsec;
 }
 
-/* ---- the accesses ---- */
+/* The accesses */
 
 static uint64_t next_random(struct worker *w)
 {
@@ -124,7 +125,7 @@ static uint64_t next_random(struct worker *w)
 	return w->random >> 11;
 }
 
-/* Every page that is looked at has to be the right one. */
+/* Checks that the page is the right one. */
 static volatile uint64_t *open_page(struct worker *w, uint64_t number)
 {
 	volatile uint64_t *page = w->buffer + number * WORDS;
@@ -174,7 +175,7 @@ static const struct kind kinds[] = {
 	{"idle", access_random, true},
 };
 
-/* ---- the figures ---- */
+/* The figures */
 
 /* 0: below 64 ns; then four for each doubling. */
 static unsigned int bucket_of(uint64_t ns)
@@ -214,7 +215,7 @@ static void sleep_until(uint64_t due)
 	clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL);
 }
 
-/* As fast as it goes. */
+/* Accesses without pauses. */
 static void run_busy(struct worker *w)
 {
 	for (uint64_t last = now_ns();;) {
@@ -225,7 +226,7 @@ static void run_busy(struct worker *w)
 	}
 }
 
-/* An access every IDLE_NS; it lasts from when it was due, so a wake-up that is late counts. */
+/* An access every IDLE_NS. It lasts from its due time, so a late wake-up counts. */
 static void run_paced(struct worker *w)
 {
 	for (uint64_t due = now_ns();;) {
@@ -234,7 +235,7 @@ static void run_paced(struct worker *w)
 		w->kind->access(w);
 		uint64_t now = now_ns();
 		record(w, now, now - due);
-		if (now > due + IDLE_NS) /* what was missed is not made up for */
+		if (now > due + IDLE_NS) /* missed accesses are not repeated */
 			due = now;
 	}
 }
@@ -256,7 +257,7 @@ static void *work(void *opaque)
 		page[0] = STAMP ^ i;
 	}
 	atomic_fetch_add(&n_ready, 1);
-	/* Not asleep: emulated vCPUs have been seen to sleep far too long here. */
+	/* Spins, as emulated vCPUs may sleep far too long here. */
 	while (atomic_load(&n_ready) <= w->n_pages / w->n_own)
 		sched_yield();
 	if (w->kind->paced)
@@ -265,7 +266,7 @@ static void *work(void *opaque)
 	return NULL;
 }
 
-/* ---- set-up ---- */
+/* Set-up */
 
 static void *map_pages(uint64_t size)
 {
@@ -276,7 +277,7 @@ static void *map_pages(uint64_t size)
 	return at;
 }
 
-/* The cheapest of many, because the others were interrupted. */
+/* The shortest of many, as the others were interrupted. */
 static uint64_t clock_cost(void)
 {
 	uint64_t best = UINT64_MAX;

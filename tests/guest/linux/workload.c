@@ -1,23 +1,24 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the Linux test guest does all day: workers rewrite and verify every page of a large buffer; a
+ * The work of the Linux test guest: workers rewrite and verify every page of a large buffer, and a
  * reporter prints a line about it on the console.
  *
  * Each page holds a stamp (buffer position and generation) and a pattern made from the stamp. A
- * worker visits its pages in a scattered but known order, so that it knows which generation each of
- * them must have: a page that is torn, swapped with another, zeroed or stale is counted and reported.
+ * worker visits its pages in a scattered but known order, so it knows the generation that each page
+ * must have. It counts and reports a page that is torn, swapped with another, zeroed or stale.
  *
- * The reporter is a process of its own on CPU 0 and the workers are on CPU 1: workers that wait for a
- * page which can't be fetched never keep the reporter from printing. What they share is one page,
- * `stats`; the reporter only reads it, each worker writes its own part, all accesses are atomic.
+ * The reporter is a process of its own on CPU 0, and the workers run on CPU 1. So workers that wait
+ * for a page which can't be fetched never keep the reporter from printing. They share one page,
+ * `stats`: the reporter only reads it, each worker writes its own part, all accesses are atomic.
  *
- * The kernel has pages of its own, though, and CPU 0 may need any of them. With work_survey=1 a surveyor
- * on CPU 1 reads a word of every page of RAM that is not in the buffer, over and over: once it has
- * gone round after a switch-over, only pages of the buffer can still be missing. With work_per_survey=N the
- * workers visit at most N pages during a round of the surveyor, so that it does go round before they do.
+ * But CPU 0 may need any page of the kernel. With work_survey=1 a surveyor on CPU 1 reads a word of
+ * every page of RAM that is not in the buffer, over and over. After its first round behind a
+ * switch-over, only pages of the buffer can be missing. With work_per_survey=N the workers visit at
+ * most N pages during a round of the surveyor, so that it completes its round before they do.
  *
  * Environment: work_mb (size of the buffer, MiB), work_threads, work_rate (pages a second, 0: no
- * limit), work_survey, work_per_survey (pages, 0: no limit). Prints, once all pages have their first generation and then every work_tick ms:
+ * limit), work_survey, work_per_survey (pages, 0: no limit). Prints, once all pages have their
+ * first generation and then every work_tick ms:
  *
  *	guest: t=12.345 rounds=3 pages=123456 corrupt=0 surveys=0
  */
@@ -42,7 +43,7 @@
 #define MAX_WORKERS 8
 #define MAX_REPORTS 16
 #define STAMP	    0x706f7374726f6164ull /* first word of each page, xor position and generation */
-#define BATCH	    64			  /* pages between two looks at the clock */
+#define BATCH	    64			  /* pages between two readings of the clock */
 
 struct report {
 	atomic_bool ready;
@@ -65,8 +66,8 @@ struct stats {
 struct worker {
 	struct stats *stats;
 	unsigned int id;
-	uint64_t *buffer; /* its own part */
-	uint64_t first;	  /* page number of that part within the whole buffer */
+	uint64_t *buffer; /* this worker's part of the buffer */
+	uint64_t first;	  /* the first page number of that part in the whole buffer */
 	uint64_t n_pages;
 	uint64_t rate;	     /* pages a second, 0: no limit */
 	uint64_t per_survey; /* pages during a round of the surveyor, 0: no limit */
@@ -142,7 +143,7 @@ static void verify(struct worker *w, const uint64_t *at, uint64_t page, uint64_t
 	}
 }
 
-/* Sleeps until `pages` are due at the worker's rate. */
+/* Sleeps until the worker may visit `pages` at its rate. */
 static void pace(const struct worker *w, uint64_t start, uint64_t pages)
 {
 	uint64_t due = start + pages * 1000000000u / w->rate;
@@ -168,7 +169,7 @@ static uint64_t scatter(uint64_t n)
 	}
 }
 
-/* Waits until the surveyor has gone far enough for n pages in all. */
+/* Waits until the rounds of the surveyor allow n pages in all. */
 static void await_survey(const struct worker *w, uint64_t n)
 {
 	struct timespec rest = {.tv_nsec = 1000000};

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The moments at which it matters what a helper that dies leaves behind in a guest's process. A test program may
- * hook itself in and kill the helper there (tests/e2e/killable.c); in the engine as it is installed nobody does,
- * and a point is one comparison.
+ * Crash points: the moments at which the death of a helper leaves a different state behind in the
+ * guest's process. A test program may set the hook and kill the helper there
+ * (tests/e2e/killable.c). The installed engine sets no hook, so that a crash point costs one
+ * comparison.
  */
 #pragma once
 
 #include <stddef.h>
 
-/* What the names say has just been done. */
-#define PR_ATTACH_POINTS(POINT)                                                                    \
+/* Each is named for the step that has just been done. */
+#define PR_ATTACH_CRASH_POINTS(POINT)                                                              \
 	POINT(STOPPED, "attach-stopped")                                                           \
 	POINT(SCRATCH_WRITTEN, "attach-scratch-written")                                           \
 	POINT(REGISTERS_SET, "attach-registers-set")                                               \
@@ -30,18 +31,18 @@
 	POINT(UNREGISTERED, "attach-unregistered")                                                 \
 	POINT(UFFD_CLOSED, "attach-uffd-closed")
 
-#define PR_ATTACH_POINT_ID(id, name) PR_ATTACH_##id,
-typedef enum PrAttachPoint {
-	PR_ATTACH_POINTS(PR_ATTACH_POINT_ID) PR_ATTACH_N_POINTS
-} PrAttachPoint;
-#undef PR_ATTACH_POINT_ID
+#define PR_ATTACH_CRASH_ID(id, name) PR_ATTACH_CRASH_##id,
+typedef enum PrAttachCrashPoint {
+	PR_ATTACH_CRASH_POINTS(PR_ATTACH_CRASH_ID) PR_ATTACH_N_CRASH_POINTS
+} PrAttachCrashPoint;
+#undef PR_ATTACH_CRASH_ID
 
-typedef void (*PrAttachHook)(PrAttachPoint point);
-extern PrAttachHook pr_attach_hook; /* set before the fork; NULL but in tests */
-const char *pr_attach_point_name(PrAttachPoint point);
+typedef void (*PrAttachCrashHook)(PrAttachCrashPoint point);
+extern PrAttachCrashHook pr_attach_crash_hook; /* set before the fork; NULL but in tests */
+const char *pr_attach_crash_point_name(PrAttachCrashPoint point);
 
-static inline void pr_attach_point(PrAttachPoint point)
+static inline void pr_attach_crash_point(PrAttachCrashPoint point)
 {
-	if (__builtin_expect(pr_attach_hook != NULL, 0))
-		pr_attach_hook(point);
+	if (__builtin_expect(pr_attach_crash_hook != NULL, 0))
+		pr_attach_crash_hook(point);
 }
