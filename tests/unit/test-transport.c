@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What every transport has to do, run against each of them. */
 #include <dirent.h>
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <setjmp.h>
@@ -643,6 +644,50 @@ static void a_port_where_nobody_listens_is_a_connect_error(void **state)
 	assert_non_null(strstr(error->message, rig->uri->host));
 }
 
+static gint threads_are_refused; /* atomic */
+
+/* Takes the place of GLib's in all of this program, so that threads can be made to lack. */
+GThread *g_thread_try_new(const char *name, GThreadFunc function, gpointer data, GError **error)
+{
+	GThread *(*try_new)(const char *, GThreadFunc, gpointer, GError **) = NULL;
+
+	*(void **)&try_new = dlsym(RTLD_NEXT, "g_thread_try_new");
+	if (!g_atomic_int_get(&threads_are_refused))
+		return try_new(name, function, data, error);
+	g_set_error_literal(error, G_THREAD_ERROR, G_THREAD_ERROR_AGAIN, "no thread for a test");
+	return NULL;
+}
+
+static void a_lack_of_threads_is_an_error_of_listen(void **state)
+{
+	g_autoptr(Rig) rig = new_rig(state);
+	g_autoptr(GError) error = NULL;
+
+	g_atomic_int_set(&threads_are_refused, TRUE);
+	assert_null(rig->ops->listen(rig->uri, &error));
+	g_atomic_int_set(&threads_are_refused, FALSE);
+	assert_non_null(error);
+}
+
+static void a_lack_of_threads_is_an_error_of_connect(void **state)
+{
+	g_autoptr(Rig) rig = new_rig(state);
+	PrPathSetup setup = rig_setup(rig, &rig->source);
+	Incarnation peer = {.rig = rig, .destination = rig_setup(rig, &rig->destination)};
+	g_autoptr(GError) error = NULL;
+
+	setup.on_failed = peer.destination.on_failed = on_end;
+	rig_fill_source(rig);
+	peer.accepting = g_thread_new("accept", accept_incarnation, &peer);
+	g_atomic_int_set(&threads_are_refused, TRUE);
+	assert_null(rig->ops->connect(&setup, &error));
+	g_atomic_int_set(&threads_are_refused, FALSE);
+	assert_non_null(error);
+	g_thread_join(peer.accepting);
+	if (peer.accepted)
+		pr_data_path_destroy(peer.accepted);
+}
+
 static void an_unknown_option_is_named(void **state)
 {
 	const Backend *backend = *state;
@@ -736,6 +781,8 @@ static const struct CMUnitTest tests[] = {
 	FOR_BACKEND(connect_gives_up_when_nobody_accepts),
 	FOR_BACKEND(accept_and_connect_can_be_cancelled),
 	FOR_BACKEND(a_port_where_nobody_listens_is_a_connect_error),
+	FOR_BACKEND(a_lack_of_threads_is_an_error_of_listen),
+	FOR_BACKEND(a_lack_of_threads_is_an_error_of_connect),
 	FOR_BACKEND(an_unknown_option_is_named),
 	FOR_BACKEND(fifty_paths_leave_no_descriptor_and_no_thread_behind),
 };

@@ -43,7 +43,10 @@ PrDataListener *pr_tcp_listen(const PrUri *uri, GError **error)
 	listener = g_new0(TcpListener, 1);
 	listener->base.ops = &pr_transport_tcp;
 	listener->desk = pr_pending_lanes_new(refuse, NULL, error);
-	return &listener->base;
+	if (listener->desk)
+		return &listener->base;
+	g_free(listener);
+	return NULL;
 }
 
 void pr_tcp_offer(PrDataListener *listener, GSocketConnection *connection, const PrLaneHello *hello)
