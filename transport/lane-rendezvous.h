@@ -37,3 +37,5 @@ void pr_pending_lanes_forget(PrPendingLanes *desk, const PrBinding *binding);
  * cancel. */
 gpointer pr_pending_lanes_claim(PrPendingLanes *desk, const PrPathSetup *setup, gint64 deadline,
 				PrLaneId *ret_lane, GError **error);
+/* Refuses an arrival that was claimed. */
+void pr_pending_lanes_refuse(PrPendingLanes *desk, gpointer arrival, const char *reason);

@@ -70,7 +70,7 @@ const char *foreign_perform(PrVerbsPath *path, guint lane, const char *operation
 	const char *status;
 
 	memset(page, MARK, FOREIGN_BYTES);
-	mr = ibv_reg_mr(path->rail.pd, page, FOREIGN_BYTES, IBV_ACCESS_LOCAL_WRITE);
+	mr = ibv_reg_mr(path->device.pd, page, FOREIGN_BYTES, IBV_ACCESS_LOCAL_WRITE);
 	if (!mr) {
 		complain(error, "ibv_reg_mr", errno);
 		return NULL;
@@ -99,7 +99,7 @@ gboolean foreign_lay_bait(PrVerbsPath *path, ForeignBait *ret, GError **error)
 {
 	ForeignBait bait = {.page = g_malloc0(FOREIGN_BYTES)};
 
-	bait.mr = ibv_reg_mr(path->rail.pd, bait.page, FOREIGN_BYTES,
+	bait.mr = ibv_reg_mr(path->device.pd, bait.page, FOREIGN_BYTES,
 			     IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_READ |
 				     IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC);
 	if (!bait.mr) {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Preloaded into an engine, turns its WRITE_AT-th READ of a guest's page into an RDMA WRITE and its ATOMIC_AT-th into an
- * atomic addition, with the very address and key: a destination that turns on its source. Each is told on standard
- * error.
+ * Preloaded into an engine, turns its WRITE_AT-th READ of a guest's page into an RDMA WRITE and
+ * its ATOMIC_AT-th into an atomic addition, with the very address and key: a destination that
+ * turns on its source. Each is told on standard error.
  */
 #include <dlfcn.h>
 #include <infiniband/verbs.h>

@@ -623,7 +623,7 @@ def attempt_on_dead_rail(pair):
         except LabError as error:
             # If it was something else that was lost, the source had not got so far as to ask.
             print(f"     {error}")
-            hits += "rail rxe1 is DOWN" in str(error)
+            hits += "device rxe1 is DOWN" in str(error)
         else:
             raise LabError("the source connected through a black hole")
         expect(time.monotonic() - began < 20, "it has tried again on a rail that is down")

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Both sides of one data path in one process, or the source in a process of its own, over loopback.
- * The rig stands in for the engine: it has the control port's listener and both sides' memory.
+ * Both sides of one data path in one process, or the source in a process of its own, over
+ * loopback. The rig stands in for the engine: it has the control port's listener and both sides'
+ * memory.
  *
- * Nothing but RDMA devices carry rdma:, so its address must be given: that of such a device of this host.
+ * Nothing but RDMA devices carry rdma:, so its address must be given: that of such a device of
+ * this host.
  */
 #pragma once
 
@@ -59,7 +61,8 @@ void rig_connect(Rig *rig);
 /* As above, with the source in another process. */
 void rig_connect_child(Rig *rig);
 void rig_kill_child(Rig *rig);
-/* What a test program's main() calls first: runs the source of rig_connect_child() where it is one. */
+/* What a test program's main() calls first: runs the source of rig_connect_child() where it is
+ * one. */
 void rig_main_source(int argc, char **argv);
 
 /* The byte that belongs at an offset of a block. */
