@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The ops tables of this build, for pr_transport_find() and for their own files. Everybody else
- * asks pr_transport_find().
+ * The ops tables of this build, for pr_transport_find() and for the files of the backends. All
+ * other code calls pr_transport_find().
  */
 #pragma once
 
@@ -11,8 +11,8 @@
 extern const PrTransportOps *const pr_transport_rdma;
 extern const PrTransportOps pr_transport_tcp;
 extern const PrTransportOps pr_transport_ofi;
-/* Stands for every scheme "faulty+X"; it finds X itself. */
+/* Serves each scheme "faulty+X"; it finds X itself. */
 extern const PrTransportOps pr_transport_faulty;
 
-/* A scheme that begins with this is pr_transport_faulty's. */
+/* Schemes that begin with this belong to pr_transport_faulty. */
 #define PR_FAULTY_PREFIX "faulty+"

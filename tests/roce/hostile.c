@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Preloaded into an engine, turns its WRITE_AT-th READ of a guest's page into an RDMA WRITE and
- * its ATOMIC_AT-th into an atomic addition, with the very address and key: a destination that
- * turns on its source. Each is told on standard error.
+ * A library that is preloaded into an engine, to play a destination that attacks its source. It
+ * turns the WRITE_AT-th READ of a guest's page into an RDMA WRITE, and the ATOMIC_AT-th into an
+ * atomic addition, with the same address and key. It reports both on standard error.
  */
 #include <dlfcn.h>
 #include <infiniband/verbs.h>
@@ -15,10 +15,10 @@
 
 typedef int (*PostSend)(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_wr **bad);
 
-static _Atomic(PostSend) post_send; /* the driver's: all devices have the same */
+static _Atomic(PostSend) post_send; /* the driver's; all devices have the same one */
 static atomic_uint n_reads;
 
-static void tell(const char *what, const struct ibv_send_wr *wr)
+static void report(const char *what, const struct ibv_send_wr *wr)
 {
 	fprintf(stderr, "hostile: %s to 0x%llx instead of a READ\n", what,
 		(unsigned long long)wr->wr.rdma.remote_addr);
@@ -34,10 +34,10 @@ static int post_one(struct ibv_qp *qp, const struct ibv_send_wr *wanted, struct 
 	if (wr.opcode == IBV_WR_RDMA_READ && wr.num_sge == 1)
 		number = atomic_fetch_add(&n_reads, 1) + 1;
 	if (number == WRITE_AT) {
-		tell("WRITE", &wr);
+		report("WRITE", &wr);
 		wr.opcode = IBV_WR_RDMA_WRITE;
 	} else if (number == ATOMIC_AT) {
-		tell("atomic", &wr);
+		report("atomic", &wr);
 		sge = wanted->sg_list[0];
 		sge.length = ATOMIC_BYTES;
 		wr.sg_list = &sge;
@@ -64,7 +64,7 @@ static int hostile_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct i
 	return 0;
 }
 
-/* Instead of libibverbs's. */
+/* Takes the place of libibverbs's function. */
 struct ibv_context *ibv_open_device(struct ibv_device *device)
 {
 	struct ibv_context *(*open_device)(struct ibv_device *) = NULL;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * rdma-pair source|destination URI: one side of a data path, moved step by step from standard
- * input. Each line is a command, answered by one line: "ok", "ok RESULT" or "error WHY". Stands
- * in for the engine where both sides have to be on two hosts; test_verbs.py drives two of them.
+ * rdma-pair source|destination URI: one side of a data path, moved step by step from standard input.
+ * Each line is a command, answered by one line: "ok", "ok RESULT" or "error WHY". Stands in for
+ * the engine where both sides have to be on two hosts; test_verbs.py drives two of them.
  *
  * Memory is BLOCKS memfds of BLOCK_BYTES. What a byte has to be follows from block, offset and a
  * seed, so that each side can tell by itself.
@@ -331,13 +331,13 @@ static gboolean bait(Side *side, char **words, GString *ret, GError **error)
 static gboolean own_key(Side *side, char **words, GString *ret, GError **error)
 {
 	uint64_t offset = number(words[2]);
-	const PrVerbsDestinationMr *range =
+	const PrVerbsDestinationMr *import =
 		pr_verbs_destination_mr_find((PrVerbsPath *)side->path, number(words[1]), offset);
 
-	if (!range || !range->mr)
+	if (!import || !import->mr)
 		return complain(error, "nothing is registered there");
 	g_string_printf(ret, "%" PRIuPTR " %u", (uintptr_t)at(side, number(words[1]), offset),
-			range->mr->lkey);
+			import->mr->lkey);
 	return TRUE;
 }
 
@@ -502,8 +502,8 @@ static gboolean close_path(Side *side, char **words, GString *ret, GError **erro
 	return drained ? TRUE : complain(error, "not drained in time");
 }
 
-/* LANE COUNT SIZE: posts READs from the beginning of block 0 and ends the path under them, then
- * marks where they would have landed. How long the end took, in microseconds. */
+/* LANE COUNT SIZE: posts READs from the beginning of block 0 and ends the path under them, then marks where
+ * they would have landed. How long the end took, in microseconds. */
 static gboolean abandon(Side *side, char **words, GString *ret, GError **error)
 {
 	guint lane = number(words[1]), n = number(words[2]), size = number(words[3]);
@@ -575,8 +575,8 @@ static int compare(gconstpointer a, gconstpointer b)
 	return *x < *y ? -1 : *x > *y;
 }
 
-/* LANE SIZE COUNT: one READ after the other; answers median and 99th percentile in nanoseconds.
- * The lane is polled, as the engine and ib_read_lat do. */
+/* LANE SIZE COUNT: one READ after the other; answers median and 99th percentile in nanoseconds. The lane is
+ * polled, as the engine and ib_read_lat do. */
 static gboolean latency(Side *side, char **words, GString *ret, GError **error)
 {
 	guint lane = number(words[1]), size = number(words[2]), n = number(words[3]);

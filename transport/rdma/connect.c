@@ -6,7 +6,7 @@
  * 	source                                  destination
  * 	address, route resolved
  * 	queue pair INIT
- * 	  connect (PrLaneHello, READ depth)  ──▶  judged by the listener
+ * 	  connect (PrLaneHello, READ depth)  ──▶  checked by the listener
  * 	                                          queue pair INIT, ready
  * 	                                     ◀──  accept, or reject (a reason in words)
  * 	queue pair ready
@@ -306,7 +306,8 @@ gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPat
 static gboolean migrate_id(PrVerbsPath *path, struct rdma_cm_id *id, GError **error)
 {
 	if (rdma_migrate_id(id, path->channel))
-		return pr_verbs_error(path->uri, "cannot take the data lane over", errno, error);
+		return pr_verbs_error(path->uri, "cannot move the data lane to its path", errno,
+				      error);
 	return use_device(path, id, error);
 }
 

@@ -19,8 +19,8 @@
 #include <errno.h>
 #include <string.h>
 
-#include "util/try-alloc.h"
 #include "transport/rdma/path.h"
+#include "util/try-alloc.h"
 
 static void handle_cm_event(PrVerbsPath *path, const PrVerbsEvent *event)
 {
@@ -115,7 +115,7 @@ typedef struct Watches {
 	Watch of[PR_LANES_MAX];
 } Watches;
 
-static void look_at_reads(PrVerbsPath *path, const PrVerbsLane *lane, Watch *watch)
+static void check_deadline(PrVerbsPath *path, const PrVerbsLane *lane, Watch *watch)
 {
 	gint64 oldest = pr_verbs_lane_oldest(lane), age = g_get_monotonic_time() - oldest;
 	gint n_polls = g_atomic_int_get(&lane->n_polls);
@@ -143,7 +143,7 @@ static int watch_reads(PrVerbsPath *path, Watches *watches)
 	if (now >= watches->next_us) {
 		for (guint i = 0; i < path->base.n_lanes; i++)
 			if (pr_lane_is_urgent(i))
-				look_at_reads(path, &path->lanes[i], &watches->of[i]);
+				check_deadline(path, &path->lanes[i], &watches->of[i]);
 		watches->next_us = now + (gint64)path->options.read_deadline_ms * 1000 / LOOKS;
 	}
 	return (int)((watches->next_us - now) / 1000 + 1);

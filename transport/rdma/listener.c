@@ -15,10 +15,10 @@
 #include <errno.h>
 
 #include "transport/backends.h"
-#include "transport/net/dial.h"
 #include "transport/lane-rendezvous.h"
-#include "util/try-alloc.h"
+#include "transport/net/dial.h"
 #include "transport/rdma/path.h"
+#include "util/try-alloc.h"
 
 #define BACKLOG	    16
 #define RELISTEN_MS 250

@@ -144,8 +144,8 @@ typedef struct PrVerbsSourceMr {
 	uint32_t block;
 	uint64_t offset, length; /* bytes within the block */
 	struct ibv_mr *mr;
-	PrVerbsMapping watch; /* holds the mapping that shows which pages were replaced */
-	uint64_t watch_at;    /* offset of that mapping within `watch` */
+	PrVerbsMapping presence; /* room around the presence mapping: see source-mr.c */
+	uint64_t presence_at;	 /* offset of the presence mapping in that room */
 } PrVerbsSourceMr;
 
 typedef struct PrVerbsPath {

@@ -184,8 +184,8 @@ static PrDataPath *tcp_connect(const PrPathSetup *setup, GError **error)
 	return &g_steal_pointer(&path)->base;
 }
 
-/* Requests name block and offset, and the source checks them against its regions: no keys needed.
- */
+/* Requests name block and offset, and the source checks them against its regions: no keys
+ * needed. */
 static GArray *tcp_grants(PrDataPath *path)
 {
 	return g_array_new(FALSE, FALSE, sizeof(PrGrant));
