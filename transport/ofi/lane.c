@@ -102,12 +102,11 @@ struct fi_info *pr_ofi_getinfo(const PrUri *uri, uint16_t port, gboolean listeni
 		err = getinfo(uri, port, listening, providers[i], &info);
 	if (!err)
 		return info;
-	g_set_error(
-		error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-		"path %s: libfabric has no way %s host \"%s\" with provider %s: %s; check the host "
-		"and ?" PR_OPTION_BIND "=, or choose another ?provider=",
-		uri->text, listening ? "to listen at" : "to", uri->host,
-		wanted ? wanted : "net or tcp", fi_strerror(-err));
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		    "path %s: libfabric cannot %s host \"%s\" with provider %s: %s; check the host "
+		    "and ?" PR_OPTION_BIND "=, or choose another ?provider=",
+		    uri->text, listening ? "listen at" : "reach", uri->host,
+		    wanted ? wanted : "net or tcp", fi_strerror(-err));
 	return NULL;
 }
 

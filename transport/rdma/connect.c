@@ -85,7 +85,7 @@ static gboolean event_error(const PrUri *uri, const PrVerbsEvent *event, GError 
 	case RDMA_CM_EVENT_REJECTED:
 		return rejected(uri, event, error);
 	case RDMA_CM_EVENT_ADDR_ERROR:
-		return pr_verbs_error(uri, "no way to the host", event->status, error);
+		return pr_verbs_error(uri, "cannot reach the host", event->status, error);
 	case RDMA_CM_EVENT_ROUTE_ERROR:
 		return pr_verbs_error(uri, "no route to the host", event->status, error);
 	default:
@@ -160,7 +160,7 @@ static gboolean resolve_address(PrVerbsPath *path, PrVerbsLane *lane, const PrPa
 		g_socket_address_to_native(from, &source, sizeof(source), NULL);
 	if (rdma_resolve_addr(lane->cm, from ? (struct sockaddr *)&source : NULL,
 			      (struct sockaddr *)&target, ms_left(deadline)))
-		return pr_verbs_error(setup->uri, "no way to the host", errno, error);
+		return pr_verbs_error(setup->uri, "cannot reach the host", errno, error);
 	return await(path, lane, setup, RDMA_CM_EVENT_ADDR_RESOLVED, deadline, &event, error);
 }
 

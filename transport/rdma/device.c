@@ -43,7 +43,7 @@ static const char *remedy(int number)
 		/* librdmacm sets ENOENT in this case. */
 		if (access(CM_DEVICE, R_OK | W_OK) < 0)
 			return NO_PERMISSION;
-		return "; no RDMA device of this host (rdma link) has that address or a way to it: "
+		return "; no RDMA device of this host (rdma link) has that address or a route to it: "
 		       "check the addresses and links, for soft-RoCE: rdma link add rxe0 type rxe "
 		       "netdev ETH";
 	case ENOMEM:
@@ -96,7 +96,7 @@ static gboolean check_device(const PrVerbsDevice *device, const PrUri *uri,
 	if (options->device && strcmp(options->device, name))
 		g_set_error(
 			error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			"path %s: option dev=%s, but the way there is by %s; give the address of "
+			"path %s: option dev=%s, but the route there uses %s; give the address of "
 			"%s on both sides (?" PR_OPTION_BIND "= for ours), or leave dev out",
 			uri->text, options->device, name, options->device);
 	else if (device->context->device->transport_type != IBV_TRANSPORT_IB)

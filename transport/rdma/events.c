@@ -107,7 +107,7 @@ static gboolean next_device_event(PrVerbsPath *path, struct ibv_async_event *ret
 typedef struct Watch {
 	gint64 oldest; /* when its oldest outstanding READ was posted */
 	gint n_polls;
-	guint n_seen; /* looks at which that READ was late through no fault of this process */
+	guint n_seen; /* looks in a row that found it while its completion could be taken */
 } Watch;
 
 typedef struct Watches {

@@ -8,9 +8,10 @@
  * completion queue and frees their slots.
  *
  * Invariants: one thread uses a lane. A slot is busy from post() until its last piece completes.
- * So an outstanding READ is never forgotten, and drain() can wait for all slots. `room` counts
- * the work requests that the send queue can still take; probes and the marker have room of their
- * own. A wr_id also carries bits of the epoch, and a completion of another epoch is ignored.
+ * So an outstanding READ is never forgotten; drain() waits for all slots, and for a marker behind
+ * pieces of READs that were only posted in part. `room` counts the work requests that the send
+ * queue can still take; probes and the marker have room of their own. A wr_id also carries bits
+ * of the epoch, and a completion of another epoch is ignored.
  *
  * Sleeping. The bulk lane polls for up to 50 us (SPIN_MAX_US) before it sleeps, for as long as
  * that has helped recently. Then the lane asks for a completion event, and looks once more for
@@ -19,8 +20,7 @@
  * Times: a send queue that has no room for 1 s (POST_TIMEOUT_MS) fails the path. The timers of
  * READs are the device's (options.c).
  *
- * Not handled: READs that complete out of order within a queue pair, which reliable connections
- * exclude.
+ * Not handled: completions out of order within a queue pair. Reliable connections exclude them.
  */
 #include <errno.h>
 #include <sched.h>

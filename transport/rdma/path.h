@@ -85,9 +85,10 @@ typedef struct PrVerbsEvent {
 /* FALSE: there is no event. */
 gboolean pr_verbs_next_event(struct rdma_event_channel *channel, PrVerbsEvent *ret);
 
+/* A READ or a probe that is outstanding. */
 typedef struct PrVerbsSlot {
 	uint64_t token;
-	guint n_wrs;
+	guint n_wrs; /* work requests posted for it */
 	gboolean busy, failed, probe;
 	struct ibv_mr *mr; /* registered for this READ alone, or NULL */
 } PrVerbsSlot;
@@ -129,8 +130,7 @@ typedef struct PrVerbsDestinationMr {
 	uint32_t rkey;
 	uint64_t offset, length; /* bytes within the block */
 	uint64_t remote;	 /* address of the first byte at the source */
-	struct ibv_mr
-		*mr; /* of our own memory; NULL: not registered yet; atomic, set under mr_lock */
+	struct ibv_mr *mr; /* of our memory; NULL: not registered; atomic, set under mr_lock */
 } PrVerbsDestinationMr;
 
 /* A mapping of this process; addr NULL: none. */
