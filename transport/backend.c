@@ -9,6 +9,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "transport/lane-rendezvous.h"
 #include "transport/net/dial.h"
 
 gboolean pr_backend_check_options(const PrUri *uri, const char *const *known, GError **error)
@@ -59,7 +60,8 @@ gboolean pr_backend_number(const PrUri *uri, const char *option, guint64 min, gu
 	return FALSE;
 }
 
-/* In constant time: the token is what keeps strangers out. */
+/* Takes the same time whatever differs: the time must tell nothing about the token, which is a
+ * secret. */
 static gboolean same_bytes(const uint8_t *a, const uint8_t *b, gsize n)
 {
 	uint8_t diff = 0;
@@ -76,10 +78,11 @@ guint pr_backend_n_lanes(const PrPathSetup *setup)
 }
 
 /*
- * What a lane shows in place of the secret, because data paths are not encrypted: HMAC-SHA256, keyed with the
- * secret, of all that it is to be good for. An epoch is of one connection, over one transport; so whoever reads
- * a token on the wire can't connect anything else with it, nor come back for the migration, which takes the
- * secret. Whoever reads it and is there before the lane it is of is past what a data path can fend off.
+ * Data paths are not encrypted, so a lane shows a token instead of the secret: HMAC-SHA256, keyed
+ * with the secret, of the purpose, the migration, the epoch and the lane. An epoch belongs to one
+ * connection over one transport. So a token that was read on the wire connects nothing but its
+ * own lane, and recovery takes the secret itself. Not handled: an attacker who reads a token and
+ * connects before the lane that it belongs to.
  */
 static void make_token(uint8_t ret[PR_TOKEN_BYTES], const PrBinding *binding, uint8_t lane)
 {
@@ -117,37 +120,122 @@ void pr_backend_lane_hello(PrLaneHello *ret, const PrBinding *binding, PrLaneId 
 	make_token(ret->token, binding, lane);
 }
 
-void pr_fate_init(PrPathLife *fate, const PrPathSetup *setup)
+static gboolean has_all_lanes(const PrDataPath *path, const PrLaneAcceptor *acceptor)
+{
+	for (guint i = 0; i < path->n_lanes; i++)
+		if (!acceptor->has_lane(path, i))
+			return FALSE;
+	return TRUE;
+}
+
+gboolean pr_backend_accept_lanes(PrDataPath *path, PrDataListener *listener,
+				 const PrPathSetup *setup, const PrLaneAcceptor *acceptor,
+				 GError **error)
+{
+	PrPendingLanes *pending = ((PrBackendListener *)listener)->pending;
+	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
+	gboolean ok = TRUE;
+
+	pr_pending_lanes_expect(pending, &setup->binding);
+	while (ok && !has_all_lanes(path, acceptor)) {
+		PrLaneId lane;
+		gpointer arrival = pr_pending_lanes_claim(pending, setup, deadline, &lane, error);
+
+		if (!arrival)
+			ok = FALSE;
+		else if (lane >= path->n_lanes || acceptor->has_lane(path, lane))
+			pr_pending_lanes_refuse(pending, arrival,
+						"the lane is connected already, or one too many");
+		else
+			ok = acceptor->accept_lane(path, listener, lane, arrival, setup, deadline,
+						   error);
+	}
+	pr_pending_lanes_forget(pending, &setup->binding);
+	return ok;
+}
+
+void pr_backend_expect(PrDataListener *listener, const PrBinding *binding)
+{
+	pr_pending_lanes_expect(((PrBackendListener *)listener)->pending, binding);
+}
+
+void pr_backend_forget(PrDataListener *listener, const PrBinding *binding)
+{
+	pr_pending_lanes_forget(((PrBackendListener *)listener)->pending, binding);
+}
+
+void pr_backend_refuse_offer(PrDataListener *listener, GSocketConnection *connection,
+			     const PrLaneHello *hello)
+{
+	g_object_unref(connection);
+}
+
+gboolean pr_backend_admit_message(const PrUri *uri, gboolean outgoing, uint16_t type)
+{
+	return TRUE;
+}
+
+guint pr_backend_take_early(PrCompletion *early, guint *n_early, PrCompletion *ret, guint max)
+{
+	guint n = MIN(*n_early, max);
+
+	if (!n)
+		return 0;
+	memcpy(ret, early, n * sizeof(*ret));
+	*n_early -= n;
+	memmove(early, early + n, *n_early * sizeof(*early));
+	return n;
+}
+
+void pr_path_life_init(PrPathLife *life, const PrPathSetup *setup, PrDataPath *path,
+		       PrPathStop stop)
 {
 	g_autofree char *address = pr_uri_address(setup->uri);
 
-	fate->state = PR_FATE_UP;
-	fate->name = g_strdup_printf("path %s", address);
-	fate->on_failed = setup->on_failed;
-	fate->opaque = setup->opaque;
+	*life = (PrPathLife){
+		.state = PR_PATH_LIFE_UP,
+		.name = g_strdup_printf("path %s", address),
+		.path = path,
+		.stop = stop,
+		.on_failed = setup->on_failed,
+		.opaque = setup->opaque,
+	};
 }
 
-void pr_fate_clear(PrPathLife *fate)
+void pr_path_life_clear(PrPathLife *life)
 {
-	g_clear_pointer(&fate->name, g_free);
+	g_clear_pointer(&life->name, g_free);
 }
 
-gboolean pr_fate_is_up(PrPathLife *fate)
+gboolean pr_path_life_is_up(PrPathLife *life)
 {
-	return g_atomic_int_get(&fate->state) == PR_FATE_UP;
+	return g_atomic_int_get(&life->state) == PR_PATH_LIFE_UP;
 }
 
-gboolean pr_fate_end(PrPathLife *fate, PrPathLifeState how)
+gboolean pr_path_life_end(PrPathLife *life, PrPathLifeState how)
 {
-	return g_atomic_int_compare_and_exchange(&fate->state, PR_FATE_UP, (int)how);
+	return g_atomic_int_compare_and_exchange(&life->state, PR_PATH_LIFE_UP, (int)how);
 }
 
-void pr_fate_notify(PrPathLife *fate, const char *reason)
+void pr_path_life_fail(PrPathLife *life, const char *format, ...)
 {
-	g_autoptr(GError) error =
-		g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "%s: %s", fate->name, reason);
+	g_autoptr(GError) error = NULL;
+	va_list args;
 
-	fate->on_failed(error, fate->opaque);
+	if (!pr_path_life_end(life, PR_PATH_LIFE_FAILED))
+		return;
+	va_start(args, format);
+	error = g_error_new_valist(PR_PATH_ERROR, PR_PATH_ERROR_LOST, format, args);
+	va_end(args);
+	g_prefix_error(&error, "%s: ", life->name);
+	life->stop(life->path);
+	life->on_failed(error, life->opaque);
+}
+
+void pr_path_life_shut(PrPathLife *life)
+{
+	if (pr_path_life_end(life, PR_PATH_LIFE_SHUT))
+		life->stop(life->path);
 }
 
 gint64 pr_backend_deadline(guint timeout_ms)
@@ -171,12 +259,21 @@ gboolean pr_backend_wait(int fd, short events, gint64 deadline, GCancellable *ca
 	return FALSE;
 }
 
-gboolean pr_region_is_writable_file(const PrRegion *region)
+static gboolean is_storable(const PrRegion *region)
 {
 	struct statfs fs;
 
 	return region->memfd >= 0 && fstatfs(region->memfd, &fs) == 0 && fs.f_type == TMPFS_MAGIC &&
 	       (fcntl(region->memfd, F_GETFL) & O_ACCMODE) == O_RDWR;
+}
+
+gboolean *pr_regions_storable(const PrRegion *regions, guint n_regions)
+{
+	gboolean *storable = g_new(gboolean, n_regions);
+
+	for (guint i = 0; i < n_regions; i++)
+		storable[i] = is_storable(&regions[i]);
+	return storable;
 }
 
 gboolean pr_region_store(const PrRegion *region, uint64_t offset, const void *data, gsize length)

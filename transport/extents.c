@@ -2,9 +2,11 @@
 /*
  * Theory of operation
  *
- * tmpfs tells by SEEK_DATA. hugetlbfs does not: to it all is data, and reading a hole through a mapping allocates a huge page.
- * There a mapping of our own is registered with a userfaultfd that answers a missing page with an error
- * (UFFD_FEATURE_SIGBUS): MADV_POPULATE_READ then maps a page that is there, and fails where there is none.
+ * On tmpfs, lseek(2) with SEEK_DATA finds data. hugetlbfs reports all of a file as data, and
+ * reading a hole through a mapping allocates a huge page. So for hugetlbfs a range is mapped here
+ * and registered with a userfaultfd that answers a missing page with an error
+ * (UFFD_FEATURE_SIGBUS). Then MADV_POPULATE_READ maps a page that is allocated and fails for one
+ * that is not.
  */
 #include "transport/extents.h"
 
@@ -22,83 +24,84 @@
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
 #endif
-#define BLOCK_BYTES 512 /* of st_blocks */
+#define BLOCK_BYTES 512 /* the unit of st_blocks */
 
-/* A part of a hugetlbfs file, mapped to be looked at. */
-typedef struct Look {
+/* A part of a hugetlbfs file, mapped for probing its pages. */
+typedef struct HugeProbe {
 	uint8_t *map;
-	uint64_t start, bytes, page; /* start: in the file */
+	uint64_t start, bytes, page; /* start: offset in the file; page: bytes of a huge page */
 	int uffd;
-} Look;
+} HugeProbe;
 
-static void look_clear(Look *look)
+static void probe_clear(HugeProbe *probe)
 {
-	if (look->map)
-		munmap(look->map, look->bytes);
-	if (look->uffd >= 0)
-		close(look->uffd);
+	if (probe->map)
+		munmap(probe->map, probe->bytes);
+	if (probe->uffd >= 0)
+		close(probe->uffd);
 }
-G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Look, look_clear)
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(HugeProbe, probe_clear)
 
-static gboolean watch(Look *look)
+static gboolean register_missing(HugeProbe *probe)
 {
 	struct uffdio_api api = {.api = UFFD_API,
 				 .features = UFFD_FEATURE_SIGBUS | UFFD_FEATURE_MISSING_HUGETLBFS};
-	struct uffdio_register range = {.range = {(uintptr_t)look->map, look->bytes},
+	struct uffdio_register range = {.range = {(uintptr_t)probe->map, probe->bytes},
 					.mode = UFFDIO_REGISTER_MODE_MISSING};
 
-	look->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
-	return look->uffd >= 0 && ioctl(look->uffd, UFFDIO_API, &api) == 0 &&
-	       ioctl(look->uffd, UFFDIO_REGISTER, &range) == 0;
+	probe->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	return probe->uffd >= 0 && ioctl(probe->uffd, UFFDIO_API, &api) == 0 &&
+	       ioctl(probe->uffd, UFFDIO_REGISTER, &range) == 0;
 }
 
-/* Of what is in the file from start to end. FALSE: it can't be looked at. */
-static gboolean look_begin(Look *look, int fd, uint64_t start, uint64_t end, uint64_t page)
+/* Maps [start, end) of the file. FALSE: the pages cannot be probed. */
+static gboolean probe_open(HugeProbe *probe, int fd, uint64_t start, uint64_t end, uint64_t page)
 {
 	void *map;
 
-	look->page = page;
-	look->start = start - start % page;
-	look->bytes = (end - look->start + page - 1) / page * page;
-	map = mmap(NULL, look->bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd,
-		   (off_t)look->start);
+	probe->page = page;
+	probe->start = start - start % page;
+	probe->bytes = (end - probe->start + page - 1) / page * page;
+	map = mmap(NULL, probe->bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd,
+		   (off_t)probe->start);
 	if (map == MAP_FAILED)
 		return FALSE;
-	look->map = map;
-	return watch(look);
+	probe->map = map;
+	return register_missing(probe);
 }
 
-static gboolean is_allocated(const Look *look, uint64_t offset)
+static gboolean is_allocated(const HugeProbe *probe, uint64_t offset)
 {
 	int code;
 
 	do
-		code = madvise(look->map + offset, look->page, MADV_POPULATE_READ) == 0 ? 0 : errno;
+		code = madvise(probe->map + offset, probe->page, MADV_POPULATE_READ) == 0 ? 0
+											  : errno;
 	while (code == EINTR);
 	return code != EFAULT;
 }
 
-/* The first page at or after `offset` that is allocated, or is not; the end if there is none. */
-static uint64_t find(const Look *look, uint64_t offset, gboolean allocated)
+/* The first page at or after `offset` whose state is `allocated`; the end if there is none. */
+static uint64_t find(const HugeProbe *probe, uint64_t offset, gboolean allocated)
 {
-	while (offset < look->bytes && is_allocated(look, offset) != allocated)
-		offset += look->page;
+	while (offset < probe->bytes && is_allocated(probe, offset) != allocated)
+		offset += probe->page;
 	return offset;
 }
 
-/* *ret: where to look. */
+/* *ret has the range to search. */
 static gboolean next_huge(int fd, uint64_t base, uint64_t page, PrExtent *ret)
 {
-	g_auto(Look) look = {.uffd = -1};
+	g_auto(HugeProbe) probe = {.uffd = -1};
 	uint64_t from = base + ret->start, end = base + ret->end;
 
-	if (!look_begin(&look, fd, from, end, page))
+	if (!probe_open(&probe, fd, from, end, page))
 		return TRUE;
-	uint64_t start = find(&look, 0, /* allocated= */ TRUE);
-	uint64_t stop = find(&look, start, /* allocated= */ FALSE);
-	ret->start = MAX(from, look.start + start) - base;
-	ret->end = MIN(end, look.start + stop) - base;
-	return start < look.bytes;
+	uint64_t start = find(&probe, 0, /* allocated= */ TRUE);
+	uint64_t stop = find(&probe, start, /* allocated= */ FALSE);
+	ret->start = MAX(from, probe.start + start) - base;
+	ret->end = MIN(end, probe.start + stop) - base;
+	return start < probe.bytes;
 }
 
 static gboolean next_small(int fd, uint64_t base, PrExtent *ret)
@@ -106,7 +109,7 @@ static gboolean next_small(int fd, uint64_t base, PrExtent *ret)
 	uint64_t mask = (uint64_t)sysconf(_SC_PAGESIZE) - 1, end = ret->end;
 	off_t data = lseek(fd, (off_t)(base + ret->start), SEEK_DATA);
 
-	/* ENXIO: nothing but hole to the end. */
+	/* ENXIO: a hole up to the end. */
 	if (data < 0)
 		return errno != ENXIO;
 	ret->start = ((uint64_t)data - base) & ~mask;
@@ -141,7 +144,7 @@ gboolean pr_extent_next(int fd, uint64_t base, uint64_t from, uint64_t end, PrEx
 	*ret = (PrExtent){from, end};
 	if (from >= end || !next_small(fd, base, ret))
 		return FALSE;
-	/* What hugetlbfs always says. */
+	/* All is data, which hugetlbfs reports for every file. */
 	if (ret->start > from || ret->end < end || !is_huge(fd, &page))
 		return TRUE;
 	if (fstat(fd, &st) == 0 && (st.st_blocks == 0 || is_all_allocated(&st)))
@@ -149,7 +152,7 @@ gboolean pr_extent_next(int fd, uint64_t base, uint64_t from, uint64_t end, PrEx
 	return next_huge(fd, base, page, ret);
 }
 
-gboolean pr_extent_is_kept(int fd)
+gboolean pr_file_is_preallocated(int fd)
 {
 	struct stat st;
 	uint64_t page;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What of a file in memory (memfd, tmpfs, hugetlbfs) holds data; the rest was never touched, and is not allocated by being
- * looked at here.
+ * The ranges of a file in memory (memfd, tmpfs, hugetlbfs) that hold data. All other ranges were
+ * never touched, and these functions do not allocate them.
  */
 #pragma once
 
@@ -12,10 +12,10 @@ typedef struct PrExtent {
 	uint64_t start, end; /* bytes, page aligned; [start, end) */
 } PrExtent;
 
-/* The next data in [from, end), counted from `base` in the file. Where it can't be told, all is data. FALSE: there is
- * none. */
+/* Finds the next data in [from, end), offsets that count from `base` in the file. Where the
+ * kernel cannot tell, all is data. FALSE: there is none. */
 gboolean pr_extent_next(int fd, uint64_t base, uint64_t from, uint64_t end, PrExtent *ret);
 
-/* Whether all of the file is allocated, as by a backend with prealloc=on, or reserved, as huge pages are: what is punched out
- * of it, others may take. */
-gboolean pr_extent_is_kept(int fd);
+/* Whether all of the file is allocated, as a backend with prealloc=on does it, or reserved, as
+ * huge pages are. Other users of memory may take a page that is punched out of such a file. */
+gboolean pr_file_is_preallocated(int fd);

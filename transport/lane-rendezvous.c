@@ -209,6 +209,11 @@ void pr_pending_lanes_forget(PrPendingLanes *pending, const PrBinding *binding)
 	g_mutex_unlock(&pending->lock);
 }
 
+void pr_pending_lanes_refuse(PrPendingLanes *desk, gpointer arrival, const char *reason)
+{
+	desk->refuse(arrival, reason, desk->opaque);
+}
+
 static void on_cancelled(GCancellable *cancel, gpointer opaque)
 {
 	PrPendingLanes *pending = opaque;

@@ -289,7 +289,7 @@ gboolean pr_ram_empty(PrRam *ram, GError **error)
 		PrRamBlock *block = &ram->blocks[i];
 
 		pr_invariant_emptied(block);
-		if (pr_extent_is_kept(block->memfd)) {
+		if (pr_file_is_preallocated(block->memfd)) {
 			clear_block(block);
 		} else if (fallocate(block->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
 				     (off_t)block->memfd_offset, (off_t)block->size) < 0) {

@@ -440,7 +440,7 @@ static gboolean prepare_block(PrAllocate *self, guint index, GError **error)
 
 	if (!is_charged(block))
 		return TRUE;
-	if (pr_extent_is_kept(block->memfd))
+	if (pr_file_is_preallocated(block->memfd))
 		pr_bitmap_set(block->allocated, 0, block->n_pages);
 	self->pieces[index] = pr_bitmap_new(n_pieces_of(block));
 	self->older_pieces[index] = pr_bitmap_new(n_pieces_of(block));

@@ -140,8 +140,8 @@ static char *incoming_uris(const PairConfig *config)
 	GString *uris = g_string_new(NULL);
 
 	if (config->incremental_grants_us)
-		g_string_printf(uris, "faulty+%s:127.0.0.1:0?incremental_grants-us=%u",
-				config->scheme, config->incremental_grants_us);
+		g_string_printf(uris, "faulty+%s:127.0.0.1:0?piecewise-us=%u", config->scheme,
+				config->incremental_grants_us);
 	else if (config->landing)
 		g_string_printf(uris, "faulty+%s:127.0.0.1:0?fault-id=%s", config->scheme,
 				config->landing);
@@ -214,9 +214,9 @@ Pair *pair_new(const PairConfig *config)
 	g_autofree char *listening = listening_uri(&pair->destination);
 	pair->faults = pr_faults_new(id);
 	g_autofree char *incremental_grants =
-		config->incremental_grants_us ? g_strdup_printf("incremental_grants-us=%u&",
-								config->incremental_grants_us)
-					      : g_strdup("");
+		config->incremental_grants_us
+			? g_strdup_printf("piecewise-us=%u&", config->incremental_grants_us)
+			: g_strdup("");
 	pair->uri = g_strdup_printf("faulty+%s?%sfault-id=%s", listening, incremental_grants, id);
 	return pair;
 }

@@ -479,7 +479,7 @@ def attempt_on_dead_rail(pair):
         except LabError as error:
             # If another message was lost, the source had not sent its request yet.
             pair.note(f"{error}")
-            hits += "rail rxe1 is DOWN" in str(error)
+            hits += "device rxe1 is DOWN" in str(error)
         else:
             raise LabError("the source connected through a black hole")
         expect(time.monotonic() - began < 20, "it has tried again on a rail that is down")

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Each fault does what its option says, once, and nothing else. */
+/* Each fault does what its option says, once and nothing else. */
 #include <poll.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -13,7 +13,7 @@
 
 #define PAGE 4096
 
-/* Both of the rig's sides use the same URI, and so the same faults. Only the destination READs. */
+/* Both sides of the rig use the same URI and so the same faults. Only the destination READs. */
 static Rig *new_rig(const char *id, const char *more)
 {
 	g_autofree char *options = g_strdup_printf("?fault-id=%s%s", id, more);
@@ -41,7 +41,7 @@ static void assert_pages_can_be_read(Rig *rig, guint n)
 	rig_assert_read(rig, 0, 0, n * PAGE);
 }
 
-/* A stalled lane has nothing to report and sleeps. */
+/* Asserts that the lane sleeps for so long and reports no completion. */
 static void assert_nothing_completes(Rig *rig, PrLaneId lane, guint ms)
 {
 	gint64 end = g_get_monotonic_time() + ms * 1000;
@@ -132,7 +132,7 @@ static void delay_ms_delays_each_read_but_not_the_window(void **state)
 	assert_int_equal(rig_await_all(rig, PR_LANE_URGENT, 16), 16);
 	taken = g_get_monotonic_time() - begin;
 	assert_true(taken >= G_USEC_PER_SEC);
-	/* One after the other they would take 16 s. */
+	/* If each READ waited for the one before, all would take 16 s. */
 	assert_true(taken < 16 * G_USEC_PER_SEC);
 	rig_assert_read(rig, 0, 0, 16 * PAGE);
 }

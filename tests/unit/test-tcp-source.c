@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the source's side of tcp: answers to a destination that does not keep to the rules. */
+/* How the source's side of tcp: treats a destination that violates the protocol. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <string.h>
@@ -8,8 +8,8 @@
 
 #include "tests/unit/transport-rig.h"
 
-/* A destination made by hand: takes a lane and acknowledges it. */
-static GSocketConnection *take_lane(GSocketListener *listener)
+/* Acts as a destination: accepts a lane and acknowledges it. */
+static GSocketConnection *accept_lane(GSocketListener *listener)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 	uint8_t hello[PR_WIRE_HEADER_BYTES + PR_LANE_HELLO_BYTES], header[PR_WIRE_HEADER_BYTES];
@@ -57,7 +57,7 @@ static void a_tcp_source_gives_nothing_but_its_regions(void **state)
 		rig_fill_source(rig);
 		thread = g_thread_new("connect", rig_source_thread, rig);
 		for (guint n = 0; n < RIG_LANES; n++)
-			lanes[n] = take_lane(listener);
+			lanes[n] = accept_lane(listener);
 		bulk = lanes[PR_LANE_BULK];
 		g_thread_join(thread);
 		request(bulk, &requests[i]);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What every transport has to do, run against each of them. */
+/* The requirements for all transports, tested against each of them. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -76,17 +76,17 @@ static void a_read_touches_nothing_beside_its_range(void **state)
 			assert_int_equal(at[i], 0xee);
 }
 
-static void memory_that_takes_no_more_fails_the_path_in_words(void **state)
+static void a_full_memfd_fails_the_path_with_that_reason(void **state)
 {
 	g_autoptr(Rig) rig = new_rig(state);
 	PrRegion *region = &rig->destination.regions[RIG_REGIONS - 1];
 
-	/* A device does not write to the memfd, but to its pages. */
+	/* A device writes to the pages of the memfd, which seals do not prevent. */
 	if (rig_is_rdma(rig->uri->scheme))
 		return;
 	rig_connect(rig);
 	assert_true(rig_read(rig, PR_LANE_BULK, RIG_REGIONS - 1, 0, 65536));
-	/* As a full one would, this memfd takes no more writes. */
+	/* From now on the memfd takes no more writes, as a full one would. */
 	assert_int_equal(fcntl(region->memfd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE), 0);
 	assert_false(rig_read(rig, PR_LANE_URGENT, RIG_REGIONS - 1, 65536, 4096));
 	rig_await_failure(&rig->destination);
@@ -112,7 +112,7 @@ static void a_probe_is_answered_and_touches_nothing(void **state)
 	for (guint i = 0; i < RIG_REGIONS; i++)
 		for (guint at = 0; at < RIG_REGION_BYTES; at++)
 			assert_int_equal(((uint8_t *)rig->destination.regions[i].addr)[at], 0xee);
-	/* and reading goes on as if nothing had been */
+	/* READs work after the probes as before. */
 	assert_true(rig_read(rig, PR_LANE_BULK, 1, 4096, 65536));
 	rig_assert_read(rig, 1, 4096, 65536);
 }
@@ -128,7 +128,7 @@ typedef struct Puller {
 	GThread *thread;
 } Puller;
 
-/* Keeps the lane's window full; reads its block round and round. */
+/* Keeps the lane's window full; reads its block again and again. */
 static gpointer pull(gpointer opaque)
 {
 	Puller *puller = opaque;
@@ -210,7 +210,7 @@ static void hand_over_grants(Rig *rig)
 	rig->ops->set_grants(rig->destination.path, (PrGrant *)grants->data, grants->len);
 }
 
-static void strangers_are_refused_while_the_right_one_gets_in(void **state)
+static void lanes_with_another_binding_are_refused_and_the_right_ones_accepted(void **state)
 {
 	g_autoptr(Rig) rig = new_rig(state);
 	PrBinding wrong_secret = rig->binding, old_epoch = rig->binding, other = rig->binding;
@@ -231,41 +231,24 @@ static void strangers_are_refused_while_the_right_one_gets_in(void **state)
 	rig_assert_read(rig, 0, 0, 4096);
 }
 
-/* Connects to where data lanes come in, says `bytes` and stays. */
-static GSocketConnection *intrude(Rig *rig, const char *bytes)
-{
-	guint16 port = rig->ops->listener_port(rig->listener);
-	g_autoptr(GSocketClient) client =
-		g_object_new(G_TYPE_SOCKET_CLIENT, "enable-proxy", FALSE, NULL);
-	g_autoptr(GError) error = NULL;
-	GSocketConnection *connection;
-
-	connection = g_socket_client_connect_to_host(client, "127.0.0.1",
-						     port ? port : rig->uri->port, NULL, &error);
-	assert_null(error);
-	g_output_stream_write_all(g_io_stream_get_output_stream(G_IO_STREAM(connection)), bytes,
-				  strlen(bytes), NULL, NULL, NULL);
-	return connection;
-}
-
-static void a_stranger_that_says_half_a_request_holds_nobody_up(void **state)
+static void half_a_request_does_not_delay_other_lanes(void **state)
 {
 	g_autoptr(Rig) rig = new_rig(state);
 	g_autoptr(GSocketConnection) silent = NULL, half = NULL, garbage = NULL;
 
-	/* On tcp: the control port's listener deals with such, and the rig's does not. On rdma: the
-	 * kernel does. */
+	/* On tcp the listener of the control port handles these, which the rig does not have. On
+	 * rdma the kernel does. */
 	if (!rig->ops->listener_port(rig->listener) || rig_is_rdma(rig->uri->scheme))
 		return;
-	silent = intrude(rig, "");
-	half = intrude(rig, "\x02");
-	garbage = intrude(rig, "GET / HTTP/1.1\r\nHost: postroad\r\n\r\n");
+	silent = rig_connect_and_send(rig, "");
+	half = rig_connect_and_send(rig, "\x02");
+	garbage = rig_connect_and_send(rig, "GET / HTTP/1.1\r\nHost: postroad\r\n\r\n");
 	rig_connect(rig);
 	assert_true(rig_read(rig, PR_LANE_URGENT, 0, 0, 4096));
 	rig_assert_read(rig, 0, 0, 4096);
 }
 
-/* One incarnation among several that connect at the same time. */
+/* One of several incarnations that connect at the same time. */
 typedef struct Incarnation {
 	Rig *rig;
 	PrPathSetup source, destination;
@@ -289,14 +272,14 @@ static gpointer connect_incarnation(gpointer opaque)
 	return NULL;
 }
 
-/* They end at different times, and each ends the other's end. */
+/* Ignores the failure: the first of the two sides to end fails the other one. */
 static void on_end(const GError *reason, void *opaque)
 {
 }
 
 #define INCARNATIONS 4
 
-/* All are expected before the first lane comes, the newest of which comes first. */
+/* All are expected before the first lane comes. The newest incarnation connects first. */
 static void incarnations_that_connect_at_once_get_their_own_lanes(void **state)
 {
 	g_autoptr(Rig) rig = new_rig(state);
@@ -351,7 +334,7 @@ static void a_lane_that_comes_before_accept_is_kept(void **state)
 	rig_assert_read(rig, 1, 4096, 65536);
 }
 
-/* Sleeps on the lane as the engine does until the path fails. */
+/* Sleeps on the lane, as the engine does, until the path fails. */
 static void await_failure_on(Rig *rig, PrLaneId lane)
 {
 	PrCompletion done;
@@ -420,7 +403,7 @@ static void reads_fail_when_the_sources_process_dies(void **state)
 {
 	g_autoptr(Rig) rig = new_rig(state);
 
-	/* A device answers for a frozen process. */
+	/* Over rdma the device answers for a frozen process. */
 	if (rig_is_rdma(rig->uri->scheme))
 		return;
 	rig_connect_child(rig);
@@ -472,7 +455,7 @@ static gint64 drain_with_a_silent_source(void **state)
 	return took;
 }
 
-/* A try in which this process gets no CPU takes longer. */
+/* Five tries: one in which this process gets no CPU takes longer. */
 static void a_silent_source_delays_shutdown_and_drain_by_less_than_a_second(void **state)
 {
 	for (guint i = 0; i < 5; i++)
@@ -491,7 +474,7 @@ static void nothing_lands_after_drain(void **state)
 	rig->ops->shutdown(rig->destination.path);
 	assert_true(rig->ops->drain(rig->destination.path, RIG_TIMEOUT_MS));
 	memset(at, 0xee, RIG_REGION_BYTES);
-	/* The source has answered all it ever will when it is gone. */
+	/* When the source's path is destroyed, it sends nothing any more. */
 	g_clear_pointer(&rig->source.path, pr_data_path_destroy);
 	g_clear_pointer(&rig->destination.path, pr_data_path_destroy);
 	for (guint i = 0; i < RIG_REGION_BYTES; i++)
@@ -504,7 +487,7 @@ typedef struct Sleeper {
 	guint n_failed;
 } Sleeper;
 
-/* One READ after the other until the path ends. */
+/* Posts one READ after the other until the path ends. */
 static gpointer sleep_on_bulk(gpointer opaque)
 {
 	Sleeper *sleeper = opaque;
@@ -516,7 +499,8 @@ static gpointer sleep_on_bulk(gpointer opaque)
 		rig_await(rig, PR_LANE_BULK, &done, 1);
 		sleeper->n_failed += !done.ok;
 	}
-	g_atomic_int_set(&sleeper->posted, 1); /* nobody is to wait for one that was refused */
+	g_atomic_int_set(&sleeper->posted,
+			 1); /* even if the first READ was refused, so that the wait for it ends */
 	return NULL;
 }
 
@@ -530,12 +514,12 @@ static void shutdown_wakes_a_thread_that_sleeps_on_a_lane(void **state)
 	freeze(rig);
 	thread = g_thread_new("sleeper", sleep_on_bulk, &sleeper);
 	while (!g_atomic_int_get(&sleeper.posted))
-		g_usleep(1000); /* between two looks */
-	/* Asleep, most likely; the test holds where it is not yet. */
+		g_usleep(1000);
+	/* By now the thread is most likely asleep; the test is right if it is not. */
 	g_usleep(20000);
 	rig->ops->shutdown(rig->destination.path);
 	g_thread_join(thread);
-	/* Where a device answers, it may have ended between two READs. */
+	/* Over rdma the device answers, so the path may have ended between two READs. */
 	assert_true(sleeper.n_failed == 1 ||
 		    (sleeper.n_failed == 0 && rig_is_rdma(rig->uri->scheme)));
 	rig->ops->shutdown(rig->destination.path);
@@ -571,7 +555,7 @@ static void an_idle_path_sleeps(void **state)
 			poll(&fd, 1, (int)(left / 1000) + 1);
 		wakes++;
 	}
-	/* A thread that spins, here or at the source, takes 300 ms of processor time. */
+	/* A thread that spins, on either side, uses 300 ms of processor time. */
 	assert_true(cpu_us() - cpu < 100 * 1000);
 	assert_true(wakes < 10);
 }
@@ -587,7 +571,7 @@ static void accept_gives_up_when_time_is_up(void **state)
 	assert_null(rig->ops->accept(rig->listener, &setup, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT));
 	assert_true(g_get_monotonic_time() - begin >= 100 * 1000);
-	/* The listener is as good as new. */
+	/* The listener still accepts lanes. */
 	rig_connect(rig);
 	assert_true(rig_read(rig, PR_LANE_URGENT, 0, 0, 4096));
 }
@@ -644,6 +628,36 @@ static void a_port_where_nobody_listens_is_a_connect_error(void **state)
 	assert_non_null(strstr(error->message, rig->uri->host));
 }
 
+static void a_lack_of_threads_is_an_error_of_listen(void **state)
+{
+	g_autoptr(Rig) rig = new_rig(state);
+	g_autoptr(GError) error = NULL;
+
+	rig_refuse_threads(TRUE);
+	assert_null(rig->ops->listen(rig->uri, &error));
+	rig_refuse_threads(FALSE);
+	assert_non_null(error);
+}
+
+static void a_lack_of_threads_is_an_error_of_connect(void **state)
+{
+	g_autoptr(Rig) rig = new_rig(state);
+	PrPathSetup setup = rig_setup(rig, &rig->source);
+	Incarnation peer = {.rig = rig, .destination = rig_setup(rig, &rig->destination)};
+	g_autoptr(GError) error = NULL;
+
+	setup.on_failed = peer.destination.on_failed = on_end;
+	rig_fill_source(rig);
+	peer.accepting = g_thread_new("accept", accept_incarnation, &peer);
+	rig_refuse_threads(TRUE);
+	assert_null(rig->ops->connect(&setup, &error));
+	rig_refuse_threads(FALSE);
+	assert_non_null(error);
+	g_thread_join(peer.accepting);
+	if (peer.accepted)
+		pr_data_path_destroy(peer.accepted);
+}
+
 static void an_unknown_option_is_named(void **state)
 {
 	const Backend *backend = *state;
@@ -673,7 +687,7 @@ static guint count_entries(const char *path)
 	return n;
 }
 
-/* A joined thread may still be listed for a moment, and GIO's own come and go. */
+/* Waits: a joined thread may be listed for a moment, and GIO begins and ends threads of its own. */
 static void assert_threads_at_most(guint n)
 {
 	gint64 deadline = g_get_monotonic_time() + RIG_TIMEOUT_MS * 1000;
@@ -697,7 +711,7 @@ static void fifty_paths_leave_no_descriptor_and_no_thread_behind(void **state)
 	g_autoptr(Rig) rig = new_rig(state);
 	guint n_fds, n_threads;
 
-	/* What the libraries keep is there after the first. */
+	/* The first path makes the libraries open what they keep. */
 	connect_read_and_destroy(rig);
 	n_fds = count_entries("/proc/self/fd");
 	n_threads = count_entries("/proc/self/task");
@@ -717,11 +731,11 @@ static void fifty_paths_leave_no_descriptor_and_no_thread_behind(void **state)
 static const struct CMUnitTest tests[] = {
 	FOR_BACKEND(reads_of_every_size_bring_the_right_bytes),
 	FOR_BACKEND(a_read_touches_nothing_beside_its_range),
-	FOR_BACKEND(memory_that_takes_no_more_fails_the_path_in_words),
+	FOR_BACKEND(a_full_memfd_fails_the_path_with_that_reason),
 	FOR_BACKEND(a_probe_is_answered_and_touches_nothing),
 	FOR_BACKEND(two_threads_keep_both_lanes_full),
-	FOR_BACKEND(strangers_are_refused_while_the_right_one_gets_in),
-	FOR_BACKEND(a_stranger_that_says_half_a_request_holds_nobody_up),
+	FOR_BACKEND(lanes_with_another_binding_are_refused_and_the_right_ones_accepted),
+	FOR_BACKEND(half_a_request_does_not_delay_other_lanes),
 	FOR_BACKEND(incarnations_that_connect_at_once_get_their_own_lanes),
 	FOR_BACKEND(a_lane_that_comes_before_accept_is_kept),
 	FOR_BACKEND(an_idle_lane_notices_that_the_source_is_gone),
@@ -737,6 +751,8 @@ static const struct CMUnitTest tests[] = {
 	FOR_BACKEND(connect_gives_up_when_nobody_accepts),
 	FOR_BACKEND(accept_and_connect_can_be_cancelled),
 	FOR_BACKEND(a_port_where_nobody_listens_is_a_connect_error),
+	FOR_BACKEND(a_lack_of_threads_is_an_error_of_listen),
+	FOR_BACKEND(a_lack_of_threads_is_an_error_of_connect),
 	FOR_BACKEND(an_unknown_option_is_named),
 	FOR_BACKEND(fifty_paths_leave_no_descriptor_and_no_thread_behind),
 };

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "tests/unit/transport-rig.h"
 
+#include <dlfcn.h>
 #include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -23,7 +24,7 @@ uint8_t rig_byte(guint block, uint64_t offset)
 	return (uint8_t)(offset * 7 + (offset >> 12) * 13 + block * 101 + 1);
 }
 
-/* Anonymous, but for the last one: in the middle of a memfd. */
+/* The last region is in the middle of a memfd, the others are anonymous. */
 static PrRegion map_region(gboolean in_memfd)
 {
 	PrRegion region = {.size = RIG_REGION_BYTES, .memfd = -1};
@@ -132,7 +133,7 @@ Rig *rig_new(const char *scheme, const char *options)
 	rig->binding.epoch = 3;
 	map_regions(&rig->destination, FALSE);
 	rig->stop = g_cancellable_new();
-	/* Its descriptor stays, whether the thread happens to wait or not: tests count them. */
+	/* Tests count descriptors, so this one must exist whether the thread waits or not. */
 	g_cancellable_get_fd(rig->stop);
 	rig->control_thread = g_thread_new("rig-control", control_thread, rig);
 	return rig;
@@ -216,7 +217,7 @@ void rig_fill_source(Rig *rig)
 
 void rig_await_backlog(Rig *rig)
 {
-	/* A backlog in the kernel cannot be seen from here; give it the time to fill. */
+	/* The backlog is in the kernel and cannot be read: give it time to fill. */
 	if (rig->ops->listener_port(rig->listener)) {
 		g_usleep(50000);
 		return;
@@ -238,10 +239,45 @@ void rig_connect(Rig *rig)
 	rig->ops->set_grants(rig->destination.path, (PrGrant *)grants->data, grants->len);
 }
 
+static gint threads_are_refused; /* atomic */
+
+void rig_refuse_threads(gboolean refuse)
+{
+	g_atomic_int_set(&threads_are_refused, refuse);
+}
+
+/* Replaces GLib's function in the whole test program. */
+GThread *g_thread_try_new(const char *name, GThreadFunc function, gpointer data, GError **error)
+{
+	GThread *(*try_new)(const char *, GThreadFunc, gpointer, GError **) = NULL;
+
+	*(void **)&try_new = dlsym(RTLD_NEXT, "g_thread_try_new");
+	if (!g_atomic_int_get(&threads_are_refused))
+		return try_new(name, function, data, error);
+	g_set_error_literal(error, G_THREAD_ERROR, G_THREAD_ERROR_AGAIN, "refused by the test");
+	return NULL;
+}
+
+GSocketConnection *rig_connect_and_send(Rig *rig, const char *bytes)
+{
+	guint16 port = rig->ops->listener_port(rig->listener);
+	g_autoptr(GSocketClient) client =
+		g_object_new(G_TYPE_SOCKET_CLIENT, "enable-proxy", FALSE, NULL);
+	g_autoptr(GError) error = NULL;
+	GSocketConnection *connection;
+
+	connection = g_socket_client_connect_to_host(client, "127.0.0.1",
+						     port ? port : rig->uri->port, NULL, &error);
+	assert_null(error);
+	g_output_stream_write_all(g_io_stream_get_output_stream(G_IO_STREAM(connection)), bytes,
+				  strlen(bytes), NULL, NULL, NULL);
+	return connection;
+}
+
 #define CHILD_GRANTS 16
 
-/* The child says how many it has, and then they follow. */
-static void take_grants(Rig *rig, int fd)
+/* Reads the child's grants: their count, then the grants. */
+static void receive_grants(Rig *rig, int fd)
 {
 	PrGrant grants[CHILD_GRANTS];
 	guint n = 0;
@@ -252,7 +288,7 @@ static void take_grants(Rig *rig, int fd)
 	rig->ops->set_grants(rig->destination.path, grants, n);
 }
 
-static void give_grants(Rig *rig, int fd)
+static void send_grants(Rig *rig, int fd)
 {
 	g_autoptr(GArray) grants = rig->ops->grants(rig->source.path);
 	gssize size = (gssize)(grants->len * sizeof(PrGrant));
@@ -273,7 +309,7 @@ void rig_connect_child(Rig *rig)
 				 &rig->child, NULL, &fd, NULL, &error);
 	g_assert_no_error(error);
 	accept_path(rig);
-	take_grants(rig, fd);
+	receive_grants(rig, fd);
 }
 
 void rig_main_source(int argc, char **argv)
@@ -284,7 +320,7 @@ void rig_main_source(int argc, char **argv)
 
 	if (argc != 4 || strcmp(argv[1], CHILD_ARGUMENT))
 		return;
-	/* Must not outlive a test that was ended. */
+	/* This process must not outlive a test that was killed. */
 	alarm(60);
 	rig.uri = pr_uri_parse(argv[2], FALSE, &error);
 	g_assert_no_error(error);
@@ -306,7 +342,7 @@ void rig_main_source(int argc, char **argv)
 	memset(setup.binding.secret, 0x5e, sizeof(setup.binding.secret));
 	rig.source.path = rig.ops->connect(&setup, &error);
 	g_assert_no_error(error);
-	give_grants(&rig, STDOUT_FILENO);
+	send_grants(&rig, STDOUT_FILENO);
 	for (;;)
 		pause();
 }
@@ -329,7 +365,7 @@ guint rig_await(Rig *rig, PrLaneId lane, PrCompletion *ret, guint max)
 	while (!(n = rig->ops->poll(path, lane, ret, max))) {
 		struct pollfd fd = {.fd = rig->ops->wait_fd(path, lane), .events = POLLIN};
 
-		/* Not fail_msg(): may be called from other threads than the test's. */
+		/* Not fail_msg(), which works only in the thread of the test. */
 		g_assert(g_get_monotonic_time() < deadline);
 		if (rig->ops->arm(path, lane))
 			poll(&fd, 1, RIG_TIMEOUT_MS);

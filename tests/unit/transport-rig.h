@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Both sides of one data path in one process, or the source in a process of its own, over loopback.
- * The rig stands in for the engine: it has the control port's listener and both sides' memory.
+ * Both sides of one data path in one process, or the source in a process of its own, over
+ * loopback. The rig stands in for the engine: it has the listener of the control port and the
+ * memory of both sides.
  *
- * Nothing but RDMA devices carry rdma:, so its address must be given: that of such a device of this host.
+ * Only an RDMA device carries rdma:, so the tests are given the address of a device of this host.
  */
 #pragma once
 
@@ -12,9 +13,9 @@
 #include "transport/transport.h"
 
 #define RIG_REGIONS	 2
-#define RIG_LANES	 3 /* one more than there always are */
+#define RIG_LANES	 3 /* one more than PR_LANES_MIN */
 #define RIG_REGION_BYTES (8u * 1024 * 1024)
-#define RIG_TIMEOUT_MS	 10000 /* for what must succeed */
+#define RIG_TIMEOUT_MS	 10000 /* for steps that must succeed */
 
 typedef struct RigSide {
 	PrRegion regions[RIG_REGIONS];
@@ -38,7 +39,7 @@ typedef struct Rig {
 } Rig;
 
 #define RIG_RDMA_VARIABLE "POSTROAD_TEST_RDMA"
-/* The address to test a scheme at; NULL: it cannot be tested here. */
+/* The address at which to test a scheme; NULL: it cannot be tested here. */
 const char *rig_host(const char *scheme);
 gboolean rig_is_rdma(const char *scheme);
 
@@ -48,18 +49,23 @@ void rig_free(Rig *rig);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Rig, rig_free)
 
 PrPathSetup rig_setup(Rig *rig, RigSide *side);
-/* Connects the source of a rig, by itself; a GThreadFunc. */
+/* Connects the rig's source; a GThreadFunc. */
 gpointer rig_source_thread(gpointer rig);
-/* Gives the source its memory, where rig_connect() is not used. */
+/* Fills the source's memory; rig_connect() calls it as well. */
 void rig_fill_source(Rig *rig);
-/* Waits until a lane has come to the listener, with nobody in accept(). */
+/* Waits until a lane waits at the listener, while no accept() runs. */
 void rig_await_backlog(Rig *rig);
-/* Connects both sides; the grants are handed over. */
+/* Connects to the port of the data lanes, sends `bytes` and keeps the connection open. */
+GSocketConnection *rig_connect_and_send(Rig *rig, const char *bytes);
+/* Whether g_thread_try_new() fails from now on, as it does when the system has no threads left. */
+void rig_refuse_threads(gboolean refuse);
+/* Connects both sides and gives the source's grants to the destination. */
 void rig_connect(Rig *rig);
 /* As above, with the source in another process. */
 void rig_connect_child(Rig *rig);
 void rig_kill_child(Rig *rig);
-/* What a test program's main() calls first: runs the source of rig_connect_child() where it is one. */
+/* main() of a test program calls this first. In the process that rig_connect_child() starts, it runs
+ * the source and does not return. */
 void rig_main_source(int argc, char **argv);
 
 /* The byte that belongs at an offset of a block. */
@@ -68,7 +74,7 @@ void rig_assert_read(Rig *rig, guint block, uint64_t offset, uint32_t length);
 
 /* Waits for completions; fails the test when none comes in time. */
 guint rig_await(Rig *rig, PrLaneId lane, PrCompletion *ret, guint max);
-/* One READ, there and back. */
+/* Posts one READ and waits for it. */
 gboolean rig_read(Rig *rig, PrLaneId lane, guint block, uint64_t offset, uint32_t length);
 /* Posts n READs of `length` bytes, one after the other in block 0; tokens from 0. */
 void rig_post(Rig *rig, PrLaneId lane, guint n, uint32_t length);

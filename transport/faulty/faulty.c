@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The fault-injecting transport. What to inject and when is in plan.c. */
+/* The transport that injects faults. plan.c decides which fault is due when. */
 #include "transport/faulty/faulty.h"
 
 #include <string.h>
@@ -20,31 +20,32 @@ typedef struct HeldCompletion {
 
 typedef struct PostedRead {
 	uint64_t token;
-	uint8_t *at;
+	uint8_t *at; /* where it lands */
 	uint32_t length;
 } PostedRead;
 
-/* Owned by the lane's thread; wake: anyone. */
+/* Owned by the thread that uses the lane; any thread wakes. */
 typedef struct FaultyLane {
-	PrPollSet waker; /* covers the inner lane's fd and the timer */
+	PrPollSet waker; /* watches the inner lane's fd and the timer */
 	int timer_fd;	 /* for the first held completion */
 	GArray *held;	 /* of HeldCompletion, by due time */
 	GArray *stalled; /* of uint64_t, tokens of READs that were never posted */
-	GArray *posted;	 /* of PostedRead: where they land */
+	GArray *posted;	 /* of PostedRead, handed to the inner path and not completed */
 } FaultyLane;
 
 typedef struct FaultyPath {
 	PrDataPath base;
-	PrFaultyHook hook; /* how plan.c reaches us */
-	PrPathLife fate;   /* thread-safe */
+	PrFaultyHook hook; /* through which plan.c cuts or stalls this path */
+	PrPathLife life;   /* thread-safe */
 	PrFaults *faults;
 	PrDataPath *inner;	 /* constant once opened */
 	int stalled;		 /* atomic, once set stays */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
-	guint piece_us;			/* not 0: we play a incremental_grants path; constant */
-	GMutex granted_lock;		/* protects granted */
-	GArray *granted;		/* PrGrant: what may be read then */
+	/* Constant. Not 0: this path has incremental grants, and registers so slowly. */
+	guint us_per_mib;
+	GMutex granted_lock;		/* of granted */
+	GArray *granted;		/* of PrGrant: what may be read where us_per_mib is not 0 */
 	FaultyLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
 } FaultyPath;
 
@@ -53,7 +54,7 @@ typedef struct FaultyListener {
 	PrDataListener *inner;
 } FaultyListener;
 
-/* The URI as the inner backend is to see it. */
+/* The URI for the inner backend: without "faulty+" and our options. */
 static PrUri *inner_uri(const PrUri *uri)
 {
 	PrUri *inner = pr_uri_copy(uri);
@@ -129,35 +130,37 @@ static void wake_lanes(FaultyPath *path)
 		pr_poll_set_wake(&path->lanes[i].waker);
 }
 
-static void fail(FaultyPath *path, const char *reason)
+static void stop_path(PrDataPath *base)
 {
-	if (!pr_fate_end(&path->fate, PR_FATE_FAILED))
-		return;
+	FaultyPath *path = (FaultyPath *)base;
+
 	path->inner->ops->shutdown(path->inner);
 	wake_lanes(path);
-	pr_fate_notify(&path->fate, reason);
 }
 
 static void on_inner_failed(const GError *reason, void *opaque)
 {
 	FaultyPath *path = opaque;
 
-	if (!pr_fate_end(&path->fate, PR_FATE_FAILED))
+	if (!pr_path_life_end(&path->life, PR_PATH_LIFE_FAILED))
 		return;
 	wake_lanes(path);
-	path->fate.on_failed(reason, path->fate.opaque);
+	path->life.on_failed(reason, path->life.opaque);
+}
+
+static FaultyPath *path_of(PrFaultyHook *hook)
+{
+	return (FaultyPath *)((char *)hook - G_STRUCT_OFFSET(FaultyPath, hook));
 }
 
 static void cut_now(PrFaultyHook *hook)
 {
-	fail((FaultyPath *)((char *)hook - G_STRUCT_OFFSET(FaultyPath, hook)), "cut by request");
+	pr_path_life_fail(&path_of(hook)->life, "cut by request");
 }
 
 static void stall_now(PrFaultyHook *hook)
 {
-	FaultyPath *path = (FaultyPath *)((char *)hook - G_STRUCT_OFFSET(FaultyPath, hook));
-
-	g_atomic_int_set(&path->stalled, 1);
+	g_atomic_int_set(&path_of(hook)->stalled, 1);
 }
 
 static void path_free(FaultyPath *path)
@@ -178,7 +181,7 @@ static void path_free(FaultyPath *path)
 	pr_faults_free(path->faults);
 	g_array_unref(path->granted);
 	g_mutex_clear(&path->granted_lock);
-	pr_fate_clear(&path->fate);
+	pr_path_life_clear(&path->life);
 	g_free(path);
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(FaultyPath, path_free)
@@ -191,10 +194,10 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 	path->base.ops = &pr_transport_faulty;
 	path->base.n_lanes = pr_backend_n_lanes(setup);
 	path->faults = pr_faults_for_uri(setup->uri);
-	pr_fate_init(&path->fate, setup);
+	pr_path_life_init(&path->life, setup, &path->base, stop_path);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
-	path->piece_us = (guint)pr_faults_piecewise_us(path->faults);
+	path->us_per_mib = (guint)pr_faults_incremental_grants_us(path->faults);
 	path->granted = g_array_new(FALSE, FALSE, sizeof(PrGrant));
 	g_mutex_init(&path->granted_lock);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
@@ -212,14 +215,14 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 
 static PrDataPath *path_opened(FaultyPath *path)
 {
-	path->base.incremental_grants = path->inner->incremental_grants || path->piece_us;
+	path->base.incremental_grants = path->inner->incremental_grants || path->us_per_mib;
 	path->hook.cut = cut_now;
 	path->hook.stall = stall_now;
 	pr_faults_attach(path->faults, &path->hook);
 	return &path->base;
 }
 
-/* The setup for the inner backend; *ret_uri is to outlive it. */
+/* The setup for the inner backend; *ret_uri has to outlive it. */
 static PrPathSetup inner_setup(FaultyPath *path, const PrPathSetup *setup, PrUri **ret_uri)
 {
 	PrPathSetup inner = *setup;
@@ -271,7 +274,7 @@ static PrDataPath *faulty_connect(const PrPathSetup *setup, GError **error)
 	return path->inner ? path_opened(g_steal_pointer(&path)) : NULL;
 }
 
-/* The data in a range of a region, as a transport would that cannot read holes. */
+/* Appends grants of the data in a range, as a transport does that cannot read holes. */
 static void grant_data(const PrRegion *region, uint32_t block, uint64_t from, uint64_t to,
 		       GArray *ret)
 {
@@ -295,11 +298,11 @@ static void faulty_grants_within(PrDataPath *base, uint32_t block, uint64_t offs
 {
 	FaultyPath *path = (FaultyPath *)base;
 
-	if (!path->piece_us) {
+	if (!path->us_per_mib) {
 		path->inner->ops->grants_within(path->inner, block, offset, length, ret);
 		return;
 	}
-	g_usleep(path->piece_us * MAX(1, length >> 20));
+	g_usleep(path->us_per_mib * MAX(1, length >> 20));
 	grant_data(&path->regions[block], block, offset, offset + length, ret);
 }
 
@@ -308,7 +311,7 @@ static GArray *faulty_grants(PrDataPath *base)
 	FaultyPath *path = (FaultyPath *)base;
 	GArray *grants;
 
-	if (!path->piece_us)
+	if (!path->us_per_mib)
 		return path->inner->ops->grants(path->inner);
 	grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
 	for (guint i = 0; i < path->n_regions; i++)
@@ -320,7 +323,7 @@ static void faulty_add_grants(PrDataPath *base, const PrGrant *grants, guint n)
 {
 	FaultyPath *path = (FaultyPath *)base;
 
-	if (!path->piece_us) {
+	if (!path->us_per_mib) {
 		path->inner->ops->add_grants(path->inner, grants, n);
 		return;
 	}
@@ -333,18 +336,18 @@ static void faulty_set_grants(PrDataPath *base, const PrGrant *grants, guint n)
 {
 	FaultyPath *path = (FaultyPath *)base;
 
-	if (path->piece_us)
+	if (path->us_per_mib)
 		faulty_add_grants(base, grants, n);
 	else
 		path->inner->ops->set_grants(path->inner, grants, n);
 }
 
-/* Whether a READ keeps to what was granted. */
+/* Whether a READ stays within the grants. */
 static gboolean is_granted(FaultyPath *path, uint32_t block, uint64_t at, uint64_t end)
 {
 	gboolean found = TRUE;
 
-	if (!path->piece_us)
+	if (!path->us_per_mib)
 		return TRUE;
 	g_mutex_lock(&path->granted_lock);
 	while (found && at < end) {
@@ -374,17 +377,17 @@ static gboolean faulty_post_read(PrDataPath *base, PrLaneId id, uint32_t block, 
 {
 	FaultyPath *path = (FaultyPath *)base;
 
-	if (!pr_fate_is_up(&path->fate))
+	if (!pr_path_life_is_up(&path->life))
 		return FALSE;
 	if (!is_granted(path, block, offset, offset + length)) {
-		g_critical("a READ at %" G_GUINT64_FORMAT " of RAM block %u: not granted", offset,
-			   block);
-		fail(path, "a READ of what was not granted");
+		g_critical("a READ at %" G_GUINT64_FORMAT " of RAM block %u was not granted",
+			   offset, block);
+		pr_path_life_fail(&path->life, "a READ of memory that was not granted");
 		return FALSE;
 	}
 	switch (pr_faults_on_read(path->faults)) {
 	case PR_FAULT_CUT:
-		fail(path, "cut by fault injection, at a READ");
+		pr_path_life_fail(&path->life, "cut by fault injection, at a READ");
 		return FALSE;
 	case PR_FAULT_STALL:
 		g_atomic_int_set(&path->stalled, 1);
@@ -403,12 +406,12 @@ static gboolean faulty_post_read(PrDataPath *base, PrLaneId id, uint32_t block, 
 	return TRUE;
 }
 
-/* Not counted: how many there are depends on the time of day. */
+/* Probes are not counted: their number depends on timing. */
 static gboolean faulty_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
 {
 	FaultyPath *path = (FaultyPath *)base;
 
-	if (!pr_fate_is_up(&path->fate))
+	if (!pr_path_life_is_up(&path->life))
 		return FALSE;
 	if (!g_atomic_int_get(&path->stalled))
 		return path->inner->ops->post_probe(path->inner, id, token);
@@ -416,8 +419,8 @@ static gboolean faulty_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
 	return TRUE;
 }
 
-/* What has landed, forgotten with this; a bit of its middle is flipped if it is to be. */
-static void take_posted(FaultyLane *lane, uint64_t token, gboolean corrupt)
+/* Removes a READ that has landed from `posted`. `corrupt`: flips a bit in its middle. */
+static void remove_posted(FaultyLane *lane, uint64_t token, gboolean corrupt)
 {
 	for (guint i = 0; i < lane->posted->len; i++) {
 		const PostedRead *posted = &g_array_index(lane->posted, PostedRead, i);
@@ -431,7 +434,7 @@ static void take_posted(FaultyLane *lane, uint64_t token, gboolean corrupt)
 	}
 }
 
-/* Takes over what the inner path completed. */
+/* Holds a completion of the inner path until it is due. */
 static void hold(FaultyPath *path, FaultyLane *lane, const PrCompletion *completion)
 {
 	HeldCompletion held = {
@@ -442,9 +445,9 @@ static void hold(FaultyPath *path, FaultyLane *lane, const PrCompletion *complet
 	PrFault fault = completion->ok ? pr_faults_on_completion(path->faults) : PR_FAULT_NONE;
 	if (fault == PR_FAULT_CUT) {
 		held.completion.ok = FALSE;
-		fail(path, "READ failed by fault injection");
+		pr_path_life_fail(&path->life, "READ failed by fault injection");
 	}
-	take_posted(lane, completion->token, fault == PR_FAULT_CORRUPT);
+	remove_posted(lane, completion->token, fault == PR_FAULT_CORRUPT);
 	g_array_append_val(lane->held, held);
 }
 
@@ -490,7 +493,7 @@ static guint faulty_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint
 
 	for (guint i = 0; i < n; i++)
 		hold(path, lane, &batch[i]);
-	up = pr_fate_is_up(&path->fate);
+	up = pr_path_life_is_up(&path->life);
 	n = release_held(lane, up, ret, max);
 	if (!up)
 		n += release_stalled(lane, ret + n, max - n);
@@ -502,7 +505,8 @@ static int faulty_wait_fd(PrDataPath *base, PrLaneId id)
 	return ((FaultyPath *)base)->lanes[id].waker.epoll_fd;
 }
 
-/* Sets the timer for the first held completion, or clears it. FALSE: that one is due. */
+/* Sets the timer for the first held completion; without one clears it. FALSE: the first one is
+ * due. */
 static gboolean arm_timer(FaultyLane *lane)
 {
 	struct itimerspec when = {{0}};
@@ -522,7 +526,7 @@ static gboolean faulty_arm(PrDataPath *base, PrLaneId id)
 {
 	FaultyPath *path = (FaultyPath *)base;
 
-	return pr_fate_is_up(&path->fate) && arm_timer(&path->lanes[id]) &&
+	return pr_path_life_is_up(&path->life) && arm_timer(&path->lanes[id]) &&
 	       path->inner->ops->arm(path->inner, id);
 }
 
@@ -535,12 +539,7 @@ static const char *faulty_device(PrDataPath *base)
 
 static void faulty_shutdown(PrDataPath *base)
 {
-	FaultyPath *path = (FaultyPath *)base;
-
-	if (!pr_fate_end(&path->fate, PR_FATE_SHUT))
-		return;
-	path->inner->ops->shutdown(path->inner);
-	wake_lanes(path);
+	pr_path_life_shut(&((FaultyPath *)base)->life);
 }
 
 static gboolean faulty_drain(PrDataPath *base, guint timeout_ms)
@@ -565,7 +564,7 @@ static gboolean faulty_admit_message(const PrUri *uri, gboolean outgoing, uint16
 {
 	g_autoptr(PrFaults) faults = NULL;
 
-	/* How many heartbeats there are depends on the time of day. */
+	/* Heartbeats are not counted: their number depends on timing. */
 	if (type == PR_MSG_HEARTBEAT)
 		return TRUE;
 	faults = pr_faults_for_uri(uri);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Which faults are to be injected, what has been counted, and where paths and tests find them. */
+/* The plans of faults, their counters, and the registry in which paths and tests find them. */
 #include "transport/faulty/plan.h"
 
 #include "transport/backend.h"
@@ -19,17 +19,17 @@ static const FaultOption fault_options[] = {
 	{"cut-after-reads", G_STRUCT_OFFSET(PrFaultPlan, cut_after_reads), G_MAXINT64,
 	 "fail the data path at its N-th READ"},
 	{"stall-after-reads", G_STRUCT_OFFSET(PrFaultPlan, stall_after_reads), G_MAXINT64,
-	 "leave READs after the N-th without an answer"},
+	 "do not answer READs after the N-th"},
 	{"error-read", G_STRUCT_OFFSET(PrFaultPlan, error_read), G_MAXINT64,
 	 "fail the N-th READ to complete, and the data path"},
 	{"corrupt-read", G_STRUCT_OFFSET(PrFaultPlan, corrupt_read), G_MAXINT64,
-	 "flip a bit of what the N-th READ to complete has brought"},
+	 "flip a bit of the bytes that the N-th READ to complete has brought"},
 	{"corrupt-reads", G_STRUCT_OFFSET(PrFaultPlan, corrupt_reads), G_MAXINT64,
-	 "and of as many READs from there on (1)"},
+	 "of how many READs from there on to flip a bit (1)"},
 	{"delay-ms", G_STRUCT_OFFSET(PrFaultPlan, delay_ms), 60000,
-	 "report every READ so much later"},
-	{"incremental_grants-us", G_STRUCT_OFFSET(PrFaultPlan, incremental_grants_us), 60000,
-	 "grant guest RAM piece by piece, in so much time for each MiB (both sides)"},
+	 "delay each completion of a READ by so much"},
+	{"piecewise-us", G_STRUCT_OFFSET(PrFaultPlan, incremental_grants_us), 60000,
+	 "grant guest RAM in pieces, each MiB of which takes so long (both sides)"},
 };
 
 void pr_faults_describe(GString *out)
@@ -40,25 +40,26 @@ void pr_faults_describe(GString *out)
 		pr_backend_describe_option(out, option, fault_options[i].help);
 	}
 	pr_backend_describe_option(out, OPTION_ID "=NAME",
-				   "count for all URIs with this name together");
+				   "share the counters among all URIs with this name");
 }
 
 struct PrFaults {
 	gint refs; /* under registry_lock */
 	char *id;  /* constant */
 	GMutex lock;
-	GCond idle;	  /* calling has become FALSE */
-	PrFaultPlan plan; /* lock, as all below; what has happened becomes 0 */
+	GCond idle;	  /* signalled when calling becomes FALSE */
+	PrFaultPlan plan; /* under lock, as all below; a fault that has happened becomes 0 */
 	PrFaultCounts counts;
-	GHashTable *applied; /* texts of URIs whose options have become the plan */
+	GHashTable *applied; /* set of the texts of URIs whose options have become the plan */
 	gboolean cut_next_message;
 	GPtrArray *hooks; /* of PrFaultyHook */
-	gboolean calling; /* a thread is calling hooks: detaching waits */
+	gboolean calling; /* a thread is calling hooks; detaching waits for it */
 };
 
-/* All faults of this process by id: how a URI's text leads to them. Those a URI made stay. */
+/* All faults of this process by id. The registry keeps a reference to those that a URI has made:
+ * the counters must outlive the path. */
 static GMutex registry_lock;
-static GHashTable *registry; /* id -> PrFaults (not a reference); registry_lock */
+static GHashTable *registry; /* id -> PrFaults; under registry_lock */
 
 /* Under registry_lock. */
 static PrFaults *lookup(const char *id, gboolean *ret_made)
@@ -173,14 +174,14 @@ void pr_faults_attach(PrFaults *faults, PrFaultyHook *hook)
 void pr_faults_detach(PrFaults *faults, PrFaultyHook *hook)
 {
 	g_mutex_lock(&faults->lock);
-	/* Ended by whoever calls the hooks, none of which waits. */
+	/* Ended by the thread that calls the hooks; no hook waits. */
 	while (faults->calling)
 		g_cond_wait(&faults->idle, &faults->lock);
 	g_ptr_array_remove(faults->hooks, hook);
 	g_mutex_unlock(&faults->lock);
 }
 
-/* Calls every hook without the lock: what a hook starts may come back here. */
+/* Calls each hook without the lock, because a hook may lead to a call of this file. */
 static void call_hooks(PrFaults *faults, gboolean cut)
 {
 	g_autoptr(GPtrArray) hooks = NULL;
@@ -238,7 +239,7 @@ PrFaultCounts pr_faults_counts(PrFaults *faults)
 	return counts;
 }
 
-/* Whether *when is due at this count. It is used up then. Under the lock. */
+/* Whether the fault *when is due at this count; if so, uses it up. Under the lock. */
 static gboolean is_due(PrFaults *faults, guint64 *when, guint64 count)
 {
 	if (!*when || count < *when)
@@ -308,7 +309,7 @@ PrFault pr_faults_on_completion(PrFaults *faults)
 	return fault;
 }
 
-guint64 pr_faults_piecewise_us(PrFaults *faults)
+guint64 pr_faults_incremental_grants_us(PrFaults *faults)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&faults->lock);
 

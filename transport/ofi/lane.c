@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* One lane of ofi: its own fabric, domain, queues and endpoint. The why is in ofi.c. */
+/* One lane of ofi:, with a fabric, domain, queues and endpoint of its own. ofi.c says why. */
 #include "transport/ofi/ofi.h"
 
 #include <linux/sockios.h>
@@ -12,7 +12,7 @@
 #include <sys/socket.h>
 
 #define PROVIDER_NET	  "net"
-#define REQUEST_BYTES_MIN 40 /* what net and tcp send for a READ */
+#define REQUEST_BYTES_MIN 40 /* bytes that net and tcp send for a READ */
 
 static const char *const providers[] = {PROVIDER_NET, "tcp"}; /* in order of preference */
 
@@ -31,7 +31,7 @@ gboolean pr_ofi_check_options(const PrUri *uri, guint64 *ret_data_port, GError *
 	       pr_backend_number(uri, "data-port", 1, G_MAXUINT16, 0, ret_data_port, error);
 }
 
-/* Where to connect from, if the URI says so. libfabric frees it. */
+/* Sets the address to connect from, if the URI has one. libfabric frees it. */
 static int set_source(struct fi_info *hints, const PrUri *uri)
 {
 	const char *bind = g_hash_table_lookup(uri->options, PR_OPTION_BIND);
@@ -83,7 +83,7 @@ void pr_ofi_warm_up(void)
 
 	if (!hints)
 		return;
-	/* What it answers does not matter; it looks for the providers first. */
+	/* The answer does not matter: the call loads the providers first, which takes long. */
 	hints->fabric_attr->prov_name = strdup(PROVIDER_NET);
 	if (fi_getinfo(FI_VERSION(1, 17), NULL, NULL, 0, hints, &info) == 0)
 		fi_freeinfo(info);
@@ -102,19 +102,16 @@ struct fi_info *pr_ofi_getinfo(const PrUri *uri, uint16_t port, gboolean listeni
 		err = getinfo(uri, port, listening, providers[i], &info);
 	if (!err)
 		return info;
-	g_set_error(
-		error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-		"path %s: libfabric has no way %s host \"%s\" with provider %s: %s; check the host "
-		"and ?" PR_OPTION_BIND "=, or choose another ?provider=",
-		uri->text, listening ? "to listen at" : "to", uri->host,
-		wanted ? wanted : "net or tcp", fi_strerror(-err));
+	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		    "path %s: libfabric cannot %s host \"%s\" with provider %s: %s; check the host "
+		    "and ?" PR_OPTION_BIND "=, or choose another ?provider=",
+		    uri->text, listening ? "listen at" : "reach", uri->host,
+		    wanted ? wanted : "net or tcp", fi_strerror(-err));
 	return NULL;
 }
 
-/*
- * Wait sets are for `net` alone: see ofi.c. libfabric 2 has no such provider any more, since `tcp` has taken its
- * place, and it deprecates wait sets.
- */
+/* Wait sets are for `net` alone: see ofi.c. libfabric 2 deprecates them, and its `tcp` has
+ * replaced `net`. */
 #if FI_MAJOR_VERSION < 2
 static int open_wait_set(PrOfiEvents *events)
 {
@@ -173,7 +170,7 @@ gboolean pr_ofi_events_may_sleep(PrOfiEvents *events, struct fid_cq *cq)
 
 	if (!events->wait)
 		return fi_trywait(events->fabric, fids, cq ? 2 : 1) == 0;
-	/* Looks for events and so makes progress, which may complete READs: look for these last. */
+	/* The wait set makes progress, which may complete READs: so check the completions last. */
 	return wait_set_is_quiet(events->wait) && (!cq || fi_cq_read(cq, NULL, 0) == -FI_EAGAIN);
 }
 
@@ -340,7 +337,8 @@ static gboolean is_connected(int fd, const struct sockaddr_storage ends[2], cons
 	       peer_size == sizes[1] && !memcmp(&peer, &ends[1], peer_size);
 }
 
-/* libfabric does not tell: the one socket of this process with these two ends. */
+/* libfabric does not tell the socket. It is the one of this process with the endpoint's two
+ * addresses. */
 static int find_socket(PrOfiLane *lane)
 {
 	g_autoptr(GDir) dir = g_dir_open("/proc/self/fd", 0, NULL);
@@ -362,7 +360,8 @@ static int find_socket(PrOfiLane *lane)
 
 static void set_cork(PrOfiLane *lane, int on)
 {
-	/* Without it all goes out one by one, as ever. */
+	/* Without the option, each READ and answer leaves in a packet of its own, which works
+	 * too. */
 	(void)setsockopt(lane->socket, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
 	lane->corked = on;
 }

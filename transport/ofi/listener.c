@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The destination's passive endpoint. Connect requests carry an encoded PrLaneHello. A thread of its own
- * takes them in; at the desk they meet the accept()s that wait for them.
+ * The destination's listener of ofi:, a passive endpoint. Connect requests carry an encoded
+ * PrLaneHello. A thread of the listener receives them; they wait in `pending` for the accept()
+ * that expects them.
  *
- * libfabric 1.17 (providers net and tcp) reads a request from the new socket with a blocking recv(2). A
- * stranger that sends half a request would hold the thread for as long as it likes. New sockets inherit
- * SO_RCVTIMEO from the listening one, so that is set, on the one socket of this process that listens
- * at the endpoint's address; endpoints later make their socket non-blocking, where it has no effect.
- * What remains: the provider forgets to close the socket of such a half request.
+ * libfabric 1.17 (providers net and tcp) reads a request from the new socket with a blocking
+ * recv(2). So a peer that sends half a request would block the thread for as long as it likes.
+ * New sockets inherit SO_RCVTIMEO from the listening one. Therefore the listener sets that option
+ * (REQUEST_TIMEOUT_MS) on the one socket of this process that listens at the endpoint's address.
+ * Later, endpoints make their socket non-blocking, where the option has no effect. Not handled:
+ * the provider never closes the socket of such a half request.
  */
 #include "transport/ofi/ofi.h"
 
@@ -22,15 +24,14 @@
 #define REQUEST_TIMEOUT_MS 100
 
 typedef struct OfiListener {
-	PrDataListener base;
+	PrBackendListener base; /* pending: struct fi_info* of connect requests */
 	struct fi_info *info;
-	PrOfiEvents events;  /* the thread's */
+	PrOfiEvents events;  /* owned by the thread */
 	struct fid_pep *pep; /* constant, as is port */
 	uint16_t port;
-	PrPollSet waker; /* of the thread; wake: anyone */
+	PrPollSet waker; /* of the thread; any thread wakes */
 	GThread *thread;
-	gint closing;	      /* atomic */
-	PrPendingLanes *desk; /* of struct fi_info*, connect requests */
+	gint closing; /* atomic */
 } OfiListener;
 
 static void listener_free(OfiListener *listener)
@@ -40,7 +41,7 @@ static void listener_free(OfiListener *listener)
 		pr_poll_set_wake(&listener->waker);
 		g_thread_join(listener->thread);
 	}
-	pr_pending_lanes_free(listener->desk);
+	pr_pending_lanes_free(listener->base.pending);
 	if (listener->pep)
 		fi_close(&listener->pep->fid);
 	pr_poll_set_clear(&listener->waker);
@@ -106,21 +107,21 @@ static int open_pep(OfiListener *listener)
 	return 0;
 }
 
-void pr_ofi_listener_reject(PrDataListener *listener, struct fi_info *info)
+static void reject(OfiListener *listener, struct fi_info *info)
 {
-	static const uint8_t reason = 1; /* any data: tells us from a host that refuses */
+	/* Any data do: they show that this engine rejects, and not the host. */
+	static const uint8_t reason = 1;
 
-	fi_reject(((OfiListener *)listener)->pep, info->handle, &reason, sizeof(reason));
+	fi_reject(listener->pep, info->handle, &reason, sizeof(reason));
 	fi_freeinfo(info);
 }
 
-/* PrLaneRefuse */
-static void refuse(gpointer request, const char *reason, gpointer opaque)
+static void refuse(gpointer request, const char *reason, gpointer listener)
 {
-	pr_ofi_listener_reject(opaque, request);
+	reject(listener, request);
 }
 
-static void take_event(OfiListener *listener, const PrOfiEvent *event)
+static void handle_event(OfiListener *listener, const PrOfiEvent *event)
 {
 	/* Some providers pad private data. */
 	gsize size = MIN(event->n_data, PR_LANE_HELLO_BYTES);
@@ -129,9 +130,9 @@ static void take_event(OfiListener *listener, const PrOfiEvent *event)
 	if (event->error || event->type != FI_CONNREQ)
 		return;
 	if (pr_lane_hello_decode(event->data, size, &hello, NULL))
-		pr_pending_lanes_offer(listener->desk, event->info, &hello);
+		pr_pending_lanes_offer(listener->base.pending, event->info, &hello);
 	else
-		pr_ofi_listener_reject(&listener->base, event->info);
+		reject(listener, event->info);
 }
 
 static gpointer listener_thread(gpointer opaque)
@@ -143,9 +144,9 @@ static gpointer listener_thread(gpointer opaque)
 		PrOfiEvent event = {0};
 
 		if (pr_ofi_events_read(&listener->events, &event))
-			take_event(listener, &event);
+			handle_event(listener, &event);
 		else if (pr_ofi_events_may_sleep(&listener->events, NULL))
-			/* Ended by a request, or by the waker when it closes. */
+			/* Ended by a request, or by the waker when the listener closes. */
 			poll(&fd, 1, -1);
 	}
 	return NULL;
@@ -160,7 +161,7 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 	if (!pr_ofi_check_options(uri, &port, error))
 		return NULL;
 	listener = g_new0(OfiListener, 1);
-	listener->base.ops = &pr_transport_ofi;
+	listener->base.base.ops = &pr_transport_ofi;
 	listener->waker = PR_POLL_SET_INIT;
 	listener->info = pr_ofi_getinfo(uri, port, TRUE, error);
 	if (!listener->info)
@@ -177,11 +178,11 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 	if (!pr_poll_set_init(&listener->waker, error) ||
 	    !pr_poll_set_add(&listener->waker, pr_ofi_events_fd(&listener->events), error))
 		return NULL;
-	listener->desk = pr_pending_lanes_new(refuse, listener, error);
-	if (!listener->desk)
+	listener->base.pending = pr_pending_lanes_new(refuse, listener, error);
+	if (!listener->base.pending)
 		return NULL;
 	listener->thread = pr_thread_try("pr-ofi-listen", listener_thread, listener, error);
-	return listener->thread ? &g_steal_pointer(&listener)->base : NULL;
+	return listener->thread ? &g_steal_pointer(&listener)->base.base : NULL;
 }
 
 uint16_t pr_ofi_listener_port(PrDataListener *listener)
@@ -189,18 +190,7 @@ uint16_t pr_ofi_listener_port(PrDataListener *listener)
 	return ((OfiListener *)listener)->port;
 }
 
-/* Data lanes of ofi: never come in on the control port. */
-void pr_ofi_offer(PrDataListener *listener, GSocketConnection *connection, const PrLaneHello *hello)
-{
-	g_object_unref(connection);
-}
-
 void pr_ofi_listener_close(PrDataListener *listener)
 {
 	listener_free((OfiListener *)listener);
-}
-
-PrPendingLanes *pr_ofi_listener_desk(PrDataListener *listener)
-{
-	return ((OfiListener *)listener)->desk;
 }

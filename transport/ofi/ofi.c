@@ -1,40 +1,49 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * ofi: libfabric, reliable connections (FI_EP_MSG), one-sided READs.
+ * Theory of operation: ofi:, over libfabric: reliable connections (FI_EP_MSG), one-sided READs
  *
- * The destination listens on a passive endpoint of its own (its port travels in HELLO_ACK), the source
- * connects one endpoint per lane. A connect request carries the lane's binding as private data and is
- * checked before it is accepted. The source registers the regions for remote reading and from then on
- * only runs a thread per lane that lets libfabric answer. The destination reads straight into its
- * regions.
+ * The destination listens on a passive endpoint with a port of its own, which HELLO_ACK tells the
+ * source. The source connects one endpoint for each lane. A connect request carries the lane's
+ * binding as private data, which the destination checks before it accepts. The source registers
+ * its regions for remote reading. From then on it only runs a thread for each lane, in which
+ * libfabric answers. The destination reads straight into its regions.
  *
- * Lanes share nothing, not even the fabric: reading an event queue of provider `net` makes progress on
- * all domains of its fabric under their locks, which would tie the urgent lane to the bulk one. An
- * endpoint for a connect request may be opened in another fabric than the passive one.
+ * Lanes share nothing, not even the fabric. Reading an event queue of provider `net` makes
+ * progress on all domains of its fabric, under their locks; a shared fabric would make the urgent
+ * lane wait for the bulk one. The endpoint for a connect request may be opened in another fabric
+ * than the passive endpoint.
  *
- * Sleeping. What progress needs differs between the providers of libfabric 1.17 (2 has no `net`), all of which claim
- * FI_PROGRESS_AUTO and are manual on both sides:
- *  - `net`: fi_trywait() does nothing, so the eventfd behind a queue's wait fd, once signalled, stays
- *    signalled, and a thread that polls that fd spins. We therefore bind the event queue to a wait
- *    set, where fi_wait(set, 0) resets it. That set's fd also covers the domain's sockets, and since
- *    only the lane's own thread makes progress, the completion queue needs no wait object at all.
- *  - others: fi_trywait() on both queues, their wait fds in our epoll set.
+ * Sleeping. All providers of libfabric 1.17 claim FI_PROGRESS_AUTO, but make progress only in our
+ * calls, on both sides. What a thread has to do before it sleeps differs (libfabric 2 has no
+ * `net`):
+ *  - `net`: fi_trywait() does nothing. The eventfd behind a queue's wait fd stays signalled once
+ *    it was signalled, and a thread that polls that fd spins. So the event queue is bound to a
+ *    wait set, where fi_wait(set, 0) resets the eventfd. The set's fd also covers the domain's
+ *    sockets. Only the lane's own thread makes progress, so the completion queue needs no wait
+ *    object.
+ *  - the others: fi_trywait() on both queues, whose wait fds are in the lane's epoll set.
  *
- * End of a connection. A peer that closes or dies shows as FI_SHUTDOWN in the event queue and as
- * FI_ECANCELED for each outstanding READ, but only to a thread that makes progress: whoever is about to
- * sleep looks at the event queue. A silent peer shows as nothing at all: heartbeats and shutdown() are
- * for that. fi_shutdown() completes all outstanding READs at once, and nothing lands afterwards.
- *  - A READ whose data were arriving at that moment completes twice, because it is both the head of the
- *    provider's queue and its current message. Slots remember whether they are busy, and the
- *    completion queue has room.
- *  - A READ that is posted after the end fails in the provider's send, and completes with an error.
+ * End of a connection. When the peer closes or dies, the event queue has FI_SHUTDOWN, and each
+ * outstanding READ completes with FI_ECANCELED. Only a thread that makes progress sees either, so
+ * a thread that is about to sleep reads the event queue. A peer that goes silent shows as nothing
+ * at all: heartbeats and shutdown() end such a path. fi_shutdown() completes all outstanding
+ * READs at once, and nothing lands afterwards.
+ *  - If a READ's data are arriving at that moment, the READ completes twice: it is both the head
+ *    of the provider's queue and its current message. So slots remember whether they are busy,
+ *    and the completion queue has room for the second completion.
+ *  - A READ that is posted after the end fails in the provider's send, and completes with an
+ *    error.
  *
- * The providers send each READ, and each answer, by a system call of its own. They go over the network together
- * where there are several on the urgent lane: their socket, which libfabric does not tell and which is therefore
- * looked for, is corked meanwhile. The first READ after a poll() goes at once.
+ * Fewer packets. The providers send each READ, and each answer, by a system call of its own.
+ * Where the urgent lane has several, its socket is corked meanwhile, so that they share packets.
+ * libfabric does not tell the socket; lane.c finds it by its addresses. The first READ after a
+ * poll() leaves at once.
  *
- * Where the provider copies (it needs no registered memory), READs land in a buffer of their slot and are stored
- * from there (pr_region_store()); slots are used last in, first out, so that the buffers stay in the cache.
+ * Storing. Where the provider copies (it needs no registered memory), a READ lands in a buffer of
+ * its slot, and pr_region_store() stores it from there. The slot that was freed last is used
+ * first, so that the buffers stay in the cache.
+ *
+ * Times: a provider that has no resources for a READ for 1 s (POST_TIMEOUT_MS) fails the path.
  */
 #include "transport/ofi/ofi.h"
 
@@ -44,14 +53,16 @@
 #include <string.h>
 
 #include "transport/backends.h"
+#include "transport/lane-rendezvous.h"
 #include "util/try-alloc.h"
 
-#define POST_TIMEOUT_MS 1000 /* a provider without resources for as long is dead */
+#define POST_TIMEOUT_MS 1000 /* a provider that has no resources for so long is dead */
 #define POLL_BATCH	16
 
 typedef struct OfiLane {
 	PrOfiLane ofi;
-	/* destination, the lane's thread: completions that post_read() found while it waited */
+	/* destination, owned by the lane's thread: completions that post_read() found while it
+	 * waited */
 	PrCompletion early[PR_OFI_READS_MAX];
 	guint n_early;
 	/* source */
@@ -61,14 +72,14 @@ typedef struct OfiLane {
 
 typedef struct OfiPath {
 	PrDataPath base;
-	PrPathLife fate;	 /* thread-safe */
+	PrPathLife life;	 /* thread-safe */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
-	PrGrant *grants; /* destination: set before the first READ */
+	PrGrant *grants; /* destination; set before the first READ */
 	guint n_grants;
-	gboolean *stored;	     /* constant: for each region: by pr_region_store() */
+	gboolean *storable; /* constant; for each region whether to use pr_region_store() */
 	OfiLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
-	GMutex ep_lock;		     /* whoever shuts an endpoint down finds it open */
+	GMutex ep_lock;		     /* keeps endpoints open while stop_lanes() shuts them down */
 } OfiPath;
 
 static gboolean is_urgent(const OfiLane *lane)
@@ -76,8 +87,10 @@ static gboolean is_urgent(const OfiLane *lane)
 	return pr_lane_is_urgent((PrLaneId)(lane - lane->path->lanes));
 }
 
-static void stop_lanes(OfiPath *path)
+static void stop_lanes(PrDataPath *base)
 {
+	OfiPath *path = (OfiPath *)base;
+
 	g_mutex_lock(&path->ep_lock);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		PrOfiLane *lane = &path->lanes[i].ofi;
@@ -90,15 +103,7 @@ static void stop_lanes(OfiPath *path)
 	g_mutex_unlock(&path->ep_lock);
 }
 
-static void fail(OfiPath *path, const char *reason)
-{
-	if (!pr_fate_end(&path->fate, PR_FATE_FAILED))
-		return;
-	stop_lanes(path);
-	pr_fate_notify(&path->fate, reason);
-}
-
-/* Looks for the end of the connection. */
+/* Fails the path if the connection has ended. */
 static void check_events(OfiPath *path, PrOfiLane *lane)
 {
 	PrOfiEvent event = {0};
@@ -106,9 +111,9 @@ static void check_events(OfiPath *path, PrOfiLane *lane)
 	if (!pr_ofi_events_read(&lane->events, &event))
 		return;
 	if (event.error)
-		fail(path, fi_strerror(event.error));
+		pr_path_life_fail(&path->life, "%s", fi_strerror(event.error));
 	else if (event.type == FI_SHUTDOWN)
-		fail(path, "the peer closed the connection, or has died");
+		pr_path_life_fail(&path->life, "the peer closed the connection, or has died");
 }
 
 static OfiPath *path_new(const PrPathSetup *setup)
@@ -120,10 +125,8 @@ static OfiPath *path_new(const PrPathSetup *setup)
 	g_mutex_init(&path->ep_lock);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
-	path->stored = g_new(gboolean, setup->n_regions);
-	for (guint i = 0; i < setup->n_regions; i++)
-		path->stored[i] = pr_region_is_writable_file(&setup->regions[i]);
-	pr_fate_init(&path->fate, setup);
+	path->storable = pr_regions_storable(setup->regions, setup->n_regions);
+	pr_path_life_init(&path->life, setup, &path->base, stop_lanes);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].path = path;
 		path->lanes[i].ofi.waker = PR_POLL_SET_INIT;
@@ -135,70 +138,45 @@ static void path_free(OfiPath *path)
 {
 	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_ofi_lane_close(&path->lanes[i].ofi);
-	pr_fate_clear(&path->fate);
+	pr_path_life_clear(&path->life);
 	g_mutex_clear(&path->ep_lock);
 	g_free(path->grants);
-	g_free(path->stored);
+	g_free(path->storable);
 	g_free(path);
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(OfiPath, path_free)
 
-static gboolean accept_one(OfiPath *path, PrDataListener *listener, const PrPathSetup *setup,
-			   gint64 deadline, GError **error)
+static gboolean has_lane(const PrDataPath *base, PrLaneId lane)
 {
-	PrLaneId id;
-	struct fi_info *info =
-		pr_pending_lanes_claim(pr_ofi_listener_desk(listener), setup, deadline, &id, error);
-	PrOfiLane *lane;
+	return ((const OfiPath *)base)->lanes[lane].ofi.info != NULL;
+}
 
-	if (!info)
-		return FALSE;
-	lane = &path->lanes[id].ofi;
-	if (id >= path->base.n_lanes || lane->info) {
-		pr_ofi_listener_reject(listener, info);
-		return TRUE;
-	}
+static gboolean accept_lane(PrDataPath *base, PrDataListener *listener, PrLaneId id, gpointer info,
+			    const PrPathSetup *setup, gint64 deadline, GError **error)
+{
+	PrOfiLane *lane = &((OfiPath *)base)->lanes[id].ofi;
+
 	if (pr_ofi_lane_open(lane, info, setup, FI_READ, error))
 		return pr_ofi_lane_accept(lane, setup, deadline, error);
-	/* Else the request's socket stays open, and its source waits for an answer. */
+	/* Without an endpoint the request's socket would stay open, and its source would wait. */
 	if (!lane->has_request)
-		pr_ofi_listener_reject(listener, g_steal_pointer(&lane->info));
+		pr_pending_lanes_refuse(((PrBackendListener *)listener)->pending,
+					g_steal_pointer(&lane->info), "the lane cannot be opened");
 	return FALSE;
-}
-
-static void ofi_expect(PrDataListener *listener, const PrBinding *binding)
-{
-	pr_pending_lanes_expect(pr_ofi_listener_desk(listener), binding);
-}
-
-static void ofi_forget(PrDataListener *listener, const PrBinding *binding)
-{
-	pr_pending_lanes_forget(pr_ofi_listener_desk(listener), binding);
-}
-
-static gboolean has_all_lanes(const OfiPath *path)
-{
-	for (guint i = 0; i < path->base.n_lanes; i++)
-		if (!path->lanes[i].ofi.info)
-			return FALSE;
-	return TRUE;
 }
 
 static PrDataPath *ofi_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
 {
-	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
-	PrPendingLanes *desk = pr_ofi_listener_desk(listener);
+	static const PrLaneAcceptor acceptor = {has_lane, accept_lane};
 	g_autoptr(OfiPath) path = path_new(setup);
-	gboolean ok = TRUE;
 
-	pr_pending_lanes_expect(desk, &setup->binding);
-	while (ok && !has_all_lanes(path))
-		ok = accept_one(path, listener, setup, deadline, error);
-	pr_pending_lanes_forget(desk, &setup->binding);
-	return ok ? &g_steal_pointer(&path)->base : NULL;
+	if (!pr_backend_accept_lanes(&path->base, listener, setup, &acceptor, error))
+		return NULL;
+	return &g_steal_pointer(&path)->base;
 }
 
-/* Faults often come one after the other, and waking up takes longer than a READ does. */
+/* Polls for a while first: faults often follow each other, and waking up takes longer than a
+ * READ. */
 static void sleep_for_request(OfiLane *lane)
 {
 	gint64 awake_until = g_get_monotonic_time() + (is_urgent(lane) ? PR_BACKEND_SPIN_US : 0);
@@ -209,11 +187,11 @@ static void sleep_for_request(OfiLane *lane)
 			return;
 		sched_yield();
 	}
-	/* Ended by what comes in, or by stop_lanes(). */
+	/* Ended by a request, or by stop_lanes(). */
 	poll(&fd, 1, -1);
 }
 
-/* The source's share: lets libfabric answer until the path ends. */
+/* The source's part: lets libfabric answer until the path ends. */
 static gpointer progress_thread(gpointer opaque)
 {
 	OfiLane *lane = opaque;
@@ -221,10 +199,11 @@ static gpointer progress_thread(gpointer opaque)
 	gboolean urgent = is_urgent(lane);
 	struct fi_cq_entry entry;
 
-	while (pr_fate_is_up(&path->fate)) {
+	while (pr_path_life_is_up(&path->life)) {
 		if (urgent && pr_ofi_lane_has_requests(&lane->ofi))
 			pr_ofi_lane_cork(&lane->ofi);
-		/* Answers what has come in; completes nothing, as we post nothing. */
+		/* Answers the requests that have come in. Nothing completes here: the source
+		 * posts nothing. */
 		fi_cq_read(lane->ofi.cq, &entry, 1);
 		pr_ofi_lane_push(&lane->ofi);
 		if (pr_ofi_lane_may_sleep(&lane->ofi))
@@ -267,8 +246,8 @@ static PrDataPath *ofi_connect(const PrPathSetup *setup, GError **error)
 	return &g_steal_pointer(&path)->base;
 }
 
-/* A provider that chooses the keys chooses another one for each lane: the n-th grant of a range is then
- * for lane n. */
+/* Where the provider chooses the keys, each lane has keys of its own: the n-th grant of a range
+ * is for lane n. */
 static GArray *ofi_grants(PrDataPath *base)
 {
 	OfiPath *path = (OfiPath *)base;
@@ -325,20 +304,17 @@ static guint ofi_max_reads(PrDataPath *path, PrLaneId lane)
 	return PR_OFI_READS_MAX;
 }
 
-/* The bytes of a READ have come. FALSE: they could not be stored; the path has failed. */
+/* Stores the bytes of a READ that has landed in its buffer. FALSE: the path has failed. */
 static gboolean store(OfiPath *path, const PrOfiSlot *slot)
 {
-	g_autofree char *reason = NULL;
-
 	if (!slot->region ||
 	    pr_region_store(slot->region, slot->offset, slot->buffer, slot->length))
 		return TRUE;
-	reason = g_strdup_printf("cannot store pages in guest RAM: %s", g_strerror(errno));
-	fail(path, reason);
+	pr_path_life_fail(&path->life, "cannot store pages in guest RAM: %s", g_strerror(errno));
 	return FALSE;
 }
 
-/* Frees the slot of a completed READ. FALSE: it was free already (see above). */
+/* Frees the slot of a completed READ. FALSE: a second completion of the same READ. */
 static gboolean complete(OfiPath *path, PrOfiLane *lane, void *context, gboolean ok,
 			 PrCompletion *ret)
 {
@@ -359,8 +335,9 @@ static guint read_failure(OfiPath *path, PrOfiLane *lane, PrCompletion *ret)
 
 	if (fi_cq_readerr(lane->cq, &entry, 0) != 1)
 		return 0;
-	fail(path, entry.err == FI_ECANCELED ? "the peer closed the connection, or has died"
-					     : fi_strerror(entry.err));
+	pr_path_life_fail(&path->life, "%s",
+			  entry.err == FI_ECANCELED ? "the peer closed the connection, or has died"
+						    : fi_strerror(entry.err));
 	return complete(path, lane, entry.op_context, FALSE, ret);
 }
 
@@ -380,19 +357,19 @@ static guint reap(OfiPath *path, PrOfiLane *lane, PrCompletion *ret, guint max)
 		}
 		if (got < 0) {
 			if (got != -FI_EAGAIN)
-				fail(path, fi_strerror((int)-got));
+				pr_path_life_fail(&path->life, "%s", fi_strerror((int)-got));
 			break;
 		}
 		for (ssize_t i = 0; i < got; i++)
-			n += complete(path, lane, entries[i].op_context, pr_fate_is_up(&path->fate),
-				      ret + n);
+			n += complete(path, lane, entries[i].op_context,
+				      pr_path_life_is_up(&path->life), ret + n);
 		if (got < (ssize_t)wanted)
 			break;
 	}
 	return n;
 }
 
-/* After -FI_EAGAIN: makes room for a READ. FALSE: there will be none. */
+/* After -FI_EAGAIN: waits for room for a READ. FALSE: the path has failed. */
 static gboolean wait_for_room(OfiPath *path, OfiLane *lane, gint64 deadline)
 {
 	pr_ofi_lane_push(&lane->ofi);
@@ -402,20 +379,20 @@ static gboolean wait_for_room(OfiPath *path, OfiLane *lane, gint64 deadline)
 	lane->n_early += n;
 	if (!n && pr_ofi_lane_may_sleep(&lane->ofi) &&
 	    !pr_backend_wait(lane->ofi.waker.epoll_fd, POLLIN, deadline, NULL, NULL))
-		fail(path, "libfabric takes no more READs");
-	return pr_fate_is_up(&path->fate);
+		pr_path_life_fail(&path->life, "libfabric takes no more READs");
+	return pr_path_life_is_up(&path->life);
 }
 
-/* Where a READ's bytes go. */
+/* The place that a READ is for. */
 typedef struct Target {
-	void *at; /* NULL: into the slot's buffer, and from there to */
+	void *at; /* NULL: the slot's buffer, to be stored at `offset` of `region` */
 	const PrRegion *region;
 	uint64_t offset;
 	struct fid_mr *mr; /* NULL where the provider needs none */
 } Target;
 
-/* Where the READ is to land that the slot is for. NULL: there is no memory. */
-static void *aim(PrOfiSlot *slot, const Target *target, uint32_t length)
+/* Prepares the slot for its READ. Returns where the READ is to land; NULL: there is no memory. */
+static void *prepare_slot(PrOfiSlot *slot, const Target *target, uint32_t length)
 {
 	slot->region = target->at ? NULL : target->region;
 	slot->offset = target->offset;
@@ -436,11 +413,11 @@ static gboolean read_into(OfiPath *path, OfiLane *lane, const PrGrant *grant, ui
 	gint64 deadline = pr_backend_deadline(POST_TIMEOUT_MS);
 	void *desc = target.mr ? fi_mr_desc(target.mr) : NULL;
 	uint64_t remote = grant->addr + (offset - grant->offset);
-	void *at = aim(slot, &target, length);
+	void *at = prepare_slot(slot, &target, length);
 	ssize_t err;
 
 	if (!at) {
-		fail(path, "no memory for a READ");
+		pr_path_life_fail(&path->life, "no memory for a READ");
 		return FALSE;
 	}
 	do {
@@ -448,7 +425,7 @@ static gboolean read_into(OfiPath *path, OfiLane *lane, const PrGrant *grant, ui
 			      &slot->context);
 	} while (err == -FI_EAGAIN && wait_for_room(path, lane, deadline));
 	if (err && err != -FI_EAGAIN)
-		fail(path, fi_strerror((int)-err));
+		pr_path_life_fail(&path->life, "%s", fi_strerror((int)-err));
 	return !err;
 }
 
@@ -458,10 +435,10 @@ static gboolean post(OfiPath *path, OfiLane *lane, const PrGrant *grant, uint64_
 	PrOfiSlot *slot;
 
 	g_assert(lane->ofi.n_free);
-	if (!pr_fate_is_up(&path->fate))
+	if (!pr_path_life_is_up(&path->life))
 		return FALSE;
 	if (!grant) {
-		fail(path, "the source does not let us read all of its RAM");
+		pr_path_life_fail(&path->life, "the source does not let us read all of its RAM");
 		return FALSE;
 	}
 	slot = &lane->ofi.slots[lane->ofi.free_slots[--lane->ofi.n_free]];
@@ -486,7 +463,7 @@ static gboolean ofi_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uin
 
 	g_assert(length <= PR_READ_MAX && block < path->n_regions &&
 		 offset + length <= region->size);
-	if (lane->ofi.mrs || !path->stored[block])
+	if (lane->ofi.mrs || !path->storable[block])
 		target.at = (uint8_t *)region->addr + offset;
 	if (lane->ofi.mrs)
 		target.mr = lane->ofi.mrs[block];
@@ -494,7 +471,8 @@ static gboolean ofi_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uin
 		    token);
 }
 
-/* Providers differ in what they make of a READ of no bytes: one byte, then, of whatever is granted. */
+/* A probe reads one byte of the first grant: providers differ in how they handle a READ of no
+ * bytes. */
 static gboolean ofi_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
 {
 	OfiPath *path = (OfiPath *)base;
@@ -511,14 +489,9 @@ static guint ofi_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint ma
 {
 	OfiPath *path = (OfiPath *)base;
 	OfiLane *lane = &path->lanes[id];
-	guint n = MIN(lane->n_early, max);
+	guint n = pr_backend_take_early(lane->early, &lane->n_early, ret, max);
 
 	pr_ofi_lane_push(&lane->ofi);
-	if (n) {
-		memcpy(ret, lane->early, n * sizeof(*ret));
-		lane->n_early -= n;
-		memmove(lane->early, lane->early + n, lane->n_early * sizeof(*ret));
-	}
 	return n + reap(path, &lane->ofi, ret + n, max - n);
 }
 
@@ -533,7 +506,7 @@ static gboolean ofi_arm(PrDataPath *base, PrLaneId id)
 	OfiLane *lane = &path->lanes[id];
 
 	pr_ofi_lane_push(&lane->ofi);
-	if (lane->n_early || !pr_fate_is_up(&path->fate))
+	if (lane->n_early || !pr_path_life_is_up(&path->life))
 		return FALSE;
 	if (pr_ofi_lane_may_sleep(&lane->ofi))
 		return TRUE;
@@ -548,13 +521,10 @@ static const char *ofi_device(PrDataPath *base)
 
 static void ofi_shutdown(PrDataPath *base)
 {
-	OfiPath *path = (OfiPath *)base;
-
-	if (pr_fate_end(&path->fate, PR_FATE_SHUT))
-		stop_lanes(path);
+	pr_path_life_shut(&((OfiPath *)base)->life);
 }
 
-/* Waits for every READ that was posted. */
+/* Waits until each posted READ has completed. */
 static gboolean drain_lane(OfiPath *path, PrOfiLane *lane, gint64 deadline)
 {
 	PrCompletion dropped[POLL_BATCH];
@@ -568,7 +538,7 @@ static gboolean drain_lane(OfiPath *path, PrOfiLane *lane, gint64 deadline)
 	return TRUE;
 }
 
-/* After shutdown(): the threads end by themselves. */
+/* After shutdown(), by which the threads end. */
 static void join_progress(OfiPath *path)
 {
 	for (guint i = 0; i < path->base.n_lanes; i++)
@@ -601,11 +571,6 @@ static void ofi_destroy(PrDataPath *base)
 	path_free(path);
 }
 
-static gboolean ofi_admit_message(const PrUri *uri, gboolean outgoing, uint16_t type)
-{
-	return TRUE;
-}
-
 static void ofi_describe(GString *out)
 {
 	pr_backend_describe(out, "ofi:HOST:PORT", "one-sided READs by libfabric, over any network");
@@ -620,10 +585,10 @@ const PrTransportOps pr_transport_ofi = {
 	.warm_up = pr_ofi_warm_up,
 	.listen = pr_ofi_listen,
 	.listener_port = pr_ofi_listener_port,
-	.offer = pr_ofi_offer,
+	.offer = pr_backend_refuse_offer,
 	.listener_close = pr_ofi_listener_close,
-	.expect = ofi_expect,
-	.forget = ofi_forget,
+	.expect = pr_backend_expect,
+	.forget = pr_backend_forget,
 	.accept = ofi_accept,
 	.connect = ofi_connect,
 	.grants = ofi_grants,
@@ -638,5 +603,5 @@ const PrTransportOps pr_transport_ofi = {
 	.shutdown = ofi_shutdown,
 	.drain = ofi_drain,
 	.destroy = ofi_destroy,
-	.admit_message = ofi_admit_message,
+	.admit_message = pr_backend_admit_message,
 };

@@ -1,23 +1,26 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * rdma_cm's conversation, a lane at a time, every step bounded by the deadline and cancellable:
+ * The conversation of rdma_cm that connects a lane. Each step is bounded by the deadline, and can
+ * be cancelled:
  *
- *	source                                  destination
- *	address, route resolved
- *	queue pair INIT
- *	  connect (PrLaneHello, READ depth)  ──▶  judged by the listener
- *	                                          queue pair INIT, ready
- *	                                     ◀──  accept, or reject (a reason in words)
- *	queue pair ready
- *	  established                        ──▶
+ * 	source                                  destination
+ * 	address, route resolved
+ * 	queue pair INIT
+ * 	  connect (PrLaneHello, READ depth)  ──▶  checked by the listener
+ * 	                                          queue pair INIT, ready
+ * 	                                     ◀──  accept, or reject (a reason in words)
+ * 	queue pair ready
+ * 	  established                        ──▶
  *
- * A message that is lost is repeated by rdma_cm after 4 s, which is too late: a link that has just come up loses
- * some. So the source gives an attempt `connect-timeout-ms` and begins anew while there is time, with twice as
- * much each time, since it may be a slow host and no loss. The destination takes another request for a lane that
- * came to nothing. That the source has given up may not reach it either, so there is an end to its waiting, too.
+ * rdma_cm repeats a lost message after 4 s. That is too late: a link that has just come up loses
+ * some. So the source gives an attempt `connect-timeout-ms` and then begins anew while there is
+ * time, with twice as much each time, because the host may be slow and nothing lost. The
+ * destination accepts another request for a lane whose attempt has failed. The news that the
+ * source has given up may be lost as well, so the destination's wait is bounded, too
+ * (ANSWER_FACTOR).
  *
- * The queue pairs are not rdma_cm's but ours: it would make them in its own context, and it sets timers
- * that we would have to correct afterwards.
+ * We make the queue pairs ourselves. rdma_cm would make them in a context of its own, and would
+ * set timers that we would have to correct afterwards.
  */
 #include <errno.h>
 #include <string.h>
@@ -25,13 +28,13 @@
 #include "transport/net/dial.h"
 #include "transport/rdma/path.h"
 
-/* The peer's reason to reject, as enum ib_cm_rej_reason of the kernel has it. */
+/* Reasons of a rejection, from the kernel's enum ib_cm_rej_reason. */
 #define REJECTED_NOBODY_LISTENS 8
 #define REJECTED_BY_THE_ENGINE	28
 
-#define REASON_MAX		148 /* bytes; what private data of a rejection takes */
+#define REASON_MAX		148 /* bytes of private data in a rejection */
 #define ANSWER_FACTOR		4   /* of connect-timeout-ms: how long the destination waits */
-#define PAUSE_MS		50  /* between attempts: one may come to nothing at once */
+#define PAUSE_MS		50  /* between attempts: an attempt may fail at once */
 
 void pr_verbs_reject(struct rdma_cm_id *id, const char *reason)
 {
@@ -39,7 +42,7 @@ void pr_verbs_reject(struct rdma_cm_id *id, const char *reason)
 	rdma_destroy_id(id);
 }
 
-/* The peer's words, made fit to be shown. */
+/* The peer's reason, with unprintable characters replaced. */
 static char *rejection_text(const PrVerbsEvent *event)
 {
 	g_autofree char *text =
@@ -82,7 +85,7 @@ static gboolean event_error(const PrUri *uri, const PrVerbsEvent *event, GError 
 	case RDMA_CM_EVENT_REJECTED:
 		return rejected(uri, event, error);
 	case RDMA_CM_EVENT_ADDR_ERROR:
-		return pr_verbs_error(uri, "no way to the host", event->status, error);
+		return pr_verbs_error(uri, "cannot reach the host", event->status, error);
 	case RDMA_CM_EVENT_ROUTE_ERROR:
 		return pr_verbs_error(uri, "no route to the host", event->status, error);
 	default:
@@ -105,7 +108,7 @@ static gboolean next_event(PrVerbsPath *path, const PrPathSetup *setup, gint64 d
 	return TRUE;
 }
 
-/* The next event, which is to be `type` and for this lane. */
+/* Waits for the next event; fails unless it is of this type and for this lane. */
 static gboolean await(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
 		      enum rdma_cm_event_type type, gint64 deadline, PrVerbsEvent *ret,
 		      GError **error)
@@ -157,11 +160,11 @@ static gboolean resolve_address(PrVerbsPath *path, PrVerbsLane *lane, const PrPa
 		g_socket_address_to_native(from, &source, sizeof(source), NULL);
 	if (rdma_resolve_addr(lane->cm, from ? (struct sockaddr *)&source : NULL,
 			      (struct sockaddr *)&target, ms_left(deadline)))
-		return pr_verbs_error(setup->uri, "no way to the host", errno, error);
+		return pr_verbs_error(setup->uri, "cannot reach the host", errno, error);
 	return await(path, lane, setup, RDMA_CM_EVENT_ADDR_RESOLVED, deadline, &event, error);
 }
 
-/* A name may have addresses of which only one is reached by RDMA. */
+/* Tries all addresses of the name: perhaps only one of them is reached by RDMA. */
 static gboolean resolve_any(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
 			    gint64 deadline, GError **error)
 {
@@ -186,27 +189,27 @@ static gboolean resolve_any(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSe
 	return FALSE;
 }
 
-/* All lanes of a path are on one device: that of the first. */
-static gboolean use_rail(PrVerbsPath *path, struct rdma_cm_id *id, GError **error)
+/* All lanes of a path use one device, which the first lane opens. */
+static gboolean use_device(PrVerbsPath *path, struct rdma_cm_id *id, GError **error)
 {
 	const char *name = ibv_get_device_name(id->verbs->device);
 
-	if (!path->rail.context)
-		return pr_verbs_device_open(&path->rail, id, path->uri, &path->options, error);
-	if (!strcmp(name, pr_verbs_device_name(&path->rail)) && id->port_num == path->rail.port)
+	if (!path->device.context)
+		return pr_verbs_device_open(&path->device, id, path->uri, &path->options, error);
+	if (!strcmp(name, pr_verbs_device_name(&path->device)) && id->port_num == path->device.port)
 		return TRUE;
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 		    "path %s: one lane is on %s port %u, the other on %s port %u; name one host "
-		    "address, and ?" PR_OPTION_BIND "= the one of a single device",
-		    path->uri->text, pr_verbs_device_name(&path->rail), path->rail.port, name,
+		    "address, and give ?" PR_OPTION_BIND "= the address of a single device",
+		    path->uri->text, pr_verbs_device_name(&path->device), path->device.port, name,
 		    id->port_num);
 	return FALSE;
 }
 
-/* The same for both directions, so that nobody has to know which is whose. */
+/* READs that this side offers to have outstanding, the same for both directions. */
 static guint own_depth(const PrVerbsPath *path)
 {
-	guint depth = MIN(path->rail.caps.max_qp_rd_atom, path->rail.caps.max_qp_init_rd_atom);
+	guint depth = MIN(path->device.caps.max_qp_rd_atom, path->device.caps.max_qp_init_rd_atom);
 
 	return MIN(depth, path->options.depth);
 }
@@ -244,7 +247,7 @@ static gboolean try_connect(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSe
 {
 	PrVerbsEvent event;
 
-	if (!resolve_any(path, lane, setup, deadline, error) || !use_rail(path, lane->cm, error))
+	if (!resolve_any(path, lane, setup, deadline, error) || !use_device(path, lane->cm, error))
 		return FALSE;
 	if (rdma_resolve_route(lane->cm, ms_left(deadline)))
 		return pr_verbs_error(setup->uri, "no route to the host", errno, error);
@@ -258,16 +261,17 @@ static gboolean try_connect(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSe
 	return TRUE;
 }
 
-static gboolean rail_is_down(PrVerbsPath *path, GError **error)
+static gboolean device_is_down(PrVerbsPath *path, GError **error)
 {
-	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-		    "path %s: rail %s is DOWN, or its address has gone; bring it up or use another "
-		    "path",
-		    path->uri->text, pr_verbs_device_name(&path->rail));
+	g_set_error(
+		error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
+		"path %s: device %s is DOWN, or its address has gone; bring it up or use another "
+		"path",
+		path->uri->text, pr_verbs_device_name(&path->device));
 	return FALSE;
 }
 
-/* What is heard in between is about another lane, and the next attempt looks at it. */
+/* An event in between is about another lane; the next attempt reads it. */
 static gboolean pause_attempts(PrVerbsPath *path, const PrPathSetup *setup, GError **error)
 {
 	pr_backend_wait(path->channel->fd, POLLIN, pr_backend_deadline(PAUSE_MS), setup->cancel,
@@ -290,7 +294,7 @@ gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPat
 			return FALSE;
 		}
 		if (pr_verbs_must_defer_free(path))
-			return rail_is_down(path, error);
+			return device_is_down(path, error);
 		g_info("%s; trying again", local->message);
 		pr_verbs_lane_close(lane);
 		if (!pause_attempts(path, setup, error))
@@ -298,15 +302,16 @@ gboolean pr_verbs_connect_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPat
 	}
 }
 
-/* TRUE: what happens to the id is now heard on the path's channel. */
-static gboolean take_id(PrVerbsPath *path, struct rdma_cm_id *id, GError **error)
+/* Moves the id to the path's channel, where its events arrive from now on. */
+static gboolean migrate_id(PrVerbsPath *path, struct rdma_cm_id *id, GError **error)
 {
 	if (rdma_migrate_id(id, path->channel))
-		return pr_verbs_error(path->uri, "cannot take the data lane over", errno, error);
-	return use_rail(path, id, error);
+		return pr_verbs_error(path->uri, "cannot move the data lane to its path", errno,
+				      error);
+	return use_device(path, id, error);
 }
 
-/* What is heard of an attempt that the source has given up. */
+/* Whether the event says that the source has given up this attempt. */
 static gboolean gave_up(const PrVerbsPath *path, const PrVerbsLane *lane, const PrVerbsEvent *event,
 			GError **error)
 {
@@ -340,8 +345,9 @@ static gboolean establish(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetu
 	return !gave_up(path, lane, &event, error) && event_error(setup->uri, &event, error);
 }
 
-/* The kernel refuses to go on with a request that its source has given up; an event says so. */
-static void look_for_end(PrVerbsPath *path, PrVerbsLane *lane, GError **error)
+/* The kernel refuses a request that its source has given up. Then an event tells why: use it as
+ * the error. */
+static void prefer_given_up(PrVerbsPath *path, PrVerbsLane *lane, GError **error)
 {
 	gint64 deadline = pr_backend_deadline(PAUSE_MS);
 	PrVerbsEvent event;
@@ -361,7 +367,7 @@ static gboolean answer(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GError
 {
 	struct rdma_conn_param param;
 
-	if (!take_id(path, lane->cm, error) || !pr_verbs_lane_open(path, lane, error) ||
+	if (!migrate_id(path, lane->cm, error) || !pr_verbs_lane_open(path, lane, error) ||
 	    !pr_verbs_lane_ready(path, lane, MIN(depth, own_depth(path)), error))
 		return FALSE;
 	param = conn_param(path, lane, lane->depth);
@@ -371,16 +377,16 @@ static gboolean answer(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GError
 }
 
 gboolean pr_verbs_accept_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPathSetup *setup,
-			      struct rdma_cm_id *id, guint depth, gint64 deadline, GError **error)
+			      const PrVerbsRequest *request, gint64 deadline, GError **error)
 {
 	g_autoptr(GError) local = NULL;
 
-	lane->cm = id;
-	if (answer(path, lane, depth, &local)) {
+	lane->cm = request->id;
+	if (answer(path, lane, request->depth, &local)) {
 		if (establish(path, lane, setup, deadline, &local))
 			return TRUE;
 	} else {
-		look_for_end(path, lane, &local);
+		prefer_given_up(path, lane, &local);
 		pr_verbs_reject(g_steal_pointer(&lane->cm), local->message);
 	}
 	if (!g_error_matches(local, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT) ||
@@ -389,7 +395,7 @@ gboolean pr_verbs_accept_lane(PrVerbsPath *path, PrVerbsLane *lane, const PrPath
 		return FALSE;
 	}
 	if (pr_verbs_must_defer_free(path))
-		return rail_is_down(path, error);
+		return device_is_down(path, error);
 	g_info("%s; waiting for another attempt", local->message);
 	pr_verbs_lane_close(lane);
 	return TRUE;

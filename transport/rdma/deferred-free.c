@@ -1,34 +1,41 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The end of a path that is fenced: nothing lands any more, and what is left of it is freed by a thread.
+ * Theory of operation: freeing a path whose device is slow or down
  *
- * That mostly takes a moment, for which its owner waits, so that everything is gone when the path is.
- * But a device can hold us up: soft-RoCE destroys a queue pair only when the network driver has let go of
- * its last packet (it waits for that for up to 50 s), which a driver that is down, or whose peer takes nothing,
- * may not do. The engine must not wait for that with the next path.
+ * A path that comes here is fenced: nothing lands any more. A thread of its own frees it. That
+ * mostly takes a moment, and the owner waits for it for up to 0.5 s (FREE_MS), so that everything
+ * is freed when destroy() returns. But the device can block the freeing, and the engine must not
+ * wait for that with the next path. soft-RoCE destroys a queue pair only when the network driver
+ * has released the queue pair's last packet. It waits up to 50 s for that; a driver that is down,
+ * or whose peer accepts nothing, may never release it.
  *
- * Destroying an id that is connected, or about to be, tells the peer, and that message goes out even where it cannot:
- * soft-RoCE's management queue pair then falls into the error state for good, and nobody connects over that
- * device any more until it is made anew. So while the rail is down nothing is freed but registered memory: the
- * thread waits until the rail is up again (then the peer is told), or its device is removed, which waits
- * for us. That is the best that can be done: the kernel tells the peer as well when a process ends, in whatever
- * way, and nothing lets go of a connection without (soft-roce/README.md says how to make the device anew).
+ * Destroying an id that is connected, or about to be, sends the peer a message, even over a
+ * device that is down. soft-RoCE's management queue pair then falls into the error state for
+ * good, and no program can connect over that device until the device is made anew. So while the
+ * device is down, the thread frees registered memory only. It checks every 250 ms (CHECK_MS)
+ * whether the device is up again; then it frees the rest, and the peer is told. It also goes on
+ * when the device is removed, because the removal waits for us.
+ *
+ * Not handled: the end of this process. The kernel then tells the peer as well, in whatever way
+ * the process ends, and no call drops a connection silently. soft-roce/README.md says how to make
+ * the device anew.
  */
 #include "transport/rdma/path.h"
 
-#define LOOK_MS	 250
-#define LOOKS_UP 4 /* a port that says it is up may still have no route */
-#define FREE_MS	 500
+#define CHECK_MS  250
+#define CHECKS_UP 4 /* successful checks in a row: a port that is up may have no route yet */
+#define FREE_MS	  500
 
-typedef struct Remains {
-	PrVerbsPath *path; /* the thread's */
+typedef struct DeferredFree {
+	PrVerbsPath *path; /* owned by the thread */
 	void (*free_path)(PrVerbsPath *path);
-	gboolean linger;
+	gboolean until_up; /* constant: wait for the device first */
 
 	GMutex lock;
 	GCond changed;
-	gboolean freed, left; /* by the thread, by the owner: the last one frees this; under lock */
-} Remains;
+	/* Under lock: the thread is done; the owner is done. The last one of them frees this. */
+	gboolean freed, left;
+} DeferredFree;
 
 static gboolean is_connected(const PrVerbsPath *path)
 {
@@ -39,17 +46,17 @@ static gboolean is_connected(const PrVerbsPath *path)
 }
 
 /*
- * An address that was removed and has come back may have another GID index than before: the kernel does not
- * use the old index again for as long as our queue pair refers to it.
+ * An address that was removed and has come back may have a new GID index: the kernel does not use
+ * the old index again while our queue pair refers to it.
  */
-static gboolean address_is_there(const PrVerbsPath *path, const PrVerbsLane *lane, int n_gids)
+static gboolean port_has_address(const PrVerbsPath *path, const PrVerbsLane *lane, int n_gids)
 {
 	union ibv_gid gid;
 
 	if (pr_verbs_has_address(path, lane))
 		return TRUE;
 	for (int i = 0; i < n_gids; i++)
-		if (!ibv_query_gid(path->rail.context, path->rail.port, i, &gid) &&
+		if (!ibv_query_gid(path->device.context, path->device.port, i, &gid) &&
 		    !memcmp(&gid, &lane->gid, sizeof(gid)))
 			return TRUE;
 	return FALSE;
@@ -59,18 +66,18 @@ gboolean pr_verbs_must_defer_free(PrVerbsPath *path)
 {
 	struct ibv_port_attr port;
 
-	if (!path->rail.context || g_atomic_int_get(&path->removed) || !is_connected(path))
+	if (!path->device.context || g_atomic_int_get(&path->removed) || !is_connected(path))
 		return FALSE;
-	if (ibv_query_port(path->rail.context, path->rail.port, &port) ||
+	if (ibv_query_port(path->device.context, path->device.port, &port) ||
 	    port.state != IBV_PORT_ACTIVE)
 		return TRUE;
 	for (guint i = 0; i < path->base.n_lanes; i++)
-		if (path->lanes[i].cm && !address_is_there(path, &path->lanes[i], port.gid_tbl_len))
+		if (path->lanes[i].cm && !port_has_address(path, &path->lanes[i], port.gid_tbl_len))
 			return TRUE;
 	return FALSE;
 }
 
-static void look_for_removal(PrVerbsPath *path)
+static void check_removal(PrVerbsPath *path)
 {
 	PrVerbsEvent event;
 
@@ -79,89 +86,89 @@ static void look_for_removal(PrVerbsPath *path)
 			g_atomic_int_set(&path->removed, TRUE);
 }
 
-static void wait_for_rail(PrVerbsPath *path)
+static void wait_until_up(PrVerbsPath *path)
 {
 	struct pollfd fd = {.fd = path->channel->fd, .events = POLLIN};
 
 	pr_verbs_source_mr_free(path);
 	pr_verbs_destination_mr_free(path);
-	for (guint up = 0; up < LOOKS_UP; up = pr_verbs_must_defer_free(path) ? 0 : up + 1) {
-		look_for_removal(path);
+	for (guint up = 0; up < CHECKS_UP; up = pr_verbs_must_defer_free(path) ? 0 : up + 1) {
+		check_removal(path);
 		if (g_atomic_int_get(&path->removed))
 			break;
-		poll(&fd, 1, LOOK_MS);
+		poll(&fd, 1, CHECK_MS);
 	}
 }
 
-/* Says that the thread (or else the owner) has done with it. */
-static void let_go(Remains *remains, gboolean thread)
+/* Called by the thread and by the owner when they are done with it; the second call frees it. */
+static void drop_deferred(DeferredFree *deferred, gboolean thread)
 {
 	gboolean last;
 
-	g_mutex_lock(&remains->lock);
-	last = thread ? remains->left : remains->freed;
-	*(thread ? &remains->freed : &remains->left) = TRUE;
-	g_cond_broadcast(&remains->changed);
-	g_mutex_unlock(&remains->lock);
+	g_mutex_lock(&deferred->lock);
+	last = thread ? deferred->left : deferred->freed;
+	*(thread ? &deferred->freed : &deferred->left) = TRUE;
+	g_cond_broadcast(&deferred->changed);
+	g_mutex_unlock(&deferred->lock);
 	if (!last)
 		return;
-	g_mutex_clear(&remains->lock);
-	g_cond_clear(&remains->changed);
-	g_free(remains);
+	g_mutex_clear(&deferred->lock);
+	g_cond_clear(&deferred->changed);
+	g_free(deferred);
 }
 
 static gpointer release_thread(gpointer opaque)
 {
-	Remains *remains = opaque;
+	DeferredFree *deferred = opaque;
 
-	if (remains->linger)
-		wait_for_rail(remains->path);
-	remains->free_path(remains->path);
-	let_go(remains, TRUE);
+	if (deferred->until_up)
+		wait_until_up(deferred->path);
+	deferred->free_path(deferred->path);
+	drop_deferred(deferred, TRUE);
 	return NULL;
 }
 
-static gboolean wait_freed(Remains *remains)
+static gboolean wait_freed(DeferredFree *deferred)
 {
 	gint64 deadline = pr_backend_deadline(FREE_MS);
 	gboolean freed;
 
-	g_mutex_lock(&remains->lock);
-	while (!remains->freed && g_cond_wait_until(&remains->changed, &remains->lock, deadline))
+	g_mutex_lock(&deferred->lock);
+	while (!deferred->freed && g_cond_wait_until(&deferred->changed, &deferred->lock, deadline))
 		;
-	freed = remains->freed;
-	g_mutex_unlock(&remains->lock);
+	freed = deferred->freed;
+	g_mutex_unlock(&deferred->lock);
 	return freed;
 }
 
 void pr_verbs_release(PrVerbsPath *path, void (*free_path)(PrVerbsPath *path))
 {
-	g_autofree char *name = g_strdup(path->fate.name);
-	Remains *remains = g_new0(Remains, 1);
+	g_autofree char *name = g_strdup(path->life.name);
+	DeferredFree *deferred = g_new0(DeferredFree, 1);
 	GThread *thread;
 	gboolean freed;
 
-	*remains = (Remains){path, free_path, .linger = pr_verbs_must_defer_free(path)};
-	g_mutex_init(&remains->lock);
-	g_cond_init(&remains->changed);
-	if (remains->linger)
-		g_message("%s: rail %s is down; its connection ends when it is up again, for which "
-			  "this process has to live",
-			  name, pr_verbs_device_name(&path->rail));
-	thread = g_thread_try_new("pr-rdma-release", release_thread, remains, NULL);
+	*deferred = (DeferredFree){path, free_path, .until_up = pr_verbs_must_defer_free(path)};
+	g_mutex_init(&deferred->lock);
+	g_cond_init(&deferred->changed);
+	if (deferred->until_up)
+		g_message("%s: device %s is down; the connection ends when it is up again; "
+			  "keep this process running until then",
+			  name, pr_verbs_device_name(&path->device));
+	thread = g_thread_try_new("pr-rdma-release", release_thread, deferred, NULL);
 	if (!thread) {
-		/* What lingers stays for good then. */
-		if (!remains->linger)
-			release_thread(remains);
+		/* Without a thread a path on a device that is down is never freed. */
+		if (!deferred->until_up)
+			release_thread(deferred);
 		else
-			let_go(remains, TRUE);
-		let_go(remains, FALSE);
+			drop_deferred(deferred, TRUE);
+		drop_deferred(deferred, FALSE);
 		return;
 	}
-	freed = !remains->linger && wait_freed(remains);
-	if (!freed && !remains->linger)
-		g_info("%s: its device takes its time to let go of it", name);
-	let_go(remains, FALSE);
+	freed = !deferred->until_up && wait_freed(deferred);
+	if (!freed && !deferred->until_up)
+		g_info("%s: its device is slow to release it", name);
+	drop_deferred(deferred, FALSE);
 	if (freed)
 		g_thread_join(thread);
 	else

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* A device for one path, and words for what may be wrong with it. */
+/* A device of one path, and the causes and remedies of its errors. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -23,7 +23,7 @@ static gboolean have_devices(void)
 	"; no permission on /dev/infiniband/*: run as root, or join the group that owns these "    \
 	"(--group, with --user)"
 
-/* What to do about a system error, or "". */
+/* The remedy for a system error, or "". */
 static const char *remedy(int number)
 {
 	switch (number) {
@@ -40,10 +40,10 @@ static const char *remedy(int number)
 			       "soft-roce/rxe-up, or rdma link add rxe0 type rxe netdev ETH";
 		if (access(CM_DEVICE, F_OK) < 0)
 			return "; " CM_DEVICE " is missing: modprobe rdma_ucm";
-		/* librdmacm says ENOENT then. */
+		/* librdmacm sets ENOENT in this case. */
 		if (access(CM_DEVICE, R_OK | W_OK) < 0)
 			return NO_PERMISSION;
-		return "; no RDMA device of this host (rdma link) has that address or a way to it: "
+		return "; no RDMA device of this host (rdma link) has that address or a route to it: "
 		       "check the addresses and links, for soft-RoCE: rdma link add rxe0 type rxe "
 		       "netdev ETH";
 	case ENOMEM:
@@ -83,28 +83,28 @@ struct rdma_event_channel *pr_verbs_open_channel(const PrUri *uri, GError **erro
 	return NULL;
 }
 
-const char *pr_verbs_device_name(const PrVerbsDevice *rail)
+const char *pr_verbs_device_name(const PrVerbsDevice *device)
 {
-	return rail->context ? ibv_get_device_name(rail->context->device) : "(none)";
+	return device->context ? ibv_get_device_name(device->context->device) : "(none)";
 }
 
-static gboolean check_device(const PrVerbsDevice *rail, const PrUri *uri,
+static gboolean check_device(const PrVerbsDevice *device, const PrUri *uri,
 			     const PrVerbsOptions *options, GError **error)
 {
-	const char *name = pr_verbs_device_name(rail);
+	const char *name = pr_verbs_device_name(device);
 
 	if (options->device && strcmp(options->device, name))
 		g_set_error(
 			error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			"path %s: option dev=%s, but the way there is by %s; give the address of "
+			"path %s: option dev=%s, but the route there uses %s; give the address of "
 			"%s on both sides (?" PR_OPTION_BIND "= for ours), or leave dev out",
 			uri->text, options->device, name, options->device);
-	else if (rail->context->device->transport_type != IBV_TRANSPORT_IB)
+	else if (device->context->device->transport_type != IBV_TRANSPORT_IB)
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 			    "path %s: device %s is neither InfiniBand nor RoCE; use ofi: or tcp: "
 			    "over it",
 			    uri->text, name);
-	else if (!MIN(rail->caps.max_qp_rd_atom, rail->caps.max_qp_init_rd_atom))
+	else if (!MIN(device->caps.max_qp_rd_atom, device->caps.max_qp_init_rd_atom))
 		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 			    "path %s: device %s does no RDMA READ; use ofi: or tcp: over it",
 			    uri->text, name);
@@ -113,37 +113,37 @@ static gboolean check_device(const PrVerbsDevice *rail, const PrUri *uri,
 	return FALSE;
 }
 
-/* rdma_cm's own context is shared by all users of the device in this process; this one is not. */
-gboolean pr_verbs_device_open(PrVerbsDevice *rail, struct rdma_cm_id *id, const PrUri *uri,
+/* Opens a context for this path: all users of the device in this process share rdma_cm's. */
+gboolean pr_verbs_device_open(PrVerbsDevice *device, struct rdma_cm_id *id, const PrUri *uri,
 			      const PrVerbsOptions *options, GError **error)
 {
 	int err;
 
-	rail->port = id->port_num;
-	rail->context = ibv_open_device(id->verbs->device);
-	if (!rail->context)
+	device->port = id->port_num;
+	device->context = ibv_open_device(id->verbs->device);
+	if (!device->context)
 		return pr_verbs_error(uri, "cannot open the RDMA device", errno, error);
-	err = ibv_query_device(rail->context, &rail->caps);
+	err = ibv_query_device(device->context, &device->caps);
 	if (err)
 		return pr_verbs_error(uri, "cannot query the RDMA device", err, error);
-	rail->pd = ibv_alloc_pd(rail->context);
-	if (!rail->pd)
+	device->pd = ibv_alloc_pd(device->context);
+	if (!device->pd)
 		return pr_verbs_error(uri, "no protection domain", errno, error);
-	if (!pr_verbs_set_nonblocking(rail->context->async_fd))
+	if (!pr_verbs_set_nonblocking(device->context->async_fd))
 		return pr_verbs_error(uri, "the RDMA device's events", errno, error);
-	return check_device(rail, uri, options, error);
+	return check_device(device, uri, options, error);
 }
 
-void pr_verbs_device_close(PrVerbsDevice *rail)
+void pr_verbs_device_close(PrVerbsDevice *device)
 {
-	if (rail->pd)
-		ibv_dealloc_pd(rail->pd);
-	if (rail->context)
-		ibv_close_device(rail->context);
-	*rail = (PrVerbsDevice){NULL};
+	if (device->pd)
+		ibv_dealloc_pd(device->pd);
+	if (device->context)
+		ibv_close_device(device->context);
+	*device = (PrVerbsDevice){NULL};
 }
 
-/* A number of /proc/self/status; `base` as in strtoull(3). */
+/* Reads a number of /proc/self/status; `base` as in strtoull(3). */
 static uint64_t status_value(const char *name, guint base)
 {
 	g_autofree char *text = NULL;
@@ -172,10 +172,10 @@ gboolean pr_verbs_check_memlock(uint64_t bytes, GError **error)
 		return TRUE;
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 		    "%" G_GUINT64_FORMAT
-		    " MiB of guest memory are to be pinned, but RLIMIT_MEMLOCK "
+		    " MiB of guest memory have to be pinned, but RLIMIT_MEMLOCK "
 		    "is %" G_GUINT64_FORMAT " MiB; raise it to %" G_GUINT64_FORMAT
 		    " MiB (ulimit -l %" G_GUINT64_FORMAT ", LimitMEMLOCK= in a systemd unit), or "
-		    "give us CAP_IPC_LOCK",
+		    "give this process CAP_IPC_LOCK",
 		    bytes / MIB, (uint64_t)limit.rlim_cur / MIB, needed / MIB + 1,
 		    (needed / MIB + 1) * 1024);
 	return FALSE;

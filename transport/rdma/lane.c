@@ -1,22 +1,43 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* One lane of rdma: its queue pair, what is posted on it and what comes back. The why is in rdma.c. */
+/*
+ * Theory of operation: a lane, which is one queue pair
+ *
+ * post() puts a READ of the engine on the queue pair as one work request for each granted range
+ * that it touches (a piece). Only the last piece is signalled. The READ has a slot, and the
+ * slot's number is in the wr_id of all of its pieces. poll() takes completions out of the
+ * completion queue and frees their slots.
+ *
+ * Invariants: one thread uses a lane. A slot is busy from post() until its last piece completes.
+ * So an outstanding READ is never forgotten; drain() waits for all slots, and for a marker behind
+ * pieces of READs that were only posted in part. `room` counts the work requests that the send
+ * queue can still take; probes and the marker have room of their own. A wr_id also carries bits
+ * of the epoch, and a completion of another epoch is ignored.
+ *
+ * Sleeping. The bulk lane polls for up to 50 us (SPIN_MAX_US) before it sleeps, for as long as
+ * that has helped recently. Then the lane asks for a completion event, and looks once more for
+ * completions that came before the request.
+ *
+ * Times: a send queue that has no room for 1 s (POST_TIMEOUT_MS) fails the path. The timers of
+ * READs are the device's (options.c).
+ *
+ * Not handled: completions out of order within a queue pair. Reliable connections exclude them.
+ */
 #include <errno.h>
 #include <sched.h>
-#include <string.h>
 
 #include "transport/rdma/path.h"
 
 #define POLL_BATCH	16
-#define ACK_BATCH	64   /* completion events that are acknowledged at once */
-#define RETIRED_MAX	64   /* memory regions that wait to be freed */
+#define ACK_BATCH	64   /* completion events that one call acknowledges */
+#define RETIRED_MAX	64   /* memory regions that may wait to be freed */
 #define SPIN_MAX_US	50   /* before a lane with READs outstanding goes to sleep */
-#define POST_TIMEOUT_MS 1000 /* a queue that takes nothing for as long is dead */
+#define POST_TIMEOUT_MS 1000 /* a send queue that has no room for so long is dead */
 #define QUEUE_DEPTH	256  /* work requests: READs that cross registered ranges take several */
 
 typedef enum WrKind {
-	WR_PIECE = 1, /* of a READ, with more to come; completes only if it fails */
-	WR_LAST,      /* the end of a READ: a queue completes in order, so all of it is there */
-	WR_MARKER,    /* the end of the queue pair */
+	WR_PIECE = 1, /* a piece of a READ but the last; completes only if it fails */
+	WR_LAST,      /* the last piece: as a queue pair completes in order, all have landed */
+	WR_MARKER,    /* the last work request of the queue pair: see drain() */
 } WrKind;
 
 static uint64_t wr_id(const PrVerbsLane *lane, WrKind kind, guint slot)
@@ -26,9 +47,9 @@ static uint64_t wr_id(const PrVerbsLane *lane, WrKind kind, guint slot)
 
 static gboolean open_queues(PrVerbsPath *path, PrVerbsLane *lane, GError **error)
 {
-	struct ibv_context *context = path->rail.context;
+	struct ibv_context *context = path->device.context;
 	guint others = PR_VERBS_PROBES_MAX + 1; /* and the marker */
-	guint room = MIN(QUEUE_DEPTH, path->rail.caps.max_qp_wr - others);
+	guint room = MIN(QUEUE_DEPTH, path->device.caps.max_qp_wr - others);
 	struct ibv_qp_init_attr attr = {
 		.qp_type = IBV_QPT_RC,
 		.cap = {.max_send_wr = room + others,
@@ -40,12 +61,12 @@ static gboolean open_queues(PrVerbsPath *path, PrVerbsLane *lane, GError **error
 	lane->channel = ibv_create_comp_channel(context);
 	if (!lane->channel || !pr_verbs_set_nonblocking(lane->channel->fd))
 		return pr_verbs_error(path->uri, "no completion channel", errno, error);
-	/* For all that may be posted, since all may fail. */
+	/* Room for each work request that may be posted: each may fail. */
 	lane->cq = ibv_create_cq(context, (int)(room + others), NULL, lane->channel, 0);
 	if (!lane->cq)
 		return pr_verbs_error(path->uri, "no completion queue", errno, error);
 	attr.send_cq = attr.recv_cq = lane->cq;
-	lane->qp = ibv_create_qp(path->rail.pd, &attr);
+	lane->qp = ibv_create_qp(path->device.pd, &attr);
 	if (!lane->qp)
 		return pr_verbs_error(path->uri, "no queue pair", errno, error);
 	lane->room = room;
@@ -67,8 +88,8 @@ static gboolean to_init(PrVerbsPath *path, PrVerbsLane *lane, GError **error)
 
 	if (rdma_init_qp_attr(lane->cm, &attr, &mask))
 		return pr_verbs_error(path->uri, "cannot set the queue pair up", errno, error);
-	/* Nothing but READs, and those only from the source. */
-	attr.qp_access_flags = path->exports ? IBV_ACCESS_REMOTE_READ : 0;
+	/* The peer may only READ, and only at the source. */
+	attr.qp_access_flags = path->source_mrs ? IBV_ACCESS_REMOTE_READ : 0;
 	return modify(path, lane, &attr, mask | IBV_QP_ACCESS_FLAGS, error);
 }
 
@@ -87,7 +108,7 @@ static gboolean check_mtu(PrVerbsPath *path, enum ibv_mtu mtu, GError **error)
 {
 	const guint smallest = 128;
 	struct ibv_port_attr port;
-	int err = ibv_query_port(path->rail.context, path->rail.port, &port);
+	int err = ibv_query_port(path->device.context, path->device.port, &port);
 
 	if (err)
 		return pr_verbs_error(path->uri, "cannot query the RDMA port", err, error);
@@ -96,16 +117,16 @@ static gboolean check_mtu(PrVerbsPath *path, enum ibv_mtu mtu, GError **error)
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 		    "path %s: the peer sends packets of %u bytes, the port of %s takes %u; set the "
 		    "same MTU on both hosts (ip link set dev ETH mtu N, on every switch too)",
-		    path->uri->text, smallest << mtu, pr_verbs_device_name(&path->rail),
+		    path->uri->text, smallest << mtu, pr_verbs_device_name(&path->device),
 		    smallest << port.active_mtu);
 	return FALSE;
 }
 
-/* Remembers our own address on the wire, to notice when it goes. */
+/* Remembers our own address on the wire, so that events.c can tell when it goes. */
 static gboolean check_gid(PrVerbsPath *path, PrVerbsLane *lane, uint8_t index, GError **error)
 {
 	struct ibv_gid_entry entry;
-	int err = ibv_query_gid_ex(path->rail.context, path->rail.port, index, &entry, 0);
+	int err = ibv_query_gid_ex(path->device.context, path->device.port, index, &entry, 0);
 
 	if (err)
 		return pr_verbs_error(path->uri, "the RDMA port's address has gone", err, error);
@@ -117,8 +138,8 @@ static gboolean check_gid(PrVerbsPath *path, PrVerbsLane *lane, uint8_t index, G
 	g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
 		    "path %s: %s would speak RoCE version 1 (GID %u), which is not routed; choose "
 		    "version 2: cma_roce_mode -d %s -p %u -m 2, or on the peer",
-		    path->uri->text, pr_verbs_device_name(&path->rail), index,
-		    pr_verbs_device_name(&path->rail), path->rail.port);
+		    path->uri->text, pr_verbs_device_name(&path->device), index,
+		    pr_verbs_device_name(&path->device), path->device.port);
 	return FALSE;
 }
 
@@ -192,7 +213,7 @@ gint64 pr_verbs_lane_oldest(const PrVerbsLane *lane)
 	return oldest;
 }
 
-/* A status that no path error explains. What has arrived so far is right all the same. */
+/* Statuses that no failure of a path explains. Bytes that have arrived are right all the same. */
 static gboolean is_bug(enum ibv_wc_status status)
 {
 	switch (status) {
@@ -210,36 +231,34 @@ static gboolean is_bug(enum ibv_wc_status status)
 static void note_failure(PrVerbsPath *path, const PrVerbsLane *lane, const PrVerbsSlot *slot,
 			 const struct ibv_wc *wc)
 {
-	const char *rail = pr_verbs_device_name(&path->rail);
 	gint64 ms = (g_get_monotonic_time() - posted_at(lane, slot)) / 1000;
 
-	if (!pr_fate_is_up(&path->fate))
+	if (!pr_path_life_is_up(&path->life))
 		return;
-	/* soft-RoCE does not know a probe's key when it has to answer it twice. */
+	/* soft-RoCE checks the key of a probe when it answers the probe for the second time. */
 	if (is_bug(wc->status) && !slot->probe)
-		g_critical("%s: rail %s: a READ failed in a way that only a bug explains: %s "
+		g_critical("%s: device %s: a READ failed in a way that only a bug explains: %s "
 			   "(vendor 0x%x)",
-			   path->fate.name, rail, ibv_wc_status_str(wc->status), wc->vendor_err);
+			   path->life.name, pr_verbs_device_name(&path->device),
+			   ibv_wc_status_str(wc->status), wc->vendor_err);
 	switch (wc->status) {
 	case IBV_WC_RETRY_EXC_ERR:
-		pr_verbs_fail(path, "rail %s: retry count exceeded after %" G_GINT64_FORMAT " ms",
-			      rail, ms);
+		pr_verbs_fail(path, "retry count exceeded after %" G_GINT64_FORMAT " ms", ms);
 		break;
 	case IBV_WC_RNR_RETRY_EXC_ERR:
-		pr_verbs_fail(path, "rail %s: the source was not ready for %" G_GINT64_FORMAT " ms",
-			      rail, ms);
+		pr_verbs_fail(path, "the source was not ready for %" G_GINT64_FORMAT " ms", ms);
 		break;
 	case IBV_WC_LOC_QP_OP_ERR:
-		pr_verbs_fail(path, "rail %s: cannot send: its link, route or address has gone",
-			      rail);
+		pr_verbs_fail(path, "cannot send: its link, route or address has gone");
 		break;
 	case IBV_WC_WR_FLUSH_ERR:
-		/* What came first has no completion: the queue pair was taken from us. */
-		pr_verbs_fail(path, "rail %s: the connection was ended under READs", rail);
+		/* No completion has told a cause: the kernel has moved the queue pair to the
+		 * error state. */
+		pr_verbs_fail(path, "the connection ended while READs were outstanding");
 		break;
 	default:
-		pr_verbs_fail(path, "rail %s: %s (vendor 0x%x)", rail,
-			      ibv_wc_status_str(wc->status), wc->vendor_err);
+		pr_verbs_fail(path, "%s (vendor 0x%x)", ibv_wc_status_str(wc->status),
+			      wc->vendor_err);
 	}
 }
 
@@ -255,9 +274,9 @@ static void release_slot(PrVerbsLane *lane, PrVerbsSlot *slot)
 	lane->free_slots[lane->n_free++] = slot - lane->slots;
 }
 
-/* Returns whether a READ is complete. */
-static gboolean take(PrVerbsPath *path, PrVerbsLane *lane, const struct ibv_wc *wc,
-		     PrCompletion *ret)
+/* Accounts for one completion. TRUE: it completes a READ, which *ret describes. */
+static gboolean account_completion(PrVerbsPath *path, PrVerbsLane *lane, const struct ibv_wc *wc,
+				   PrCompletion *ret)
 {
 	guint index = (uint32_t)wc->wr_id;
 	WrKind kind = wc->wr_id >> 32 & 0xffff;
@@ -283,7 +302,8 @@ static gboolean take(PrVerbsPath *path, PrVerbsLane *lane, const struct ibv_wc *
 	return TRUE;
 }
 
-/* Moves completions out of the queue; *ret_any: there was something, if only of no interest. */
+/* Takes completions out of the queue. *ret_any: the queue had entries, even if none completes a
+ * READ. */
 static guint reap(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret, guint max,
 		  gboolean *ret_any)
 {
@@ -296,20 +316,19 @@ static guint reap(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret, guint
 		int got = ibv_poll_cq(lane->cq, (int)wanted, wcs);
 
 		if (got < 0)
-			pr_verbs_fail(path, "rail %s: the completion queue is broken",
-				      pr_verbs_device_name(&path->rail));
+			pr_verbs_fail(path, "the completion queue is broken");
 		if (got <= 0)
 			break;
 		*ret_any = TRUE;
 		for (int i = 0; i < got; i++)
-			n += take(path, lane, &wcs[i], ret + n);
+			n += account_completion(path, lane, &wcs[i], ret + n);
 		if (got < (int)wanted)
 			break;
 	}
 	return n;
 }
 
-/* Keeps what has completed for the next poll. */
+/* Keeps completions for the next poll. TRUE: the queue had entries. */
 static gboolean reap_early(PrVerbsPath *path, PrVerbsLane *lane)
 {
 	gboolean any;
@@ -321,16 +340,11 @@ static gboolean reap_early(PrVerbsPath *path, PrVerbsLane *lane)
 
 guint pr_verbs_lane_poll(PrVerbsPath *path, PrVerbsLane *lane, PrCompletion *ret, guint max)
 {
-	guint n = MIN(lane->n_early, max);
+	guint n = pr_backend_take_early(lane->early, &lane->n_early, ret, max);
 	gboolean any;
 
 	g_atomic_int_set(&lane->asleep, FALSE);
 	g_atomic_int_inc(&lane->n_polls);
-	if (n) {
-		memcpy(ret, lane->early, n * sizeof(*ret));
-		lane->n_early -= n;
-		memmove(lane->early, lane->early + n, lane->n_early * sizeof(*ret));
-	}
 	return n + reap(path, lane, ret + n, max - n, &any);
 }
 
@@ -348,8 +362,8 @@ static void ack_cq_events(PrVerbsLane *lane)
 	lane->n_cq_events = 0;
 }
 
-/* Old notifications would keep the channel readable. */
-static void take_cq_events(PrVerbsLane *lane)
+/* Reads old notifications, which would keep the channel readable. */
+static void read_cq_events(PrVerbsLane *lane)
 {
 	struct ibv_cq *cq;
 	void *context;
@@ -360,21 +374,21 @@ static void take_cq_events(PrVerbsLane *lane)
 		ack_cq_events(lane);
 }
 
-/* Asks for a notification. TRUE: one will come with the next completion, none is there now. */
+/* Asks for a notification. TRUE: the queue is empty, and the next completion sends one. */
 static gboolean request_event(PrVerbsPath *path, PrVerbsLane *lane)
 {
 	int err;
 
-	take_cq_events(lane);
+	read_cq_events(lane);
 	err = ibv_req_notify_cq(lane->cq, 0);
 	if (err)
-		pr_verbs_fail(path, "rail %s: no completion events: %s",
-			      pr_verbs_device_name(&path->rail), g_strerror(err));
+		pr_verbs_fail(path, "no completion events: %s", g_strerror(err));
 	return !reap_early(path, lane);
 }
 
-/* Looks for completions for a while whose length follows how often that helps. Not on the urgent lane, whose
- * thread has looked for faults and completions alike for as long as the operator wants. */
+/* Polls for a while, the longer the more often that has helped. Not on an urgent lane, whose
+ * thread has already polled for faults and completions as long as the operator wants. TRUE: there
+ * are completions. */
 static gboolean spin(PrVerbsPath *path, PrVerbsLane *lane)
 {
 	gint64 until = g_get_monotonic_time() + lane->spin_us;
@@ -394,10 +408,10 @@ static gboolean spin(PrVerbsPath *path, PrVerbsLane *lane)
 
 gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane)
 {
-	if (lane->n_early || !pr_fate_is_up(&path->fate) || spin(path, lane))
+	if (lane->n_early || !pr_path_life_is_up(&path->life) || spin(path, lane))
 		return FALSE;
 	free_retired(lane);
-	if (!request_event(path, lane) || !pr_fate_is_up(&path->fate))
+	if (!request_event(path, lane) || !pr_path_life_is_up(&path->life))
 		return FALSE;
 	g_atomic_int_set(&lane->asleep, TRUE);
 	return TRUE;
@@ -405,17 +419,16 @@ gboolean pr_verbs_lane_arm(PrVerbsPath *path, PrVerbsLane *lane)
 
 /* ---- posting ---- */
 
-/* Waits until the send queue takes one more. FALSE: it will not. */
+/* Waits until the send queue has room for one more. FALSE: the path has failed. */
 static gboolean wait_for_room(PrVerbsPath *path, PrVerbsLane *lane)
 {
 	gint64 deadline = pr_backend_deadline(POST_TIMEOUT_MS);
 
-	while (!lane->room && pr_fate_is_up(&path->fate)) {
+	while (!lane->room && pr_path_life_is_up(&path->life)) {
 		if (reap_early(path, lane) || !request_event(path, lane))
 			continue;
 		if (!pr_backend_wait(lane->waker.epoll_fd, POLLIN, deadline, NULL, NULL))
-			pr_verbs_fail(path, "rail %s: no READ has completed for %d ms",
-				      pr_verbs_device_name(&path->rail), POST_TIMEOUT_MS);
+			pr_verbs_fail(path, "no READ has completed for %d ms", POST_TIMEOUT_MS);
 	}
 	return lane->room > 0;
 }
@@ -427,36 +440,35 @@ static gboolean post_wr(PrVerbsPath *path, PrVerbsLane *lane, struct ibv_send_wr
 
 	if (!err)
 		return TRUE;
-	pr_verbs_fail(path, "rail %s: a READ was not taken: %s", pr_verbs_device_name(&path->rail),
-		      g_strerror(err));
+	pr_verbs_fail(path, "the device refuses a READ: %s", g_strerror(err));
 	return FALSE;
 }
 
-/* Posts what one import covers of [offset, offset + length); returns how many bytes, 0 when the path has
- * failed. */
+/* Posts the part of [offset, offset + length) that one granted range covers. Returns its bytes, 0
+ * when the path has failed. */
 static uint32_t post_piece(PrVerbsPath *path, PrVerbsLane *lane, PrVerbsSlot *slot, uint32_t block,
 			   uint64_t offset, uint32_t length)
 {
-	PrVerbsDestinationMr *import = pr_verbs_destination_mr_find(path, block, offset);
+	PrVerbsDestinationMr *range = pr_verbs_destination_mr_find(path, block, offset);
 	struct ibv_sge sge = {.addr = (uintptr_t)path->regions[block].addr + offset};
 	struct ibv_send_wr wr = {.sg_list = &sge, .num_sge = 1, .opcode = IBV_WR_RDMA_READ};
 	gboolean last, alone;
 
-	if (!import) {
-		pr_verbs_fail(path, "the source does not let us read all of its RAM");
+	if (!range) {
+		pr_path_life_fail(&path->life, "the source does not let us read all of its RAM");
 		return 0;
 	}
-	sge.length = (uint32_t)MIN(length, import->offset + import->length - offset);
+	sge.length = (uint32_t)MIN(length, range->offset + range->length - offset);
 	last = sge.length == length;
 	alone = pr_lane_is_urgent(lane->id) && last && !slot->n_wrs;
-	if (!pr_verbs_destination_mr_key(path, import, alone, offset, sge.length, &sge.lkey,
+	if (!pr_verbs_destination_mr_key(path, range, alone, offset, sge.length, &sge.lkey,
 					 &slot->mr) ||
 	    !wait_for_room(path, lane))
 		return 0;
 	wr.wr_id = wr_id(lane, last ? WR_LAST : WR_PIECE, slot - lane->slots);
 	wr.send_flags = last ? IBV_SEND_SIGNALED : 0;
-	wr.wr.rdma.remote_addr = import->remote + (offset - import->offset);
-	wr.wr.rdma.rkey = import->rkey;
+	wr.wr.rdma.remote_addr = range->remote + (offset - range->offset);
+	wr.wr.rdma.rkey = range->rkey;
 	if (!post_wr(path, lane, &wr))
 		return 0;
 	lane->room--;
@@ -464,7 +476,7 @@ static uint32_t post_piece(PrVerbsPath *path, PrVerbsLane *lane, PrVerbsSlot *sl
 	return sge.length;
 }
 
-static PrVerbsSlot *take_slot(PrVerbsLane *lane, uint64_t token, gboolean probe)
+static PrVerbsSlot *claim_slot(PrVerbsLane *lane, uint64_t token, gboolean probe)
 {
 	PrVerbsSlot *slot = &lane->slots[lane->free_slots[--lane->n_free]];
 
@@ -484,12 +496,12 @@ gboolean pr_verbs_lane_post(PrVerbsPath *path, PrVerbsLane *lane, uint32_t block
 	PrVerbsSlot *slot;
 
 	g_assert(lane->n_reads < lane->depth);
-	slot = take_slot(lane, token, FALSE);
+	slot = claim_slot(lane, token, FALSE);
 	while (length) {
 		uint32_t done = post_piece(path, lane, slot, block, offset, length);
 
 		if (!done) {
-			/* What is posted of it completes to nobody; drain() waits for it. */
+			/* The pieces that were posted may still land; drain() waits for them. */
 			release_slot(lane, slot);
 			return FALSE;
 		}
@@ -507,14 +519,14 @@ gboolean pr_verbs_lane_probe(PrVerbsPath *path, PrVerbsLane *lane, uint64_t toke
 	PrVerbsSlot *slot;
 
 	g_assert(lane->n_probes < PR_VERBS_PROBES_MAX);
-	if (!pr_fate_is_up(&path->fate))
+	if (!pr_path_life_is_up(&path->life))
 		return FALSE;
-	slot = take_slot(lane, token, TRUE);
+	slot = claim_slot(lane, token, TRUE);
 	wr.wr_id = wr_id(lane, WR_LAST, slot - lane->slots);
-	/* Nothing is read, so nobody has to look at a key; soft-RoCE does, when it answers for the second
-	 * time. */
+	/* For a READ of no bytes the key need not be valid. But soft-RoCE checks the key when it
+	 * answers for the second time. */
 	wr.wr.rdma.rkey = (uint32_t)g_atomic_int_get(&path->probe_key);
-	/* The queue has room for it beside READs. */
+	/* The queue has room of its own for probes. */
 	if (post_wr(path, lane, &wr))
 		return TRUE;
 	release_slot(lane, slot);
@@ -523,17 +535,7 @@ gboolean pr_verbs_lane_probe(PrVerbsPath *path, PrVerbsLane *lane, uint64_t toke
 
 /* ---- the end ---- */
 
-void pr_verbs_lane_stop(PrVerbsLane *lane)
-{
-	struct ibv_qp_attr attr = {.qp_state = IBV_QPS_ERR};
-	int err = lane->qp ? ibv_modify_qp(lane->qp, &attr, IBV_QP_STATE) : 0;
-
-	if (err)
-		g_info("queue pair 0x%x: %s", lane->qp->qp_num, g_strerror(err));
-	pr_poll_set_wake(&lane->waker);
-}
-
-/* The last work request of all: when it has completed, all have. */
+/* Posts the last work request of the queue pair: when it has completed, all have. */
 static void post_marker(PrVerbsLane *lane)
 {
 	struct ibv_send_wr *bad, wr = {
@@ -569,7 +571,7 @@ void pr_verbs_lane_fence(PrVerbsLane *lane)
 void pr_verbs_lane_close(PrVerbsLane *lane)
 {
 	pr_verbs_lane_fence(lane);
-	/* Tells the peer, and waits for nobody. */
+	/* Tells the peer, and does not wait for an answer. */
 	g_clear_pointer(&lane->cm, rdma_destroy_id);
 	for (guint i = 0; i < PR_VERBS_SLOTS; i++)
 		if (lane->slots[i].mr)

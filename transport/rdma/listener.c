@@ -1,50 +1,47 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The destination's listening id. A thread of its own reads rdma_cm's events, for two reasons:
- *  - connect requests that nobody waits for (yet) are kept, at the desk where they meet accept().
- *  - when the device goes away, the kernel waits for us to let go of it. The thread does, and listens again
- *    as soon as the address is on some RDMA device again. (librdmacm keeps the device open all the same. Most
- *    drivers go nevertheless; soft-RoCE waits for the end of our process. Making librdmacm look again,
- *    by rdma_get_devices(), may lock it up for good: its version 44 then takes a lock twice.)
+ * The destination's listening id. A thread of the listener reads rdma_cm's events, for two
+ * reasons:
+ *  - Connect requests may come before an accept() waits for them. They are kept in `pending`
+ *    until then.
+ *  - When the device is removed, the kernel waits until this process has released it. The thread
+ *    releases it, and listens again as soon as the address is on an RDMA device again.
+ *
+ * librdmacm keeps the device open all the same. Most drivers remove it nevertheless; soft-RoCE
+ * waits for the end of the process. rdma_get_devices() would make librdmacm look again, but may
+ * block for ever: librdmacm 44 takes a lock twice there.
  */
 #include <arpa/inet.h>
 #include <errno.h>
 
 #include "transport/backends.h"
-#include "transport/net/dial.h"
 #include "transport/lane-rendezvous.h"
-#include "util/try-alloc.h"
+#include "transport/net/dial.h"
 #include "transport/rdma/path.h"
+#include "util/try-alloc.h"
 
 #define BACKLOG	    16
 #define RELISTEN_MS 250
 #define RESOLVE_MS  5000
 
-typedef struct Request {
-	struct rdma_cm_id *id;
-	guint depth;
-} Request;
-
 typedef struct VerbsListener {
-	PrDataListener base;
+	PrBackendListener base; /* pending: PrVerbsRequest* */
 	/* constant */
 	PrUri *uri;
 	PrVerbsOptions options;
-	struct sockaddr_storage address; /* with the port that we got */
-	PrPendingLanes *desk;		 /* of Request* */
-	PrPollSet waker;		 /* of the thread; wake: anyone */
+	struct sockaddr_storage address; /* with the port that rdma_cm chose, if it was 0 */
+	PrPollSet waker;		 /* of the thread; any thread wakes */
 	GThread *thread;
 
 	gint closing; /* atomic */
-	struct rdma_event_channel
-		*channel;      /* the thread's, as is id; before it starts, listen()'s */
-	struct rdma_cm_id *id; /* NULL while the device is gone */
+	/* Owned by the thread, and by pr_verbs_listen() before it starts: */
+	struct rdma_event_channel *channel;
+	struct rdma_cm_id *id; /* NULL while the device is removed */
 } VerbsListener;
 
-/* PrLaneRefuse */
-static void request_reject(gpointer data, const char *reason, gpointer opaque)
+static void refuse(gpointer data, const char *reason, gpointer opaque)
 {
-	Request *request = data;
+	PrVerbsRequest *request = data;
 
 	pr_verbs_reject(request->id, reason);
 	g_free(request);
@@ -57,7 +54,7 @@ static void listener_free(VerbsListener *listener)
 		pr_poll_set_wake(&listener->waker);
 		g_thread_join(listener->thread);
 	}
-	pr_pending_lanes_free(listener->desk);
+	pr_pending_lanes_free(listener->base.pending);
 	if (listener->id)
 		rdma_destroy_id(listener->id);
 	if (listener->channel)
@@ -68,7 +65,7 @@ static void listener_free(VerbsListener *listener)
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(VerbsListener, listener_free)
 
-/* Where both families have the port. */
+/* The port of an address of either family, in network order. */
 static in_port_t *port_of(VerbsListener *listener)
 {
 	if (listener->address.ss_family == AF_INET6)
@@ -92,7 +89,7 @@ static gboolean check_bound(VerbsListener *listener, GError **error)
 	return FALSE;
 }
 
-/* Also chooses the port, where it is 0. */
+/* If the address has port 0, rdma_cm chooses one. */
 static gboolean open_id(VerbsListener *listener, GError **error)
 {
 	const PrUri *uri = listener->uri;
@@ -118,38 +115,38 @@ static void keep_request(VerbsListener *listener, const PrVerbsEvent *event)
 	/* rdma_cm pads private data. */
 	gsize size = MIN(event->n_data, PR_LANE_HELLO_BYTES);
 	PrLaneHello hello;
-	Request *request;
+	PrVerbsRequest *request;
 
 	if (!pr_lane_hello_decode(event->data, size, &hello, NULL)) {
-		pr_verbs_reject(event->id, "that is no Postroad");
+		pr_verbs_reject(event->id, "not the Postroad protocol");
 		return;
 	}
-	request = g_new0(Request, 1);
+	request = g_new0(PrVerbsRequest, 1);
 	request->id = event->id;
 	request->depth = event->depth;
-	pr_pending_lanes_offer(listener->desk, request, &hello);
+	pr_pending_lanes_offer(listener->base.pending, request, &hello);
 }
 
 static gboolean has_id(gconstpointer request, gconstpointer id)
 {
-	return ((const Request *)request)->id == id;
+	return ((const PrVerbsRequest *)request)->id == id;
 }
 
-/* A request that has come to nothing before anybody took it. */
-static void forget_request(VerbsListener *listener, const struct rdma_cm_id *id)
+/* Drops a request that ended before an accept() claimed it. */
+static void drop_request(VerbsListener *listener, const struct rdma_cm_id *id)
 {
-	Request *found = pr_pending_lanes_withdraw(listener->desk, has_id, id);
+	PrVerbsRequest *found = pr_pending_lanes_withdraw(listener->base.pending, has_id, id);
 
 	if (found)
-		request_reject(found, "it has come to nothing", NULL);
+		refuse(found, "the request has ended", NULL);
 }
 
-static void take_event(VerbsListener *listener, const PrVerbsEvent *event)
+static void handle_event(VerbsListener *listener, const PrVerbsEvent *event)
 {
 	if (event->type == RDMA_CM_EVENT_CONNECT_REQUEST) {
 		keep_request(listener, event);
 	} else if (event->id != listener->id) {
-		forget_request(listener, event->id);
+		drop_request(listener, event->id);
 	} else if (event->type == RDMA_CM_EVENT_DEVICE_REMOVAL) {
 		g_message("path %s: the RDMA device was removed; listening again when it is back",
 			  listener->uri->text);
@@ -181,13 +178,13 @@ static gpointer listener_thread(gpointer opaque)
 		if (!listener->id)
 			listen_again(listener);
 		while (pr_verbs_next_event(listener->channel, &event))
-			take_event(listener, &event);
+			handle_event(listener, &event);
 		poll(&fd, 1, listener->id ? -1 : RELISTEN_MS);
 	}
 	return NULL;
 }
 
-/* ---- the engine's side ---- */
+/* ---- entries of the ops table ---- */
 
 static gboolean find_address(VerbsListener *listener, GError **error)
 {
@@ -213,7 +210,7 @@ PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
 {
 	g_autoptr(VerbsListener) listener = g_new0(VerbsListener, 1);
 
-	listener->base.ops = pr_transport_rdma;
+	listener->base.base.ops = pr_transport_rdma;
 	listener->uri = pr_uri_copy(uri);
 	listener->waker = PR_POLL_SET_INIT;
 	if (!pr_verbs_parse_options(listener->uri, &listener->options, error) ||
@@ -222,11 +219,11 @@ PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
 	listener->channel = pr_verbs_open_channel(uri, error);
 	if (!listener->channel || !open_waker(listener, error) || !open_id(listener, error))
 		return NULL;
-	listener->desk = pr_pending_lanes_new(request_reject, NULL, error);
-	if (!listener->desk)
+	listener->base.pending = pr_pending_lanes_new(refuse, NULL, error);
+	if (!listener->base.pending)
 		return NULL;
 	listener->thread = pr_thread_try("pr-rdma-listen", listener_thread, listener, error);
-	return listener->thread ? &g_steal_pointer(&listener)->base : NULL;
+	return listener->thread ? &g_steal_pointer(&listener)->base.base : NULL;
 }
 
 uint16_t pr_verbs_listener_port(PrDataListener *base)
@@ -237,27 +234,4 @@ uint16_t pr_verbs_listener_port(PrDataListener *base)
 void pr_verbs_listener_close(PrDataListener *listener)
 {
 	listener_free((VerbsListener *)listener);
-}
-
-void pr_verbs_expect(PrDataListener *listener, const PrBinding *binding)
-{
-	pr_pending_lanes_expect(((VerbsListener *)listener)->desk, binding);
-}
-
-void pr_verbs_forget(PrDataListener *listener, const PrBinding *binding)
-{
-	pr_pending_lanes_forget(((VerbsListener *)listener)->desk, binding);
-}
-
-struct rdma_cm_id *pr_verbs_listener_next(PrDataListener *base, const PrPathSetup *setup,
-					  gint64 deadline, PrLaneId *ret_lane, guint *ret_depth,
-					  GError **error)
-{
-	g_autofree Request *request = pr_pending_lanes_claim(((VerbsListener *)base)->desk, setup,
-							     deadline, ret_lane, error);
-
-	if (!request)
-		return NULL;
-	*ret_depth = request->depth;
-	return request->id;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* In place of verbs*.c where libibverbs or librdmacm was missing when this was built. */
+/* Replaces the other files of this folder in a build without libibverbs or librdmacm. */
 #include "transport/backends.h"
 
 const PrTransportOps *const pr_transport_rdma = NULL;

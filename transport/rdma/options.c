@@ -1,26 +1,30 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The options of rdma: URIs, and why their defaults are what they are.
+ * The options of rdma: URIs, and the reasons for their defaults.
  *
- * A request that is not acknowledged is repeated `retry` times, 4.096 us * 2^ack-timeout apart (14: 67 ms), so
- * a dead path shows after (retry + 1) times that: 268 ms on the urgent lane, 403 ms on the bulk lane,
- * where loss is likelier and nobody waits. rdma_cm's own choice takes seconds to minutes. Never 7 retries:
- * some devices count them, soft-RoCE takes them for "for ever".
+ * retry, ack-timeout: the device repeats a request that is not acknowledged `retry` times, 4.096
+ * us * 2^ack-timeout apart (14: 67 ms). So a dead path shows after (retry + 1) times that: 268 ms
+ * on the urgent lanes, 403 ms on the bulk lane, where loss is likelier and no vCPU waits. The
+ * values that rdma_cm chooses take seconds to minutes. Never 7 retries: some devices count them,
+ * soft-RoCE takes 7 for "for ever".
  *
- * A receiver that is not ready (there is none here, READs need no receive) would be asked again after
- * rnr-timer, code 12: 0.64 ms; rdma_cm's code 0 is 655 ms.
+ * rnr-timer: a receiver that is not ready is asked again after code 12, 0.64 ms; rdma_cm's code 0
+ * means 655 ms. There is no such receiver here, because READs need no receive.
  *
- * Traffic classes: a fabric that is made ready for RoCE mostly treats DSCP 26 (tos 104) as lossless, which
- * is right for bulk; expedited forwarding (tos 184) lets the few urgent READs overtake.
+ * Traffic classes: a fabric that is made ready for RoCE mostly treats DSCP 26 (tos 104) as
+ * lossless, which is right for bulk. Expedited forwarding (tos 184) lets the few urgent READs
+ * overtake.
  *
- * A lane that is not connected after connect-timeout-ms is tried again, for twice as long each time, while the
- * handshake lasts: a second at first, where rdma_cm itself repeats a lost message after 4 s.
+ * connect-timeout-ms: a lane that is not connected by then is tried again while the handshake
+ * lasts, for twice as long each time. The first attempt has a second, because rdma_cm itself
+ * repeats a lost message after 4 s.
  *
- * An urgent READ that is not there after read-deadline-ms fails the path, whatever the device still hopes for:
- * a path that loses much but not all never runs out of retries, since any progress starts the count anew, and a
- * vCPU waits. It has to leave time for the retries, which know the reason: by default it is twice what they
- * take at most, 537 ms, and at least 250 ms. Hosts that stop for longer moments (emulated ones) need
- * more; 0 does without.
+ * read-deadline-ms: an urgent READ that has not completed by then fails the path. The device
+ * alone is not enough: a path that loses much but not all never runs out of retries, since any
+ * progress starts the count anew, and a vCPU waits meanwhile. The deadline leaves time for the
+ * retries, whose failure names the cause: by default it is twice what they take at most, 537 ms,
+ * and at least 250 ms. Hosts that stop for longer moments (emulated ones) need more; 0 turns the
+ * deadline off.
  */
 #include "transport/rdma/path.h"
 
@@ -51,15 +55,15 @@ static const Number numbers[N_NUMBERS] = {
 	[BULK_RETRY] = {"bulk-retry", 1, 6, 5, "times that a bulk READ is repeated"},
 	[RNR_RETRY] = {"rnr-retry", 0, 6, 6, "times that a peer that is not ready is asked again"},
 	[RNR_TIMER] = {"rnr-timer", 1, 31, 12,
-		       "how long it is left alone: a code, see ibv_modify_qp(3)"},
+		       "pause before it is asked again: a code, see ibv_modify_qp(3)"},
 	[DEPTH] = {"depth", 1, PR_VERBS_DEPTH_MAX, 16, "READs outstanding on a lane"},
 	[TOS] = {"tos", 0, 255, 184, "traffic class of urgent READs"},
 	[BULK_TOS] = {"bulk-tos", 0, 255, 104, "traffic class of bulk READs"},
 	[CONNECT_TIMEOUT] = {"connect-timeout-ms", 50, 60000, 1000,
-			     "for one attempt to connect a lane"},
-	[READ_DEADLINE] =
-		{"read-deadline-ms", 0, 60000, G_MAXUINT64,
-		 "an urgent READ that takes longer fails the path; 0: never"}, /* see read_deadline_ms() */
+			     "time for the first attempt to connect a lane"},
+	/* The default: see read_deadline_ms(). */
+	[READ_DEADLINE] = {"read-deadline-ms", 0, 60000, G_MAXUINT64,
+			   "an urgent READ that takes longer fails the path; 0: never"},
 };
 
 #define READ_DEADLINE_MIN_MS 250

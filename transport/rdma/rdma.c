@@ -1,35 +1,43 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * rdma: libibverbs and librdmacm, reliable connections, one-sided READs.
+ * Theory of operation: rdma:, over libibverbs and librdmacm: reliable connections, one-sided
+ * READs
  *
- * The destination listens, the source connects a queue pair per lane, each with an rdma_cm id and a traffic
- * class of its own: READs beyond what a device answers at a time wait in the queue, and urgent ones are
- * not to wait behind bulk. The connect request's private data bind it to (uuid, epoch, lane), with a token made of the secret.
- * From then on the source's processor has no share in it: its memory is registered for remote READ
- * (export.c), the destination reads straight into its mapping of the guest's memfd
- * (import.c).
+ * The destination listens. The source connects a queue pair for each lane, each with an rdma_cm
+ * id and a traffic class of its own. A device answers only so many READs at a time, the others
+ * wait in the queue; urgent READs must not wait behind bulk ones. The private data of a connect
+ * request bind it to (uuid, epoch, lane), by a token made of the secret. From then on the
+ * source's processor has no part in READs. The source registers its memory for remote READ
+ * (source-mr.c), and the destination reads straight into its mapping of the guest's memfd
+ * (destination-mr.c).
  *
- * A path has its own device context, protection domain and event channel; nothing is shared between paths,
- * or between two sides in one process. Registrations therefore end with the path, and so does all that
- * the peer may touch.
+ * Each path has a device context, a protection domain and an event channel of its own. Paths
+ * share nothing, not even the two sides in one process. So registrations end with the path, and
+ * with them all that the peer may access.
  *
- * Failure is noticed by the first completion with an error, by the device (port down, address gone), by
- * rdma_cm (peer gone), or by somebody above us (heartbeats); all end in pr_verbs_fail() or shutdown(),
- * of which the first one counts. It moves the queue pairs to the error state, so that all outstanding READs
- * complete, and wakes all threads.
+ * Failure. The first completion with an error shows it, or the device (port down, address gone),
+ * or rdma_cm (peer gone), or the engine (heartbeats). All end in pr_path_life_fail() or
+ * shutdown(), of which the first one counts. It moves the queue pairs to the error state, so that
+ * all outstanding READs complete, and wakes all threads (pr_verbs_stop()).
  *
- * A READ is signalled at its end only, and each READ is: whoever waits for it wants to know now. A queue pair
- * completes in order, so the last piece of a READ stands for all of it. Any piece that fails has a completion.
- * READs that landed before the failure are reported as what they are, in place.
+ * Completions. Each READ is signalled, because a thread waits for each, but only at its last
+ * piece: a queue pair completes in order, so the last piece stands for all. A piece that fails
+ * always has a completion. A READ that landed before the failure is reported as landed.
  *
- * Fence (drain): nobody posts any more → queue pairs in the error state → a marker is posted, and everything
- * up to it has completed, within the time → queue pairs destroyed, then the ids. Only our own queue pair
- * writes to our memory, so that is a complete fence whatever the peer does. A queue pair is never used again.
- * Once everything has completed, the fence is complete without the last step, which may have to wait
- * (deferred-free.c). If not everything has, the queue pairs are destroyed at once.
+ * Fence (drain), within the caller's time:
+ *  1. No thread posts any more.
+ *  2. The queue pairs are in the error state.
+ *  3. A marker is posted on each, and everything up to the marker completes.
+ *  4. The queue pairs are destroyed, then the ids.
+ * Only our own queue pairs write to our memory, so this fence is complete whatever the peer does.
+ * After step 3 nothing can land, so step 4 may come later (deferred-free.c). If step 3 takes too
+ * long, drain() destroys the queue pairs at once. A queue pair is never used again.
  *
- * Not handled: iWARP, whose path failures only show after TCP's timeouts; shared receive queues and on-demand
- * paging, which nothing here needs.
+ * Times: a path that is destroyed without drain() is drained for 1 s at most (DRAIN_MS).
+ * options.c has the timers of READs and of connecting.
+ *
+ * Not handled: iWARP, where a dead path shows only after TCP's timeouts; shared receive queues
+ * and on-demand paging, which nothing here needs.
  */
 #include "transport/rdma/path.h"
 
@@ -39,49 +47,26 @@
 
 #define DRAIN_MS 1000 /* of a path that is destroyed without drain() */
 
-static void stop_lanes(PrVerbsPath *path)
-{
-	g_mutex_lock(&path->qp_lock);
-	for (guint i = 0; i < path->base.n_lanes; i++)
-		pr_verbs_lane_stop(&path->lanes[i]);
-	g_mutex_unlock(&path->qp_lock);
-	pr_poll_set_wake(&path->events_waker);
-}
-
-void pr_verbs_fail(PrVerbsPath *path, const char *format, ...)
-{
-	g_autofree char *reason = NULL;
-	va_list args;
-
-	if (!pr_fate_end(&path->fate, PR_FATE_FAILED))
-		return;
-	va_start(args, format);
-	reason = g_strdup_vprintf(format, args);
-	va_end(args);
-	stop_lanes(path);
-	pr_fate_notify(&path->fate, reason);
-}
-
 static void path_free(PrVerbsPath *path)
 {
 	for (guint i = 0; i < path->base.n_lanes; i++)
 		pr_verbs_lane_close(&path->lanes[i]);
 	pr_verbs_source_mr_free(path);
 	pr_verbs_destination_mr_free(path);
-	pr_verbs_device_close(&path->rail);
+	pr_verbs_device_close(&path->device);
 	if (path->channel)
 		rdma_destroy_event_channel(path->channel);
 	pr_poll_set_clear(&path->events_waker);
-	pr_fate_clear(&path->fate);
+	pr_path_life_clear(&path->life);
 	g_mutex_clear(&path->qp_lock);
-	g_mutex_clear(&path->import_lock);
+	g_mutex_clear(&path->mr_lock);
 	pr_uri_free(path->uri);
 	g_free(path);
 }
 
 static void path_release(PrVerbsPath *path)
 {
-	if (path->rail.context)
+	if (path->device.context)
 		pr_verbs_release(path, path_free);
 	else
 		path_free(path);
@@ -102,8 +87,8 @@ static PrVerbsPath *path_new(const PrPathSetup *setup)
 	path->allocate_opaque = setup->allocate_opaque;
 	path->events_waker = PR_POLL_SET_INIT;
 	g_mutex_init(&path->qp_lock);
-	g_mutex_init(&path->import_lock);
-	pr_fate_init(&path->fate, setup);
+	g_mutex_init(&path->mr_lock);
+	pr_path_life_init(&path->life, setup, &path->base, pr_verbs_stop);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].id = i;
 		path->lanes[i].waker = PR_POLL_SET_INIT;
@@ -128,7 +113,7 @@ static gboolean check_memlock(PrVerbsPath *path, uint64_t bytes, GError **error)
 	return FALSE;
 }
 
-/* All of it may have to be pinned before the end. */
+/* The destination may have to pin all of its memory before the path ends. */
 static uint64_t region_bytes(const PrPathSetup *setup)
 {
 	uint64_t bytes = 0;
@@ -138,62 +123,41 @@ static uint64_t region_bytes(const PrPathSetup *setup)
 	return bytes;
 }
 
-static gboolean accept_one(PrVerbsPath *path, PrDataListener *listener, const PrPathSetup *setup,
-			   gint64 deadline, GError **error)
+static gboolean has_lane(const PrDataPath *base, PrLaneId lane)
 {
-	PrLaneId lane;
-	guint depth;
-	struct rdma_cm_id *id =
-		pr_verbs_listener_next(listener, setup, deadline, &lane, &depth, error);
-
-	if (!id)
-		return FALSE;
-	if (lane >= path->base.n_lanes || path->lanes[lane].cm) {
-		pr_verbs_reject(id, "this lane is connected already, or one too many");
-		return TRUE;
-	}
-	return pr_verbs_accept_lane(path, &path->lanes[lane], setup, id, depth, deadline, error);
+	return ((const PrVerbsPath *)base)->lanes[lane].cm != NULL;
 }
 
-static gboolean has_all_lanes(const PrVerbsPath *path)
+static gboolean accept_lane(PrDataPath *base, PrDataListener *listener, PrLaneId lane,
+			    gpointer arrival, const PrPathSetup *setup, gint64 deadline,
+			    GError **error)
 {
-	for (guint i = 0; i < path->base.n_lanes; i++)
-		if (!path->lanes[i].cm)
-			return FALSE;
-	return TRUE;
-}
+	PrVerbsPath *path = (PrVerbsPath *)base;
+	g_autofree PrVerbsRequest *request = arrival;
 
-static gboolean accept_lanes(PrVerbsPath *path, PrDataListener *listener, const PrPathSetup *setup,
-			     GError **error)
-{
-	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
-	gboolean ok = TRUE;
-
-	pr_verbs_expect(listener, &setup->binding);
-	while (ok && !has_all_lanes(path))
-		ok = accept_one(path, listener, setup, deadline, error);
-	pr_verbs_forget(listener, &setup->binding);
-	return ok;
+	return pr_verbs_accept_lane(path, &path->lanes[lane], setup, request, deadline, error);
 }
 
 static PrDataPath *verbs_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
 {
+	static const PrLaneAcceptor acceptor = {has_lane, accept_lane};
 	g_autoptr(PrVerbsPath) path = path_new(setup);
 
 	if (!prepare(path, error) || !check_memlock(path, region_bytes(setup), error) ||
-	    !accept_lanes(path, listener, setup, error) || !pr_verbs_events_start(path, error))
+	    !pr_backend_accept_lanes(&path->base, listener, setup, &acceptor, error) ||
+	    !pr_verbs_events_start(path, error))
 		return NULL;
 	return &g_steal_pointer(&path)->base;
 }
 
-/* Registering comes last and has all the time it needs: the destination waits for connections, not for
- * grants. */
+/* Registering comes last and may take longer than the setup's timeout: the destination waits for
+ * connections, not for grants. */
 static PrDataPath *verbs_connect(const PrPathSetup *setup, GError **error)
 {
 	gint64 deadline = pr_backend_deadline(setup->timeout_ms);
 	g_autoptr(PrVerbsPath) path = path_new(setup);
 
-	path->exports = g_array_new(FALSE, FALSE, sizeof(PrVerbsSourceMr));
+	path->source_mrs = g_array_new(FALSE, FALSE, sizeof(PrVerbsSourceMr));
 	path->writable = g_new0(PrVerbsMapping, setup->n_regions);
 	if (!prepare(path, error) ||
 	    !check_memlock(path, pr_verbs_source_mr_bytes(setup->regions, setup->n_regions), error))
@@ -207,21 +171,15 @@ static PrDataPath *verbs_connect(const PrPathSetup *setup, GError **error)
 	return &g_steal_pointer(&path)->base;
 }
 
-/* Data connections of rdma: never come in on the control port. */
-static void verbs_offer(PrDataListener *listener, GSocketConnection *connection,
-			const PrLaneHello *hello)
-{
-	g_object_unref(connection);
-}
-
 static void verbs_grants_within(PrDataPath *base, uint32_t block, uint64_t offset, uint64_t length,
 				GArray *ret)
 {
 	PrVerbsPath *path = (PrVerbsPath *)base;
 	g_autoptr(GError) error = NULL;
 
-	if (path->exports && !pr_verbs_source_mr_within(path, block, offset, length, ret, &error))
-		pr_verbs_fail(path, "%s", error->message);
+	if (path->source_mrs &&
+	    !pr_verbs_source_mr_within(path, block, offset, length, ret, &error))
+		pr_path_life_fail(&path->life, "%s", error->message);
 }
 
 static GArray *verbs_grants(PrDataPath *base)
@@ -257,7 +215,7 @@ static gboolean verbs_post_read(PrDataPath *base, PrLaneId id, uint32_t block, u
 
 	g_assert(length <= PR_READ_MAX && block < path->n_regions &&
 		 offset + length <= path->regions[block].size);
-	return pr_fate_is_up(&path->fate) &&
+	return pr_path_life_is_up(&path->life) &&
 	       pr_verbs_lane_post(path, lane, block, offset, length, token);
 }
 
@@ -265,7 +223,8 @@ static gboolean verbs_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
 {
 	PrVerbsPath *path = (PrVerbsPath *)base;
 
-	return pr_fate_is_up(&path->fate) && pr_verbs_lane_probe(path, &path->lanes[id], token);
+	return pr_path_life_is_up(&path->life) &&
+	       pr_verbs_lane_probe(path, &path->lanes[id], token);
 }
 
 static guint verbs_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint max)
@@ -289,15 +248,12 @@ static gboolean verbs_arm(PrDataPath *base, PrLaneId id)
 
 static const char *verbs_device(PrDataPath *base)
 {
-	return pr_verbs_device_name(&((PrVerbsPath *)base)->rail);
+	return pr_verbs_device_name(&((PrVerbsPath *)base)->device);
 }
 
 static void verbs_shutdown(PrDataPath *base)
 {
-	PrVerbsPath *path = (PrVerbsPath *)base;
-
-	if (pr_fate_end(&path->fate, PR_FATE_SHUT))
-		stop_lanes(path);
+	pr_path_life_shut(&((PrVerbsPath *)base)->life);
 }
 
 static gboolean verbs_drain(PrDataPath *base, guint timeout_ms)
@@ -311,7 +267,7 @@ static gboolean verbs_drain(PrDataPath *base, guint timeout_ms)
 	for (guint i = 0; i < path->base.n_lanes; i++)
 		drained &= pr_verbs_lane_drain(path, &path->lanes[i], deadline);
 	path->fenced = TRUE;
-	/* Then that is the fence, and what is left takes the time that it takes. */
+	/* The fence is complete. path_release() destroys the queue pairs, which may take long. */
 	if (drained)
 		return TRUE;
 	g_mutex_lock(&path->qp_lock);
@@ -330,20 +286,15 @@ static void verbs_destroy(PrDataPath *base)
 	path_release(path);
 }
 
-static gboolean verbs_admit_message(const PrUri *uri, gboolean outgoing, uint16_t type)
-{
-	return TRUE;
-}
-
 static const PrTransportOps verbs_ops = {
 	.scheme = "rdma",
 	.describe = pr_verbs_describe,
 	.listen = pr_verbs_listen,
 	.listener_port = pr_verbs_listener_port,
-	.offer = verbs_offer,
+	.offer = pr_backend_refuse_offer,
 	.listener_close = pr_verbs_listener_close,
-	.expect = pr_verbs_expect,
-	.forget = pr_verbs_forget,
+	.expect = pr_backend_expect,
+	.forget = pr_backend_forget,
 	.accept = verbs_accept,
 	.connect = verbs_connect,
 	.grants = verbs_grants,
@@ -360,7 +311,7 @@ static const PrTransportOps verbs_ops = {
 	.shutdown = verbs_shutdown,
 	.drain = verbs_drain,
 	.destroy = verbs_destroy,
-	.admit_message = verbs_admit_message,
+	.admit_message = pr_backend_admit_message,
 };
 
 const PrTransportOps *const pr_transport_rdma = &verbs_ops;

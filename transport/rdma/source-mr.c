@@ -2,38 +2,45 @@
 /*
  * Theory of operation: the source's memory
  *
- * What the destination may read is registered for remote READ and nothing else, in this path's own
- * protection domain, and ends with it. Registering pins, and pinning a hole would fill it: so only
- * extents that hold data (SEEK_DATA) are registered, in pieces of up to CHUNK bytes, by several threads.
+ * Goal: the destination can READ what it needs, and nothing else of this process. Memory is
+ * registered for remote READ only, in the path's own protection domain, and its registration ends
+ * with the path. Registering pins pages, and pinning fills holes. So only extents that hold data
+ * (SEEK_DATA) are registered, in pieces of up to CHUNK bytes, by up to MAX_THREADS threads.
  *
- * The guest may still run while connect() registers, so that when it has stopped not all of that is right any
- * more. Two things can have happened:
- *  - a hole has become data: a new extent.
- *  - the guest gave memory back (a balloon, free page reporting: the memfd got a hole) and perhaps took it
- *    again. Our pin then keeps the old page, which is no longer the guest's; the destination would read
- *    what is long gone. Punching a hole also takes the page out of every mapping of the memfd. So each piece
- *    has one that is there for nothing else: it is filled before the piece is pinned and never touched
- *    again. A page that is not present there (/proc/self/pagemap) may have been exchanged. It has to be a
- *    mapping for each piece, since filling one also brings in whatever lies around in the same mapping, and
- *    not the one that is registered, since pinning does the same.
+ * The guest may still run while connect() registers. Until it has stopped, two things can happen:
+ *  - A hole becomes data: a new extent.
+ *  - The guest gives memory back (a balloon, free page reporting), which punches a hole into the
+ *    memfd, and perhaps uses it again. Then the pinned page is no longer the guest's: the page
+ *    was replaced. A READ would bring bytes that the guest has given up.
  *
- * That a READ never meets a page that was exchanged rests on the order, page by page: nothing is granted before the
- * guest has stopped, when the memfd changes no more. Then pr_verbs_source_mr_within() looks at a range, as often and in
- * whatever pieces the caller likes. A page that is present in its piece's own mapping has been there since before it
- * was pinned: what is pinned is the guest's page, now and for good; it is granted. Every other page is looked for in
- * the memfd, with SEEK_DATA: a hole is not granted, the engine says that it is zero; data is registered anew,
- * and granted with the new key. So the looking may go on while other READs are under way: the destination can read
- * what was granted, and that is right already. The piece with the old pages stays registered until the path ends:
- * nobody has been told its key for them. A page that the kernel took out of the mapping for reasons of its own costs
- * one more registration, and that is all.
+ * Noticing replaced pages. Punching a hole takes the page out of all mappings of the memfd. So
+ * each piece has a presence mapping, which has no other use. It is filled before the piece is
+ * pinned, and never touched again. A page that is not present there (/proc/self/pagemap) may have
+ * been replaced. The presence mapping belongs to one piece, because filling a mapping also brings
+ * in neighbouring pages of the same mapping. It is not the mapping that is registered, because
+ * pinning brings pages in as well.
  *
- * A device has only so many memory regions, and each costs a system call. When there are more than
- * EXTENTS_MAX extents, or half of what the device has, those with small holes between them are taken together,
- * and these holes filled.
+ * Invariant: a READ never meets a replaced page. Nothing is granted before the guest has stopped,
+ * and the memfd does not change after that. Then pr_verbs_source_mr_within() looks at a range,
+ * page by page; the caller chooses the ranges and their order.
+ *  - A page that is present in its piece's presence mapping has been there since before it was
+ *    pinned. So the pinned page is the guest's page, and stays it: the page is granted.
+ *  - Any other page is looked up in the memfd with SEEK_DATA. A hole is not granted; the engine
+ *    reports it as zero. Data are registered anew and granted with the new key.
+ * So this may go on while READs are under way: they use only what was granted, which is right for
+ * good. A piece with replaced pages stays registered until the path ends, but no grant gives its
+ * key for these pages. If the kernel takes a page out of a presence mapping for other reasons,
+ * the page is only registered once more.
  *
- * Kernels before 6.2 pin for writing whatever the access, which a read-only shared mapping does not
- * permit (EFAULT). Then we make a writable mapping of the same memfd, for the pinning alone: the peer still
- * gets REMOTE_READ only.
+ * Limits. A device has a limited count of memory regions, and each costs a system call. If there
+ * are more extents than EXTENTS_MAX, or than half of the device's limit, extents with small holes
+ * in between are joined, and these holes get filled.
+ *
+ * Kernels before 6.2 pin for writing whatever the access is. A read-only shared mapping does not
+ * permit that (EFAULT). Then this file makes a writable mapping of the same memfd for the pinning
+ * alone; the peer still gets REMOTE_READ only.
+ *
+ * Not handled: memory that is unregistered before the path ends.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -45,11 +52,11 @@
 #include "transport/extents.h"
 #include "transport/rdma/path.h"
 
-#define CHUNK	      (1024ull * 1024 * 1024)
+#define CHUNK	      (1024ull * 1024 * 1024) /* bytes */
 #define EXTENTS_MAX   8192
-#define SMALLEST_HOLE (64ull * 1024)
+#define SMALLEST_HOLE (64ull * 1024) /* bytes; where joining extents begins */
 #define MAX_THREADS   4
-#define PAGES_AT_ONCE 8192
+#define PAGES_AT_ONCE 8192 /* entries of pagemap that one pread() reads */
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
@@ -60,7 +67,7 @@ static uint64_t page_size(void)
 	return (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-/* The next data in [from, end). A region without a memfd is all data. */
+/* Finds the next data in [from, end). A region without a memfd is all data. */
 static gboolean next_data(const PrRegion *region, uint64_t from, uint64_t end, PrExtent *ret)
 {
 	end = MIN(end, region->size);
@@ -95,7 +102,7 @@ static int compare(gconstpointer a, gconstpointer b)
 static void add_chunks(const PrVerbsPath *path, GArray *todo, uint32_t block, uint64_t start,
 		       uint64_t end)
 {
-	uint64_t chunk_bytes = MIN(CHUNK, path->rail.caps.max_mr_size & ~(page_size() - 1));
+	uint64_t chunk_bytes = MIN(CHUNK, path->device.caps.max_mr_size & ~(page_size() - 1));
 
 	for (uint64_t at = start; at < end; at += chunk_bytes) {
 		PrVerbsSourceMr chunk = {
@@ -105,15 +112,16 @@ static void add_chunks(const PrVerbsPath *path, GArray *todo, uint32_t block, ui
 	}
 }
 
-/* Adds what of an extent is not among the block's exports, which are sorted; *next is the first one
- * that may matter. */
+/* Appends the parts of an extent that no piece of the block covers. Pieces are sorted; *next is the
+ * first one that may overlap. */
 static void add_missing(PrVerbsPath *path, GArray *todo, uint32_t block, const PrExtent *extent,
 			guint *next)
 {
 	uint64_t at = extent->start;
 
-	for (; *next < path->exports->len && at < extent->end; (*next)++) {
-		const PrVerbsSourceMr *have = &g_array_index(path->exports, PrVerbsSourceMr, *next);
+	for (; *next < path->source_mrs->len && at < extent->end; (*next)++) {
+		const PrVerbsSourceMr *have =
+			&g_array_index(path->source_mrs, PrVerbsSourceMr, *next);
 
 		if (have->block > block || have->offset >= extent->end)
 			break;
@@ -151,8 +159,8 @@ static void scan_region(PrVerbsPath *path, GArray *todo, uint32_t block, uint64_
 static GArray *scan(PrVerbsPath *path)
 {
 	GArray *todo = g_array_new(FALSE, FALSE, sizeof(PrVerbsSourceMr));
-	/* Of a device that has few memory regions we take no more than half. */
-	guint max = MIN(EXTENTS_MAX, (guint)path->rail.caps.max_mr / 2);
+	/* Leaves half of the memory regions of a device that has few to others. */
+	guint max = MIN(EXTENTS_MAX, (guint)path->device.caps.max_mr / 2);
 
 	for (uint64_t hole = 0;; hole = MAX(hole * 4, SMALLEST_HOLE)) {
 		g_array_set_size(todo, 0);
@@ -170,50 +178,50 @@ static uint8_t *host(const PrVerbsPath *path, uint32_t block)
 	return writable ? writable : path->regions[block].addr;
 }
 
-/* ---- a mapping that shows which pages were exchanged ---- */
+/* ---- presence mappings ---- */
 
-static uint8_t *watched(const PrVerbsSourceMr *export)
+static uint8_t *presence_of(const PrVerbsSourceMr *piece)
 {
-	return (uint8_t *)export->watch.addr + export->watch_at;
+	return (uint8_t *)piece->presence.addr + piece->presence_at;
 }
 
-/* Maps a piece for `watch`, with all of its pages, as they are now. If that fails, the piece is registered once
- * more than necessary, and that is all. */
-static void watch(const PrRegion *region, PrVerbsSourceMr *export)
+/* Makes and fills the presence mapping of a piece. If that fails, the piece is registered once
+ * more than necessary. */
+static void map_presence(const PrRegion *region, PrVerbsSourceMr *piece)
 {
-	off_t from = (off_t)(region->memfd_offset + export->offset);
+	off_t from = (off_t)(region->memfd_offset + piece->offset);
 	struct stat st;
 	uint64_t size;
 	void *room;
 
 	if (region->memfd < 0 || fstat(region->memfd, &st) < 0)
 		return;
-	/* To be aligned as huge pages want it, and with something behind it that is not mapped, or the kernel
-	 * might join it with its neighbour. */
-	size = export->length + 2 * (uint64_t)st.st_blksize;
+	/* Reserves room for aligning the mapping as huge pages need it, and for a gap behind it:
+	 * without the gap the kernel might join it with a neighbour. */
+	size = piece->length + 2 * (uint64_t)st.st_blksize;
 	room = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (room == MAP_FAILED)
 		return;
-	export->watch = (PrVerbsMapping){room, size};
-	export->watch_at = -(uintptr_t)room & ((uintptr_t)st.st_blksize - 1);
-	if (mmap(watched(export), export->length, PROT_READ, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
-		 region->memfd, from) == MAP_FAILED)
+	piece->presence = (PrVerbsMapping){room, size};
+	piece->presence_at = -(uintptr_t)room & ((uintptr_t)st.st_blksize - 1);
+	if (mmap(presence_of(piece), piece->length, PROT_READ,
+		 MAP_SHARED | MAP_NORESERVE | MAP_FIXED, region->memfd, from) == MAP_FAILED)
 		return;
-	(void)madvise(watched(export), export->length, MADV_DONTDUMP);
-	(void)madvise(watched(export), export->length, MADV_POPULATE_READ);
+	(void)madvise(presence_of(piece), piece->length, MADV_DONTDUMP);
+	(void)madvise(presence_of(piece), piece->length, MADV_POPULATE_READ);
 }
 
-static void unwatch(PrVerbsSourceMr *export)
+static void unmap_presence(PrVerbsSourceMr *piece)
 {
-	if (export->watch.addr)
-		munmap(export->watch.addr, export->watch.size);
-	export->watch = (PrVerbsMapping){NULL, 0};
+	if (piece->presence.addr)
+		munmap(piece->presence.addr, piece->presence.size);
+	piece->presence = (PrVerbsMapping){NULL, 0};
 }
 
-static void drop(PrVerbsSourceMr *export)
+static void deregister(PrVerbsSourceMr *piece)
 {
-	ibv_dereg_mr(export->mr);
-	unwatch(export);
+	ibv_dereg_mr(piece->mr);
+	unmap_presence(piece);
 }
 
 /* ---- registering ---- */
@@ -222,14 +230,14 @@ typedef struct Job {
 	PrVerbsPath *path;
 	GArray *todo;
 	GCancellable *cancel;
-	gint next;  /* index in todo; atomic */
-	gint error; /* the first; atomic */
+	gint next;  /* index of the next piece in todo; atomic */
+	gint error; /* errno of a failure, 0: none; atomic */
 } Job;
 
 static struct ibv_mr *register_range(PrVerbsPath *path, uint32_t block, uint64_t offset,
 				     uint64_t length)
 {
-	return ibv_reg_mr(path->rail.pd, host(path, block) + offset, length,
+	return ibv_reg_mr(path->device.pd, host(path, block) + offset, length,
 			  IBV_ACCESS_REMOTE_READ);
 }
 
@@ -239,15 +247,14 @@ static gpointer register_thread(gpointer opaque)
 
 	while (!g_atomic_int_get(&job->error) && !g_cancellable_is_cancelled(job->cancel)) {
 		guint i = (guint)g_atomic_int_add(&job->next, 1);
-		PrVerbsSourceMr *export;
+		PrVerbsSourceMr *piece;
 
 		if (i >= job->todo->len)
 			break;
-		export = &g_array_index(job->todo, PrVerbsSourceMr, i);
-		watch(&job->path->regions[export->block], export);
-		export->mr =
-			register_range(job->path, export->block, export->offset, export->length);
-		if (!export->mr)
+		piece = &g_array_index(job->todo, PrVerbsSourceMr, i);
+		map_presence(&job->path->regions[piece->block], piece);
+		piece->mr = register_range(job->path, piece->block, piece->offset, piece->length);
+		if (!piece->mr)
 			g_atomic_int_set(&job->error, errno ? errno : EIO);
 	}
 	return NULL;
@@ -258,7 +265,7 @@ static void run_job(Job *job)
 	GThread *threads[MAX_THREADS];
 	guint n = MIN(MAX_THREADS, job->todo->len);
 
-	/* Fewer of them do as well. */
+	/* If a thread cannot begin, the others do its work. */
 	for (guint i = 1; i < n; i++)
 		threads[i] = g_thread_try_new("pr-rdma-register", register_thread, job, NULL);
 	register_thread(job);
@@ -267,7 +274,7 @@ static void run_job(Job *job)
 			g_thread_join(threads[i]);
 }
 
-/* Whether the kernel refuses to pin a read-only mapping: found out on one page. */
+/* Whether the kernel refuses to pin a read-only mapping, tried with one page. */
 static gboolean needs_writable(PrVerbsPath *path, const PrVerbsSourceMr *sample)
 {
 	struct ibv_mr *mr;
@@ -293,8 +300,8 @@ static gboolean map_writable(PrVerbsPath *path, GError **error)
 			   region->memfd, (off_t)region->memfd_offset);
 		if (map == MAP_FAILED)
 			return pr_verbs_error(path->uri,
-					      "this kernel pins memory only for writing, and the "
-					      "guest's cannot be mapped for that",
+					      "this kernel pins memory only for writing, and guest "
+					      "memory cannot be mapped for that",
 					      errno, error);
 		(void)madvise(map, region->size, MADV_DONTDUMP);
 		path->writable[i] = (PrVerbsMapping){map, region->size};
@@ -312,16 +319,16 @@ static gboolean register_all(PrVerbsPath *path, GArray *todo, GCancellable *canc
 	    !map_writable(path, error))
 		return FALSE;
 	run_job(&job);
-	/* What is registered is ours to free, whatever became of the rest. */
+	/* Keeps the pieces that are registered, even if others failed, so that they are freed. */
 	for (guint i = 0; i < todo->len; i++) {
-		PrVerbsSourceMr *export = &g_array_index(todo, PrVerbsSourceMr, i);
+		PrVerbsSourceMr *piece = &g_array_index(todo, PrVerbsSourceMr, i);
 
-		if (export->mr)
-			g_array_append_val(path->exports, *export);
+		if (piece->mr)
+			g_array_append_val(path->source_mrs, *piece);
 		else
-			unwatch(export);
+			unmap_presence(piece);
 	}
-	g_array_sort(path->exports, compare);
+	g_array_sort(path->source_mrs, compare);
 	if (g_cancellable_set_error_if_cancelled(cancel, error))
 		return FALSE;
 	if (job.error)
@@ -336,32 +343,32 @@ gboolean pr_verbs_source_mr_new(PrVerbsPath *path, GCancellable *cancel, GError 
 	return register_all(path, todo, cancel, error);
 }
 
-/* ---- what may be granted: the guest has stopped ---- */
+/* ---- grants, after the guest has stopped ---- */
 
-static PrGrant grant_of(const PrVerbsSourceMr *export, uint64_t start, uint64_t end)
+static PrGrant grant_of(const PrVerbsSourceMr *piece, uint64_t start, uint64_t end)
 {
 	return (PrGrant){
-		.block = export->block,
+		.block = piece->block,
 		.offset = start,
 		.length = end - start,
-		.addr = (uintptr_t) export->mr->addr + (start - export->offset),
-		.key = export->mr->rkey,
+		.addr = (uintptr_t)piece->mr->addr + (start - piece->offset),
+		.key = piece->mr->rkey,
 	};
 }
 
-/* Adds the runs of pages in [start, end) of a piece that are its own mapping's still. Where that cannot be told, there
- * are none. */
-static void add_kept_runs(GArray *kept, int pagemap, const PrVerbsSourceMr *export, uint64_t start,
+/* Appends grants of the pages in [start, end) that are still present in the piece's presence
+ * mapping. If the kernel does not tell, appends none. */
+static void add_kept_runs(GArray *kept, int pagemap, const PrVerbsSourceMr *piece, uint64_t start,
 			  uint64_t end)
 {
 	const uint64_t present = 1ull << 63, bytes = page_size();
 	g_autofree uint64_t *entries = g_new(uint64_t, PAGES_AT_ONCE);
-	uint64_t run = end; /* where one begins; `end`: there is none */
+	uint64_t run = end; /* where the current run begins; `end`: no run */
 
 	for (uint64_t at = start; at < end;) {
 		uint64_t n = MIN((end - at) / bytes, PAGES_AT_ONCE);
 		ssize_t size = (ssize_t)(n * sizeof(*entries));
-		uint64_t first = ((uintptr_t)watched(export) + at - export->offset) / bytes;
+		uint64_t first = ((uintptr_t)presence_of(piece) + at - piece->offset) / bytes;
 
 		if (pread(pagemap, entries, (size_t)size, (off_t)(first * sizeof(*entries))) !=
 		    size)
@@ -373,12 +380,12 @@ static void add_kept_runs(GArray *kept, int pagemap, const PrVerbsSourceMr *expo
 				run = at;
 			if (here || run == end)
 				continue;
-			g_array_append_vals(kept, &(PrGrant[]){grant_of(export, run, at)}, 1);
+			g_array_append_vals(kept, &(PrGrant[]){grant_of(piece, run, at)}, 1);
 			run = end;
 		}
 	}
 	if (run < end)
-		g_array_append_vals(kept, &(PrGrant[]){grant_of(export, run, end)}, 1);
+		g_array_append_vals(kept, &(PrGrant[]){grant_of(piece, run, end)}, 1);
 }
 
 static int by_offset(gconstpointer a, gconstpointer b)
@@ -388,23 +395,23 @@ static int by_offset(gconstpointer a, gconstpointer b)
 	return x->offset < y->offset ? -1 : x->offset > y->offset;
 }
 
-/* What of a range is registered, and still the guest's: sorted. */
+/* Grants of the pages of a range that are registered and not replaced, sorted. */
 static GArray *find_kept(PrVerbsPath *path, uint32_t block, uint64_t start, uint64_t end)
 {
 	GArray *kept = g_array_new(FALSE, FALSE, sizeof(PrGrant));
 	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 
-	for (guint i = 0; i < path->exports->len; i++) {
-		const PrVerbsSourceMr *export = &g_array_index(path->exports, PrVerbsSourceMr, i);
-		uint64_t from = MAX(start, export->offset);
-		uint64_t to = MIN(end, export->offset + export->length);
+	for (guint i = 0; i < path->source_mrs->len; i++) {
+		const PrVerbsSourceMr *piece = &g_array_index(path->source_mrs, PrVerbsSourceMr, i);
+		uint64_t from = MAX(start, piece->offset);
+		uint64_t to = MIN(end, piece->offset + piece->length);
 
-		if (export->block != block || from >= to)
+		if (piece->block != block || from >= to)
 			continue;
 		if (path->regions[block].memfd < 0)
-			g_array_append_vals(kept, &(PrGrant[]){grant_of(export, from, to)}, 1);
-		else if (export->watch.addr)
-			add_kept_runs(kept, pagemap, export, from, to);
+			g_array_append_vals(kept, &(PrGrant[]){grant_of(piece, from, to)}, 1);
+		else if (piece->presence.addr)
+			add_kept_runs(kept, pagemap, piece, from, to);
 	}
 	if (pagemap >= 0)
 		close(pagemap);
@@ -420,7 +427,7 @@ static void add_data(const PrRegion *region, GArray *fresh, uint64_t start, uint
 		g_array_append_val(fresh, extent);
 }
 
-/* The data in what is left of the range; sorted. */
+/* Extents of data in the parts of the range that `kept` does not cover, sorted. */
 static GArray *find_fresh(const PrRegion *region, const GArray *kept, uint64_t start, uint64_t end)
 {
 	GArray *fresh = g_array_new(FALSE, FALSE, sizeof(PrExtent));
@@ -438,7 +445,8 @@ static GArray *find_fresh(const PrRegion *region, const GArray *kept, uint64_t s
 	return fresh;
 }
 
-/* Takes extents with less than `gap` between them together: holes are filled, kept pages are registered twice. */
+/* Joins extents with less than `gap` in between. Holes there get filled, kept pages are
+ * registered twice. */
 static void join(GArray *extents, uint64_t gap)
 {
 	guint n = 0;
@@ -455,11 +463,11 @@ static void join(GArray *extents, uint64_t gap)
 	g_array_set_size(extents, n);
 }
 
-/* How many memory regions a range of so many bytes may take of those that are left. */
+/* How many of the remaining memory regions a range of so many bytes may use. */
 static guint share(const PrVerbsPath *path, uint64_t bytes)
 {
-	guint max = MIN(EXTENTS_MAX, (guint)path->rail.caps.max_mr / 2);
-	guint left = max - MIN(max, path->exports->len);
+	guint max = MIN(EXTENTS_MAX, (guint)path->device.caps.max_mr / 2);
+	guint left = max - MIN(max, path->source_mrs->len);
 	uint64_t all = 0;
 
 	for (guint i = 0; i < path->n_regions; i++)
@@ -467,7 +475,7 @@ static guint share(const PrVerbsPath *path, uint64_t bytes)
 	return MAX(4, (guint)((double)left * (double)bytes / (double)all));
 }
 
-/* Appends what was found, in order, each byte once and neighbours together. */
+/* Appends the found grants in order, each byte once; adjacent grants become one. */
 static void merge_grants(GArray *found, GArray *ret)
 {
 	uint64_t at = 0;
@@ -513,8 +521,8 @@ gboolean pr_verbs_source_mr_within(PrVerbsPath *path, uint32_t block, uint64_t o
 	if (!register_all(path, todo, NULL, error))
 		return FALSE;
 	for (guint i = 0; i < todo->len; i++) {
-		const PrVerbsSourceMr *export = &g_array_index(todo, PrVerbsSourceMr, i);
-		PrGrant grant = grant_of(export, export->offset, export->offset + export->length);
+		const PrVerbsSourceMr *piece = &g_array_index(todo, PrVerbsSourceMr, i);
+		PrGrant grant = grant_of(piece, piece->offset, piece->offset + piece->length);
 
 		g_array_append_val(found, grant);
 	}
@@ -524,9 +532,9 @@ gboolean pr_verbs_source_mr_within(PrVerbsPath *path, uint32_t block, uint64_t o
 
 void pr_verbs_source_mr_free(PrVerbsPath *path)
 {
-	for (guint i = 0; path->exports && i < path->exports->len; i++)
-		drop(&g_array_index(path->exports, PrVerbsSourceMr, i));
-	g_clear_pointer(&path->exports, g_array_unref);
+	for (guint i = 0; path->source_mrs && i < path->source_mrs->len; i++)
+		deregister(&g_array_index(path->source_mrs, PrVerbsSourceMr, i));
+	g_clear_pointer(&path->source_mrs, g_array_unref);
 	for (guint i = 0; path->writable && i < path->n_regions; i++)
 		if (path->writable[i].addr)
 			munmap(path->writable[i].addr, path->writable[i].size);

@@ -1,7 +1,20 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The source's side of tcp: connects the lanes, then one thread per lane answers requests in the order
- * in which they came, straight from the mapping.
+ * Theory of operation: the source's side of tcp:
+ *
+ * The source connects the lanes one after the other. Then one thread for each lane answers
+ * requests, in the order in which they came, straight from the mapping of guest RAM. The thread
+ * receives up to BATCH requests by one system call and sends all their answers by another.
+ *
+ * Invariant: the peer gets bytes of the regions and of nothing else. Each request is checked
+ * against the regions before it is answered; one that is malformed or out of range ends the lane,
+ * and the path with it.
+ *
+ * How a lane ends: the destination closes the connection, shutdown(2) by another thread, or data
+ * that stay unacknowledged for 5 s (USER_TIMEOUT_MS). The heartbeats of the control channel are
+ * faster.
+ *
+ * Not handled: requests that overtake each other; a lane is answered in order.
  */
 #include "transport/tcp/tcp.h"
 
@@ -18,8 +31,8 @@
 
 #include "transport/net/dial.h"
 
-#define BATCH		32   /* requests that are answered by one system call */
-#define USER_TIMEOUT_MS 5000 /* unacknowledged data ends the connection; heartbeats are faster */
+#define BATCH		32   /* requests that one system call answers */
+#define USER_TIMEOUT_MS 5000 /* unacknowledged data end the connection */
 
 int pr_tcp_configure(GSocketConnection *connection, PrLaneId lane)
 {
@@ -29,9 +42,9 @@ int pr_tcp_configure(GSocketConnection *connection, PrLaneId lane)
 	int fd = g_socket_get_fd(socket);
 
 	pr_configure_socket(socket);
-	/* Only makes it faster to fail: a socket without it still works. */
+	/* The option only makes failures show earlier: a socket without it works. */
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout, sizeof(timeout));
-	/* So that it overtakes bulk in this host's queues, where these know priorities. */
+	/* Urgent packets then overtake bulk in those queues of this host that know priorities. */
 	if (pr_lane_is_urgent(lane))
 		(void)setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &interactive, sizeof(interactive));
 	return fd;
@@ -61,7 +74,7 @@ static gboolean send_hello(int fd, const PrPathSetup *setup, PrLaneId lane, GErr
 	return connect_error(setup, errno, error);
 }
 
-/* Reads `size` bytes, or fails as the path's handshake does. */
+/* Receives `size` bytes before the deadline. */
 static gboolean receive_all(int fd, uint8_t *out, gsize size, const PrPathSetup *setup,
 			    gint64 deadline, GError **error)
 {
@@ -109,7 +122,7 @@ static gboolean await_answer(int fd, const PrPathSetup *setup, gint64 deadline, 
 	return FALSE;
 }
 
-/* Replaces the connection; drops it where that fails. */
+/* Replaces the connection by one with TLS. On failure the connection is closed. */
 static gboolean secure(const PrPathSetup *setup, GSocketConnection **connection, gint64 deadline,
 		       GError **error)
 {
@@ -136,7 +149,7 @@ GSocketConnection *pr_tcp_connect_lane(const PrPathSetup *setup, PrLaneId lane, 
 	fd = g_socket_get_fd(g_socket_connection_get_socket(connection));
 	if (!send_hello(fd, setup, lane, error) || !await_answer(fd, setup, deadline, error))
 		return NULL;
-	/* Whatever GSocket has set; nobody uses this one through GIO any more. */
+	/* GSocket has made the fd non-blocking; from here on no code uses it through GIO. */
 	if (fcntl(fd, F_SETFL, 0) == 0)
 		return g_steal_pointer(&connection);
 	connect_error(setup, errno, error);
@@ -166,7 +179,7 @@ static gboolean send_vector(int fd, struct iovec *iov, gsize n_iov)
 	return TRUE;
 }
 
-/* Decodes one request and points the answer at the mapping. Returns what is wrong with it, or NULL. */
+/* Decodes one request and points iov at its answer. Returns the fault of the request, or NULL. */
 static char *prepare_answer(const uint8_t *frame, const PrRegion *regions, guint n_regions,
 			    uint8_t *header, struct iovec iov[2])
 {
@@ -188,7 +201,7 @@ static char *prepare_answer(const uint8_t *frame, const PrRegion *regions, guint
 	return NULL;
 }
 
-/* Answers the n requests at `frames`. Returns why the lane ends, or NULL. */
+/* Answers the n requests at `frames`. Returns the reason why the lane ends, or NULL. */
 static char *answer_requests(int fd, const uint8_t *frames, gsize n, const PrRegion *regions,
 			     guint n_regions)
 {
@@ -207,7 +220,7 @@ static char *answer_requests(int fd, const uint8_t *frames, gsize n, const PrReg
 	return NULL;
 }
 
-/* recv(2), awake for the first spin_us. */
+/* recv(2), which polls for the first spin_us and sleeps after that. */
 static gssize receive_requests(int fd, uint8_t *out, gsize size, guint spin_us)
 {
 	gint64 awake_until = g_get_monotonic_time() + spin_us;

@@ -2,16 +2,18 @@
 /*
  * tcp: pages over a plain socket, the path of last resort.
  *
- * One connection per lane, to the control port. The destination sends a REQ_PAGES frame per READ, those of
- * one round by one system call, and does not wait before it sends the next one; the source answers in order,
- * each answer a PAGES header and the raw bytes. The destination knows what comes next, so it receives
- * header and data of several answers with one system call, into a buffer, and stores what is whole
- * (pr_region_store()); huge pages it receives right into the regions.
+ * A lane is one connection, to the control port. The destination sends a REQ_PAGES frame for each
+ * READ and does not wait for answers in between; the requests of one round leave by one system
+ * call. The source answers in order: a PAGES header, then the raw bytes. So the destination knows
+ * what comes next. One system call receives headers and bytes of several answers into a buffer,
+ * and pr_region_store() stores each whole answer. Into regions of huge pages the bytes are
+ * received directly.
  *
- * Requests never fill the socket buffer: at most READS_MAX of them, 24 bytes each, are unanswered. A
- * send that would block therefore means that the peer's host is gone.
+ * Requests never fill the socket buffer: at most READS_MAX of them, 24 bytes each, are
+ * unanswered. If a send blocks for SEND_TIMEOUT_MS all the same, the peer's host is gone.
  *
- * Fence: after shutdown() nothing is received any more, whatever the kernel has already buffered.
+ * Fence: after shutdown() this side receives nothing any more, whatever the kernel has already
+ * buffered.
  */
 #include "transport/tcp/tcp.h"
 
@@ -25,7 +27,7 @@
 
 #define READS_MAX	64
 #define BATCH		8	     /* answers that one system call may receive */
-#define BUFFER_BYTES	(256 * 1024) /* of several answers; one alone may have PR_READ_MAX */
+#define BUFFER_BYTES	(256 * 1024) /* for several answers; one alone may take PR_READ_MAX */
 #define SEND_TIMEOUT_MS 1000	     /* see above */
 
 typedef struct TcpRead {
@@ -33,23 +35,23 @@ typedef struct TcpRead {
 	const PrRegion *region;
 	uint64_t offset;
 	uint32_t length;
-	uint8_t *at;			      /* where it is received; NULL: that is open */
+	uint8_t *at;			      /* where its bytes are received; NULL: undecided */
 	uint8_t header[PR_WIRE_HEADER_BYTES]; /* of the answer, as far as received */
 } TcpRead;
 
-/* Owned by the lane's thread, except as noted. */
+/* Owned by the thread that uses the lane, except as noted. */
 typedef struct TcpLane {
 	GSocketConnection *connection; /* owns fd */
-	int fd;			       /* constant; shutdown(2) by anyone */
+	int fd;			       /* constant, -1: none; any thread calls shutdown(2) */
 	/* destination */
-	PrPollSet waker;	  /* wake: anyone */
-	TcpRead reads[READS_MAX]; /* outstanding, a ring in order of the answers */
+	PrPollSet waker;	  /* any thread wakes */
+	TcpRead reads[READS_MAX]; /* outstanding READs, a ring in the order of the answers */
 	guint head, n;
-	uint8_t requests[READS_MAX * PR_TCP_REQUEST_BYTES]; /* that are not sent yet */
-	gsize queued;					    /* bytes of them */
-	gsize done;	 /* bytes of the head's answer received, header included */
+	uint8_t requests[READS_MAX * PR_TCP_REQUEST_BYTES]; /* not sent yet */
+	gsize queued;					    /* bytes in `requests` */
+	gsize done;	 /* bytes received of the head's answer, header included */
 	uint8_t *buffer; /* PR_READ_MAX bytes */
-	gsize used;	 /* of it, by answers that are not stored yet */
+	gsize used;	 /* bytes in `buffer` of answers that are not stored yet */
 	/* source */
 	struct TcpPath *path;
 	GThread *server;
@@ -57,35 +59,21 @@ typedef struct TcpLane {
 
 typedef struct TcpPath {
 	PrDataPath base;
-	PrPathLife fate;	 /* thread-safe */
+	PrPathLife life;	 /* thread-safe */
 	const PrRegion *regions; /* constant, as is n_regions */
 	guint n_regions;
-	gboolean *stored;	     /* constant: for each region: by pr_region_store() */
+	gboolean *storable; /* constant; for each region whether to use pr_region_store() */
 	TcpLane lanes[PR_LANES_MAX]; /* base.n_lanes of them */
 } TcpPath;
 
-static void stop_lanes(TcpPath *path)
+static void stop_lanes(PrDataPath *base)
 {
-	for (guint i = 0; i < path->base.n_lanes; i++) {
+	TcpPath *path = (TcpPath *)base;
+
+	for (guint i = 0; i < base->n_lanes; i++) {
 		shutdown(path->lanes[i].fd, SHUT_RDWR);
 		pr_poll_set_wake(&path->lanes[i].waker);
 	}
-}
-
-static void fail(TcpPath *path, const char *reason)
-{
-	if (!pr_fate_end(&path->fate, PR_FATE_FAILED))
-		return;
-	stop_lanes(path);
-	pr_fate_notify(&path->fate, reason);
-}
-
-static void fail_storing(TcpPath *path)
-{
-	g_autofree char *reason =
-		g_strdup_printf("cannot store pages in guest RAM: %s", g_strerror(errno));
-
-	fail(path, reason);
 }
 
 static TcpPath *path_new(const PrPathSetup *setup)
@@ -96,28 +84,31 @@ static TcpPath *path_new(const PrPathSetup *setup)
 	path->base.n_lanes = pr_backend_n_lanes(setup);
 	path->regions = setup->regions;
 	path->n_regions = setup->n_regions;
-	path->stored = g_new(gboolean, setup->n_regions);
-	for (guint i = 0; i < setup->n_regions; i++)
-		path->stored[i] = pr_region_is_writable_file(&setup->regions[i]);
-	pr_fate_init(&path->fate, setup);
+	path->storable = pr_regions_storable(setup->regions, setup->n_regions);
+	pr_path_life_init(&path->life, setup, &path->base, stop_lanes);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].path = path;
+		path->lanes[i].fd = -1;
 		path->lanes[i].waker = PR_POLL_SET_INIT;
 	}
 	return path;
 }
 
+/* Also ends the path, if it is up. */
 static void path_free(TcpPath *path)
 {
+	pr_path_life_shut(&path->life);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		TcpLane *lane = &path->lanes[i];
 
+		if (lane->server)
+			g_thread_join(lane->server);
 		pr_poll_set_clear(&lane->waker);
 		g_clear_object(&lane->connection);
 		g_free(lane->buffer);
 	}
-	pr_fate_clear(&path->fate);
-	g_free(path->stored);
+	pr_path_life_clear(&path->life);
+	g_free(path->storable);
 	g_free(path);
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(TcpPath, path_free)
@@ -129,7 +120,7 @@ static gpointer server_thread(gpointer opaque)
 	guint spin_us = pr_lane_is_urgent((PrLaneId)(lane - path->lanes)) ? PR_BACKEND_SPIN_US : 0;
 	g_autofree char *reason = pr_tcp_serve(lane->fd, path->regions, path->n_regions, spin_us);
 
-	fail(path, reason);
+	pr_path_life_fail(&path->life, "%s", reason);
 	return NULL;
 }
 
@@ -138,28 +129,34 @@ static uint16_t tcp_listener_port(PrDataListener *listener)
 	return 0;
 }
 
-static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
+static gboolean has_lane(const PrDataPath *base, PrLaneId lane)
 {
-	g_autoptr(TcpPath) path = path_new(setup);
-	GSocketConnection *connections[PR_LANES_MAX];
-
-	if (!pr_tcp_listener_claim(listener, setup, connections, error))
-		return NULL;
-	for (guint i = 0; i < path->base.n_lanes; i++)
-		path->lanes[i].connection = connections[i];
-	for (guint i = 0; i < path->base.n_lanes; i++) {
-		TcpLane *lane = &path->lanes[i];
-
-		lane->buffer = pr_try_alloc(PR_READ_MAX, "a data lane", error);
-		lane->fd = pr_tcp_configure(lane->connection, i);
-		if (!lane->buffer || !pr_poll_set_init(&lane->waker, error) ||
-		    !pr_poll_set_add(&lane->waker, lane->fd, error))
-			return NULL;
-	}
-	return &g_steal_pointer(&path)->base;
+	return ((const TcpPath *)base)->lanes[lane].connection != NULL;
 }
 
-static void tcp_destroy(PrDataPath *base);
+static gboolean accept_lane(PrDataPath *base, PrDataListener *listener, PrLaneId id,
+			    gpointer connection, const PrPathSetup *setup, gint64 deadline,
+			    GError **error)
+{
+	TcpLane *lane = &((TcpPath *)base)->lanes[id];
+
+	lane->connection = connection;
+	pr_tcp_acknowledge(connection);
+	lane->fd = pr_tcp_configure(connection, id);
+	lane->buffer = pr_try_alloc(PR_READ_MAX, "a data lane", error);
+	return lane->buffer && pr_poll_set_init(&lane->waker, error) &&
+	       pr_poll_set_add(&lane->waker, lane->fd, error);
+}
+
+static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
+{
+	static const PrLaneAcceptor acceptor = {has_lane, accept_lane};
+	g_autoptr(TcpPath) path = path_new(setup);
+
+	if (!pr_backend_accept_lanes(&path->base, listener, setup, &acceptor, error))
+		return NULL;
+	return &g_steal_pointer(&path)->base;
+}
 
 static PrDataPath *tcp_connect(const PrPathSetup *setup, GError **error)
 {
@@ -181,15 +178,14 @@ static PrDataPath *tcp_connect(const PrPathSetup *setup, GError **error)
 		TcpLane *lane = &path->lanes[i];
 
 		lane->server = pr_thread_try("pr-tcp-serve", server_thread, lane, error);
-		if (!lane->server) {
-			tcp_destroy(&g_steal_pointer(&path)->base);
+		if (!lane->server)
 			return NULL;
-		}
 	}
 	return &g_steal_pointer(&path)->base;
 }
 
-/* Requests name block and offset, and the source checks them against its regions: no keys needed. */
+/* Requests name block and offset, and the source checks them against its regions: no keys
+ * needed. */
 static GArray *tcp_grants(PrDataPath *path)
 {
 	return g_array_new(FALSE, FALSE, sizeof(PrGrant));
@@ -213,7 +209,7 @@ static void queue_request(TcpLane *lane, const PrReqPages *req)
 	lane->queued += PR_TCP_REQUEST_BYTES;
 }
 
-/* Sends what is queued. FALSE: the path has failed. */
+/* Sends the queued requests. FALSE: the path has failed. */
 static gboolean send_requests(TcpPath *path, TcpLane *lane)
 {
 	gint64 deadline = pr_backend_deadline(SEND_TIMEOUT_MS);
@@ -227,11 +223,11 @@ static gboolean send_requests(TcpPath *path, TcpLane *lane)
 			sent += n;
 		} else if (errno == EAGAIN) {
 			if (!pr_backend_wait(lane->fd, POLLOUT, deadline, NULL, NULL)) {
-				fail(path, "requests are not taken any more");
+				pr_path_life_fail(&path->life, "the socket takes no more requests");
 				return FALSE;
 			}
 		} else if (errno != EINTR) {
-			fail(path, g_strerror(errno));
+			pr_path_life_fail(&path->life, "%s", g_strerror(errno));
 			return FALSE;
 		}
 	}
@@ -246,7 +242,7 @@ static gboolean post(TcpPath *path, PrLaneId id, uint32_t block, uint64_t offset
 	PrReqPages req = {.block = block, .start = offset, .length = length};
 
 	g_assert(lane->n < READS_MAX);
-	if (!pr_fate_is_up(&path->fate) ||
+	if (!pr_path_life_is_up(&path->life) ||
 	    (lane->queued == sizeof(lane->requests) && !send_requests(path, lane)))
 		return FALSE;
 	queue_request(lane, &req);
@@ -270,7 +266,7 @@ static gboolean tcp_post_read(PrDataPath *base, PrLaneId id, uint32_t block, uin
 	return post(path, id, block, offset, length, token);
 }
 
-/* A request of no bytes is answered by a header alone. */
+/* The source answers a request for no bytes with a header alone. */
 static gboolean tcp_post_probe(PrDataPath *base, PrLaneId id, uint64_t token)
 {
 	return post((TcpPath *)base, id, 0, 0, 0, token);
@@ -281,11 +277,11 @@ static gboolean place(TcpPath *path, TcpLane *lane, TcpRead *read, gboolean firs
 {
 	if (read->at)
 		return TRUE;
-	if (!path->stored[read->region - path->regions]) {
+	if (!path->storable[read->region - path->regions]) {
 		read->at = (uint8_t *)read->region->addr + read->offset;
 		return TRUE;
 	}
-	/* Answers are placed in order, so nothing behind the first has been. */
+	/* Answers are placed in order: no later one uses the buffer yet. */
 	if (first)
 		lane->used = 0;
 	else if (lane->used + read->length > BUFFER_BYTES)
@@ -295,7 +291,7 @@ static gboolean place(TcpPath *path, TcpLane *lane, TcpRead *read, gboolean firs
 	return TRUE;
 }
 
-/* Where the next bytes go: headers and data of up to `max` outstanding READs. */
+/* Points iov at the next headers and data, of up to `max` outstanding READs. */
 static guint place_answers(TcpPath *path, TcpLane *lane, struct iovec iov[2 * BATCH], guint max,
 			   gsize *ret_bytes)
 {
@@ -333,18 +329,19 @@ static gboolean is_answer_to(const TcpRead *read)
 	       header.length == read->length;
 }
 
-/* An answer is whole. */
+/* Stores a whole answer. FALSE: the path has failed. */
 static gboolean store(TcpPath *path, const TcpRead *read)
 {
-	if (!path->stored[read->region - path->regions] ||
+	if (!path->storable[read->region - path->regions] ||
 	    pr_region_store(read->region, read->offset, read->at, read->length))
 		return TRUE;
-	fail_storing(path);
+	pr_path_life_fail(&path->life, "cannot store pages in guest RAM: %s", g_strerror(errno));
 	return FALSE;
 }
 
-/* Accounts for n received bytes; returns how many READs they completed, or -1 where the path has failed. */
-static int take_answers(TcpPath *path, TcpLane *lane, gsize n, PrCompletion *ret)
+/* Accounts for n received bytes. Returns how many READs they completed, -1 if the path has
+ * failed. */
+static int account_answers(TcpPath *path, TcpLane *lane, gsize n, PrCompletion *ret)
 {
 	guint completed = 0;
 
@@ -356,8 +353,8 @@ static int take_answers(TcpPath *path, TcpLane *lane, gsize n, PrCompletion *ret
 		n -= take;
 		lane->done += take;
 		if (lane->done >= sizeof(read->header) && !is_answer_to(read)) {
-			fail(path, "the source sent something else than the pages that were asked "
-				   "for");
+			pr_path_life_fail(&path->life,
+					  "the source did not send the pages that were asked for");
 			return -1;
 		}
 		if (lane->done < whole)
@@ -372,21 +369,21 @@ static int take_answers(TcpPath *path, TcpLane *lane, gsize n, PrCompletion *ret
 	return completed;
 }
 
-/* The end of an idle connection, or a peer that talks without being asked. */
+/* Notices the end of an idle connection, and a peer that sends without having been asked. */
 static void check_idle(TcpPath *path, TcpLane *lane)
 {
 	uint8_t byte;
 	gssize n = recv(lane->fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
 
 	if (n == 0)
-		fail(path, "the source closed the connection");
+		pr_path_life_fail(&path->life, "the source closed the connection");
 	else if (n > 0)
-		fail(path, "the source sent pages that were not asked for");
+		pr_path_life_fail(&path->life, "the source sent pages that were not asked for");
 	else if (errno != EAGAIN && errno != EINTR)
-		fail(path, g_strerror(errno));
+		pr_path_life_fail(&path->life, "%s", g_strerror(errno));
 }
 
-/* One system call's worth. FALSE: nothing more for now. */
+/* Receives answers by one system call. FALSE: no more bytes can be received now. */
 static gboolean receive_answers(TcpPath *path, TcpLane *lane, PrCompletion *ret, guint max,
 				guint *n_stored)
 {
@@ -400,19 +397,19 @@ static gboolean receive_answers(TcpPath *path, TcpLane *lane, PrCompletion *ret,
 	n = recvmsg(lane->fd, &msg, MSG_DONTWAIT);
 	if (n <= 0) {
 		if (n == 0)
-			fail(path, "the source closed the connection");
+			pr_path_life_fail(&path->life, "the source closed the connection");
 		else if (errno != EAGAIN && errno != EINTR)
-			fail(path, g_strerror(errno));
+			pr_path_life_fail(&path->life, "%s", g_strerror(errno));
 		return FALSE;
 	}
-	completed = take_answers(path, lane, n, ret + *n_stored);
+	completed = account_answers(path, lane, n, ret + *n_stored);
 	if (completed < 0)
 		return FALSE;
 	*n_stored += completed;
 	return (gsize)n == wanted;
 }
 
-/* Everything outstanding on a path that has ended. */
+/* Completes the outstanding READs of a path that has ended, as failed. */
 static guint flush_reads(TcpLane *lane, PrCompletion *ret, guint max)
 {
 	guint n = 0;
@@ -431,14 +428,14 @@ static guint tcp_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint ma
 	TcpLane *lane = &path->lanes[id];
 	guint n = 0;
 
-	if (!lane->n && pr_fate_is_up(&path->fate))
+	if (!lane->n && pr_path_life_is_up(&path->life))
 		check_idle(path, lane);
 	if (lane->queued)
 		send_requests(path, lane);
-	while (n < max && lane->n && pr_fate_is_up(&path->fate))
+	while (n < max && lane->n && pr_path_life_is_up(&path->life))
 		if (!receive_answers(path, lane, ret, max, &n))
 			break;
-	if (!pr_fate_is_up(&path->fate))
+	if (!pr_path_life_is_up(&path->life))
 		n += flush_reads(lane, ret + n, max - n);
 	return n;
 }
@@ -448,15 +445,15 @@ static int tcp_wait_fd(PrDataPath *base, PrLaneId id)
 	return ((TcpPath *)base)->lanes[id].waker.epoll_fd;
 }
 
-/* The epoll fd is level-triggered: what is unread keeps it readable. */
+/* The epoll fd is level-triggered: unread bytes keep it readable. */
 static gboolean tcp_arm(PrDataPath *base, PrLaneId id)
 {
 	TcpPath *path = (TcpPath *)base;
 	TcpLane *lane = &path->lanes[id];
 
-	if (pr_fate_is_up(&path->fate) && lane->queued)
+	if (pr_path_life_is_up(&path->life) && lane->queued)
 		send_requests(path, lane);
-	return pr_fate_is_up(&path->fate);
+	return pr_path_life_is_up(&path->life);
 }
 
 static const char *tcp_device(PrDataPath *path)
@@ -466,10 +463,7 @@ static const char *tcp_device(PrDataPath *path)
 
 static void tcp_shutdown(PrDataPath *base)
 {
-	TcpPath *path = (TcpPath *)base;
-
-	if (pr_fate_end(&path->fate, PR_FATE_SHUT))
-		stop_lanes(path);
+	pr_path_life_shut(&((TcpPath *)base)->life);
 }
 
 static gboolean tcp_drain(PrDataPath *base, guint timeout_ms)
@@ -484,18 +478,7 @@ static gboolean tcp_drain(PrDataPath *base, guint timeout_ms)
 
 static void tcp_destroy(PrDataPath *base)
 {
-	TcpPath *path = (TcpPath *)base;
-
-	tcp_shutdown(base);
-	for (guint i = 0; i < path->base.n_lanes; i++)
-		if (path->lanes[i].server)
-			g_thread_join(path->lanes[i].server);
-	path_free(path);
-}
-
-static gboolean tcp_admit_message(const PrUri *uri, gboolean outgoing, uint16_t type)
-{
-	return TRUE;
+	path_free((TcpPath *)base);
 }
 
 static void tcp_describe(GString *out)
@@ -511,8 +494,8 @@ const PrTransportOps pr_transport_tcp = {
 	.listener_port = tcp_listener_port,
 	.offer = pr_tcp_offer,
 	.listener_close = pr_tcp_listener_close,
-	.expect = pr_tcp_expect,
-	.forget = pr_tcp_forget,
+	.expect = pr_backend_expect,
+	.forget = pr_backend_forget,
 	.accept = tcp_accept,
 	.connect = tcp_connect,
 	.grants = tcp_grants,
@@ -527,5 +510,5 @@ const PrTransportOps pr_transport_tcp = {
 	.shutdown = tcp_shutdown,
 	.drain = tcp_drain,
 	.destroy = tcp_destroy,
-	.admit_message = tcp_admit_message,
+	.admit_message = pr_backend_admit_message,
 };
