@@ -9,7 +9,7 @@ static void stop_lane(PrVerbsLane *lane)
 
 	if (err)
 		g_info("queue pair 0x%x: %s", lane->qp->qp_num, g_strerror(err));
-	pr_waker_wake(&lane->waker);
+	pr_poll_set_wake(&lane->waker);
 }
 
 void pr_verbs_stop(PrDataPath *base)
@@ -20,7 +20,7 @@ void pr_verbs_stop(PrDataPath *base)
 	for (guint i = 0; i < base->n_lanes; i++)
 		stop_lane(&path->lanes[i]);
 	g_mutex_unlock(&path->qp_lock);
-	pr_waker_wake(&path->events_waker);
+	pr_poll_set_wake(&path->events_waker);
 }
 
 void pr_verbs_fail(PrVerbsPath *path, const char *format, ...)

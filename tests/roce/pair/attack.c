@@ -76,7 +76,7 @@ static const char *perform_attack(PrVerbsPath *path, guint lane, const char *ope
 	const char *status;
 
 	memset(page, MARK, ATTACK_BYTES);
-	mr = ibv_reg_mr(path->rail.pd, page, ATTACK_BYTES, IBV_ACCESS_LOCAL_WRITE);
+	mr = ibv_reg_mr(path->device.pd, page, ATTACK_BYTES, IBV_ACCESS_LOCAL_WRITE);
 	if (!mr) {
 		fail_with_errno(error, "ibv_reg_mr", errno);
 		return NULL;
@@ -105,7 +105,7 @@ static gboolean make_page(PrVerbsPath *path, AttackPage *ret, GError **error)
 {
 	AttackPage made = {.page = g_malloc0(ATTACK_BYTES)};
 
-	made.mr = ibv_reg_mr(path->rail.pd, made.page, ATTACK_BYTES,
+	made.mr = ibv_reg_mr(path->device.pd, made.page, ATTACK_BYTES,
 			     IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_READ |
 				     IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC);
 	if (!made.mr) {
