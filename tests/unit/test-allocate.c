@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The pages that are allocated before they are read: which, when, and what becomes of a failure. Who is charged for them takes
- * cgroups, and is in tests/e2e/test_charge.py. */
+/* The pages that are allocated before they are read: which, when, and what becomes of a failure.
+ * Who is charged for them takes cgroups, and is in tests/e2e/test_charge.py. */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -139,7 +139,7 @@ static void wait_has(const Rig *rig, uint64_t pages)
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	while (has(rig->memfds[0]) < pages && g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	assert_int_equal(has(rig->memfds[0]), pages);
 }
 
@@ -196,7 +196,7 @@ static void the_walk_leaves_out_what_is_received_and_what_is_ungranted(void **st
 	pr_ram_zero(rig->ram, block, 100, 33);
 	pr_allocate_walk(rig->allocate);
 	wait_has(rig, 1000 - 33);
-	/* More of it has been told. */
+	/* The source grants more. */
 	pr_ram_zero(rig->ram, block, 1500, 500);
 	pr_ram_grant(block, 1000, 1000);
 	pr_allocate_notify(rig->allocate);
@@ -217,7 +217,7 @@ static void the_engines_own_bitmaps_are_allocated_likewise(void **state)
 	rig_free(rig);
 }
 
-static void a_full_cgroup_is_told_to_who_reads_and_can_be_mended(void **state)
+static void a_full_cgroup_is_reported_to_readers_and_can_be_mended(void **state)
 {
 	Rig *rig = rig_new(other_server, N_PAGES * PAGE);
 
@@ -234,7 +234,7 @@ static void a_full_cgroup_is_told_to_who_reads_and_can_be_mended(void **state)
 	rig_free(rig);
 }
 
-static void a_failure_ahead_of_the_pull_is_nobodys(void **state)
+static void a_failure_of_the_walk_is_not_reported(void **state)
 {
 	Rig *rig = rig_new(other_server, N_PAGES * PAGE);
 	int before = __atomic_load_n(&rig->n_asked, __ATOMIC_SEQ_CST);
@@ -244,14 +244,14 @@ static void a_failure_ahead_of_the_pull_is_nobodys(void **state)
 	pr_allocate_walk(rig->allocate);
 	while (__atomic_load_n(&rig->n_asked, __ATOMIC_SEQ_CST) == before &&
 	       g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	pr_allocate_stop(g_steal_pointer(&rig->allocate));
 	assert_int_equal(__atomic_load_n(&rig->n_asked, __ATOMIC_SEQ_CST), before + 1);
 	assert_int_equal(rig->broken, 0);
 	rig_free(rig);
 }
 
-static void the_allocators_end_is_told_with_what_to_do(void **state)
+static void the_allocators_end_is_reported_with_what_to_do(void **state)
 {
 	Rig *rig = rig_new(real_server, N_PAGES * PAGE);
 
@@ -295,7 +295,7 @@ static void page_tables_are_given_back_and_the_pages_stay(void **state)
 		host[i * PIECE] = (uint8_t)(i * 7 + 1);
 	}
 	while (TABLES_ARE_OURS && table_bytes() > most && g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	assert_true(!TABLES_ARE_OURS || table_bytes() <= most);
 	assert_int_equal(has(rig->memfds[0]), n);
 	for (guint i = 0; i < n; i++)
@@ -363,7 +363,8 @@ static void the_guests_page_tables_are_made_and_its_pages_are_not(void **state)
 	assert_int_equal(has(memfd), 0);
 	expect_fault(uffd, map);
 	expect_fault(uffd, map + 7 * PIECE);
-	/* What has pages must not be asked for: they would be shown to the guest, so it is an error. */
+	/* Page tables for a range with pages are refused: they would show the pages to the
+	 * guest. */
 	assert_true(pr_allocator_send(pair[0], &tables, -1));
 	assert_int_equal(recv(pair[0], &reply, sizeof(reply), 0), sizeof(reply));
 	assert_int_equal(reply.code, EEXIST);
@@ -449,9 +450,9 @@ int main(void)
 		cmocka_unit_test(blocks_of_huge_pages_are_left_alone),
 		cmocka_unit_test(the_walk_leaves_out_what_is_received_and_what_is_ungranted),
 		cmocka_unit_test(the_engines_own_bitmaps_are_allocated_likewise),
-		cmocka_unit_test(a_full_cgroup_is_told_to_who_reads_and_can_be_mended),
-		cmocka_unit_test(a_failure_ahead_of_the_pull_is_nobodys),
-		cmocka_unit_test(the_allocators_end_is_told_with_what_to_do),
+		cmocka_unit_test(a_full_cgroup_is_reported_to_readers_and_can_be_mended),
+		cmocka_unit_test(a_failure_of_the_walk_is_not_reported),
+		cmocka_unit_test(the_allocators_end_is_reported_with_what_to_do),
 		cmocka_unit_test(page_tables_are_given_back_and_the_pages_stay),
 		cmocka_unit_test(the_guests_page_tables_are_made_and_its_pages_are_not),
 		cmocka_unit_test(several_threads_read_beside_the_walk),
