@@ -2,10 +2,10 @@
 /* The fault threads: they serve the page faults of the destination's guest. Theory in fault.c. */
 #pragma once
 
-#include "migration/postcopy/blocktime.h"
-#include "migration/core/types.h"
 #include "migration/core/params.h"
 #include "migration/memory/ram.h"
+#include "migration/postcopy/blocktime.h"
+#include "migration/postcopy/fault-stats.h"
 #include "transport/transport.h"
 #include "util/stall-watchdog.h"
 
@@ -25,18 +25,6 @@ typedef struct PrFaultHooks {
 	void *opaque;
 	PrWatchdog *watchdog;
 } PrFaultHooks;
-
-typedef struct PrFaultStats {
-	uint64_t requests; /* READs posted for faults */
-	uint64_t helped;   /* faults that helpers have read */
-	uint64_t repeats;  /* reports of faults that were pending already */
-	uint64_t resolved; /* waits that have ended, one for each guest thread and page */
-	uint64_t total_ns; /* sum of their latencies, from the reading of the fault to the waking */
-	uint64_t max_ns;
-	uint64_t dist[PR_LATENCY_BUCKETS];
-	uint64_t ahead_pages;  /* pages read ahead */
-	uint64_t ahead_waited; /* of these, pages for which a fault waited before they landed */
-} PrFaultStats;
 
 /* Starts as many threads as params say now, without a path. uffd, ram, times and params outlive the
  * threads. Nobody else writes to times. */

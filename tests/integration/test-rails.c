@@ -364,7 +364,7 @@ static void a_pause_holds_every_rail(void **state)
 		wait_carries(&rails, i, SHARE);
 	assert_true(pr_migration_pause(rails.pair->destination.engine, NULL));
 	pair_wait(rails.pair, PR_STATE_POSTCOPY_PAUSED);
-	/* The stripes are ended where there is nothing to pull for, once their READs are in. */
+	/* Rails end where nothing is left to pull, once their READs have completed. */
 	wait_pulls_no_more(&rails, 1);
 	wait_pulls_no_more(&rails, 2);
 	uint64_t before = transferred(&rails);

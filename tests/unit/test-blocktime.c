@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* How long threads have waited for pages. Time is made up. */
+/* How long threads have waited for pages. The test makes up the time. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -10,7 +10,7 @@
 
 static const uint32_t two[] = {101, 102};
 
-static PrBlocktimeInfo look(PrBlocktime *times, int64_t now_ns)
+static PrBlocktimeInfo read_info(PrBlocktime *times, int64_t now_ns)
 {
 	PrBlocktimeInfo info;
 
@@ -20,7 +20,7 @@ static PrBlocktimeInfo look(PrBlocktime *times, int64_t now_ns)
 
 static PrThreadTime thread_at(PrBlocktime *times, guint i, int64_t now_ns)
 {
-	PrBlocktimeInfo info = look(times, now_ns);
+	PrBlocktimeInfo info = read_info(times, now_ns);
 	PrThreadTime time = g_array_index(info.threads, PrThreadTime, i);
 
 	assert_true(i < info.threads->len);
@@ -30,7 +30,7 @@ static PrThreadTime thread_at(PrBlocktime *times, guint i, int64_t now_ns)
 
 static guint n_threads(PrBlocktime *times)
 {
-	PrBlocktimeInfo info = look(times, 1);
+	PrBlocktimeInfo info = read_info(times, 1);
 	guint n = info.threads->len;
 
 	g_array_unref(info.threads);
@@ -39,7 +39,7 @@ static guint n_threads(PrBlocktime *times)
 
 static uint64_t all_blocked(PrBlocktime *times, int64_t now_ns)
 {
-	PrBlocktimeInfo info = look(times, now_ns);
+	PrBlocktimeInfo info = read_info(times, now_ns);
 
 	g_array_unref(info.threads);
 	return info.all_blocked_ns;
@@ -103,7 +103,7 @@ static void others_do_not_count_as_vcpus(void **state)
 	pr_blocktime_woken(times, &unknown, 130);
 	pr_blocktime_woken(times, &vcpu, 200);
 
-	PrBlocktimeInfo info = look(times, 300);
+	PrBlocktimeInfo info = read_info(times, 300);
 	assert_true(info.vcpus_known);
 	assert_int_equal(info.all_blocked_ns, 0);
 	assert_int_equal(info.threads->len, 2);
@@ -115,7 +115,7 @@ static void others_do_not_count_as_vcpus(void **state)
 static void expect_bounds(PrBlocktime *times, int64_t now_ns, uint64_t all_ns, uint64_t at_most_ns,
 			  uint64_t other_ns)
 {
-	PrBlocktimeInfo info = look(times, now_ns);
+	PrBlocktimeInfo info = read_info(times, now_ns);
 
 	assert_int_equal(info.all_blocked_ns, all_ns);
 	assert_int_equal(info.at_most_ns, at_most_ns);
@@ -174,7 +174,8 @@ static void tells_vcpus_from_others(void **state)
 	assert_true(pr_blocktime_is_other(unknown, 0));
 }
 
-/* It was woken, and faults again, before the one who keeps the books hears that its page is there. */
+/* It was woken, and faults again, before the one who keeps the books hears that its page is
+ * there. */
 static void a_new_wait_ends_the_one_before(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 1);
@@ -226,7 +227,7 @@ static void follows_the_first_threads_up_to_the_bound(void **state)
 		assert_int_equal(thread_at(times, i, 9999).blocked_ns, i);
 		assert_int_equal(thread_at(times, i, 9999).faults, 1);
 	}
-	PrBlocktimeInfo info = look(times, 9999);
+	PrBlocktimeInfo info = read_info(times, 9999);
 	assert_false(info.vcpus_known);
 	assert_int_equal(info.all_blocked_ns, 0);
 	assert_int_equal(info.threads->len, PR_BLOCKTIME_LEARN);
@@ -276,7 +277,7 @@ static gpointer read_on(gpointer opaque)
 	Reader *reader = opaque;
 
 	while (!g_atomic_int_get(&reader->stop)) {
-		PrBlocktimeInfo info = look(reader->times, 1000000);
+		PrBlocktimeInfo info = read_info(reader->times, 1000000);
 		/* Each wait takes 1. */
 		for (guint i = 0; i < info.threads->len; i++)
 			g_assert_cmpuint(g_array_index(info.threads, PrThreadTime, i).latency_ns,

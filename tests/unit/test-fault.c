@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The fault threads alone: this process is the guest as well, and no path brings any page. */
+/* The fault threads alone. This process is the guest as well; paths are made up. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -39,9 +39,9 @@ static void on_complete(void *opaque)
 {
 }
 
-static void on_want(guint block, uint64_t page, void *opaque)
+static void on_request_grant(guint block, uint64_t page, void *opaque)
 {
-	g_error("page %" G_GUINT64_FORMAT " was asked for", page);
+	g_error("the grant of page %" G_GUINT64_FORMAT " was requested", page);
 }
 
 static void on_no_huge_read(void *opaque)
@@ -104,11 +104,11 @@ static Bench *bench_new(void)
 	return bench;
 }
 
-/* With this in the place of a userfaultfd. */
+/* uffd: any descriptor that faults can be read from. */
 static void bench_serve(Bench *bench, int uffd, guint n_threads)
 {
-	const PrFaultHooks hooks = {on_complete, on_want, on_no_huge_read,
-				    on_broken,	 NULL,	  bench->watchdog};
+	const PrFaultHooks hooks = {on_complete, on_request_grant, on_no_huge_read, on_broken,
+				    NULL,	 bench->watchdog};
 	g_autoptr(GError) error = NULL;
 
 	assert_true(pr_params_set(&bench->params, "fault-threads", n_threads, NULL));
@@ -117,7 +117,7 @@ static void bench_serve(Bench *bench, int uffd, guint n_threads)
 	g_assert_no_error(error);
 }
 
-/* Skips the test where there is none. */
+/* Skips the test where no userfaultfd can be opened. */
 static void bench_serve_uffd(Bench *bench, guint n_threads)
 {
 	bench->uffd = new_uffd();
@@ -148,7 +148,7 @@ static void bench_free(Bench *bench)
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Bench, bench_free)
 
-/* As a READ of somebody else's that lands. */
+/* As when a READ of another thread lands. */
 static void bring(Bench *bench, uint64_t page, uint8_t value)
 {
 	PrRamBlock *block = &bench->ram->blocks[0];
@@ -221,13 +221,13 @@ static uint8_t writer_end(Writer *writer)
 	return value;
 }
 
-/* From now on the kernel repeats its fault until the page is there. */
+/* From now on the kernel repeats the writer's fault until the page is there. */
 static void make_it_repeat(Writer *writer, Bench *bench)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	while (n_waiting(bench) == 0 && g_get_monotonic_time() < deadline)
-		g_usleep(200); /* between two looks at the condition */
+		g_usleep(200); /* between two checks of the condition */
 	assert_int_equal(n_waiting(bench), 1);
 	pthread_kill(writer->thread, SIGUSR1);
 }
@@ -240,11 +240,11 @@ static void wait_repeats(Bench *bench, uint64_t repeats)
 		if (g_get_monotonic_time() - start > PATIENCE_US)
 			fail_msg("%" G_GUINT64_FORMAT " repeats of %" G_GUINT64_FORMAT,
 				 stats_of(bench).repeats, repeats);
-		g_usleep(200); /* between two looks at the condition */
+		g_usleep(200); /* between two checks of the condition */
 	}
 }
 
-/* Reports repeats of one fault as fast as they are read: a pipe in the place of a userfaultfd. */
+/* A pipe instead of a userfaultfd, which repeats one fault as fast as it is read. */
 typedef struct Flood {
 	int pipe[2];
 	struct uffd_msg msgs[64];
@@ -282,7 +282,7 @@ static void flood_end(Flood *flood)
 	close(flood->pipe[1]);
 }
 
-/* A batch in a millisecond and little more. */
+/* About one batch in a millisecond. */
 static void repeats_of_a_pending_fault_are_read_seldom(void **state)
 {
 	g_autoptr(Bench) bench = bench_new();
@@ -338,7 +338,7 @@ static const PrTransportOps endless_ops = {
 	.arm = path_arm,
 };
 
-/* Waits until the fault has been read, so that each makes a batch. */
+/* Waits until the fault was read, so that each fault is a batch. */
 static void report_one(int pipe[2], uint64_t address, uint32_t tid)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
@@ -355,7 +355,8 @@ static void report_one(int pipe[2], uint64_t address, uint32_t tid)
 	assert_int_equal(unread, 0);
 }
 
-/* KVM's asynchronous faults of one vCPU: each is another kworker's. Returns the pages that were read ahead. */
+/* KVM's asynchronous faults of one vCPU: each is another kworker's. Returns the pages that were
+ * read ahead. */
 static uint64_t walk_by_kworkers(Bench *bench)
 {
 	PrDataPath path = {.ops = &endless_ops, .n_lanes = PR_LANES_MIN};
@@ -387,7 +388,7 @@ static void faults_of_kworkers_are_read_ahead_by_address(void **state)
 	pr_blocktime_free(bench->times);
 	bench->times = pr_blocktime_new(vcpus, G_N_ELEMENTS(vcpus));
 	assert_true(pr_params_set(&bench->params, "fault-readahead", 16, NULL));
-	/* All that may be under way, for no READ ends. */
+	/* All that may be in flight, because no READ ends. */
 	assert_int_equal(walk_by_kworkers(bench), 16);
 }
 
@@ -400,8 +401,9 @@ static gboolean path_refuse_read(PrDataPath *path, PrLaneId lane, uint32_t block
 	return FALSE;
 }
 
-/* It may take long to be refused, as by an allocator that does not answer; and the thread is to let go of the path. */
-static void a_path_that_refuses_a_read_is_asked_for_no_more(void **state)
+/* A refusal may take long, as with an allocator that does not answer, and the thread has to stop
+ * using the path. */
+static void a_path_that_refuses_a_read_is_not_used_again(void **state)
 {
 	PrTransportOps ops = endless_ops;
 	PrDataPath path = {.ops = &ops, .n_lanes = PR_LANES_MIN};
@@ -479,7 +481,8 @@ static void note_crash_point(PrCrashPoint point)
 		passed[n_passed++] = point;
 }
 
-/* An engine that dies anywhere between the READ's end and the guest's waking has a crash point to die at. */
+/* An engine that dies anywhere between the READ's end and the guest's waking has a crash point to
+ * die at. */
 static void a_page_for_a_fault_passes_each_crash_point(void **state)
 {
 	PrTransportOps ops = endless_ops;
@@ -505,7 +508,7 @@ static void a_page_for_a_fault_passes_each_crash_point(void **state)
 }
 
 /* Helpers or not: the page is exposed at once, and the kernel's access ends. */
-static void who_makes_the_kernel_repeat_gets_its_page(void **state)
+static void a_thread_whose_fault_repeats_gets_its_page(void **state)
 {
 	for (guint n_threads = 1; n_threads <= 3; n_threads += 2) {
 		g_autoptr(Bench) bench = bench_new();
@@ -520,7 +523,7 @@ static void who_makes_the_kernel_repeat_gets_its_page(void **state)
 	}
 }
 
-/* Each of them ends the row, so not all of them wait for a rest. */
+/* Each of these faults ends the row of repeats, so not all of them wait for a rest. */
 static void faults_of_others_are_served_beside_repeats(void **state)
 {
 	g_autoptr(Bench) bench = bench_new();
@@ -547,9 +550,9 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(repeats_of_a_pending_fault_are_read_seldom),
 		cmocka_unit_test(faults_of_kworkers_are_read_ahead_by_address),
-		cmocka_unit_test(a_path_that_refuses_a_read_is_asked_for_no_more),
+		cmocka_unit_test(a_path_that_refuses_a_read_is_not_used_again),
 		cmocka_unit_test(a_page_for_a_fault_passes_each_crash_point),
-		cmocka_unit_test(who_makes_the_kernel_repeat_gets_its_page),
+		cmocka_unit_test(a_thread_whose_fault_repeats_gets_its_page),
 		cmocka_unit_test(faults_of_others_are_served_beside_repeats),
 	};
 

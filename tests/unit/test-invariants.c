@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What must never happen ends the process, and says what it was: each in a child that is to die of it. */
+/* A broken invariant ends the process and names itself. Each case runs in a child, which has to
+ * die. */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -30,10 +31,11 @@ static PrRam *new_ram(void)
 	return ram;
 }
 
-typedef void (*Crime)(PrRam *ram);
+typedef void (*Breach)(PrRam *ram);
 
-/* The child commits it. Returns what it said before it died; fails if it lives. */
-static char *last_words(Crime crime)
+/* Breaks an invariant in a child. Returns what the child printed before it died; fails if it
+ * lives. */
+static char *last_words(Breach breach)
 {
 	char said[1024] = "";
 	int pipe_fds[2], status;
@@ -45,7 +47,7 @@ static char *last_words(Crime crime)
 		dup2(pipe_fds[1], STDERR_FILENO);
 		/* A library of libfabric's has put a handler there. */
 		signal(SIGABRT, SIG_DFL);
-		crime(new_ram());
+		breach(new_ram());
 		_exit(0);
 	}
 	close(pipe_fds[1]);
@@ -60,9 +62,9 @@ static char *last_words(Crime crime)
 	return g_strdup(said);
 }
 
-static void assert_dies(Crime crime, const char *words)
+static void assert_dies(Breach breach, const char *words)
 {
-	g_autofree char *said = last_words(crime);
+	g_autofree char *said = last_words(breach);
 	if (!strstr(said, words))
 		fail_msg("\"%s\" does not say \"%s\"", said, words);
 }
@@ -132,7 +134,7 @@ static void the_source_does_not_run_after_run(void **state)
 }
 
 /* As every migration does it. */
-static void what_is_right_is_let_be(void **state)
+static void a_correct_order_breaks_nothing(void **state)
 {
 	g_autoptr(PrRam) ram = new_ram();
 	PrRamBlock *block = &ram->blocks[0];
@@ -154,7 +156,7 @@ int main(void)
 		cmocka_unit_test(nothing_is_read_into_an_unclaimed_page),
 		cmocka_unit_test(received_pages_are_not_emptied),
 		cmocka_unit_test(the_source_does_not_run_after_run),
-		cmocka_unit_test(what_is_right_is_let_be),
+		cmocka_unit_test(a_correct_order_breaks_nothing),
 	};
 
 	return cmocka_run_group_tests_name("invariants", tests, NULL, NULL);

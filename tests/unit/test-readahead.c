@@ -25,7 +25,8 @@ static Bench *bench_new(guint limit)
 	return bench;
 }
 
-/* A thread touches a page; what is suggested is there before the next touch. Returns the suggestion. */
+/* A thread touches a page. Suggested pages are there before the next touch. Returns the
+ * suggestion. */
 static PrReadaheadRun touch(Bench *bench, uint32_t tid, uint64_t page)
 {
 	PrReadaheadRun run = {0};
@@ -77,8 +78,8 @@ static void the_window_doubles_up_to_the_limit(void **state)
 	}
 }
 
-/* A thread that is faster than the READs faults among the pages that are under way: it is on course, and
- * nothing is suggested twice. */
+/* A thread that is faster than the READs faults among the pages that are under way: it is on
+ * course, and nothing is suggested twice. */
 static void faults_among_the_guesses_confirm_them(void **state)
 {
 	PrReadahead ahead = {0};
@@ -92,7 +93,8 @@ static void faults_among_the_guesses_confirm_them(void **state)
 	expect_run(run, 15, 1, 3); /* to 17 */
 	pr_readahead_fault(&ahead, 1, 0, 14, N_PAGES, 8, &run);
 	expect_run(run, 18, 1, 5); /* to 22 */
-	/* Now the window is as large as it may be. The next ones come when half of it is used up. */
+	/* Now the window is as large as it may be. The next ones come when half of it is used
+	 * up. */
 	for (uint64_t page = 15; page < 18; page++) {
 		pr_readahead_fault(&ahead, 1, 0, page, N_PAGES, 8, &run);
 		expect_run(run, 0, 0, 0);
@@ -114,7 +116,8 @@ static void walks_down_and_in_strides(void **state)
 			touch(bench, 1, page);
 			page += (uint64_t)strides[i];
 		}
-		/* 3 to see it, windows of 2, 4, then 8 each: not more than one fault in 4 touches. */
+		/* 3 to see it, windows of 2, 4, then 8 each: not more than one fault in 4
+		 * touches. */
 		assert_in_range(bench->faults, 4, 12);
 		assert_in_range(bench->ahead, touches - bench->faults,
 				touches - bench->faults + bench->limit);
@@ -187,8 +190,8 @@ static void threads_do_not_disturb_each_other(void **state)
 	assert_true(bench->faults < 3000 / 8);
 }
 
-/* KVM's asynchronous faults: whichever kworker comes to it waits in a vCPU's place. */
-static void faults_of_nobody_are_followed_by_address(void **state)
+/* KVM's asynchronous faults: any kworker waits in a vCPU's place. */
+static void faults_without_a_thread_are_followed_by_address(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
 
@@ -199,12 +202,12 @@ static void faults_of_nobody_are_followed_by_address(void **state)
 	assert_true(bench->faults < 4000 / 8);
 }
 
-static void walks_of_nobody_and_of_threads_are_told_apart(void **state)
+static void walks_with_and_without_a_thread_are_told_apart(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
 	uint64_t random = 88172645463325252ull;
 
-	/* A thread walks, and as much is touched at random by nobody. */
+	/* A thread walks, and as many random faults come without a thread. */
 	for (uint64_t i = 0; i < 1000; i++) {
 		touch(bench, 1, 1000 + i);
 		random ^= random << 13;
@@ -275,8 +278,8 @@ int main(void)
 		cmocka_unit_test(random_faults_suggest_next_to_nothing),
 		cmocka_unit_test(two_walks_of_one_thread_are_told_apart),
 		cmocka_unit_test(threads_do_not_disturb_each_other),
-		cmocka_unit_test(faults_of_nobody_are_followed_by_address),
-		cmocka_unit_test(walks_of_nobody_and_of_threads_are_told_apart),
+		cmocka_unit_test(faults_without_a_thread_are_followed_by_address),
+		cmocka_unit_test(walks_with_and_without_a_thread_are_told_apart),
 		cmocka_unit_test(stays_within_the_block),
 		cmocka_unit_test(blocks_are_walked_separately),
 		cmocka_unit_test(a_limit_of_zero_turns_it_off),

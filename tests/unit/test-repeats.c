@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* When a fault thread rests. Time is made up. */
+/* When a fault thread rests. The test makes up the time. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -9,7 +9,7 @@
 
 #define STEP_NS 10000
 
-/* So many repeats, one a batch; none is to bring a rest. */
+/* n repeats, one a batch; none of them may bring a rest. */
 static void repeat_without_rest(PrRepeats *repeats, guint n, int64_t *now_ns, int64_t step_ns)
 {
 	for (guint i = 0; i < n; i++) {
@@ -61,7 +61,7 @@ static void a_new_fault_ends_the_row(void **state)
 	assert_int_equal(repeat_and_rest(&repeats, &now_ns), PR_REST_MIN_US);
 }
 
-/* As of a thread that handles a signal now and then, and faults again. */
+/* As from a thread that handles a signal now and then, and faults again. */
 static void repeats_that_come_seldom_bring_no_rest(void **state)
 {
 	PrRepeats repeats = {0};

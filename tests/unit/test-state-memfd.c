@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The state memfd: what one engine leaves in it, the next one finds; what is not one is refused. */
+/* The state memfd: the next engine finds what the last one has stored; other files are refused. */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -15,7 +15,6 @@
 
 #include "guest/process.h"
 #include "migration/memory/bitmap.h"
-#include "migration/migration.h"
 #include "migration/memory/ram.h"
 
 #define N_BLOCKS 2
@@ -44,7 +43,7 @@ static void close_blocks(PrGuestBlock *blocks)
 		close(blocks[i].memfd);
 }
 
-/* A descriptor of one as an engine has left it. */
+/* The descriptor of a state memfd as an engine has left it. */
 static int left_behind(const PrGuestBlock *blocks)
 {
 	g_autoptr(GError) error = NULL;
@@ -61,7 +60,7 @@ static int left_behind(const PrGuestBlock *blocks)
 	assert_int_equal(pr_ram_claim_run(&ram->blocks[0], 10, 5, &page), 5);
 	pr_ram_received(ram, &ram->blocks[0], 10, 5, TRUE);
 	assert_int_equal(pr_ram_zero(ram, &ram->blocks[1], 60000, 10000), 10000);
-	/* Under way when it ended. */
+	/* In flight when the engine died. */
 	assert_true(pr_ram_claim(&ram->blocks[1], 5));
 	return dup(pr_state_memfd_fd(ram->state_memfd));
 }
@@ -74,34 +73,34 @@ static void what_was_received_is_found_again(void **state)
 	guint n;
 
 	make_blocks(blocks);
-	PrStateMemfd *kept = pr_state_memfd_attach(left_behind(blocks), &error);
+	PrStateMemfd *attached = pr_state_memfd_attach(left_behind(blocks), &error);
 	g_assert_no_error(error);
-	g_autofree PrGuestBlock *known = pr_state_memfd_blocks(kept, &n);
+	g_autofree PrGuestBlock *known = pr_state_memfd_blocks(attached, &n);
 	assert_int_equal(n, N_BLOCKS);
 	for (guint i = 0; i < n; i++) {
 		assert_string_equal(known[i].idstr, blocks[i].idstr);
 		assert_int_equal(known[i].size, blocks[i].size);
 		assert_int_equal(known[i].base, blocks[i].base);
 	}
-	pr_state_memfd_identity(kept, &found);
+	pr_state_memfd_identity(attached, &found);
 	assert_memory_equal(&found, &binding, sizeof(found));
-	assert_int_equal(pr_state_memfd_stage(kept), PR_STATE_MEMFD_STARTED);
-	assert_true(pr_state_memfd_paused_by_operator(kept));
-	assert_true(pr_state_memfd_was_running(kept));
-	assert_int_equal(pr_state_memfd_vcpus(kept, &n)[2], 13);
+	assert_int_equal(pr_state_memfd_stage(attached), PR_STATE_MEMFD_STARTED);
+	assert_true(pr_state_memfd_paused_by_operator(attached));
+	assert_true(pr_state_memfd_was_running(attached));
+	assert_int_equal(pr_state_memfd_vcpus(attached, &n)[2], 13);
 	assert_int_equal(n, 3);
 
-	g_autoptr(PrRam) ram = pr_ram_adopt(blocks, N_BLOCKS, kept, &error);
+	g_autoptr(PrRam) ram = pr_ram_adopt(blocks, N_BLOCKS, attached, &error);
 	g_assert_no_error(error);
 	assert_int_equal(pr_ram_received_bytes(ram), 10005 * 4096);
 	assert_int_equal(pr_ram_zero_bytes(ram), 10000 * 4096);
 	assert_false(pr_ram_claim(&ram->blocks[0], 12));
-	/* Its READ died with the engine. */
+	/* The READ that had claimed it died with the engine. */
 	assert_true(pr_ram_claim(&ram->blocks[1], 5));
 	close_blocks(blocks);
 }
 
-/* Whatever one side writes the other one reads: there is no copy. */
+/* There is no copy: a mapping of the memfd shows each bit at once. */
 static void the_bitmap_is_the_memfd(void **state)
 {
 	PrGuestBlock blocks[N_BLOCKS];
@@ -132,9 +131,9 @@ static int plain_memfd(gsize bytes)
 static void assert_refused(int fd, const char *why)
 {
 	g_autoptr(GError) error = NULL;
-	g_autoptr(PrStateMemfd) kept = pr_state_memfd_attach(fd, &error);
+	g_autoptr(PrStateMemfd) attached = pr_state_memfd_attach(fd, &error);
 
-	assert_null(kept);
+	assert_null(attached);
 	assert_non_null(error);
 	if (!strstr(error->message, why))
 		fail_msg("\"%s\" does not say \"%s\"", error->message, why);
@@ -174,9 +173,9 @@ static void what_is_not_whole_is_refused(void **state)
 	assert_refused(spoilt(G_MAXSIZE, 8, 99), "version 99");
 	assert_refused(spoilt(7 * 4096, G_MAXSIZE, 0), "should have");
 	assert_refused(spoilt(G_MAXSIZE, 16, 5), "should have 5");
-	/* Not spoilt at all, the copy is as good as the original. */
+	/* An unchanged copy is accepted. */
 	g_autoptr(GError) error = NULL;
-	g_autoptr(PrStateMemfd) kept =
+	g_autoptr(PrStateMemfd) attached =
 		pr_state_memfd_attach(spoilt(G_MAXSIZE, G_MAXSIZE, 0), &error);
 	g_assert_no_error(error);
 }
@@ -190,7 +189,7 @@ static void no_word_of_the_head_leads_outside(void **state)
 
 	make_blocks(blocks);
 	int good = left_behind(blocks);
-	/* The head, as far as it says something: until the second block's end. */
+	/* The part of the head that is in use: to the end of the second block. */
 	for (gsize offset = 0; offset < 6144; offset += 8) {
 		for (guint i = 0; i < G_N_ELEMENTS(values); i++) {
 			uint64_t old;
@@ -198,13 +197,14 @@ static void no_word_of_the_head_leads_outside(void **state)
 
 			assert_int_equal(pread(good, &old, sizeof(old), (off_t)offset), 8);
 			assert_int_equal(pwrite(good, &values[i], 8, (off_t)offset), 8);
-			g_autoptr(PrStateMemfd) kept = pr_state_memfd_attach(dup(good), &error);
-			refused += !kept;
-			for (guint b = 0; kept && b < N_BLOCKS; b++) {
+			g_autoptr(PrStateMemfd) attached = pr_state_memfd_attach(dup(good), &error);
+			refused += !attached;
+			for (guint b = 0; attached && b < N_BLOCKS; b++) {
 				guint n;
-				g_autofree PrGuestBlock *known = pr_state_memfd_blocks(kept, &n);
+				g_autofree PrGuestBlock *known =
+					pr_state_memfd_blocks(attached, &n);
 				if (b < n)
-					pr_bitmap_count(pr_state_memfd_received(kept, b),
+					pr_bitmap_count(pr_state_memfd_received(attached, b),
 							known[b].size / known[b].page_size);
 			}
 			assert_int_equal(pwrite(good, &old, 8, (off_t)offset), 8);
@@ -215,7 +215,7 @@ static void no_word_of_the_head_leads_outside(void **state)
 	close_blocks(blocks);
 }
 
-/* The last engine may be at its end still; it is waited for, and so long only. */
+/* The last engine may still be ending. The wait for it has a bound. */
 static void the_last_engine_is_waited_for(void **state)
 {
 	PrGuestBlock blocks[N_BLOCKS];
@@ -229,24 +229,24 @@ static void the_last_engine_is_waited_for(void **state)
 	}
 	g_autofree char *text = pr_process_text(child);
 	assert_true(pr_process_lives(text));
-	g_autoptr(PrStateMemfd) kept = pr_state_memfd_new(blocks, N_BLOCKS, &error);
+	g_autoptr(PrStateMemfd) attached = pr_state_memfd_new(blocks, N_BLOCKS, &error);
 	g_assert_no_error(error);
-	pr_state_memfd_set_identity(kept, &binding);
-	/* As if it had been the child's: its text stands in the head. */
+	pr_state_memfd_set_identity(attached, &binding);
+	/* Puts the child's text into the head, as if the child had used the memfd. */
 	g_autofree char *own = pr_process_text(getpid());
-	uint8_t *head =
-		mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, pr_state_memfd_fd(kept), 0);
+	uint8_t *head = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED,
+			     pr_state_memfd_fd(attached), 0);
 	assert_ptr_not_equal(head, MAP_FAILED);
 	uint8_t *at = memmem(head, 64 * 1024, own, strlen(own) + 1);
 	assert_non_null(at);
 	strcpy((char *)at, text);
 
-	assert_false(pr_state_memfd_await_engine(kept, 20, &error));
+	assert_false(pr_state_memfd_await_engine(attached, 20, &error));
 	assert_non_null(strstr(error->message, "has not ended yet"));
 	g_clear_error(&error);
 	kill(child, SIGKILL);
-	/* A zombie has let go of everything; nobody has waited for this one. */
-	assert_true(pr_state_memfd_await_engine(kept, 10000, &error));
+	/* A zombie has freed everything, also before its parent has waited for it. */
+	assert_true(pr_state_memfd_await_engine(attached, 10000, &error));
 	assert_false(pr_process_lives(text));
 	assert_int_equal(waitpid(child, NULL, 0), child);
 	assert_string_equal((char *)at, own);
@@ -260,7 +260,7 @@ static void *sleep_on(void *opaque)
 	return NULL;
 }
 
-/* Its first thread has ended, and another one lives on. */
+/* Ends the first thread of the process, while another one lives on. */
 static void end_first_thread(void)
 {
 	pthread_t thread;
@@ -274,7 +274,7 @@ static void wait_gone(const char *text, gboolean (*is_so)(const char *text))
 	gint64 deadline = g_get_monotonic_time() + 10 * G_TIME_SPAN_SECOND;
 
 	while (is_so(text) && g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	assert_false(is_so(text));
 }
 
@@ -293,17 +293,17 @@ static void a_process_uses_its_memory_until_its_last_thread_ends(void **state)
 	while (!g_file_get_contents(first, &statm, NULL, NULL) || statm[0] != '0') {
 		assert_true(g_get_monotonic_time() < deadline);
 		g_clear_pointer(&statm, g_free);
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	}
 	assert_true(pr_process_uses_memory(text));
 	kill(child, SIGKILL);
-	/* As a zombie, and when nothing is left of it. */
+	/* As a zombie, and after it was reaped. */
 	wait_gone(text, pr_process_uses_memory);
 	assert_int_equal(waitpid(child, NULL, 0), child);
 	assert_false(pr_process_uses_memory(text));
 }
 
-/* What can't be seen is not taken to have ended. */
+/* A process that can't be seen may still be there. */
 static void a_process_out_of_sight_may_use_its_memory(void **state)
 {
 	assert_true(pr_process_uses_memory("0 0 4026531836 -"));
@@ -324,5 +324,5 @@ int main(void)
 		cmocka_unit_test(a_process_out_of_sight_may_use_its_memory),
 	};
 
-	return cmocka_run_group_tests_name("kept", tests, NULL, NULL);
+	return cmocka_run_group_tests_name("state-memfd", tests, NULL, NULL);
 }

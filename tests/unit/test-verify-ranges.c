@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the verify thread asks for, keeps and gives up. Nothing that is right is placed here: that needs a userfaultfd, and is in
- * the migrations of tests/integration/test-verify.c. */
+/* What the verify thread asks for, keeps and gives up. Nothing that is right is placed here: that
+ * needs a userfaultfd, and is in the migrations of tests/integration/test-verify.c. */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
