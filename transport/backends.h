@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The ops tables of this build, for registry.c and for the files that define them. All other
- * files call pr_transport_find().
+ * The ops tables of this build, for pr_transport_find() and for their own files. Everybody else asks
+ * pr_transport_find().
  */
 #pragma once
 
@@ -11,7 +11,7 @@
 extern const PrTransportOps *const pr_transport_rdma;
 extern const PrTransportOps pr_transport_tcp;
 extern const PrTransportOps pr_transport_ofi;
-/* Serves every scheme "faulty+X"; it finds X itself. */
+/* Stands for every scheme "faulty+X"; it finds X itself. */
 extern const PrTransportOps pr_transport_faulty;
 
 /* A scheme that begins with this is pr_transport_faulty's. */

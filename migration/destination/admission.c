@@ -50,13 +50,13 @@ static PrHelloAck judge_resume(PrDestination *destination, const PrHello *hello)
 					hello->epoch, session->binding.epoch);
 	if (session->guest_gone)
 		return pr_hello_refusal(
-			PR_HELLO_HELD,
+			PR_HELLO_PAUSED_BY_OPERATOR,
 			"the guest is gone at the destination, there is nothing to resume: %s",
 			session->guest_gone);
 	/* A source that resumes by itself has to wait for its operator, too. */
 	if (session->paused_by_operator && hello->resume == PR_RESUME_AUTOMATIC)
 		return pr_hello_refusal(
-			PR_HELLO_HELD,
+			PR_HELLO_PAUSED_BY_OPERATOR,
 			"this side was paused by hand; resume it by hand (migrate -r)");
 	return pr_hello_accepted();
 }

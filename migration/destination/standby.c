@@ -136,8 +136,8 @@ static gboolean handle_close(const PrMsg *msg, GError **error)
 	char reason[PR_REASON_MAX + 1];
 
 	if (pr_reason_decode(msg->body, msg->length, reason, error))
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD, "closed by the source: %s",
-			    reason);
+		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_PAUSED_BY_OPERATOR,
+			    "closed by the source: %s", reason);
 	return FALSE;
 }
 

@@ -5,7 +5,7 @@
 static GError *pause_error(const char *peer, gboolean by_operator, const char *reason)
 {
 	if (by_operator)
-		return g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_HELD,
+		return g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_PAUSED_BY_OPERATOR,
 				   "paused by the operator at the %s: %s", peer, reason);
 	return g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_PEER, "the %s has paused: %s", peer,
 			   reason);

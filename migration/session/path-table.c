@@ -66,10 +66,11 @@ void pr_path_step(PrPathTable *self, const char *name, PrHealthEvent event, cons
 
 void pr_path_ended(PrPathTable *self, const char *name, const GError *error)
 {
-	gboolean blameless = g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST) ||
-			     g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD) ||
-			     g_error_matches(error, G_IO_ERROR, G_IO_ERROR_CANCELLED) ||
-			     error->domain == PR_GUEST_ERROR;
+	gboolean blameless =
+		g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST) ||
+		g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PAUSED_BY_OPERATOR) ||
+		g_error_matches(error, G_IO_ERROR, G_IO_ERROR_CANCELLED) ||
+		error->domain == PR_GUEST_ERROR;
 
 	pr_path_step(self, name, blameless ? PR_HEALTH_CLOSED : PR_HEALTH_FAILED, error->message);
 }

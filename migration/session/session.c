@@ -184,7 +184,7 @@ static PrEvent event_of(const GError *error)
 static gboolean is_known_to_peer(const GError *error)
 {
 	return g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PEER) ||
-	       g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD) ||
+	       g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PAUSED_BY_OPERATOR) ||
 	       g_error_matches(error, PR_MIGRATION_ERROR, PR_MIGRATION_ERROR_PEER);
 }
 
@@ -222,7 +222,7 @@ PrAction pr_session_failed_locked(PrSession *session, const GError *error)
 	PrAction action = pr_session_step_locked(session, event, session->sm.role, error->message);
 
 	if (action != PR_ACTION_REFUSE &&
-	    g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD)) {
+	    g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PAUSED_BY_OPERATOR)) {
 		pr_session_set_paused_by_operator(session, TRUE);
 		g_cond_broadcast(&session->changed);
 	}

@@ -112,7 +112,7 @@ static void note_failure(PrSession *session, const PrUri *uri, const GError *err
 static gboolean is_refusal(const GError *error)
 {
 	return g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED) ||
-	       g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_HELD);
+	       g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_PAUSED_BY_OPERATOR);
 }
 
 /* Over the path's standby if it has one. Where it has none, or that one turns out to be dead, anew

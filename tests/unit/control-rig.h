@@ -19,7 +19,7 @@
 #define SILENCE_MS  1000 /* in place of TIMEOUT_MS, for tests that wait until it is over */
 #define MIB	    (1024 * 1024)
 
-/* The failure of a channel, as on_failed tells it. */
+/* The failure of a channel, as on_failed gets it. */
 typedef struct Failure {
 	GMutex lock; /* of the rest */
 	GCond changed;
@@ -33,7 +33,7 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Failure, failure_clear)
 /* A destination: a listener that gives every HELLO the same answer. */
 typedef struct Destination {
 	PrListener *listener;
-	const PrTls *tls; /* what a source uses, too */
+	const PrTls *tls; /* the source uses it, too */
 	PrHelloAck ack;
 	GMutex lock; /* of the rest */
 	GCond changed;
@@ -57,7 +57,7 @@ typedef struct Pair {
 void pair_free(Pair *pair);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Pair, pair_free)
 
-/* A server of one connection that does as its script says. */
+/* A server of one connection, which runs a script. */
 typedef struct Raw {
 	int listening, fd;
 	PrUri *uri;
@@ -90,7 +90,7 @@ int raw_connect(uint16_t port);
 int raw_listen(PrUri **ret_uri);
 void raw_write(int fd, const void *data, gsize length);
 void raw_send(int fd, uint16_t type, const void *body, uint32_t length);
-/* All of it; a process that was stopped meanwhile reads on. */
+/* Writes all of it; a process that is stopped meanwhile goes on later. */
 void raw_read(int fd, void *data, gsize length);
 /* Everything up to the end of the stream or a reset is read and dropped. FALSE: it didn't end. */
 gboolean raw_reaches_end(int fd);
@@ -103,8 +103,8 @@ void script_answer(int fd);
 PrControl *connect_raw(Raw *raw, Failure *failure);
 /* The same with SILENCE_MS. */
 PrControl *connect_raw_hasty(Raw *raw, Failure *failure);
-/* A connection whose end the test holds, for a channel that is not started: its writes fail as soon as the test says so.
- * Returns that end. */
+/* A connection whose end the test holds, for a channel that is not started: its writes fail as
+ * soon as the test says so. Returns that end. */
 int put_socket_pair(PrControl *control);
 /* The channel has failed with this code and text; on_failed was called once, before. */
 void assert_fails(PrControl *control, Failure *failure, int code, const char *text);

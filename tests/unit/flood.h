@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* A host that floods a port: connects for ever, says something each time, and keeps what is not taken from it. */
+/* A host that floods a port: it connects for ever, sends something each time, and keeps its
+ * connections open. */
 #pragma once
 
 #include <glib.h>

@@ -82,7 +82,7 @@ static void raw_expect(int fd, uint16_t type)
 	}
 }
 
-/* Drops what has come so far: whole frames, when the sender is stopped. */
+/* Drops the bytes that have come in so far: whole frames, when the sender is stopped. */
 static void raw_drop_all(int fd)
 {
 	uint8_t waste[4096];
@@ -91,8 +91,8 @@ static void raw_drop_all(int fd)
 		;
 }
 
-/* The process is stopped for longer than the timeout, and not one heartbeat waits for it afterwards: the
- * peer may have been stopped with it. */
+/* The process is stopped for longer than the timeout, and not one heartbeat waits for it
+ * afterwards: the peer may have been stopped with it. */
 static void a_process_that_was_stopped_does_not_take_its_peer_for_dead(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
@@ -113,7 +113,7 @@ static void a_process_that_was_stopped_does_not_take_its_peer_for_dead(void **st
 	g_usleep((TIMEOUT_MS + 1000) * 1000);
 	raw_drop_all(raw->fd);
 	assert_int_equal(kill(pid, SIGCONT), 0);
-	/* It looks at the silence after each heartbeat: the second shows that it goes on. */
+	/* It checks for silence after each heartbeat: the second one shows that it goes on. */
 	raw_expect(raw->fd, PR_MSG_HEARTBEAT);
 	raw_expect(raw->fd, PR_MSG_HEARTBEAT);
 	raw_send(raw->fd, PR_CMD_PING, "\0\0\0\2", 4);
@@ -133,7 +133,7 @@ static void a_send_that_cannot_go_on_ends_with_the_silence(void **state)
 	g_autoptr(GError) error = NULL;
 	guint sent = 0;
 
-	/* More than any socket buffers take. */
+	/* More than socket buffers hold. */
 	while (sent < 1024 && pr_control_send(control, PR_CMD_PACKAGED, body, MIB, &error))
 		sent++;
 	assert_true(sent < 1024);
@@ -188,7 +188,7 @@ static void a_busy_consumer_with_a_full_queue_is_not_dead(void **state)
 		g_usleep(1000); /* between two looks at the condition */
 	assert_false(failure_wait(&pair->sink_failure, TIMEOUT_MS + 1000));
 	assert_int_equal(failure_calls(&pair->source_failure), 0);
-	/* The queue is bounded: what it and the sockets don't take is still here. */
+	/* The queue is bounded: this side still has what the queue and the sockets did not take. */
 	assert_in_range(g_atomic_int_get(&sender.sent), 30, 79);
 	assert_receives_numbered(pair->sink, 80, MIB);
 	g_thread_join(thread);
@@ -295,7 +295,7 @@ static void frames_may_come_byte_by_byte(void **state)
 #define LAST_WORDS_MS 1000
 #define TRIES	      5
 
-static void what_no_postroad_sends_ends_the_channel(void **state)
+static void malformed_messages_end_the_channel(void **state)
 {
 	static const struct {
 		uint8_t bytes[16];
@@ -335,8 +335,9 @@ static void messages_before_the_end_are_returned_first(void **state)
 	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "the peer closed the connection");
 }
 
-/* The peer's last words are in our socket, and it has reset the connection: our next write fails. */
-static void last_words_are_heard_although_a_write_failed(void **state)
+/* The peer's last messages are in our socket, and it has reset the connection: our next write
+ * fails. */
+static void messages_before_the_end_are_read_although_a_write_failed(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
 	g_auto(Failure) failure = {0};
@@ -352,14 +353,14 @@ static void last_words_are_heard_although_a_write_failed(void **state)
 	assert_int_equal(setsockopt(raw->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset), 0);
 	close(raw->fd);
 	raw->fd = -1;
-	/* The first thing that the reader does is a look at the socket or a heartbeat. */
+	/* The reader first reads the socket or sends a heartbeat. */
 	start(control, &failure);
 	pr_control_send(control, PR_CMD_POSTCOPY_RUN, NULL, 0, NULL);
 	assert_receives(control, PR_RP_SHUT, "\0\0\0\0", 4);
 	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "127.0.0.1:");
 }
 
-/* FALSE: it took longer than the channel waits for last words, and proves nothing. */
+/* FALSE: it took longer than the channel waits for the last messages, and proves nothing. */
 static gboolean hears_last_words_after_a_failed_write(void)
 {
 	static const uint8_t shut[] = {
@@ -398,7 +399,7 @@ static gboolean hears_last_words_after_a_failed_write(void)
 
 /* TLS behind a descriptor learns that it can't write any more while its thread still has what the
  * peer said. */
-static void last_words_that_come_after_a_failed_write_are_heard(void **state)
+static void messages_that_come_after_a_failed_write_are_read(void **state)
 {
 	for (guint i = 0; i < TRIES; i++)
 		if (hears_last_words_after_a_failed_write())
@@ -406,7 +407,7 @@ static void last_words_that_come_after_a_failed_write_are_heard(void **state)
 	fail_msg("no last words were heard in time");
 }
 
-static void the_end_in_the_middle_of_a_message_says_so(void **state)
+static void an_end_in_the_middle_of_a_message_is_reported_as_such(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
 	g_auto(Failure) failure = {0};
@@ -470,7 +471,7 @@ static gboolean delivers_what_was_sent_before_a_shutdown(void)
 	gint64 ended;
 
 	pr_reason_encode(last, "done");
-	/* The other side talks meanwhile, and nobody listens to it. */
+	/* The other side sends meanwhile, and this side does not read. */
 	assert_true(pr_control_send(pair->sink, PR_CMD_PACKAGED, body, MIB, NULL));
 	ended = g_get_monotonic_time();
 	pr_control_send_nowait(pair->sink, PR_MSG_PAUSE, last);
@@ -495,7 +496,7 @@ static void what_was_sent_before_a_shutdown_arrives(void **state)
 	assert_true(arrived > 0);
 }
 
-static void the_end_is_told_after_the_last_words(void **state)
+static void on_failed_is_called_after_the_last_messages(void **state)
 {
 	g_autoptr(Pair) pair = pair_new();
 	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "done");
@@ -516,7 +517,7 @@ static void the_end_is_told_after_the_last_words(void **state)
 	assert_int_equal(failure_calls(&pair->source_failure), 1);
 }
 
-static void a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message(void **state)
+static void send_nowait_is_postponed_behind_an_unfinished_message(void **state)
 {
 	g_autoptr(Pair) pair = pair_new();
 	g_autoptr(GByteArray) word = g_byte_array_new();
@@ -584,15 +585,15 @@ int main(int argc, char **argv)
 		cmocka_unit_test(a_frame_larger_than_the_queue_passes_alone),
 		cmocka_unit_test(unknown_types_are_skipped),
 		cmocka_unit_test(frames_may_come_byte_by_byte),
-		cmocka_unit_test(what_no_postroad_sends_ends_the_channel),
+		cmocka_unit_test(malformed_messages_end_the_channel),
 		cmocka_unit_test(messages_before_the_end_are_returned_first),
-		cmocka_unit_test(last_words_are_heard_although_a_write_failed),
-		cmocka_unit_test(last_words_that_come_after_a_failed_write_are_heard),
-		cmocka_unit_test(the_end_in_the_middle_of_a_message_says_so),
+		cmocka_unit_test(messages_before_the_end_are_read_although_a_write_failed),
+		cmocka_unit_test(messages_that_come_after_a_failed_write_are_read),
+		cmocka_unit_test(an_end_in_the_middle_of_a_message_is_reported_as_such),
 		cmocka_unit_test(shutdown_ends_a_blocked_send_and_a_blocked_receive),
 		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
-		cmocka_unit_test(the_end_is_told_after_the_last_words),
-		cmocka_unit_test(a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message),
+		cmocka_unit_test(on_failed_is_called_after_the_last_messages),
+		cmocka_unit_test(send_nowait_is_postponed_behind_an_unfinished_message),
 		cmocka_unit_test(fault_injection_cuts_the_channel_at_a_message),
 	};
 
@@ -604,7 +605,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(frames_of_several_threads_are_not_mixed),
 		cmocka_unit_test(a_frame_larger_than_the_queue_passes_alone),
 		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
-		cmocka_unit_test(a_word_in_passing_waits_for_who_is_in_the_middle_of_a_message),
+		cmocka_unit_test(send_nowait_is_postponed_behind_an_unfinished_message),
 	};
 
 	if (argc == 2 && !strcmp(argv[1], "tls"))

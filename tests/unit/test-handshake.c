@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* How a source and a destination greet each other, and what each is told where that fails. */
+/* The handshake of a source and a destination, and the error that each side gets where it fails. */
 #include "tests/unit/control-rig.h"
 
 #include <string.h>
@@ -217,7 +217,7 @@ static gpointer cancel_main(gpointer cancel)
 	return NULL;
 }
 
-/* The kernel takes the connection, nobody ever answers. */
+/* The kernel accepts the connection, and no process ever answers. */
 static void a_connect_can_be_cancelled(void **state)
 {
 	g_autoptr(GCancellable) cancel = g_cancellable_new();

@@ -49,7 +49,7 @@ static void the_first_is_due_at_once_then_one_per_interval(void **state)
 	assert_true(pr_heartbeat_is_due(&heartbeat, START + INTERVAL));
 }
 
-static void silence_for_the_timeout_is_death(void **state)
+static void a_peer_silent_for_the_timeout_is_dead(void **state)
 {
 	PrHeartbeat heartbeat = fresh();
 	gint64 now = START;
@@ -59,7 +59,7 @@ static void silence_for_the_timeout_is_death(void **state)
 	assert_int_equal(now, START + TIMEOUT);
 }
 
-static void anything_heard_puts_death_off(void **state)
+static void any_bytes_restart_the_timeout(void **state)
 {
 	PrHeartbeat heartbeat = fresh();
 
@@ -69,7 +69,7 @@ static void anything_heard_puts_death_off(void **state)
 	assert_true(pr_heartbeat_is_dead(&heartbeat, START + 400 * MS + TIMEOUT));
 }
 
-static void time_in_which_we_did_not_run_is_not_silence(void **state)
+static void time_in_which_the_thread_did_not_run_is_not_silence(void **state)
 {
 	PrHeartbeat heartbeat = fresh();
 	gint64 now = sleep_and_wake(&heartbeat, START, 0);
@@ -102,7 +102,7 @@ static void being_late_again_and_again_does_not_hide_a_dead_peer(void **state)
 	assert_true(now <= START + 2 * TIMEOUT);
 }
 
-static void the_round_trip_leaves_out_what_the_peer_waited(void **state)
+static void the_round_trip_excludes_the_time_at_the_peer(void **state)
 {
 	PrHeartbeat a = fresh(), b = fresh();
 	PrHeartbeatBody body;
@@ -115,7 +115,7 @@ static void the_round_trip_leaves_out_what_the_peer_waited(void **state)
 	assert_int_equal(pr_heartbeat_handle(&a, START + 87 * MS, &body), 7 * MS);
 }
 
-static void an_echo_that_makes_no_sense_tells_no_round_trip(void **state)
+static void a_senseless_echo_gives_no_round_trip(void **state)
 {
 	static const PrHeartbeatBody table[] = {
 		{1, START + 1, 0}, {1, G_MAXUINT64, 0}, {1, START, G_MAXUINT64}, {1, 1, START}};
@@ -131,13 +131,13 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(the_first_is_due_at_once_then_one_per_interval),
-		cmocka_unit_test(silence_for_the_timeout_is_death),
-		cmocka_unit_test(anything_heard_puts_death_off),
-		cmocka_unit_test(time_in_which_we_did_not_run_is_not_silence),
+		cmocka_unit_test(a_peer_silent_for_the_timeout_is_dead),
+		cmocka_unit_test(any_bytes_restart_the_timeout),
+		cmocka_unit_test(time_in_which_the_thread_did_not_run_is_not_silence),
 		cmocka_unit_test(a_stop_between_waking_and_sleeping_is_not_silence),
 		cmocka_unit_test(being_late_again_and_again_does_not_hide_a_dead_peer),
-		cmocka_unit_test(the_round_trip_leaves_out_what_the_peer_waited),
-		cmocka_unit_test(an_echo_that_makes_no_sense_tells_no_round_trip),
+		cmocka_unit_test(the_round_trip_excludes_the_time_at_the_peer),
+		cmocka_unit_test(a_senseless_echo_gives_no_round_trip),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -9,7 +9,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-static void a_stranger_that_stalls_does_not_keep_the_peer_out(void **state)
+static void a_peer_that_stalls_does_not_keep_the_real_peer_out(void **state)
 {
 	g_autoptr(Destination) destination = destination_new_hasty("tcp:127.0.0.1:0", NULL);
 	int silent = raw_connect(destination_port(destination));
@@ -19,14 +19,14 @@ static void a_stranger_that_stalls_does_not_keep_the_peer_out(void **state)
 	raw_write(halfway, "\0\1\0\0\0\0", 6);
 	source = connect_destination(destination);
 	assert_non_null(source);
-	/* Both are closed when their time is over. */
+	/* Both are closed at their deadline. */
 	assert_true(raw_reaches_end(silent));
 	assert_true(raw_reaches_end(halfway));
 	close(silent);
 	close(halfway);
 }
 
-static void a_flood_of_strangers_does_not_keep_the_peer_out(void **state)
+static void a_flood_of_silent_connections_does_not_keep_the_peer_out(void **state)
 {
 	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
 	int strangers[100];
@@ -38,14 +38,14 @@ static void a_flood_of_strangers_does_not_keep_the_peer_out(void **state)
 
 		assert_non_null(source);
 	}
-	/* The oldest had to go long before its time. */
+	/* The oldest was evicted long before its deadline. */
 	assert_true(raw_reaches_end(strangers[0]));
 	for (guint i = 0; i < G_N_ELEMENTS(strangers); i++)
 		close(strangers[i]);
 }
 
-/* What a source says, in pieces that come late. */
-static void a_flood_from_another_host_does_not_push_out_a_slow_peer(void **state)
+/* The HELLO of a source comes in late pieces. */
+static void a_flood_from_another_host_does_not_evict_a_slow_peer(void **state)
 {
 	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
 	PrHello hello = hello_of(PR_WIRE_VERSION);
@@ -68,7 +68,7 @@ static void a_flood_from_another_host_does_not_push_out_a_slow_peer(void **state
 	close(slow);
 }
 
-static void strangers_that_talk_nonsense_are_closed(void **state)
+static void peers_that_send_garbage_are_closed(void **state)
 {
 	static const struct {
 		uint8_t bytes[16];
@@ -89,7 +89,7 @@ static void strangers_that_talk_nonsense_are_closed(void **state)
 
 		raw_write(fd, table[i].bytes, table[i].length);
 		assert_true(raw_reaches_end(fd));
-		/* At once, not when the time for a handshake is over. */
+		/* At once, not at the deadline of the handshake. */
 		assert_true(g_get_monotonic_time() - began < LONG_MS * 1000);
 		close(fd);
 	}
@@ -152,7 +152,7 @@ static guint lose_first_packet(void)
 
 /* The kernel would have sent the lost packet again after a second. It also does so where the
  * dialing thread gets no CPU for that long. */
-static void a_first_packet_that_is_lost_is_not_waited_for(void **state)
+static void a_lost_first_packet_is_not_waited_for(void **state)
 {
 	for (guint i = 0; i < 5; i++)
 		if (lose_first_packet() == 0)
@@ -249,7 +249,7 @@ static void names_and_ipv6_work(void **state)
 	}
 }
 
-static void a_listener_can_be_freed_with_strangers_inside(void **state)
+static void a_listener_can_be_freed_with_pending_connections(void **state)
 {
 	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
 	int silent = raw_connect(destination_port(destination));
@@ -263,17 +263,17 @@ static void a_listener_can_be_freed_with_strangers_inside(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(a_stranger_that_stalls_does_not_keep_the_peer_out),
-		cmocka_unit_test(a_flood_of_strangers_does_not_keep_the_peer_out),
-		cmocka_unit_test(a_flood_from_another_host_does_not_push_out_a_slow_peer),
-		cmocka_unit_test(a_first_packet_that_is_lost_is_not_waited_for),
-		cmocka_unit_test(strangers_that_talk_nonsense_are_closed),
+		cmocka_unit_test(a_peer_that_stalls_does_not_keep_the_real_peer_out),
+		cmocka_unit_test(a_flood_of_silent_connections_does_not_keep_the_peer_out),
+		cmocka_unit_test(a_flood_from_another_host_does_not_evict_a_slow_peer),
+		cmocka_unit_test(a_lost_first_packet_is_not_waited_for),
+		cmocka_unit_test(peers_that_send_garbage_are_closed),
 		cmocka_unit_test(a_slow_on_hello_does_not_stop_accepting),
 		cmocka_unit_test(a_port_in_use_is_named_with_the_remedy),
 		cmocka_unit_test(an_address_of_another_host_is_refused),
 		cmocka_unit_test(port_zero_is_replaced_by_the_real_one),
 		cmocka_unit_test(names_and_ipv6_work),
-		cmocka_unit_test(a_listener_can_be_freed_with_strangers_inside),
+		cmocka_unit_test(a_listener_can_be_freed_with_pending_connections),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Who gets in with TLS, who does not, and what each side is told about it. */
+/* Which peers may connect with TLS, and the reason that each side gets for a refusal. */
 #include "tests/unit/control-rig.h"
 #include "tests/unit/flood.h"
 
@@ -11,7 +11,8 @@
 
 static Certs *good; /* constant once made; read by all tests */
 
-/* What the library logged since the last look, so that the destination's words can be checked too. */
+/* What the library logged since forget_log(), so that the log of the destination can be checked,
+ * too. */
 static GMutex log_lock;
 static GString *log_text; /* log_lock */
 
@@ -36,7 +37,7 @@ static void forget_log(void)
 	g_string_truncate(log_text, 0);
 }
 
-/* The destination says it from a thread of its own. */
+/* Waits, because the destination logs it from a thread of its own. */
 static void assert_logged(const char *text)
 {
 	gint64 deadline = g_get_monotonic_time() + LONG_MS * 1000;
@@ -95,7 +96,7 @@ static void a_source_with_a_certificate_gets_in_again_and_again(void **state)
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
 
 	forget_log();
-	/* The second time there is a session to resume. */
+	/* The second time there is a TLS session to resume. */
 	for (guint i = 0; i < 3; i++) {
 		assert_works(connect_destination(destination), destination);
 	}
@@ -123,8 +124,8 @@ static void nothing_that_is_sent_can_be_read_on_the_way(void **state)
 	uint8_t head[3];
 	ssize_t said = 0;
 
-	/* Nobody answers: what it has said by then is the beginning of a handshake. Where a CPU is not to be had it
-	 * has said nothing by then, and gets longer. */
+	/* Nobody answers: what it has said by then is the beginning of a handshake. Where a CPU
+	 * is not to be had it has said nothing by then, and gets longer. */
 	for (guint ms = 300; said == 0; ms *= 2) {
 		g_autoptr(GError) error = NULL;
 
@@ -141,7 +142,7 @@ static void nothing_that_is_sent_can_be_read_on_the_way(void **state)
 	close(listening);
 }
 
-/* A destination whose certificate the source does not accept: what the source says, and the destination. */
+/* The source does not accept the destination's certificate: checks the texts of both sides. */
 static void assert_source_refuses(const char *server_dir, const char *client_dir,
 				  const char *const *words)
 {
@@ -190,7 +191,7 @@ static void a_server_of_another_name_is_refused(void **state)
 				      NULL});
 }
 
-/* A client that the destination does not let in, while a channel is in use. */
+/* The destination refuses a client, while a channel of another one is in use. */
 static void assert_client_is_refused(const char *client_dir, const char *const *allow,
 				     const char *words)
 {
@@ -231,7 +232,7 @@ static void clients_without_a_good_certificate_are_told_why(void **state)
 	assert_client_is_refused(none, NULL, "wants a client certificate and was shown none");
 }
 
-static void only_those_that_are_named_get_in(void **state)
+static void only_clients_named_by_tls_allow_may_connect(void **state)
 {
 	static const char *const others[] = {"source2", "sourc", "O=Postroad", "CN=source", NULL};
 	static const char *const lists[][3] = {{"source2", "source"}, {"O=Postroad,CN=source"}};
@@ -246,7 +247,7 @@ static void only_those_that_are_named_get_in(void **state)
 }
 
 /* A comma in a name is part of it. */
-static void a_name_cannot_pretend_to_be_two(void **state)
+static void a_comma_in_a_name_does_not_make_two_names(void **state)
 {
 	static const char *const allow[] = {"source", "O=Postroad,CN=source", NULL};
 	static const char *const names[] = {"client x,CN=source", "client O=Postroad,CN=source"};
@@ -286,7 +287,7 @@ static void a_plain_lane_is_turned_away(void **state)
 	close(fd);
 }
 
-static void a_plain_destination_is_named_so(void **state)
+static void a_source_with_tls_says_that_the_destination_has_none(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
@@ -302,7 +303,7 @@ static void a_plain_destination_is_named_so(void **state)
 /* The beginning of a ClientHello, and no more. */
 static const char half[] = "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
 
-static void those_that_stall_in_the_handshake_stop_nobody(void **state)
+static void peers_that_stall_in_the_handshake_do_not_keep_others_out(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
@@ -317,7 +318,7 @@ static void those_that_stall_in_the_handshake_stop_nobody(void **state)
 	}
 	for (guint i = 0; i < 3; i++)
 		assert_works(connect_destination(destination), destination);
-	/* The oldest had to go; those that may stay were not waited for. */
+	/* The oldest was evicted; the peer did not wait for those that stay. */
 	assert_true(raw_reaches_end(halfway[0]));
 	if (g_get_monotonic_time() - began > 3 * LONG_MS * 1000)
 		fail_msg("the peer had to wait for the stallers");
@@ -327,8 +328,8 @@ static void those_that_stall_in_the_handshake_stop_nobody(void **state)
 		close(halfway[i]);
 }
 
-/* Each one that it begins would have cancelled the peer's before that is done. */
-static void a_flood_of_handshakes_from_another_host_starves_nobody(void **state)
+/* Without turns each handshake of the flood would cancel the peer's before that is done. */
+static void a_flood_of_handshakes_from_another_host_does_not_keep_the_peer_out(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
@@ -340,7 +341,7 @@ static void a_flood_of_handshakes_from_another_host_starves_nobody(void **state)
 		assert_works(connect_destination(destination), destination);
 }
 
-static void those_that_stall_are_closed_when_their_time_is_over(void **state)
+static void peers_that_stall_are_closed_at_their_deadline(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(Destination) destination = destination_new_hasty("tcp:127.0.0.1:0", tls);
@@ -402,7 +403,7 @@ static void a_handshake_can_be_cancelled(void **state)
 	close(listening);
 }
 
-/* Not valid any more in the course of a migration, and renewed. */
+/* Certificates expire during a migration, and are renewed. */
 static void renewed_certificates_are_used_by_the_next_connection(void **state)
 {
 	g_autoptr(Certs) dir = certs_new_beside(good);
@@ -502,14 +503,15 @@ int main(void)
 		cmocka_unit_test(an_expired_server_is_refused),
 		cmocka_unit_test(a_server_of_another_name_is_refused),
 		cmocka_unit_test(clients_without_a_good_certificate_are_told_why),
-		cmocka_unit_test(only_those_that_are_named_get_in),
-		cmocka_unit_test(a_name_cannot_pretend_to_be_two),
+		cmocka_unit_test(only_clients_named_by_tls_allow_may_connect),
+		cmocka_unit_test(a_comma_in_a_name_does_not_make_two_names),
 		cmocka_unit_test(a_plain_source_is_told_to_use_tls),
 		cmocka_unit_test(a_plain_lane_is_turned_away),
-		cmocka_unit_test(a_plain_destination_is_named_so),
-		cmocka_unit_test(those_that_stall_in_the_handshake_stop_nobody),
-		cmocka_unit_test(a_flood_of_handshakes_from_another_host_starves_nobody),
-		cmocka_unit_test(those_that_stall_are_closed_when_their_time_is_over),
+		cmocka_unit_test(a_source_with_tls_says_that_the_destination_has_none),
+		cmocka_unit_test(peers_that_stall_in_the_handshake_do_not_keep_others_out),
+		cmocka_unit_test(
+			a_flood_of_handshakes_from_another_host_does_not_keep_the_peer_out),
+		cmocka_unit_test(peers_that_stall_are_closed_at_their_deadline),
 		cmocka_unit_test(a_listener_can_be_freed_in_the_middle_of_handshakes),
 		cmocka_unit_test(a_handshake_can_be_cancelled),
 		cmocka_unit_test(renewed_certificates_are_used_by_the_next_connection),

@@ -40,7 +40,8 @@ PrControl *pr_control_connect(const PrUri *uri, const PrTls *tls, const PrHello 
  * other than PR_HELLO_OK the connection is closed afterwards. */
 gboolean pr_control_answer(PrControl *control, const PrHelloAck *ack, GError **error);
 
-/* FALSE: the answer is a refusal. PR_PATH_ERROR_REFUSED, or _HELD, with the peer's reason. */
+/* FALSE: the answer is a refusal. PR_PATH_ERROR_REFUSED, or _PAUSED_BY_OPERATOR, with the peer's
+ * reason. */
 gboolean pr_control_check_ack(PrControl *control, const PrHelloAck *ack, GError **error);
 
 /* Called by the reader thread with each message for the engine as soon as it has come in, ahead

@@ -50,10 +50,11 @@ static void set_connect_error(const PrUri *uri, const PrControl *control, const 
 
 gboolean pr_control_check_ack(PrControl *control, const PrHelloAck *ack, GError **error)
 {
-	if (ack->status != PR_HELLO_REFUSED && ack->status != PR_HELLO_HELD)
+	if (ack->status != PR_HELLO_REFUSED && ack->status != PR_HELLO_PAUSED_BY_OPERATOR)
 		return TRUE;
 	g_set_error(error, PR_PATH_ERROR,
-		    ack->status == PR_HELLO_HELD ? PR_PATH_ERROR_HELD : PR_PATH_ERROR_REFUSED,
+		    ack->status == PR_HELLO_PAUSED_BY_OPERATOR ? PR_PATH_ERROR_PAUSED_BY_OPERATOR
+							       : PR_PATH_ERROR_REFUSED,
 		    "%s refused the connection: %s", control->peer, ack->reason);
 	return FALSE;
 }

@@ -137,7 +137,8 @@ static PrPendingStep sniff_protocol(PrListener *listener, PrPendingConn *conn)
 	if (n == 1)
 		return sniff_first_byte(listener, conn, first);
 	if (n == 0 || (errno != EAGAIN && errno != EINTR))
-		return turn_away(listener, conn, "it closed the connection without a word");
+		return turn_away(listener, conn,
+				 "it closed the connection without sending anything");
 	if (g_get_monotonic_time() < conn->deadline)
 		return PR_PENDING_SILENT;
 	return turn_away(listener, conn,
@@ -314,7 +315,7 @@ static void add_pending(PrListener *listener, PrPendingConn *taken)
 {
 	g_autoptr(PrPendingConn) conn = taken;
 
-	/* What a real peer says is there already more often than not. */
+	/* The HELLO of a real peer has usually come in already. */
 	if (!advance(listener, conn))
 		return;
 	if (listener->pending->len == PENDING_MAX) {

@@ -340,7 +340,7 @@ gboolean pr_hello_ack_decode(const uint8_t *body, gsize len, PrHelloAck *ret, GE
 	if (!get_reason(&cursor, PR_MSG_HELLO_ACK, ack.reason, error) ||
 	    !finished(&cursor, PR_MSG_HELLO_ACK, len, error))
 		return FALSE;
-	if (ack.status > PR_HELLO_HELD)
+	if (ack.status > PR_HELLO_PAUSED_BY_OPERATOR)
 		return malformed(error, "HELLO_ACK has the unknown status %u", ack.status);
 	if (version != PR_WIRE_VERSION && ack.status != PR_HELLO_REFUSED)
 		return malformed(error,

@@ -220,7 +220,8 @@ typedef enum PrHelloStatus {
 	PR_HELLO_OK = 0,
 	PR_HELLO_COMPLETED = 1, /* the destination has all pages: the source may complete, too */
 	PR_HELLO_REFUSED = 2,	/* with a reason */
-	PR_HELLO_HELD = 3, /* likewise: the operator has paused this side, no automatic recovery */
+	PR_HELLO_PAUSED_BY_OPERATOR =
+		3, /* likewise: the operator has paused this side, no automatic recovery */
 } PrHelloStatus;
 
 typedef struct PrProgress {
