@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs groups of tests on RoCE labs: on two at a time, since tests wait a good deal, each in a process
-of its own (a worker) that takes one test after another.
+"""Runs groups of tests on RoCE labs. Two labs run at a time, since tests wait a good deal. Each
+belongs to a process of its own (a worker), which takes one test after another.
 
 No test can hang: a test that exceeds its bound is interrupted and fails. If what it leaves behind
 cannot be cleared away in time, the next test gets a lab that is booted anew. When the program ends,
