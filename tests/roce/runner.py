@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs groups of tests on RoCE labs: two at a time, since tests wait a good deal, each in a process
-of its own (a worker) that takes one test after another.
+"""Runs groups of tests on RoCE labs. Two labs run at a time, since tests wait a good deal. Each
+belongs to a process of its own (a worker), which takes one test after another.
 
 No test can hang: a test that exceeds its bound is interrupted and fails. If what it leaves behind
 cannot be cleared away in time, the next test gets a lab that is booted anew. When the program ends,
@@ -26,7 +26,7 @@ from roce_lab import KERNELS, RAILS, Lab, LabError, start_time  # noqa: E402
 from supervisor import supervise  # noqa: E402
 
 WORKERS = 2
-ENOUGH = 8  # tests for which a second lab pays
+ENOUGH = 8  # tests; the boot of a second lab pays for more
 CASE_SECONDS = 400
 CLEANING_SECONDS = 60
 FORK = multiprocessing.get_context("fork")
@@ -260,7 +260,7 @@ def end_groups(user, groups, note):
 
 def run_tests(wanted, options):
     """Returns the results of these tests, and one more on the end of the labs."""
-    count = 1 if options.lab or len(wanted) <= ENOUGH else WORKERS
+    count = 1 if options.lab or len(wanted) <= ENOUGH else options.jobs
     plan = Plan(wanted, count)
     with tempfile.TemporaryDirectory(prefix="postroad-roce-") as directory:
         files = [os.path.join(directory, str(number)) for number in range(count)]
@@ -333,6 +333,7 @@ def main(groups, description):
     parser.add_argument("pattern", nargs="?", default="", help="run only tests with this in their name")
     parser.add_argument("--build", default="build", help="build directory (default: build)")
     parser.add_argument("--lab", metavar="DIRECTORY", help="use the lab that runs there")
+    parser.add_argument("--jobs", type=int, default=WORKERS, help=f"labs at a time ({WORKERS})")
     parser.add_argument("--results", help="write the results to this file, as JSON")
     parser.add_argument("--list", action="store_true", help="only list the tests")
     options = parser.parse_args()

@@ -116,8 +116,8 @@ def exchanged(pair):
     pair.source.do("punch", 0, 4 * MIB, MIB)
     pair.source.do("punch", 0, 6 * MIB, 4 * KIB)
     pair.fill(0, 6 * MIB, 4 * KIB, seed=3)
-    # Another mapping has touched the pages since, which must not hide the change. (Linux before 6.2
-    # pins another mapping anyway.)
+    # A read of the pages since then must not hide the change. (Linux before 6.2 pins another
+    # mapping anyway.)
     pair.source.do("touch", 0, 0, 3 * MIB)
     pair.source.do("touch", 0, 6 * MIB, 4 * KIB)
     granted = pair.grant()

@@ -18,7 +18,7 @@ from userfaults import recorded
 CASES, NEWER_CASES = [], []
 SECONDS, LINUX_SECONDS = 300, 800  # bounds of a test
 # A guest that is emulated twice leaves its host little CPU time.
-PATIENT = ("heartbeat-timeout=10000", "heartbeat-interval=500", "connect-timeout=20000", "handshake-timeout=30000")
+PATIENT = ("heartbeat-timeout=10000", "connect-timeout=20000", "handshake-timeout=30000")
 IN_KVM_RUN = "kvm_arch_vcpu_ioctl_run"
 IN_USERFAULT = "handle_userfault"
 PAGES_TOLD = 50

@@ -25,7 +25,7 @@ SLOW = "256K"  # a guest's memory takes half a minute, so that a cut comes in th
 # (bulk), heartbeats 5 s, the first attempt to connect a lane 3 s.
 PATIENT_URI = "connect-timeout-ms=3000"
 BOTH = f"rdma:0.0.0.0:{PORT}?ack-timeout=17&{PATIENT_URI},tcp:0.0.0.0:{TCP_PORT}"
-PATIENT = ("heartbeat-timeout=5000", "heartbeat-interval=500", "connect-timeout=10000", "handshake-timeout=20000")
+PATIENT = ("heartbeat-timeout=5000", "connect-timeout=10000", "handshake-timeout=20000")
 IN_PAUSE = {"postcopy-paused", "postcopy-recover-setup", "postcopy-recover"}
 NUMBERS = itertools.count(1)
 

@@ -33,7 +33,7 @@ while True:
         break
 """
 
-# Sends each message over a connection of its own. Prints the answer, which ends when the peer closes.
+# Sends each message over a connection of its own. Prints the answer, until the peer closes.
 HELLO_SENDER = """
 import socket, sys
 for message in sys.argv[3:]:
