@@ -338,7 +338,7 @@ static void sleep_until_event(PrFaultThread *self)
 	const struct timespec rest = {.tv_nsec = rest_us * 1000l};
 	gboolean faults = self->index == 0 && !self->uffd_dead && has_room(self) && rest_us == 0;
 	struct pollfd fds[3] = {
-		{.fd = self->worker.wake_fd, .events = POLLIN},
+		{.fd = pr_waker_fd(&self->worker.waker), .events = POLLIN},
 		{.fd = faults ? self->uffd : -1, .events = POLLIN},
 		{.fd = path ? path->ops->wait_fd(path, self->lane) : -1, .events = POLLIN},
 	};

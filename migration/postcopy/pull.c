@@ -404,7 +404,7 @@ static void sleep_until_event(PrPullThread *self, gint64 now)
 {
 	PrDataPath *path = self->worker.current;
 	struct pollfd fds[2] = {
-		{.fd = self->worker.wake_fd, .events = POLLIN},
+		{.fd = pr_waker_fd(&self->worker.waker), .events = POLLIN},
 		{.fd = -1, .events = POLLIN},
 	};
 

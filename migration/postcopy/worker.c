@@ -1,21 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "migration/postcopy/worker.h"
 
-#include <errno.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
-
 #include "util/try-alloc.h"
 
 gboolean pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, gpointer opaque,
 			 GError **error)
 {
-	worker->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (worker->wake_fd < 0) {
-		g_set_error(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT,
-			    "no eventfd for the %s thread: %s; raise the engine's limit of open "
-			    "files (ulimit -n)",
-			    name, g_strerror(errno));
+	if (!pr_waker_init(&worker->waker, error)) {
+		g_prefix_error(error, "%s thread: ", name);
 		return FALSE;
 	}
 	g_mutex_init(&worker->lock);
@@ -24,19 +16,15 @@ gboolean pr_worker_start(PrWorker *worker, const char *name, GThreadFunc func, g
 	if (!worker->thread) {
 		g_mutex_clear(&worker->lock);
 		g_cond_clear(&worker->changed);
-		close(worker->wake_fd);
+		pr_waker_clear(&worker->waker);
 	}
 	return worker->thread != NULL;
 }
 
 void pr_worker_kick(PrWorker *worker)
 {
-	uint64_t one = 1;
-	ssize_t written = write(worker->wake_fd, &one, sizeof(one));
-
-	/* EAGAIN: the counter is full, so the worker is being woken anyway. */
-	g_assert(written == sizeof(one) || errno == EAGAIN);
-	/* After the write, so that the worker, when it sees the flag, can empty wake_fd. */
+	pr_waker_wake(&worker->waker);
+	/* After the wake-up, so that the worker, when it sees the flag, can drain the waker. */
 	__atomic_store_n(&worker->kicked, TRUE, __ATOMIC_RELEASE);
 }
 
@@ -63,7 +51,7 @@ void pr_worker_end(PrWorker *worker)
 
 void pr_worker_clear(PrWorker *worker)
 {
-	close(worker->wake_fd);
+	pr_waker_clear(&worker->waker);
 	g_mutex_clear(&worker->lock);
 	g_cond_clear(&worker->changed);
 }
@@ -76,15 +64,13 @@ void pr_worker_stop(PrWorker *worker)
 
 gboolean pr_worker_was_kicked(PrWorker *worker)
 {
-	uint64_t count;
-
 	/* Called in a polling loop, so without a system call in the usual case. */
 	if (!__atomic_load_n(&worker->kicked, __ATOMIC_RELAXED) ||
 	    !__atomic_exchange_n(&worker->kicked, FALSE, __ATOMIC_ACQ_REL))
 		return FALSE;
-	/* EAGAIN: an earlier call has read this kick as well; to apply the commands twice is
+	/* An earlier call may have drained this kick as well; to apply the commands twice is
 	 * harmless. */
-	(void)!read(worker->wake_fd, &count, sizeof(count));
+	pr_waker_drain(&worker->waker);
 	return TRUE;
 }
 

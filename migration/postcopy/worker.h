@@ -2,17 +2,18 @@
 /*
  * A thread of the destination that uses one lane of the attached data path: a fault thread or a
  * pull thread. Other threads attach and detach paths, and kick the worker. A worker sleeps until
- * its wake_fd, or something else that it waits for, is readable, and applies the changes after a
+ * its waker, or something else that it waits for, is readable, and applies the changes after a
  * kick.
  */
 #pragma once
 
 #include "transport/transport.h"
+#include "util/waker.h"
 
 typedef struct PrWorker {
 	GThread *thread;
-	int wake_fd; /* eventfd, readable when the worker was kicked */
-	int kicked;  /* atomic; set after wake_fd was written */
+	PrWaker waker; /* woken by a kick */
+	int kicked;    /* atomic; set after the waker was woken */
 
 	GMutex lock; /* protects the rest */
 	GCond changed;
