@@ -17,13 +17,14 @@ SLOW = "1M"
 
 
 class Lab:
-    def __init__(self, build, accel, engine_build=None, keep=False, settings=()):
-        """settings: of all engines, before those of a test."""
+    def __init__(self, build, accel, engine_build=None, keep=False, settings=(), images=None):
+        """settings: of all engines, before those of a test. images: the saved guests of the run."""
         self.build = build
         self.engine_build = engine_build or build
         self.accel = accel
         self.keep = keep
         self.settings = settings
+        self.images = images
         self.processes = []
         self.sanitizer_env = sanitizer_env()
         self.directory = tempfile.mkdtemp(prefix="postroad-")

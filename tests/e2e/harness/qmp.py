@@ -80,6 +80,14 @@ class Qmp:
             raise QmpError(message["error"].get("desc", "no description"))
         return message["return"]
 
+    def pass_descriptor(self, name, fd):
+        """Gives QEMU a file descriptor, under a name."""
+        request = json.dumps({"execute": "getfd", "arguments": {"fdname": name}})
+        socket.send_fds(self.socket, [request.encode() + b"\n"], [fd])
+        message = self.answer(20)
+        if message is None or "error" in message:
+            raise QmpError(f"monitor {self.path}: getfd was answered with {message}")
+
     def drain_events(self):
         """Reads the events that have arrived."""
         self._receive(0.05, lambda message: False)

@@ -5,8 +5,9 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from . import images
 from .devices import device_arguments, pflash_arguments, uses
 from .process import Failure, expect, wait_for
 from .qmp import Qmp
@@ -70,6 +71,11 @@ class GuestSpec:
     vcpus: int = 2
     devices: tuple = ()  # names of DEVICES
     pflash: bool = False  # OVMF instead of SeaBIOS
+    fresh: bool = False  # boots, also where the run has an image of this guest
+
+    def for_image(self):
+        """The guest that is booted for the image of this one. An image suits all kinds of backends."""
+        return replace(self, backend="memfd", share="on", prealloc=False, fresh=True)
 
     def _backend(self, node, megabytes):
         shares = self.share.split(",")
@@ -186,7 +192,8 @@ class Console:
 
 class Qemu:
     """One QEMU, started on a host. agent: with the preload agent in it; else its engine attaches to it.
-    options: more of QEMU's. wrapper: a command that execs it."""
+    options: more of QEMU's. wrapper: a command that execs it. The guest of one that is not incoming starts from an image if
+    the lab has images."""
 
     def __init__(self, lab, host, spec, incoming=False, agent=False, name=None, options=(), wrapper=()):
         self.name = name or f"qemu-{host.name}"
@@ -203,7 +210,8 @@ class Qemu:
         argv += ["-append", spec.kernel_line(), "-serial", f"file:{self.console.path}"]
         for path in (self.qmp_path, self.second_qmp_path):
             argv += ["-qmp", f"unix:{path},server=on,wait=off"]
-        argv += ["-incoming", "defer"] if incoming else []
+        image = self._image(lab, host, spec) if not incoming and lab.images and not spec.fresh else None
+        argv += ["-incoming", "defer"] if incoming or image else []
         argv += [*spec.extra, *options]
         self.agent = agent
         env = {}
@@ -211,6 +219,19 @@ class Qemu:
             env = {"LD_PRELOAD": lab.build_file("libpostroad-agent.so"), "POSTROAD_AGENT": self.agent_path}
         self.process = lab.start(self.name, host.command([*wrapper, *argv]), env, gently=False)
         self.qmp = self._connect()
+        if image:
+            images.load(self, image, keep_holes=not spec.prealloc)
+
+    def _image(self, lab, host, spec):
+        booted_spec = spec.for_image()
+
+        def boot():
+            vm = Qemu(lab, host, booted_spec, name=f"{self.name}-image")
+            vm.wait_booted()
+            return vm
+
+        disk = "disk" if spec.image else ""  # each test has one of its own, which the guest does not touch
+        return lab.images.get(repr((lab.accel, replace(booted_spec, image=disk))), boot)
 
     def _connect(self):
         """A monitor connection of our own; the engine uses the other."""

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Linux guests that are booted once in a run, and saved. Tests start from the saved guest: that takes a sixth of the
+CPU time of a boot.
+
+An image is a folder with QEMU's migration stream, and a list of the holes in the files of the guest's RAM. QEMU allocates
+each page of RAM as it loads the stream, zero pages as well. A guest that has booted has holes there, and the source of a
+migration treats holes and zeros differently. So the holes are punched again after the load."""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import subprocess
+
+from .process import LIBC, expect, wait_for
+
+STREAM, HOLES = "stream", "holes"
+COPY_SECONDS = 120
+# The files of QEMU's memory backends, as /proc/PID/fd shows them.
+RAM_FILE = re.compile(r"memory-backend|qemu_back_mem|/dev/shm/")
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate()
+
+
+def ram_files(vm):
+    """The files of a QEMU's RAM, in the order of their creation, as paths that can be opened."""
+    folder = f"/proc/{vm.process.pid}/fd"
+    paths = [f"{folder}/{number}" for number in sorted(map(int, os.listdir(folder)))]
+    return [path for path in paths if RAM_FILE.search(os.readlink(path))]
+
+
+def holes(path):
+    """(start, end) of each hole of a file."""
+    found, at = [], 0
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while at < size:
+            start = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            try:
+                at = os.lseek(file.fileno(), start, os.SEEK_DATA)
+            except OSError:  # no data follows
+                at = size
+            if start < at:
+                found.append((start, at))
+    return found
+
+
+def punch(path, ranges):
+    with open(path, "r+b") as file:
+        for start, end in ranges:
+            code = LIBC.fallocate(
+                file.fileno(), KEEP_SIZE | PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(end - start)
+            )
+            expect(code == 0, f"{path}: fallocate: {os.strerror(ctypes.get_errno())}")
+
+
+@contextlib.contextmanager
+def descriptor(vm, argv, end, **files):
+    """Gives QEMU one end of a pipe, as "image"; a process copies between the other end and a file. So QEMU need not open
+    the file, which its sandbox or its user might not allow."""
+    process = subprocess.Popen(argv, **{end: subprocess.PIPE}, **files)
+    pipe = getattr(process, end)
+    try:
+        vm.qmp.pass_descriptor("image", pipe.fileno())
+        pipe.close()
+        yield
+        code = process.wait(COPY_SECONDS)
+        expect(code == 0, f"{vm.name}: {' '.join(argv)}, which copies the saved guest, ended with {code}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def save(vm, folder):
+    """Saves a QEMU, whose guest is stopped then."""
+    vm.qmp.command("stop")
+    with open(os.path.join(folder, HOLES), "w") as file:
+        json.dump([holes(path) for path in ram_files(vm)], file)
+    with open(os.path.join(folder, STREAM), "wb") as file, descriptor(vm, ["cat"], "stdin", stdout=file):
+        vm.qmp.command("migrate", uri="fd:image")
+        wait_for(
+            f"{vm.name} is saved",
+            COPY_SECONDS,
+            lambda: vm.qmp.command("query-migrate")["status"] in ("completed", "failed"),
+        )
+    said = vm.qmp.command("query-migrate")
+    expect(said["status"] == "completed", f"{vm.name} could not be saved: {said}")
+
+
+def load(vm, folder, keep_holes=True):
+    """Loads a saved guest into a QEMU that was started with -incoming defer, and lets it run."""
+    with descriptor(vm, ["cat", os.path.join(folder, STREAM)], "stdout"):
+        vm.qmp.command("migrate-incoming", uri="fd:image")
+        wait_for(f"the guest of {vm.name} is loaded", COPY_SECONDS, lambda: vm.status() == "paused")
+    if keep_holes:
+        with open(os.path.join(folder, HOLES)) as file:
+            for path, ranges in zip(ram_files(vm), json.load(file), strict=True):
+                punch(path, ranges)
+    vm.qmp.command("cont")
+
+
+class Images:
+    """The saved guests of one run, in a folder. A guest is booted when the first test asks for its image; other tests that
+    ask for the same image wait meanwhile."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def get(self, guest, boot):
+        """The folder of an image. guest: a text that is the same for guests that may start from the same image. boot():
+        returns a QEMU whose guest has booted."""
+        folder = os.path.join(self.folder, hashlib.sha256(guest.encode()).hexdigest()[:16])
+        unfinished = f"{folder}.new"
+        with open(f"{folder}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.exists(folder):
+                os.makedirs(unfinished, exist_ok=True)
+                vm = boot()
+                save(vm, unfinished)
+                vm.quit()
+                os.rename(unfinished, folder)
+        return folder
