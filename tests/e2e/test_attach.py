@@ -9,7 +9,7 @@ import subprocess
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move, children_of
-from harness.process import Failure, expect, wait_for
+from harness.process import LONG, Failure, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
 # As libvirt starts QEMU.
@@ -73,7 +73,7 @@ def by_pid(lab):
     vm = Qemu(lab, host, GuestSpec())
     vm.wait_booted()
     engine = Engine(lab, host, f"{vm.guest_option()},pid={vm.process.pid}")
-    wait_for("the engine serves its monitor", 40, lambda: engine.status() == "none")
+    wait_for("the engine serves its monitor", LONG, lambda: engine.status() == "none")
     engine.process.stop()
     said = start_refused(lab, host, f"{vm.guest_option()},pid={os.getpid()}")
     expect("does not run the vCPUs" in said, f"the refusal does not say why: {said}")
@@ -89,14 +89,14 @@ def helper_of(engine):
 @case("helper-that-dies-between-stop-and-run-does-not-keep-the-source-stopped")
 def dies_in_the_switch(lab):
     """Nothing that the source's guest needs to run on is the helper's."""
-    move = Move(lab, settings=("auto-recover=off", "heartbeat-timeout=2000"), program="killable-postroad")
+    move = Move(lab, settings=("auto-recover=off", "heartbeat-timeout=4000"), program="killable-postroad")
     move.source.restart_to_freeze("source-state-sent")
     move.start()
     move.source.wait_frozen()
     os.kill(helper_of(move.source), signal.SIGKILL)
     move.network.link_down(1)
     move.source.thaw()
-    wait_for("the source has undone it", 30, lambda: move.source.status() in ("failed", "cancelled"))
+    wait_for("the source has undone it", LONG, lambda: move.source.status() in ("failed", "cancelled"))
     move.expect_source_runs()
 
 
@@ -133,7 +133,7 @@ def confined(lab):
     expect(helper_of(engine) == helper, "the helper has ended by a signal that is for the engine")
     expect("it has ended" not in engine.process.output(), "the helper has ended by a signal that is for the engine")
     engine.kill()
-    wait_for("the helper ends with its engine", 40, lambda: not os.path.exists(f"/proc/{helper}"))
+    wait_for("the helper ends with its engine", LONG, lambda: not os.path.exists(f"/proc/{helper}"))
 
 
 # Helpers that die
@@ -142,7 +142,7 @@ def confined(lab):
 def kill_helper(engine):
     os.kill(helper_of(engine), signal.SIGKILL)
     wait_for(
-        f"{engine.name} says that its helper has ended", 40, lambda: "it has ended" in engine.process.output()
+        f"{engine.name} says that its helper has ended", LONG, lambda: "it has ended" in engine.process.output()
     )
 
 
@@ -155,7 +155,7 @@ def helpers_die(lab):
         kill_helper(engine)
         expect(engine.status() == "postcopy-active", f"{engine.name} is {engine.status()} without its helper")
     left = move.expect_midway()
-    wait_for("pages come without helpers", 40, lambda: move.destination.remaining() < left)
+    wait_for("pages come without helpers", LONG, lambda: move.destination.remaining() < left)
     move.expect_midway()
     for engine in move.engines:
         engine.kill()
@@ -186,7 +186,7 @@ def dies_without_helper(lab):
     move.destination_vm.process.kill()
     wait_for(
         "the destination tells of QEMU's end",
-        40,
+        LONG,
         lambda: any("the guest is gone" in (reason or "") for _, reason in move.destination.reasons()),
     )
 
@@ -211,7 +211,7 @@ def killed_qemu_is_let_go(lab):
     move.start_midway()
     expect(userfaultfds(move.destination) > 0, "the engine has no userfaultfd")
     move.destination_vm.process.kill()
-    wait_for("the engine lets go of it", 40, lambda: userfaultfds(move.destination) == 0)
+    wait_for("the engine lets go of it", LONG, lambda: userfaultfds(move.destination) == 0)
     move.destination.wait_status("postcopy-paused")
 
 
@@ -262,9 +262,9 @@ def carry_on(move):
 def wait_killed(engine, point, times):
     """The helper dies there. Then its engine is killed, too; it may have ended by itself for want of a helper."""
     said = "killed where it was to be"
-    wait_for(f"the helper dies at {point}", 30, lambda: engine.process.output().count(said) == times)
+    wait_for(f"the helper dies at {point}", LONG, lambda: engine.process.output().count(said) == times)
     engine.process.kill()
-    engine.process.wait(20)
+    engine.process.wait()
     engine.process.name = f"killed-{engine.name}"
     engine.qmp.close()
 
@@ -284,7 +284,7 @@ def die_and_go_on(lab, *points):
         wait_killed(engine, point, count)
     expect(move.destination_vm.process.alive(), "QEMU has died with the helper")
     engine.resume()
-    wait_for("the guest has arrived", 60, lambda: carry_on(move), interval=0.2)
+    wait_for("the guest has arrived", LONG, lambda: carry_on(move), interval=0.2)
     move.expect_guest_sound()
 
 

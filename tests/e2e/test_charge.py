@@ -10,7 +10,7 @@ from harness.case import case
 from harness.cgroup import Cgroups, cgroups
 from harness.lab import Move
 from harness.light import LightMove
-from harness.process import die_with_parent, expect, wait_for
+from harness.process import LONG, die_with_parent, expect, wait_for
 from harness.vm import GuestSpec
 
 MIB = 1 << 20
@@ -129,7 +129,7 @@ def full(lab):
         charged.put(move, guest_of(move))
         charged.guest.limit(charged.before + DATA_MB // 2 * MIB)
         move.start(link=1)
-        move.destination.wait_status("postcopy-paused", 60)
+        move.destination.wait_status("postcopy-paused")
         expect_alive(guest_of(move))
         move.destination.wait_said("memory cgroup is full: raise that one's limit (memory.max), and start this engine anew")
         move.source.wait_status("postcopy-paused")
@@ -152,7 +152,7 @@ def full(lab):
 @case("engine-that-cannot-join-the-guests-memory-cgroup-says-what-that-means")
 def not_joined(lab):
     with cgroups(lab) as groups:
-        move = Move(lab, scheme="tcp", spec=GuestSpec(ram_mb=160, work_mb=32), settings=BY_HAND)
+        move = Move(lab, scheme="tcp", spec=GuestSpec(ram_mb=160, work_mb=32, fresh=True), settings=BY_HAND)
         engine, guest = groups.new("engine"), groups.new("guest")
         guest.add(guest_of(move).pid)
         move.destination.process.stop()
@@ -185,4 +185,4 @@ def removed(lab):
         path = told.read()
     os.waitpid(child, 0)
     expect(path, "the child made no cgroup")
-    wait_for(f"{path} is removed", 40, lambda: not os.path.exists(path))
+    wait_for(f"{path} is removed", LONG, lambda: not os.path.exists(path))

@@ -6,7 +6,7 @@ import os
 import subprocess
 
 from harness.case import case
-from harness.process import Failure, expect, wait_for
+from harness.process import LONG, Failure, expect, wait_for
 from harness.twins import OVER, Twins
 
 STAYS, GOES, EITHER = "stays at the source", "goes to the destination", "either"
@@ -109,7 +109,7 @@ def expect_whose(twins, whose):
     """Once both engines are there again, and the source has noticed."""
     wait_for(
         "the source knows whose the guest is",
-        40,
+        LONG,
         lambda: twins.source.status() in (*OVER, "postcopy-paused", "completed"),
     )
     if whose == STAYS:

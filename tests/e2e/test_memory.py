@@ -9,7 +9,7 @@ from dataclasses import replace
 from harness.case import case
 from harness.hugepages import available_pages, huge_pages
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.versions import qemu_versions
 from harness.vm import HUGETLBFS, GuestSpec
 
@@ -54,7 +54,7 @@ for each in (OLD, NEW):
 
 @case("huge-pages-of-a-file-system-that-only-qemu-sees")
 def huge_file(lab):
-    spec = GuestSpec(backend="huge-file", nodes=2)
+    spec = GuestSpec(backend="huge-file", nodes=2, fresh=True)
     with huge_pages(2 * spec.ram_mb):
         cut_on_the_way(lab, "ofi", spec, wrapper=OWN_HUGETLBFS)
 
@@ -119,7 +119,7 @@ def memory_object(name):
 @case("memory-that-was-plugged-before-moves-along")
 def plugged(lab):
     """Two pc-dimms: QEMU at the destination is started with them."""
-    spec = GuestSpec(room_mb=2 * PLUGGED_MB)
+    spec = GuestSpec(room_mb=2 * PLUGGED_MB, fresh=True)
     names = ("dimm0", "dimm1")
     there = [
         word
@@ -140,11 +140,12 @@ def plugged(lab):
 def virtio_mem(lab):
     """Its RAM block is called after the device and the backend. The guest has plugged all of it."""
     device = f"virtio-mem-pci,id=vm0,memdev=vmem0,requested-size={PLUGGED_MB}M"
-    spec = GuestSpec(room_mb=PLUGGED_MB, extra=("-object", memory_object("vmem0"), "-device", device), devices=("rng",))
+    extra = ("-object", memory_object("vmem0"), "-device", device)
+    spec = GuestSpec(room_mb=PLUGGED_MB, extra=extra, devices=("rng",), fresh=True)
     move = Move(lab, spec=spec, settings=("auto-recover=off",))
     wait_for(
         "the guest has plugged the memory of its virtio-mem device",
-        30,
+        LONG,
         lambda: move.source_vm.qmp.command("query-memory-devices")[0]["data"]["size"] == PLUGGED_MB << 20,
     )
     move_with_pattern(move, 1)

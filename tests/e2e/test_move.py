@@ -4,7 +4,7 @@
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
 
@@ -29,7 +29,7 @@ def move_over_tcp(lab):
 
 @case("move-of-two-ram-backends")
 def move_two_backends(lab):
-    move_and_verify(lab, scheme="ofi", spec=GuestSpec(nodes=2, work_threads=2))
+    move_and_verify(lab, scheme="ofi", spec=GuestSpec(nodes=2, work_threads=2, fresh=True))
 
 
 @case("move-back-again-with-the-roles-swapped")
@@ -98,7 +98,7 @@ def statistics_agree(lab):
 @case("each-vcpu-tells-how-long-it-waited")
 def vcpus_waited(lab):
     """Under QEMU's names, for the threads that QEMU says are its vCPUs."""
-    move = Move(lab, spec=GuestSpec(work_threads=2))
+    move = Move(lab, spec=GuestSpec(work_threads=2, fresh=True))
     move.slow_down()
     move.start()
     move.wait_midway()
@@ -161,7 +161,7 @@ def guest_runs_early(lab):
     move.wait_midway()
     wait_for(
         "the guest prints from the destination while its pages travel",
-        40,
+        LONG,
         move.destination_vm.console.last,
     )
     move.expect_midway()

@@ -10,9 +10,10 @@ import struct
 
 from harness.case import case
 from harness.lab import Move
-from harness.process import Failure, expect, wait_for
+from harness.process import LONG, Failure, expect, wait_for
 from harness.vm import GuestSpec
 
+LET_RUN = ("event RESUME", "QEMU lets the guest run already")  # by an event, or as the watch begins
 HANDED_OVER = "the guest at the source, which was handed over"
 FENCED = "its RAM is write-protected: what the destination reads has not changed"
 
@@ -21,7 +22,7 @@ def start_midway(lab, bandwidth="1M", settings=(), **kind):
     """In postcopy, with most of the pages still at the source, and fenced there."""
     move = Move(lab, settings=("auto-recover=off", *settings), **kind)
     move.start_midway(bandwidth, fraction=0.98)
-    wait_for("the source's RAM is fenced", 40, lambda: "is write-protected, which took" in move.source.process.output())
+    wait_for("the source's RAM is fenced", LONG, lambda: "is write-protected, which took" in move.source.process.output())
     return move
 
 
@@ -46,14 +47,14 @@ def reset_instead_of_end(move):
 def hear(move, count):
     """By now it has answered."""
     for _ in range(count):
-        expect(move.source_vm.qmp.answer(20), "the source's QEMU does not answer after the fence was lifted")
+        expect(move.source_vm.qmp.answer(LONG), "the source's QEMU does not answer after the fence was lifted")
 
 
 def finish(move, orders):
     move.full_speed()
     move.wait_completed()
     hear(move, orders)
-    wait_for("the source's guest is stopped", 40, lambda: move.source_vm.status() != "running")
+    wait_for("the source's guest is stopped", LONG, lambda: move.source_vm.status() != "running")
     move.source_vm.quit()
     move.destination_vm.console.wait_verified(move.destination_vm.spec)
     move.destination_vm.console.expect_sound()
@@ -64,7 +65,7 @@ def finish(move, orders):
 def cont(lab):
     move = start_midway(lab)
     orders = order(move, "cont")
-    expect_both_said(move, "event RESUME", FENCED)
+    expect_both_said(move, LET_RUN, FENCED)
     move.expect_midway()
     finish(move, orders)
 
@@ -76,9 +77,9 @@ def cont_cut(lab):
     move.network.link_down(1)
     move.wait_paused()
     orders = order(move, *["cont"] * 20)
-    move.source.wait_said("event RESUME")
+    move.source.wait_said(LET_RUN)
     move.resume(link=2)
-    expect_both_said(move, "event RESUME", FENCED)
+    expect_both_said(move, LET_RUN, FENCED)
     finish(move, orders)
 
 
@@ -101,7 +102,7 @@ def without_engine(lab, *commands):
     orders = order(move, *commands)
     run_unwatched(move)
     move.source.resume()
-    wait_for("the next engine says so", 40, lambda: HANDED_OVER in move.source.query()["postroad"]["reason"])
+    wait_for("the next engine says so", LONG, lambda: HANDED_OVER in move.source.query()["postroad"]["reason"])
     move.destination.wait_status("postcopy-paused")
     move.resume(link=1)
     move.destination.wait_said(HANDED_OVER)
@@ -151,7 +152,7 @@ def cont_late(lab):
     move.wait_completed()
     move.source_vm.qmp.command("cont")
     move.source.wait_said("the destination reads nothing there any more")
-    wait_for("the source's guest is stopped", 40, lambda: move.source_vm.status() == "paused")
+    wait_for("the source's guest is stopped", LONG, lambda: move.source_vm.status() == "paused")
     move.expect_guest_sound()
 
 
@@ -163,7 +164,7 @@ def with_image(lab):
     with open(path, "wb") as image:
         image.truncate(16 << 20)
     spec = GuestSpec(image=path)
-    return Move(lab, spec=spec, settings=("auto-recover=off", "heartbeat-timeout=2000"), program="killable-postroad")
+    return Move(lab, spec=spec, settings=("auto-recover=off", "heartbeat-timeout=4000"), program="killable-postroad")
 
 
 class Locked:
@@ -205,12 +206,12 @@ def runs(vm):
     try:
         return vm.status() == "running"
     except (Failure, OSError):
-        wait_for(f"{vm.name}, which does not answer, has ended", 40, lambda: not vm.process.alive())
+        wait_for(f"{vm.name}, which does not answer, has ended", LONG, lambda: not vm.process.alive())
         return False
 
 
 def source_runs_again(move):
-    wait_for("the source has undone it", 30, lambda: move.source.status() in ("failed", "cancelled"))
+    wait_for("the source has undone it", LONG, lambda: move.source.status() in ("failed", "cancelled"))
     move.expect_source_runs()
     expect(not runs(move.destination_vm), "the guest runs at the destination, too")
 
@@ -250,7 +251,7 @@ def frozen_at(lab, point):
     source_runs_again(move)
     move.destination.thaw()
     ends = THAWED[point]
-    wait_for(f"the destination is {ends}", 30, lambda: move.destination.status() in ends)
+    wait_for(f"the destination is {ends}", LONG, lambda: move.destination.status() in ends)
     source_runs_again(move)
 
 

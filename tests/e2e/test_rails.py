@@ -3,12 +3,12 @@
 
 from harness.case import case
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec
 
-RATE_MBIT = 100
+RATE_MBIT = 50
 # Enough that it takes seconds at this rate; in the end the guest takes another 8 s to verify it.
-SPEC = GuestSpec(ram_mb=256, work_mb=64, work_rate=2000)
+SPEC = GuestSpec(ram_mb=256, work_mb=64, work_rate=1000)
 
 
 def start_over_both(lab, scheme, spec=SPEC):
@@ -16,7 +16,7 @@ def start_over_both(lab, scheme, spec=SPEC):
     move = Move(lab, scheme=scheme, spec=spec)
     move.slow_down("1M")
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
-    wait_for("two rails pull", 30, lambda: rails(move) == 2)
+    wait_for("two rails pull", LONG, lambda: rails(move) == 2)
     move.expect_midway()
     return move
 
@@ -72,9 +72,9 @@ def lose_a_rail(lab, scheme, lose):
     move.slow_down("2M")
     uri = move.uri(link=2)
     before = carried(move).get(uri, 0)
-    wait_for("link2 carries bulk", 30, lambda: carried(move).get(uri, 0) > before + (1 << 20))
+    wait_for("link2 carries bulk", LONG, lambda: carried(move).get(uri, 0) > before + (1 << 20))
     getattr(move.network, lose)(2)
-    wait_for("link2 is given up", 40, lambda: rails(move) == 1)
+    wait_for("link2 is given up", LONG, lambda: rails(move) == 1)
     move.expect_midway()
     move.full_speed()
     move.wait_completed()
@@ -97,7 +97,7 @@ def path_in_use_lost(lab):
     move = start_over_both(lab, "ofi")
     move.slow_down("2M")
     move.network.black_hole(1)
-    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
+    wait_for("the source recovers", LONG, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
     move.expect_midway()
     move.full_speed()
     move.wait_completed()

@@ -5,7 +5,7 @@ import socket
 
 from harness.case import case
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
 
@@ -146,7 +146,7 @@ def without_share(lab):
 
 @case("qemu-with-one-private-ram-backend-is-refused")
 def one_private_backend(lab):
-    move = Move(lab, spec=GuestSpec(nodes=2, share="on,off"))
+    move = Move(lab, spec=GuestSpec(nodes=2, share="on,off", fresh=True))
     move.start()
     expect_failed(move, "ram1", "share=on")
 
@@ -166,7 +166,7 @@ def port_in_use(lab):
     host = lab.network.destination
     vm = Qemu(lab, host, GuestSpec(), incoming=True)
     lab.start("other-program", host.command(["socat", "TCP-LISTEN:4444", "STDOUT"]), gently=False)
-    wait_for("the other program listens", 40, lambda: ":4444" in host.run("ss", "-ltn"))
+    wait_for("the other program listens", LONG, lambda: ":4444" in host.run("ss", "-ltn"))
     said = start_engine(lab, host, vm, "--insecure", "--incoming", "ofi:0.0.0.0:4444")
     expect("4444" in said and "in use" in said, f"the port is not named: {said}")
 

@@ -6,7 +6,7 @@ import shutil
 
 from harness.case import case
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.twins import Twins
 
 
@@ -70,7 +70,7 @@ def qemu_stuck(lab):
     expect(answer is None, f"QEMU's monitor was to hang still, but answers {answer}")
     move.resume(link=1)
     move.full_speed()
-    answer = qemu.qmp.answer(120)
+    answer = qemu.qmp.answer(LONG)
     expect(answer and "return" in answer, f"after the recovery QEMU's monitor answers {answer}")
     move.wait_completed()
     move.expect_guest_sound()
@@ -85,7 +85,7 @@ def qemu_runs_on(lab):
     move.source.note_killed()
     expect(move.source_vm.status() != "running", "the guest was to be stopped when the engine died")
     move.source.resume()
-    wait_for("the engine says what happened", 40, lambda: "it runs on here" in move.source.process.output())
+    wait_for("the engine says what happened", LONG, lambda: "it runs on here" in move.source.process.output())
     move.expect_source_runs()
 
 
@@ -109,7 +109,7 @@ def qemu_not_started(lab):
 # Guests that die
 
 
-@case("qemu-that-dies-at-the-destination-is-told-on-both-sides", alone=True)
+@case("qemu-that-dies-at-the-destination-is-told-on-both-sides")
 def destination_qemu_dies(lab):
     """Nothing can be recovered, and nothing is tried for ever."""
     move = Move(lab)
@@ -131,7 +131,7 @@ def destination_qemu_dies(lab):
         engine.hmp("info migrate")
 
 
-@case("qemu-that-dies-at-the-source-is-told-on-both-sides-and-not-missed", alone=True)
+@case("qemu-that-dies-at-the-source-is-told-on-both-sides-and-not-missed")
 def source_qemu_dies(lab):
     """All that is needed of it is its memory, which its engine has, too."""
     move = move_midway(lab)
@@ -154,7 +154,7 @@ def start_refused(twins, engine, *options):
     """A new engine with these options, which has to end at once; returns what it says of that."""
     before = len(engine.process.output())
     engine.restart(*options)
-    code = engine.process.wait(20)
+    code = engine.process.wait()
     expect(code == 1, f"{engine.name} ended with {code}")
     engine.process.name = f"refused-{engine.name}"
     return engine.process.output()[before:]
@@ -207,7 +207,7 @@ def second_engines(lab):
     for engine in twins.engines:
         for options in ((), ("--resume",)):
             other = lab.start("second-engine", engine.argv + list(options))
-            expect(other.wait(20) == 1, f"a second engine beside {engine.name} ended with {other.exit_code()}")
+            expect(other.wait() == 1, f"a second engine beside {engine.name} ended with {other.exit_code()}")
             said = other.output()
             expect("another engine is attached" in said, f"the refusal does not say why: {said}")
     twins.finish()
@@ -220,7 +220,7 @@ def nothing_to_resume(lab):
     for engine in twins.engines:
         engine.process.stop()
         engine.resume()
-        wait_for(f"{engine.name} says so", 40, lambda e=engine: "nothing to resume" in e.process.output())
+        wait_for(f"{engine.name} says so", LONG, lambda e=engine: "nothing to resume" in e.process.output())
     twins.migrate()
     twins.finish()
 
@@ -234,7 +234,7 @@ def stale_record(lab):
     twins.source_guest.start_again()
     twins.source.restart()
     twins.source.connect()
-    wait_for("the engine says so", 40, lambda: "is about a guest that is gone" in twins.source.process.output())
+    wait_for("the engine says so", LONG, lambda: "is about a guest that is gone" in twins.source.process.output())
     expect(twins.source.status() == "none", f"the source is {twins.source.status()}")
     twins.source_guest.wait_working()
     twins.destination_guest.process.kill()  # it waits for pages for ever
@@ -271,7 +271,7 @@ def by_themselves(lab):
         engine.resume()
         wait_for(
             f"both sides go on after the death of {engine.name}",
-            40,
+            LONG,
             lambda: all(e.status() == "postcopy-active" for e in twins.engines),
         )
         twins.expect_midway()
@@ -284,7 +284,7 @@ def held(lab):
     twins = start_over_both_links(lab)
     twins.source.hmp("migrate_pause")
     twins.destination.wait_status("postcopy-paused")
-    wait_for("the source has noted it", 40, lambda: "held=true" in twins.record())
+    wait_for("the source has noted it", LONG, lambda: "held=true" in twins.record())
     for engine in twins.engines:
         engine.kill()
         engine.resume()

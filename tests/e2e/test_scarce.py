@@ -9,7 +9,7 @@ import resource
 
 from harness.case import case
 from harness.light import LightMove, TestGuest
-from harness.process import Failure, expect, wait_for
+from harness.process import LONG, Failure, expect, wait_for
 from harness.qmp import Qmp, QmpError
 from harness.threads import Threads, thread_names, wait_warm
 
@@ -48,7 +48,7 @@ def attempt(move, limit):
         return False
     info = wait_for(
         f"the migration ends, with {limit}",
-        40,
+        LONG,
         lambda: next((i for i in [move.source.query()] if i["status"] in ("completed", "failed")), None),
     )
     for engine in move.engines:
@@ -58,7 +58,7 @@ def attempt(move, limit):
     expect(info.get("error-desc"), f"no reason is given, with {limit}")
     wait_for(
         f"the destination is ready for another try, with {limit}",
-        40,
+        LONG,
         lambda: move.destination.status() in ("none", "failed", "cancelled"),
     )
     return False
@@ -66,7 +66,7 @@ def attempt(move, limit):
 
 def wait_runs(move, limit):
     """It tells once a second how it is, and may have been stopped for a moment."""
-    wait_for(f"the source's guest runs, with {limit}", 40, lambda: move.source_guest.lines()[-1][0] == "running")
+    wait_for(f"the source's guest runs, with {limit}", LONG, lambda: move.source_guest.lines()[-1][0] == "running")
 
 
 def walk(lab, scheme, side, what, values, tls=False):
@@ -84,7 +84,7 @@ def walk(lab, scheme, side, what, values, tls=False):
         wait_runs(move, name)
         wait_for(
             "what was opened for nothing is closed again",
-            40,
+            LONG,
             lambda: all(open_files(e) <= n + SETTLED_FILES for e, n in zip(move.engines, before)),
         )
     else:
@@ -119,7 +119,7 @@ for _side in ("source", "destination"):
 
 def serves(lab, engine, path):
     """Whether it came so far as to serve its monitor; else it has ended."""
-    wait_for("the engine serves or ends", 40, lambda: os.path.exists(path) or not engine.alive())
+    wait_for("the engine serves or ends", LONG, lambda: os.path.exists(path) or not engine.alive())
     if not engine.alive():
         return False
     try:
@@ -171,7 +171,7 @@ def attempts(move):
 def recovery_lacks_files(lab, side):
     """A recovery that lacks something goes back to paused, over and over, until it has it."""
     with recovery_with(lab, side, resource.RLIMIT_NOFILE, lambda engine: open_files(engine) - 8) as move:
-        wait_for("several recoveries have failed", 90, lambda: attempts(move) >= 4)
+        wait_for("several recoveries have failed", LONG, lambda: attempts(move) >= 4)
         move.expect_midway()
         states = {e.name: e.status() for e in move.engines}
         expect("completed" not in states.values(), f"it went on without: {states}")
@@ -183,7 +183,7 @@ def recovery_with_no_more_memory(lab, side):
     with recovery_with(lab, side, resource.RLIMIT_AS, lambda engine: address_space(engine) - 64 * MIB) as move:
         wait_for(
             "a recovery works, or several have failed",
-            90,
+            LONG,
             lambda: attempts(move) >= 4 or move.source.query()["postroad"]["recoveries"],
         )
         move.expect_midway()
@@ -218,7 +218,7 @@ def threads_walk(lab, side, wanted):
     wait_warm(engine)
     before = len(thread_names(engine))
     for n in range(100):
-        wait_for("the threads of the last try have ended", 40, lambda: len(thread_names(engine)) <= before)
+        wait_for("the threads of the last try have ended", LONG, lambda: len(thread_names(engine)) <= before)
         threads.allow(n)
         if attempt(move, f"room for {n} threads at the {side}"):
             break

@@ -9,7 +9,7 @@ import time
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import Qemu
 
 PYTHON = sys.executable
@@ -102,7 +102,7 @@ def strangers_while_running(lab):
     move.start()
     move.wait_midway()
     strangers = knock(lab)
-    wait_for("the strangers have spoken", 40, lambda: all("sent" in s.output() for s in strangers))
+    wait_for("the strangers have spoken", LONG, lambda: all("sent" in s.output() for s in strangers))
     move.expect_midway()
     move.full_speed()
     move.wait_completed()
@@ -122,7 +122,7 @@ def strangers_while_paused(lab):
     strangers = knock(lab)
     wait_for(
         "every stranger is turned away",
-        40,
+        LONG,
         lambda: all("closed" in s.output() or "reset" in s.output() for s in strangers),
     )
     expect(move.destination.status() == "postcopy-paused", "a stranger moved the paused migration")
@@ -145,7 +145,7 @@ def flood(lab, engines):
         for name, start, times in (("line", b"{[x", 1000000), ("silent", b"", 0)):
             argv = [PYTHON, "-c", FLOOD, "unix", engine.qmp_path, start.hex(), str(times)]
             floods.append(lab.start(f"flood-monitor-{name}-{engine.name}", argv, gently=False))
-    wait_for("all floods have begun", 120, lambda: all("flooding" in f.output() for f in floods))
+    wait_for("all floods have begun", LONG, lambda: all("flooding" in f.output() for f in floods))
     return floods
 
 
@@ -163,7 +163,7 @@ def flooded(lab):
         began = time.monotonic()
         expect(engine.status() == "postcopy-active", f"{engine.name} is {engine.status()} in the flood")
         taken = time.monotonic() - began
-        expect(taken < 10, f"{engine.name} took {taken:.3f} s to answer in the flood")
+        expect(taken < LONG / 4, f"{engine.name} took {taken:.3f} s to answer in the flood")
     move.network.link_down(1)
     move.wait_paused()
     move.source.qmp.command("migrate", uri=move.uri(link=2), resume=True)
@@ -174,7 +174,7 @@ def flooded(lab):
     for engine, count in zip(move.engines, before):
         wait_for(
             f"{engine.name} has closed what it opened for the flood",
-            30,
+            LONG,
             lambda engine=engine, count=count: descriptors(engine) <= count,
         )
         expect(engine.query()["postroad"]["pauses"] == 1, f"{engine.name} paused more than once")
@@ -215,7 +215,7 @@ def not_postroad(lab):
         host.command(["socat", "TCP-LISTEN:8080,fork,reuseaddr", "SYSTEM:echo HTTP/1.1 400 Bad Request"]),
         gently=False,
     )
-    wait_for("the other server listens", 40, lambda: ":8080" in host.run("ss", "-ltn"))
+    wait_for("the other server listens", LONG, lambda: ":8080" in host.run("ss", "-ltn"))
     move.source.hmp(f"migrate -d {move.uri(port=8080)}")
     info = move.source.wait_status("failed")
     expect("8080" in info["error-desc"], f"the error does not name the path: {info['error-desc']}")

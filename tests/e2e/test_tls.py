@@ -4,7 +4,7 @@
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
 
@@ -40,11 +40,11 @@ def tls_standby(lab):
     move.wait_midway()
     wait_for(
         "the other path stands by",
-        40,
+        LONG,
         lambda: "standby" in [path.get("state") for path in move.source.paths()],
     )
     move.network.link_down(1)
-    wait_for("the source recovers", 40, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
+    wait_for("the source recovers", LONG, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
     move.full_speed()
     move.wait_completed()
     move.expect_guest_sound()

@@ -80,6 +80,7 @@ def specs(row):
         backend=row.backend,
         devices=row.devices,
         pflash=row.pflash,
+        fresh=True,
     )
     return spec, replace(spec, qemu=destination.program)
 
@@ -125,7 +126,7 @@ def move_row(lab, row):
 
 
 def register(row):
-    case(row.name())(lambda lab: move_row(lab, row))
+    case(row.name(), heavy=True)(lambda lab: move_row(lab, row))
 
 
 for each in ROWS:
@@ -138,7 +139,7 @@ def expect_refused(lab, source, destination, *words):
     common = {"machine": versions[OLD].machine(Q35), "cpu": "Nehalem-v1"}
     move = Move(
         lab,
-        spec=GuestSpec(**{**common, "qemu": versions[OLD].program, **source}),
+        spec=GuestSpec(**{**common, "qemu": versions[OLD].program, **source}, fresh="devices" in source),
         destination_spec=GuestSpec(**{**common, "qemu": versions[NEW].program, **destination}),
     )
     move.start()

@@ -4,7 +4,7 @@
 import signal
 import subprocess
 
-from .process import Failure, expect, wait_for
+from .process import LONG, Failure, expect, wait_for
 from .qmp import Qmp
 
 class Engine:
@@ -40,7 +40,7 @@ class Engine:
 
     def note_killed(self):
         """It has been killed, and was to be: its exit code is no failure."""
-        self.process.wait(20)
+        self.process.wait()
         expect(self.process.exit_code() == -9, f"{self.name} ended with {self.process.exit_code()}")
         self.process.name = f"killed-{self.name}"
         self.qmp.close()
@@ -70,7 +70,7 @@ class Engine:
         self.connect()
 
     def wait_frozen(self):
-        wait_for(f"{self.name} stops where it is to", 30, lambda: "stopped where it was to be" in self.process.output())
+        wait_for(f"{self.name} stops where it is to", LONG, lambda: "stopped where it was to be" in self.process.output())
 
     def thaw(self):
         self.process.popen.send_signal(signal.SIGCONT)
@@ -84,7 +84,7 @@ class Engine:
         self.restart("--resume")
         self.connect()
 
-    def hmp(self, line, seconds=20):
+    def hmp(self, line, seconds=LONG):
         """What postroadctl prints for one HMP line; QEMU's words for a refusal are in the text."""
         done = self.postroadctl(line, seconds)
         if done.returncode:
@@ -93,7 +93,7 @@ class Engine:
 
     def refused(self, line, *words):
         """Runs a line that has to be refused, with these words in the message."""
-        done = self.postroadctl(line, 20)
+        done = self.postroadctl(line, LONG)
         said = (done.stdout + done.stderr).strip()
         expect(done.returncode != 0, f"{self.name}: '{line}' was not refused; it said: {said!r}")
         for word in words:
@@ -125,7 +125,7 @@ class Engine:
     def remaining(self):
         return self.query().get("ram", {}).get("remaining", 0)
 
-    def wait_status(self, status, seconds=40):
+    def wait_status(self, status, seconds=LONG):
         try:
             wait_for(f"{self.name} is {status}", seconds, lambda: self.status() == status)
         except Failure as failure:
@@ -138,12 +138,13 @@ class Engine:
         events = self.qmp.drain_events()
         return [event["data"]["status"] for event in events if event["event"] == "MIGRATION"]
 
-    def wait_said(self, words, seconds=20):
-        """Waits until its operator has heard these words, in an event."""
+    def wait_said(self, words, seconds=LONG):
+        """Waits for an event whose reason contains these words, or one of several."""
+        wanted = (words,) if isinstance(words, str) else words
         wait_for(
             f"{self.name} says {words!r}",
             seconds,
-            lambda: any(words in (reason or "") for _, reason in self.reasons()),
+            lambda: any(word in (reason or "") for _, reason in self.reasons() for word in wanted),
         )
 
     def reasons(self):

@@ -9,7 +9,7 @@ import tempfile
 
 from .engine import Engine
 from .network import LINKS, Network, run
-from .process import Failure, Process, expect, wait_for
+from .process import LONG, Failure, Process, expect, wait_for
 from .vm import GuestSpec, Qemu
 
 # Slow enough that a guest's memory takes seconds, so that what a test cuts is in the middle of it.
@@ -203,13 +203,13 @@ class Move:
         to be something left."""
         info = wait_for(
             "the destination is in postcopy with pages to come",
-            30,
+            LONG,
             lambda: self._postcopy_with_pages() or self._over(),
         )
         at_start = info["ram"]["remaining"]
         wait_for(
             "part of the pages is in place",
-            60,
+            LONG,
             lambda: self.destination.remaining() <= at_start * fraction,
         )
         self.expect_midway()
@@ -231,17 +231,17 @@ class Move:
         expect(left > 0, "all pages had arrived before the path could be cut: the test proves nothing")
         return left
 
-    def wait_paused(self, seconds=40):
+    def wait_paused(self, seconds=LONG):
         """Both sides in postcopy-paused, with pages still to come."""
         for engine in self.engines:
             engine.wait_status("postcopy-paused", seconds)
         self.expect_midway()
 
-    def wait_recovered(self, seconds=60):
+    def wait_recovered(self, seconds=LONG):
         """The source says that it has, for the first time."""
         wait_for("the source recovers", seconds, lambda: self.source.query()["postroad"]["recoveries"] >= 1)
 
-    def wait_completed(self, seconds=60):
+    def wait_completed(self, seconds=LONG):
         for engine in self.engines:
             info = engine.wait_status("completed", seconds)
             left = info.get("ram", {}).get("remaining")

@@ -8,7 +8,7 @@ import signal
 
 from .engine import Engine
 from .lab import Move, find_built
-from .process import Failure, expect, wait_for
+from .process import LONG, Failure, expect, wait_for
 
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 PACE = "50000"  # us: both threads visit some 640 pages a second, so that they have not soon brought in all
@@ -18,10 +18,10 @@ FINAL = re.compile(r"^final corrupt=(\d+) now=(\d+)$", re.M)
 class TestGuest:
     """One workload program. Paced: what its pages cost is not what is tested here."""
 
-    def __init__(self, lab, host, name, size, incoming=False):
+    def __init__(self, lab, host, name, size, incoming=False, pace=PACE):
         self.socket = lab.path(f"{name}.agent")
         argv = [find_built(lab.build, "workload"), "--socket", self.socket, "--size", size]
-        argv += ["--threads", "2", "--pace", PACE] + (["--incoming"] if incoming else [])
+        argv += ["--threads", "2", "--pace", pace] + (["--incoming"] if incoming else [])
         self.process = lab.start(name, host.command(argv))
 
     def option(self):
@@ -30,7 +30,7 @@ class TestGuest:
     def lines(self):
         return [(word, int(verified), int(corrupt)) for word, verified, _, corrupt in LINE.findall(self.process.output())]
 
-    def wait_running(self, seconds=60):
+    def wait_running(self, seconds=LONG):
         wait_for(
             f"{self.process.name} has filled its memory and runs",
             seconds,
@@ -41,14 +41,14 @@ class TestGuest:
         lines = self.lines()
         return lines[-1][1] if lines else 0
 
-    def wait_goes_on(self, seconds=60):
+    def wait_goes_on(self, seconds=LONG):
         before = self.verified()
         wait_for(f"{self.process.name} runs on", seconds, lambda: self.verified() > before)
 
     def expect_sound(self):
         """Has it verify every page, and ends it."""
         self.process.popen.terminate()
-        code = self.process.wait(30)
+        code = self.process.wait()
         said = FINAL.search(self.process.output())
         expect(said, f"{self.process.name} did not verify its memory: {self.process.output()[-500:]}")
         expect(
@@ -60,18 +60,29 @@ class TestGuest:
 class LightMove(Move):
     """As Move, without a QEMU. wrappers: what the (source, destination) engines are started with, as `nice` is."""
 
-    def __init__(self, lab, scheme="ofi", size="64M", settings=(), port=4444, name="", wrappers=((), ()), tls=False):
+    def __init__(
+        self,
+        lab,
+        scheme="ofi",
+        size="64M",
+        settings=(),
+        port=4444,
+        name="",
+        wrappers=((), ()),
+        tls=False,
+        pace=PACE,
+    ):
         # pylint: disable=super-init-not-called
         self.lab = lab
         self.scheme = scheme
         self.network = lab.network
         self.port = port
-        self.source_guest = TestGuest(lab, self.network.source, f"guest-source{name}", size)
+        self.source_guest = TestGuest(lab, self.network.source, f"guest-source{name}", size, pace=pace)
         self.destination_guest = TestGuest(
-            lab, self.network.destination, f"guest-destination{name}", size, incoming=True
+            lab, self.network.destination, f"guest-destination{name}", size, incoming=True, pace=pace
         )
         for guest in (self.source_guest, self.destination_guest):
-            wait_for("the guest's agent listens", 30, lambda g=guest: os.path.exists(g.socket))
+            wait_for("the guest's agent listens", LONG, lambda g=guest: os.path.exists(g.socket))
         certs = lab.certificates() if tls else (None, None)
         self.source = Engine(
             lab,
@@ -108,7 +119,7 @@ class LightMove(Move):
         """What has arrived is right, and the source's guest has not run since."""
         wait_for(
             "the source guest says that it is stopped",
-            30,
+            LONG,
             lambda: self.source_guest.lines()[-1][0] == "paused",
         )
         self.destination_guest.expect_sound()
@@ -126,7 +137,7 @@ class Frozen:
 
     def __enter__(self):
         self.process.popen.send_signal(signal.SIGSTOP)
-        wait_for(f"{self.process.name} is stopped", 30, lambda: self._state() == "T")
+        wait_for(f"{self.process.name} is stopped", LONG, lambda: self._state() == "T")
 
     def __exit__(self, *_):
         self.process.popen.send_signal(signal.SIGCONT)

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 
-from .process import Failure, Skip, die_with_parent, wait_for
+from .process import LONG, Failure, Skip, die_with_parent, wait_for
 
 LINKS = (1, 2)
 
@@ -46,7 +46,7 @@ class Host:
         )
         wait_for(
             f"a network namespace for {name}",
-            30,
+            LONG,
             lambda: self._namespace(self.holder.pid) != self._namespace(os.getpid()),
         )
 

@@ -7,6 +7,10 @@ import signal
 import subprocess
 import time
 
+# Seconds that a test waits at most for something to happen. Only a failure takes as long, so the bound allows for a machine
+# that is ten times too busy.
+LONG = 120
+
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -81,7 +85,7 @@ class Process:
     def exit_code(self):
         return self.popen.poll()
 
-    def wait(self, seconds=30):
+    def wait(self, seconds=LONG):
         try:
             return self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -92,7 +96,7 @@ class Process:
         if self.alive() and self.gently:
             self.popen.terminate()
             try:
-                self.popen.wait(20)
+                self.popen.wait(LONG)
             except subprocess.TimeoutExpired:
                 pass
         self.kill()

@@ -5,7 +5,7 @@ import json
 import socket
 import time
 
-from .process import Failure, wait_for
+from .process import LONG, Failure, wait_for
 
 
 class QmpError(Failure):
@@ -13,7 +13,7 @@ class QmpError(Failure):
 
 
 class Qmp:
-    def __init__(self, path, seconds=40):
+    def __init__(self, path, seconds=LONG):
         self.path = path
         self.events = []  # all since the connection was made
         self.buffer = b""
@@ -73,7 +73,7 @@ class Qmp:
 
     def command(self, name, /, **arguments):
         self.send(name, **arguments)
-        message = self.answer(20)
+        message = self.answer(LONG)
         if message is None:
             raise Failure(f"monitor {self.path}: no answer to {name}")
         if "error" in message:
@@ -84,7 +84,7 @@ class Qmp:
         """Gives QEMU a file descriptor, under a name."""
         request = json.dumps({"execute": "getfd", "arguments": {"fdname": name}})
         socket.send_fds(self.socket, [request.encode() + b"\n"], [fd])
-        message = self.answer(20)
+        message = self.answer(LONG)
         if message is None or "error" in message:
             raise QmpError(f"monitor {self.path}: getfd was answered with {message}")
 

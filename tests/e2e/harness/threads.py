@@ -5,7 +5,7 @@ import contextlib
 import os
 import struct
 
-from .process import wait_for
+from .process import LONG, wait_for
 
 
 class Threads:
@@ -35,4 +35,4 @@ def thread_names(engine):
 
 def wait_warm(engine):
     """A thread that each engine begins with has ended, and is not going to make room for another one."""
-    wait_for("the engine has warmed up", 40, lambda: "warm-up" not in thread_names(engine))
+    wait_for("the engine has warmed up", LONG, lambda: "warm-up" not in thread_names(engine))

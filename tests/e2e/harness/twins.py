@@ -7,7 +7,7 @@ import re
 import time
 
 from .engine import Engine
-from .process import Failure, expect, wait_for
+from .process import LONG, Failure, expect, wait_for
 
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 OVER = ("none", "failed", "cancelled")
@@ -38,7 +38,7 @@ class Guest:
         seen = len(LINE.findall(self.process.output()))
         wait_for(
             f"{self.name} {what}",
-            60,
+            LONG,
             lambda: len(LINE.findall(self.process.output())) > seen + 1 and wanted(self.last()),
         )
 
@@ -61,7 +61,7 @@ class Guest:
     def verify(self):
         """Reads every page once more, and ends."""
         self.process.popen.terminate()
-        code = self.process.wait(30)
+        code = self.process.wait()
         said = self.process.output().splitlines()[-3:]
         expect(code == 0 and "final corrupt=0 now=0" in said, f"{self.name} ended with {code}: {said}")
 
@@ -77,7 +77,7 @@ class Twins:
         self.destination_guest = Guest(lab, lab.network.destination, size, incoming=True)
         self.guests = (self.source_guest, self.destination_guest)
         for guest in self.guests:
-            wait_for(f"{guest.name} has started", 20, guest.last)
+            wait_for(f"{guest.name} has started", LONG, guest.last)
         self.source = Engine(
             *(lab, lab.network.source, f"agent:{self.source_guest.socket}"), settings=settings, program=program
         )
@@ -100,8 +100,8 @@ class Twins:
     def start_midway(self):
         """In postcopy, with some of the pages in place."""
         self.migrate()
-        at_start = wait_for("the guest is on its way", 40, self._remaining)
-        wait_for("part of the pages is in place", 30, lambda: self.destination.remaining() < at_start * 0.9)
+        at_start = wait_for("the guest is on its way", LONG, self._remaining)
+        wait_for("part of the pages is in place", LONG, lambda: self.destination.remaining() < at_start * 0.9)
         self.expect_midway()
 
     def _remaining(self):
@@ -140,7 +140,7 @@ class Twins:
                 self.migrate(resume=True)
             return found <= {"postcopy-active", "completed"}
 
-        wait_for("both engines have recovered", 60, recovered)
+        wait_for("both engines have recovered", LONG, recovered)
 
     def expect_one_runs(self):
         """It never goes back, so whoever runs at the source must still do so after it was seen to run at the
@@ -168,7 +168,7 @@ class Twins:
             self.source.hmp(f"migrate -d {self.uri()}")
         return False
 
-    def finish(self, seconds=90):
+    def finish(self, seconds=LONG):
         """Sees it through, whatever state it is in, and has every page read at the end."""
         self.full_speed()
         wait_for("the guest has arrived", seconds, self.step)

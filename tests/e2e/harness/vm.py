@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from . import images
 from .devices import device_arguments, pflash_arguments, uses
-from .process import Failure, expect, wait_for
+from .process import LONG, Failure, expect, wait_for
 from .qmp import Qmp
 
 PROGRESS = re.compile(
@@ -144,12 +144,12 @@ class Console:
         lines = self.progress()
         return lines[-1] if lines else None
 
-    def wait_running(self, what, seconds=60):
+    def wait_running(self, what, seconds=LONG):
         """Waits until the guest has printed two more lines, i.e. it runs."""
         seen = len(self.progress())
         wait_for(f"{what}: the guest prints on", seconds, lambda: len(self.progress()) >= seen + 2)
 
-    def wait_verified(self, spec, seconds=120):
+    def wait_verified(self, spec, seconds=LONG):
         """Waits until each of the workers' pages has been verified from now on."""
         first = wait_for("the guest prints its progress", seconds, self.last)
         wait_for(
@@ -158,7 +158,7 @@ class Console:
             lambda: spec.went_round(first, self.last()),
         )
 
-    def wait_surveyed(self, seconds=60):
+    def wait_surveyed(self, seconds=LONG):
         """Waits until every page of RAM that is not the workers' has been read since the first line
         here: from then on the reporter needs nothing that is missing."""
         first = wait_for("the guest prints its progress", seconds, self.progress)[0].surveys
@@ -173,7 +173,7 @@ class Console:
         rounds = DEVICE_ROUNDS.findall(self.text())
         return int(rounds[-1][0]) if rounds else 0
 
-    def wait_devices(self, seconds=60):
+    def wait_devices(self, seconds=LONG):
         """Waits until the guest has used its devices, from now on, and has verified what they hold."""
         first = self.device_rounds()
         wait_for("the guest uses its devices", seconds, lambda: self.device_rounds() >= first + 2)
@@ -237,7 +237,7 @@ class Qemu:
         """A monitor connection of our own; the engine uses the other."""
         wait_for(
             f"{self.name} opens its monitor",
-            20,
+            LONG,
             lambda: os.path.exists(self.second_qmp_path) or not self.process.alive(),
         )
         if not self.process.alive():
@@ -248,9 +248,9 @@ class Qemu:
         return f"qemu:qmp={self.qmp_path}" + (f",agent={self.agent_path}" if self.agent else "")
 
     def wait_booted(self):
-        wait_for(f"the guest of {self.name} has booted and filled its memory", 90, self.console.last)
+        wait_for(f"the guest of {self.name} has booted and filled its memory", LONG, self.console.last)
         if self.spec.devices:
-            wait_for(f"the guest of {self.name} uses its devices", 60, self.console.device_rounds)
+            wait_for(f"the guest of {self.name} uses its devices", LONG, self.console.device_rounds)
 
     def status(self):
         return self.qmp.command("query-status")["status"]
@@ -258,7 +258,7 @@ class Qemu:
     def quit(self):
         """As an operator would end it."""
         self.qmp.send("quit")
-        self.process.wait(20)
+        self.process.wait()
 
 
 def qemu_version(program=QEMU):
