@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * One engine follows another, in one process: under the sanitizers, and where no kill leads to. Engines that are
- * killed are tests/e2e/test_resume.py and test_kill_points.py.
+ * killed are tests/e2e/test_resume.py and test_crash_points.py.
  */
 #include <glib/gstdio.h>
 #include <string.h>
