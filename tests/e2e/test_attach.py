@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Engines that attach to a QEMU which was started for nothing of the kind (guest/attach/): QEMUs of other users and in
-their own sandbox, the preload agent instead, and helpers that die."""
+"""Engines that attach to a QEMU which was started without any preparation (guest/attach/): QEMUs of
+other users and in their own sandbox, the preload agent instead, and helpers that die."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ from harness.lab import Move, children_of
 from harness.process import LONG, Failure, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
-# As libvirt starts QEMU.
+# The options with which libvirt starts QEMU.
 SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 CAPABILITIES = 1 << 19 | 1 << 1  # SYS_PTRACE, DAC_OVERRIDE
-OVER = ("none", "failed", "cancelled")
+OVER = ("none", "failed", "cancelled")  # no migration is under way
 
 
 def uid_of(vm):
@@ -39,22 +39,23 @@ def in_a_sandbox(lab):
 @case("move-of-a-qemu-that-has-become-another-user")
 def runas(lab):
     move = move_and_verify(lab, options=("-runas", "nobody"))
-    expect(uid_of(move.destination_vm) != 0, "QEMU was to be another user's")
+    expect(uid_of(move.destination_vm) != 0, "QEMU runs as root: the test proves nothing")
 
 
 @case("move-of-a-qemu-of-another-user-in-its-own-sandbox")
 def another_user(lab):
-    os.chmod(lab.directory, 0o777)  # its sockets and its console are there
+    os.chmod(lab.directory, 0o777)  # for QEMU's sockets and its console
     wrapper = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--")
     move = move_and_verify(lab, options=SANDBOX, wrapper=wrapper)
-    expect(uid_of(move.destination_vm) != 0, "QEMU was to be another user's")
+    expect(uid_of(move.destination_vm) != 0, "QEMU runs as root: the test proves nothing")
 
 
 def start_refused(lab, host, guest, wrapper=()):
-    """An engine that has to end at once, because of its guest; returns what it says. wrapper: what starts it."""
+    """Starts an engine that must refuse its guest and end. Returns what it prints. wrapper: a command
+    that execs it."""
     argv = [*wrapper, lab.engine_file(), "--guest", guest, "--qmp", lab.path("refused.qmp")]
     engine = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
-    expect(engine.wait() == 1, f"an engine that can't work ended with {engine.exit_code()}")
+    expect(engine.wait() == 1, f"an engine that had to refuse its guest ended with {engine.exit_code()}")
     return engine.output()
 
 
@@ -62,9 +63,9 @@ def start_refused(lab, host, guest, wrapper=()):
 def preloaded(lab):
     move = move_and_verify(lab, agent=True)
     for engine in move.engines:
-        expect(not children_of(engine.process.pid), f"{engine.name} has a helper, and an agent")
+        expect(not children_of(engine.process.pid), f"{engine.name} has a helper as well as an agent")
     said = start_refused(lab, lab.network.destination, f"qemu:qmp={move.destination_vm.qmp_path}")
-    expect("add agent=PATH" in said, f"attaching beside an agent is not refused with the remedy: {said}")
+    expect("add agent=PATH" in said, f"the refusal to attach beside an agent does not name the remedy: {said}")
 
 
 @case("move-of-a-qemu-that-is-named-by-its-pid")
@@ -88,7 +89,7 @@ def helper_of(engine):
 
 @case("helper-that-dies-between-stop-and-run-does-not-keep-the-source-stopped")
 def dies_in_the_switch(lab):
-    """Nothing that the source's guest needs to run on is the helper's."""
+    """The source's guest can run on without the helper."""
     move = Move(lab, settings=("auto-recover=off", "heartbeat-timeout=4000"), program="killable-postroad")
     move.source.restart_to_freeze("source-state-sent")
     move.start()
@@ -96,7 +97,7 @@ def dies_in_the_switch(lab):
     os.kill(helper_of(move.source), signal.SIGKILL)
     move.network.link_down(1)
     move.source.thaw()
-    wait_for("the source has undone it", LONG, lambda: move.source.status() in ("failed", "cancelled"))
+    wait_for("the source has given up the migration", LONG, lambda: move.source.status() in ("failed", "cancelled"))
     move.expect_source_runs()
 
 
@@ -114,7 +115,7 @@ def no_privilege(lab):
 
 @case("helper-has-what-it-needs-and-nothing-else")
 def confined(lab):
-    """It is there until its engine ends, whatever the terminal says."""
+    """It lives until its engine ends, and ignores signals from the terminal."""
     host = lab.network.source
     vm = Qemu(lab, host, GuestSpec())
     engine = Engine(lab, host, vm.guest_option())
@@ -130,8 +131,8 @@ def confined(lab):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(helper, number)
     expect(engine.status() == "none", "the engine does not answer")
-    expect(helper_of(engine) == helper, "the helper has ended by a signal that is for the engine")
-    expect("it has ended" not in engine.process.output(), "the helper has ended by a signal that is for the engine")
+    expect(helper_of(engine) == helper, "a signal that is for the engine has ended the helper")
+    expect("it has ended" not in engine.process.output(), "a signal that is for the engine has ended the helper")
     engine.kill()
     wait_for("the helper ends with its engine", LONG, lambda: not os.path.exists(f"/proc/{helper}"))
 
@@ -148,7 +149,7 @@ def kill_helper(engine):
 
 @case("killed-helpers-in-mid-pull-and-then-their-engines")
 def helpers_die(lab):
-    """The guest goes on with the pages that come, and the next engines have it all."""
+    """The pull goes on without helpers, and the next engines recover."""
     move = Move(lab, settings=("auto-recover=off",))
     move.start_midway()
     for engine in move.engines:
@@ -167,7 +168,8 @@ def helpers_die(lab):
 
 @case("killed-helpers-in-mid-pull-and-the-move-ends-without-them")
 def helpers_not_missed(lab):
-    """The fault mode is left without them. Only engines that are started anew have helpers again."""
+    """The fault mode can be turned off without helpers. Only engines that are started anew have
+    helpers again."""
     move = Move(lab)
     move.start_midway()
     for engine in move.engines:
@@ -192,7 +194,7 @@ def dies_without_helper(lab):
 
 
 def userfaultfds(engine):
-    """How many the engine has, and its helper."""
+    """Counts those of the engine and its helper."""
     folders = [f"/proc/{pid}/fd" for pid in (engine.process.pid, *children_of(engine.process.pid))]
     links = []
     for folder in folders:
@@ -206,17 +208,19 @@ def userfaultfds(engine):
 
 @case("userfaultfds-of-a-killed-qemu-are-closed")
 def killed_qemu_is_let_go(lab):
-    """Else kernel threads that wait for its pages, as KVM's do, would wait for as long as the engine lives."""
+    """Otherwise kernel threads that wait for its pages, such as KVM's, would wait until the engine
+    ends."""
     move = Move(lab, settings=("auto-recover=off",))
     move.start_midway()
     expect(userfaultfds(move.destination) > 0, "the engine has no userfaultfd")
     move.destination_vm.process.kill()
-    wait_for("the engine lets go of it", LONG, lambda: userfaultfds(move.destination) == 0)
+    wait_for("the engine closes its userfaultfds", LONG, lambda: userfaultfds(move.destination) == 0)
     move.destination.wait_status("postcopy-paused")
 
 
-# Where a helper dies, and how often it comes there before. The first stop is the probe's, which makes no calls; then come the
-# state memfd, the fault mode, at the end the same the other way round.
+# The crash points where a helper dies, with the number of the pass. The first stop of QEMU is the
+# probe's, which makes no calls. Then the helper parks the state memfd, and turns the fault mode on. At
+# the end it undoes both in the opposite order.
 WALK = (
     "attach-stopped",
     "attach-stopped:2",
@@ -241,12 +245,13 @@ WALK = (
     "attach-unregistered",
     "attach-uffd-closed",
 )
-# What no move comes to by itself: a case of its own.
+# Points that a move does not reach by itself. Each has its own case.
 ELSEWHERE = ("attach-old-state-closed",)
 
 
 def carry_on(move):
-    """What an operator would do next to get the guest to the destination. True: it is there."""
+    """Does what an operator would do next to move the guest. Returns True when the migration has
+    completed."""
     source, destination = (engine.status() for engine in move.engines)
     if (source, destination) == ("completed", "completed"):
         return True
@@ -260,8 +265,9 @@ def carry_on(move):
 
 
 def wait_killed(engine, point, times):
-    """The helper dies there. Then its engine is killed, too; it may have ended by itself for want of a helper."""
-    said = "killed where it was to be"
+    """Waits until the helper dies at this point, and kills its engine. Without a helper the engine may
+    also have ended by itself."""
+    said = "killed at its crash point"
     wait_for(f"the helper dies at {point}", LONG, lambda: engine.process.output().count(said) == times)
     engine.process.kill()
     engine.process.wait()
@@ -270,8 +276,8 @@ def wait_killed(engine, point, times):
 
 
 def die_and_go_on(lab, *points):
-    """The destination's helpers die, one at each of these points. Its QEMU does not notice, and a new engine finishes the
-    move."""
+    """The destination's helpers die, one at each of these points. Its QEMU lives on, and a new engine
+    completes the move."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off",), program="killable-postroad")
     engine = move.destination
     engine.process.stop()
@@ -295,13 +301,13 @@ for _point in WALK:
 
 @case("helper-killed-at-attach-old-state-closed")
 def old_state(lab):
-    """A state is parked, and forgotten by the next engine, since its migration had not begun."""
+    """A state memfd is parked. The next engine closes it, since its migration had not begun."""
     die_and_go_on(lab, "attach-pushed", "attach-old-state-closed")
 
 
 @case("helper-killed-at-every-point-there-is", light=True)
 def complete(lab):
-    """The list above has all of them."""
+    """The lists above name all of them."""
     listed = subprocess.run(
         [lab.engine_file("killable-postroad")],
         env={**os.environ, "POSTROAD_KILL": "list-attach"},

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An engine dies at every step at which it matters what it leaves behind (migration/core/crash-point.h); the next one takes
-it up. The guest checks all its pages all the time: in the end it runs on one side, with nothing wrong."""
+"""An engine dies at each crash point (migration/core/crash-point.h), and the next one continues. The
+guest verifies its pages all the time. In the end it runs on one side, with no page wrong."""
 
 import os
 import subprocess
@@ -11,7 +11,8 @@ from harness.twins import OVER, Twins
 
 STAYS, GOES, EITHER = "stays at the source", "goes to the destination", "either"
 
-# Point, optionally with how often it is passed, what leads there, and whose the guest is then.
+# The crash point, with the number of the pass unless it is the first; the plan that leads there; and
+# where the guest belongs when the engine has died there.
 WALK = (
     ("source-stopping-noted", "move", STAYS),
     ("source-stopped", "move", STAYS),
@@ -61,10 +62,10 @@ WALK = (
     ("destination-released", "move", GOES),
     ("destination-ended-noted", "undo", STAYS),
 )
-# What a test of the engine in one process looks at instead (test-resume): nothing but luck leads there.
+# Tested in one process instead (tests/integration/test-resume.c): here only luck leads there.
 ELSEWHERE = ("source-taken-back-noted",)
 
-# Where the other engine has to die, so that this one undoes what it did.
+# The crash points of the other engine, for those that an engine reaches only as it undoes a migration.
 OTHER_DIES_AT = {"source-resumed-guest": "destination-loaded", "destination-ended-noted": "source-ram-told"}
 
 
@@ -79,7 +80,7 @@ def start_to_be_killed(twins, side, point):
 
 
 def lead_there(twins, point, plan):
-    """Returns the engines that have died."""
+    """Starts what leads to the crash point. Returns the engines that die."""
     side = side_of(point)
     if plan == "resume":
         twins.start_midway()
@@ -106,16 +107,16 @@ def lead_there(twins, point, plan):
 
 
 def expect_whose(twins, whose):
-    """Once both engines are there again, and the source has noticed."""
+    """Checks on which side the guest is, when both engines run again and the source knows it."""
     wait_for(
-        "the source knows whose the guest is",
+        "the source knows where the guest belongs",
         LONG,
         lambda: twins.source.status() in (*OVER, "postcopy-paused", "completed"),
     )
     if whose == STAYS:
         expect(twins.source.status() in OVER, f"the source is {twins.source.status()}")
         twins.source_guest.wait_running()
-        expect(not twins.destination_guest.running(), "the guest was never handed over, and runs")
+        expect(not twins.destination_guest.running(), "the guest was not handed over, and runs at the destination")
     elif whose == GOES:
         expect(twins.source.status() not in OVER, f"the source is {twins.source.status()}")
         expect(not twins.source_guest.running(), "the guest was handed over, and runs at the source")
@@ -127,7 +128,7 @@ def die_and_go_on(lab, scheme, point, plan, whose):
     for engine in dead:
         engine.note_killed()
         said = engine.process.output()
-        expect("killed where it was to be" in said, f"{engine.name} was not killed at its point")
+        expect("killed at its crash point" in said, f"{engine.name} was not killed at its crash point")
     for engine in dead:
         engine.resume()
     expect_whose(twins, whose)
@@ -149,7 +150,7 @@ for _row in WALK:
 
 @case("killed-at-every-point-there-is", light=True)
 def complete(lab):
-    """The list above has all of them."""
+    """The lists above name all of them."""
     listed = subprocess.run(
         [lab.engine_file("killable-postroad")],
         env={**os.environ, "POSTROAD_KILL": "list"},

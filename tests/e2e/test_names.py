@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Names whose look-up hangs: who asked waits, and nobody else."""
+"""Names whose look-up hangs. The client that gave the name waits, and no other client."""
 
 import time
 
@@ -11,11 +11,12 @@ from harness.qmp import Qmp
 from harness.threads import Threads, wait_warm
 
 NAME = "destination.example"
-HUNG = 4  # seconds that a look-up takes at least, or it did not hang
+HUNG = 4  # seconds; a look-up that takes less did not hang
 
 
 def deaf(lab):
-    """A wrapper for programs at the destination: their name server is behind link 2, which loses what is sent."""
+    """Returns a wrapper for programs at the destination. Their name server is behind link 2, which loses
+    all frames."""
     files = {
         "/etc/resolv.conf": f"nameserver {lab.network.source.address(2)}\n",
         "/etc/nsswitch.conf": "hosts: files dns\n",
@@ -35,7 +36,8 @@ def wait_looks_up(engine):
 
 
 def others_are_served_while(engine, command, uri, meanwhile=lambda: None):
-    """Returns what the command, whose name is not found, is answered in the end."""
+    """Gives the engine a command with a name that can't be looked up. Other clients must be served until
+    its answer comes. Returns the error in the answer, and how many seconds the look-up took."""
     asker = Qmp(engine.qmp_path)
     began = time.monotonic()
     asker.send(command, uri=uri)
@@ -52,7 +54,7 @@ def others_are_served_while(engine, command, uri, meanwhile=lambda: None):
         slowest = max(slowest, time.monotonic() - asked)
     took = time.monotonic() - began
     asker.close()
-    expect(took > HUNG, f"the name was looked up in {took:.2f} s: this proves nothing")
+    expect(took > HUNG, f"the look-up took {took:.2f} s: the test proves nothing")
     expect(slowest < took / 2, f"another client waited for {slowest:.2f} s of the {took:.2f} s that the look-up took")
     expect("error" in answer, f"{command} was answered with {answer}")
     return answer["error"]["desc"], took
@@ -60,7 +62,7 @@ def others_are_served_while(engine, command, uri, meanwhile=lambda: None):
 
 @case("recover-with-a-name-that-no-one-knows-keeps-no-other-client-waiting")
 def recover_hangs(lab):
-    """The address that another client gives meanwhile is taken, and serves."""
+    """Another client gives an address meanwhile, and the recovery works over it."""
     move = LightMove(lab, settings=("auto-recover=off", "standby-paths=off"), wrappers=((), deaf(lab)))
     given = []
 
@@ -75,7 +77,7 @@ def recover_hangs(lab):
     move.wait_paused()
     said, _ = others_are_served_while(move.destination, "migrate-recover", f"tcp:{NAME}:6666", give_address)
     expect(NAME in said and "took too long" in said, f"the error is: {said}")
-    expect(given, "no other command came through meanwhile")
+    expect(given, "no other command was carried out meanwhile")
     move.network.end_black_hole(2)
     move.resume(link=2, port=5555)
     move.full_speed()
@@ -85,7 +87,7 @@ def recover_hangs(lab):
 
 @case("incoming-with-a-name-that-no-one-knows-keeps-no-other-client-waiting")
 def incoming_hangs(lab):
-    """Nor does it keep the engine from ending."""
+    """It does not keep the engine from ending, either."""
     host = lab.network.destination
     guest = TestGuest(lab, host, "guest", "16M", incoming=True)
     engine = Engine(lab, host, guest.option(), wrapper=deaf(lab))
@@ -97,8 +99,8 @@ def incoming_hangs(lab):
 
     said, took = others_are_served_while(engine, "migrate-incoming", f"tcp:{NAME}:4444", ask_too)
     expect(NAME in said and "took too long" in said, f"the error is: {said}")
-    expect(refusals, "nothing else was asked for meanwhile")
-    # The name of this host is in a file.
+    expect(refusals, "no other command was given meanwhile")
+    # The name "localhost" is in /etc/hosts.
     engine.hmp("migrate_incoming ofi:localhost:4444")
     wait_for("it listens", LONG, lambda: "listening on ofi:localhost:4444" in engine.process.output())
 
@@ -121,7 +123,7 @@ def look_up_lacks_threads(lab):
     guest = TestGuest(lab, host, "guest", "16M", incoming=True)
     engine = Engine(lab, host, guest.option(), wrapper=(*deaf(lab), *threads.wrapper))
     wait_warm(engine)
-    # The load thread stays; GIO's that looks up is the last one.
+    # The load thread stays alive after it was started. The thread of GIO that looks up is the last.
     lacking = ((0, 'no thread "errand"'), (1, 'no thread "load"'), (2, 'no thread "spare"'), (2, "took too long"))
     for n, words in lacking:
         threads.allow(n)

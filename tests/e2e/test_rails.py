@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Both links at once: the standby pulls along, and may be lost at any time."""
+"""Both links are rails: the standby path pulls as well, and may be lost at any time."""
 
 from harness.case import case
 from harness.lab import Move
@@ -7,12 +7,13 @@ from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec
 
 RATE_MBIT = 50
-# Enough that it takes seconds at this rate; in the end the guest takes another 8 s to verify it.
+# The pull takes many seconds at this rate. The guest's own faults bring in at most 1000 pages a second.
+# In the end it takes 16 s to verify its pages.
 SPEC = GuestSpec(ram_mb=256, work_mb=64, work_rate=1000)
 
 
 def start_over_both(lab, scheme, spec=SPEC):
-    """In postcopy, with little pulled yet and both links ready to pull."""
+    """Starts a migration, and waits until both links pull, slowly."""
     move = Move(lab, scheme=scheme, spec=spec)
     move.slow_down("1M")
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
@@ -26,7 +27,7 @@ def rails(move):
 
 
 def carried(move):
-    """What each path has carried, as the destination's engine says; the path in use first."""
+    """Returns how many bytes each path has carried, as the destination's engine says."""
     paths = [path for path in move.destination.paths() if path["bytes"]]
     return {path["uri"]: path["bytes"] for path in paths}
 
@@ -38,8 +39,8 @@ def expect_never_paused(move):
 
 
 def both_links_carry(lab, scheme):
-    """Each link is limited to the same rate, so equal shares mean that both were full all the time, and
-    that the pull took half as long as over one."""
+    """Both links are limited to the same rate. So equal shares mean that both were full all the time,
+    and that the pull took half as long as over one link."""
     move = start_over_both(lab, scheme)
     for link in (1, 2):
         move.network.limit_rate(link, RATE_MBIT)

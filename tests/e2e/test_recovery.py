@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Paths that fail in the middle of a postcopy, and what it takes to go on."""
+"""Paths that fail in the middle of postcopy, and recoveries."""
 
 import time
 
@@ -18,7 +18,7 @@ PAUSED_AND_BACK = (
 
 
 def start_and_stop_midway(lab, scheme, slow=SLOW, **kind):
-    """The recovery is the test's to ask for."""
+    """Starts a migration that does not recover by itself, and waits for the middle."""
     move = Move(lab, scheme=scheme, settings=("auto-recover=off",), **kind)
     move.slow_down(slow)
     move.start()
@@ -46,7 +46,7 @@ def recover_tcp(lab):
 
 @case("recover-with-another-transport")
 def recover_other_transport(lab):
-    """The path that is left need not be of the kind that was lost."""
+    """The second path has another transport than the first."""
     move = start_and_stop_midway(lab, "ofi", incoming="ofi:0.0.0.0:4444,tcp:0.0.0.0:4445")
     move.network.link_down(1)
     move.wait_paused()
@@ -58,8 +58,9 @@ def recover_other_transport(lab):
 
 @case("guest-runs-on-with-the-pages-it-has-while-paused")
 def guest_runs_while_paused(lab):
-    """What is missing when the path is cut is the workers' memory: all else goes on. However long it takes until all else
-    has come, most of the workers' memory has not: they wait for the surveyor."""
+    """Only pages of the workers are missing when the path is cut. So everything else in the guest runs
+    on. It may take any time until all other pages have come: the workers wait for the surveyor, so
+    that most of their pages are still missing."""
     spec = GuestSpec(ram_mb=160, work_mb=64, work_rate=0, survey=True, per_survey=1024, fresh=True)
     move = start_and_stop_midway(lab, "ofi", spec=spec, slow="128K")
     move.destination_vm.console.wait_surveyed()
@@ -107,7 +108,7 @@ def recovery_fails_first(lab):
 
 @case("recover-after-silent-loss")
 def silent_loss(lab):
-    """Both ends of the link stay up and no error comes: only the heartbeat can notice."""
+    """Both ends of the link stay up, and there is no error: only the heartbeat can detect this."""
     move = start_and_stop_midway(lab, "ofi")
     move.network.black_hole(1)
     move.wait_paused()
@@ -126,7 +127,7 @@ def same_link(lab):
 
 
 def cut_during_bitmaps(lab, scheme):
-    """The first recovery is cut between two messages of the bitmap exchange, again and again."""
+    """Several recoveries are cut, each after one more message of the bitmap exchange."""
     move = start_and_stop_midway(lab, scheme)
     move.network.link_down(1)
     move.wait_paused()
@@ -154,8 +155,8 @@ def bitmaps_tcp(lab):
 
 @case("recover-on-the-direct-path-after-socat-bridge-died")
 def socat_bridge(lab):
-    """The test that came with the first postcopy recovery: the path is a socat bridge, it is killed, the
-    recovery takes the direct way."""
+    """The test of QEMU's first postcopy recovery: the path is a socat bridge, which is killed. The
+    recovery is over the direct path."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off",))
     host = lab.network.source
     direct = lab.network.destination.address(1)
@@ -176,8 +177,8 @@ def socat_bridge(lab):
 
 @case("recover-while-the-main-loop-of-qemu-is-stuck")
 def main_loop_stuck(lab):
-    """The old worry about postcopy: QEMU's main thread waits for a page that can't come, and nobody can
-    ask for a recovery any more. QEMU's monitor really hangs; ours does not."""
+    """QEMU's main thread waits for a page that can't come, so that its monitor hangs. With a postcopy
+    inside of QEMU nobody could ask for a recovery then. Postroad's monitor does not hang."""
     move = start_and_stop_midway(lab, "ofi")
     move.network.link_down(1)
     move.wait_paused()
@@ -231,7 +232,7 @@ def recover_adds_listener(lab):
 
 
 def recover_by_itself(lab, scheme):
-    """Both paths are listed; each is lost in its turn, nobody asks for anything."""
+    """Both paths are listed. One is lost after the other, and the engines recover by themselves."""
     move = Move(lab, scheme=scheme)
     move.slow_down()
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
@@ -278,7 +279,7 @@ def by_itself_other_transport(lab):
 
 
 def path_of(engine, uri):
-    """What query-paths says of one."""
+    """Returns what query-paths says about one path."""
     return next((path for path in engine.paths() if path["uri"] == uri), {"state": "none"})
 
 

@@ -14,7 +14,7 @@ from harness.vm import Qemu
 
 PYTHON = sys.executable
 
-# Connects, sends what it is given on stdin, and stays connected until it is killed or turned away.
+# Connects, sends its third argument, and stays connected until it is killed or turned away.
 STRANGER = """
 import socket, sys
 peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
@@ -29,8 +29,8 @@ except ConnectionError:
     print("reset", flush=True)
 """
 
-# Connects again and again, says the same each time, and keeps the last 200 connections. Says "flooding" after the
-# first 1000.
+# Connects again and again, sends the same bytes each time, and keeps the last 200 connections. Prints
+# "flooding" after the first 1000.
 FLOOD = """
 import socket, struct, sys
 kind, target, start = sys.argv[1], sys.argv[2], bytes.fromhex(sys.argv[3])
@@ -67,7 +67,7 @@ while True:
 
 
 def garbage():
-    """What strangers say: nothing, noise, other protocols, and lengths that lie."""
+    """Returns what strangers send: nothing, noise, other protocols, and false lengths."""
     noise = random.Random(1)
     return {
         "silent": b"",
@@ -134,7 +134,7 @@ def descriptors(engine):
 
 
 def flood(lab, engines):
-    """Of the destination's port, from an address that is not the source's, and of both monitors."""
+    """Floods the destination's port, from an address that is not the source's, and both monitors."""
     host = lab.network.source
     host.run("ip", "address", "add", "10.77.2.99/24", "dev", "link2")
     floods = []
@@ -151,8 +151,8 @@ def flood(lab, engines):
 
 @case("flood-of-the-port-and-the-monitors-disturbs-nothing", alone=True)
 def flooded(lab):
-    """Neither does the migration pause, nor is the monitor's client that was there kept waiting, nor the source that
-    comes back kept out."""
+    """The migration does not pause, the monitor's first client is answered, and the source can connect
+    again."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off", "connect-timeout=5000"))
     move.slow_down("256K")
     move.start()
@@ -185,8 +185,8 @@ def flooded(lab):
 
 @case("source-of-another-migration-is-turned-away")
 def another_migration(lab):
-    """A second guest knocks on a destination that is taken; its guest runs on, the first is not
-    disturbed."""
+    """A second source connects to a destination that is in use. Its guest runs on, and the first migration
+    is not disturbed."""
     move = Move(lab)
     other_vm = Qemu(lab, lab.network.source, move.source_vm.spec, name="qemu-other")
     other = Engine(lab, lab.network.source, other_vm.guest_option(), name="postroad-other")
@@ -207,7 +207,7 @@ def another_migration(lab):
 
 @case("peer-that-is-not-postroad-is-named-so")
 def not_postroad(lab):
-    """The source connects to something that answers in another language."""
+    """The source connects to a server of another protocol."""
     move = Move(lab, settings=("handshake-timeout=2000",))
     host = lab.network.destination
     server = lab.start(

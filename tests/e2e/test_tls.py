@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrations with certificates, and who is not let in."""
+"""Migrations with certificates, and peers without one."""
 
 from harness.case import case
 from harness.engine import Engine
@@ -9,7 +9,7 @@ from harness.vm import GuestSpec, Qemu
 
 
 def recover_with_tls(lab, scheme):
-    """The path that is cut and the one that is taken are both encrypted."""
+    """Both paths are encrypted: the one that is cut and the one of the recovery."""
     move = Move(lab, scheme=scheme, settings=("auto-recover=off",), tls=True)
     move.slow_down()
     move.start()

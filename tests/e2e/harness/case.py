@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test cases: registered by a decorator, each in a process and a lab of its own. They mostly wait, so several run at a
-time: the machine has a number of shares, and each test takes some of them."""
+"""Test cases. A decorator registers them. Each runs in its own process and its own lab. They mostly
+wait, so several run at a time: the machine has a number of shares, and each test takes some."""
 
 import json
 import multiprocessing
@@ -19,11 +19,11 @@ from .lab import Lab
 from .network import require_namespaces
 from .process import Failure, Skip, die_with_parent
 
-# A busy machine may give a process no CPU for seconds, in which it is silent.
+# A busy machine may give an engine no CPU for seconds, in which it is silent.
 PATIENT = ("heartbeat-timeout=5000", "connect-timeout=10000", "handshake-timeout=60000")
 
-# What a test takes of the machine. On 2 CPUs run 6 tests with two QEMUs each, or 9 with test guests, or 3 that boot a
-# guest: all of these need about as much CPU time as there is.
+# The shares that a test takes. On 2 CPUs run 6 tests with QEMUs, or 9 light ones, or 3 heavy ones:
+# each of these sets needs about as much CPU time as there is.
 SHARES = 9 * os.cpu_count()
 WITH_QEMU, LIGHT, HEAVY = 3, 2, 6
 
@@ -39,8 +39,9 @@ CASES = {}  # by name
 
 
 def case(name, light=False, heavy=False, alone=False):
-    """Registers a test under the behaviour that it proves. light: it has no QEMU. heavy: it boots guests, or starts many
-    processes. alone: others would disturb its measurement, or it would disturb others."""
+    """Registers a test under the behaviour that it proves. light: it has no QEMU. heavy: it boots a
+    guest of its own, or has many processes. alone: it runs while no other test runs, because they
+    would disturb each other."""
 
     def register(function):
         shares = SHARES if alone else HEAVY if heavy else LIGHT if light else WITH_QEMU
@@ -70,7 +71,7 @@ def run_case(name, lab_options):
                 CASES[name].function(lab)
                 expect_engines_healthy(lab)
                 result = "pass"
-            except (Failure, OSError, ArithmeticError, LookupError, TypeError) as error:
+            except (Failure, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
                 result = "fail"
                 kind = "" if isinstance(error, Failure) else traceback.format_exc()
                 message = f"{error}\n{kind}{lab.logs()}"
@@ -82,13 +83,13 @@ def run_case(name, lab_options):
 
 
 def cpu_seconds():
-    """What this process and its children have used."""
+    """Returns the CPU time that this process and its children have used."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def expect_engines_healthy(lab):
-    """A sanitizer's report or a crash fails the test that it happened in."""
+    """Fails the test in which an engine crashed, or a sanitizer reported something."""
     for process in lab.processes:
         if not process.name.startswith("postroad-"):
             continue
@@ -102,16 +103,16 @@ def expect_engines_healthy(lab):
 
 
 def run_in_child(name, lab_options, answer):
-    """The whole life of a test's process. It ends when its parent does, whatever the parent has died of, and clears
-    the lab away."""
+    """Runs in the process of a test. When the parent dies, however that happens, this process gets
+    SIGTERM and removes its lab."""
     die_with_parent(signal.SIGTERM)
-    signal.signal(signal.SIGINT, lambda *_: None)  # the parent gets it, too, and ends this process
+    signal.signal(signal.SIGINT, lambda *_: None)  # the parent gets it as well, and ends us
     if os.getppid() == multiprocessing.parent_process().pid:
         answer.send(run_case(name, lab_options))
 
 
 def outcome_of(name, process, answer, began):
-    """What a test's process has sent, or how it has ended instead."""
+    """Returns the outcome that a test's process has sent. If it sent none, the test has failed."""
     try:
         return answer.recv()
     except EOFError:
@@ -121,8 +122,8 @@ def outcome_of(name, process, answer, began):
 
 
 def run_side_by_side(names, lab_options):
-    """Yields the outcomes as the tests end. Each test has a process: threads that start processes would let these inherit
-    each other's descriptors."""
+    """Yields the outcomes as the tests end. Each test has its own process, because threads that start
+    processes disturb each other: die_with_parent() is about the thread that starts a process."""
     context = multiprocessing.get_context("fork")
     waiting, running, free = list(names), {}, SHARES
     try:
@@ -161,7 +162,7 @@ def run_cases(patterns, lab_options, results_path=None, only_list=False):
     if only_list:
         print("\n".join(names))
         return 0
-    # The longest first, so that short ones fill the gaps at the end.
+    # Tests that take long come first. Short ones then fill the gaps at the end.
     names.sort(key=lambda name: -CASES[name].shares)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="postroad-images-") as folder:

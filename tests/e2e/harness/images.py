@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Linux guests that are booted once in a run, and saved. Tests start from the saved guest: that takes a sixth of the
-CPU time of a boot.
+"""Linux guests that are booted once in a run, and saved. Tests start from the saved guest: under TCG
+that takes a tenth of the CPU time of a boot.
 
-An image is a folder with QEMU's migration stream, and a list of the holes in the files of the guest's RAM. QEMU allocates
-each page of RAM as it loads the stream, zero pages as well. A guest that has booted has holes there, and the source of a
-migration treats holes and zeros differently. So the holes are punched again after the load."""
+An image is a folder with QEMU's migration stream, and a list of the holes in the files of the
+guest's RAM. As QEMU loads the stream it allocates zero pages, too. A guest that has booted has holes
+there, and an engine treats holes and zeros differently. So the holes are punched again after the
+load."""
 
 import contextlib
 import ctypes
@@ -25,14 +26,18 @@ KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate()
 
 
 def ram_files(vm):
-    """The files of a QEMU's RAM, in the order of their creation, as paths that can be opened."""
+    """Returns paths of the files of a QEMU's RAM, in the order of their creation."""
     folder = f"/proc/{vm.process.pid}/fd"
-    paths = [f"{folder}/{number}" for number in sorted(map(int, os.listdir(folder)))]
-    return [path for path in paths if RAM_FILE.search(os.readlink(path))]
+    found = {}  # by inode: the preload agent has descriptors of its own
+    for number in sorted(map(int, os.listdir(folder))):
+        path = f"{folder}/{number}"
+        if RAM_FILE.search(os.readlink(path)):
+            found.setdefault(os.stat(path).st_ino, path)
+    return list(found.values())
 
 
 def holes(path):
-    """(start, end) of each hole of a file."""
+    """Returns (start, end) of each hole of a file."""
     found, at = [], 0
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -58,8 +63,8 @@ def punch(path, ranges):
 
 @contextlib.contextmanager
 def descriptor(vm, argv, end, **files):
-    """Gives QEMU one end of a pipe, as "image"; a process copies between the other end and a file. So QEMU need not open
-    the file, which its sandbox or its user might not allow."""
+    """Gives QEMU one end of a pipe, as "image". A process (argv) copies between the other end and a
+    file. QEMU itself may not be able to open the file, because of its sandbox or its user."""
     process = subprocess.Popen(argv, **{end: subprocess.PIPE}, **files)
     pipe = getattr(process, end)
     try:
@@ -74,7 +79,7 @@ def descriptor(vm, argv, end, **files):
 
 
 def save(vm, folder):
-    """Saves a QEMU, whose guest is stopped then."""
+    """Saves a guest. It is stopped then."""
     vm.qmp.command("stop")
     with open(os.path.join(folder, HOLES), "w") as file:
         json.dump([holes(path) for path in ram_files(vm)], file)
@@ -102,15 +107,15 @@ def load(vm, folder, keep_holes=True):
 
 
 class Images:
-    """The saved guests of one run, in a folder. A guest is booted when the first test asks for its image; other tests that
-    ask for the same image wait meanwhile."""
+    """The saved guests of one run, in a folder. The first test that asks for an image boots the guest.
+    Others that ask for the same image wait meanwhile."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def get(self, guest, boot):
-        """The folder of an image. guest: a text that is the same for guests that may start from the same image. boot():
-        returns a QEMU whose guest has booted."""
+        """Returns the folder of an image. guest: a text; guests with the same text have the same
+        image. boot(): returns a QEMU whose guest has booted."""
         folder = os.path.join(self.folder, hashlib.sha256(guest.encode()).hexdigest()[:16])
         unfinished = f"{folder}.new"
         with open(f"{folder}.lock", "w") as lock:

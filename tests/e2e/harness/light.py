@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two engines, as real processes on two hosts, with the test guest instead of a QEMU: it starts at once, and
-several such pairs fit beside each other. The guest checks all its pages, all the time and at its end."""
+"""Two engines on two hosts, with the test guest (tests/guest/workload.c) instead of a QEMU. It starts
+at once, and several such pairs fit beside each other. The guest verifies its pages all the time,
+and all of them at its end."""
 
 import os
 import re
@@ -11,12 +12,14 @@ from .lab import Move, find_built
 from .process import LONG, Failure, expect, wait_for
 
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
-PACE = "50000"  # us: both threads visit some 640 pages a second, so that they have not soon brought in all
+# us that a thread rests after 16 pages. Both threads visit some 640 pages a second together: at full
+# speed their faults would soon have brought in all pages.
+PACE = "50000"
 FINAL = re.compile(r"^final corrupt=(\d+) now=(\d+)$", re.M)
 
 
 class TestGuest:
-    """One workload program. Paced: what its pages cost is not what is tested here."""
+    """One workload program."""
 
     def __init__(self, lab, host, name, size, incoming=False, pace=PACE):
         self.socket = lab.path(f"{name}.agent")
@@ -46,19 +49,20 @@ class TestGuest:
         wait_for(f"{self.process.name} runs on", seconds, lambda: self.verified() > before)
 
     def expect_sound(self):
-        """Has it verify every page, and ends it."""
+        """Ends the guest, which verifies every page before."""
         self.process.popen.terminate()
         code = self.process.wait()
         said = FINAL.search(self.process.output())
         expect(said, f"{self.process.name} did not verify its memory: {self.process.output()[-500:]}")
         expect(
             code == 0 and said.groups() == ("0", "0"),
-            f"{self.process.name}: {said.group(1)} corrupt pages met, {said.group(2)} found at its end",
+            f"{self.process.name}: {said.group(1)} corrupt pages while it ran, {said.group(2)} at its end",
         )
 
 
 class LightMove(Move):
-    """As Move, without a QEMU. wrappers: what the (source, destination) engines are started with, as `nice` is."""
+    """The same as Move, without a QEMU. wrappers: for the source's and the destination's engine, a
+    command that execs it."""
 
     def __init__(
         self,
@@ -116,7 +120,7 @@ class LightMove(Move):
         self.source.hmp(f"migrate -d {self.uri(**uri) if uri else self.both_uris()}")
 
     def expect_guest_sound(self):
-        """What has arrived is right, and the source's guest has not run since."""
+        """Expects that the source's guest is stopped, and that all pages are right at the destination."""
         wait_for(
             "the source guest says that it is stopped",
             LONG,
@@ -130,7 +134,7 @@ class LightMove(Move):
 
 
 class Frozen:
-    """An engine that is stopped while this lasts."""
+    """Stops a process (SIGSTOP) for the time of a `with` block. It takes anything with a `process`."""
 
     def __init__(self, engine):
         self.process = engine.process

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QMP client: QEMU's monitor and ours speak the same protocol."""
+"""A QMP client, for QEMU's monitor and Postroad's."""
 
 import json
 import socket
@@ -68,7 +68,7 @@ class Qmp:
         self.socket.sendall(json.dumps(request).encode() + b"\n")
 
     def answer(self, seconds):
-        """The answer to what was sent; None: there is none within that time."""
+        """Returns the answer to what was sent, or None if there is none within that time."""
         return self._receive(seconds, lambda message: "return" in message or "error" in message)
 
     def command(self, name, /, **arguments):
@@ -81,7 +81,7 @@ class Qmp:
         return message["return"]
 
     def pass_descriptor(self, name, fd):
-        """Gives QEMU a file descriptor, under a name."""
+        """Gives QEMU a file descriptor under a name (getfd)."""
         request = json.dumps({"execute": "getfd", "arguments": {"fdname": name}})
         socket.send_fds(self.socket, [request.encode() + b"\n"], [fd])
         message = self.answer(LONG)
@@ -89,7 +89,7 @@ class Qmp:
             raise QmpError(f"monitor {self.path}: getfd was answered with {message}")
 
     def drain_events(self):
-        """Reads the events that have arrived."""
+        """Returns all events that have arrived so far."""
         self._receive(0.05, lambda message: False)
         return self.events
 

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The guest of the benchmark: one worker on each vCPU accesses pages of a large buffer and times every
- * access, whichever engine moves the guest.
+ * The workload of the benchmark's guest. One worker on each vCPU accesses pages of a large buffer and
+ * times every access.
  *
- * Nothing falls between two accesses: one lasts from the end of the last to its own end, so that a page
- * of the kernel or of the program that is missing counts, too, and so does a vCPU that is not run. The
- * guest's clock stands still while it is stopped: downtime is not in these figures.
+ * There is no time between two accesses: one lasts from the end of the last to its own end. So a
+ * missing page of the kernel or of the program counts as well, and so does time in which the vCPU is
+ * not run. The guest's clock stands still while it is stopped: downtime is not in these figures.
  *
- * The figures never go over the console. They are kept in a region of their own, a histogram for each
- * SLOT_NS of the guest's clock, and whoever runs the guest reads them in its RAM: the console says in
- * which pages they are. tests/bench/compare/guest.py knows this layout, too.
+ * The figures do not go over the console. They are in a region of the guest's RAM, as a histogram for
+ * each SLOT_NS of the guest's clock, and the benchmark reads them there. The console says in which
+ * pages they are. tests/bench/compare/guest.py knows this layout, too.
  *
  * Environment: lat_mb (size of the buffer, MiB), lat_kind (random-write, sequential, read-mostly, idle),
  * lat_threads, lat_stall_ns (accesses that take as long count as stalls). Prints
@@ -124,7 +124,7 @@ static uint64_t next_random(struct worker *w)
 	return w->random >> 11;
 }
 
-/* Every page that is looked at has to be the right one. */
+/* Checks that a page is the right one. */
 static volatile uint64_t *open_page(struct worker *w, uint64_t number)
 {
 	volatile uint64_t *page = w->buffer + number * WORDS;
@@ -134,7 +134,7 @@ static volatile uint64_t *open_page(struct worker *w, uint64_t number)
 	return page;
 }
 
-/* Workers share the pages, but not the words that they write. */
+/* Workers share the pages, but each writes its own words of them. */
 static void write_word(struct worker *w, uint64_t number)
 {
 	open_page(w, number)[1 + w->id]++;
@@ -214,7 +214,7 @@ static void sleep_until(uint64_t due)
 	clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL);
 }
 
-/* As fast as it goes. */
+/* Accesses without rest. */
 static void run_busy(struct worker *w)
 {
 	for (uint64_t last = now_ns();;) {
@@ -225,7 +225,7 @@ static void run_busy(struct worker *w)
 	}
 }
 
-/* An access every IDLE_NS; it lasts from when it was due, so a wake-up that is late counts. */
+/* An access every IDLE_NS. It lasts from the time when it was due, so a late wake-up counts. */
 static void run_paced(struct worker *w)
 {
 	for (uint64_t due = now_ns();;) {
@@ -234,7 +234,7 @@ static void run_paced(struct worker *w)
 		w->kind->access(w);
 		uint64_t now = now_ns();
 		record(w, now, now - due);
-		if (now > due + IDLE_NS) /* what was missed is not made up for */
+		if (now > due + IDLE_NS) /* accesses that were missed are not made up for */
 			due = now;
 	}
 }
@@ -256,7 +256,7 @@ static void *work(void *opaque)
 		page[0] = STAMP ^ i;
 	}
 	atomic_fetch_add(&n_ready, 1);
-	/* Not asleep: emulated vCPUs have been seen to sleep far too long here. */
+	/* Busy waiting: emulated vCPUs have been seen to sleep far too long here. */
 	while (atomic_load(&n_ready) <= w->n_pages / w->n_own)
 		sched_yield();
 	if (w->kind->paced)
@@ -276,7 +276,7 @@ static void *map_pages(uint64_t size)
 	return at;
 }
 
-/* The cheapest of many, because the others were interrupted. */
+/* Returns the shortest of many readings: the others were interrupted. */
 static uint64_t clock_cost(void)
 {
 	uint64_t best = UINT64_MAX;
