@@ -51,8 +51,8 @@ def another_user(lab):
 
 
 def start_refused(lab, host, guest, wrapper=()):
-    """Starts an engine that must refuse its guest and end. Returns what it prints. wrapper: a command
-    that execs it."""
+    """Starts an engine that must refuse its guest and end. Returns what it prints. wrapper: a
+    command that execs it."""
     argv = [*wrapper, lab.engine_file(), "--guest", guest, "--qmp", lab.path("refused.qmp")]
     engine = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
     expect(engine.wait() == 1, f"an engine that had to refuse its guest ended with {engine.exit_code()}")
@@ -219,8 +219,8 @@ def killed_qemu_is_let_go(lab):
 
 
 # The crash points where a helper dies, with the number of the pass. The first stop of QEMU is the
-# probe's, which makes no calls. Then the helper parks the state memfd, and turns the fault mode on. At
-# the end it undoes both in the opposite order.
+# probe's, which makes no calls. Then the helper parks the state memfd, and turns the fault mode
+# on. At the end it undoes both in the opposite order.
 WALK = (
     "attach-stopped",
     "attach-stopped:2",
@@ -265,8 +265,8 @@ def carry_on(move):
 
 
 def wait_killed(engine, point, times):
-    """Waits until the helper dies at this point, and kills its engine. Without a helper the engine may
-    also have ended by itself."""
+    """Waits until the helper dies at this point, and kills its engine. Without a helper the engine
+    may also have ended by itself."""
     said = "killed at its crash point"
     wait_for(f"the helper dies at {point}", LONG, lambda: engine.process.output().count(said) == times)
     engine.process.kill()
@@ -276,8 +276,8 @@ def wait_killed(engine, point, times):
 
 
 def die_and_go_on(lab, *points):
-    """The destination's helpers die, one at each of these points. Its QEMU lives on, and a new engine
-    completes the move."""
+    """The destination's helpers die, one at each of these points. Its QEMU lives on, and a new
+    engine completes the move."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off",), program="killable-postroad")
     engine = move.destination
     engine.process.stop()

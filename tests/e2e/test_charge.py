@@ -122,8 +122,8 @@ def followed(lab):
 
 @case("guest-whose-memory-cgroup-is-full-waits-until-there-is-room")
 def full(lab):
-    """The kernel kills the process that allocates the guest's pages, and not the guest. Both engines
-    report it."""
+    """The kernel kills the process that allocates the guest's pages, and not the guest. Both
+    engines report it."""
     with cgroups(lab) as groups:
         charged = Charged(groups)
         move = qemu_move(lab, "tcp", {})

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An engine dies at each crash point (migration/core/crash-point.h), and the next one continues. The
-guest verifies its pages all the time. In the end it runs on one side, with no page wrong."""
+"""An engine dies at each crash point (migration/core/crash-point.h), and the next one continues.
+The guest verifies its pages all the time. In the end it runs on one side, with no page wrong."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ from harness.twins import OVER, Twins
 
 STAYS, GOES, EITHER = "stays at the source", "goes to the destination", "either"
 
-# The crash point, with the number of the pass unless it is the first; the plan that leads there; and
-# where the guest belongs when the engine has died there.
+# The crash point, with the number of the pass unless it is the first; the plan that leads there;
+# and where the guest belongs when the engine has died there.
 WALK = (
     ("source-stopping-noted", "move", STAYS),
     ("source-stopped", "move", STAYS),
@@ -65,7 +65,8 @@ WALK = (
 # Tested in one process instead (tests/integration/test-resume.c): here only luck leads there.
 ELSEWHERE = ("source-taken-back-noted",)
 
-# The crash points of the other engine, for those that an engine reaches only as it undoes a migration.
+# The crash points of the other engine, for those that an engine reaches only as it undoes a
+# migration.
 OTHER_DIES_AT = {"source-resumed-guest": "destination-loaded", "destination-ended-noted": "source-ram-told"}
 
 

@@ -15,13 +15,14 @@ from harness.process import LONG, expect, wait_for
 FREEZE_SECONDS = 10
 CALM_ATTEMPTS = 10  # on a busy machine some migrations have an engine that got no CPU for a second
 F_SETPIPE_SZ = 1031
-# Bytes a second, and us that a thread of a guest rests after 16 pages: 64 MiB travel for more than a minute.
+# Bytes a second, and us that a thread of a guest rests after 16 pages: 64 MiB travel for more than
+# a minute.
 SLOW, PACE = "512K", "200000"
 
 
 def pairs_midway(lab):
-    """Starts a pair for each transport, side and kind of recovery, and waits for postcopy. Returns a
-    list of (engine to be frozen, pair, whether it recovers by itself)."""
+    """Starts a pair for each transport, side and kind of recovery, and waits for postcopy. Returns
+    a list of (engine to be frozen, pair, whether it recovers by itself)."""
     pairs = []
     for scheme, side, auto in itertools.product(("ofi", "tcp"), ("source", "destination"), ("on", "off")):
         move = LightMove(

@@ -80,8 +80,8 @@ def preallocated(lab):
 
 @case("huge-pages-stay-reserved")
 def reserved(lab):
-    """The pool has exactly the pages that both guests need. During the move none becomes available to
-    others."""
+    """The pool has exactly the pages that both guests need. During the move none becomes available
+    to others."""
     spec = GuestSpec(backend="huge")
     with huge_pages(2 * spec.ram_mb):
         move = Move(lab, scheme="tcp", spec=spec, settings=("auto-recover=off",))
@@ -147,8 +147,8 @@ def virtio_mem(lab):
 
 
 def move_with_pattern(move, n):
-    """Fills the last n RAM files, which the guest does not use, with a pattern. Moves the guest, with a
-    cut in the middle, and expects the pattern at the destination."""
+    """Fills the last n RAM files, which the guest does not use, with a pattern. Moves the guest,
+    with a cut in the middle, and expects the pattern at the destination."""
     size = PLUGGED_MB << 20
     for seed, path in enumerate(ram_files(move.source_vm)[-n:]):
         write_pattern(path, size, seed)

@@ -97,7 +97,8 @@ def statistics_agree(lab):
 
 @case("each-vcpu-tells-how-long-it-waited")
 def vcpus_waited(lab):
-    """The figures have the names of QEMU's own, and are for the threads that QEMU calls its vCPUs."""
+    """The figures have the names of QEMU's own, and are for the threads that QEMU calls its
+    vCPUs."""
     move = Move(lab, spec=GuestSpec(work_threads=2, fresh=True))
     move.slow_down()
     move.start()
@@ -138,7 +139,8 @@ def private_bytes(pid):
 
 @case("engines-need-little-memory-beside-the-guests")
 def engines_stay_small(lab):
-    """The limit is 64 MiB and 1/8192 of the guest's RAM, in the middle of postcopy and at its end."""
+    """The limit is 64 MiB and 1/8192 of the guest's RAM, in the middle of postcopy and at its
+    end."""
     move = Move(lab)
     limit = (64 << 20) + (move.source_vm.spec.ram_mb << 20) // 8192
     move.slow_down()

@@ -15,8 +15,8 @@ HUNG = 4  # seconds; a look-up that takes less did not hang
 
 
 def deaf(lab):
-    """Returns a wrapper for programs at the destination. Their name server is behind link 2, which loses
-    all frames."""
+    """Returns a wrapper for programs at the destination. Their name server is behind link 2, which
+    loses all frames."""
     files = {
         "/etc/resolv.conf": f"nameserver {lab.network.source.address(2)}\n",
         "/etc/nsswitch.conf": "hosts: files dns\n",
@@ -36,8 +36,9 @@ def wait_looks_up(engine):
 
 
 def others_are_served_while(engine, command, uri, meanwhile=lambda: None):
-    """Gives the engine a command with a name that can't be looked up. Other clients must be served until
-    its answer comes. Returns the error in the answer, and how many seconds the look-up took."""
+    """Gives the engine a command with a name that can't be looked up. Other clients must be served
+    until its answer comes. Returns the error in the answer, and how many seconds the look-up
+    took."""
     asker = Qmp(engine.qmp_path)
     began = time.monotonic()
     asker.send(command, uri=uri)

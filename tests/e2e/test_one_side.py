@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guest runs on one side. Whatever commands the source's QEMU gets after the hand-over, the
-destination's memory stays right, and both engines report it. After a failure before the hand-over the
-source's guest runs on, however long that takes."""
+destination's memory stays right, and both engines report it. After a failure before the hand-over
+the source's guest runs on, however long that takes."""
 
 import contextlib
 import fcntl
@@ -34,15 +34,16 @@ def expect_both_said(move, *words):
 
 
 def order(move, *commands):
-    """Sends commands to the source's QEMU, and returns how many. It may not answer before the fence is
-    lifted."""
+    """Sends commands to the source's QEMU, and returns how many. It may not answer before the
+    fence is lifted."""
     for command in commands:
         move.source_vm.qmp.send(command)
     return len(commands)
 
 
 def reset_instead_of_end(move):
-    """Has the source's QEMU reset its guest. The tests' QEMUs have -no-reboot, which would end it."""
+    """Has the source's QEMU reset its guest. The tests' QEMUs have -no-reboot, which would end
+    it."""
     move.source_vm.qmp.command("set-action", reboot="reset")
 
 
@@ -94,8 +95,8 @@ def run_unwatched(move):
 
 
 def without_engine(lab, *commands):
-    """The write protection holds the guest's writes while there is no engine. The next engine finds a
-    QEMU that does not answer, or whose guest runs, and stops it when it can."""
+    """The write protection holds the guest's writes while there is no engine. The next engine
+    finds a QEMU that does not answer, or whose guest runs, and stops it when it can."""
     move = start_midway(lab)
     move.source.kill()
     # QEMU may not answer the next engine.
@@ -125,8 +126,8 @@ def reset_orphan(lab):
 
 @case("stop-that-hangs-at-the-source-does-not-keep-an-engine-from-following")
 def stop_hangs(lab):
-    """QEMU's monitor does not answer before the fence is lifted. The engine that lifts it must not wait
-    for the answer."""
+    """QEMU's monitor does not answer before the fence is lifted. The engine that lifts it must not
+    wait for the answer."""
     move = start_midway(lab)
     move.source.kill()
     orders = order(move, "cont", "stop", "cont", "stop")
@@ -150,7 +151,8 @@ def system_reset(lab):
 
 @case("cont-at-the-source-after-completion-is-undone")
 def cont_late(lab):
-    """The destination does not need its memory any more. But the guest must not run on both sides."""
+    """The destination does not need its memory any more. But the guest must not run on both
+    sides."""
     move = start_midway(lab)
     move.full_speed()
     move.wait_completed()
@@ -238,8 +240,8 @@ def killed_at(lab, point):
     source_runs_again(move)
 
 
-# The states of the destination after it goes on, for each crash point. When it has loaded the state, it
-# may go on with that before it notices that the source is gone.
+# The states of the destination after it goes on, for each crash point. When it has loaded the
+# state, it may go on with that before it notices that the source is gone.
 THAWED = {
     "destination-listening": ("failed",),
     "destination-loaded": ("failed", "postcopy-paused"),

@@ -7,8 +7,8 @@ from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec
 
 RATE_MBIT = 50
-# The pull takes many seconds at this rate. The guest's own faults bring in at most 1000 pages a second.
-# In the end it takes 16 s to verify its pages.
+# The pull takes many seconds at this rate. The guest's own faults bring in at most 1000 pages a
+# second. In the end it takes 16 s to verify its pages.
 SPEC = GuestSpec(ram_mb=256, work_mb=64, work_rate=1000)
 
 
@@ -39,8 +39,8 @@ def expect_never_paused(move):
 
 
 def both_links_carry(lab, scheme):
-    """Both links are limited to the same rate. So equal shares mean that both were full all the time,
-    and that the pull took half as long as over one link."""
+    """Both links are limited to the same rate. So equal shares mean that both were full all the
+    time, and that the pull took half as long as over one link."""
     move = start_over_both(lab, scheme)
     for link in (1, 2):
         move.network.limit_rate(link, RATE_MBIT)

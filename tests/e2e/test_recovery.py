@@ -58,9 +58,9 @@ def recover_other_transport(lab):
 
 @case("guest-runs-on-with-the-pages-it-has-while-paused")
 def guest_runs_while_paused(lab):
-    """Only pages of the workers are missing when the path is cut. So everything else in the guest runs
-    on. It may take any time until all other pages have come: the workers wait for the surveyor, so
-    that most of their pages are still missing."""
+    """Only pages of the workers are missing when the path is cut. So everything else in the guest
+    runs on. It may take any time until all other pages have come: the workers wait for the
+    surveyor, so that most of their pages are still missing."""
     spec = GuestSpec(ram_mb=160, work_mb=64, work_rate=0, survey=True, per_survey=1024, fresh=True)
     move = start_and_stop_midway(lab, "ofi", spec=spec, slow="128K")
     move.destination_vm.console.wait_surveyed()
@@ -177,8 +177,9 @@ def socat_bridge(lab):
 
 @case("recover-while-the-main-loop-of-qemu-is-stuck")
 def main_loop_stuck(lab):
-    """QEMU's main thread waits for a page that can't come, so that its monitor hangs. With a postcopy
-    inside of QEMU nobody could ask for a recovery then. Postroad's monitor does not hang."""
+    """QEMU's main thread waits for a page that can't come, so that its monitor hangs. With a
+    postcopy inside of QEMU nobody could ask for a recovery then. Postroad's monitor does not
+    hang."""
     move = start_and_stop_midway(lab, "ofi")
     move.network.link_down(1)
     move.wait_paused()

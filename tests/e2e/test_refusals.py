@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bad input, and failures before the migration has begun: the error is clear, the guest runs on, and
-the engine still serves."""
+"""Bad input, and failures before the migration has begun: the error is clear, the guest runs on,
+and the engine still serves."""
 
 import socket
 
@@ -129,8 +129,8 @@ def start_engine(lab, host, vm, *options):
 
 
 def refused_source(lab, *words, spec=None):
-    """The engine refuses a QEMU that can't be moved, and the guest runs on. QEMU has the preload agent,
-    which the engine asks for the RAM as it starts."""
+    """The engine refuses a QEMU that can't be moved, and the guest runs on. QEMU has the preload
+    agent, which the engine asks for the RAM as it starts."""
     vm = Qemu(lab, lab.network.source, spec or GuestSpec(), agent=True)
     vm.wait_booted()
     said = start_engine(lab, lab.network.source, vm)

@@ -55,8 +55,8 @@ def qemu_both(lab):
 
 @case("killed-while-the-main-loop-of-qemu-is-stuck")
 def qemu_stuck(lab):
-    """QEMU's monitor does not answer before a page has come. Only the new engine can bring it in, so
-    it must not wait for QEMU's monitor."""
+    """QEMU's monitor does not answer before a page has come. Only the new engine can bring it in,
+    so it must not wait for QEMU's monitor."""
     move = move_midway(lab)
     move.destination.kill()
     qemu = move.destination_vm
@@ -78,7 +78,8 @@ def qemu_stuck(lab):
 
 @case("killed-when-the-source-qemu-is-stopped-and-it-runs-on")
 def qemu_runs_on(lab):
-    """The source's engine dies when it has stopped and saved its QEMU, and has not handed it over."""
+    """The source's engine dies when it has stopped and saved its QEMU, and has not handed it
+    over."""
     move = Move(lab, settings=("auto-recover=off",), program="killable-postroad")
     move.source.restart_to_be_killed("source-loaded")
     move.start()
@@ -91,9 +92,9 @@ def qemu_runs_on(lab):
 
 @case("killed-before-qemu-is-let-run-at-the-destination")
 def qemu_not_started(lab):
-    """The destination has seen RUN, so its next engine lets the guest run, whatever the source does.
-    QEMU's monitor may not answer from then on, not even to `cont`: the guest waits for pages, perhaps
-    with QEMU's lock held."""
+    """The destination has seen RUN, so its next engine lets the guest run, whatever the source
+    does. QEMU's monitor may not answer from then on, not even to `cont`: the guest waits for
+    pages, perhaps with QEMU's lock held."""
     move = Move(lab, settings=("auto-recover=off",), program="killable-postroad")
     move.destination.restart_to_be_killed("destination-run-noted")
     move.start()
@@ -152,7 +153,8 @@ def source_qemu_dies(lab):
 
 
 def start_refused(twins, engine, *options):
-    """Starts the engine again with these options. It must refuse and end. Returns what it prints."""
+    """Starts the engine again with these options. It must refuse and end. Returns what it
+    prints."""
     before = len(engine.process.output())
     engine.restart(*options)
     code = engine.process.wait()
@@ -281,8 +283,8 @@ def by_themselves(lab):
 
 @case("pause-by-hand-outlives-the-engines", light=True)
 def held(lab):
-    """Only the operator ends it. The engines do not recover by themselves, neither over another listed
-    path nor after a new start."""
+    """Only the operator ends it. The engines do not recover by themselves, neither over another
+    listed path nor after a new start."""
     twins = start_over_both_links(lab)
     twins.source.hmp("migrate_pause")
     twins.destination.wait_status("postcopy-paused")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Engines that run out of descriptors, memory or threads. Before the hand-over the migration fails with
-a reason, after it the migration pauses."""
+"""Engines that run out of descriptors, memory or threads. Before the hand-over the migration fails
+with a reason, after it the migration pauses."""
 
 import contextlib
 import os
@@ -40,8 +40,8 @@ def limited(engine, what, value):
 
 
 def attempt(move, limit):
-    """Tries one migration. Returns whether it has completed. If it has not, there must be a reason, and
-    the guest is at the source."""
+    """Tries one migration. Returns whether it has completed. If it has not, there must be a
+    reason, and the guest is at the source."""
     try:
         move.source.qmp.command("migrate", uri=move.uri(link=1))
     except QmpError as refusal:
@@ -66,8 +66,8 @@ def attempt(move, limit):
 
 
 def wait_runs(move, limit):
-    """Waits until the source's guest runs. It prints a line a second, and may have been stopped for a
-    moment."""
+    """Waits until the source's guest runs. It prints a line a second, and may have been stopped
+    for a moment."""
     wait_for(f"the source's guest runs, with {limit}", LONG, lambda: move.source_guest.lines()[-1][0] == "running")
 
 
@@ -155,8 +155,8 @@ def few_files_at_start(lab):
 
 @contextlib.contextmanager
 def recovery_with(lab, side, what, now):
-    """A migration that loses its path while an engine is limited to what it has now. When the limit is
-    gone, it recovers."""
+    """A migration that loses its path while an engine is limited to what it has now. When the
+    limit is gone, it recovers."""
     move = LightMove(lab, settings=("standby-paths=off", *IMPATIENT))
     engine = getattr(move, side)
     move.start_midway("1M", fraction=0.9)
@@ -182,8 +182,8 @@ def recovery_lacks_files(lab, side):
 
 
 def recovery_with_no_more_memory(lab, side):
-    """The memory that the threads of the lost path have freed may be enough for the next path. If not,
-    the recovery fails, and the engine lives on."""
+    """The memory that the threads of the lost path have freed may be enough for the next path. If
+    not, the recovery fails, and the engine lives on."""
     with recovery_with(lab, side, resource.RLIMIT_AS, lambda engine: address_space(engine) - 64 * MIB) as move:
         wait_for(
             "a recovery works, or several have failed",

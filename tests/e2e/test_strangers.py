@@ -29,8 +29,8 @@ except ConnectionError:
     print("reset", flush=True)
 """
 
-# Connects again and again, sends the same bytes each time, and keeps the last 200 connections. Prints
-# "flooding" after the first 1000.
+# Connects again and again, sends the same bytes each time, and keeps the last 200 connections.
+# Prints "flooding" after the first 1000.
 FLOOD = """
 import socket, struct, sys
 kind, target, start = sys.argv[1], sys.argv[2], bytes.fromhex(sys.argv[3])
@@ -134,7 +134,8 @@ def descriptors(engine):
 
 
 def flood(lab, engines):
-    """Floods the destination's port, from an address that is not the source's, and both monitors."""
+    """Floods the destination's port, from an address that is not the source's, and both
+    monitors."""
     host = lab.network.source
     host.run("ip", "address", "add", "10.77.2.99/24", "dev", "link2")
     floods = []
@@ -151,8 +152,8 @@ def flood(lab, engines):
 
 @case("flood-of-the-port-and-the-monitors-disturbs-nothing", alone=True)
 def flooded(lab):
-    """The migration does not pause, the monitor's first client is answered, and the source can connect
-    again."""
+    """The migration does not pause, the monitor's first client is answered, and the source can
+    connect again."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off", "connect-timeout=5000"))
     move.slow_down("256K")
     move.start()
@@ -185,8 +186,8 @@ def flooded(lab):
 
 @case("source-of-another-migration-is-turned-away")
 def another_migration(lab):
-    """A second source connects to a destination that is in use. Its guest runs on, and the first migration
-    is not disturbed."""
+    """A second source connects to a destination that is in use. Its guest runs on, and the first
+    migration is not disturbed."""
     move = Move(lab)
     other_vm = Qemu(lab, lab.network.source, move.source_vm.spec, name="qemu-other")
     other = Engine(lab, lab.network.source, other_vm.guest_option(), name="postroad-other")

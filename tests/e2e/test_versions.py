@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Moves between versions of QEMU, both ways, with machine types, backends and devices of all kinds, and
-destinations that are refused because they differ.
+"""Moves between versions of QEMU, both ways, with machine types, backends and devices of all
+kinds, and destinations that are refused because they differ.
 
-The versions are Debian 12's, Debian 13's and the newest that Debian has (tests/qemu-versions). A move takes the newest
-machine type that both sides know."""
+The versions are Debian 12's, Debian 13's and the newest that Debian has (tests/qemu-versions). A
+move takes the newest machine type that both sides know."""
 
 import os
 from dataclasses import dataclass, replace
@@ -48,8 +48,9 @@ class Row:
         )
 
 
-# QEMU 10.0 saves a queue of a virtio device in a way that QEMU 11.1 refuses ("vring.num 1024 exceeds
-# allocated max"), also in QEMU's own migration. So no row has virtio from Debian 13 to the newest.
+# QEMU 10.0 saves a queue of a virtio device in a way that QEMU 11.1 refuses ("vring.num 1024
+# exceeds allocated max"), also in QEMU's own migration. So no row has virtio from Debian 13 to the
+# newest.
 ROWS = (
     Row(OLD, OLD, Q35, "memfd", 2, 2, ("virtio-vga", "net-hub", "blk"), pflash=True, scheme="tcp"),
     Row(OLD, MIDDLE, Q35, "file", 4, 1, ALL_SORTS),
@@ -135,8 +136,8 @@ for each in ROWS:
 
 
 def expect_refused(lab, source, destination, *words):
-    """Expects that both sides refuse the move with these words, that the guest was not stopped, and that
-    it runs on."""
+    """Expects that both sides refuse the move with these words, that the guest was not stopped,
+    and that it runs on."""
     versions = qemu_versions()
     common = {"machine": versions[OLD].machine(Q35), "cpu": "Nehalem-v1"}
     move = Move(

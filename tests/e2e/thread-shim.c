@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Preloaded into a program: limits how many more threads it can start. The number is in the first four
- * bytes of the file $THREAD_SHIM. It falls when a thread starts, and rises when a thread ends.
+ * Preloaded into a program: limits how many more threads it can start. The number is in the first
+ * four bytes of the file $THREAD_SHIM. It falls when a thread starts, and rises when a thread
+ * ends.
  */
 #include <dlfcn.h>
 #include <errno.h>

@@ -122,8 +122,9 @@ def outcome_of(name, process, answer, began):
 
 
 def run_side_by_side(names, lab_options):
-    """Yields the outcomes as the tests end. Each test has its own process, because threads that start
-    processes disturb each other: die_with_parent() is about the thread that starts a process."""
+    """Yields the outcomes as the tests end. Each test has its own process, because threads that
+    start processes disturb each other: die_with_parent() is about the thread that starts a
+    process."""
     context = multiprocessing.get_context("fork")
     waiting, running, free = list(names), {}, SHARES
     try:

@@ -69,7 +69,8 @@ class Cgroup:
     def limit(self, size):
         """Limits the memory of the group to `size` bytes, and forbids swapping."""
         swap = self._file("swap")
-        # The limit of version 1 is for memory and swap together; it must not be below that for memory.
+        # The limit of version 1 is for memory and swap together; it must not be below that for
+        # memory.
         swaps = [(swap, size if self.version == 1 else 0)] if os.path.exists(swap) else []
         grows = self.version == 1 and size > int(read(self._file("max")))
         for name, value in [*(swaps if grows else []), (self._file("max"), size), *([] if grows else swaps)]:

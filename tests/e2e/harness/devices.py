@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The devices that a guest can have, by the names that tests use, with QEMU's arguments for each."""
+"""The devices that a guest can have, by the names that tests use, with QEMU's arguments for
+each."""
 
 import os
 import shutil
@@ -58,8 +59,8 @@ def device_arguments(lab, names):
 
 
 def pflash_arguments(lab, name):
-    """Returns QEMU's arguments for OVMF, and those for -machine. The code is read-only. Each side has
-    its own copy of the variables. QEMU keeps pflash in private RAM blocks."""
+    """Returns QEMU's arguments for OVMF, and those for -machine. The code is read-only. Each side
+    has its own copy of the variables. QEMU keeps pflash in private RAM blocks."""
     expect(os.path.exists(OVMF_CODE), f"{OVMF_CODE} is missing; tests/deps.sh installs it")
     variables = lab.path(f"{name}.vars")
     shutil.copyfile(OVMF_VARS, variables)

@@ -41,7 +41,8 @@ class Engine:
         self.qmp = Qmp(self.qmp_path)
 
     def note_killed(self):
-        """Waits until the engine is dead. The test wanted it killed, so its exit code is no failure."""
+        """Waits until the engine is dead. The test wanted it killed, so its exit code is no
+        failure."""
         self.process.wait()
         expect(self.process.exit_code() == -9, f"{self.name} ended with {self.process.exit_code()}")
         self.process.name = f"killed-{self.name}"
@@ -82,7 +83,8 @@ class Engine:
         self.qmp = Qmp(self.qmp_path)
 
     def resume(self):
-        """Starts the engine again with --resume, as an operator or systemd does after it has died."""
+        """Starts the engine again with --resume, as an operator or systemd does after it has
+        died."""
         self.restart("--resume")
         self.connect()
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Huge pages of 2 MiB while they are needed. A helper process enlarges the kernel's pool, and shrinks
-it again when the process that asked for the pages ends, however it ends."""
+"""Huge pages of 2 MiB while they are needed. A helper process enlarges the kernel's pool, and
+shrinks it again when the process that asked for the pages ends, however it ends."""
 
 import contextlib
 import subprocess

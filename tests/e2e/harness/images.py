@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Linux guests that are booted once in a run, and saved. Tests start from the saved guest: under TCG
-that takes a tenth of the CPU time of a boot.
+"""Linux guests that are booted once in a run, and saved. Tests start from the saved guest: under
+TCG that takes a tenth of the CPU time of a boot.
 
 An image is a folder with QEMU's migration stream, and a list of the holes in the files of the
-guest's RAM. As QEMU loads the stream it allocates zero pages, too. A guest that has booted has holes
-there, and an engine treats holes and zeros differently. So the holes are punched again after the
-load."""
+guest's RAM. As QEMU loads the stream it allocates zero pages, too. A guest that has booted has
+holes there, and an engine treats holes and zeros differently. So the holes are punched again after
+the load."""
 
 import contextlib
 import ctypes
@@ -107,8 +107,8 @@ def load(vm, folder, keep_holes=True):
 
 
 class Images:
-    """The saved guests of one run, in a folder. The first test that asks for an image boots the guest.
-    Others that ask for the same image wait meanwhile."""
+    """The saved guests of one run, in a folder. The first test that asks for an image boots the
+    guest. Others that ask for the same image wait meanwhile."""
 
     def __init__(self, folder):
         self.folder = folder

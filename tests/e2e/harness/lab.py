@@ -18,8 +18,8 @@ SLOW = "1M"
 
 class Lab:
     def __init__(self, build, accel, engine_build=None, keep=False, settings=(), images=None):
-        """settings: for all engines; those of a test come after them. images: the saved guests of the
-        run."""
+        """settings: for all engines; those of a test come after them. images: the saved guests of
+        the run."""
         self.build = build
         self.engine_build = engine_build or build
         self.accel = accel

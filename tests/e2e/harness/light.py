@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two engines on two hosts, with the test guest (tests/guest/workload.c) instead of a QEMU. It starts
-at once, and several such pairs fit beside each other. The guest verifies its pages all the time,
-and all of them at its end."""
+"""Two engines on two hosts, with the test guest (tests/guest/workload.c) instead of a QEMU. It
+starts at once, and several such pairs fit beside each other. The guest verifies its pages all the
+time, and all of them at its end."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from .lab import Move, find_built
 from .process import LONG, Failure, expect, wait_for
 
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
-# us that a thread rests after 16 pages. Both threads visit some 640 pages a second together: at full
-# speed their faults would soon have brought in all pages.
+# us that a thread rests after 16 pages. Both threads visit some 640 pages a second together: at
+# full speed their faults would soon have brought in all pages.
 PACE = "50000"
 FINAL = re.compile(r"^final corrupt=(\d+) now=(\d+)$", re.M)
 
@@ -120,7 +120,8 @@ class LightMove(Move):
         self.source.hmp(f"migrate -d {self.uri(**uri) if uri else self.both_uris()}")
 
     def expect_guest_sound(self):
-        """Expects that the source's guest is stopped, and that all pages are right at the destination."""
+        """Expects that the source's guest is stopped, and that all pages are right at the
+        destination."""
         wait_for(
             "the source guest says that it is stopped",
             LONG,
@@ -134,7 +135,8 @@ class LightMove(Move):
 
 
 class Frozen:
-    """Stops a process (SIGSTOP) for the time of a `with` block. It takes anything with a `process`."""
+    """Stops a process (SIGSTOP) for the time of a `with` block. It takes anything with a
+    `process`."""
 
     def __init__(self, engine):
         self.process = engine.process

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two network namespaces joined by two links.
 
-The namespaces have no names. Each belongs to a process that holds it, and is gone with that process.
-So several runs do not disturb each other, and nothing remains of them.
+The namespaces have no names. Each belongs to a process that holds it, and is gone with that
+process. So several runs do not disturb each other, and nothing remains of them.
 
     source                          destination
     10.77.1.1  link1 ────── link1   10.77.1.2
@@ -96,8 +96,8 @@ class Network:
         self.source.run("ip", "link", "set", f"link{link}", "up")
 
     def black_hole(self, link, senders=None):
-        """Loses all frames of a link, with both ends up: they are sent to a MAC address that no host
-        has. senders: only their frames are lost (default: both hosts')."""
+        """Loses all frames of a link, with both ends up: they are sent to a MAC address that no
+        host has. senders: only their frames are lost (default: both hosts')."""
         for host, peer in (self.hosts, self.hosts[::-1]):
             if senders and host not in senders:
                 continue

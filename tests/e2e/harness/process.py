@@ -59,7 +59,8 @@ def raise_on_signals():
 
 
 class Process:
-    """A child process with its output in a log file. gently: stop() sends SIGTERM before SIGKILL."""
+    """A child process with its output in a log file. gently: stop() sends SIGTERM before
+    SIGKILL."""
 
     def __init__(self, name, argv, log, env=None, gently=True):
         self.name = name

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two test guests without a QEMU (tests/guest/workload.c), each with an engine that can kill itself at
-a crash point. The guests start at once, and verify their pages all the time."""
+"""Two test guests without a QEMU (tests/guest/workload.c), each with an engine that can kill
+itself at a crash point. The guests start at once, and verify their pages all the time."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from .process import LONG, Failure, expect, wait_for
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
 OVER = ("none", "failed", "cancelled")
 SLOW = "256K"
-# us that a thread rests after 16 pages. The three threads visit some 500 pages a second together: at
-# full speed their faults would soon have brought in all pages.
+# us that a thread rests after 16 pages. The three threads visit some 500 pages a second together:
+# at full speed their faults would soon have brought in all pages.
 PACE = "100000"
 
 
@@ -69,8 +69,8 @@ class Guest:
 
 
 class Twins:
-    """A guest at the source, and the steps of its migration. The bulk pull is slow until full_speed(),
-    also that of engines which are started later."""
+    """A guest at the source, and the steps of its migration. The bulk pull is slow until
+    full_speed(), also that of engines which are started later."""
 
     def __init__(self, lab, scheme="tcp", size="16M", settings=("auto-recover=off",), program="killable-postroad"):
         self.lab, self.scheme, self.network = lab, scheme, lab.network
@@ -145,17 +145,17 @@ class Twins:
         wait_for("both engines have recovered", LONG, recovered)
 
     def expect_one_runs(self):
-        """Expects that the guest does not run on both sides. The two are looked at one after the other,
-        and the guest may be handed over between. It never goes back to the source: so if both seem to
-        run, the source's is looked at again."""
+        """Expects that the guest does not run on both sides. The two are looked at one after the
+        other, and the guest may be handed over between. It never goes back to the source: so if
+        both seem to run, the source's is looked at again."""
         if not self.destination_guest.running() or not self.source_guest.running():
             return
         self.source_guest.wait_line("prints a line", bool)
         expect(not self.source_guest.running(), "the guest runs on both sides")
 
     def step(self):
-        """Does what an operator would do next to move the guest. Returns True when the migration has
-        completed."""
+        """Does what an operator would do next to move the guest. Returns True when the migration
+        has completed."""
         self.expect_one_runs()
         source, destination = (engine.status() for engine in self.engines)
         if (source, destination) == ("completed", "completed"):

@@ -28,7 +28,8 @@ class Version:
 
 
 def qemu_versions():
-    """Returns the versions from old to new: that of Debian 12, that of Debian 13, and the newest."""
+    """Returns the versions from old to new: that of Debian 12, that of Debian 13, and the
+    newest."""
     done = subprocess.run([SCRIPT, "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failure(f"some versions of QEMU are missing: {done.stderr.strip()}")

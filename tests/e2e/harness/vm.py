@@ -277,8 +277,8 @@ def qemu_version(program=QEMU):
 
 
 def probe_accel(guest_dir, wanted):
-    """Returns the accelerator: the wanted one. If that is "auto": KVM where a guest really boots under
-    it, else TCG."""
+    """Returns the accelerator: the wanted one. If that is "auto": KVM where a guest really boots
+    under it, else TCG."""
     if wanted != "auto":
         return wanted
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):

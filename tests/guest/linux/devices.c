@@ -2,8 +2,8 @@
 /*
  * Uses the devices of the Linux test guest, so that a migration finds them in use. It rewrites and
  * verifies the last 1 MiB of the VGA card's memory and the first 1 MiB of a virtio disk. It reads
- * random numbers, and sends back what it receives by UDP on port 7. Each page holds a pattern made from
- * its position and its generation, which grows with each round.
+ * random numbers, and sends back what it receives by UDP on port 7. Each page holds a pattern made
+ * from its position and its generation, which grows with each round.
  *
  * Environment: devices, with any of "vram", "disk", "rng", "echo", "kvm". After each round over all
  * devices it prints:
@@ -206,8 +206,9 @@ static unsigned long sum_behind(const char *text, const char *word)
 }
 
 /*
- * Prints Linux's clock source, the ticks that the host took from all CPUs (steal), and how often KVM has
- * notified the guest that a page is present (told: interrupts of asynchronous page faults).
+ * Prints Linux's clock source, the ticks that the host took from all CPUs (steal), and how often
+ * KVM has notified the guest that a page is present (told: interrupts of asynchronous page
+ * faults).
  */
 static void print_kvm(void)
 {

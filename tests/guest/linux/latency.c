@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The workload of the benchmark's guest. One worker on each vCPU accesses pages of a large buffer and
- * times every access.
+ * The workload of the benchmark's guest. One worker on each vCPU accesses pages of a large buffer
+ * and times every access.
  *
  * There is no time between two accesses: one lasts from the end of the last to its own end. So a
- * missing page of the kernel or of the program counts as well, and so does time in which the vCPU is
- * not run. The guest's clock stands still while it is stopped: downtime is not in these figures.
+ * missing page of the kernel or of the program counts as well, and so does time in which the vCPU
+ * is not run. The guest's clock stands still while it is stopped: downtime is not in these
+ * figures.
  *
- * The figures do not go over the console. They are in a region of the guest's RAM, as a histogram for
- * each SLOT_NS of the guest's clock, and the benchmark reads them there. The console says in which
- * pages they are. tests/bench/compare/guest.py knows this layout, too.
+ * The figures do not go over the console. They are in a region of the guest's RAM, as a histogram
+ * for each SLOT_NS of the guest's clock, and the benchmark reads them there. The console says in
+ * which pages they are. tests/bench/compare/guest.py knows this layout, too.
  *
- * Environment: lat_mb (size of the buffer, MiB), lat_kind (random-write, sequential, read-mostly, idle),
- * lat_threads, lat_stall_ns (accesses that take as long count as stalls). Prints
+ * Environment: lat_mb (size of the buffer, MiB), lat_kind (random-write, sequential, read-mostly,
+ * idle), lat_threads, lat_stall_ns (accesses that take as long count as stalls). Prints
  *
  *	latency: pages=N clock=tsc clock_ns=90	(cost of reading the clock)
  *	latency: at FIRST+COUNT …		(page frames of the region, in order; several lines)

@@ -1,20 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The workload of the Linux test guest. Workers rewrite and verify every page of a large buffer, and
- * a reporter prints progress lines on the console.
+ * The workload of the Linux test guest. Workers rewrite and verify every page of a large buffer,
+ * and a reporter prints progress lines on the console.
  *
  * Each page holds a stamp (buffer position and generation) and a pattern made from the stamp. A
  * worker visits its pages in a scattered but known order, so that it knows which generation each of
  * them must have. It counts and reports pages that are torn, swapped with another, zeroed or stale.
  *
- * The reporter is a process of its own on CPU 0, and the workers are on CPU 1. So the reporter prints
- * on while workers wait for a page that can't be fetched. They share one page, `stats`: the reporter
- * only reads it, each worker writes its own part, and all accesses are atomic.
+ * The reporter is a process of its own on CPU 0, and the workers are on CPU 1. So the reporter
+ * prints on while workers wait for a page that can't be fetched. They share one page, `stats`: the
+ * reporter only reads it, each worker writes its own part, and all accesses are atomic.
  *
- * The kernel has pages as well, and CPU 0 may need any of them. With work_survey=1 a surveyor on CPU 1
- * reads a word of every page of RAM that is not in the buffer, over and over. When it has finished a
- * round after a switch-over, only pages of the buffer can be missing. With work_per_survey=N the
- * workers visit at most N pages during a round of the surveyor, so that it finishes before they do.
+ * The kernel has pages as well, and CPU 0 may need any of them. With work_survey=1 a surveyor on
+ * CPU 1 reads a word of every page of RAM that is not in the buffer, over and over. When it has
+ * finished a round after a switch-over, only pages of the buffer can be missing. With
+ * work_per_survey=N the workers visit at most N pages during a round of the surveyor, so that it
+ * finishes before they do.
  *
  * Environment: work_mb (size of the buffer, MiB), work_threads, work_rate (pages a second, 0: no
  * limit), work_survey, work_per_survey (pages, 0: no limit). When all pages have their first
