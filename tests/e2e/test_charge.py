@@ -95,7 +95,7 @@ for _scheme in ("tcp", "ofi"):
 
     for _how, _vm in (("attached", {}), ("preload", {"agent": True})):
 
-        @case(f"small-engine-brings-in-a-large-qemu-over-{_scheme}-{_how}")
+        @case(f"small-engine-brings-in-a-large-qemu-over-{_scheme}-{_how}", heavy=True)
         def qemu(lab, scheme=_scheme, vm=_vm):
             with cgroups(lab) as groups:
                 bring_in(qemu_move(lab, scheme, vm), Charged(groups))
@@ -120,7 +120,7 @@ def followed(lab):
         move.expect_guest_sound()
 
 
-@case("guest-whose-memory-cgroup-is-full-waits-until-there-is-room")
+@case("guest-whose-memory-cgroup-is-full-waits-until-there-is-room", heavy=True)
 def full(lab):
     """The kernel kills the process that allocates the guest's pages, and not the guest. Both
     engines report it."""

@@ -40,7 +40,7 @@ def cut_on_the_way(lab, scheme, spec, destination_spec=None, **vm):
 
 
 def register_huge(index, scheme):
-    @case(f"huge-pages-are-cut-on-the-way-over-{scheme}-with-the-{NAMES[index]}-qemu")
+    @case(f"huge-pages-are-cut-on-the-way-over-{scheme}-with-the-{NAMES[index]}-qemu", heavy=True)
     def huge(lab):
         spec = versioned(index, backend="huge")
         with huge_pages(2 * spec.ram_mb):
@@ -52,7 +52,7 @@ for each in (OLD, NEW):
         register_huge(each, scheme)
 
 
-@case("huge-pages-of-a-file-system-that-only-qemu-sees")
+@case("huge-pages-of-a-file-system-that-only-qemu-sees", heavy=True)
 def huge_file(lab):
     spec = GuestSpec(backend="huge-file", nodes=2, fresh=True)
     with huge_pages(2 * spec.ram_mb):
@@ -78,7 +78,7 @@ def preallocated(lab):
     expect(allocated(move.destination_vm) == spec.ram_mb << 20, "memory with prealloc=on was given back")
 
 
-@case("huge-pages-stay-reserved")
+@case("huge-pages-stay-reserved", alone=True)  # others change what is available
 def reserved(lab):
     """The pool has exactly the pages that both guests need. During the move none becomes available
     to others."""
@@ -111,7 +111,7 @@ def memory_object(name):
     return f"memory-backend-memfd,id={name},size={PLUGGED_MB}M,share=on"
 
 
-@case("memory-that-was-plugged-before-moves-along")
+@case("memory-that-was-plugged-before-moves-along", heavy=True)
 def plugged(lab):
     """Two pc-dimms are plugged at the source. QEMU at the destination is started with them."""
     spec = GuestSpec(room_mb=2 * PLUGGED_MB, fresh=True)
@@ -131,7 +131,7 @@ def plugged(lab):
     move_with_pattern(move, len(names))
 
 
-@case("memory-of-a-virtio-mem-device-moves-along")
+@case("memory-of-a-virtio-mem-device-moves-along", heavy=True)
 def virtio_mem(lab):
     """Its RAM block is named after the device and the backend. The guest has plugged all of it."""
     device = f"virtio-mem-pci,id=vm0,memdev=vmem0,requested-size={PLUGGED_MB}M"

@@ -56,7 +56,7 @@ def recover_other_transport(lab):
     move.expect_guest_sound()
 
 
-@case("guest-runs-on-with-the-pages-it-has-while-paused")
+@case("guest-runs-on-with-the-pages-it-has-while-paused", heavy=True)
 def guest_runs_while_paused(lab):
     """Only pages of the workers are missing when the path is cut. So everything else in the guest
     runs on. It may take any time until all other pages have come: the workers wait for the

@@ -40,7 +40,7 @@ CASES = {}  # by name
 
 def case(name, light=False, heavy=False, alone=False):
     """Registers a test under the behaviour that it proves. light: it has no QEMU. heavy: it boots a
-    guest of its own, or has many processes. alone: it runs while no other test runs, because they
+    guest of its own, has many processes, or takes much memory. alone: it runs while no other test runs, because they
     would disturb each other."""
 
     def register(function):

@@ -72,7 +72,7 @@ class Twins:
     """A guest at the source, and the steps of its migration. The bulk pull is slow until
     full_speed(), also that of engines which are started later."""
 
-    def __init__(self, lab, scheme="tcp", size="16M", settings=("auto-recover=off",), program="killable-postroad"):
+    def __init__(self, lab, scheme="tcp", size="32M", settings=("auto-recover=off",), program="killable-postroad"):
         self.lab, self.scheme, self.network = lab, scheme, lab.network
         settings = (*settings, f"max-postcopy-bandwidth={SLOW}")
         self.source_guest = Guest(lab, lab.network.source, size, incoming=False)
@@ -103,7 +103,7 @@ class Twins:
         """Starts a migration, and waits for postcopy with a part of the pages in place."""
         self.migrate()
         at_start = wait_for("the destination is in postcopy", LONG, self._remaining)
-        wait_for("part of the pages is in place", LONG, lambda: self.destination.remaining() < at_start * 0.9)
+        wait_for("part of the pages is in place", LONG, lambda: self.destination.remaining() < at_start * 0.95)
         self.expect_midway()
 
     def _remaining(self):
