@@ -13,7 +13,7 @@ STAYS, GOES, EITHER = "stays at the source", "goes to the destination", "either"
 
 # The crash point, with the number of the pass unless it is the first; the plan that leads there;
 # and where the guest belongs when the engine has died there.
-WALK = (
+POINTS = (
     ("source-stopping-noted", "move", STAYS),
     ("source-stopped", "move", STAYS),
     ("source-ram-told", "move", STAYS),
@@ -142,9 +142,9 @@ def add_case(scheme, point, plan, whose):
     register(lambda lab: die_and_go_on(lab, scheme, point, plan, whose))
 
 
-for _row in WALK:
+for _row in POINTS:
     add_case("tcp", *_row)
-for _row in WALK:
+for _row in POINTS:
     if _row[0] in ("destination-page-landed:30", "destination-page-received:30", "source-run-sent"):
         add_case("ofi", *_row)
 
@@ -159,6 +159,6 @@ def complete(lab):
         text=True,
         check=True,
     ).stdout.split()
-    walked = {point.split(":")[0] for point, _, _ in WALK} | set(ELSEWHERE)
-    if set(listed) != walked:
-        raise Failure(f"not walked: {sorted(set(listed) - walked)}; not there: {sorted(walked - set(listed))}")
+    tested = {point.split(":")[0] for point, _, _ in POINTS} | set(ELSEWHERE)
+    if set(listed) != tested:
+        raise Failure(f"no test for {sorted(set(listed) - tested)}; no such points: {sorted(tested - set(listed))}")

@@ -14,7 +14,7 @@ NAME = "destination.example"
 HUNG = 4  # seconds; a look-up that takes less did not hang
 
 
-def deaf(lab):
+def without_name_server(lab):
     """Returns a wrapper for programs at the destination. Their name server is behind link 2, which
     loses all frames."""
     files = {
@@ -64,7 +64,7 @@ def others_are_served_while(engine, command, uri, meanwhile=lambda: None):
 @case("recover-with-a-name-that-no-one-knows-keeps-no-other-client-waiting")
 def recover_hangs(lab):
     """Another client gives an address meanwhile, and the recovery works over it."""
-    move = LightMove(lab, settings=("auto-recover=off", "standby-paths=off"), wrappers=((), deaf(lab)))
+    move = LightMove(lab, settings=("auto-recover=off", "standby-paths=off"), wrappers=((), without_name_server(lab)))
     given = []
 
     def give_address():
@@ -91,7 +91,7 @@ def incoming_hangs(lab):
     """It does not keep the engine from ending, either."""
     host = lab.network.destination
     guest = TestGuest(lab, host, "guest", "16M", incoming=True)
-    engine = Engine(lab, host, guest.option(), wrapper=deaf(lab))
+    engine = Engine(lab, host, guest.option(), wrapper=without_name_server(lab))
     refusals = []
 
     def ask_too():
@@ -105,7 +105,7 @@ def incoming_hangs(lab):
     engine.hmp("migrate_incoming ofi:localhost:4444")
     wait_for("it listens", LONG, lambda: "listening on ofi:localhost:4444" in engine.process.output())
 
-    other = Engine(lab, host, TestGuest(lab, host, "other", "16M").option(), name="other", wrapper=deaf(lab))
+    other = Engine(lab, host, TestGuest(lab, host, "other", "16M").option(), name="other", wrapper=without_name_server(lab))
     asker = Qmp(other.qmp_path)
     asker.send("migrate-incoming", uri=f"tcp:{NAME}:4445")
     wait_looks_up(other)
@@ -122,7 +122,7 @@ def look_up_lacks_threads(lab):
     host = lab.network.destination
     threads = Threads(lab, "destination")
     guest = TestGuest(lab, host, "guest", "16M", incoming=True)
-    engine = Engine(lab, host, guest.option(), wrapper=(*deaf(lab), *threads.wrapper))
+    engine = Engine(lab, host, guest.option(), wrapper=(*without_name_server(lab), *threads.wrapper))
     wait_warm(engine)
     # The load thread stays alive after it was started. The thread of GIO that looks up is the last.
     lacking = ((0, 'no thread "errand"'), (1, 'no thread "load"'), (2, 'no thread "spare"'), (2, "took too long"))

@@ -33,7 +33,7 @@ def expect_both_said(move, *words):
             engine.wait_said(words)
 
 
-def order(move, *commands):
+def send_commands(move, *commands):
     """Sends commands to the source's QEMU, and returns how many. It may not answer before the
     fence is lifted."""
     for command in commands:
@@ -53,10 +53,10 @@ def read_answers(move, count):
         expect(move.source_vm.qmp.answer(LONG), "the source's QEMU does not answer after the fence was lifted")
 
 
-def finish(move, orders):
+def finish(move, sent):
     move.full_speed()
     move.wait_completed()
-    read_answers(move, orders)
+    read_answers(move, sent)
     wait_for("the source's guest is stopped", LONG, lambda: move.source_vm.status() != "running")
     move.source_vm.quit()
     move.destination_vm.console.wait_verified(move.destination_vm.spec)
@@ -67,10 +67,10 @@ def finish(move, orders):
 @case("cont-at-the-source-in-mid-postcopy-changes-no-page")
 def cont(lab):
     move = start_midway(lab)
-    orders = order(move, "cont")
+    sent = send_commands(move, "cont")
     expect_both_said(move, LET_RUN, FENCED)
     move.expect_midway()
-    finish(move, orders)
+    finish(move, sent)
 
 
 @case("cont-again-and-again-at-the-source-while-the-path-is-cut-changes-no-page")
@@ -79,11 +79,11 @@ def cont_cut(lab):
     move = start_midway(lab)
     move.network.link_down(1)
     move.wait_paused()
-    orders = order(move, *["cont"] * 20)
+    sent = send_commands(move, *["cont"] * 20)
     move.source.wait_said(LET_RUN)
     move.resume(link=2)
     expect_both_said(move, LET_RUN, FENCED)
-    finish(move, orders)
+    finish(move, sent)
 
 
 def run_unwatched(move):
@@ -103,7 +103,7 @@ def without_engine(lab, *commands):
     move.source.argv = [*move.source.argv, "--set", "guest-timeout=2000"]
     if "system_reset" in commands:
         reset_instead_of_end(move)
-    orders = order(move, *commands)
+    sent = send_commands(move, *commands)
     run_unwatched(move)
     move.source.resume()
     wait_for("the next engine says so", LONG, lambda: HANDED_OVER in move.source.query()["postroad"]["reason"])
@@ -111,7 +111,7 @@ def without_engine(lab, *commands):
     move.resume(link=1)
     move.destination.wait_said(HANDED_OVER)
     move.destination.wait_said(FENCED)
-    finish(move, orders)
+    finish(move, sent)
 
 
 @case("cont-at-the-source-without-an-engine-changes-no-page")
@@ -130,23 +130,23 @@ def stop_hangs(lab):
     wait for the answer."""
     move = start_midway(lab)
     move.source.kill()
-    orders = order(move, "cont", "stop", "cont", "stop")
-    answered = sum(1 for _ in range(orders) if move.source_vm.qmp.answer(1))
+    sent = send_commands(move, "cont", "stop", "cont", "stop")
+    answered = sum(1 for _ in range(sent) if move.source_vm.qmp.answer(1))
     move.source.resume()
     move.source.wait_status("postcopy-paused")
     move.destination.wait_status("postcopy-paused")
     move.resume(link=1)
-    finish(move, orders - answered)
+    finish(move, sent - answered)
 
 
 @case("system-reset-at-the-source-in-mid-postcopy-changes-no-page")
 def system_reset(lab):
     move = start_midway(lab)
     reset_instead_of_end(move)
-    orders = order(move, "system_reset", "cont")
+    sent = send_commands(move, "system_reset", "cont")
     expect_both_said(move, FENCED)
     move.expect_midway()
-    finish(move, orders)
+    finish(move, sent)
 
 
 @case("cont-at-the-source-after-completion-is-undone")

@@ -82,7 +82,7 @@ def garbage():
     }
 
 
-def knock(lab, port=4444):
+def send_garbage(lab, port=4444):
     host = lab.network.source
     strangers = []
     for name, data in garbage().items():
@@ -101,7 +101,7 @@ def strangers_while_running(lab):
     move.slow_down()
     move.start()
     move.wait_midway()
-    strangers = knock(lab)
+    strangers = send_garbage(lab)
     wait_for("the strangers have spoken", LONG, lambda: all("sent" in s.output() for s in strangers))
     move.expect_midway()
     move.full_speed()
@@ -119,7 +119,7 @@ def strangers_while_paused(lab):
     move.wait_midway()
     move.network.link_down(1)
     move.wait_paused()
-    strangers = knock(lab)
+    strangers = send_garbage(lab)
     wait_for(
         "every stranger is turned away",
         LONG,
