@@ -61,7 +61,7 @@ def guest_runs_while_paused(lab):
     """Only pages of the workers are missing when the path is cut. So everything else in the guest
     runs on. It may take any time until all other pages have come: the workers wait for the
     surveyor, so that most of their pages are still missing."""
-    spec = GuestSpec(ram_mb=160, work_mb=64, work_rate=0, survey=True, per_survey=1024, fresh=True)
+    spec = GuestSpec(ram_mb=128, work_mb=32, work_rate=0, survey=True, per_survey=1024, fresh=True)
     move = start_and_stop_midway(lab, "ofi", spec=spec, slow="128K")
     move.destination_vm.console.wait_surveyed()
     move.network.link_down(1)

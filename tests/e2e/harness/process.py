@@ -9,7 +9,7 @@ import time
 
 # Seconds that a test waits at most for something to happen. Only a failure takes as long. So the
 # bound allows for a machine that is very busy.
-LONG = 120
+LONG = 240
 
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
