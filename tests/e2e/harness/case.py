@@ -23,8 +23,9 @@ from .process import Failure, Skip, die_with_parent
 PATIENT = ("heartbeat-timeout=5000", "connect-timeout=10000", "handshake-timeout=60000")
 
 # The shares that a test takes. On 2 CPUs run 6 tests with QEMUs, or 9 light ones, or 3 heavy ones:
-# each of these sets needs about as much CPU time as there is.
-SHARES = 9 * os.cpu_count()
+# each of these sets needs about as much CPU time as there is, and up to 5 GB of memory. More CPUs
+# than 8 would take too much memory.
+SHARES = 9 * min(os.cpu_count(), 8)
 WITH_QEMU, LIGHT, HEAVY = 3, 2, 6
 
 
@@ -39,9 +40,12 @@ CASES = {}  # by name
 
 
 def case(name, light=False, heavy=False, alone=False):
-    """Registers a test under the behaviour that it proves. light: it has no QEMU. heavy: it boots a
-    guest of its own, has many processes, or takes much memory. alone: it runs while no other test runs, because they
-    would disturb each other."""
+    """Registers a test under the behaviour that it proves. light: it has no QEMU. heavy: it boots
+    a guest of its own, has many processes, or takes much memory. alone: it runs while no other
+    test runs, because they would disturb each other."""
+
+    if name in CASES:
+        raise ValueError(f"there are two tests called {name}")
 
     def register(function):
         shares = SHARES if alone else HEAVY if heavy else LIGHT if light else WITH_QEMU

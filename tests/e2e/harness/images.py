@@ -119,6 +119,7 @@ class Images:
         folder = os.path.join(self.folder, hashlib.sha256(guest.encode()).hexdigest()[:16])
         unfinished = f"{folder}.new"
         with open(f"{folder}.lock", "w") as lock:
+            # Ended by the test that boots the guest: its end releases the lock, too.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not os.path.exists(folder):
                 os.makedirs(unfinished, exist_ok=True)
