@@ -128,17 +128,17 @@ def log_into_a_full_pipe(lab, side):
         os.close(pipe)
 
 
-@case("log-into-a-pipe-that-nobody-reads-holds-up-no-source")
+@case("log-into-a-pipe-that-nobody-reads-holds-up-no-source", light=True)
 def full_pipe_source(lab):
     log_into_a_full_pipe(lab, "source")
 
 
-@case("log-into-a-pipe-that-nobody-reads-holds-up-no-destination")
+@case("log-into-a-pipe-that-nobody-reads-holds-up-no-destination", light=True)
 def full_pipe_destination(lab):
     log_into_a_full_pipe(lab, "destination")
 
 
-@case("log-on-a-full-disk-holds-up-nobody-and-what-is-missing-is-said")
+@case("log-on-a-full-disk-holds-up-nobody-and-what-is-missing-is-said", light=True)
 def full_disk(lab):
     disk = lab.path("disk")
     os.mkdir(disk)
@@ -176,12 +176,12 @@ def guest_does_not_answer(lab, side):
     move.expect_guest_sound()
 
 
-@case("guest-that-does-not-answer-is-named-at-the-source")
+@case("guest-that-does-not-answer-is-named-at-the-source", light=True)
 def mute_guest_source(lab):
     guest_does_not_answer(lab, "source")
 
 
-@case("guest-that-does-not-answer-is-named-at-the-destination")
+@case("guest-that-does-not-answer-is-named-at-the-destination", light=True)
 def mute_guest_destination(lab):
     guest_does_not_answer(lab, "destination")
 
@@ -207,7 +207,7 @@ def healthy(lab):
 YEAR = 365 * 24 * 3600
 
 
-@case("wall-clock-that-jumps-pauses-nobody")
+@case("wall-clock-that-jumps-pauses-nobody", light=True)
 def clock_jumps(lab):
     """The wall clocks of both engines jump by years, forth and back. No timer depends on them."""
     clock = lab.path("clock")

@@ -62,7 +62,7 @@ def others_are_served_while(engine, command, uri, meanwhile=lambda: None):
     return answer["error"]["desc"]
 
 
-@case("recover-with-a-name-that-no-one-knows-keeps-no-other-client-waiting")
+@case("recover-with-a-name-that-no-one-knows-keeps-no-other-client-waiting", light=True)
 def recover_hangs(lab):
     """Another client gives an address meanwhile, and the recovery works over it."""
     move = LightMove(lab, settings=("auto-recover=off", "standby-paths=off"), wrappers=((), without_name_server(lab)))
@@ -87,7 +87,7 @@ def recover_hangs(lab):
     move.expect_guest_sound()
 
 
-@case("incoming-with-a-name-that-no-one-knows-keeps-no-other-client-waiting")
+@case("incoming-with-a-name-that-no-one-knows-keeps-no-other-client-waiting", light=True)
 def incoming_hangs(lab):
     """It does not keep the engine from ending, either."""
     host = lab.network.destination
@@ -118,7 +118,7 @@ def incoming_hangs(lab):
     expect(ended < RESOLVER_SECONDS * 2 / 3, f"it ended after {ended:.1f} s, as if it waited for the look-up")
 
 
-@case("look-up-without-threads-is-refused-in-words")
+@case("look-up-without-threads-is-refused-in-words", light=True)
 def look_up_lacks_threads(lab):
     host = lab.network.destination
     threads = Threads(lab, "destination")
