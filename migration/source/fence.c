@@ -132,13 +132,12 @@ static gpointer fence_thread(gpointer opaque)
 
 void pr_source_fence(PrSource *source)
 {
-	PrSession *session = source->session;
 	g_autoptr(GError) error = NULL;
 
 	source->fence_thread = pr_thread_try("fence", fence_thread, source, &error);
 	/* Without a thread the owner fences. */
 	if (!source->fence_thread)
-		fence_thread(session);
+		fence_thread(source);
 }
 
 void pr_source_await_fence(PrSource *source)

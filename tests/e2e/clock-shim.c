@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Preloaded into a program: shifts its wall clock, and nothing else, by as many seconds as the first eight bytes of
- * the file $CLOCK_SHIM say at that moment.
+ * Preloaded into a program: shifts its wall clock, and no other clock. The first eight bytes of the
+ * file $CLOCK_SHIM say by how many seconds at that moment.
  */
 #include <fcntl.h>
 #include <stdint.h>
@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-static const int64_t *offset; /* of the file; NULL: none */
+static const int64_t *offset; /* mapped from the file; NULL: the clock is not shifted */
 
 __attribute__((constructor)) static void open_offset(void)
 {
@@ -28,7 +28,7 @@ __attribute__((constructor)) static void open_offset(void)
 
 int clock_gettime(clockid_t clock, struct timespec *ret)
 {
-	/* Libraries ask before anything here is set up. */
+	/* Libraries may call this before open_offset() has run. */
 	int result = (int)syscall(SYS_clock_gettime, clock, ret);
 
 	if (result == 0 && offset &&

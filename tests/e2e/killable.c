@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Linked into the engine, makes one that kills itself at a point (migration/core/crash-point.h), or whose attach helper does
- * (guest/attach/crash-point.h): POSTROAD_KILL=NAME[:N] kills it when it gets there for the N-th time, with SIGKILL: nothing is
- * tidied up. POSTROAD_KILL=list prints the engine's names, list-attach the helper's. POSTROAD_FREEZE=NAME[:N] stops it
- * there instead, with SIGSTOP: it goes on from there when it is sent SIGCONT.
+ * Linked into the engine, which then kills itself at a crash point (migration/core/crash-point.h),
+ * or its attach helper does (guest/attach/crash-point.h). POSTROAD_KILL=NAME[:N] kills it with SIGKILL
+ * when it reaches the point for the N-th time. POSTROAD_KILL=list prints the names of the engine's
+ * points, list-attach those of the helper's. POSTROAD_FREEZE=NAME[:N] stops it there with SIGSTOP
+ * instead; it continues when it gets SIGCONT.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -21,16 +22,16 @@ static gboolean freezes;       /* constant after the start */
 
 static void freeze(void)
 {
-	static const char said[] = "stopped where it was to be\n";
+	static const char said[] = "stopped at its crash point\n";
 
 	(void)!write(STDERR_FILENO, said, sizeof(said) - 1);
-	/* To this very thread: it does no further step, whichever the kernel would choose. */
+	/* raise() signals this very thread, so that it does no further step. */
 	raise(SIGSTOP);
 }
 
 static void die(void)
 {
-	static const char said[] = "killed where it was to be\n";
+	static const char said[] = "killed at its crash point\n";
 
 	if (__atomic_sub_fetch(&countdown, 1, __ATOMIC_SEQ_CST) != 0)
 		return;
@@ -40,7 +41,7 @@ static void die(void)
 	}
 	(void)!write(STDERR_FILENO, said, sizeof(said) - 1);
 	kill(getpid(), SIGKILL);
-	/* Other threads are stopped a moment later; this one does no further step. */
+	/* The kernel ends all threads a moment later. Until then this one does no further step. */
 	for (;;)
 		pause();
 }
@@ -74,7 +75,7 @@ static void list_and_exit(const char *(*name)(int point))
 	exit(0);
 }
 
-/* -1: none is called so. */
+/* Returns -1 if no point has this name. */
 static int find(const char *(*name)(int point), const char *text, gsize length)
 {
 	for (int i = 0; name(i); i++)
@@ -101,7 +102,7 @@ __attribute__((constructor)) static void hook_in(void)
 	wanted = find(engine_name, text, length);
 	wanted_helper = find(helper_name, text, length);
 	if (wanted < 0 && wanted_helper < 0) {
-		fprintf(stderr, "%s: there is no such point\n", text);
+		fprintf(stderr, "%s: there is no such crash point\n", text);
 		exit(2);
 	}
 	countdown = text[length] == ':' ? atoi(text + length + 1) : 1;

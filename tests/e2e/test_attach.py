@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Engines that attach to a QEMU which was started for nothing of the kind (guest/attach/): QEMUs of other users and in
-their own sandbox, the preload agent instead, and helpers that die."""
+"""Engines that attach to a QEMU which was started without any preparation (guest/attach/): QEMUs of
+other users and in their own sandbox, the preload agent instead, and helpers that die."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ import subprocess
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move, children_of
-from harness.process import Failure, expect, wait_for
+from harness.process import LONG, Failure, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
-# As libvirt starts QEMU.
+# The options with which libvirt starts QEMU.
 SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 CAPABILITIES = 1 << 19 | 1 << 1  # SYS_PTRACE, DAC_OVERRIDE
-OVER = ("none", "failed", "cancelled")
+OVER = ("none", "failed", "cancelled")  # no migration is under way
 
 
 def uid_of(vm):
@@ -39,22 +39,23 @@ def in_a_sandbox(lab):
 @case("move-of-a-qemu-that-has-become-another-user")
 def runas(lab):
     move = move_and_verify(lab, options=("-runas", "nobody"))
-    expect(uid_of(move.destination_vm) != 0, "QEMU was to be another user's")
+    expect(uid_of(move.destination_vm) != 0, "QEMU runs as root: the test proves nothing")
 
 
 @case("move-of-a-qemu-of-another-user-in-its-own-sandbox")
 def another_user(lab):
-    os.chmod(lab.directory, 0o777)  # its sockets and its console are there
+    os.chmod(lab.directory, 0o777)  # for QEMU's sockets and its console
     wrapper = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--")
     move = move_and_verify(lab, options=SANDBOX, wrapper=wrapper)
-    expect(uid_of(move.destination_vm) != 0, "QEMU was to be another user's")
+    expect(uid_of(move.destination_vm) != 0, "QEMU runs as root: the test proves nothing")
 
 
 def start_refused(lab, host, guest, wrapper=()):
-    """An engine that has to end at once, because of its guest; returns what it says. wrapper: what starts it."""
+    """Starts an engine that must refuse its guest and end. Returns what it prints. wrapper: a
+    command that execs it."""
     argv = [*wrapper, lab.engine_file(), "--guest", guest, "--qmp", lab.path("refused.qmp")]
     engine = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
-    expect(engine.wait() == 1, f"an engine that can't work ended with {engine.exit_code()}")
+    expect(engine.wait() == 1, f"an engine that had to refuse its guest ended with {engine.exit_code()}")
     return engine.output()
 
 
@@ -62,9 +63,9 @@ def start_refused(lab, host, guest, wrapper=()):
 def preloaded(lab):
     move = move_and_verify(lab, agent=True)
     for engine in move.engines:
-        expect(not children_of(engine.process.pid), f"{engine.name} has a helper, and an agent")
+        expect(not children_of(engine.process.pid), f"{engine.name} has a helper as well as an agent")
     said = start_refused(lab, lab.network.destination, f"qemu:qmp={move.destination_vm.qmp_path}")
-    expect("add agent=PATH" in said, f"attaching beside an agent is not refused with the remedy: {said}")
+    expect("add agent=PATH" in said, f"the refusal to attach beside an agent does not name the remedy: {said}")
 
 
 @case("move-of-a-qemu-that-is-named-by-its-pid")
@@ -73,7 +74,7 @@ def by_pid(lab):
     vm = Qemu(lab, host, GuestSpec())
     vm.wait_booted()
     engine = Engine(lab, host, f"{vm.guest_option()},pid={vm.process.pid}")
-    wait_for("the engine serves its monitor", 40, lambda: engine.status() == "none")
+    wait_for("the engine serves its monitor", LONG, lambda: engine.status() == "none")
     engine.process.stop()
     said = start_refused(lab, host, f"{vm.guest_option()},pid={os.getpid()}")
     expect("does not run the vCPUs" in said, f"the refusal does not say why: {said}")
@@ -88,15 +89,15 @@ def helper_of(engine):
 
 @case("helper-that-dies-between-stop-and-run-does-not-keep-the-source-stopped")
 def dies_in_the_switch(lab):
-    """Nothing that the source's guest needs to run on is the helper's."""
-    move = Move(lab, settings=("auto-recover=off", "heartbeat-timeout=2000"), program="killable-postroad")
+    """The source's guest can run on without the helper."""
+    move = Move(lab, settings=("auto-recover=off", "heartbeat-timeout=4000"), program="killable-postroad")
     move.source.restart_to_freeze("source-state-sent")
     move.start()
     move.source.wait_frozen()
     os.kill(helper_of(move.source), signal.SIGKILL)
     move.network.link_down(1)
     move.source.thaw()
-    wait_for("the source has undone it", 30, lambda: move.source.status() in ("failed", "cancelled"))
+    wait_for("the source has given up the migration", LONG, lambda: move.source.status() in ("failed", "cancelled"))
     move.expect_source_runs()
 
 
@@ -114,7 +115,7 @@ def no_privilege(lab):
 
 @case("helper-has-what-it-needs-and-nothing-else")
 def confined(lab):
-    """It is there until its engine ends, whatever the terminal says."""
+    """It lives until its engine ends, and ignores signals from the terminal."""
     host = lab.network.source
     vm = Qemu(lab, host, GuestSpec())
     engine = Engine(lab, host, vm.guest_option())
@@ -130,10 +131,10 @@ def confined(lab):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(helper, number)
     expect(engine.status() == "none", "the engine does not answer")
-    expect(helper_of(engine) == helper, "the helper has ended by a signal that is for the engine")
-    expect("it has ended" not in engine.process.output(), "the helper has ended by a signal that is for the engine")
+    expect(helper_of(engine) == helper, "a signal that is for the engine has ended the helper")
+    expect("it has ended" not in engine.process.output(), "a signal that is for the engine has ended the helper")
     engine.kill()
-    wait_for("the helper ends with its engine", 40, lambda: not os.path.exists(f"/proc/{helper}"))
+    wait_for("the helper ends with its engine", LONG, lambda: not os.path.exists(f"/proc/{helper}"))
 
 
 # Helpers that die
@@ -142,20 +143,20 @@ def confined(lab):
 def kill_helper(engine):
     os.kill(helper_of(engine), signal.SIGKILL)
     wait_for(
-        f"{engine.name} says that its helper has ended", 40, lambda: "it has ended" in engine.process.output()
+        f"{engine.name} says that its helper has ended", LONG, lambda: "it has ended" in engine.process.output()
     )
 
 
 @case("killed-helpers-in-mid-pull-and-then-their-engines")
 def helpers_die(lab):
-    """The guest goes on with the pages that come, and the next engines have it all."""
+    """The pull goes on without helpers, and the next engines recover."""
     move = Move(lab, settings=("auto-recover=off",))
     move.start_midway()
     for engine in move.engines:
         kill_helper(engine)
         expect(engine.status() == "postcopy-active", f"{engine.name} is {engine.status()} without its helper")
     left = move.expect_midway()
-    wait_for("pages come without helpers", 40, lambda: move.destination.remaining() < left)
+    wait_for("pages come without helpers", LONG, lambda: move.destination.remaining() < left)
     move.expect_midway()
     for engine in move.engines:
         engine.kill()
@@ -167,7 +168,8 @@ def helpers_die(lab):
 
 @case("killed-helpers-in-mid-pull-and-the-move-ends-without-them")
 def helpers_not_missed(lab):
-    """The fault mode is left without them. Only engines that are started anew have helpers again."""
+    """The fault mode can be turned off without helpers. Only engines that are started anew have
+    helpers again."""
     move = Move(lab)
     move.start_midway()
     for engine in move.engines:
@@ -186,13 +188,13 @@ def dies_without_helper(lab):
     move.destination_vm.process.kill()
     wait_for(
         "the destination tells of QEMU's end",
-        40,
+        LONG,
         lambda: any("the guest is gone" in (reason or "") for _, reason in move.destination.reasons()),
     )
 
 
 def userfaultfds(engine):
-    """How many the engine has, and its helper."""
+    """Counts those of the engine and its helper."""
     folders = [f"/proc/{pid}/fd" for pid in (engine.process.pid, *children_of(engine.process.pid))]
     links = []
     for folder in folders:
@@ -206,18 +208,20 @@ def userfaultfds(engine):
 
 @case("userfaultfds-of-a-killed-qemu-are-closed")
 def killed_qemu_is_let_go(lab):
-    """Else kernel threads that wait for its pages, as KVM's do, would wait for as long as the engine lives."""
+    """Otherwise kernel threads that wait for its pages, such as KVM's, would wait until the engine
+    ends."""
     move = Move(lab, settings=("auto-recover=off",))
     move.start_midway()
     expect(userfaultfds(move.destination) > 0, "the engine has no userfaultfd")
     move.destination_vm.process.kill()
-    wait_for("the engine lets go of it", 40, lambda: userfaultfds(move.destination) == 0)
+    wait_for("the engine closes its userfaultfds", LONG, lambda: userfaultfds(move.destination) == 0)
     move.destination.wait_status("postcopy-paused")
 
 
-# Where a helper dies, and how often it comes there before. The first stop is the probe's, which makes no calls; then come the
-# state memfd, the fault mode, at the end the same the other way round.
-WALK = (
+# The crash points where a helper dies, with the number of the pass. The first stop of QEMU is the
+# probe's, which makes no calls. Then the helper parks the state memfd, and turns the fault mode
+# on. At the end it undoes both in the opposite order.
+POINTS = (
     "attach-stopped",
     "attach-stopped:2",
     "attach-scratch-written",
@@ -241,12 +245,13 @@ WALK = (
     "attach-unregistered",
     "attach-uffd-closed",
 )
-# What no move comes to by itself: a case of its own.
+# Points that a move does not reach by itself. Each has its own case.
 ELSEWHERE = ("attach-old-state-closed",)
 
 
 def carry_on(move):
-    """What an operator would do next to get the guest to the destination. True: it is there."""
+    """Does what an operator would do next to move the guest. Returns True when the migration has
+    completed."""
     source, destination = (engine.status() for engine in move.engines)
     if (source, destination) == ("completed", "completed"):
         return True
@@ -260,18 +265,19 @@ def carry_on(move):
 
 
 def wait_killed(engine, point, times):
-    """The helper dies there. Then its engine is killed, too; it may have ended by itself for want of a helper."""
-    said = "killed where it was to be"
-    wait_for(f"the helper dies at {point}", 30, lambda: engine.process.output().count(said) == times)
+    """Waits until the helper dies at this point, and kills its engine. Without a helper the engine
+    may also have ended by itself."""
+    said = "killed at its crash point"
+    wait_for(f"the helper dies at {point}", LONG, lambda: engine.process.output().count(said) == times)
     engine.process.kill()
-    engine.process.wait(20)
+    engine.process.wait()
     engine.process.name = f"killed-{engine.name}"
     engine.qmp.close()
 
 
 def die_and_go_on(lab, *points):
-    """The destination's helpers die, one at each of these points. Its QEMU does not notice, and a new engine finishes the
-    move."""
+    """The destination's helpers die, one at each of these points. Its QEMU lives on, and a new
+    engine completes the move."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off",), program="killable-postroad")
     engine = move.destination
     engine.process.stop()
@@ -284,24 +290,24 @@ def die_and_go_on(lab, *points):
         wait_killed(engine, point, count)
     expect(move.destination_vm.process.alive(), "QEMU has died with the helper")
     engine.resume()
-    wait_for("the guest has arrived", 60, lambda: carry_on(move), interval=0.2)
+    wait_for("the guest has arrived", LONG, lambda: carry_on(move), interval=0.2)
     move.expect_guest_sound()
 
 
-for _point in WALK:
+for _point in POINTS:
     _name = _point.replace(":", "-time-")
     case(f"helper-killed-at-{_name}")(lambda lab, point=_point: die_and_go_on(lab, point))
 
 
 @case("helper-killed-at-attach-old-state-closed")
 def old_state(lab):
-    """A state is parked, and forgotten by the next engine, since its migration had not begun."""
+    """A state memfd is parked. The next engine closes it, since its migration had not begun."""
     die_and_go_on(lab, "attach-pushed", "attach-old-state-closed")
 
 
 @case("helper-killed-at-every-point-there-is", light=True)
 def complete(lab):
-    """The list above has all of them."""
+    """The lists above name all of them."""
     listed = subprocess.run(
         [lab.engine_file("killable-postroad")],
         env={**os.environ, "POSTROAD_KILL": "list-attach"},
@@ -309,6 +315,6 @@ def complete(lab):
         text=True,
         check=True,
     ).stdout.split()
-    walked = {point.split(":")[0] for point in WALK} | set(ELSEWHERE)
-    if set(listed) != walked:
-        raise Failure(f"not walked: {sorted(set(listed) - walked)}; not there: {sorted(walked - set(listed))}")
+    tested = {point.split(":")[0] for point in POINTS} | set(ELSEWHERE)
+    if set(listed) != tested:
+        raise Failure(f"no test for {sorted(set(listed) - tested)}; no such points: {sorted(tested - set(listed))}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whose memory the pages are that come in: the guest's, by the kernel's memory cgroups, and not the engine's."""
+"""The kernel charges the pages that come in to the guest's memory cgroup, not to the engine's."""
 
 import glob
 import os
@@ -10,18 +10,18 @@ from harness.case import case
 from harness.cgroup import Cgroups, cgroups
 from harness.lab import Move
 from harness.light import LightMove
-from harness.process import die_with_parent, expect, wait_for
+from harness.process import LONG, die_with_parent, expect, wait_for
 from harness.vm import GuestSpec
 
 MIB = 1 << 20
 LIMIT = 32 * MIB
-DATA_MB = 512  # what comes in at least
-ROOM_MB = 96  # of the guest's RAM that holds zeros, and the test guest's zero pages
+DATA_MB = 512  # of pages that are not zero, at least
+ROOM_MB = 96  # more RAM, which holds zeros
 BY_HAND = ("auto-recover=off",)
 
 
 class Charged:
-    """The destination's engine in a group with little room, its guest in another one."""
+    """The destination's engine in a group with a low limit, and its guest in another group."""
 
     def __init__(self, groups):
         self.engine = groups.new("engine")
@@ -30,7 +30,7 @@ class Charged:
         self.before = 0
 
     def put(self, move, guest):
-        """Before anything has come in: its guest holds nothing of it yet."""
+        """Puts the guest and the engine into their groups. No page has come in yet."""
         self.guest.add(guest.pid)
         move.destination.process.stop()
         move.destination.argv = [*self.engine.wrapper(), *move.destination.argv]
@@ -39,8 +39,8 @@ class Charged:
         self.before = self.guest.current()
 
     def expect_no_userfaultfd(self, guest):
-        """Nobody in the guest's group but the guest itself has a userfaultfd open: while one is, a guest that is killed
-        may not come to its end."""
+        """Expects that in the guest's group only the guest itself has a userfaultfd open. Another
+        process with one open could keep a killed guest from ending."""
         for pid in set(self.guest.processes()) - {guest.pid}:
             files = [os.readlink(path) for path in glob.glob(f"/proc/{pid}/fd/*")]
             expect(not any("userfaultfd" in file for file in files), f"process {pid} has {files}")
@@ -48,7 +48,7 @@ class Charged:
     def expect_charged_to_guest(self, megabytes=DATA_MB):
         used, peak, grown = self.engine.current(), self.engine.peak(), self.guest.current() - self.before
         told = f"engine: {used / MIB:.1f} MiB, at most {(peak or used) / MIB:.1f}; guest: {grown / MIB:.0f} MiB more"
-        expect(grown >= megabytes * MIB, f"the guest's group has not the {megabytes} MiB that have come in: {told}")
+        expect(grown >= megabytes * MIB, f"the guest's group was not charged the {megabytes} MiB that have come in: {told}")
         expect(max(used, peak or 0) < LIMIT, f"the engine's group has been full: {told}; {self.engine.failures()}")
 
 
@@ -70,7 +70,7 @@ def expect_alive(process):
 
 
 def bring_in(move, charged):
-    """With a link that is cut in the middle."""
+    """Moves, with a link that is cut in the middle."""
     charged.put(move, guest_of(move))
     move.slow_down("30M")
     move.start(link=1)
@@ -95,7 +95,7 @@ for _scheme in ("tcp", "ofi"):
 
     for _how, _vm in (("attached", {}), ("preload", {"agent": True})):
 
-        @case(f"small-engine-brings-in-a-large-qemu-over-{_scheme}-{_how}")
+        @case(f"small-engine-brings-in-a-large-qemu-over-{_scheme}-{_how}", heavy=True)
         def qemu(lab, scheme=_scheme, vm=_vm):
             with cgroups(lab) as groups:
                 bring_in(qemu_move(lab, scheme, vm), Charged(groups))
@@ -120,24 +120,25 @@ def followed(lab):
         move.expect_guest_sound()
 
 
-@case("guest-whose-memory-cgroup-is-full-waits-until-there-is-room")
+@case("guest-whose-memory-cgroup-is-full-waits-until-there-is-room", heavy=True)
 def full(lab):
-    """Who allocates its pages is killed, and not the guest; both engines are told."""
+    """The kernel kills the process that allocates the guest's pages, and not the guest. Both
+    engines report it."""
     with cgroups(lab) as groups:
         charged = Charged(groups)
         move = qemu_move(lab, "tcp", {})
         charged.put(move, guest_of(move))
         charged.guest.limit(charged.before + DATA_MB // 2 * MIB)
         move.start(link=1)
-        move.destination.wait_status("postcopy-paused", 60)
+        move.destination.wait_status("postcopy-paused")
         expect_alive(guest_of(move))
         move.destination.wait_said("memory cgroup is full: raise that cgroup's limit (memory.max), and start this engine anew")
         move.source.wait_status("postcopy-paused")
         move.expect_midway()
-        # As QEMU itself does, at any time.
+        # QEMU itself may need memory at any time, as this process does.
         user = [*charged.guest.wrapper(), "dd", "if=/dev/zero", "of=/dev/null", "bs=8M", "count=1", "status=none"]
         done = subprocess.run(user, check=False)
-        expect(done.returncode == 0, f"who needs memory of the guest's group then: exit code {done.returncode}")
+        expect(done.returncode == 0, f"a process of the guest's group that needs memory ended with {done.returncode}")
         expect_alive(guest_of(move))
         charged.guest.limit(charged.before + 2 * DATA_MB * MIB)
         move.destination.process.stop()
@@ -152,11 +153,11 @@ def full(lab):
 @case("engine-that-cannot-join-the-guests-memory-cgroup-says-what-that-means")
 def not_joined(lab):
     with cgroups(lab) as groups:
-        move = Move(lab, scheme="tcp", spec=GuestSpec(ram_mb=160, work_mb=32), settings=BY_HAND)
+        move = Move(lab, scheme="tcp", spec=GuestSpec(ram_mb=160, work_mb=32, fresh=True), settings=BY_HAND)
         engine, guest = groups.new("engine"), groups.new("guest")
         guest.add(guest_of(move).pid)
         move.destination.process.stop()
-        # It does not find the cgroups where the kernel says that they are.
+        # The engine does not find the cgroups at the place that the kernel names.
         hidden = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', groups.root)
         move.destination.argv = [*engine.wrapper(), *hidden, *move.destination.argv]
         move.destination.restart()
@@ -164,13 +165,13 @@ def not_joined(lab):
         move.start(link=1)
         move.destination.wait_said("must not have a limit below the guest's size")
         move.wait_completed()
-        expect(engine.current() > 32 * MIB, "the pages were charged to somebody else than the engine")
+        expect(engine.current() > 32 * MIB, "the pages were not charged to the engine")
         move.expect_guest_sound()
 
 
 @case("memory-cgroups-of-a-test-that-is-killed-are-removed", light=True)
 def removed(lab):
-    """Of these tests themselves: nothing else would find them."""
+    """The groups of these tests themselves: no other program would remove them."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -185,4 +186,4 @@ def removed(lab):
         path = told.read()
     os.waitpid(child, 0)
     expect(path, "the child made no cgroup")
-    wait_for(f"{path} is removed", 40, lambda: not os.path.exists(path))
+    wait_for(f"{path} is removed", LONG, lambda: not os.path.exists(path))

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An engine dies at every step at which it matters what it leaves behind (migration/core/crash-point.h); the next one takes
-it up. The guest checks all its pages all the time: in the end it runs on one side, with nothing wrong."""
+"""An engine dies at each crash point (migration/core/crash-point.h), and the next one continues.
+The guest verifies its pages all the time. In the end it runs on one side, with no page wrong."""
 
 import os
 import subprocess
 
 from harness.case import case
-from harness.process import Failure, expect, wait_for
+from harness.process import LONG, Failure, expect, wait_for
 from harness.twins import OVER, Twins
 
 STAYS, GOES, EITHER = "stays at the source", "goes to the destination", "either"
 
-# Point, optionally with how often it is passed, what leads there, and whose the guest is then.
-WALK = (
+# The crash point, with the number of the pass unless it is the first; the plan that leads there;
+# and where the guest belongs when the engine has died there.
+POINTS = (
     ("source-stopping-noted", "move", STAYS),
     ("source-stopped", "move", STAYS),
     ("source-ram-told", "move", STAYS),
@@ -61,10 +62,11 @@ WALK = (
     ("destination-released", "move", GOES),
     ("destination-ended-noted", "undo", STAYS),
 )
-# What a test of the engine in one process looks at instead (test-resume): nothing but luck leads there.
+# Tested in one process instead (tests/integration/test-resume.c): here only luck leads there.
 ELSEWHERE = ("source-taken-back-noted",)
 
-# Where the other engine has to die, so that this one undoes what it did.
+# The crash points of the other engine, for those that an engine reaches only as it undoes a
+# migration.
 OTHER_DIES_AT = {"source-resumed-guest": "destination-loaded", "destination-ended-noted": "source-ram-told"}
 
 
@@ -79,7 +81,7 @@ def start_to_be_killed(twins, side, point):
 
 
 def lead_there(twins, point, plan):
-    """Returns the engines that have died."""
+    """Starts what leads to the crash point. Returns the engines that die."""
     side = side_of(point)
     if plan == "resume":
         twins.start_midway()
@@ -106,16 +108,16 @@ def lead_there(twins, point, plan):
 
 
 def expect_whose(twins, whose):
-    """Once both engines are there again, and the source has noticed."""
+    """Checks on which side the guest is, when both engines run again and the source knows it."""
     wait_for(
-        "the source knows whose the guest is",
-        40,
+        "the source knows where the guest belongs",
+        LONG,
         lambda: twins.source.status() in (*OVER, "postcopy-paused", "completed"),
     )
     if whose == STAYS:
         expect(twins.source.status() in OVER, f"the source is {twins.source.status()}")
         twins.source_guest.wait_running()
-        expect(not twins.destination_guest.running(), "the guest was never handed over, and runs")
+        expect(not twins.destination_guest.running(), "the guest was not handed over, and runs at the destination")
     elif whose == GOES:
         expect(twins.source.status() not in OVER, f"the source is {twins.source.status()}")
         expect(not twins.source_guest.running(), "the guest was handed over, and runs at the source")
@@ -127,7 +129,7 @@ def die_and_go_on(lab, scheme, point, plan, whose):
     for engine in dead:
         engine.note_killed()
         said = engine.process.output()
-        expect("killed where it was to be" in said, f"{engine.name} was not killed at its point")
+        expect("killed at its crash point" in said, f"{engine.name} was not killed at its crash point")
     for engine in dead:
         engine.resume()
     expect_whose(twins, whose)
@@ -140,16 +142,16 @@ def add_case(scheme, point, plan, whose):
     register(lambda lab: die_and_go_on(lab, scheme, point, plan, whose))
 
 
-for _row in WALK:
+for _row in POINTS:
     add_case("tcp", *_row)
-for _row in WALK:
+for _row in POINTS:
     if _row[0] in ("destination-page-landed:30", "destination-page-received:30", "source-run-sent"):
         add_case("ofi", *_row)
 
 
 @case("killed-at-every-point-there-is", light=True)
 def complete(lab):
-    """The list above has all of them."""
+    """The lists above name all of them."""
     listed = subprocess.run(
         [lab.engine_file("killable-postroad")],
         env={**os.environ, "POSTROAD_KILL": "list"},
@@ -157,6 +159,6 @@ def complete(lab):
         text=True,
         check=True,
     ).stdout.split()
-    walked = {point.split(":")[0] for point, _, _ in WALK} | set(ELSEWHERE)
-    if set(listed) != walked:
-        raise Failure(f"not walked: {sorted(set(listed) - walked)}; not there: {sorted(walked - set(listed))}")
+    tested = {point.split(":")[0] for point, _, _ in POINTS} | set(ELSEWHERE)
+    if set(listed) != tested:
+        raise Failure(f"no test for {sorted(set(listed) - tested)}; no such points: {sorted(tested - set(listed))}")

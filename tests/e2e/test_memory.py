@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests whose RAM is of other kinds than memfds of small pages."""
+"""Guests whose RAM is of other kinds than memfd with small pages."""
 
-import glob
 import os
 import random
 from dataclasses import replace
 
 from harness.case import case
 from harness.hugepages import available_pages, huge_pages
+from harness.images import ram_files
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.versions import qemu_versions
 from harness.vm import HUGETLBFS, GuestSpec
 
 OLD, _, NEW = range(3)  # of qemu_versions()
 NAMES = {OLD: "oldest", NEW: "newest"}
-# QEMU's own mount of huge pages, which nobody else sees.
+# A hugetlbfs that is mounted in a mount namespace of QEMU's own.
 OWN_HUGETLBFS = (
     *("unshare", "--mount", "--propagation", "private", "sh", "-c"),
     *(f'mount -t hugetlbfs none {HUGETLBFS} && exec "$@"', "sh"),
@@ -28,7 +28,7 @@ def versioned(index, **kind):
 
 
 def cut_on_the_way(lab, scheme, spec, destination_spec=None, **vm):
-    """Moves, is cut in the middle, recovers over the other link, and is right at the end."""
+    """Moves a guest, with a link that is cut in the middle and a recovery over the other link."""
     move = Move(
         lab, scheme=scheme, spec=spec, destination_spec=destination_spec, settings=("auto-recover=off",), vm=vm
     )
@@ -40,7 +40,7 @@ def cut_on_the_way(lab, scheme, spec, destination_spec=None, **vm):
 
 
 def register_huge(index, scheme):
-    @case(f"huge-pages-are-cut-on-the-way-over-{scheme}-with-the-{NAMES[index]}-qemu")
+    @case(f"huge-pages-are-cut-on-the-way-over-{scheme}-with-the-{NAMES[index]}-qemu", heavy=True)
     def huge(lab):
         spec = versioned(index, backend="huge")
         with huge_pages(2 * spec.ram_mb):
@@ -52,41 +52,36 @@ for each in (OLD, NEW):
         register_huge(each, scheme)
 
 
-@case("huge-pages-of-a-file-system-that-only-qemu-sees")
+@case("huge-pages-of-a-file-system-that-only-qemu-sees", heavy=True)
 def huge_file(lab):
-    spec = GuestSpec(backend="huge-file", nodes=2)
+    spec = GuestSpec(backend="huge-file", nodes=2, fresh=True)
     with huge_pages(2 * spec.ram_mb):
         cut_on_the_way(lab, "ofi", spec, wrapper=OWN_HUGETLBFS)
 
 
 @case("shared-memory-of-a-memory-backend-shm")
 def shm(lab):
-    """Which QEMU has since 9.1."""
+    """QEMU has this backend since 9.1."""
     cut_on_the_way(lab, "tcp", versioned(NEW, backend="shm"))
 
 
 def allocated(vm):
-    """Bytes that the files of a QEMU's RAM have in memory."""
+    """Returns how many bytes of a QEMU's RAM are allocated."""
     return sum(os.stat(path).st_blocks * 512 for path in ram_files(vm))
-
-
-def ram_files(vm):
-    """The memfds of a QEMU's RAM, through its descriptors."""
-    names = sorted(glob.glob(f"/proc/{vm.process.pid}/fd/*"), key=lambda path: int(os.path.basename(path)))
-    return [name for name in names if "memory-backend-memfd" in os.readlink(name)]
 
 
 @case("memory-that-was-allocated-beforehand-stays-allocated")
 def preallocated(lab):
-    """Of small pages, which are not punched out, and of huge ones, which are neither given back."""
+    """Nothing is punched out of RAM with prealloc=on."""
     spec = GuestSpec(prealloc=True)
     move = cut_on_the_way(lab, "tcp", spec)
     expect(allocated(move.destination_vm) == spec.ram_mb << 20, "memory with prealloc=on was given back")
 
 
-@case("huge-pages-stay-reserved")
+@case("huge-pages-stay-reserved", alone=True)  # others change what is available
 def reserved(lab):
-    """The pool has no page more than the guests need; while one is on its way, somebody else asks for them."""
+    """The pool has exactly the pages that both guests need. During the move none becomes available
+    to others."""
     spec = GuestSpec(backend="huge")
     with huge_pages(2 * spec.ram_mb):
         move = Move(lab, scheme="tcp", spec=spec, settings=("auto-recover=off",))
@@ -116,10 +111,10 @@ def memory_object(name):
     return f"memory-backend-memfd,id={name},size={PLUGGED_MB}M,share=on"
 
 
-@case("memory-that-was-plugged-before-moves-along")
+@case("memory-that-was-plugged-before-moves-along", heavy=True)
 def plugged(lab):
-    """Two pc-dimms: QEMU at the destination is started with them."""
-    spec = GuestSpec(room_mb=2 * PLUGGED_MB)
+    """Two pc-dimms are plugged at the source. QEMU at the destination is started with them."""
+    spec = GuestSpec(room_mb=2 * PLUGGED_MB, fresh=True)
     names = ("dimm0", "dimm1")
     there = [
         word
@@ -136,23 +131,24 @@ def plugged(lab):
     move_with_pattern(move, len(names))
 
 
-@case("memory-of-a-virtio-mem-device-moves-along")
+@case("memory-of-a-virtio-mem-device-moves-along", heavy=True)
 def virtio_mem(lab):
-    """Its RAM block is called after the device and the backend. The guest has plugged all of it."""
+    """Its RAM block is named after the device and the backend. The guest has plugged all of it."""
     device = f"virtio-mem-pci,id=vm0,memdev=vmem0,requested-size={PLUGGED_MB}M"
-    spec = GuestSpec(room_mb=PLUGGED_MB, extra=("-object", memory_object("vmem0"), "-device", device), devices=("rng",))
+    extra = ("-object", memory_object("vmem0"), "-device", device)
+    spec = GuestSpec(room_mb=PLUGGED_MB, extra=extra, devices=("rng",), fresh=True)
     move = Move(lab, spec=spec, settings=("auto-recover=off",))
     wait_for(
         "the guest has plugged the memory of its virtio-mem device",
-        30,
+        LONG,
         lambda: move.source_vm.qmp.command("query-memory-devices")[0]["data"]["size"] == PLUGGED_MB << 20,
     )
     move_with_pattern(move, 1)
 
 
 def move_with_pattern(move, n):
-    """The last n memory files, which the guest does not use, hold something, and hold it at the destination; with a
-    cut on the way."""
+    """Fills the last n RAM files, which the guest does not use, with a pattern. Moves the guest,
+    with a cut in the middle, and expects the pattern at the destination."""
     size = PLUGGED_MB << 20
     for seed, path in enumerate(ram_files(move.source_vm)[-n:]):
         write_pattern(path, size, seed)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrations that nothing goes wrong with."""
+"""Migrations without any failure."""
 
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
 
@@ -29,12 +29,12 @@ def move_over_tcp(lab):
 
 @case("move-of-two-ram-backends")
 def move_two_backends(lab):
-    move_and_verify(lab, scheme="ofi", spec=GuestSpec(nodes=2, work_threads=2))
+    move_and_verify(lab, scheme="ofi", spec=GuestSpec(nodes=2, work_threads=2, fresh=True))
 
 
 @case("move-back-again-with-the-roles-swapped")
 def move_twice(lab):
-    """A guest that came can also go: the second move starts from the first one's destination."""
+    """The destination of the first move is the source of the second."""
     move = move_and_verify(lab, scheme="ofi")
     middle_vm = move.destination_vm
     move.destination.process.stop()
@@ -97,8 +97,9 @@ def statistics_agree(lab):
 
 @case("each-vcpu-tells-how-long-it-waited")
 def vcpus_waited(lab):
-    """Under QEMU's names, for the threads that QEMU says are its vCPUs."""
-    move = Move(lab, spec=GuestSpec(work_threads=2))
+    """The figures have the names of QEMU's own, and are for the threads that QEMU calls its
+    vCPUs."""
+    move = Move(lab, spec=GuestSpec(work_threads=2, fresh=True))
     move.slow_down()
     move.start()
     move.wait_midway()
@@ -110,7 +111,7 @@ def vcpus_waited(lab):
     threads = info["postroad"]["vcpus"]
     expect(
         [thread["thread-id"] for thread in threads] == cpus and len(cpus) == 2,
-        f"QEMU's vCPUs are {cpus}, the engine speaks of {threads}",
+        f"QEMU's vCPUs are {cpus}, the engine lists {threads}",
     )
     all_blocked, each = info["postcopy-blocktime"], info["postcopy-vcpu-blocktime"]
     latency = info["postcopy-vcpu-latency"]
@@ -126,11 +127,11 @@ def vcpus_waited(lab):
     counted = sum(thread["faults"] for thread in threads) + info["postroad"]["other-faults"]
     expect(counted == info["postroad"]["faults"], f"{counted} faults of threads, {info['postroad']['faults']} in all")
     text = move.destination.hmp("info migrate")
-    expect(f"vcpu 1 (thread {cpus[1]}): blocked" in text, f"info migrate does not tell of vCPU 1: {text}")
+    expect(f"vcpu 1 (thread {cpus[1]}): blocked" in text, f"info migrate does not show vCPU 1: {text}")
 
 
 def private_bytes(pid):
-    """Memory of a process that no other shares: the guest's RAM is not in it."""
+    """Returns the anonymous memory of a process. The guest's RAM is not part of it."""
     with open(f"/proc/{pid}/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return int(fields["RssAnon"].split()[0]) * 1024
@@ -138,7 +139,8 @@ def private_bytes(pid):
 
 @case("engines-need-little-memory-beside-the-guests")
 def engines_stay_small(lab):
-    """64 MiB and 1/8192 of guest RAM are the limit, in the middle of postcopy and at its end."""
+    """The limit is 64 MiB and 1/8192 of the guest's RAM, in the middle of postcopy and at its
+    end."""
     move = Move(lab)
     limit = (64 << 20) + (move.source_vm.spec.ram_mb << 20) // 8192
     move.slow_down()
@@ -154,14 +156,14 @@ def engines_stay_small(lab):
 
 @case("guest-runs-at-the-destination-before-its-pages-are-there")
 def guest_runs_early(lab):
-    """It does not wait for its memory: it prints while pages are still on the way."""
+    """It prints while pages are still missing."""
     move = Move(lab)
     move.slow_down()
     move.start()
     move.wait_midway()
     wait_for(
         "the guest prints from the destination while its pages travel",
-        40,
+        LONG,
         move.destination_vm.console.last,
     )
     move.expect_midway()

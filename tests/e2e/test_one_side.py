@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest runs on one side. Whatever the source's QEMU is told after the hand-over, the destination's memory stays
-right, and both operators hear of it. After a failure before the hand-over the source's guest runs on, however long that
-takes."""
+"""The guest runs on one side. Whatever commands the source's QEMU gets after the hand-over, the
+destination's memory stays right, and both engines report it. After a failure before the hand-over
+the source's guest runs on, however long that takes."""
 
 import contextlib
 import fcntl
@@ -10,18 +10,20 @@ import struct
 
 from harness.case import case
 from harness.lab import Move
-from harness.process import Failure, expect, wait_for
+from harness.process import LONG, Failure, expect, wait_for
 from harness.vm import GuestSpec
 
+# What the watch says of a guest that runs: it has seen the event, or was just about to begin.
+LET_RUN = ("event RESUME", "QEMU lets the guest run already")
 HANDED_OVER = "the guest at the source, which was handed over"
 FENCED = "its RAM is write-protected: what the destination reads has not changed"
 
 
 def start_midway(lab, bandwidth="1M", settings=(), **kind):
-    """In postcopy, with most of the pages still at the source, and fenced there."""
+    """Waits for postcopy with the source's RAM fenced. Most of the pages are still missing."""
     move = Move(lab, settings=("auto-recover=off", *settings), **kind)
     move.start_midway(bandwidth, fraction=0.98)
-    wait_for("the source's RAM is fenced", 40, lambda: "is write-protected, which took" in move.source.process.output())
+    wait_for("the source's RAM is fenced", LONG, lambda: "is write-protected, which took" in move.source.process.output())
     return move
 
 
@@ -31,29 +33,31 @@ def expect_both_said(move, *words):
             engine.wait_said(words)
 
 
-def order(move, *commands):
-    """Tells the source's QEMU something. The answers may have to wait until the fence is lifted."""
+def send_commands(move, *commands):
+    """Sends commands to the source's QEMU, and returns how many. It may not answer before the
+    fence is lifted."""
     for command in commands:
         move.source_vm.qmp.send(command)
     return len(commands)
 
 
 def reset_instead_of_end(move):
-    """The tests' QEMUs have -no-reboot."""
+    """Has the source's QEMU reset its guest. The tests' QEMUs have -no-reboot, which would end
+    it."""
     move.source_vm.qmp.command("set-action", reboot="reset")
 
 
-def hear(move, count):
-    """By now it has answered."""
+def read_answers(move, count):
+    """Reads the answers of the source's QEMU to that many commands."""
     for _ in range(count):
-        expect(move.source_vm.qmp.answer(20), "the source's QEMU does not answer after the fence was lifted")
+        expect(move.source_vm.qmp.answer(LONG), "the source's QEMU does not answer after the fence was lifted")
 
 
-def finish(move, orders):
+def finish(move, sent):
     move.full_speed()
     move.wait_completed()
-    hear(move, orders)
-    wait_for("the source's guest is stopped", 40, lambda: move.source_vm.status() != "running")
+    read_answers(move, sent)
+    wait_for("the source's guest is stopped", LONG, lambda: move.source_vm.status() != "running")
     move.source_vm.quit()
     move.destination_vm.console.wait_verified(move.destination_vm.spec)
     move.destination_vm.console.expect_sound()
@@ -63,27 +67,27 @@ def finish(move, orders):
 @case("cont-at-the-source-in-mid-postcopy-changes-no-page")
 def cont(lab):
     move = start_midway(lab)
-    orders = order(move, "cont")
-    expect_both_said(move, "event RESUME", FENCED)
+    sent = send_commands(move, "cont")
+    expect_both_said(move, LET_RUN, FENCED)
     move.expect_midway()
-    finish(move, orders)
+    finish(move, sent)
 
 
 @case("cont-again-and-again-at-the-source-while-the-path-is-cut-changes-no-page")
 def cont_cut(lab):
-    """The destination hears of it when it is connected again."""
+    """The destination is informed when it is connected again."""
     move = start_midway(lab)
     move.network.link_down(1)
     move.wait_paused()
-    orders = order(move, *["cont"] * 20)
-    move.source.wait_said("event RESUME")
+    sent = send_commands(move, *["cont"] * 20)
+    move.source.wait_said(LET_RUN)
     move.resume(link=2)
-    expect_both_said(move, "event RESUME", FENCED)
-    finish(move, orders)
+    expect_both_said(move, LET_RUN, FENCED)
+    finish(move, sent)
 
 
 def run_unwatched(move):
-    """Lets the source's guest run for as long as it takes it to write all its pages, if it could."""
+    """Waits for the time in which the source's guest would write all its pages, if it could."""
     console, spec = move.source_vm.console, move.source_vm.spec
     first = console.last()
     with contextlib.suppress(Failure):
@@ -91,22 +95,23 @@ def run_unwatched(move):
 
 
 def without_engine(lab, *commands):
-    """The kernel holds the guest's writes when nobody watches. The next engine finds a QEMU that does not answer, or
-    whose guest runs, and stops it when it can."""
+    """The write protection holds the guest's writes while there is no engine. The next engine
+    finds a QEMU that does not answer, or whose guest runs, and stops it when it can."""
     move = start_midway(lab)
     move.source.kill()
-    move.source.argv = [*move.source.argv, "--set", "guest-timeout=2000"]  # it meets a QEMU that does not answer
+    # QEMU may not answer the next engine.
+    move.source.argv = [*move.source.argv, "--set", "guest-timeout=2000"]
     if "system_reset" in commands:
         reset_instead_of_end(move)
-    orders = order(move, *commands)
+    sent = send_commands(move, *commands)
     run_unwatched(move)
     move.source.resume()
-    wait_for("the next engine says so", 40, lambda: HANDED_OVER in move.source.query()["postroad"]["reason"])
+    wait_for("the next engine says so", LONG, lambda: HANDED_OVER in move.source.query()["postroad"]["reason"])
     move.destination.wait_status("postcopy-paused")
     move.resume(link=1)
     move.destination.wait_said(HANDED_OVER)
     move.destination.wait_said(FENCED)
-    finish(move, orders)
+    finish(move, sent)
 
 
 @case("cont-at-the-source-without-an-engine-changes-no-page")
@@ -121,37 +126,39 @@ def reset_orphan(lab):
 
 @case("stop-that-hangs-at-the-source-does-not-keep-an-engine-from-following")
 def stop_hangs(lab):
-    """QEMU's monitor does not answer before the fence is lifted, and the engine that lifts it must not wait for it."""
+    """QEMU's monitor does not answer before the fence is lifted. The engine that lifts it must not
+    wait for the answer."""
     move = start_midway(lab)
     move.source.kill()
-    orders = order(move, "cont", "stop", "cont", "stop")
-    answered = sum(1 for _ in range(orders) if move.source_vm.qmp.answer(1))
+    sent = send_commands(move, "cont", "stop", "cont", "stop")
+    answered = sum(1 for _ in range(sent) if move.source_vm.qmp.answer(1))
     move.source.resume()
     move.source.wait_status("postcopy-paused")
     move.destination.wait_status("postcopy-paused")
     move.resume(link=1)
-    finish(move, orders - answered)
+    finish(move, sent - answered)
 
 
 @case("system-reset-at-the-source-in-mid-postcopy-changes-no-page")
 def system_reset(lab):
     move = start_midway(lab)
     reset_instead_of_end(move)
-    orders = order(move, "system_reset", "cont")
+    sent = send_commands(move, "system_reset", "cont")
     expect_both_said(move, FENCED)
     move.expect_midway()
-    finish(move, orders)
+    finish(move, sent)
 
 
 @case("cont-at-the-source-after-completion-is-undone")
 def cont_late(lab):
-    """Its memory matters to nobody any more, but it must not run on both sides."""
+    """The destination does not need its memory any more. But the guest must not run on both
+    sides."""
     move = start_midway(lab)
     move.full_speed()
     move.wait_completed()
     move.source_vm.qmp.command("cont")
     move.source.wait_said("the destination reads nothing there any more")
-    wait_for("the source's guest is stopped", 40, lambda: move.source_vm.status() == "paused")
+    wait_for("the source's guest is stopped", LONG, lambda: move.source_vm.status() == "paused")
     move.expect_guest_sound()
 
 
@@ -163,13 +170,13 @@ def with_image(lab):
     with open(path, "wb") as image:
         image.truncate(16 << 20)
     spec = GuestSpec(image=path)
-    return Move(lab, spec=spec, settings=("auto-recover=off", "heartbeat-timeout=2000"), program="killable-postroad")
+    return Move(lab, spec=spec, settings=("auto-recover=off", "heartbeat-timeout=4000"), program="killable-postroad")
 
 
 class Locked:
-    """An image that another program has open and wants nobody to write: QEMU's lock for that."""
+    """Has a lock on an image that keeps QEMU from writing it, as another program might."""
 
-    NOBODY_WRITES = 201  # the byte of the file that QEMU locks for it
+    NOBODY_WRITES = 201  # QEMU's lock against writers is on this byte of the file
 
     def __init__(self, path):
         self.path = path
@@ -195,24 +202,24 @@ def locked(lab):
         move.source.wait_said("the guest does not run on here yet")
         move.source.wait_said("lock")
         expect(move.source.status() == "failing", f"the source is {move.source.status()}")
-        expect("does not run on here yet" in move.source.hmp("info migrate"), "the operator does not see it")
+        expect("does not run on here yet" in move.source.hmp("info migrate"), "info migrate does not show it")
     move.source.wait_status("failed")
     move.expect_source_runs()
 
 
 def runs(vm):
-    """A QEMU whose load has come to nothing may have ended, or be about to."""
+    """Whether its guest runs. A QEMU whose load has failed may have ended, or be about to end."""
     try:
         return vm.status() == "running"
     except (Failure, OSError):
-        wait_for(f"{vm.name}, which does not answer, has ended", 40, lambda: not vm.process.alive())
+        wait_for(f"{vm.name}, which does not answer, has ended", LONG, lambda: not vm.process.alive())
         return False
 
 
 def source_runs_again(move):
-    wait_for("the source has undone it", 30, lambda: move.source.status() in ("failed", "cancelled"))
+    wait_for("the source has given up the migration", LONG, lambda: move.source.status() in ("failed", "cancelled"))
     move.expect_source_runs()
-    expect(not runs(move.destination_vm), "the guest runs at the destination, too")
+    expect(not runs(move.destination_vm), "the guest runs at the destination as well")
 
 
 def cut_at(lab, point):
@@ -233,7 +240,8 @@ def killed_at(lab, point):
     source_runs_again(move)
 
 
-# What the destination is once it goes on. When it has loaded, it may go on with that before it hears that the source is gone.
+# The states of the destination after it goes on, for each crash point. When it has loaded the
+# state, it may go on with that before it notices that the source is gone.
 THAWED = {
     "destination-listening": ("failed",),
     "destination-loaded": ("failed", "postcopy-paused"),
@@ -242,7 +250,7 @@ THAWED = {
 
 
 def frozen_at(lab, point):
-    """The destination goes on when the source has long taken its guest back."""
+    """The destination goes on long after the source has resumed its guest."""
     move = with_image(lab)
     move.destination.restart_to_freeze(point)
     move.start()
@@ -250,7 +258,7 @@ def frozen_at(lab, point):
     source_runs_again(move)
     move.destination.thaw()
     ends = THAWED[point]
-    wait_for(f"the destination is {ends}", 30, lambda: move.destination.status() in ends)
+    wait_for(f"the destination is {ends}", LONG, lambda: move.destination.status() in ends)
     source_runs_again(move)
 
 

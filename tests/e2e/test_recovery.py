@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Paths that fail in the middle of a postcopy, and what it takes to go on."""
+"""Paths that fail in the middle of postcopy, and recoveries."""
 
 import time
 
 from harness.case import case
 from harness.lab import SLOW, Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec
 
 PAUSED_AND_BACK = (
@@ -18,7 +18,7 @@ PAUSED_AND_BACK = (
 
 
 def start_and_stop_midway(lab, scheme, slow=SLOW, **kind):
-    """The recovery is the test's to ask for."""
+    """Starts a migration that does not recover by itself, and waits for the middle."""
     move = Move(lab, scheme=scheme, settings=("auto-recover=off",), **kind)
     move.slow_down(slow)
     move.start()
@@ -46,7 +46,7 @@ def recover_tcp(lab):
 
 @case("recover-with-another-transport")
 def recover_other_transport(lab):
-    """The path that is left need not be of the kind that was lost."""
+    """The second path has another transport than the first."""
     move = start_and_stop_midway(lab, "ofi", incoming="ofi:0.0.0.0:4444,tcp:0.0.0.0:4445")
     move.network.link_down(1)
     move.wait_paused()
@@ -56,11 +56,12 @@ def recover_other_transport(lab):
     move.expect_guest_sound()
 
 
-@case("guest-runs-on-with-the-pages-it-has-while-paused")
+@case("guest-runs-on-with-the-pages-it-has-while-paused", heavy=True)
 def guest_runs_while_paused(lab):
-    """What is missing when the path is cut is the workers' memory: all else goes on. However long it takes until all else
-    has come, most of the workers' memory has not: they wait for the surveyor."""
-    spec = GuestSpec(ram_mb=160, work_mb=64, work_rate=0, survey=True, per_survey=1024)
+    """Only pages of the workers are missing when the path is cut. So everything else in the guest
+    runs on. It may take any time until all other pages have come: the workers wait for the
+    surveyor, so that most of their pages are still missing."""
+    spec = GuestSpec(ram_mb=128, work_mb=32, work_rate=0, survey=True, per_survey=1024, fresh=True)
     move = start_and_stop_midway(lab, "ofi", spec=spec, slow="128K")
     move.destination_vm.console.wait_surveyed()
     move.network.link_down(1)
@@ -98,7 +99,7 @@ def recovery_fails_first(lab):
     move.resume(link=1)
     wait_for(
         "the recovery over the dead link is given up",
-        30,
+        LONG,
         lambda: move.source.statuses().count("postcopy-paused") >= 2,
     )
     move.wait_paused()
@@ -107,13 +108,12 @@ def recovery_fails_first(lab):
 
 @case("recover-after-silent-loss")
 def silent_loss(lab):
-    """Both ends of the link stay up and no error comes: only the heartbeat can notice."""
+    """Both ends of the link stay up, and there is no error: only the heartbeat can detect this."""
     move = start_and_stop_midway(lab, "ofi")
     move.network.black_hole(1)
-    began = time.monotonic()
     move.wait_paused()
-    noticed = time.monotonic() - began
-    expect(noticed < 20, f"the heartbeat took {noticed:.1f} s to notice")
+    for engine in move.engines:
+        engine.wait_said("nothing heard")
     move.finish_over(link=2)
 
 
@@ -127,7 +127,7 @@ def same_link(lab):
 
 
 def cut_during_bitmaps(lab, scheme):
-    """The first recovery is cut between two messages of the bitmap exchange, again and again."""
+    """Several recoveries are cut, each after one more message of the bitmap exchange."""
     move = start_and_stop_midway(lab, scheme)
     move.network.link_down(1)
     move.wait_paused()
@@ -136,7 +136,7 @@ def cut_during_bitmaps(lab, scheme):
         move.resume(link=2, prefix="faulty+", options=f"?cut-after-messages={messages}")
         wait_for(
             f"a recovery that is cut after {messages} messages goes back to paused",
-            30,
+            LONG,
             lambda before=paused: move.source.statuses().count("postcopy-paused") > before,
         )
         move.wait_paused()
@@ -155,8 +155,8 @@ def bitmaps_tcp(lab):
 
 @case("recover-on-the-direct-path-after-socat-bridge-died")
 def socat_bridge(lab):
-    """The test that came with the first postcopy recovery: the path is a socat bridge, it is killed, the
-    recovery takes the direct way."""
+    """The test of QEMU's first postcopy recovery: the path is a socat bridge, which is killed. The
+    recovery is over the direct path."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off",))
     host = lab.network.source
     direct = lab.network.destination.address(1)
@@ -165,7 +165,7 @@ def socat_bridge(lab):
         host.command(["socat", "TCP-LISTEN:6666,fork,reuseaddr,bind=127.0.0.1", f"TCP:{direct}:4444"]),
         gently=False,
     )
-    wait_for("the bridge listens", 40, lambda: "127.0.0.1:6666" in host.run("ss", "-ltn"))
+    wait_for("the bridge listens", LONG, lambda: "127.0.0.1:6666" in host.run("ss", "-ltn"))
     move.slow_down()
     move.source.hmp("migrate -d tcp:127.0.0.1:6666")
     move.wait_midway()
@@ -177,8 +177,9 @@ def socat_bridge(lab):
 
 @case("recover-while-the-main-loop-of-qemu-is-stuck")
 def main_loop_stuck(lab):
-    """The old worry about postcopy: QEMU's main thread waits for a page that can't come, and nobody can
-    ask for a recovery any more. QEMU's monitor really hangs; ours does not."""
+    """QEMU's main thread waits for a page that can't come, so that its monitor hangs. With a
+    postcopy inside of QEMU nobody could ask for a recovery then. Postroad's monitor does not
+    hang."""
     move = start_and_stop_midway(lab, "ofi")
     move.network.link_down(1)
     move.wait_paused()
@@ -188,13 +189,11 @@ def main_loop_stuck(lab):
     answer = qemu.qmp.answer(3)
     expect(answer is None, f"QEMU's monitor was to hang on a missing page, but answers {answer}")
     for engine in move.engines:
-        began = time.monotonic()
         expect(engine.status() == "postcopy-paused", f"{engine.name} is {engine.status()}")
-        took = time.monotonic() - began
-        expect(took < 5, f"{engine.name} took {took * 1000:.0f} ms to answer")
+    expect(qemu.qmp.answer(1) is None, "QEMU's monitor was to hang until the page has come")
     move.resume(link=2)
     move.full_speed()
-    answer = qemu.qmp.answer(120)
+    answer = qemu.qmp.answer(LONG)
     expect(answer and "return" in answer, f"after the recovery QEMU's monitor answers {answer}")
     move.wait_completed()
     move.expect_guest_sound()
@@ -234,7 +233,7 @@ def recover_adds_listener(lab):
 
 
 def recover_by_itself(lab, scheme):
-    """Both paths are listed; each is lost in its turn, nobody asks for anything."""
+    """Both paths are listed. One is lost after the other, and the engines recover by themselves."""
     move = Move(lab, scheme=scheme)
     move.slow_down()
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
@@ -244,7 +243,7 @@ def recover_by_itself(lab, scheme):
         move.network.black_hole(lost)
         wait_for(
             f"the source recovers over link{left} by itself",
-            30,
+            LONG,
             lambda before=recoveries: move.source.query()["postroad"]["recoveries"] > before,
         )
         move.expect_midway()
@@ -273,7 +272,7 @@ def by_itself_other_transport(lab):
     move.source.hmp(f"migrate -d {move.uri(link=1)},{last_resort}")
     move.wait_midway(fraction=0.8)
     move.network.link_down(1)
-    wait_for("the source recovers", 30, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
+    wait_for("the source recovers", LONG, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
     expect(path_of(move.source, last_resort)["state"] == "active", f"paths: {move.source.paths()}")
     move.full_speed()
     move.wait_completed()
@@ -281,30 +280,29 @@ def by_itself_other_transport(lab):
 
 
 def path_of(engine, uri):
-    """What query-paths says of one."""
+    """Returns what query-paths says about one path."""
     return next((path for path in engine.paths() if path["uri"] == uri), {"state": "none"})
 
 
 @case("whoever-notices-first-says-so-over-the-standby-path")
 def tells_over_standby(lab):
-    """The source would take half a minute to notice the silence; the destination needs three seconds."""
+    """The source would take a minute to notice the silence, the destination takes five seconds."""
     move = Move(lab)
-    move.source.hmp("migrate_set_parameter heartbeat-timeout 30000")
+    move.source.hmp("migrate_set_parameter heartbeat-timeout 60000")
     move.slow_down()
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
     move.wait_midway(fraction=0.8)
     for engine, state in zip(move.engines, ("standby", "standby")):
         wait_for(
             f"link2 stands by at the {engine.name}",
-            40,
+            LONG,
             lambda e=engine, s=state: path_of(e, move.uri(link=2))["state"] == s,
         )
-    began = time.monotonic()
     move.network.black_hole(1)
-    wait_for("the source recovers", 40, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
-    expect(time.monotonic() - began < 15, "the source waited for its own timeout")
-    reasons = [event["data"].get("reason", "") for event in move.source.qmp.drain_events()]
-    expect(any("the destination has paused: nothing heard" in reason for reason in reasons), f"reasons: {reasons}")
+    wait_for("the source recovers", LONG, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
+    reasons = [reason or "" for status, reason in move.source.reasons() if status == "postcopy-paused"]
+    told = any("the destination has paused: nothing heard" in reason for reason in reasons)
+    expect(told, f"the source paused for these reasons: {reasons}")
     move.full_speed()
     move.wait_completed()
     move.expect_guest_sound()
@@ -318,7 +316,7 @@ def statistics(lab):
     before = move.destination.query()["ram"]
     time_paused = 1.0
     began = time.monotonic()
-    wait_for("some time in the pause", 40, lambda: time.monotonic() - began > time_paused)
+    wait_for("some time in the pause", LONG, lambda: time.monotonic() - began > time_paused)
     move.finish_over(link=2)
     source, destination = (engine.query() for engine in move.engines)
     for name, info in (("source", source), ("destination", destination)):

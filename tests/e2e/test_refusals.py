@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bad input and bad days: a clear error, nothing lost, the process still serving."""
+"""Bad input, and failures before the migration has begun: the error is clear, the guest runs on,
+and the engine still serves."""
 
 import socket
 
 from harness.case import case
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
 
@@ -61,7 +62,7 @@ def second_path(lab):
 
 @case("cancel-before-switch-over-leaves-the-guest-running")
 def cancel(lab):
-    """The destination is reachable and silent, so the migration is still in its set-up."""
+    """The link loses everything, so that the migration is still in its set-up."""
     move = Move(lab, settings=("connect-timeout=20000", "handshake-timeout=20000"))
     move.network.black_hole(1)
     move.start()
@@ -120,16 +121,16 @@ def nonsense(lab):
 
 
 def start_engine(lab, host, vm, *options):
-    """An engine that has to end at once, because of what it is told; returns what it says."""
+    """Starts an engine that must refuse its options and end. Returns what it prints."""
     argv = [lab.engine_file(), "--guest", vm.guest_option(), "--qmp", lab.path("refused.qmp"), *options]
     engine = lab.start("refused-engine", host.command(argv), lab.sanitizer_env)
-    expect(engine.wait() == 1, f"an engine that can't work ended with {engine.exit_code()}")
+    expect(engine.wait() == 1, f"an engine that had to refuse its options ended with {engine.exit_code()}")
     return engine.output()
 
 
 def refused_source(lab, *words, spec=None):
-    """A QEMU that can't be moved: the engine says why, and the guest runs on. With the agent's library in it, which is
-    asked for its RAM before a migration."""
+    """The engine refuses a QEMU that can't be moved, and the guest runs on. QEMU has the preload
+    agent, which the engine asks for the RAM as it starts."""
     vm = Qemu(lab, lab.network.source, spec or GuestSpec(), agent=True)
     vm.wait_booted()
     said = start_engine(lab, lab.network.source, vm)
@@ -146,7 +147,7 @@ def without_share(lab):
 
 @case("qemu-with-one-private-ram-backend-is-refused")
 def one_private_backend(lab):
-    move = Move(lab, spec=GuestSpec(nodes=2, share="on,off"))
+    move = Move(lab, spec=GuestSpec(nodes=2, share="on,off", fresh=True))
     move.start()
     expect_failed(move, "ram1", "share=on")
 
@@ -166,7 +167,7 @@ def port_in_use(lab):
     host = lab.network.destination
     vm = Qemu(lab, host, GuestSpec(), incoming=True)
     lab.start("other-program", host.command(["socat", "TCP-LISTEN:4444", "STDOUT"]), gently=False)
-    wait_for("the other program listens", 40, lambda: ":4444" in host.run("ss", "-ltn"))
+    wait_for("the other program listens", LONG, lambda: ":4444" in host.run("ss", "-ltn"))
     said = start_engine(lab, host, vm, "--insecure", "--incoming", "ofi:0.0.0.0:4444")
     expect("4444" in said and "in use" in said, f"the port is not named: {said}")
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Engines that die, and those that follow them."""
+"""Engines that die, and the engines that are started after them."""
 
 import os
 import shutil
 
 from harness.case import case
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.twins import Twins
 
 
 def kill_and_recover(lab, scheme, *sides):
-    """The engines of these sides die in mid-pull, and others take their place."""
+    """The engines of these sides die in mid-pull, and are started again."""
     twins = Twins(lab, scheme=scheme)
     twins.start_midway()
     victims = [getattr(twins, side) for side in sides]
@@ -55,8 +55,8 @@ def qemu_both(lab):
 
 @case("killed-while-the-main-loop-of-qemu-is-stuck")
 def qemu_stuck(lab):
-    """QEMU's monitor does not answer before a page has come, and the page comes by the new engine only: that one must
-    not wait for QEMU's monitor."""
+    """QEMU's monitor does not answer before a page has come. Only the new engine can bring it in,
+    so it must not wait for QEMU's monitor."""
     move = move_midway(lab)
     move.destination.kill()
     qemu = move.destination_vm
@@ -70,7 +70,7 @@ def qemu_stuck(lab):
     expect(answer is None, f"QEMU's monitor was to hang still, but answers {answer}")
     move.resume(link=1)
     move.full_speed()
-    answer = qemu.qmp.answer(120)
+    answer = qemu.qmp.answer(LONG)
     expect(answer and "return" in answer, f"after the recovery QEMU's monitor answers {answer}")
     move.wait_completed()
     move.expect_guest_sound()
@@ -78,21 +78,23 @@ def qemu_stuck(lab):
 
 @case("killed-when-the-source-qemu-is-stopped-and-it-runs-on")
 def qemu_runs_on(lab):
-    """The source engine dies when it has stopped its QEMU, saved it, and has not let it go."""
+    """The source's engine dies when it has stopped and saved its QEMU, and has not handed it
+    over."""
     move = Move(lab, settings=("auto-recover=off",), program="killable-postroad")
     move.source.restart_to_be_killed("source-loaded")
     move.start()
     move.source.note_killed()
     expect(move.source_vm.status() != "running", "the guest was to be stopped when the engine died")
     move.source.resume()
-    wait_for("the engine says what happened", 40, lambda: "it runs on here" in move.source.process.output())
+    wait_for("the engine says what happened", LONG, lambda: "it runs on here" in move.source.process.output())
     move.expect_source_runs()
 
 
 @case("killed-before-qemu-is-let-run-at-the-destination")
 def qemu_not_started(lab):
-    """RUN was seen: the next engine lets it run, whatever the source does. QEMU's monitor may not answer from then on,
-    not even to that: the guest waits for pages, and may do so with QEMU's lock."""
+    """The destination has seen RUN, so its next engine lets the guest run, whatever the source
+    does. QEMU's monitor may not answer from then on, not even to `cont`: the guest waits for
+    pages, perhaps with QEMU's lock held."""
     move = Move(lab, settings=("auto-recover=off",), program="killable-postroad")
     move.destination.restart_to_be_killed("destination-run-noted")
     move.start()
@@ -109,9 +111,9 @@ def qemu_not_started(lab):
 # Guests that die
 
 
-@case("qemu-that-dies-at-the-destination-is-told-on-both-sides", alone=True)
+@case("qemu-that-dies-at-the-destination-is-told-on-both-sides")
 def destination_qemu_dies(lab):
-    """Nothing can be recovered, and nothing is tried for ever."""
+    """No recovery is possible, and none is tried endlessly."""
     move = Move(lab)
     move.slow_down()
     move.source.hmp(f"migrate -d {move.uri(link=1)},{move.uri(link=2)}")
@@ -131,9 +133,9 @@ def destination_qemu_dies(lab):
         engine.hmp("info migrate")
 
 
-@case("qemu-that-dies-at-the-source-is-told-on-both-sides-and-not-missed", alone=True)
+@case("qemu-that-dies-at-the-source-is-told-on-both-sides-and-not-missed")
 def source_qemu_dies(lab):
-    """All that is needed of it is its memory, which its engine has, too."""
+    """Only its memory is needed, which its engine has mapped as well."""
     move = move_midway(lab)
     move.source_vm.process.kill()
     move.source.wait_said("its RAM is kept by this engine")
@@ -147,14 +149,15 @@ def source_qemu_dies(lab):
     move.destination_vm.console.expect_sound()
 
 
-# What is refused, and what is not there
+# Starts that are refused, and records that are missing
 
 
 def start_refused(twins, engine, *options):
-    """A new engine with these options, which has to end at once; returns what it says of that."""
+    """Starts the engine again with these options. It must refuse and end. Returns what it
+    prints."""
     before = len(engine.process.output())
     engine.restart(*options)
-    code = engine.process.wait(20)
+    code = engine.process.wait()
     expect(code == 1, f"{engine.name} ended with {code}")
     engine.process.name = f"refused-{engine.name}"
     return engine.process.output()[before:]
@@ -182,7 +185,7 @@ def unasked(lab):
 
 @case("guest-whose-record-is-lost-is-not-taken-for-the-sources", light=True)
 def lost_record(lab):
-    """The kernel's write protection tells that it was handed over."""
+    """The write protection of its RAM shows that the guest was handed over."""
     twins = Twins(lab)
     twins.start_midway()
     twins.source.kill()
@@ -207,7 +210,7 @@ def second_engines(lab):
     for engine in twins.engines:
         for options in ((), ("--resume",)):
             other = lab.start("second-engine", engine.argv + list(options))
-            expect(other.wait(20) == 1, f"a second engine beside {engine.name} ended with {other.exit_code()}")
+            expect(other.wait() == 1, f"a second engine beside {engine.name} ended with {other.exit_code()}")
             said = other.output()
             expect("another engine is attached" in said, f"the refusal does not say why: {said}")
     twins.finish()
@@ -215,12 +218,12 @@ def second_engines(lab):
 
 @case("resume-of-nothing-begins-anew", light=True)
 def nothing_to_resume(lab):
-    """So that whoever starts engines may always ask for it."""
+    """So --resume may be used at every start."""
     twins = Twins(lab)
     for engine in twins.engines:
         engine.process.stop()
         engine.resume()
-        wait_for(f"{engine.name} says so", 40, lambda e=engine: "nothing to resume" in e.process.output())
+        wait_for(f"{engine.name} says so", LONG, lambda e=engine: "nothing to resume" in e.process.output())
     twins.migrate()
     twins.finish()
 
@@ -234,10 +237,10 @@ def stale_record(lab):
     twins.source_guest.start_again()
     twins.source.restart()
     twins.source.connect()
-    wait_for("the engine says so", 40, lambda: "is about a guest that is gone" in twins.source.process.output())
+    wait_for("the engine says so", LONG, lambda: "is about a guest that is gone" in twins.source.process.output())
     expect(twins.source.status() == "none", f"the source is {twins.source.status()}")
     twins.source_guest.wait_working()
-    twins.destination_guest.process.kill()  # it waits for pages for ever
+    twins.destination_guest.process.kill()  # it would wait for pages for ever
 
 
 @case("killed-several-times-in-a-row", light=True)
@@ -255,7 +258,7 @@ def several_times(lab):
 
 
 def start_over_both_links(lab):
-    """With what an engine does by itself where two paths are listed."""
+    """Starts a migration with two listed paths. The engines may recover by themselves."""
     twins = Twins(lab, settings=())
     twins.source.qmp.command("migrate", uri=f"{twins.uri(1)},{twins.uri(2)}")
     twins.wait_active()
@@ -264,14 +267,14 @@ def start_over_both_links(lab):
 
 @case("killed-engines-recover-by-themselves-over-the-listed-paths", light=True)
 def by_themselves(lab):
-    """Whoever starts an engine again, nobody has to ask for the recovery."""
+    """Nobody asks for the recovery after an engine was started again."""
     twins = start_over_both_links(lab)
     for engine in (twins.destination, twins.source):
         engine.kill()
         engine.resume()
         wait_for(
             f"both sides go on after the death of {engine.name}",
-            40,
+            LONG,
             lambda: all(e.status() == "postcopy-active" for e in twins.engines),
         )
         twins.expect_midway()
@@ -280,15 +283,16 @@ def by_themselves(lab):
 
 @case("pause-by-hand-outlives-the-engines", light=True)
 def held(lab):
-    """Only a human ends it: not two listed paths, and not new engines."""
+    """Only the operator ends it. The engines do not recover by themselves, neither over another
+    listed path nor after a new start."""
     twins = start_over_both_links(lab)
     twins.source.hmp("migrate_pause")
     twins.destination.wait_status("postcopy-paused")
-    wait_for("the source has noted it", 40, lambda: "held=true" in twins.record())
+    wait_for("the source has noted it", LONG, lambda: "held=true" in twins.record())
     for engine in twins.engines:
         engine.kill()
         engine.resume()
     expect(twins.source.status() == "postcopy-paused", f"the source is {twins.source.status()}")
     seen = twins.source.statuses() + twins.destination.statuses()
-    expect("postcopy-recover" not in seen, f"it was not left alone: {seen}")
+    expect("postcopy-recover" not in seen, f"an engine tried to recover by itself: {seen}")
     twins.finish()

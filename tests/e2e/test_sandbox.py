@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What engines give up does not keep them from their work, and is given up."""
+"""Engines give up privileges and system calls, and still do all of their work."""
 
 import os
 import pwd
@@ -9,18 +9,18 @@ from harness.case import case
 from harness.lab import Move
 from harness.process import expect
 
-# NET_BIND_SERVICE, DAC_OVERRIDE and IPC_LOCK: as monitor/sandbox.c says.
+# NET_BIND_SERVICE, DAC_OVERRIDE and IPC_LOCK; monitor/sandbox.c says why.
 KEPT = 1 << 10 | 1 << 1 | 1 << 14
 
 
 def threads(engine):
-    """The status of each thread of an engine, as a dictionary."""
+    """Yields the status of each thread of an engine, as a dictionary."""
     tasks = f"/proc/{engine.process.pid}/task"
     for task in os.listdir(tasks):
         try:
             with open(f"{tasks}/{task}/status") as status:
                 yield dict(line.rstrip("\n").split(":\t", 1) for line in status if ":\t" in line)
-        except (FileNotFoundError, ProcessLookupError):  # it has ended
+        except (FileNotFoundError, ProcessLookupError):  # the thread has ended
             continue
 
 
@@ -38,7 +38,7 @@ def expect_confined(engine, uid, kept):
 
 
 def recover_confined(lab, scheme, uid, kept, options=()):
-    """A listener, a connection and lanes are made anew, after all was given up."""
+    """A recovery creates a listener, a connection and lanes after privileges were given up."""
     move = Move(lab, scheme=scheme, settings=("auto-recover=off",), options=options)
     move.slow_down()
     move.start()
@@ -63,7 +63,7 @@ def as_root(lab):
 
 @case("recover-in-the-sandbox-as-another-user")
 def as_another_user(lab):
-    # Beside the lab's directory, which is only root's; the engines make theirs in it, for this user.
+    # Only root can read the lab's directory. The engines make their own in this one, as this user.
     with tempfile.TemporaryDirectory(prefix="postroad-states-") as states:
         os.chmod(states, 0o711)
         options = ("--user", "nobody", "--state-dir", os.path.join(states, "nobody"))

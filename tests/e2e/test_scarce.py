@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Engines that run out of descriptors, memory and threads: refused in words before the guest has left, paused after
-it."""
+"""Engines that run out of descriptors, memory or threads. Before the hand-over the migration fails
+with a reason, after it the migration pauses."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ import resource
 
 from harness.case import case
 from harness.light import LightMove, TestGuest
-from harness.process import Failure, expect, wait_for
+from harness.process import LONG, Failure, expect, wait_for
 from harness.qmp import Qmp, QmpError
 from harness.threads import Threads, thread_names, wait_warm
 
 MIB = 1 << 20
-SETTLED_FILES = 4  # that an engine opens in its first migration and keeps
-# A peer that can't answer is given up soon.
+SETTLED_FILES = 4  # descriptors that an engine opens in its first migration and keeps
+# A peer that can't answer is soon given up.
 IMPATIENT = ("handshake-timeout=2000", "connect-timeout=2000")
 
 
@@ -40,7 +40,8 @@ def limited(engine, what, value):
 
 
 def attempt(move, limit):
-    """One migration. Returns whether it worked; if not, the reason was given and the guest is where it was."""
+    """Tries one migration. Returns whether it has completed. If it has not, there must be a
+    reason, and the guest is at the source."""
     try:
         move.source.qmp.command("migrate", uri=move.uri(link=1))
     except QmpError as refusal:
@@ -48,7 +49,7 @@ def attempt(move, limit):
         return False
     info = wait_for(
         f"the migration ends, with {limit}",
-        40,
+        LONG,
         lambda: next((i for i in [move.source.query()] if i["status"] in ("completed", "failed")), None),
     )
     for engine in move.engines:
@@ -58,19 +59,20 @@ def attempt(move, limit):
     expect(info.get("error-desc"), f"no reason is given, with {limit}")
     wait_for(
         f"the destination is ready for another try, with {limit}",
-        40,
+        LONG,
         lambda: move.destination.status() in ("none", "failed", "cancelled"),
     )
     return False
 
 
 def wait_runs(move, limit):
-    """It tells once a second how it is, and may have been stopped for a moment."""
-    wait_for(f"the source's guest runs, with {limit}", 40, lambda: move.source_guest.lines()[-1][0] == "running")
+    """Waits until the source's guest runs. It prints a line a second, and may have been stopped
+    for a moment."""
+    wait_for(f"the source's guest runs, with {limit}", LONG, lambda: move.source_guest.lines()[-1][0] == "running")
 
 
 def walk(lab, scheme, side, what, values, tls=False):
-    """Tries the values until one is enough."""
+    """Tries one limit after the other, until one is high enough."""
     move = LightMove(lab, scheme=scheme, size="16M", settings=IMPATIENT, tls=tls)
     engine = getattr(move, side)
     before = [open_files(e) for e in move.engines]
@@ -84,7 +86,7 @@ def walk(lab, scheme, side, what, values, tls=False):
         wait_runs(move, name)
         wait_for(
             "what was opened for nothing is closed again",
-            40,
+            LONG,
             lambda: all(open_files(e) <= n + SETTLED_FILES for e, n in zip(move.engines, before)),
         )
     else:
@@ -118,13 +120,13 @@ for _side in ("source", "destination"):
 
 
 def serves(lab, engine, path):
-    """Whether it came so far as to serve its monitor; else it has ended."""
-    wait_for("the engine serves or ends", 40, lambda: os.path.exists(path) or not engine.alive())
+    """Whether a new engine serves its monitor. If it does not, it has ended."""
+    wait_for("the engine serves or ends", LONG, lambda: os.path.exists(path) or not engine.alive())
     if not engine.alive():
         return False
     try:
         monitor = Qmp(path)
-    except Failure:  # its socket comes before much that it may lack
+    except Failure:  # the engine may lack something after it has created its socket
         engine.wait()
         return False
     monitor.command("quit")
@@ -146,14 +148,15 @@ def few_files_at_start(lab):
         said = engine.output()
         expect(engine.exit_code() in (1, 127), f"with {limit} descriptors it ended with {engine.exit_code()}: {said}")
         expect("open" in said, f"with {limit} descriptors it said: {said}")
-    expect(limit > 10, f"{limit} descriptors were enough: this proves nothing")
+    expect(limit > 10, f"{limit} descriptors were enough: the test proves nothing")
     guest.wait_goes_on()
     guest.expect_sound()
 
 
 @contextlib.contextmanager
 def recovery_with(lab, side, what, now):
-    """A migration that loses its path while an engine has no more of something than now; with it again it recovers."""
+    """A migration that loses its path while an engine is limited to what it has now. When the
+    limit is gone, it recovers."""
     move = LightMove(lab, settings=("standby-paths=off", *IMPATIENT))
     engine = getattr(move, side)
     move.start_midway("1M", fraction=0.9)
@@ -169,21 +172,22 @@ def attempts(move):
 
 
 def recovery_lacks_files(lab, side):
-    """A recovery that lacks something goes back to paused, over and over, until it has it."""
+    """Recoveries fail, and go back to paused, until the engine has descriptors again."""
     with recovery_with(lab, side, resource.RLIMIT_NOFILE, lambda engine: open_files(engine) - 8) as move:
-        wait_for("several recoveries have failed", 90, lambda: attempts(move) >= 4)
+        wait_for("several recoveries have failed", LONG, lambda: attempts(move) >= 4)
         move.expect_midway()
         states = {e.name: e.status() for e in move.engines}
-        expect("completed" not in states.values(), f"it went on without: {states}")
-        expect(move.source.query()["postroad"]["recoveries"] == 0, "it recovered without")
+        expect("completed" not in states.values(), f"it went on without descriptors: {states}")
+        expect(move.source.query()["postroad"]["recoveries"] == 0, "it recovered without descriptors")
 
 
 def recovery_with_no_more_memory(lab, side):
-    """What the threads of the lost path have left may be enough for the next; if not, that is no end."""
+    """The memory that the threads of the lost path have freed may be enough for the next path. If
+    not, the recovery fails, and the engine lives on."""
     with recovery_with(lab, side, resource.RLIMIT_AS, lambda engine: address_space(engine) - 64 * MIB) as move:
         wait_for(
             "a recovery works, or several have failed",
-            90,
+            LONG,
             lambda: attempts(move) >= 4 or move.source.query()["postroad"]["recoveries"],
         )
         move.expect_midway()
@@ -210,7 +214,7 @@ def lacked_threads(engine):
 
 
 def threads_walk(lab, side, wanted):
-    """One more of them in each try, until there are enough."""
+    """Allows one more thread in each try, until there are enough."""
     threads = Threads(lab, side)
     wrappers = {"source": (threads.wrapper, ()), "destination": ((), threads.wrapper)}[side]
     move = LightMove(lab, size="16M", settings=(*IMPATIENT, "verify=on"), wrappers=wrappers)
@@ -218,14 +222,14 @@ def threads_walk(lab, side, wanted):
     wait_warm(engine)
     before = len(thread_names(engine))
     for n in range(100):
-        wait_for("the threads of the last try have ended", 40, lambda: len(thread_names(engine)) <= before)
+        wait_for("the threads of the last try have ended", LONG, lambda: len(thread_names(engine)) <= before)
         threads.allow(n)
         if attempt(move, f"room for {n} threads at the {side}"):
             break
         threads.allow_all()
         wait_runs(move, f"{n} threads")
     lacked = lacked_threads(engine)
-    expect(lacked >= wanted, f"it has not done without {wanted - lacked}, but without {lacked}")
+    expect(lacked >= wanted, f"it never lacked the threads {wanted - lacked}, only {lacked}")
     move.wait_completed()
     move.expect_guest_sound()
 
@@ -241,7 +245,8 @@ def few_threads_destination(lab):
 
 
 def resume_with_more_and_more_threads(lab, engine, threads):
-    """Until there are enough. Returns which it has lacked."""
+    """Starts the engine with one more thread each time, until it serves. Returns the names of the
+    threads that it has lacked."""
     for n in range(100):
         threads.allow(n)
         engine.restart("--resume")
@@ -255,7 +260,7 @@ def resume_with_more_and_more_threads(lab, engine, threads):
 
 
 def resume_lacks_threads(lab, side):
-    """An engine that can't go on says why, and leaves all to the next one."""
+    """An engine that lacks threads ends with a reason, and the next one can continue."""
     threads = Threads(lab, side)
     wrappers = {"source": (threads.wrapper, ()), "destination": ((), threads.wrapper)}[side]
     move = LightMove(lab, settings=("auto-recover=off", "standby-paths=off", "verify=on"), wrappers=wrappers)
@@ -267,13 +272,13 @@ def resume_lacks_threads(lab, side):
     os.unlink(engine.qmp_path)
     wanted = {"source": {"migration"}, "destination": {"load", "verify", "fault", "pull"}}[side]
     lacked = set()
-    for _ in range(3):  # a thread that ends early makes room for another one, which is not missing then
+    for _ in range(3):  # a thread that ends early makes room for another, which is not lacked then
         lacked |= resume_with_more_and_more_threads(lab, engine, threads)
         if lacked >= wanted:
             break
     threads.allow_all()
     engine.resume()
-    expect(lacked >= wanted, f"it has not done without {wanted - lacked}, but without {lacked}")
+    expect(lacked >= wanted, f"it never lacked the threads {wanted - lacked}, only {lacked}")
     move.wait_paused()
     move.resume(link=1)
     move.full_speed()

@@ -9,12 +9,12 @@ import time
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import Qemu
 
 PYTHON = sys.executable
 
-# Connects, sends what it is given on stdin, and stays connected until it is killed or turned away.
+# Connects, sends its third argument, and stays connected until it is killed or turned away.
 STRANGER = """
 import socket, sys
 peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
@@ -29,8 +29,8 @@ except ConnectionError:
     print("reset", flush=True)
 """
 
-# Connects again and again, says the same each time, and keeps the last 200 connections. Says "flooding" after the
-# first 1000.
+# Connects again and again, sends the same bytes each time, and keeps the last 200 connections.
+# Prints "flooding" after the first 1000.
 FLOOD = """
 import socket, struct, sys
 kind, target, start = sys.argv[1], sys.argv[2], bytes.fromhex(sys.argv[3])
@@ -67,7 +67,7 @@ while True:
 
 
 def garbage():
-    """What strangers say: nothing, noise, other protocols, and lengths that lie."""
+    """Returns what strangers send: nothing, noise, other protocols, and false lengths."""
     noise = random.Random(1)
     return {
         "silent": b"",
@@ -82,7 +82,7 @@ def garbage():
     }
 
 
-def knock(lab, port=4444):
+def send_garbage(lab, port=4444):
     host = lab.network.source
     strangers = []
     for name, data in garbage().items():
@@ -101,8 +101,8 @@ def strangers_while_running(lab):
     move.slow_down()
     move.start()
     move.wait_midway()
-    strangers = knock(lab)
-    wait_for("the strangers have spoken", 40, lambda: all("sent" in s.output() for s in strangers))
+    strangers = send_garbage(lab)
+    wait_for("the strangers have spoken", LONG, lambda: all("sent" in s.output() for s in strangers))
     move.expect_midway()
     move.full_speed()
     move.wait_completed()
@@ -119,10 +119,10 @@ def strangers_while_paused(lab):
     move.wait_midway()
     move.network.link_down(1)
     move.wait_paused()
-    strangers = knock(lab)
+    strangers = send_garbage(lab)
     wait_for(
         "every stranger is turned away",
-        40,
+        LONG,
         lambda: all("closed" in s.output() or "reset" in s.output() for s in strangers),
     )
     expect(move.destination.status() == "postcopy-paused", "a stranger moved the paused migration")
@@ -134,7 +134,8 @@ def descriptors(engine):
 
 
 def flood(lab, engines):
-    """Of the destination's port, from an address that is not the source's, and of both monitors."""
+    """Floods the destination's port, from an address that is not the source's, and both
+    monitors."""
     host = lab.network.source
     host.run("ip", "address", "add", "10.77.2.99/24", "dev", "link2")
     floods = []
@@ -145,14 +146,14 @@ def flood(lab, engines):
         for name, start, times in (("line", b"{[x", 1000000), ("silent", b"", 0)):
             argv = [PYTHON, "-c", FLOOD, "unix", engine.qmp_path, start.hex(), str(times)]
             floods.append(lab.start(f"flood-monitor-{name}-{engine.name}", argv, gently=False))
-    wait_for("all floods have begun", 120, lambda: all("flooding" in f.output() for f in floods))
+    wait_for("all floods have begun", LONG, lambda: all("flooding" in f.output() for f in floods))
     return floods
 
 
 @case("flood-of-the-port-and-the-monitors-disturbs-nothing", alone=True)
 def flooded(lab):
-    """Neither does the migration pause, nor is the monitor's client that was there kept waiting, nor the source that
-    comes back kept out."""
+    """The migration does not pause, the monitor's first client is answered, and the source can
+    connect again."""
     move = Move(lab, scheme="tcp", settings=("auto-recover=off", "connect-timeout=5000"))
     move.slow_down("256K")
     move.start()
@@ -163,7 +164,7 @@ def flooded(lab):
         began = time.monotonic()
         expect(engine.status() == "postcopy-active", f"{engine.name} is {engine.status()} in the flood")
         taken = time.monotonic() - began
-        expect(taken < 10, f"{engine.name} took {taken:.3f} s to answer in the flood")
+        expect(taken < LONG / 4, f"{engine.name} took {taken:.3f} s to answer in the flood")
     move.network.link_down(1)
     move.wait_paused()
     move.source.qmp.command("migrate", uri=move.uri(link=2), resume=True)
@@ -174,7 +175,7 @@ def flooded(lab):
     for engine, count in zip(move.engines, before):
         wait_for(
             f"{engine.name} has closed what it opened for the flood",
-            30,
+            LONG,
             lambda engine=engine, count=count: descriptors(engine) <= count,
         )
         expect(engine.query()["postroad"]["pauses"] == 1, f"{engine.name} paused more than once")
@@ -185,8 +186,8 @@ def flooded(lab):
 
 @case("source-of-another-migration-is-turned-away")
 def another_migration(lab):
-    """A second guest knocks on a destination that is taken; its guest runs on, the first is not
-    disturbed."""
+    """A second source connects to a destination that is in use. Its guest runs on, and the first
+    migration is not disturbed."""
     move = Move(lab)
     other_vm = Qemu(lab, lab.network.source, move.source_vm.spec, name="qemu-other")
     other = Engine(lab, lab.network.source, other_vm.guest_option(), name="postroad-other")
@@ -207,7 +208,7 @@ def another_migration(lab):
 
 @case("peer-that-is-not-postroad-is-named-so")
 def not_postroad(lab):
-    """The source connects to something that answers in another language."""
+    """The source connects to a server of another protocol."""
     move = Move(lab, settings=("handshake-timeout=2000",))
     host = lab.network.destination
     server = lab.start(
@@ -215,7 +216,7 @@ def not_postroad(lab):
         host.command(["socat", "TCP-LISTEN:8080,fork,reuseaddr", "SYSTEM:echo HTTP/1.1 400 Bad Request"]),
         gently=False,
     )
-    wait_for("the other server listens", 40, lambda: ":8080" in host.run("ss", "-ltn"))
+    wait_for("the other server listens", LONG, lambda: ":8080" in host.run("ss", "-ltn"))
     move.source.hmp(f"migrate -d {move.uri(port=8080)}")
     info = move.source.wait_status("failed")
     expect("8080" in info["error-desc"], f"the error does not name the path: {info['error-desc']}")

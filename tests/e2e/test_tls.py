@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrations with certificates, and who is not let in."""
+"""Migrations with certificates, and peers without one."""
 
 from harness.case import case
 from harness.engine import Engine
 from harness.lab import Move
-from harness.process import expect, wait_for
+from harness.process import LONG, expect, wait_for
 from harness.vm import GuestSpec, Qemu
 
 
 def recover_with_tls(lab, scheme):
-    """The path that is cut and the one that is taken are both encrypted."""
+    """Both paths are encrypted: the one that is cut and the one of the recovery."""
     move = Move(lab, scheme=scheme, settings=("auto-recover=off",), tls=True)
     move.slow_down()
     move.start()
@@ -40,11 +40,11 @@ def tls_standby(lab):
     move.wait_midway()
     wait_for(
         "the other path stands by",
-        40,
+        LONG,
         lambda: "standby" in [path.get("state") for path in move.source.paths()],
     )
     move.network.link_down(1)
-    wait_for("the source recovers", 40, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
+    wait_for("the source recovers", LONG, lambda: move.source.query()["postroad"]["recoveries"] >= 1)
     move.full_speed()
     move.wait_completed()
     move.expect_guest_sound()

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Preloaded into a program: it may have as many more threads as the first four bytes of the file $THREAD_SHIM say. They
- * are counted down when a thread begins, and up again when it ends.
+ * Preloaded into a program: limits how many more threads it can start. The number is in the first
+ * four bytes of the file $THREAD_SHIM. It falls when a thread starts, and rises when a thread
+ * ends.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -20,7 +21,7 @@ typedef struct Begun {
 } Begun;
 
 static Create *create;
-static int32_t *left; /* atomic, in the file; NULL: there is none */
+static int32_t *left; /* atomic, mapped from the file; NULL: no limit */
 static pthread_key_t ending;
 
 static void count(int by)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory cgroups for engines and guests, of version 2 or 1, whichever has the memory controller here."""
+"""Memory cgroups for engines and guests: of version 2 or 1, whichever has the memory controller on
+this machine."""
 
 import contextlib
 import os
@@ -10,7 +11,8 @@ from .process import Failure, Skip
 
 REMOVE_SECONDS = 10
 
-# Ends with the test's process, however that ends: what is still in the group then has lost its parent, too.
+# Removes the groups when the test's process ends, however it ends. The processes in the groups are
+# children of the test's process, and are killed with it.
 CLEANER = """
 cat >/dev/null
 for i in $(seq 200); do
@@ -22,7 +24,7 @@ done
 
 
 def memory_hierarchy():
-    """(where it is mounted, version)."""
+    """Returns the mount point of the memory controller's hierarchy, and the cgroup version."""
     with open("/proc/mounts") as mounts:
         for line in mounts:
             _, where, kind, options = line.split()[:4]
@@ -30,7 +32,7 @@ def memory_hierarchy():
                 return where, 1
             if kind == "cgroup2" and "memory" in read(os.path.join(where, "cgroup.controllers")).split():
                 return where, 2
-    raise Skip("there is no memory controller: neither cgroup v2 nor v1 has it mounted")
+    raise Skip("no memory controller is mounted, neither of cgroup v2 nor of v1")
 
 
 def read(path):
@@ -44,7 +46,7 @@ def write(path, text):
 
 
 class Cgroup:
-    """One of a Cgroups."""
+    """One group. Cgroups.new() makes it."""
 
     NAMES = {
         1: {
@@ -65,9 +67,10 @@ class Cgroup:
         return os.path.join(self.path, self.NAMES[self.version][what])
 
     def limit(self, size):
-        """Of memory; nothing of it is to be swapped out instead."""
+        """Limits the memory of the group to `size` bytes, and forbids swapping."""
         swap = self._file("swap")
-        # Version 1 counts both together, which is never less than the memory.
+        # The limit of version 1 is for memory and swap together; it must not be below that for
+        # memory.
         swaps = [(swap, size if self.version == 1 else 0)] if os.path.exists(swap) else []
         grows = self.version == 1 and size > int(read(self._file("max")))
         for name, value in [*(swaps if grows else []), (self._file("max"), size), *([] if grows else swaps)]:
@@ -77,11 +80,12 @@ class Cgroup:
         return int(read(self._file("current")))
 
     def peak(self):
-        """None: the kernel does not tell (before 5.19)."""
+        """Returns the most bytes that were in use, or None: kernels before 5.19 do not count it for
+        version 2."""
         return int(read(self._file("peak"))) if os.path.exists(self._file("peak")) else None
 
     def failures(self):
-        """How often the limit was reached, for a failure's report."""
+        """Says how often the limit was reached, for the report of a failure."""
         name = "memory.failcnt" if self.version == 1 else "memory.events"
         return read(os.path.join(self.path, name)).strip()
 
@@ -92,17 +96,17 @@ class Cgroup:
         write(os.path.join(self.path, "cgroup.procs"), pid)
 
     def wrapper(self):
-        """A command that execs another one in this group."""
+        """Returns a command that joins this group and execs the command that follows it."""
         return ("sh", "-c", 'echo $$ >"$0" && exec "$@"', os.path.join(self.path, "cgroup.procs"))
 
 
 class Cgroups:
-    """A group with others in it, gone at its end, and also if the test's process is killed."""
+    """A group for other groups. All are removed by close(), or when the test's process ends."""
 
     def __init__(self):
         self.root, self.version = memory_hierarchy()
         self.path = tempfile.mkdtemp(prefix="postroad-test-", dir=self.root)
-        # In a session of its own: an interrupt from the terminal is not for it.
+        # It has its own session, so that Ctrl-C in the terminal does not interrupt it.
         self.cleaner = subprocess.Popen(
             ["sh", "-c", CLEANER, self.path], stdin=subprocess.PIPE, start_new_session=True
         )
@@ -126,7 +130,7 @@ class Cgroups:
 
 @contextlib.contextmanager
 def cgroups(lab):
-    """Cgroups for processes of the lab, which end before the groups do."""
+    """Cgroups for processes of the lab. These are stopped before the groups are removed."""
     groups = Cgroups()
     try:
         yield groups

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The devices that a guest can have, by the names that tests call them, and QEMU's arguments for each."""
+"""The devices that a guest can have, by the names that tests use, with QEMU's arguments for
+each."""
 
 import os
 import shutil
@@ -20,7 +21,8 @@ DEVICES = {
     "net-hub": ["-netdev", "hubport,id=net1,hubid=0", "-device", "virtio-net-pci,netdev=net1"],
     "e1000": ["-netdev", "user,id=net2,restrict=on", "-device", "e1000,netdev=net2"],
     "rng": ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"],
-    # The same device in the same place, with other registers: QEMU finds out when it loads.
+    # The same device at the same address, with other registers. QEMU notices this only as it loads
+    # the state.
     "rng-modern": [
         *("-object", "rng-random,id=rng0,filename=/dev/urandom"),
         *("-device", "virtio-rng-pci,rng=rng0,disable-legacy=on"),
@@ -33,7 +35,8 @@ DEVICES = {
     ],
 }
 
-# What the guest does with them: tests/guest/linux/devices.c. Any word has it load the drivers.
+# The word that tells the guest to use a device (tests/guest/linux/devices.c). Any other word only
+# makes it load the drivers.
 USES = {"vga": "vram", "vga-32m": "vram", "virtio-vga": "vram", "blk": "disk", "rng": "rng"}
 
 
@@ -42,7 +45,7 @@ def uses(names):
 
 
 def disk_image(lab):
-    """One for both sides, which QEMU locks for the side that runs."""
+    """Returns the path of one image for both sides. The QEMU whose guest runs has it locked."""
     path = lab.path("disk.img")
     if not os.path.exists(path):
         with open(path, "wb") as image:
@@ -56,9 +59,9 @@ def device_arguments(lab, names):
 
 
 def pflash_arguments(lab, name):
-    """OVMF, read-only, and its variables, a copy for each side: pflash is one of QEMU's private RAM blocks. Returns the
-    arguments, and what -machine has to say."""
-    expect(os.path.exists(OVMF_CODE), f"{OVMF_CODE} is not there; tests/deps.sh installs it")
+    """Returns QEMU's arguments for OVMF, and those for -machine. The code is read-only. Each side
+    has its own copy of the variables. QEMU keeps pflash in private RAM blocks."""
+    expect(os.path.exists(OVMF_CODE), f"{OVMF_CODE} is missing; tests/deps.sh installs it")
     variables = lab.path(f"{name}.vars")
     shutil.copyfile(OVMF_VARS, variables)
     drives = [

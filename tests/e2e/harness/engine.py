@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One `postroad` beside one QEMU, driven as an operator does (postroadctl) and as a program (QMP)."""
+"""One engine (`postroad`) beside one guest. Tests control it like an operator, with postroadctl,
+and like a management program, over QMP."""
 
 import signal
 import subprocess
 
-from .process import Failure, expect, wait_for
+from .process import LONG, Failure, expect, wait_for
 from .qmp import Qmp
+
 
 class Engine:
     def __init__(
@@ -21,8 +23,8 @@ class Engine:
         wrapper=(),
         program="postroad",
     ):
-        """tls: a directory of certificates; without, the network between the namespaces is trusted.
-        wrapper: a command that execs the engine."""
+        """tls: a directory of certificates; without it the engine is --insecure. wrapper: a command
+        that execs the engine."""
         self.lab = lab
         self.name = name or f"postroad-{host.name}"
         self.qmp_path = lab.path(f"{self.name}.qmp")
@@ -39,8 +41,9 @@ class Engine:
         self.qmp = Qmp(self.qmp_path)
 
     def note_killed(self):
-        """It has been killed, and was to be: its exit code is no failure."""
-        self.process.wait(20)
+        """Waits until the engine is dead. The test wanted it killed, so its exit code is no
+        failure."""
+        self.process.wait()
         expect(self.process.exit_code() == -9, f"{self.name} ended with {self.process.exit_code()}")
         self.process.name = f"killed-{self.name}"
         self.qmp.close()
@@ -51,49 +54,50 @@ class Engine:
         self.note_killed()
 
     def restart(self, *options, kill_at=None, freeze_at=None):
-        """A new process with the same arguments and these; kill_at, freeze_at: a point where it is to kill or to stop
-        itself."""
+        """Starts a new process with the old arguments and `options`. kill_at, freeze_at: the crash
+        point where it kills or stops itself."""
         env = dict(self.lab.sanitizer_env, **({"POSTROAD_KILL": kill_at} if kill_at else {}))
         env.update({"POSTROAD_FREEZE": freeze_at} if freeze_at else {})
         self.process = self.lab.start(self.name, self.argv + list(options), env)
 
     def restart_to_be_killed(self, point):
-        """Has another process in its place, which kills itself there."""
+        """Replaces the process by one that kills itself at this crash point."""
         self.process.stop()
         self.restart(kill_at=point)
         self.connect()
 
     def restart_to_freeze(self, point):
-        """The same, with one that stops itself there."""
+        """Replaces the process by one that stops itself (SIGSTOP) at this crash point."""
         self.process.stop()
         self.restart(freeze_at=point)
         self.connect()
 
     def wait_frozen(self):
-        wait_for(f"{self.name} stops where it is to", 30, lambda: "stopped where it was to be" in self.process.output())
+        wait_for(f"{self.name} stops at its crash point", LONG, lambda: "stopped at its crash point" in self.process.output())
 
     def thaw(self):
         self.process.popen.send_signal(signal.SIGCONT)
 
     def connect(self):
-        """To the monitor of the new process."""
+        """Connects to the monitor of the new process."""
         self.qmp = Qmp(self.qmp_path)
 
     def resume(self):
-        """What an operator, or systemd, does after the engine has died."""
+        """Starts the engine again with --resume, as an operator or systemd does after it has
+        died."""
         self.restart("--resume")
         self.connect()
 
-    def hmp(self, line, seconds=20):
-        """What postroadctl prints for one HMP line; QEMU's words for a refusal are in the text."""
+    def hmp(self, line, seconds=LONG):
+        """Returns what postroadctl prints for one HMP line."""
         done = self.postroadctl(line, seconds)
         if done.returncode:
             raise Failure(f"{self.name}: '{line}' failed: {done.stdout}{done.stderr}")
         return done.stdout
 
     def refused(self, line, *words):
-        """Runs a line that has to be refused, with these words in the message."""
-        done = self.postroadctl(line, 20)
+        """Runs an HMP line that must be refused, with these words in the message."""
+        done = self.postroadctl(line, LONG)
         said = (done.stdout + done.stderr).strip()
         expect(done.returncode != 0, f"{self.name}: '{line}' was not refused; it said: {said!r}")
         for word in words:
@@ -125,7 +129,7 @@ class Engine:
     def remaining(self):
         return self.query().get("ram", {}).get("remaining", 0)
 
-    def wait_status(self, status, seconds=40):
+    def wait_status(self, status, seconds=LONG):
         try:
             wait_for(f"{self.name} is {status}", seconds, lambda: self.status() == status)
         except Failure as failure:
@@ -134,19 +138,21 @@ class Engine:
         return self.query()
 
     def statuses(self):
-        """The states it went through, from its events."""
+        """Returns the states of the migration so far, from the events."""
         events = self.qmp.drain_events()
         return [event["data"]["status"] for event in events if event["event"] == "MIGRATION"]
 
-    def wait_said(self, words, seconds=20):
-        """Waits until its operator has heard these words, in an event."""
+    def wait_said(self, words, seconds=LONG):
+        """Waits for an event whose reason contains these words, or one of several."""
+        wanted = (words,) if isinstance(words, str) else words
         wait_for(
             f"{self.name} says {words!r}",
             seconds,
-            lambda: any(words in (reason or "") for _, reason in self.reasons()),
+            lambda: any(word in (reason or "") for _, reason in self.reasons() for word in wanted),
         )
 
     def reasons(self):
+        """Returns (state, reason or None) of each event so far."""
         events = self.qmp.drain_events()
         return [
             (event["data"]["status"], event["data"].get("reason"))

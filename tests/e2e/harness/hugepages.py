@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Huge pages of 2 MiB for as long as they are needed: the kernel's pool is made larger, and smaller again by a process
-that outlives whoever asked, however that ends."""
+"""Huge pages of 2 MiB while they are needed. A helper process enlarges the kernel's pool, and
+shrinks it again when the process that asked for the pages ends, however it ends."""
 
 import contextlib
 import subprocess
@@ -10,9 +10,9 @@ from .process import expect
 
 SIZE_MB = 2
 POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
-LOCK = "/run/lock/postroad-huge-pages"  # others change the pool at the same time
+LOCK = "/run/lock/postroad-huge-pages"  # other tests change the pool at the same time
 
-# Says how many pages the pool has got more, and gives them back when its standard input ends.
+# Prints by how many pages the pool has grown, and gives them back when its standard input ends.
 KEEPER = """
 import fcntl, os, signal, sys
 
@@ -39,7 +39,7 @@ change(-got)
 
 
 def available_pages():
-    """How many of the pool are neither in use nor reserved."""
+    """Returns how many pages of the pool are neither in use nor reserved."""
     counts = []
     for name in ("free_hugepages", "resv_hugepages"):
         with open(f"{POOL}/{name}") as file:
@@ -49,7 +49,7 @@ def available_pages():
 
 @contextlib.contextmanager
 def huge_pages(megabytes):
-    """megabytes more in the pool."""
+    """Adds this many MiB to the pool meanwhile."""
     pages = -(-megabytes // SIZE_MB)
     keeper = subprocess.Popen(
         [sys.executable, "-c", KEEPER, POOL, LOCK, str(pages)],
@@ -60,7 +60,7 @@ def huge_pages(megabytes):
     )
     try:
         got = int(keeper.stdout.readline() or 0)
-        expect(got == pages, f"the kernel has {got} of {pages} huge pages of {SIZE_MB} MiB to give")
+        expect(got == pages, f"the kernel could allocate {got} of {pages} huge pages of {SIZE_MB} MiB")
         yield
     finally:
         keeper.stdin.close()

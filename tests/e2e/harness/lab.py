@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Everything one test or one demo needs, made at the start and gone at the end."""
+"""The hosts, processes and files of one test or demo. All of them are gone at its end."""
 
 import contextlib
 import os
@@ -9,21 +9,23 @@ import tempfile
 
 from .engine import Engine
 from .network import LINKS, Network, run
-from .process import Failure, Process, expect, wait_for
+from .process import LONG, Failure, Process, expect, wait_for
 from .vm import GuestSpec, Qemu
 
-# Slow enough that a guest's memory takes seconds, so that what a test cuts is in the middle of it.
+# Bytes a second. A guest's memory takes many seconds, so that a test can cut a path in the middle.
 SLOW = "1M"
 
 
 class Lab:
-    def __init__(self, build, accel, engine_build=None, keep=False, settings=()):
-        """settings: of all engines, before those of a test."""
+    def __init__(self, build, accel, engine_build=None, keep=False, settings=(), images=None):
+        """settings: for all engines; those of a test come after them. images: the saved guests of
+        the run."""
         self.build = build
         self.engine_build = engine_build or build
         self.accel = accel
         self.keep = keep
         self.settings = settings
+        self.images = images
         self.processes = []
         self.sanitizer_env = sanitizer_env()
         self.directory = tempfile.mkdtemp(prefix="postroad-")
@@ -54,14 +56,14 @@ class Lab:
         return os.path.join(self.build, "linux-guest", name)
 
     def build_file(self, name):
-        """A program or library of the plain build, wherever meson has put it."""
+        """Returns the path of a program or library of the plain build."""
         return find_built(self.build, name)
 
     def engine_file(self, program="postroad"):
         return find_built(self.engine_build, program)
 
     def certificates(self):
-        """Makes a CA and what each side needs of it; returns a directory for (source, destination)."""
+        """Makes a CA and a certificate for each side. Returns a directory for each."""
         source, destination = self.path("tls-source"), self.path("tls-destination")
         make_certs = os.path.join(os.path.dirname(__file__), "..", "..", "tls", "make-certs")
         addresses = [self.network.destination.address(link) for link in LINKS]
@@ -69,7 +71,7 @@ class Lab:
         shutil.copytree(source, destination)
         run([make_certs, source, "client", "source"])
         run([make_certs, destination, "server", *addresses])
-        for directory in (source, destination):  # no business of either
+        for directory in (source, destination):  # neither side needs the CA's key
             os.unlink(os.path.join(directory, "ca-key.pem"))
         return source, destination
 
@@ -81,7 +83,7 @@ class Lab:
         return process
 
     def kill_tree(self, process):
-        """Kills a process that has forked, with its children."""
+        """Kills a process and its children."""
         children = children_of(process.pid)
         process.kill()
         for child in children:
@@ -89,7 +91,7 @@ class Lab:
                 os.kill(child, signal.SIGKILL)
 
     def logs(self, lines=25):
-        """The ends of all logs, for a failure's report."""
+        """Returns the last lines of all logs, for the report of a failure."""
         out = []
         for process in self.processes:
             tail = process.output().splitlines()[-lines:]
@@ -99,10 +101,10 @@ class Lab:
 
 
 def sanitizer_env():
-    """For engines that are built with sanitizers; the others don't look."""
+    """Returns options for engines that are built with sanitizers; others ignore them."""
     suppressions = os.path.join(os.path.dirname(__file__), "..", "..", "lsan.supp")
     return {
-        # LeakSanitizer crashes over the thread-local variables of the libraries that TLS loads later.
+        # LeakSanitizer crashes on thread-local variables of libraries that TLS loads with dlopen().
         "ASAN_OPTIONS": "detect_leaks=1:intercept_tls_get_addr=0",
         "LSAN_OPTIONS": f"suppressions={os.path.abspath(suppressions)}:print_suppressions=0",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
@@ -123,8 +125,8 @@ def find_built(build, name):
 
 
 class Move:
-    """The usual cast: a running guest at the source, an empty QEMU at the destination, an engine beside
-    each, and the steps of a migration as one call each."""
+    """A running guest at the source, a QEMU that waits for it at the destination, and an engine
+    beside each. Each step of a migration is one call."""
 
     def __init__(
         self,
@@ -139,7 +141,8 @@ class Move:
         program="postroad",
         vm=None,
     ):
-        """tls: certificates are made, and both engines use them; options: of both engines; vm: of both QEMUs."""
+        """tls: makes certificates, which both engines use. options: for both engines. vm: keyword
+        arguments for both QEMUs."""
         self.lab = lab
         self.scheme = scheme
         self.network = lab.network
@@ -177,7 +180,7 @@ class Move:
     # Steps
 
     def slow_down(self, bandwidth=SLOW):
-        """Bulk pages travel slowly from now on."""
+        """Limits the bulk pull from now on. Faults are not limited."""
         for engine in self.engines:
             engine.hmp(f"migrate_set_parameter max-postcopy-bandwidth {bandwidth}")
 
@@ -192,23 +195,23 @@ class Move:
         self.source.hmp(f"migrate -d -r {self.uri(**uri)}")
 
     def start_midway(self, bandwidth=SLOW, fraction=0.9):
-        """Starts, slowly, and waits for the middle."""
+        """Starts a slow migration, and waits until a part of the pages has arrived."""
         self.slow_down(bandwidth)
         self.start()
         self.wait_midway(fraction)
 
     def wait_midway(self, fraction=0.9):
-        """Waits for a postcopy with at most that fraction of what it began with still to come; there has
-        to be something left."""
+        """Waits for postcopy, and then until at most this fraction of the pages that are missing at
+        first is still missing. Fails if no page is missing then."""
         info = wait_for(
             "the destination is in postcopy with pages to come",
-            30,
+            LONG,
             lambda: self._postcopy_with_pages() or self._over(),
         )
         at_start = info["ram"]["remaining"]
         wait_for(
             "part of the pages is in place",
-            60,
+            LONG,
             lambda: self.destination.remaining() <= at_start * fraction,
         )
         self.expect_midway()
@@ -219,36 +222,36 @@ class Move:
         return info if there else None
 
     def _over(self):
-        """A migration that has ended is not worth the whole wait."""
+        """Fails if the migration has ended: to wait on would be in vain."""
         for engine in self.engines:
             info = engine.query()
             if info.get("status") in ("failed", "cancelled", "completed"):
                 raise Failure(f"{engine.name} is {info['status']}: {info.get('error-desc')}")
 
     def expect_midway(self):
+        """Returns how many bytes are still missing at the destination; there must be some."""
         left = self.destination.remaining()
-        expect(left > 0, "all pages had arrived before the path could be cut: the test proves nothing")
+        expect(left > 0, "all pages have arrived too early: the test proves nothing")
         return left
 
-    def wait_paused(self, seconds=40):
-        """Both sides in postcopy-paused, with pages still to come."""
+    def wait_paused(self, seconds=LONG):
+        """Waits until both sides are in postcopy-paused. There must be pages missing."""
         for engine in self.engines:
             engine.wait_status("postcopy-paused", seconds)
         self.expect_midway()
 
-    def wait_recovered(self, seconds=60):
-        """The source says that it has, for the first time."""
+    def wait_recovered(self, seconds=LONG):
+        """Waits until the source has recovered at least once."""
         wait_for("the source recovers", seconds, lambda: self.source.query()["postroad"]["recoveries"] >= 1)
 
-    def wait_completed(self, seconds=60):
+    def wait_completed(self, seconds=LONG):
         for engine in self.engines:
             info = engine.wait_status("completed", seconds)
             left = info.get("ram", {}).get("remaining")
             expect(left == 0, f"{engine.name} is completed with {left} bytes remaining")
 
     def expect_guest_sound(self):
-        """The guest works on at the destination, and everything that it verifies is right; the source
-        QEMU is gone by then."""
+        """Ends the source's QEMU, and has the guest verify all its pages at the destination."""
         expect(
             self.source_vm.status() in ("paused", "postmigrate"),
             f"the source guest must stay stopped, it is {self.source_vm.status()}",
@@ -258,7 +261,7 @@ class Move:
         self.destination_vm.console.expect_sound()
 
     def expect_source_runs(self):
-        """The migration came to nothing: the guest lives on where it was."""
+        """Expects that the migration has failed and the guest runs on at the source."""
         expect(
             self.source_vm.status() == "running",
             f"the source guest must run, it is {self.source_vm.status()}",
@@ -267,18 +270,18 @@ class Move:
         self.source_vm.console.expect_sound()
 
     def finish(self):
-        """Sees the migration through."""
+        """Waits for the end of the migration, and verifies the guest."""
         self.full_speed()
         self.wait_completed()
         self.expect_guest_sound()
 
     def finish_over(self, link):
-        """Recovers over a link and sees the migration through."""
+        """Recovers over a link, waits for the end of the migration, and verifies the guest."""
         self.resume(link=link)
         self.finish()
 
     def expect_path_taken(self, *wanted):
-        """Both sides went through these states one after the other (others may lie between)."""
+        """Expects that both sides were in these states in this order. Others may lie between."""
         for engine in self.engines:
             seen = engine.statuses()
             rest = iter(seen)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two engines, as real processes on two hosts, with the test guest instead of a QEMU: it starts at once, and
-several such pairs fit beside each other. The guest checks all its pages, all the time and at its end."""
+"""Two engines on two hosts, with the test guest (tests/guest/workload.c) instead of a QEMU. It
+starts at once, and several such pairs fit beside each other. The guest verifies its pages all the
+time, and all of them at its end."""
 
 import os
 import re
@@ -8,20 +9,22 @@ import signal
 
 from .engine import Engine
 from .lab import Move, find_built
-from .process import Failure, expect, wait_for
+from .process import LONG, Failure, expect, wait_for
 
 LINE = re.compile(r"^(running|paused) verified=(\d+) written=(\d+) corrupt=(\d+)$", re.M)
-PACE = "50000"  # us: both threads visit some 640 pages a second, so that they have not soon brought in all
+# us that a thread rests after 16 pages. Both threads visit some 640 pages a second together: at
+# full speed their faults would soon have brought in all pages.
+PACE = "50000"
 FINAL = re.compile(r"^final corrupt=(\d+) now=(\d+)$", re.M)
 
 
 class TestGuest:
-    """One workload program. Paced: what its pages cost is not what is tested here."""
+    """One workload program."""
 
-    def __init__(self, lab, host, name, size, incoming=False):
+    def __init__(self, lab, host, name, size, incoming=False, pace=PACE):
         self.socket = lab.path(f"{name}.agent")
         argv = [find_built(lab.build, "workload"), "--socket", self.socket, "--size", size]
-        argv += ["--threads", "2", "--pace", PACE] + (["--incoming"] if incoming else [])
+        argv += ["--threads", "2", "--pace", pace] + (["--incoming"] if incoming else [])
         self.process = lab.start(name, host.command(argv))
 
     def option(self):
@@ -30,7 +33,7 @@ class TestGuest:
     def lines(self):
         return [(word, int(verified), int(corrupt)) for word, verified, _, corrupt in LINE.findall(self.process.output())]
 
-    def wait_running(self, seconds=60):
+    def wait_running(self, seconds=LONG):
         wait_for(
             f"{self.process.name} has filled its memory and runs",
             seconds,
@@ -41,37 +44,49 @@ class TestGuest:
         lines = self.lines()
         return lines[-1][1] if lines else 0
 
-    def wait_goes_on(self, seconds=60):
+    def wait_goes_on(self, seconds=LONG):
         before = self.verified()
         wait_for(f"{self.process.name} runs on", seconds, lambda: self.verified() > before)
 
     def expect_sound(self):
-        """Has it verify every page, and ends it."""
+        """Ends the guest, which verifies every page before."""
         self.process.popen.terminate()
-        code = self.process.wait(30)
+        code = self.process.wait()
         said = FINAL.search(self.process.output())
         expect(said, f"{self.process.name} did not verify its memory: {self.process.output()[-500:]}")
         expect(
             code == 0 and said.groups() == ("0", "0"),
-            f"{self.process.name}: {said.group(1)} corrupt pages met, {said.group(2)} found at its end",
+            f"{self.process.name}: {said.group(1)} corrupt pages while it ran, {said.group(2)} at its end",
         )
 
 
 class LightMove(Move):
-    """As Move, without a QEMU. wrappers: what the (source, destination) engines are started with, as `nice` is."""
+    """The same as Move, without a QEMU. wrappers: for the source's and the destination's engine, a
+    command that execs it."""
 
-    def __init__(self, lab, scheme="ofi", size="64M", settings=(), port=4444, name="", wrappers=((), ()), tls=False):
+    def __init__(
+        self,
+        lab,
+        scheme="ofi",
+        size="64M",
+        settings=(),
+        port=4444,
+        name="",
+        wrappers=((), ()),
+        tls=False,
+        pace=PACE,
+    ):
         # pylint: disable=super-init-not-called
         self.lab = lab
         self.scheme = scheme
         self.network = lab.network
         self.port = port
-        self.source_guest = TestGuest(lab, self.network.source, f"guest-source{name}", size)
+        self.source_guest = TestGuest(lab, self.network.source, f"guest-source{name}", size, pace=pace)
         self.destination_guest = TestGuest(
-            lab, self.network.destination, f"guest-destination{name}", size, incoming=True
+            lab, self.network.destination, f"guest-destination{name}", size, incoming=True, pace=pace
         )
         for guest in (self.source_guest, self.destination_guest):
-            wait_for("the guest's agent listens", 30, lambda g=guest: os.path.exists(g.socket))
+            wait_for("the guest's agent listens", LONG, lambda g=guest: os.path.exists(g.socket))
         certs = lab.certificates() if tls else (None, None)
         self.source = Engine(
             lab,
@@ -105,10 +120,11 @@ class LightMove(Move):
         self.source.hmp(f"migrate -d {self.uri(**uri) if uri else self.both_uris()}")
 
     def expect_guest_sound(self):
-        """What has arrived is right, and the source's guest has not run since."""
+        """Expects that the source's guest is stopped, and that all pages are right at the
+        destination."""
         wait_for(
             "the source guest says that it is stopped",
-            30,
+            LONG,
             lambda: self.source_guest.lines()[-1][0] == "paused",
         )
         self.destination_guest.expect_sound()
@@ -119,14 +135,15 @@ class LightMove(Move):
 
 
 class Frozen:
-    """An engine that is stopped while this lasts."""
+    """Stops a process (SIGSTOP) for the time of a `with` block. It takes anything with a
+    `process`."""
 
     def __init__(self, engine):
         self.process = engine.process
 
     def __enter__(self):
         self.process.popen.send_signal(signal.SIGSTOP)
-        wait_for(f"{self.process.name} is stopped", 30, lambda: self._state() == "T")
+        wait_for(f"{self.process.name} is stopped", LONG, lambda: self._state() == "T")
 
     def __exit__(self, *_):
         self.process.popen.send_signal(signal.SIGCONT)

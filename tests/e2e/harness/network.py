@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two network namespaces joined by two links.
 
-The namespaces have no names: each belongs to a process that holds it, and is gone with it, so that
-runs never meet each other and nothing is ever left over.
+The namespaces have no names. Each belongs to a process that holds it, and is gone with that
+process. So several runs do not disturb each other, and nothing remains of them.
 
     source                          destination
     10.77.1.1  link1 ────── link1   10.77.1.2
@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 
-from .process import Failure, Skip, die_with_parent, wait_for
+from .process import LONG, Failure, Skip, die_with_parent, wait_for
 
 LINKS = (1, 2)
 
@@ -26,7 +26,7 @@ def run(argv):
 
 
 def require_namespaces():
-    """Skips, with the reason, where network namespaces and links can't be made."""
+    """Skips the test where network namespaces and links can't be made."""
     if os.geteuid() != 0:
         raise Skip("network namespaces need root")
     for module in (["unshare", "--net", "true"], ["unshare", "--net", "ip", "link", "add", "type", "veth"]):
@@ -46,7 +46,7 @@ class Host:
         )
         wait_for(
             f"a network namespace for {name}",
-            30,
+            LONG,
             lambda: self._namespace(self.holder.pid) != self._namespace(os.getpid()),
         )
 
@@ -55,7 +55,7 @@ class Host:
         return os.readlink(f"/proc/{pid}/ns/net")
 
     def command(self, argv):
-        """argv as it has to be started to run on this host (the pid stays the same)."""
+        """Returns the command that runs argv on this host. It execs argv, so the pid is argv's."""
         return ["nsenter", f"--net=/proc/{self.holder.pid}/ns/net", "--"] + list(argv)
 
     def run(self, *argv):
@@ -89,15 +89,15 @@ class Network:
                 host.run("ip", "link", "set", f"link{link}", "up")
 
     def link_down(self, link):
-        """As if the cable was pulled."""
+        """Takes a link down, as if its cable was pulled."""
         self.source.run("ip", "link", "set", f"link{link}", "down")
 
     def link_up(self, link):
         self.source.run("ip", "link", "set", f"link{link}", "up")
 
     def black_hole(self, link, senders=None):
-        """Both ends stay up, nothing arrives: frames go to an address that nobody has. senders: hosts whose
-        frames are lost (both)."""
+        """Loses all frames of a link, with both ends up: they are sent to a MAC address that no
+        host has. senders: only their frames are lost (default: both hosts')."""
         for host, peer in (self.hosts, self.hosts[::-1]):
             if senders and host not in senders:
                 continue
@@ -111,14 +111,14 @@ class Network:
             host.run("ip", "neighbour", "del", peer.address(link), "dev", f"link{link}")
 
     def limit_rate(self, link, mbit):
-        """What the source may send over this link, from now on."""
+        """Limits the rate at which the source can send over this link."""
         self.source.run(
             *("tc", "qdisc", "replace", "dev", f"link{link}", "root", "tbf"),
             *("rate", f"{mbit}mbit", "burst", "128kb", "latency", "50ms"),
         )
 
     def received(self, link):
-        """Bytes that have come in at the destination over this link."""
+        """Returns the bytes that the destination has received over this link."""
         shown = self.destination.run("ip", "-s", "-j", "link", "show", "dev", f"link{link}")
         return json.loads(shown)[0]["stats64"]["rx"]["bytes"]
 

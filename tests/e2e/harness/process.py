@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Processes that never outlive us, and waiting for conditions with a deadline."""
+"""Child processes that never outlive the test, and waits for conditions with a deadline."""
 
 import ctypes
 import os
@@ -7,16 +7,20 @@ import signal
 import subprocess
 import time
 
+# Seconds that a test waits at most for something to happen. Only a failure takes as long. So the
+# bound allows for a machine that is very busy.
+LONG = 240
+
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Failure(Exception):
-    """An expectation that was not met, in words for whoever reads the report."""
+    """An expectation that was not met, in words for the reader of the report."""
 
 
 class Skip(Exception):
-    """This machine can't run the test; says why."""
+    """The reason why this machine can't run the test."""
 
 
 def expect(condition, message):
@@ -37,12 +41,13 @@ def wait_for(what, seconds, probe, interval=0.03):
 
 
 def die_with_parent(how=signal.SIGKILL):
-    """In the child: be killed when the thread that started us ends, however it ends."""
+    """Called in a child process: has it killed when the thread that started it ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, how, 0, 0, 0)
 
 
 def raise_on_signals():
-    """Turns the first SIGTERM or SIGHUP into an exception, so that everything is cleaned up, and not half of it."""
+    """Turns the first SIGTERM or SIGHUP into an exception, so that the program cleans up. Further
+    signals are ignored, so that they do not interrupt this."""
 
     def stop(number, _frame):
         for either in (signal.SIGTERM, signal.SIGHUP):
@@ -54,7 +59,8 @@ def raise_on_signals():
 
 
 class Process:
-    """A child with its output in a log file. One that need not be stopped gently is killed."""
+    """A child process with its output in a log file. gently: stop() sends SIGTERM before
+    SIGKILL."""
 
     def __init__(self, name, argv, log, env=None, gently=True):
         self.name = name
@@ -81,18 +87,18 @@ class Process:
     def exit_code(self):
         return self.popen.poll()
 
-    def wait(self, seconds=30):
+    def wait(self, seconds=LONG):
         try:
             return self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
             raise Failure(f"{self.name} (pid {self.pid}) is still running after {seconds} s") from None
 
     def stop(self):
-        """Asks it to end, then makes it."""
+        """Ends the process."""
         if self.alive() and self.gently:
             self.popen.terminate()
             try:
-                self.popen.wait(20)
+                self.popen.wait(LONG)
             except subprocess.TimeoutExpired:
                 pass
         self.kill()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QMP client: QEMU's monitor and ours speak the same protocol."""
+"""A QMP client, for QEMU's monitor and Postroad's."""
 
 import json
 import socket
 import time
 
-from .process import Failure, wait_for
+from .process import LONG, Failure, wait_for
 
 
 class QmpError(Failure):
@@ -13,7 +13,7 @@ class QmpError(Failure):
 
 
 class Qmp:
-    def __init__(self, path, seconds=40):
+    def __init__(self, path, seconds=LONG):
         self.path = path
         self.events = []  # all since the connection was made
         self.buffer = b""
@@ -68,20 +68,28 @@ class Qmp:
         self.socket.sendall(json.dumps(request).encode() + b"\n")
 
     def answer(self, seconds):
-        """The answer to what was sent; None: there is none within that time."""
+        """Returns the answer to what was sent, or None if there is none within that time."""
         return self._receive(seconds, lambda message: "return" in message or "error" in message)
 
     def command(self, name, /, **arguments):
         self.send(name, **arguments)
-        message = self.answer(20)
+        message = self.answer(LONG)
         if message is None:
             raise Failure(f"monitor {self.path}: no answer to {name}")
         if "error" in message:
             raise QmpError(message["error"].get("desc", "no description"))
         return message["return"]
 
+    def pass_descriptor(self, name, fd):
+        """Gives QEMU a file descriptor under a name (getfd)."""
+        request = json.dumps({"execute": "getfd", "arguments": {"fdname": name}})
+        socket.send_fds(self.socket, [request.encode() + b"\n"], [fd])
+        message = self.answer(LONG)
+        if message is None or "error" in message:
+            raise QmpError(f"monitor {self.path}: getfd was answered with {message}")
+
     def drain_events(self):
-        """Reads the events that have arrived."""
+        """Returns all events that have arrived so far."""
         self._receive(0.05, lambda message: False)
         return self.events
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Programs that get no more threads."""
+"""Programs that can start only a limited number of threads (tests/e2e/thread-shim.c)."""
 
 import contextlib
 import os
 import struct
 
-from .process import wait_for
+from .process import LONG, wait_for
 
 
 class Threads:
-    """How many more threads an engine may begin."""
+    """The number of threads that an engine may still start."""
 
     def __init__(self, lab, name):
         self.path = lab.path(f"threads-{name}")
@@ -34,5 +34,6 @@ def thread_names(engine):
 
 
 def wait_warm(engine):
-    """A thread that each engine begins with has ended, and is not going to make room for another one."""
-    wait_for("the engine has warmed up", 40, lambda: "warm-up" not in thread_names(engine))
+    """Waits for the end of the warm-up thread, which each engine has at its start. Its end would
+    make room for another thread in the middle of a test."""
+    wait_for("the engine has warmed up", LONG, lambda: "warm-up" not in thread_names(engine))

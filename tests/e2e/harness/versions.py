@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The QEMUs of several Debian suites, as tests/qemu-versions has them."""
+"""The QEMUs of several Debian suites, which tests/qemu-versions provides."""
 
 import json
 import os
@@ -18,18 +18,19 @@ class Version:
     program: str
 
     def number(self):
-        """Major and minor, to compare."""
+        """Returns (major, minor), to compare versions."""
         return tuple(map(int, self.version.split(".")[:2]))
 
     def machine(self, kind):
-        """Its newest machine type of a kind, pc-q35 or pc-i440fx."""
+        """Returns its newest machine type of a kind, which is pc-q35 or pc-i440fx."""
         major, minor = self.number()
         return f"{kind}-{major}.{minor}"
 
 
 def qemu_versions():
-    """From old to new: that of Debian 12, that of Debian 13, and the newest."""
+    """Returns the versions from old to new: that of Debian 12, that of Debian 13, and the
+    newest."""
     done = subprocess.run([SCRIPT, "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Failure(f"not all versions of QEMU are there: {done.stderr.strip()}")
+        raise Failure(f"some versions of QEMU are missing: {done.stderr.strip()}")
     return [Version(**entry) for entry in json.loads(done.stdout)]

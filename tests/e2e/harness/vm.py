@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A stock QEMU with the Linux test guest, and what the guest says on its console."""
+"""A stock QEMU with the Linux test guest, and what the guest prints on its console."""
 
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from . import images
 from .devices import device_arguments, pflash_arguments, uses
-from .process import Failure, expect, wait_for
+from .process import LONG, Failure, expect, wait_for
 from .qmp import Qmp
 
 PROGRESS = re.compile(
@@ -18,7 +19,7 @@ DEVICE_ROUNDS = re.compile(r"^guest: devices: rounds=(\d+) bad=(\d+)\s*$", re.M)
 QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
 
 HUGETLBFS = "/mnt"  # in a mount namespace of a QEMU
-# Memory backends. In a directory QEMU makes a file without a name.
+# Memory backends. In a directory QEMU creates a file and unlinks it.
 BACKENDS = {
     "memfd": "memfd",
     "file": "file,mem-path=/dev/shm",
@@ -27,8 +28,9 @@ BACKENDS = {
     "huge-file": f"file,mem-path={HUGETLBFS}",
 }
 
-# The reporter's CPU keeps the time (nohz=off) and serves the serial port (irqaffinity), so that the console stays alive while the other CPU
-# waits for a page that can't be fetched. On a busy machine the kernel's check of its timer fails under TCG now and then.
+# CPU 0, the reporter's, keeps the time (nohz=off) and serves the serial port (irqaffinity). So the
+# console works on while the other CPU waits for a page that can't be fetched. On a busy machine the
+# kernel's check of its timer fails under TCG now and then (no_timer_check).
 KERNEL = (
     "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr nohz=off nowatchdog mitigations=off no_timer_check"
     " rcupdate.rcu_cpu_stall_suppress=1 isolcpus=1 irqaffinity=0"
@@ -48,28 +50,34 @@ class Progress:
 
 @dataclass
 class GuestSpec:
-    """What the guest is like; the same on both sides."""
+    """The configuration of a guest, and of its QEMU. It is the same on both sides of a move."""
 
     ram_mb: int = 256
     work_mb: int = 48
     work_rate: int = 8000  # pages a second
     work_threads: int = 1
     tick_ms: int = 200
-    survey: bool = False  # read all other pages of RAM as well, over and over
-    per_survey: int = 0  # pages that the workers visit meanwhile; 0: no limit
-    nodes: int = 1  # NUMA nodes, each with a RAM backend of its own
+    survey: bool = False  # a thread reads all other pages of RAM, over and over
+    per_survey: int = 0  # pages that the workers visit during one survey; 0: no limit
+    nodes: int = 1  # NUMA nodes, each with its own RAM backend
     share: str = "on"  # of each node's backend: "on", "on,off", …
-    image: str = ""  # a disk image that both sides have, with locking
+    image: str = ""  # path of a disk image that both sides open, with locking
     backend: str = "memfd"  # a kind of BACKENDS
     prealloc: bool = False
-    room_mb: int = 0  # for memory that is plugged
-    extra: tuple = ()  # more of QEMU's arguments
+    room_mb: int = 0  # address space for memory that is plugged later
+    extra: tuple = ()  # more arguments for QEMU
     qemu: str = QEMU
     machine: str = "pc"
     cpu: str = "max"
     vcpus: int = 2
     devices: tuple = ()  # names of DEVICES
     pflash: bool = False  # OVMF instead of SeaBIOS
+    fresh: bool = False  # boots, and does not start from an image (images.py)
+
+    def for_image(self):
+        """Returns the guest that is booted for the image of this one. An image suits all kinds of
+        backends."""
+        return replace(self, backend="memfd", share="on", prealloc=False, fresh=True)
 
     def _backend(self, node, megabytes):
         shares = self.share.split(",")
@@ -99,8 +107,9 @@ class GuestSpec:
         ]
 
     def went_round(self, first, last):
-        """Whether all pages were visited between two progress lines. One worker counts its pages; several
-        are somewhere in their rounds, and only two more of them will do."""
+        """Whether the workers have visited all pages between two progress lines. One worker is done
+        when it has visited as many pages as there are. Several workers are at different places of
+        their rounds, so that it takes two more rounds of each."""
         if self.work_threads == 1:
             return last.pages >= first.pages + (self.work_mb << 8)
         return last.rounds >= first.rounds + 2
@@ -111,12 +120,12 @@ class GuestSpec:
             f" work_threads={self.work_threads} work_tick={self.tick_ms} work_survey={int(self.survey)}"
             f" work_per_survey={self.per_survey}"
         )
-        # efifb would take the VGA card's memory.
+        # Linux must not use the VGA card's memory as a framebuffer (efifb).
         return f"{line} devices={uses(self.devices)} video=efifb:off" if self.devices else line
 
 
 class Console:
-    """What one QEMU's serial port has printed, from the byte that the reader has come to."""
+    """The output of one QEMU's serial port."""
 
     def __init__(self, path):
         self.path = path
@@ -138,13 +147,13 @@ class Console:
         lines = self.progress()
         return lines[-1] if lines else None
 
-    def wait_running(self, what, seconds=60):
-        """Waits until the guest has printed two more lines, i.e. it runs."""
+    def wait_running(self, what, seconds=LONG):
+        """Waits until the guest has printed two more lines: it runs."""
         seen = len(self.progress())
         wait_for(f"{what}: the guest prints on", seconds, lambda: len(self.progress()) >= seen + 2)
 
-    def wait_verified(self, spec, seconds=120):
-        """Waits until each of the workers' pages has been verified from now on."""
+    def wait_verified(self, spec, seconds=LONG):
+        """Waits until each of the workers' pages has been verified once more."""
         first = wait_for("the guest prints its progress", seconds, self.last)
         wait_for(
             "the guest verifies all its pages once more",
@@ -152,9 +161,9 @@ class Console:
             lambda: spec.went_round(first, self.last()),
         )
 
-    def wait_surveyed(self, seconds=60):
-        """Waits until every page of RAM that is not the workers' has been read since the first line
-        here: from then on the reporter needs nothing that is missing."""
+    def wait_surveyed(self, seconds=LONG):
+        """Waits until every page of RAM but the workers' has been read since the first line of this
+        console. From then on the reporter needs no page that is missing."""
         first = wait_for("the guest prints its progress", seconds, self.progress)[0].surveys
         wait_for(
             "the guest has surveyed its memory",
@@ -163,19 +172,19 @@ class Console:
         )
 
     def device_rounds(self):
-        """How often the guest has used all of its devices."""
+        """Returns how often the guest has used all of its devices."""
         rounds = DEVICE_ROUNDS.findall(self.text())
         return int(rounds[-1][0]) if rounds else 0
 
-    def wait_devices(self, seconds=60):
-        """Waits until the guest has used its devices, from now on, and has verified what they hold."""
+    def wait_devices(self, seconds=LONG):
+        """Waits until the guest has used and verified its devices once more."""
         first = self.device_rounds()
         wait_for("the guest uses its devices", seconds, lambda: self.device_rounds() >= first + 2)
 
     def expect_devices_sound(self):
         text = self.text()
         bad = [int(bad) for _, bad in DEVICE_ROUNDS.findall(text) if int(bad)]
-        expect(not bad and "fatal" not in text, f"the guest's devices went wrong; its console: {text[-2000:]}")
+        expect(not bad and "fatal" not in text, f"the guest found its devices wrong; its console: {text[-2000:]}")
 
     def expect_sound(self):
         lines = self.progress()
@@ -185,8 +194,9 @@ class Console:
 
 
 class Qemu:
-    """One QEMU, started on a host. agent: with the preload agent in it; else its engine attaches to it.
-    options: more of QEMU's. wrapper: a command that execs it."""
+    """One QEMU, started on a host. agent: it is started with the preload agent; without, its engine
+    attaches to it. options: more arguments for QEMU. wrapper: a command that execs it. Unless it is
+    incoming, its guest starts from an image if the lab has images."""
 
     def __init__(self, lab, host, spec, incoming=False, agent=False, name=None, options=(), wrapper=()):
         self.name = name or f"qemu-{host.name}"
@@ -203,7 +213,8 @@ class Qemu:
         argv += ["-append", spec.kernel_line(), "-serial", f"file:{self.console.path}"]
         for path in (self.qmp_path, self.second_qmp_path):
             argv += ["-qmp", f"unix:{path},server=on,wait=off"]
-        argv += ["-incoming", "defer"] if incoming else []
+        image = self._image(lab, host, spec) if not incoming and lab.images and not spec.fresh else None
+        argv += ["-incoming", "defer"] if incoming or image else []
         argv += [*spec.extra, *options]
         self.agent = agent
         env = {}
@@ -211,12 +222,26 @@ class Qemu:
             env = {"LD_PRELOAD": lab.build_file("libpostroad-agent.so"), "POSTROAD_AGENT": self.agent_path}
         self.process = lab.start(self.name, host.command([*wrapper, *argv]), env, gently=False)
         self.qmp = self._connect()
+        if image:
+            images.load(self, image, keep_holes=not spec.prealloc)
+
+    def _image(self, lab, host, spec):
+        booted_spec = spec.for_image()
+
+        def boot():
+            vm = Qemu(lab, host, booted_spec, name=f"{self.name}-image")
+            vm.wait_booted()
+            return vm
+
+        # Each test has its own disk image, which the guest does not touch.
+        disk = "disk" if spec.image else ""
+        return lab.images.get(repr((lab.accel, replace(booted_spec, image=disk))), boot)
 
     def _connect(self):
-        """A monitor connection of our own; the engine uses the other."""
+        """Connects to the second monitor; the engine uses the first."""
         wait_for(
             f"{self.name} opens its monitor",
-            20,
+            LONG,
             lambda: os.path.exists(self.second_qmp_path) or not self.process.alive(),
         )
         if not self.process.alive():
@@ -227,32 +252,33 @@ class Qemu:
         return f"qemu:qmp={self.qmp_path}" + (f",agent={self.agent_path}" if self.agent else "")
 
     def wait_booted(self):
-        wait_for(f"the guest of {self.name} has booted and filled its memory", 90, self.console.last)
+        wait_for(f"the guest of {self.name} has booted and filled its memory", LONG, self.console.last)
         if self.spec.devices:
-            wait_for(f"the guest of {self.name} uses its devices", 60, self.console.device_rounds)
+            wait_for(f"the guest of {self.name} uses its devices", LONG, self.console.device_rounds)
 
     def status(self):
         return self.qmp.command("query-status")["status"]
 
     def quit(self):
-        """As an operator would end it."""
+        """Ends QEMU with its command `quit`."""
         self.qmp.send("quit")
-        self.process.wait(20)
+        self.process.wait()
 
 
 def qemu_version(program=QEMU):
-    """(version, path) of a QEMU."""
+    """Returns (version, path) of a QEMU."""
     path = shutil.which(program)
-    expect(path, f"{program} is no program that can be run (QEMU={program})")
+    expect(path, f"{program}: no such program (QEMU={program})")
     done = subprocess.run([path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     found = re.search(r"version (\d+\.\d+\.\d+)", done.stdout)
     said = (done.stdout + done.stderr).strip().partition("\n")[0]
-    expect(found, f"{path} --version says no version of QEMU, but: {said}")
+    expect(found, f"{path} --version prints no version of QEMU: {said}")
     return found.group(1), path
 
 
 def probe_accel(guest_dir, wanted):
-    """The accelerator to use: the one asked for, or KVM if a guest really boots under it, else TCG."""
+    """Returns the accelerator: the wanted one. If that is "auto": KVM where a guest really boots
+    under it, else TCG."""
     if wanted != "auto":
         return wanted
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Keeps the devices of the Linux test guest in use while it is migrated. It rewrites and verifies
- * the last 1 MiB of the VGA card's memory and the first 1 MiB of a virtio disk. It reads random
- * numbers, and echoes datagrams to UDP port 7. Each page holds a pattern made from its position and
- * its generation, which grows with each round.
+ * Uses the devices of the Linux test guest, so that a migration finds them in use. It rewrites and
+ * verifies the last 1 MiB of the VGA card's memory and the first 1 MiB of a virtio disk. It reads
+ * random numbers, and sends back what it receives by UDP on port 7. Each page holds a pattern made
+ * from its position and its generation, which grows with each round.
  *
- * Environment: devices, with any of "vram", "disk", "rng", "echo", "kvm". Prints after each round
- * over all of them:
+ * Environment: devices, with any of "vram", "disk", "rng", "echo", "kvm". After each round over all
+ * devices it prints:
  *
  *	guest: devices: rounds=3 bad=0
  *	guest: kvm: clock=kvm-clock steal=12 told=345		with "kvm": see print_kvm()
@@ -66,7 +66,7 @@ static bool is_right(const char *device, const volatile uint64_t *at, uint64_t p
 	return true;
 }
 
-/* The card's first BAR, of the first PCI device whose class is that of a display. */
+/* Opens the first BAR of the first PCI device whose class is that of a display. */
 static int open_vram(void)
 {
 	glob_t found;
@@ -150,7 +150,7 @@ static void use_rng(int rng)
 		die("reading /dev/hwrng");
 }
 
-/* A network that is down or full loses the datagram. */
+/* Sends datagrams back. A datagram is lost while the network is down or full. */
 static void *echo(void *unused)
 {
 	struct sockaddr_in here = {.sin_family = AF_INET, .sin_port = htons(ECHO)};
@@ -181,7 +181,7 @@ static void start_echo(void)
 		die("a thread");
 }
 
-/* Reads a file of /proc or /sys, and adds a NUL. */
+/* Reads a file of /proc or /sys, and terminates the text. */
 static void read_text(const char *path, char *text, size_t size)
 {
 	FILE *file = fopen(path, "r");
@@ -192,7 +192,7 @@ static void read_text(const char *path, char *text, size_t size)
 	fclose(file);
 }
 
-/* The sum of the numbers behind a word, one for each CPU. */
+/* Returns the sum of the numbers that follow a word; there is one for each CPU. */
 static unsigned long sum_behind(const char *text, const char *word)
 {
 	const char *at = strstr(text, word);
@@ -205,8 +205,11 @@ static unsigned long sum_behind(const char *text, const char *word)
 	return sum;
 }
 
-/* Prints the clock source of Linux, the stolen ticks of all CPUs, and the number of KVM's
- * page-ready notifications. */
+/*
+ * Prints Linux's clock source, the ticks that the host took from all CPUs (steal), and how often
+ * KVM has notified the guest that a page is present (told: interrupts of asynchronous page
+ * faults).
+ */
 static void print_kvm(void)
 {
 	static char text[16384];

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The guest of the benchmark. One worker on each vCPU accesses pages of a large buffer and times
- * every access, whichever engine moves the guest.
+ * The workload of the benchmark's guest. One worker on each vCPU accesses pages of a large buffer
+ * and times every access.
  *
- * There is no gap between two accesses: one lasts from the end of the last to its own end. So a
- * missing page of the kernel or of this program counts, too, and so does a vCPU that does not run.
- * The guest's clock does not advance while the guest is stopped, so downtime is not in these
+ * There is no time between two accesses: one lasts from the end of the last to its own end. So a
+ * missing page of the kernel or of the program counts as well, and so does time in which the vCPU
+ * is not run. The guest's clock stands still while it is stopped: downtime is not in these
  * figures.
  *
- * The figures never go over the console. They are in a region of their own, a histogram for each
- * SLOT_NS of the guest's clock. The host reads them in the guest's RAM; the console lists their
- * pages. tests/bench/compare/guest.py reads this layout, too.
+ * The figures do not go over the console. They are in a region of the guest's RAM, as a histogram
+ * for each SLOT_NS of the guest's clock, and the benchmark reads them there. The console says in
+ * which pages they are. tests/bench/compare/guest.py knows this layout, too.
  *
  * Environment: lat_mb (size of the buffer, MiB), lat_kind (random-write, sequential, read-mostly,
  * idle), lat_threads, lat_stall_ns (accesses that take as long count as stalls). Prints
@@ -125,7 +125,7 @@ static uint64_t next_random(struct worker *w)
 	return w->random >> 11;
 }
 
-/* Checks that the page is the right one. */
+/* Checks that a page is the right one. */
 static volatile uint64_t *open_page(struct worker *w, uint64_t number)
 {
 	volatile uint64_t *page = w->buffer + number * WORDS;
@@ -135,7 +135,7 @@ static volatile uint64_t *open_page(struct worker *w, uint64_t number)
 	return page;
 }
 
-/* Workers share the pages, but not the words that they write. */
+/* Workers share the pages, but each writes its own words of them. */
 static void write_word(struct worker *w, uint64_t number)
 {
 	open_page(w, number)[1 + w->id]++;
@@ -215,7 +215,7 @@ static void sleep_until(uint64_t due)
 	clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL);
 }
 
-/* Accesses without pauses. */
+/* Accesses without rest. */
 static void run_busy(struct worker *w)
 {
 	for (uint64_t last = now_ns();;) {
@@ -226,7 +226,7 @@ static void run_busy(struct worker *w)
 	}
 }
 
-/* An access every IDLE_NS. It lasts from its due time, so a late wake-up counts. */
+/* An access every IDLE_NS. It lasts from the time when it was due, so a late wake-up counts. */
 static void run_paced(struct worker *w)
 {
 	for (uint64_t due = now_ns();;) {
@@ -235,7 +235,7 @@ static void run_paced(struct worker *w)
 		w->kind->access(w);
 		uint64_t now = now_ns();
 		record(w, now, now - due);
-		if (now > due + IDLE_NS) /* missed accesses are not repeated */
+		if (now > due + IDLE_NS) /* accesses that were missed are not made up for */
 			due = now;
 	}
 }
@@ -257,7 +257,7 @@ static void *work(void *opaque)
 		page[0] = STAMP ^ i;
 	}
 	atomic_fetch_add(&n_ready, 1);
-	/* Spins, as emulated vCPUs may sleep far too long here. */
+	/* Busy waiting: emulated vCPUs have been seen to sleep far too long here. */
 	while (atomic_load(&n_ready) <= w->n_pages / w->n_own)
 		sched_yield();
 	if (w->kind->paced)
@@ -277,7 +277,7 @@ static void *map_pages(uint64_t size)
 	return at;
 }
 
-/* The shortest of many, as the others were interrupted. */
+/* Returns the shortest of many readings: the others were interrupted. */
 static uint64_t clock_cost(void)
 {
 	uint64_t best = UINT64_MAX;

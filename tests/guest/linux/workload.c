@@ -1,24 +1,25 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The work of the Linux test guest: workers rewrite and verify every page of a large buffer, and a
- * reporter prints a line about it on the console.
+ * The workload of the Linux test guest. Workers rewrite and verify every page of a large buffer,
+ * and a reporter prints progress lines on the console.
  *
  * Each page holds a stamp (buffer position and generation) and a pattern made from the stamp. A
- * worker visits its pages in a scattered but known order, so it knows the generation that each page
- * must have. It counts and reports a page that is torn, swapped with another, zeroed or stale.
+ * worker visits its pages in a scattered but known order, so that it knows which generation each of
+ * them must have. It counts and reports pages that are torn, swapped with another, zeroed or stale.
  *
- * The reporter is a process of its own on CPU 0, and the workers run on CPU 1. So workers that wait
- * for a page which can't be fetched never keep the reporter from printing. They share one page,
- * `stats`: the reporter only reads it, each worker writes its own part, all accesses are atomic.
+ * The reporter is a process of its own on CPU 0, and the workers are on CPU 1. So the reporter
+ * prints on while workers wait for a page that can't be fetched. They share one page, `stats`: the
+ * reporter only reads it, each worker writes its own part, and all accesses are atomic.
  *
- * But CPU 0 may need any page of the kernel. With work_survey=1 a surveyor on CPU 1 reads a word of
- * every page of RAM that is not in the buffer, over and over. After its first round behind a
- * switch-over, only pages of the buffer can be missing. With work_per_survey=N the workers visit at
- * most N pages during a round of the surveyor, so that it completes its round before they do.
+ * The kernel has pages as well, and CPU 0 may need any of them. With work_survey=1 a surveyor on
+ * CPU 1 reads a word of every page of RAM that is not in the buffer, over and over. When it has
+ * finished a round after a switch-over, only pages of the buffer can be missing. With
+ * work_per_survey=N the workers visit at most N pages during a round of the surveyor, so that it
+ * finishes before they do.
  *
  * Environment: work_mb (size of the buffer, MiB), work_threads, work_rate (pages a second, 0: no
- * limit), work_survey, work_per_survey (pages, 0: no limit). Prints, once all pages have their
- * first generation and then every work_tick ms:
+ * limit), work_survey, work_per_survey (pages, 0: no limit). When all pages have their first
+ * generation, and then every work_tick ms, it prints:
  *
  *	guest: t=12.345 rounds=3 pages=123456 corrupt=0 surveys=0
  */
@@ -152,7 +153,7 @@ static void pace(const struct worker *w, uint64_t start, uint64_t pages)
 	clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL);
 }
 
-/* A step that scatters the visits and reaches every page: coprime to n. */
+/* Returns a step that scatters the visits. It is coprime to n, so that it reaches every page. */
 static uint64_t scatter(uint64_t n)
 {
 	for (uint64_t step = n * 5 / 8 | 1;; step += 2) {
@@ -169,7 +170,7 @@ static uint64_t scatter(uint64_t n)
 	}
 }
 
-/* Waits until the rounds of the surveyor allow n pages in all. */
+/* Waits until the surveyor has finished enough rounds for n pages in all. */
 static void await_survey(const struct worker *w, uint64_t n)
 {
 	struct timespec rest = {.tv_nsec = 1000000};
@@ -211,7 +212,7 @@ static void *work(void *opaque)
 	return NULL;
 }
 
-/* The physical pages behind the buffer, as a bitmap of n_bits. */
+/* Sets the bits of the buffer's physical pages in a bitmap of n_bits. */
 static void mark_buffer(uint8_t *map, uint64_t n_bits, const uint64_t *buffer, uint64_t n_pages)
 {
 	int fd = open("/proc/self/pagemap", O_RDONLY);
@@ -232,7 +233,7 @@ static void mark_buffer(uint8_t *map, uint64_t n_bits, const uint64_t *buffer, u
 	close(fd);
 }
 
-/* Reads a word of each page of one stretch of RAM, as /proc/kcore shows it. */
+/* Reads a word of each page in one segment of /proc/kcore, but not of pages of the buffer. */
 static void survey_stretch(int kcore, const Elf64_Phdr *stretch, const uint8_t *map,
 			   uint64_t n_bits)
 {
