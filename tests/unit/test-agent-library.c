@@ -21,7 +21,7 @@
 #include "guest/agent-client.h"
 #include "guest/guest.h"
 #include "postroad/agent.h"
-#include "tests/unit/as-user.h"
+#include "tests/rigs/as-user.h"
 
 #define PAGE	4096
 #define HUGE	(2u << 20)

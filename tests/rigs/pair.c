@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 #include <stdarg.h>
 #include <stddef.h>
@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tests/tls/certs.h"
+#include "tests/rigs/certs.h"
 
 /* Far above what anything here takes, sanitizers and a busy machine included. */
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
