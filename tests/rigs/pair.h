@@ -77,8 +77,13 @@ void side_begin_engine_for(Side *side, const char *spec);
 void pair_migrate(Pair *pair);
 void pair_resume(Pair *pair);
 
-/* Waits until a side has been told this state as its last; fails the test after some seconds, with what
- * there was instead. */
+/*
+ * A wait fails the test case when it has taken a minute, and says what there was instead. The other
+ * cases of the program go on; the pair of the failed case lives until the program ends. Only the
+ * thread that runs the case may wait: in another thread a failure ends the program.
+ */
+
+/* Waits until a side has been told this state as its last. */
 void side_wait(Side *side, PrState state);
 /* The same of a state that may have passed already. */
 void side_wait_told(Side *side, PrState state);
