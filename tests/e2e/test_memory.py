@@ -88,7 +88,7 @@ def preallocated(lab):
 def reserved(lab):
     """The pool has no page more than the guests need; while one is on its way, somebody else asks for them."""
     spec = GuestSpec(backend="huge")
-    with huge_pages(2 * spec.ram_mb):
+    with huge_pages(2 * spec.ram_mb, alone=True):
         move = Move(lab, scheme="tcp", spec=spec, settings=("auto-recover=off",))
         before = available_pages()
         move.start_midway()

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "tests/rigs/certs.h"
+#include "tests/rigs/huge-pool.h"
 
 /* Far above what anything here takes, sanitizers and a busy machine included. */
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
@@ -27,8 +28,10 @@ static void __attribute__((constructor)) require_huge_pages(void)
 {
 	g_autofree char *text = NULL;
 
-	if (!g_getenv("PAIR_HUGE") ||
-	    (g_file_get_contents("/proc/sys/vm/nr_hugepages", &text, NULL, NULL) &&
+	if (!g_getenv("PAIR_HUGE"))
+		return;
+	huge_pool_use();
+	if ((g_file_get_contents("/proc/sys/vm/nr_hugepages", &text, NULL, NULL) &&
 	     atoi(text) >= HUGE_PAGES))
 		return;
 	printf("skipped: vm.nr_hugepages is %s here, and has to be %d\n",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The builds of the tests, and the unit and in-process tests that each build runs."""
 
+import glob
 import json
 import os
 import subprocess
@@ -133,9 +134,9 @@ def randomness_wrapper():
 
 def run_tests(tally, build, enter=()):
     """The tests of one build, each cmocka test counted. enter: a program that meson is to run under."""
-    log = build.path("meson-logs", "testlog.json")
-    if os.path.exists(log):
-        os.unlink(log)
+    logs = build.path("meson-logs", "testlog*.json")  # its name tells of a wrapper
+    for old in glob.glob(logs):
+        os.unlink(old)
     argv = [*enter, "meson", "test", "-C", build.directory, "--no-rebuild", "--quiet"]
     argv += ["--num-processes", str(TESTS_A_CPU * os.cpu_count()), "--timeout-multiplier", str(build.timeouts)]
     for suite in build.suites:
@@ -144,10 +145,10 @@ def run_tests(tally, build, enter=()):
         argv += randomness_wrapper()
     with some_huge_pages():
         done = run_quietly(argv, env={**os.environ, **SANITIZER_ENV})
-    if not os.path.exists(log):
+    if not glob.glob(logs):
         tally.add("fail", f"{build.name}: meson test", done.stdout[-2000:])
         return
-    with open(log) as lines:
+    with open(glob.glob(logs)[0]) as lines:
         entries = list(map(json.loads, lines))
     for entry in entries:
         cmocka.report(tally, build.name, entry)

@@ -5,7 +5,7 @@ import contextlib
 import os
 import subprocess
 
-from harness.hugepages import huge_pages
+from harness.hugepages import larger_pool
 
 # LeakSanitizer of GCC 12 looks up each live thread by its thread ID. When a joined thread of the same
 # process had that ID, LeakSanitizer finds the joined one, skips the live one, and reports the live
@@ -44,4 +44,4 @@ def many_thread_ids():
 
 def some_huge_pages():
     """For the tests that need some; they are given back at the end. Several stages may ask at the same time."""
-    return huge_pages(HUGE_MB) if os.geteuid() == 0 else contextlib.nullcontext()
+    return larger_pool(HUGE_MB) if os.geteuid() == 0 else contextlib.nullcontext()
