@@ -489,7 +489,10 @@ void pair_check_completed(Pair *pair)
 	assert_int_equal(there.transferred, here.transferred);
 	assert_int_equal(there.duplicate, here.duplicate);
 	assert_int_equal(there.postcopy_requests, here.postcopy_requests);
-	/* A source that hears only on coming back that all is done has paused once more than it recovered. */
+	/*
+	 * A source that hears only on coming back that all is done has paused once more than it
+	 * recovered.
+	 */
 	assert_in_range(there.recoveries, there.pauses - MIN(there.pauses, 1), there.pauses);
 
 	assert_false(testguest_running(pair->source.guest));

@@ -50,8 +50,10 @@ typedef struct PairConfig {
 	const char *landing; /* fault-id: the destination's paths are faulty, too */
 } PairConfig;
 
-/* For a configuration: the migration goes on for longer than anything that a test does meanwhile takes on
- * a busy machine. The guest's faults aren't throttled, so its threads rest between pages. */
+/*
+ * For a configuration: the migration goes on for longer than anything that a test does meanwhile
+ * takes on a busy machine. The guest's faults aren't throttled, so its threads rest between pages.
+ */
 #define PAIR_LASTS .size = 64 * MIB, .bandwidth = MIB, .pace_us = 200000
 
 typedef struct Pair {
@@ -89,8 +91,10 @@ void side_wait(Side *side, PrState state);
 void side_wait_told(Side *side, PrState state);
 /* Waits for any of the states in the mask (1u << PR_STATE_…); returns which. */
 PrState side_wait_any(Side *side, guint mask);
-/* Waits until the destination has ended a migration whose guest stays at the source, if it has heard of it at all. One that
- * waits for a RUN that never comes is ended as an operator does it. */
+/*
+ * Waits until the destination has ended a migration whose guest stays at the source, if it has
+ * heard of it at all. One that waits for a RUN that never comes is ended as an operator does it.
+ */
 void pair_wait_taken_back(Pair *pair);
 PrState side_state(Side *side);
 /* When a state was told last; it must have been. */
@@ -110,7 +114,9 @@ void pair_wait_received(Pair *pair, uint64_t bytes);
 /* Resumes again and again until both have completed; at most `limit` times. */
 void pair_resume_until_completed(Pair *pair, guint limit);
 
-/* The guest lives at the destination, all its pages are right, the statistics of both sides agree. */
+/*
+ * The guest lives at the destination, all its pages are right, the statistics of both sides agree.
+ */
 void pair_check_completed(Pair *pair);
 /* The guest runs on at the source and is sound. */
 void pair_check_undone(Pair *pair);

@@ -41,8 +41,8 @@ class Build:
         return os.path.join(ROOT, self.directory, *names)
 
 
-# Each test is in the suite "unit" or "inprocess". Those that differ without a sanitizer are in "plain", too, and those
-# with threads in "threads" (tests/meson.build).
+# Each test is in the suite "unit" or "inprocess". Those that differ without a sanitizer are in
+# "plain", too, and those with threads in "threads" (tests/meson.build).
 PLAIN = Build("plain", "build", (), ("plain",))
 ASAN = Build(
     "asan",
@@ -58,8 +58,8 @@ BUILDS = (PLAIN, ASAN, TSAN)
 
 
 def run(argv, **kind):
-    """Runs a program and waits for its end; a signal does not make it shorter, since the program has the signal, too.
-    Returns it with its output, if that was asked for, in stdout."""
+    """Runs a program and waits for its end; a signal does not make it shorter, since the program
+    has the signal, too. Returns it with its output, if that was asked for, in stdout."""
     with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.DEVNULL, text=True, **kind) as process:
         output, _ = process.communicate()
     return subprocess.CompletedProcess(argv, process.returncode, output)
@@ -133,7 +133,8 @@ def randomness_wrapper():
 
 
 def run_tests(tally, build, enter=()):
-    """The tests of one build, each cmocka test counted. enter: a program that meson is to run under."""
+    """The tests of one build, each cmocka test counted. enter: a program that meson is to run
+    under."""
     logs = build.path("meson-logs", "testlog*.json")  # its name tells of a wrapper
     for old in glob.glob(logs):
         os.unlink(old)

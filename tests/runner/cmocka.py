@@ -3,7 +3,8 @@
 
 import re
 
-# What cmocka says of a test that fails, in the order of the tests; and why a program has ended early.
+# What cmocka says of a test that fails, in the order of the tests; and why a program has ended
+# early.
 ASSERTION = re.compile(
     r"^(?:ERROR: (.*)\n)?\[ *ERROR *\] --- ((?:.*\n)*?.*?)\s*\[ *LINE *\] --- (.*?)(?:: error: Failure!)?$", re.M
 )
@@ -17,7 +18,8 @@ SKIP_REASON = re.compile(r"^(?!\[).*skip.*$", re.M | re.I)
 
 
 def split(entry):
-    """The result of each test of one program, by name; with the name "" that of a program without cmocka."""
+    """The result of each test of one program, by name; with the name "" that of a program
+    without cmocka."""
     text = entry.get("stdout", "") + entry.get("stderr", "")
     results = {}
     for word, name in RESULT.findall(text):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Runs stages side by side.
 
-Each stage runs in a process of its own, which leads a process group. Its output goes to a file, and the scheduler prints
-the file as a block when the stage has ended. A stage starts when all stages that it needs have passed, and when the
-CPUs that the running stages use leave room for it. Of the stages that may start, the one with the longest way to the end
-comes first. An exclusive stage starts when no other stage runs or can start, and then runs alone."""
+Each stage runs in a process of its own, which leads a process group. Its output goes to a file,
+and the scheduler prints the file as a block when the stage has ended. A stage starts when all
+stages that it needs have passed, and when the CPUs that the running stages use leave room for
+it. Of the stages that may start, the one with the longest way to the end comes first. An
+exclusive stage starts when no other stage runs or can start, and then runs alone."""
 
 import contextlib
 import ctypes

@@ -27,8 +27,8 @@ class Tally:
         self.add("fail" if done.returncode else "pass", name, wrong)
 
     def add_file(self, stage, path, ended):
-        """Counts what a test program wrote to this file; the program has printed its tests itself. ended: how it
-        ended, for the case that there is no file."""
+        """Counts what a test program wrote to this file; the program has printed its tests
+        itself. ended: how it ended, for the case that there is no file."""
         if not os.path.exists(path):
             self.add("fail", f"{stage}: all of its tests", ended)
             return
@@ -42,7 +42,8 @@ class Tally:
                 self.note_failure(f"{stage}: {entry['name']}", entry.get("message", ""))
 
     def note_failure(self, name, detail):
-        """Remembers a failure for the list at the end, with the first line of its detail that is not empty."""
+        """Remembers a failure for the list at the end, with the first line of its detail that is
+        not empty."""
         lines = [line.strip() for line in detail.splitlines() if line.strip()]
         self.failures.append(f"{name}: {lines[0]}" if lines else name)
 
