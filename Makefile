@@ -24,15 +24,15 @@ FUZZ_SECONDS ?= 60
 fuzz: deps
 	@tests/fuzz/run --seconds $(FUZZ_SECONDS)
 
-# A night's worth of everything that can go wrong, in an order that SEED decides (a random one): RECOVERIES of them, or as many as
-# come in SECONDS or ROUNDS. More options: tests/chaos/run --help.
+# A night's worth of everything that can go wrong, in an order that SEED decides (a random one):
+# RECOVERIES of them, or as many as come in SECONDS or ROUNDS. More options: tests/chaos/run --help.
 RECOVERIES ?= $(if $(SECONDS)$(ROUNDS),,1000)
 chaos: all
 	@tests/chaos/run --build build $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(RECOVERIES),--recoveries $(RECOVERIES))
 
-# A guest moves, loses its path, and recovers: told on the terminal in a minute. QEMU=PROGRAM: with that one
-# (tests/qemu-versions tells which there are).
+# A guest moves, loses its path, and recovers: told on the terminal in a minute. QEMU=PROGRAM: with
+# that one (tests/qemu-versions tells which there are).
 demo: all linux-guest
 	@tests/demo.py --build build
 
@@ -52,9 +52,9 @@ check-debian13: deps
 bench-roce: all
 	@tests/roce/bench --build build
 
-# The machine's floors, the engine beside them, each knob, many threads, the bandwidth limit, what grows with the
-# guest's size, and Postroad against QEMU's own postcopy and its preempt mode: half an hour at most. Parts, or
-# more of them: tests/bench/run --help, tests/bench/against-qemu --help.
+# The machine's floors, the engine beside them, each knob, many threads, the bandwidth limit, what
+# grows with the guest's size, and Postroad against QEMU's own postcopy and its preempt mode: half
+# an hour at most. Parts, or more of them: tests/bench/run --help, tests/bench/against-qemu --help.
 bench: all linux-guest
 	@tests/bench/run --build build
 

@@ -5,7 +5,7 @@
 set -eu
 
 packages="
-gcc libc6-dev make meson ninja-build pkg-config
+gcc ccache libc6-dev make meson ninja-build pkg-config
 libglib2.0-dev libjson-glib-dev libfabric-dev libibverbs-dev librdmacm-dev libzstd-dev libxxhash-dev libcmocka-dev
 libseccomp-dev libcap-ng-dev
 glib-networking openssl

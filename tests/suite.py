@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Packages of other Debian suites, unpacked beside the machine's own: fetched with apt from the mirror that the machine
-uses, with a state of apt's own, so that nothing of the machine changes. apt verifies them with the machine's keyring.
+"""Packages of other Debian suites, unpacked beside the machine's own: fetched with apt from the
+mirror that the machine uses, with a state of apt's own, so that nothing of the machine changes. apt
+verifies them with the machine's keyring.
 
-A tree stays in the cache until its recipe changes, and is there as a whole or not at all: it is unpacked beside its
-place and renamed. The lock is held meanwhile, so that others who want it wait for it."""
+A tree stays in the cache until its recipe changes, and is there as a whole or not at all: it is
+unpacked beside its place and renamed. The lock is held meanwhile, so that others who want it
+wait for it."""
 
 import contextlib
 import fcntl
@@ -50,7 +52,8 @@ def run(argv, what, **kind):
 
 
 def mirrors():
-    """Where the machine's apt gets its own release from, as apt says; one that is not Debian's fails at the signature."""
+    """Where the machine's apt gets its own release from, as apt says; one that is not Debian's
+    fails at the signature."""
     with open("/etc/os-release") as file:
         release = dict(line.strip().split("=", 1) for line in file if "=" in line)
     wanted = (release.get("VERSION_CODENAME", "").strip('"'), *STABLE)
@@ -68,7 +71,8 @@ def mirrors():
 
 
 def apt_configuration(directory):
-    """How the machine's apt reaches its mirror, as proxies, and nothing else of what it is told: no pins, no hooks."""
+    """How the machine's apt reaches its mirror, as proxies, and nothing else of what it is told:
+    no pins, no hooks."""
     reach = [
         line
         for line in run(["apt-config", "dump"], "apt-config").splitlines()
@@ -160,8 +164,8 @@ def locked(cache):
 
 
 class Tree:
-    """The packages of a suite and all that they need, under one root folder. finish(tree, root) does the rest of what
-    its users want, where it is being made; root is its place for good."""
+    """The packages of a suite and all that they need, under one root folder. finish(tree, root)
+    does the rest of what its users want, where it is being made; root is its place for good."""
 
     def __init__(self, name, suite, packages, finish, keyring=KEYRING):
         recipe = hashlib.sha256(" ".join([FORMAT, suite, *packages]).encode()).hexdigest()[:8]

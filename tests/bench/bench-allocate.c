@@ -11,7 +11,7 @@
 #include "guest/allocator.h"
 #include "tests/bench/bench.h"
 #include "tests/bench/raw-memory.h"
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 #define MIB (1024ull * 1024)
 

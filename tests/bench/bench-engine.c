@@ -8,7 +8,7 @@
 
 #include "tests/bench/bench.h"
 #include "tests/bench/raw-memory.h"
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 #define MIB	    (1024ull * 1024)
 #define RATE_READ   (128u * 1024)

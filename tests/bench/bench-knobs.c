@@ -9,7 +9,7 @@
 
 #include "tests/bench/bench.h"
 #include "tests/bench/touch.h"
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 #define MIB	   (1024ull * 1024)
 #define MAX_VALUES 12

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 #define MIB	   (1024ull * 1024)
 #define PAGE	   4096

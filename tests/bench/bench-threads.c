@@ -10,7 +10,7 @@
 
 #include "tests/bench/bench.h"
 #include "tests/bench/touch.h"
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 #include "transport/transport.h"
 
 #define PAGE	      4096ull

@@ -12,7 +12,7 @@
 
 #include "tests/bench/bench.h"
 #include "tests/bench/touch.h"
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 #define MB	   1000000ull
 #define N_THREADS  1

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "tests/bench/size.h"
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 #define MIB	    (1024ull * 1024)
 #define MARGIN	    (1024 * MIB) /* of memory that stays free */

@@ -286,7 +286,7 @@ def make_certificates(lab, number):
     """One directory with client and server certificates, for engines that have both roles in
     turn."""
     directory = lab.path(f"tls-{number}")
-    make_certs = os.path.join(HERE, "..", "tls", "make-certs")
+    make_certs = os.path.join(HERE, "..", "rigs", "make-certs")
     addresses = [host.address(link) for host in lab.network.hosts for link in LINKS]
     run([make_certs, directory, "ca"])
     run([make_certs, directory, "client", "engine"])

@@ -83,7 +83,7 @@ def reserved(lab):
     """The pool has exactly the pages that both guests need. During the move none becomes available
     to others."""
     spec = GuestSpec(backend="huge")
-    with huge_pages(2 * spec.ram_mb):
+    with huge_pages(2 * spec.ram_mb, alone=True):
         move = Move(lab, scheme="tcp", spec=spec, settings=("auto-recover=off",))
         before = available_pages()
         move.start_midway()

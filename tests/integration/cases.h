@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 /* A test over one transport: its state is the scheme of the paths. */
 #define OVER(scheme_, test_)                                                                       \

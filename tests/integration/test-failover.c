@@ -5,7 +5,7 @@
 #include "migration/internal.h"
 #include "migration/session/messages.h"
 #include "tests/integration/cases.h"
-#include "tests/integration/door.h"
+#include "tests/rigs/door.h"
 
 #define MIB (1024ull * 1024)
 

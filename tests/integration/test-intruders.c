@@ -4,7 +4,7 @@
 
 #include "migration/internal.h"
 #include "tests/integration/cases.h"
-#include "tests/tls/certs.h"
+#include "tests/rigs/certs.h"
 #include "transport/control/control.h"
 
 #define MIB (1024ull * 1024)

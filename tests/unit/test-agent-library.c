@@ -21,7 +21,8 @@
 #include "guest/agent-client.h"
 #include "guest/guest.h"
 #include "postroad/agent.h"
-#include "tests/unit/as-user.h"
+#include "tests/rigs/as-user.h"
+#include "tests/rigs/huge-pool.h"
 
 #define PAGE	4096
 #define HUGE	(2u << 20)
@@ -268,6 +269,7 @@ static void resolve_huge_fault(int uffd, const PrGuestBlock *block, guint8 value
 /* A memfd of huge pages: the agent reports its page size, and one CONTINUE resolves a huge page. */
 static void huge_pages_are_served(void **state)
 {
+	huge_pool_use();
 	int memfd = memfd_create("test", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
 	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
 	g_autofree char *path = g_build_filename(dir, "agent.sock", NULL);

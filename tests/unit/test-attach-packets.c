@@ -15,7 +15,7 @@
 #include "guest/agent-proto.h"
 #include "guest/attach/attach.h"
 #include "guest/attach/internal.h"
-#include "tests/unit/attach-guest.h"
+#include "tests/rigs/attach-guest.h"
 
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 

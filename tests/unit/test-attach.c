@@ -24,7 +24,7 @@
 #include "guest/attach/attach.h"
 #include "guest/attach/internal.h"
 #include "guest/attach/crash-point.h"
-#include "tests/unit/attach-guest.h"
+#include "tests/rigs/attach-guest.h"
 
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 #define ROUNDS	200

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/control-rig.h"
+#include "tests/rigs/control-rig.h"
 
 #include <netinet/in.h>
 #include <signal.h>
@@ -8,7 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "tests/tls/certs.h"
+#include "tests/rigs/certs.h"
 #include "transport/control/internal.h"
 #include "transport/faulty/faulty.h"
 

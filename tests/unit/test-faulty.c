@@ -7,7 +7,7 @@
 
 #include <cmocka.h>
 
-#include "tests/unit/transport-rig.h"
+#include "tests/rigs/transport-rig.h"
 #include "transport/faulty/faulty.h"
 #include "transport/registry.h"
 

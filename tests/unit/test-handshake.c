@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The handshake of a source and a destination, and the error that each side gets where it fails. */
-#include "tests/unit/control-rig.h"
+#include "tests/rigs/control-rig.h"
 
 #include <string.h>
 #include <sys/socket.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/control-rig.h"
-#include "tests/unit/flood.h"
+#include "tests/rigs/control-rig.h"
+#include "tests/rigs/flood.h"
 #include "transport/net/dial.h"
 
 #include <netinet/in.h>

@@ -8,8 +8,8 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-#include "tests/unit/as-user.h"
-#include "tests/unit/fake-engine.h"
+#include "tests/rigs/as-user.h"
+#include "tests/rigs/fake-engine.h"
 
 static void assert_contains(const char *text, const char *part)
 {

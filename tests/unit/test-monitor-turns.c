@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-#include "tests/unit/fake-engine.h"
+#include "tests/rigs/fake-engine.h"
 
 #define FIRST  1000 /* handshake-timeout, ms */
 #define ASKED  300

@@ -16,7 +16,7 @@
 #include <cmocka.h>
 
 #include "monitor/hmp.h"
-#include "tests/unit/fake-engine.h"
+#include "tests/rigs/fake-engine.h"
 #include "util/json-framer.h"
 
 /* The error for an escape that is half of a surrogate pair. json-glib before 1.10 accepts it, and

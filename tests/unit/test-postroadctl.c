@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-#include "tests/unit/fake-engine.h"
+#include "tests/rigs/fake-engine.h"
 
 typedef struct Run {
 	char *out, *err;

@@ -11,7 +11,7 @@
 
 #include "guest/agent-client.h"
 #include "guest/qemu-ram.h"
-#include "tests/unit/qemu-rig.h"
+#include "tests/rigs/qemu-rig.h"
 
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 

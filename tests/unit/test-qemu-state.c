@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #include "guest/qemu-section.h"
-#include "tests/unit/qemu-rig.h"
+#include "tests/rigs/qemu-rig.h"
 
 #define COMPLETED "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"completed\"}}\n"
 #define FAILED	  "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"failed\"}}\n"

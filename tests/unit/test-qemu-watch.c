@@ -12,7 +12,7 @@
 #include "migration/migration.h"
 #include "migration/source/handover-record.h"
 #include "tests/guest/testguest.h"
-#include "tests/unit/fake-qmp.h"
+#include "tests/rigs/fake-qmp.h"
 
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 /* ms; for an answer that never comes, where others have to come in time */

@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 #include "guest/guest.h"
-#include "tests/unit/guard.h"
+#include "tests/rigs/guard.h"
 
 #define TIMEOUT 20000 /* ms; the machine may be busy with other tests */
 #define SPEC	"qemu:qmp=%s/%s.qmp,agent=%s/%s.agent"

@@ -11,7 +11,7 @@
 
 #include "guest/qmp.h"
 #include "util/json-framer.h"
-#include "tests/unit/fake-qmp.h"
+#include "tests/rigs/fake-qmp.h"
 
 #define TIMEOUT	      20000 /* ms; the machine may be busy with other tests */
 #define SHORT_TIMEOUT 100   /* ms; where no answer ever comes */

@@ -6,7 +6,7 @@
 
 #include <cmocka.h>
 
-#include "tests/unit/transport-rig.h"
+#include "tests/rigs/transport-rig.h"
 
 /* Acts as a destination: accepts a lane and acknowledges it. */
 static GSocketConnection *accept_lane(GSocketListener *listener)

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Which peers may connect with TLS, and the reason that each side gets for a refusal. */
-#include "tests/unit/control-rig.h"
-#include "tests/unit/flood.h"
+#include "tests/rigs/control-rig.h"
+#include "tests/rigs/flood.h"
 
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "tests/tls/certs.h"
+#include "tests/rigs/certs.h"
 
 static Certs *good; /* constant once made; read by all tests */
 

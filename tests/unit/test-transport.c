@@ -14,7 +14,7 @@
 
 #include <cmocka.h>
 
-#include "tests/unit/transport-rig.h"
+#include "tests/rigs/transport-rig.h"
 #include "transport/registry.h"
 
 typedef struct Backend {

@@ -289,7 +289,7 @@ static GTlsConnection *new_client(const PrTls *tls, GSocketConnection *connectio
 	g_autoptr(GSocketConnectable) identity = identity_of(host);
 	g_autoptr(GTlsDatabase) ca = load_ca(tls, error);
 	g_autoptr(GTlsCertificate) own = NULL;
-	GIOStream *client;
+	GTlsConnection *client;
 
 	if (!ca)
 		return NULL;
@@ -298,13 +298,15 @@ static GTlsConnection *new_client(const PrTls *tls, GSocketConnection *connectio
 		if (!own)
 			return NULL;
 	}
-	client = g_tls_client_connection_new(G_IO_STREAM(connection), identity, error);
+	/* Not g_tls_client_connection_new: without a database it loads the system's CAs each time. */
+	client = g_initable_new(
+		g_tls_backend_get_client_connection_type(g_tls_backend_get_default()), NULL, error,
+		"base-io-stream", connection, "server-identity", identity, "database", ca, NULL);
 	if (!client)
 		return NULL;
-	g_tls_connection_set_database(G_TLS_CONNECTION(client), ca);
 	if (own)
-		g_tls_connection_set_certificate(G_TLS_CONNECTION(client), own);
-	return G_TLS_CONNECTION(client);
+		g_tls_connection_set_certificate(client, own);
+	return client;
 }
 
 static GError *as_path_error(GError *error)
@@ -342,17 +344,18 @@ static GTlsConnection *new_server(const PrTls *tls, GSocketConnection *connectio
 {
 	g_autoptr(GTlsDatabase) ca = load_ca(tls, error);
 	g_autoptr(GTlsCertificate) own = ca ? load_pair(tls, SERVER_NAME, error) : NULL;
-	GIOStream *server;
+	GTlsConnection *server;
 
 	if (!own)
 		return NULL;
-	server = g_tls_server_connection_new(G_IO_STREAM(connection), own, error);
+	server = g_initable_new(
+		g_tls_backend_get_server_connection_type(g_tls_backend_get_default()), NULL, error,
+		"base-io-stream", connection, "certificate", own, "database", ca, NULL);
 	if (!server)
 		return NULL;
-	g_tls_connection_set_database(G_TLS_CONNECTION(server), ca);
 	/* Not required: a client without one would be disconnected without a reason. */
 	g_object_set(server, "authentication-mode", G_TLS_AUTHENTICATION_REQUESTED, NULL);
-	return G_TLS_CONNECTION(server);
+	return server;
 }
 
 /* Reading the certificates takes long. Only one thread does it at a time, so that in a flood the

@@ -3,6 +3,7 @@
 shrinks it again when the process that asked for the pages ends, however it ends."""
 
 import contextlib
+import fcntl
 import subprocess
 import sys
 
@@ -11,18 +12,23 @@ from .process import expect
 SIZE_MB = 2
 POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
 LOCK = "/run/lock/postroad-huge-pages"  # other tests change the pool at the same time
+# Every user of the pool, and whoever changes its size, holds this lock shared. A test that counts the
+# free pages holds it alone (tests/rigs/huge-pool.h).
+IN_USE = "/run/lock/postroad-huge-pages-in-use"
+RETURN_SECONDS = 300  # the pool shrinks only after a test that counts its free pages has ended
 
 # Prints by how many pages the pool has grown, and gives them back when its standard input ends.
 KEEPER = """
 import fcntl, os, signal, sys
 
-pool, lock_path, wanted = sys.argv[1], sys.argv[2], int(sys.argv[3])
+pool, lock_path, in_use_path, wanted = *sys.argv[1:4], int(sys.argv[4])
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 def change(by):
-    with open(lock_path, "w") as lock:
+    with open(lock_path, "w") as lock, open(in_use_path, "w") as in_use:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(in_use, fcntl.LOCK_SH)
         with open(pool + "/nr_hugepages") as file:
             before = int(file.read())
         with open(pool + "/nr_hugepages", "w") as file:
@@ -48,11 +54,11 @@ def available_pages():
 
 
 @contextlib.contextmanager
-def huge_pages(megabytes):
-    """Adds this many MiB to the pool meanwhile."""
+def larger_pool(megabytes):
+    """Adds this many MiB to the pool meanwhile, for others to use."""
     pages = -(-megabytes // SIZE_MB)
     keeper = subprocess.Popen(
-        [sys.executable, "-c", KEEPER, POOL, LOCK, str(pages)],
+        [sys.executable, "-c", KEEPER, POOL, LOCK, IN_USE, str(pages)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -64,5 +70,14 @@ def huge_pages(megabytes):
         yield
     finally:
         keeper.stdin.close()
-        keeper.wait(30)
+        keeper.wait(RETURN_SECONDS)
         keeper.stdout.close()
+
+
+@contextlib.contextmanager
+def huge_pages(megabytes, alone=False):
+    """Adds this many MiB to the pool meanwhile, and uses the pool. alone: no other process uses the
+    pool or changes its size meanwhile."""
+    with larger_pool(megabytes), open(IN_USE, "w") as in_use:
+        fcntl.flock(in_use, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield

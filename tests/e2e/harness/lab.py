@@ -65,7 +65,7 @@ class Lab:
     def certificates(self):
         """Makes a CA and a certificate for each side. Returns a directory for each."""
         source, destination = self.path("tls-source"), self.path("tls-destination")
-        make_certs = os.path.join(os.path.dirname(__file__), "..", "..", "tls", "make-certs")
+        make_certs = os.path.join(os.path.dirname(__file__), "..", "..", "rigs", "make-certs")
         addresses = [self.network.destination.address(link) for link in LINKS]
         run([make_certs, source, "ca"])
         shutil.copytree(source, destination)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/tls/certs.h"
+#include "tests/rigs/certs.h"
 
 #include <glib/gstdio.h>
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/transport-rig.h"
+#include "tests/rigs/transport-rig.h"
 
 #include <dlfcn.h>
 #include <poll.h>

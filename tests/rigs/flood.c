@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/flood.h"
+#include "tests/rigs/flood.h"
 
 #include <arpa/inet.h>
 #include <netinet/in.h>

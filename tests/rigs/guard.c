@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Between fork() and exec() of a process that may have had threads: system calls only. */
-#include "tests/unit/guard.h"
+#include "tests/rigs/guard.h"
 
 #include <errno.h>
 #include <fcntl.h>

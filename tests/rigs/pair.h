@@ -50,8 +50,10 @@ typedef struct PairConfig {
 	const char *landing; /* fault-id: the destination's paths are faulty, too */
 } PairConfig;
 
-/* For a configuration: the migration goes on for longer than anything that a test does meanwhile takes on
- * a busy machine. The guest's faults aren't throttled, so its threads rest between pages. */
+/*
+ * For a configuration: the migration goes on for longer than anything that a test does meanwhile
+ * takes on a busy machine. The guest's faults aren't throttled, so its threads rest between pages.
+ */
 #define PAIR_LASTS .size = 64 * MIB, .bandwidth = MIB, .pace_us = 200000
 
 typedef struct Pair {
@@ -77,15 +79,22 @@ void side_begin_engine_for(Side *side, const char *spec);
 void pair_migrate(Pair *pair);
 void pair_resume(Pair *pair);
 
-/* Waits until a side has been told this state as its last; fails the test after some seconds, with what
- * there was instead. */
+/*
+ * A wait fails the test case when it has taken a minute, and says what there was instead. The other
+ * cases of the program go on; the pair of the failed case lives until the program ends. Only the
+ * thread that runs the case may wait: in another thread a failure ends the program.
+ */
+
+/* Waits until a side has been told this state as its last. */
 void side_wait(Side *side, PrState state);
 /* The same of a state that may have passed already. */
 void side_wait_told(Side *side, PrState state);
 /* Waits for any of the states in the mask (1u << PR_STATE_…); returns which. */
 PrState side_wait_any(Side *side, guint mask);
-/* Waits until the destination has ended a migration whose guest stays at the source, if it has heard of it at all. One that
- * waits for a RUN that never comes is ended as an operator does it. */
+/*
+ * Waits until the destination has ended a migration whose guest stays at the source, if it has
+ * heard of it at all. One that waits for a RUN that never comes is ended as an operator does it.
+ */
 void pair_wait_taken_back(Pair *pair);
 PrState side_state(Side *side);
 /* When a state was told last; it must have been. */
@@ -105,7 +114,9 @@ void pair_wait_received(Pair *pair, uint64_t bytes);
 /* Resumes again and again until both have completed; at most `limit` times. */
 void pair_resume_until_completed(Pair *pair, guint limit);
 
-/* The guest lives at the destination, all its pages are right, the statistics of both sides agree. */
+/*
+ * The guest lives at the destination, all its pages are right, the statistics of both sides agree.
+ */
 void pair_check_completed(Pair *pair);
 /* The guest runs on at the source and is sound. */
 void pair_check_undone(Pair *pair);

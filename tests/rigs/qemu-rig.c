@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/qemu-rig.h"
+#include "tests/rigs/qemu-rig.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

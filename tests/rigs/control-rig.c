@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/control-rig.h"
+#include "tests/rigs/control-rig.h"
 
 #include <arpa/inet.h>
 #include <errno.h>

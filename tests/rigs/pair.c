@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "tests/integration/pair.h"
+#include "tests/rigs/pair.h"
 
 #include <stdarg.h>
 #include <stddef.h>
@@ -9,19 +9,29 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tests/tls/certs.h"
+#include "tests/rigs/certs.h"
+#include "tests/rigs/huge-pool.h"
 
 /* Far above what anything here takes, sanitizers and a busy machine included. */
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
 #define HUGE_PAGES  640 /* as tests/run makes them */
+
+/* Fails the test case if there is an error. */
+static void check_no_error(const GError *error)
+{
+	if (error)
+		fail_msg("%s", error->message);
+}
 
 /* Before main(): of the huge pages that several such programs want at a time. */
 static void __attribute__((constructor)) require_huge_pages(void)
 {
 	g_autofree char *text = NULL;
 
-	if (!g_getenv("PAIR_HUGE") ||
-	    (g_file_get_contents("/proc/sys/vm/nr_hugepages", &text, NULL, NULL) &&
+	if (!g_getenv("PAIR_HUGE"))
+		return;
+	huge_pool_use();
+	if ((g_file_get_contents("/proc/sys/vm/nr_hugepages", &text, NULL, NULL) &&
 	     atoi(text) >= HUGE_PAGES))
 		return;
 	printf("skipped: vm.nr_hugepages is %s here, and has to be %d\n",
@@ -85,15 +95,15 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	side->path_news = g_array_new(FALSE, FALSE, sizeof(PathNews));
 	g_array_set_clear_func(side->path_news, clear_news);
 	side->guest = testguest_new(&guest, &error);
-	g_assert_no_error(error);
+	check_no_error(error);
 	pr_params_init(&side->params);
 	/* Two engines, a guest and perhaps a sanitizer share few cores: silence means less here. */
-	g_assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
-	g_assert_true(pr_params_set(&side->params, "connect-timeout", 20000, NULL));
-	g_assert_true(pr_params_set(&side->params, "handshake-timeout", 20000, NULL));
-	g_assert_true(
+	assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
+	assert_true(pr_params_set(&side->params, "connect-timeout", 20000, NULL));
+	assert_true(pr_params_set(&side->params, "handshake-timeout", 20000, NULL));
+	assert_true(
 		pr_params_set(&side->params, "max-postcopy-bandwidth", config->bandwidth, NULL));
-	g_assert_true(pr_params_set_capability(&side->params, "verify", config->verify, NULL));
+	assert_true(pr_params_set_capability(&side->params, "verify", config->verify, NULL));
 	side_begin_engine(side);
 }
 
@@ -108,7 +118,7 @@ void side_begin_engine_for(Side *side, const char *spec)
 	g_autoptr(GError) error = NULL;
 
 	side->adapter = pr_guest_open(spec, NULL, 20000, &error);
-	g_assert_no_error(error);
+	check_no_error(error);
 	side->engine = pr_migration_new(side->adapter, &side->params, &hooks);
 }
 
@@ -158,7 +168,7 @@ static char *listening_uri(Side *destination)
 	g_auto(PrMigrationInfo) info = {0};
 
 	pr_migration_query(destination->engine, &info);
-	g_assert_cmpuint(info.paths->len, >=, 1);
+	assert_int_not_equal(info.paths->len, 0);
 	const char *uri = ((PrPathInfo *)g_ptr_array_index(info.paths, 0))->uri;
 	if (g_str_has_prefix(uri, "faulty+"))
 		uri += strlen("faulty+");
@@ -190,7 +200,7 @@ static void use_tls(Pair *pair)
 		return;
 	pair->certs = shared_certs();
 	pair->tls = pr_tls_new(pair->certs, NULL, &error);
-	g_assert_no_error(error);
+	check_no_error(error);
 	const PrSecurity security = {.tls = pair->tls};
 	pr_migration_secure(pair->source.engine, &security);
 	pr_migration_secure(pair->destination.engine, &security);
@@ -210,7 +220,7 @@ Pair *pair_new(const PairConfig *config)
 	use_tls(pair);
 	testguest_start(pair->source.guest);
 	pr_migration_incoming(pair->destination.engine, incoming, NULL, &error);
-	g_assert_no_error(error);
+	check_no_error(error);
 	g_autofree char *listening = listening_uri(&pair->destination);
 	pair->faults = pr_faults_new(id);
 	g_autofree char *incremental_grants =
@@ -236,7 +246,7 @@ void pair_migrate(Pair *pair)
 	g_autoptr(GError) error = NULL;
 
 	pr_migration_start(pair->source.engine, pair->uri, /* resume= */ FALSE, &error);
-	g_assert_no_error(error);
+	check_no_error(error);
 }
 
 void pair_resume(Pair *pair)
@@ -248,12 +258,16 @@ void pair_resume(Pair *pair)
 	guint told = side->states->len;
 	g_mutex_unlock(&side->lock);
 	pr_migration_start(side->engine, pair->uri, /* resume= */ TRUE, &error);
-	g_assert_no_error(error);
+	check_no_error(error);
 	/* Until then the last state told is the old one. */
+	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
+	gboolean in_time = TRUE;
 	g_mutex_lock(&side->lock);
-	while (side->states->len == told)
-		g_cond_wait(&side->changed, &side->lock);
+	while (side->states->len == told && in_time)
+		in_time = g_cond_wait_until(&side->changed, &side->lock, deadline);
 	g_mutex_unlock(&side->lock);
+	if (!in_time)
+		fail_msg("%s: it accepted the recovery, and did not change its state", side->name);
 }
 
 PrState side_wait_any(Side *side, guint mask)
@@ -261,18 +275,19 @@ PrState side_wait_any(Side *side, guint mask)
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	g_mutex_lock(&side->lock);
-	while (!(mask & 1u << side->state))
-		/* Nothing follows after completed. */
-		if (side->state == PR_STATE_COMPLETED ||
-		    !g_cond_wait_until(&side->changed, &side->lock, deadline)) {
-			g_auto(PrMigrationInfo) info = {0};
-			pr_migration_query(side->engine, &info);
-			g_error("%s: waited for states 0x%x, it is %s: %s (%s)", side->name, mask,
-				pr_state_name(side->state), info.reason,
-				info.error_desc ? info.error_desc : "no error");
-		}
+	/* Nothing follows after completed. */
+	while (!(mask & 1u << side->state) && side->state != PR_STATE_COMPLETED &&
+	       g_cond_wait_until(&side->changed, &side->lock, deadline))
+		;
 	PrState state = side->state;
 	g_mutex_unlock(&side->lock);
+	if (!(mask & 1u << state)) {
+		g_auto(PrMigrationInfo) info = {0};
+		pr_migration_query(side->engine, &info);
+		fail_msg("%s: waited for states 0x%x, it is %s: %s (%s)", side->name, mask,
+			 pr_state_name(state), info.reason,
+			 info.error_desc ? info.error_desc : "no error");
+	}
 	return state;
 }
 
@@ -295,11 +310,14 @@ void side_wait_told(Side *side, PrState state)
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	g_mutex_lock(&side->lock);
-	while (!was_told(side, state))
-		if (!g_cond_wait_until(&side->changed, &side->lock, deadline))
-			g_error("%s: was never %s, it is %s", side->name, pr_state_name(state),
-				pr_state_name(side->state));
+	while (!was_told(side, state) && g_cond_wait_until(&side->changed, &side->lock, deadline))
+		;
+	gboolean told = was_told(side, state);
+	PrState now = side->state;
 	g_mutex_unlock(&side->lock);
+	if (!told)
+		fail_msg("%s: was never %s, it is %s", side->name, pr_state_name(state),
+			 pr_state_name(now));
 }
 
 void pair_wait_taken_back(Pair *pair)
@@ -309,7 +327,7 @@ void pair_wait_taken_back(Pair *pair)
 	if (side_wait_any(&pair->destination, over | 1u << PR_STATE_POSTCOPY_PAUSED) !=
 	    PR_STATE_POSTCOPY_PAUSED)
 		return;
-	g_assert(pr_migration_cancel(pair->destination.engine, NULL));
+	assert_true(pr_migration_cancel(pair->destination.engine, NULL));
 	side_wait_any(&pair->destination, over);
 }
 
@@ -330,7 +348,7 @@ gint64 side_told_at(Side *side, PrState state)
 		if (g_array_index(side->states, PrState, i) == state)
 			at = g_array_index(side->times, gint64, i);
 	g_mutex_unlock(&side->lock);
-	g_assert(at != 0);
+	assert_int_not_equal(at, 0);
 	return at;
 }
 
@@ -382,9 +400,9 @@ void side_wait_path(Side *side, const char *uri, PrPathState state)
 
 	while (side_path(side, uri).state != state) {
 		if (g_get_monotonic_time() > deadline)
-			g_error("%s: path %s is %s, not %s", side->name, uri,
-				pr_path_state_name(side_path(side, uri).state),
-				pr_path_state_name(state));
+			fail_msg("%s: path %s is %s, not %s", side->name, uri,
+				 pr_path_state_name(side_path(side, uri).state),
+				 pr_path_state_name(state));
 		g_usleep(500); /* between two looks at the condition */
 	}
 }
@@ -401,9 +419,9 @@ void pair_wait_recovered(Pair *pair, guint64 n)
 			if (info.recoveries >= n && info.state == PR_STATE_POSTCOPY_ACTIVE)
 				break;
 			if (info.state == PR_STATE_COMPLETED || g_get_monotonic_time() > deadline)
-				g_error("%s: waited for recovery %" G_GUINT64_FORMAT
-					" of a migration that is %s: %s",
-					sides[i]->name, n, pr_state_name(info.state), info.reason);
+				fail_msg("%s: waited for recovery %" G_GUINT64_FORMAT
+					 " of a migration that is %s: %s",
+					 sides[i]->name, n, pr_state_name(info.state), info.reason);
 			g_usleep(500); /* between two looks at the condition */
 		}
 }
@@ -418,7 +436,8 @@ void pair_wait_fenced(Pair *pair, gboolean fenced)
 		pr_migration_query(pair->source.engine, &info);
 		if (info.fenced == fenced)
 			return;
-		g_assert_cmpint(g_get_monotonic_time(), <, deadline);
+		if (g_get_monotonic_time() > deadline)
+			fail_msg("the guest of the source is %s", fenced ? "not fenced" : "fenced");
 		g_usleep(1000); /* between two looks at the condition */
 	}
 }
@@ -433,8 +452,8 @@ void pair_wait_received(Pair *pair, uint64_t bytes)
 		if (info.total > 0 && info.total - info.remaining >= bytes)
 			return;
 		if (g_get_monotonic_time() > deadline)
-			g_error("the destination never received %" G_GUINT64_FORMAT " bytes: %s",
-				bytes, info.reason);
+			fail_msg("the destination never received %" G_GUINT64_FORMAT " bytes: %s",
+				 bytes, info.reason);
 		g_usleep(200); /* between two looks at the condition */
 	}
 }
@@ -452,7 +471,7 @@ void pair_resume_until_completed(Pair *pair, guint limit)
 		pair_resume(pair);
 		side_wait_any(&pair->source, settled | 1u << PR_STATE_POSTCOPY_ACTIVE);
 	}
-	g_error("not completed after %u recoveries", limit);
+	fail_msg("not completed after %u recoveries", limit);
 }
 
 void pair_check_completed(Pair *pair)
@@ -470,7 +489,10 @@ void pair_check_completed(Pair *pair)
 	assert_int_equal(there.transferred, here.transferred);
 	assert_int_equal(there.duplicate, here.duplicate);
 	assert_int_equal(there.postcopy_requests, here.postcopy_requests);
-	/* A source that hears only on coming back that all is done has paused once more than it recovered. */
+	/*
+	 * A source that hears only on coming back that all is done has paused once more than it
+	 * recovered.
+	 */
 	assert_in_range(there.recoveries, there.pauses - MIN(there.pauses, 1), there.pauses);
 
 	assert_false(testguest_running(pair->source.guest));

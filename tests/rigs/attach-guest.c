@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/attach-guest.h"
+#include "tests/rigs/attach-guest.h"
 
 #include <errno.h>
 #include <gio/gio.h>

@@ -5,7 +5,7 @@
 
 #include "guest/guest.h"
 #include "postroad/agent.h"
-#include "tests/unit/fake-qmp.h"
+#include "tests/rigs/fake-qmp.h"
 
 #define RAM		 (64u << 20)
 #define QEMU_RIG_TIMEOUT 20000 /* ms; the machine may be busy with other tests */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/fake-engine.h"
+#include "tests/rigs/fake-engine.h"
 
 #include <errno.h>
 #include <gio/gio.h>

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* A way to a port of this host that does not let the first one through: that one waits, connected, for an answer. */
+/*
+ * A proxy in front of a port of this host. It accepts the first connection and forwards nothing: the
+ * client waits for an answer. Later connections are forwarded.
+ */
 #pragma once
 
 #include <glib.h>
@@ -12,7 +15,7 @@ void door_free(Door *door);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Door, door_free)
 
 guint16 door_port(Door *door);
-/* Until somebody waits. */
+/* Waits until the first client has connected. */
 void door_wait_knocked(Door *door);
-/* Turns the one who waits away, and returns when he has gone. */
+/* Closes the first client's connection, and returns when the client has closed it, too. */
 void door_turn_away(Door *door);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/integration/door.h"
+#include "tests/rigs/door.h"
 
 #include <netinet/in.h>
 #include <sys/socket.h>

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include "tests/unit/fake-qmp.h"
+#include "tests/rigs/fake-qmp.h"
 
 #include <errno.h>
 #include <glib/gstdio.h>

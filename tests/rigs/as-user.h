@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Runs something as another user, in a thread: the kernel's credentials are of threads. Needs root. */
+/*
+ * Runs something as another user, in a thread: the kernel's credentials are of threads. Needs root.
+ */
 #pragma once
 
 #include <glib.h>

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Counts test results and prints each."""
+
+import json
+import os
+
+SHOWN = {"pass": "ok  ", "fail": "FAIL", "skip": "skip"}
+
+
+class Tally:
+    """The results of one stage, or of all stages."""
+
+    def __init__(self):
+        self.count = dict.fromkeys(SHOWN, 0)
+        self.failures = []
+
+    def add(self, result, name, detail=""):
+        """Counts one test, and prints it."""
+        self.count[result] += 1
+        print(f"{SHOWN[result]} {name}" + (f": {detail}" if detail else ""), flush=True)
+        if result == "fail":
+            self.note_failure(name, detail)
+
+    def add_output(self, name, done):
+        """Counts a program that ran as one test; the end of its output explains a failure."""
+        wrong = "\n" + done.stdout[-3000:] if done.returncode else ""
+        self.add("fail" if done.returncode else "pass", name, wrong)
+
+    def add_file(self, stage, path, ended):
+        """Counts what a test program wrote to this file; the program has printed its tests
+        itself. ended: how it ended, for the case that there is no file."""
+        if not os.path.exists(path):
+            self.add("fail", f"{stage}: all of its tests", ended)
+            return
+        with open(path) as file:
+            entries = json.load(file)
+        if not entries:
+            self.add("fail", f"{stage}: all of its tests", "there are none")
+        for entry in entries:
+            self.count[entry["result"]] += 1
+            if entry["result"] == "fail":
+                self.note_failure(f"{stage}: {entry['name']}", entry.get("message", ""))
+
+    def note_failure(self, name, detail):
+        """Remembers a failure for the list at the end, with the first line of its detail that is
+        not empty."""
+        lines = [line.strip() for line in detail.splitlines() if line.strip()]
+        self.failures.append(f"{name}: {lines[0]}" if lines else name)
+
+    def merge(self, other):
+        for result, count in other.count.items():
+            self.count[result] += count
+        self.failures += other.failures
+
+    def __str__(self):
+        return "{pass} passed, {fail} failed, {skip} skipped".format(**self.count)
