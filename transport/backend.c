@@ -217,19 +217,33 @@ gboolean pr_path_life_end(PrPathLife *life, PrPathLifeState how)
 	return g_atomic_int_compare_and_exchange(&life->state, PR_PATH_LIFE_UP, (int)how);
 }
 
+static void report_failure(PrPathLife *life, PrPathError code, const char *what)
+{
+	g_autoptr(GError) error =
+		g_error_new(PR_PATH_ERROR, code, "%s: %s", life->name, what);
+
+	life->stop(life->path);
+	life->on_failed(error, life->opaque);
+}
+
 void pr_path_life_fail(PrPathLife *life, const char *format, ...)
 {
-	g_autoptr(GError) error = NULL;
+	g_autofree char *what = NULL;
 	va_list args;
 
 	if (!pr_path_life_end(life, PR_PATH_LIFE_FAILED))
 		return;
 	va_start(args, format);
-	error = g_error_new_valist(PR_PATH_ERROR, PR_PATH_ERROR_LOST, format, args);
+	what = g_strdup_vprintf(format, args);
 	va_end(args);
-	g_prefix_error(&error, "%s: ", life->name);
-	life->stop(life->path);
-	life->on_failed(error, life->opaque);
+	report_failure(life, PR_PATH_ERROR_LOST, what);
+}
+
+void pr_path_life_fail_closed(PrPathLife *life)
+{
+	if (pr_path_life_end(life, PR_PATH_LIFE_FAILED))
+		report_failure(life, PR_PATH_ERROR_CLOSED,
+			       "the peer closed the connection, or has died");
 }
 
 void pr_path_life_shut(PrPathLife *life)

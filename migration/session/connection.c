@@ -42,7 +42,7 @@ void pr_conn_binding(PrConn *conn, PrBinding *ret)
 	g_mutex_lock(&conn->session->lock);
 	*ret = conn->session->binding;
 	g_mutex_unlock(&conn->session->lock);
-	/* The migration's own may be that of a pending_peer already. */
+	/* The session's epoch may be a pending peer's already. */
 	ret->epoch = conn->lanes_epoch;
 }
 
@@ -52,17 +52,18 @@ static gboolean may_still_stay(PrSession *session)
 	return session->sm.role == PR_ROLE_SOURCE && !pr_state_is_postcopy(session->sm.state);
 }
 
-/* A destination that gives up says why on the control channel and closes the data path as well.
- * Whichever is seen first, the operator of the source has to hear the reason. */
+/* A peer that gives up or pauses says why on the control channel, and closes the data path as well.
+ * Whichever is seen first, the operator has to read the reason. */
 static void path_failed(const GError *error, void *opaque)
 {
 	PrConn *conn = opaque;
 	PrSession *session = conn->session;
+	gboolean closed = g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CLOSED);
 	gint64 until = g_get_monotonic_time() + LAST_WORDS_US;
 
 	pr_session_lock(session);
 	/* Ended by what the control channel says, or by the time. */
-	while (session->conn == conn && may_still_stay(session) && !session->failure &&
+	while (session->conn == conn && (closed || may_still_stay(session)) && !session->failure &&
 	       g_cond_wait_until(&session->changed, &session->lock, until))
 		;
 	pr_conn_failed_locked(conn, error);

@@ -113,7 +113,7 @@ static void check_events(OfiPath *path, PrOfiLane *lane)
 	if (event.error)
 		pr_path_life_fail(&path->life, "%s", fi_strerror(event.error));
 	else if (event.type == FI_SHUTDOWN)
-		pr_path_life_fail(&path->life, "the peer closed the connection, or has died");
+		pr_path_life_fail_closed(&path->life);
 }
 
 static OfiPath *path_new(const PrPathSetup *setup)
@@ -335,9 +335,10 @@ static guint read_failure(OfiPath *path, PrOfiLane *lane, PrCompletion *ret)
 
 	if (fi_cq_readerr(lane->cq, &entry, 0) != 1)
 		return 0;
-	pr_path_life_fail(&path->life, "%s",
-			  entry.err == FI_ECANCELED ? "the peer closed the connection, or has died"
-						    : fi_strerror(entry.err));
+	if (entry.err == FI_ECANCELED)
+		pr_path_life_fail_closed(&path->life);
+	else
+		pr_path_life_fail(&path->life, "%s", fi_strerror(entry.err));
 	return complete(path, lane, entry.op_context, FALSE, ret);
 }
 

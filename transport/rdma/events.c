@@ -29,7 +29,7 @@ static void handle_cm_event(PrVerbsPath *path, const PrVerbsEvent *event)
 		break;
 	case RDMA_CM_EVENT_DISCONNECTED:
 	case RDMA_CM_EVENT_TIMEWAIT_EXIT:
-		pr_path_life_fail(&path->life, "the peer closed the connection, or has died");
+		pr_path_life_fail_closed(&path->life);
 		break;
 	case RDMA_CM_EVENT_DEVICE_REMOVAL:
 		g_atomic_int_set(&path->removed, TRUE);

@@ -250,7 +250,7 @@ char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions, guint spin_
 		if (n < 0)
 			return g_strdup_printf("cannot receive requests: %s", g_strerror(errno));
 		if (n == 0)
-			return g_strdup("the destination closed the connection");
+			return NULL;
 		have += n;
 		whole = have / PR_TCP_REQUEST_BYTES;
 		reason = answer_requests(fd, buffer, whole, regions, n_regions);

@@ -120,7 +120,10 @@ static gpointer server_thread(gpointer opaque)
 	guint spin_us = pr_lane_is_urgent((PrLaneId)(lane - path->lanes)) ? PR_BACKEND_SPIN_US : 0;
 	g_autofree char *reason = pr_tcp_serve(lane->fd, path->regions, path->n_regions, spin_us);
 
-	pr_path_life_fail(&path->life, "%s", reason);
+	if (reason)
+		pr_path_life_fail(&path->life, "%s", reason);
+	else
+		pr_path_life_fail_closed(&path->life);
 	return NULL;
 }
 
@@ -376,7 +379,7 @@ static void check_idle(TcpPath *path, TcpLane *lane)
 	gssize n = recv(lane->fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
 
 	if (n == 0)
-		pr_path_life_fail(&path->life, "the source closed the connection");
+		pr_path_life_fail_closed(&path->life);
 	else if (n > 0)
 		pr_path_life_fail(&path->life, "the source sent pages that were not asked for");
 	else if (errno != EAGAIN && errno != EINTR)
@@ -397,7 +400,7 @@ static gboolean receive_answers(TcpPath *path, TcpLane *lane, PrCompletion *ret,
 	n = recvmsg(lane->fd, &msg, MSG_DONTWAIT);
 	if (n <= 0) {
 		if (n == 0)
-			pr_path_life_fail(&path->life, "the source closed the connection");
+			pr_path_life_fail_closed(&path->life);
 		else if (errno != EAGAIN && errno != EINTR)
 			pr_path_life_fail(&path->life, "%s", g_strerror(errno));
 		return FALSE;
