@@ -5,7 +5,6 @@
 #include <glib-unix.h>
 #include <poll.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -16,6 +15,7 @@
 #include "guest/kinds.h"
 #include "guest/packet.h"
 #include "guest/process.h"
+#include "util/waker.h"
 
 /* A call that waits for its reply; on the stack of its caller. */
 typedef struct Call {
@@ -36,7 +36,7 @@ struct PrAgentClient {
 	/* For the client of a helper; constant after open. Else -1. */
 	pid_t helper; /* 0: none */
 	int pidfd;    /* of the guest's process */
-	int wake_fd;  /* eventfd: ends the reader */
+	PrWaker end;  /* ends the reader */
 	/* a duplicate of the helper's lock on that process: keeps the lock when the helper dies */
 	int lock_fd;
 
@@ -182,7 +182,7 @@ static void fail(PrAgentClient *client, GError *failure)
 static gboolean process_ended(PrAgentClient *client, int timeout_ms)
 {
 	struct pollfd polls[] = {{.fd = client->pidfd, .events = POLLIN},
-				 {.fd = client->wake_fd, .events = POLLIN}};
+				 {.fd = pr_waker_fd(&client->end), .events = POLLIN}};
 	int n;
 
 	do {
@@ -442,7 +442,8 @@ static PrAgentClient *client_new(int fd, guint timeout_ms)
 
 	client->timeout_ms = timeout_ms;
 	client->fd = fd;
-	client->pidfd = client->wake_fd = client->lock_fd = client->allocator_fd = -1;
+	client->pidfd = client->lock_fd = client->allocator_fd = -1;
+	client->end = PR_WAKER_INIT;
 	client->calls = g_hash_table_new(NULL, NULL);
 	g_mutex_init(&client->lock);
 	pr_death_init(&client->death);
@@ -488,14 +489,8 @@ PrAgentClient *pr_agent_client_attach(const PrGuestHelper *helper, pid_t pid, in
 	client->helper = helper->pid;
 	client->pidfd = pidfd;
 	client->name = g_strdup_printf("attach helper of process %d", (int)pid);
-	client->wake_fd = eventfd(0, EFD_CLOEXEC);
-	if (client->wake_fd < 0) {
-		g_set_error(error, PR_GUEST_ERROR, PR_GUEST_ERROR_UNREACHABLE, "eventfd: %s",
-			    g_strerror(errno));
-		return NULL;
-	}
-	if (!start_reader(client, error) || !send_attach(client, error) ||
-	    !send_hello(client, error))
+	if (!pr_waker_init(&client->end, error) || !start_reader(client, error) ||
+	    !send_attach(client, error) || !send_hello(client, error))
 		return NULL;
 	return g_steal_pointer(&client);
 }
@@ -519,14 +514,13 @@ void pr_agent_client_free(PrAgentClient *client)
 	client->closing = TRUE;
 	g_mutex_unlock(&client->lock);
 	shutdown(client->fd, SHUT_RDWR);
-	if (client->wake_fd >= 0)
-		eventfd_write(client->wake_fd, 1);
+	pr_waker_wake(&client->end);
 	if (client->reader)
 		g_thread_join(client->reader);
 	close(client->fd);
 	end_helper(client);
 	close_fd(client->pidfd);
-	close_fd(client->wake_fd);
+	pr_waker_clear(&client->end);
 	close_fd(client->lock_fd);
 	close_fd(client->allocator_fd);
 	g_hash_table_unref(client->calls);

@@ -323,8 +323,8 @@ static gboolean agent_was_fenced(PrGuest *guest)
 	return pr_agent_client_was_fenced(((AgentGuest *)guest)->client);
 }
 
-/* Never called: the agent lets the guest run for its engine only, and a VMM that runs its guest by
- * itself does not tell the agent. */
+/* The observer is never called: the agent lets the guest run for its engine only, and a VMM that
+ * runs its guest by itself does not tell the agent. */
 static void agent_on_run_again(PrGuest *guest, PrGuestRanAgain ran_again, void *opaque)
 {
 }

@@ -209,9 +209,9 @@ void pr_pending_lanes_forget(PrPendingLanes *pending, const PrBinding *binding)
 	g_mutex_unlock(&pending->lock);
 }
 
-void pr_pending_lanes_refuse(PrPendingLanes *desk, gpointer arrival, const char *reason)
+void pr_pending_lanes_refuse(PrPendingLanes *pending, gpointer arrival, const char *reason)
 {
-	desk->refuse(arrival, reason, desk->opaque);
+	pending->refuse(arrival, reason, pending->opaque);
 }
 
 static void on_cancelled(GCancellable *cancel, gpointer opaque)

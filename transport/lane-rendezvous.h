@@ -39,4 +39,4 @@ void pr_pending_lanes_forget(PrPendingLanes *pending, const PrBinding *binding);
 gpointer pr_pending_lanes_claim(PrPendingLanes *pending, const PrPathSetup *setup, gint64 deadline,
 				PrLaneId *ret_lane, GError **error);
 /* Refuses an arrival that was claimed. */
-void pr_pending_lanes_refuse(PrPendingLanes *desk, gpointer arrival, const char *reason);
+void pr_pending_lanes_refuse(PrPendingLanes *pending, gpointer arrival, const char *reason);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The error domain of everything that can go wrong with a path: its connections and its data
- * path. */
+/* The error domain of paths: of their connections and their data paths. A lack of threads, descriptors
+ * or memory is a PR_RESOURCE_ERROR (util/try-alloc.h). */
 #pragma once
 
 #include <glib.h>
@@ -14,7 +14,7 @@ typedef enum PrPathError {
 	PR_PATH_ERROR_TIMEOUT, /* a step of the handshake took too long */
 	PR_PATH_ERROR_PEER,    /* the peer has said that it leaves (PR_MSG_PAUSE) */
 	PR_PATH_ERROR_PAUSED_BY_OPERATOR, /* the operator has paused the peer (PR_MSG_HOLD) */
-	PR_PATH_ERROR_LOCAL_REQUEST,	  /* the operator has paused this side (migrate_pause) */
+	PR_PATH_ERROR_LOCAL_REQUEST,	  /* this side ended it on purpose: a command, or its end */
 } PrPathError;
 
 #define PR_PATH_ERROR pr_path_error_quark()

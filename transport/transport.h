@@ -10,7 +10,7 @@
  * urgent lane, and the pull thread has the bulk lane. Any thread may call shutdown().
  *
  * Failure: on_failed is called once for a path, from any thread. After that post_read() fails,
- * and every READ that was posted completes with an error. The reason is always of the domain
+ * and every READ that was posted completes with an error. Its reason is always of the domain
  * PR_PATH_ERROR, whatever its cause: the engine pauses on it.
  */
 #pragma once

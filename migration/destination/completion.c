@@ -67,18 +67,19 @@ void pr_destination_check_complete(PrDestination *destination)
 
 	if (!pr_ram_complete(session->ram))
 		return;
-	g_mutex_lock(&session->lock);
+	pr_session_lock(session);
 	PrConn *conn = session->conn;
-	gboolean completed = complete_locked(destination);
 	/* The event comes after SHUT: whoever hears that the migration has completed may end this
 	 * engine. */
-	g_mutex_unlock(&session->lock);
+	pr_session_hold_events(session);
+	gboolean completed = complete_locked(destination);
+	pr_session_unlock(session);
 	if (completed) {
 		pr_crash_point(PR_CRASH_DESTINATION_COMPLETED_NOTED);
 		if (conn)
 			send_shut(destination, conn);
 	}
-	pr_session_flush_events(session);
+	pr_session_release_events(session);
 }
 
 gboolean pr_destination_try_run(PrDestination *destination, GError **error)

@@ -5,7 +5,7 @@
  * ends, and fences the connection. Then it waits for the next peer (paused), or tidies up. From
  * POSTCOPY_ADVISE on the workers are beside it (workers.c).
  *
- * Fencing: the workers stop to use the path, every READ that was posted has come back, the path is
+ * Fencing: the workers stop using the path, every READ that was posted has come back, the path is
  * destroyed. Only then are the claims of lost READs freed and the next HELLO is answered. So
  * nothing lands late from that path. Standbys that are rails (rails.c) fence their own paths; their
  * READs that are under way keep their claims meanwhile. So the received bitmap that the next source

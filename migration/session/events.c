@@ -60,7 +60,7 @@ static void report(const PrMigrationHooks *hooks, const Event *event)
 
 void pr_events_flush(PrEvents *self, GMutex *lock)
 {
-	while (!self->flushing && !g_queue_is_empty(&self->queue)) {
+	while (!self->flushing && !self->n_holds && !g_queue_is_empty(&self->queue)) {
 		Event *event = g_queue_pop_head(&self->queue);
 
 		self->flushing = TRUE;

@@ -6,7 +6,7 @@
 #include "migration/session/connection.h"
 
 gboolean pr_send(PrConn *conn, uint16_t type, GByteArray *body, GError **error);
-/* PAUSE, HOLD, ERROR or NOTE, unless it would have to wait. */
+/* PAUSE, HOLD, ERROR or NOTE, unless the socket takes nothing for 2 ms. */
 void pr_send_reason_nowait(PrConn *conn, uint16_t type, const char *reason);
 /* Tells the peer over all standbys that the connection of this epoch is lost. With the lock held;
  * does not wait. */

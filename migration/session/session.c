@@ -50,9 +50,15 @@ void pr_session_unlock(PrSession *session)
 	g_mutex_unlock(&session->lock);
 }
 
-void pr_session_flush_events(PrSession *session)
+void pr_session_hold_events(PrSession *session)
+{
+	session->events.n_holds++;
+}
+
+void pr_session_release_events(PrSession *session)
 {
 	pr_session_lock(session);
+	session->events.n_holds--;
 	pr_session_unlock(session);
 }
 

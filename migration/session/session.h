@@ -96,10 +96,12 @@ void pr_session_init(PrSession *session, PrGuest *guest, PrParams *params,
 void pr_session_clear(PrSession *session);
 
 void pr_session_lock(PrSession *session);
-/* Reports the events that were queued, too. */
+/* Also reports the queued events: whichever thread unlocks next reports them, or the thread that
+ * reports at that moment. So a caller may return before its own event was reported. */
 void pr_session_unlock(PrSession *session);
-/* Reports them without having anything else to do under the lock. */
-void pr_session_flush_events(PrSession *session);
+/* Keeps events queued until the release. The first with the lock held, the second without. */
+void pr_session_hold_events(PrSession *session);
+void pr_session_release_events(PrSession *session);
 
 /* ---- state; the calls that end in _locked are made with the lock held ---- */
 

@@ -79,14 +79,17 @@ gboolean pr_source_start(PrSource *source, GPtrArray *uris, GError **error)
 	PrSession *session = source->session;
 	GThread *old = NULL;
 
-	/* Events are reported when the owner has started: until then a hook finds no thread to wait
-	 * for. */
-	g_mutex_lock(&session->lock);
-	gboolean begun = start_locked(source, uris, error);
-	if (begun)
+	/* If the owner can't be started, the failure is reported right behind the start. */
+	pr_session_lock(session);
+	pr_session_hold_events(session);
+	gboolean started = start_locked(source, uris, error);
+	if (started)
 		old = g_steal_pointer(&session->thread);
-	g_mutex_unlock(&session->lock);
-	return begun && start_owner(source, old, error);
+	pr_session_unlock(session);
+	if (started)
+		started = start_owner(source, old, error);
+	pr_session_release_events(session);
+	return started;
 }
 
 static gboolean is_listed(GPtrArray *uris, const PrUri *uri)

@@ -26,11 +26,11 @@ typedef struct PostedRead {
 
 /* Owned by the thread that uses the lane; any thread wakes. */
 typedef struct FaultyLane {
-	PrPollSet waker; /* watches the inner lane's fd and the timer */
-	int timer_fd;	 /* for the first held completion */
-	GArray *held;	 /* of HeldCompletion, by due time */
-	GArray *stalled; /* of uint64_t, tokens of READs that were never posted */
-	GArray *posted;	 /* of PostedRead, handed to the inner path and not completed */
+	PrPollSet poll_set; /* watches the inner lane's fd and the timer */
+	int timer_fd;	    /* for the first held completion */
+	GArray *held;	    /* of HeldCompletion, by due time */
+	GArray *stalled;    /* of uint64_t, tokens of READs that were never posted */
+	GArray *posted;	    /* of PostedRead, handed to the inner path and not completed */
 } FaultyLane;
 
 typedef struct FaultyPath {
@@ -127,7 +127,7 @@ static void faulty_listener_close(PrDataListener *base)
 static void wake_lanes(FaultyPath *path)
 {
 	for (guint i = 0; i < path->base.n_lanes; i++)
-		pr_poll_set_wake(&path->lanes[i].waker);
+		pr_poll_set_wake(&path->lanes[i].poll_set);
 }
 
 static void stop_path(PrDataPath *base)
@@ -171,7 +171,7 @@ static void path_free(FaultyPath *path)
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		FaultyLane *lane = &path->lanes[i];
 
-		pr_poll_set_clear(&lane->waker);
+		pr_poll_set_clear(&lane->poll_set);
 		if (lane->timer_fd >= 0)
 			close(lane->timer_fd);
 		g_array_unref(lane->held);
@@ -207,8 +207,8 @@ static FaultyPath *path_new(const PrPathSetup *setup, GError **error)
 		lane->held = g_array_new(FALSE, FALSE, sizeof(HeldCompletion));
 		lane->stalled = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 		lane->posted = g_array_new(FALSE, FALSE, sizeof(PostedRead));
-		ok = ok && pr_poll_set_init(&lane->waker, error) &&
-		     pr_poll_set_add(&lane->waker, lane->timer_fd, error);
+		ok = ok && pr_poll_set_init(&lane->poll_set, error) &&
+		     pr_poll_set_add(&lane->poll_set, lane->timer_fd, error);
 	}
 	return ok ? g_steal_pointer(&path) : NULL;
 }
@@ -251,7 +251,7 @@ static PrDataPath *faulty_accept(PrDataListener *base, const PrPathSetup *setup,
 	if (!path->inner)
 		return NULL;
 	for (guint i = 0; i < path->base.n_lanes; i++)
-		if (!pr_poll_set_add(&path->lanes[i].waker,
+		if (!pr_poll_set_add(&path->lanes[i].poll_set,
 				     path->inner->ops->wait_fd(path->inner, i), error))
 			return NULL;
 	return path_opened(g_steal_pointer(&path));
@@ -502,7 +502,7 @@ static guint faulty_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint
 
 static int faulty_wait_fd(PrDataPath *base, PrLaneId id)
 {
-	return ((FaultyPath *)base)->lanes[id].waker.epoll_fd;
+	return ((FaultyPath *)base)->lanes[id].poll_set.epoll_fd;
 }
 
 /* Sets the timer for the first held completion; without one clears it. FALSE: the first one is

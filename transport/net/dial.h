@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Looks up names, and connects sockets, all within a deadline (us, monotonic). Errors are of the
- * domain PR_PATH_ERROR, or G_IO_ERROR_CANCELLED.
+ * Looks up names, and connects sockets, all within a deadline (us, monotonic). Errors are
+ * PR_PATH_ERROR, PR_RESOURCE_ERROR or G_IO_ERROR_CANCELLED.
  */
 #pragma once
 

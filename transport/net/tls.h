@@ -34,8 +34,8 @@ gboolean pr_tls_check_server(const PrTls *tls, GError **error);
  * Both take the connection, also when they fail, and return one to use in its place. Its
  * descriptor works as a TCP socket's does: bytes written to it are sent encrypted, and
  * shutdown(2) and close(2) have the same effects at the far end. Closing waits for 200 ms at most
- * while the network does not take the last bytes. `deadline`: us, monotonic. Errors are of the
- * domain PR_PATH_ERROR, or G_IO_ERROR_CANCELLED.
+ * while the network does not take the last bytes. `deadline`: us, monotonic. Errors are
+ * PR_PATH_ERROR, PR_RESOURCE_ERROR or G_IO_ERROR_CANCELLED.
  */
 /* Source. The server's certificate must be for `host`, a name or an address. */
 GSocketConnection *pr_tls_connect(const PrTls *tls, GSocketConnection *connection, const char *host,

@@ -252,10 +252,10 @@ static gboolean open_waker(PrOfiLane *lane, GError **error)
 	lane->completion_fd = events_fd;
 	if (!lane->events.wait && fi_control(&lane->cq->fid, FI_GETWAIT, &lane->completion_fd))
 		lane->completion_fd = -1;
-	return pr_poll_set_init(&lane->waker, error) &&
-	       pr_poll_set_add(&lane->waker, lane->completion_fd, error) &&
+	return pr_poll_set_init(&lane->poll_set, error) &&
+	       pr_poll_set_add(&lane->poll_set, lane->completion_fd, error) &&
 	       (lane->completion_fd == events_fd ||
-		pr_poll_set_add(&lane->waker, events_fd, error));
+		pr_poll_set_add(&lane->poll_set, events_fd, error));
 }
 
 static int register_regions(PrOfiLane *lane, const PrPathSetup *setup, uint64_t access)
@@ -395,7 +395,7 @@ static gboolean wait_connected(PrOfiLane *lane, const PrPathSetup *setup, gint64
 	while (!pr_ofi_events_read(&lane->events, &event)) {
 		if (!pr_ofi_lane_may_sleep(lane))
 			continue;
-		if (!pr_backend_wait(lane->waker.epoll_fd, POLLIN, deadline, setup->cancel,
+		if (!pr_backend_wait(lane->poll_set.epoll_fd, POLLIN, deadline, setup->cancel,
 				     error)) {
 			g_prefix_error(error, "path %s: ", setup->uri->text);
 			return FALSE;
@@ -454,7 +454,7 @@ void pr_ofi_lane_close(PrOfiLane *lane)
 		fi_close(&lane->cq->fid);
 	if (lane->domain)
 		fi_close(&lane->domain->fid);
-	pr_poll_set_clear(&lane->waker);
+	pr_poll_set_clear(&lane->poll_set);
 	pr_ofi_events_close(&lane->events);
 	for (guint i = 0; i < PR_OFI_READS_MAX; i++)
 		g_clear_pointer(&lane->slots[i].buffer, g_free);

@@ -29,7 +29,7 @@ typedef struct OfiListener {
 	PrOfiEvents events;  /* owned by the thread */
 	struct fid_pep *pep; /* constant, as is port */
 	uint16_t port;
-	PrPollSet waker; /* of the thread; any thread wakes */
+	PrPollSet poll_set; /* of the thread; any thread wakes */
 	GThread *thread;
 	gint closing; /* atomic */
 } OfiListener;
@@ -38,13 +38,13 @@ static void listener_free(OfiListener *listener)
 {
 	if (listener->thread) {
 		g_atomic_int_set(&listener->closing, TRUE);
-		pr_poll_set_wake(&listener->waker);
+		pr_poll_set_wake(&listener->poll_set);
 		g_thread_join(listener->thread);
 	}
 	pr_pending_lanes_free(listener->base.pending);
 	if (listener->pep)
 		fi_close(&listener->pep->fid);
-	pr_poll_set_clear(&listener->waker);
+	pr_poll_set_clear(&listener->poll_set);
 	pr_ofi_events_close(&listener->events);
 	if (listener->info)
 		fi_freeinfo(listener->info);
@@ -138,7 +138,7 @@ static void handle_event(OfiListener *listener, const PrOfiEvent *event)
 static gpointer listener_thread(gpointer opaque)
 {
 	OfiListener *listener = opaque;
-	struct pollfd fd = {.fd = listener->waker.epoll_fd, .events = POLLIN};
+	struct pollfd fd = {.fd = listener->poll_set.epoll_fd, .events = POLLIN};
 
 	while (!g_atomic_int_get(&listener->closing)) {
 		PrOfiEvent event = {0};
@@ -146,7 +146,7 @@ static gpointer listener_thread(gpointer opaque)
 		if (pr_ofi_events_read(&listener->events, &event))
 			handle_event(listener, &event);
 		else if (pr_ofi_events_may_sleep(&listener->events, NULL))
-			/* Ended by a request, or by the waker when the listener closes. */
+			/* Ended by a request, or by the poll set when the listener closes. */
 			poll(&fd, 1, -1);
 	}
 	return NULL;
@@ -162,7 +162,7 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 		return NULL;
 	listener = g_new0(OfiListener, 1);
 	listener->base.base.ops = &pr_transport_ofi;
-	listener->waker = PR_POLL_SET_INIT;
+	listener->poll_set = PR_POLL_SET_INIT;
 	listener->info = pr_ofi_getinfo(uri, port, TRUE, error);
 	if (!listener->info)
 		return NULL;
@@ -175,8 +175,8 @@ PrDataListener *pr_ofi_listen(const PrUri *uri, GError **error)
 		pr_ofi_error(uri, "cannot listen for data lanes", err, error);
 		return NULL;
 	}
-	if (!pr_poll_set_init(&listener->waker, error) ||
-	    !pr_poll_set_add(&listener->waker, pr_ofi_events_fd(&listener->events), error))
+	if (!pr_poll_set_init(&listener->poll_set, error) ||
+	    !pr_poll_set_add(&listener->poll_set, pr_ofi_events_fd(&listener->events), error))
 		return NULL;
 	listener->base.pending = pr_pending_lanes_new(refuse, listener, error);
 	if (!listener->base.pending)

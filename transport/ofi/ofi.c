@@ -98,7 +98,7 @@ static void stop_lanes(PrDataPath *base)
 		if (!lane->ep)
 			continue;
 		fi_shutdown(lane->ep, 0);
-		pr_poll_set_wake(&lane->waker);
+		pr_poll_set_wake(&lane->poll_set);
 	}
 	g_mutex_unlock(&path->ep_lock);
 }
@@ -129,7 +129,7 @@ static OfiPath *path_new(const PrPathSetup *setup)
 	pr_path_life_init(&path->life, setup, &path->base, stop_lanes);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].path = path;
-		path->lanes[i].ofi.waker = PR_POLL_SET_INIT;
+		path->lanes[i].ofi.poll_set = PR_POLL_SET_INIT;
 	}
 	return path;
 }
@@ -180,7 +180,7 @@ static PrDataPath *ofi_accept(PrDataListener *listener, const PrPathSetup *setup
 static void sleep_for_request(OfiLane *lane)
 {
 	gint64 awake_until = g_get_monotonic_time() + (is_urgent(lane) ? PR_BACKEND_SPIN_US : 0);
-	struct pollfd fd = {.fd = lane->ofi.waker.epoll_fd, .events = POLLIN};
+	struct pollfd fd = {.fd = lane->ofi.poll_set.epoll_fd, .events = POLLIN};
 
 	while (g_get_monotonic_time() < awake_until) {
 		if (poll(&fd, 1, 0))
@@ -379,7 +379,7 @@ static gboolean wait_for_room(OfiPath *path, OfiLane *lane, gint64 deadline)
 
 	lane->n_early += n;
 	if (!n && pr_ofi_lane_may_sleep(&lane->ofi) &&
-	    !pr_backend_wait(lane->ofi.waker.epoll_fd, POLLIN, deadline, NULL, NULL))
+	    !pr_backend_wait(lane->ofi.poll_set.epoll_fd, POLLIN, deadline, NULL, NULL))
 		pr_path_life_fail(&path->life, "libfabric takes no more READs");
 	return pr_path_life_is_up(&path->life);
 }
@@ -498,7 +498,7 @@ static guint ofi_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint ma
 
 static int ofi_wait_fd(PrDataPath *base, PrLaneId id)
 {
-	return ((OfiPath *)base)->lanes[id].ofi.waker.epoll_fd;
+	return ((OfiPath *)base)->lanes[id].ofi.poll_set.epoll_fd;
 }
 
 static gboolean ofi_arm(PrDataPath *base, PrLaneId id)

@@ -68,9 +68,9 @@ typedef struct PrOfiLane {
 	guint n_mrs;
 	uint8_t scratch; /* the byte that a probe reads lands here */
 	struct fid_mr *scratch_mr;
-	PrPollSet waker;
+	PrPollSet poll_set;
 	gboolean has_request; /* the connect request of `info` belongs to an endpoint */
-	int completion_fd;    /* the provider's fd; the waker adds its eventfd */
+	int completion_fd;    /* the provider's fd; the poll set adds its eventfd */
 	int socket;	      /* the connection's, owned by the provider; -1: not found */
 	guint n_posted;	      /* READs since the last pr_ofi_lane_push() */
 	gboolean corked;
@@ -91,7 +91,7 @@ void pr_ofi_lane_cork(PrOfiLane *lane);
 void pr_ofi_lane_push(PrOfiLane *lane);
 /* Whether more than one unanswered request has come in. */
 gboolean pr_ofi_lane_has_requests(const PrOfiLane *lane);
-/* TRUE: nothing is pending, and the next event makes the waker's fd readable. */
+/* TRUE: nothing is pending, and the next event makes the poll set's fd readable. */
 gboolean pr_ofi_lane_may_sleep(PrOfiLane *lane);
 /* These free a lane in any state, and end its connection. */
 void pr_ofi_lane_close_ep(PrOfiLane *lane);

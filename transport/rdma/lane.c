@@ -99,8 +99,8 @@ gboolean pr_verbs_lane_open(PrVerbsPath *path, PrVerbsLane *lane, GError **error
 	for (guint i = 0; i < PR_VERBS_SLOTS; i++)
 		lane->free_slots[i] = i;
 	lane->n_free = PR_VERBS_SLOTS;
-	return open_queues(path, lane, error) && pr_poll_set_init(&lane->waker, error) &&
-	       pr_poll_set_add(&lane->waker, lane->channel->fd, error) &&
+	return open_queues(path, lane, error) && pr_poll_set_init(&lane->poll_set, error) &&
+	       pr_poll_set_add(&lane->poll_set, lane->channel->fd, error) &&
 	       to_init(path, lane, error);
 }
 
@@ -427,7 +427,7 @@ static gboolean wait_for_room(PrVerbsPath *path, PrVerbsLane *lane)
 	while (!lane->room && pr_path_life_is_up(&path->life)) {
 		if (reap_early(path, lane) || !request_event(path, lane))
 			continue;
-		if (!pr_backend_wait(lane->waker.epoll_fd, POLLIN, deadline, NULL, NULL))
+		if (!pr_backend_wait(lane->poll_set.epoll_fd, POLLIN, deadline, NULL, NULL))
 			pr_verbs_fail(path, "no READ has completed for %d ms", POST_TIMEOUT_MS);
 	}
 	return lane->room > 0;
@@ -587,5 +587,5 @@ void pr_verbs_lane_close(PrVerbsLane *lane)
 		ibv_destroy_comp_channel(lane->channel);
 	lane->cq = NULL;
 	lane->channel = NULL;
-	pr_poll_set_clear(&lane->waker);
+	pr_poll_set_clear(&lane->poll_set);
 }

@@ -30,7 +30,7 @@ typedef struct VerbsListener {
 	PrUri *uri;
 	PrVerbsOptions options;
 	struct sockaddr_storage address; /* with the port that rdma_cm chose, if it was 0 */
-	PrPollSet waker;		 /* of the thread; any thread wakes */
+	PrPollSet poll_set;		 /* of the thread; any thread wakes */
 	GThread *thread;
 
 	gint closing; /* atomic */
@@ -51,7 +51,7 @@ static void listener_free(VerbsListener *listener)
 {
 	if (listener->thread) {
 		g_atomic_int_set(&listener->closing, TRUE);
-		pr_poll_set_wake(&listener->waker);
+		pr_poll_set_wake(&listener->poll_set);
 		g_thread_join(listener->thread);
 	}
 	pr_pending_lanes_free(listener->base.pending);
@@ -59,7 +59,7 @@ static void listener_free(VerbsListener *listener)
 		rdma_destroy_id(listener->id);
 	if (listener->channel)
 		rdma_destroy_event_channel(listener->channel);
-	pr_poll_set_clear(&listener->waker);
+	pr_poll_set_clear(&listener->poll_set);
 	pr_uri_free(listener->uri);
 	g_free(listener);
 }
@@ -170,7 +170,7 @@ static void listen_again(VerbsListener *listener)
 static gpointer listener_thread(gpointer opaque)
 {
 	VerbsListener *listener = opaque;
-	struct pollfd fd = {.fd = listener->waker.epoll_fd, .events = POLLIN};
+	struct pollfd fd = {.fd = listener->poll_set.epoll_fd, .events = POLLIN};
 
 	while (!g_atomic_int_get(&listener->closing)) {
 		PrVerbsEvent event;
@@ -202,8 +202,8 @@ static gboolean find_address(VerbsListener *listener, GError **error)
 
 static gboolean open_waker(VerbsListener *listener, GError **error)
 {
-	return pr_poll_set_init(&listener->waker, error) &&
-	       pr_poll_set_add(&listener->waker, listener->channel->fd, error);
+	return pr_poll_set_init(&listener->poll_set, error) &&
+	       pr_poll_set_add(&listener->poll_set, listener->channel->fd, error);
 }
 
 PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
@@ -212,7 +212,7 @@ PrDataListener *pr_verbs_listen(const PrUri *uri, GError **error)
 
 	listener->base.base.ops = pr_transport_rdma;
 	listener->uri = pr_uri_copy(uri);
-	listener->waker = PR_POLL_SET_INIT;
+	listener->poll_set = PR_POLL_SET_INIT;
 	if (!pr_verbs_parse_options(listener->uri, &listener->options, error) ||
 	    !find_address(listener, error))
 		return NULL;

@@ -9,7 +9,7 @@ static void stop_lane(PrVerbsLane *lane)
 
 	if (err)
 		g_info("queue pair 0x%x: %s", lane->qp->qp_num, g_strerror(err));
-	pr_poll_set_wake(&lane->waker);
+	pr_poll_set_wake(&lane->poll_set);
 }
 
 void pr_verbs_stop(PrDataPath *base)

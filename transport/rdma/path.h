@@ -109,7 +109,7 @@ typedef struct PrVerbsLane {
 	guint room;	     /* work requests that the send queue has room for */
 	guint spin_us;	     /* adaptive: see spin() */
 	gboolean marker_due; /* the marker of drain() has not completed */
-	PrPollSet waker;
+	PrPollSet poll_set;
 	PrVerbsSlot slots[PR_VERBS_SLOTS];
 	/* Read by the event thread, all atomic: */
 	gint64 posted_us[PR_VERBS_SLOTS]; /* when the slot's READ was posted (monotonic), 0: none */
@@ -188,7 +188,7 @@ void pr_verbs_fail(PrVerbsPath *path, const char *format, ...) G_GNUC_PRINTF(2, 
 void pr_verbs_stop(PrDataPath *path);
 
 /* lane.c */
-/* Opens a lane that is all zero but for `waker`, `id` and `epoch_tag`. */
+/* Opens a lane that is all zero but for `poll_set`, `id` and `epoch_tag`. */
 gboolean pr_verbs_lane_open(PrVerbsPath *path, PrVerbsLane *lane, GError **error);
 /* Moves the queue pair from INIT to ready, as rdma_cm has agreed with the peer. */
 gboolean pr_verbs_lane_ready(PrVerbsPath *path, PrVerbsLane *lane, guint depth, GError **error);

@@ -91,7 +91,7 @@ static PrVerbsPath *path_new(const PrPathSetup *setup)
 	pr_path_life_init(&path->life, setup, &path->base, pr_verbs_stop);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].id = i;
-		path->lanes[i].waker = PR_POLL_SET_INIT;
+		path->lanes[i].poll_set = PR_POLL_SET_INIT;
 		path->lanes[i].epoch_tag = (uint16_t)setup->binding.epoch;
 	}
 	return path;
@@ -236,7 +236,7 @@ static guint verbs_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint 
 
 static int verbs_wait_fd(PrDataPath *base, PrLaneId id)
 {
-	return ((PrVerbsPath *)base)->lanes[id].waker.epoll_fd;
+	return ((PrVerbsPath *)base)->lanes[id].poll_set.epoll_fd;
 }
 
 static gboolean verbs_arm(PrDataPath *base, PrLaneId id)

@@ -44,7 +44,7 @@ typedef struct TcpLane {
 	GSocketConnection *connection; /* owns fd */
 	int fd;			       /* constant, -1: none; any thread calls shutdown(2) */
 	/* destination */
-	PrPollSet waker;	  /* any thread wakes */
+	PrPollSet poll_set;	  /* any thread wakes */
 	TcpRead reads[READS_MAX]; /* outstanding READs, a ring in the order of the answers */
 	guint head, n;
 	uint8_t requests[READS_MAX * PR_TCP_REQUEST_BYTES]; /* not sent yet */
@@ -72,7 +72,7 @@ static void stop_lanes(PrDataPath *base)
 
 	for (guint i = 0; i < base->n_lanes; i++) {
 		shutdown(path->lanes[i].fd, SHUT_RDWR);
-		pr_poll_set_wake(&path->lanes[i].waker);
+		pr_poll_set_wake(&path->lanes[i].poll_set);
 	}
 }
 
@@ -89,7 +89,7 @@ static TcpPath *path_new(const PrPathSetup *setup)
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		path->lanes[i].path = path;
 		path->lanes[i].fd = -1;
-		path->lanes[i].waker = PR_POLL_SET_INIT;
+		path->lanes[i].poll_set = PR_POLL_SET_INIT;
 	}
 	return path;
 }
@@ -98,12 +98,14 @@ static TcpPath *path_new(const PrPathSetup *setup)
 static void path_free(TcpPath *path)
 {
 	pr_path_life_shut(&path->life);
+	/* All servers end before the first lane is closed: each may stop the others' lanes. */
+	for (guint i = 0; i < path->base.n_lanes; i++)
+		if (path->lanes[i].server)
+			g_thread_join(path->lanes[i].server);
 	for (guint i = 0; i < path->base.n_lanes; i++) {
 		TcpLane *lane = &path->lanes[i];
 
-		if (lane->server)
-			g_thread_join(lane->server);
-		pr_poll_set_clear(&lane->waker);
+		pr_poll_set_clear(&lane->poll_set);
 		g_clear_object(&lane->connection);
 		g_free(lane->buffer);
 	}
@@ -147,8 +149,8 @@ static gboolean accept_lane(PrDataPath *base, PrDataListener *listener, PrLaneId
 	pr_tcp_acknowledge(connection);
 	lane->fd = pr_tcp_configure(connection, id);
 	lane->buffer = pr_try_alloc(PR_READ_MAX, "a data lane", error);
-	return lane->buffer && pr_poll_set_init(&lane->waker, error) &&
-	       pr_poll_set_add(&lane->waker, lane->fd, error);
+	return lane->buffer && pr_poll_set_init(&lane->poll_set, error) &&
+	       pr_poll_set_add(&lane->poll_set, lane->fd, error);
 }
 
 static PrDataPath *tcp_accept(PrDataListener *listener, const PrPathSetup *setup, GError **error)
@@ -445,7 +447,7 @@ static guint tcp_poll(PrDataPath *base, PrLaneId id, PrCompletion *ret, guint ma
 
 static int tcp_wait_fd(PrDataPath *base, PrLaneId id)
 {
-	return ((TcpPath *)base)->lanes[id].waker.epoll_fd;
+	return ((TcpPath *)base)->lanes[id].poll_set.epoll_fd;
 }
 
 /* The epoll fd is level-triggered: unread bytes keep it readable. */
