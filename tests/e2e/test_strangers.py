@@ -20,7 +20,7 @@ import socket, sys
 peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
 peer.sendall(bytes.fromhex(sys.argv[3]))
 print("sent", flush=True)
-peer.settimeout(60)
+peer.settimeout(200)
 try:
     while peer.recv(4096):
         pass

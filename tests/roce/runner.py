@@ -237,7 +237,8 @@ def work(plan, options, results):
         try:
             while (at := plan.take(kind)) is not None:
                 group, name, test = plan.wanted[at]
-                if group.hosts != kind:
+                # What one group shares may disturb the next: a program that has a device open.
+                if used_groups and group is not used_groups[-1]:
                     end_groups(user, used_groups, note)
                 kind = group.hosts
                 note(user.run(group, name, test))

@@ -218,7 +218,8 @@ def sockets(lab):
 def clocks(lab):
     for host in lab.hosts:
         offset, error = host.clock_offset()
-        expect(abs(offset) <= 0.02 + error, f"host {host.name} is {offset:.3f} s off (+/- {error:.3f} s)")
+        # The clock was set at boot. That of a busy emulated host drifts: 35 ms were seen after minutes.
+        expect(abs(offset) <= 0.2 + error, f"host {host.name} is {offset:.3f} s off (+/- {error:.3f} s)")
 
 
 @case("stock-qemu-with-the-boot-sector-guest-runs-on-a-host")
