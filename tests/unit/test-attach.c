@@ -462,7 +462,10 @@ static void a_stopped_process_is_refused_with_the_remedy(void **state)
 	g_autoptr(GError) error = NULL;
 
 	close(choose(&attached, guest));
+	/* A signal needs a moment to stop a process that sleeps. */
 	kill(pid, SIGSTOP);
+	siginfo_t stopped;
+	assert_int_equal(waitid(P_PID, (id_t)pid, &stopped, WSTOPPED | WNOWAIT), 0);
 	assert_probe_refused(&attached, "kill -CONT");
 	kill(pid, SIGCONT);
 	check(pr_agent_client_probe(attached.client, &error), error);
