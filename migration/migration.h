@@ -24,13 +24,13 @@ typedef struct PrMigration PrMigration;
 typedef struct PrPathInfo {
 	char *uri;	      /* at the destination with the address that the source has called */
 	PrPathState state;    /* transport/health.h */
-	char *device;	      /* what carries it, or NULL */
+	char *device;	      /* the RDMA device or provider, or NULL */
 	char *last_error;     /* or NULL */
 	uint64_t since_ms;    /* since the last change of state */
 	uint64_t rtt_us;      /* of the control channel; 0: not known */
 	uint64_t data_rtt_us; /* of the lanes, as last probed; 0: not known */
 	uint64_t bytes;	      /* of guest RAM carried */
-	gboolean pulls;	      /* the one in use, or a standby that is pulled over, too */
+	gboolean pulls;	      /* it is a rail: the path in use, or a standby that pulls along */
 } PrPathInfo;
 
 /* A snapshot. Times in ms unless the name says otherwise; bytes and pages are of guest RAM. */
@@ -51,7 +51,7 @@ typedef struct PrMigrationInfo {
 	uint64_t normal;	    /* pages that travelled */
 	uint64_t duplicate;	    /* zero pages and holes, in pages */
 	uint64_t postcopy_requests; /* READs for faults */
-	guint rails;		    /* paths that are pulled over; 0: none is in use */
+	guint rails;		    /* paths over which pages are pulled; 0: none is in use */
 	uint64_t page_size;
 	double mbps;	      /* over the last second, Mbit/s */
 	uint64_t expected_ms; /* time left at this rate; 0: not known */
@@ -70,20 +70,19 @@ typedef struct PrMigrationInfo {
 	uint64_t fault_latency_max_ns;
 	uint64_t fault_repeats; /* reports of faults that were pending already (repeats.h) */
 	uint64_t latency_dist[PR_LATENCY_BUCKETS];
-	uint64_t readahead_pages; /* read ahead of faults */
-	uint64_t
-		readahead_waited; /* of these, what a fault came for while they were on their way */
+	uint64_t readahead_pages;  /* read ahead of faults */
+	uint64_t readahead_waited; /* of these, those that a fault waited for when they landed */
 	PrBlocktimeInfo blocktime; /* threads NULL: nothing known yet */
 
 	gboolean fenced;	 /* source: the guest's RAM is write-protected here */
-	gboolean verifies;	 /* either side: pages are compared with hashes of the source's */
-	uint64_t verified_pages; /* that were right */
+	gboolean verifies;	 /* either side: pages are compared with the source's hashes */
+	uint64_t verified_pages; /* that were equal */
 	uint64_t corrupt_reads;	 /* pages that came in wrong, and were read again */
 	char *last_corrupt;	 /* the last of these, or NULL */
 
 	GPtrArray *paths; /* PrPathInfo */
 
-	uint64_t stalls;  /* how often a thread was longer at one point than it should */
+	uint64_t stalls;  /* how often a thread stayed at one point for too long */
 	char *last_stall; /* NULL: never */
 } PrMigrationInfo;
 void pr_migration_info_clear(PrMigrationInfo *info);
@@ -95,31 +94,29 @@ PrMigration *pr_migration_new(PrGuest *guest, PrParams *params, const PrMigratio
  * other side, joins all threads. */
 void pr_migration_free(PrMigration *migration);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrMigration, pr_migration_free)
-/* That looks after its threads; of use for others, which have to have freed their watches
- * before. */
+/* The watchdog of its threads. Other threads may use it, and free their watches first. */
 struct PrWatchdog *pr_migration_watchdog(PrMigration *migration);
 /* Before the first command; without it connections are plain, and come in from this host only. */
 void pr_migration_secure(PrMigration *migration, const PrSecurity *security);
 
 /*
- * An engine that follows one that has died (resume.c); both before the first command, from the
- * thread that made the migration, and they may block for the guest's timeout.
+ * An engine follows one that has died (resume.c). Both come before the first command, from the thread
+ * that made the migration, and may block for the guest's timeout.
  *
- * keep_record(): a source writes down, in a file of this directory, what the engine after it has to
- * know; spec is the guest's, as in --guest. Without it nothing is written. Refuses a file that it
+ * keep_record(): the source writes down, in a file of this directory, what its next engine has to
+ * know. spec: the guest, as in --guest. Without this call nothing is written. Refuses a file that it
  * does not understand.
  *
- * resume(): takes up what the last engine has left of this guest's migration. Not asked for, it
- * refuses where there is something that must be taken up. *ret_role: what this side is now;
- * PR_ROLE_NONE: there was nothing.
+ * resume(): goes on with the migration that the last engine of this guest has left. asked: with
+ * --resume; without, it fails where there is a migration to go on with. *ret_role: this side's role
+ * now; PR_ROLE_NONE: there was no such migration.
  */
 gboolean pr_migration_keep_record(PrMigration *migration, const char *dir, const char *spec,
 				  GError **error);
 gboolean pr_migration_resume(PrMigration *migration, gboolean asked, PrRole *ret_role,
 			     GError **error);
 
-/* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is
- * used. */
+/* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is used. */
 gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean resume,
 			    GError **error);
 /* Destination: listens on all of the URIs (`--incoming`, `migrate-incoming`). This and the next one

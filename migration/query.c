@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What pr_migration_query() tells: a snapshot under the lock. */
+/* pr_migration_query(): a snapshot under the lock. */
 #include <string.h>
 
 #include "migration/internal.h"

@@ -112,7 +112,7 @@ static gpointer fence_thread(gpointer opaque)
 	g_autoptr(PrWatch) watch = pr_watch_new(session->watchdog, "fence");
 	gint64 began = g_get_monotonic_time();
 
-	for (gboolean told = FALSE;; told = TRUE) {
+	for (gboolean reported = FALSE;; reported = TRUE) {
 		g_autoptr(GError) error = NULL;
 
 		pr_watch_enter(watch, &fencing);
@@ -120,7 +120,7 @@ static gpointer fence_thread(gpointer opaque)
 			note_fenced(session, began);
 			break;
 		}
-		if (!told && !g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
+		if (!reported && !g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED))
 			note_refused(session, error->message);
 		pr_watch_idle(watch);
 		if (!is_worth_a_retry(error) || !wait_for_retry(session))

@@ -35,15 +35,15 @@ typedef struct PrScanRequest {
 
 typedef struct RamScanner {
 	PrConn *conn;
-	unsigned long *told[PR_BLOCKS_MAX]; /* for each block a bitmap of its units */
-	uint32_t block;			    /* the scan goes on here */
+	unsigned long *scanned[PR_BLOCKS_MAX]; /* for each block a bitmap of its units */
+	uint32_t block;			       /* the scan goes on here */
 	uint64_t unit;
 } RamScanner;
 
 static void scanner_free(RamScanner *self)
 {
 	for (guint i = 0; i < PR_BLOCKS_MAX; i++)
-		g_free(self->told[i]);
+		g_free(self->scanned[i]);
 	g_free(self);
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(RamScanner, scanner_free)
@@ -100,7 +100,7 @@ static gboolean next_requested(RamScanner *self, PrScanRequest *ret)
 	while (!found && source->scan_requests->len > 0) {
 		*ret = g_array_index(source->scan_requests, PrScanRequest, 0);
 		g_array_remove_index(source->scan_requests, 0);
-		found = !pr_bitmap_test(self->told[ret->block], ret->unit);
+		found = !pr_bitmap_test(self->scanned[ret->block], ret->unit);
 	}
 	pr_session_unlock(session);
 	return found;
@@ -110,12 +110,12 @@ static gboolean next_requested(RamScanner *self, PrScanRequest *ret)
 static uint64_t next_in_turn(RamScanner *self, PrScanRequest *ret)
 {
 	for (; self->block < self->conn->session->ram->n_blocks; self->block++, self->unit = 0) {
-		const unsigned long *told = self->told[self->block];
+		const unsigned long *scanned = self->scanned[self->block];
 		uint64_t all = n_units(self, self->block), n = 0;
 
-		self->unit = pr_bitmap_next_clear(told, all, self->unit);
+		self->unit = pr_bitmap_next_clear(scanned, all, self->unit);
 		*ret = (PrScanRequest){self->block, self->unit};
-		while (n < UNITS && self->unit < all && !pr_bitmap_test(told, self->unit)) {
+		while (n < UNITS && self->unit < all && !pr_bitmap_test(scanned, self->unit)) {
 			self->unit++;
 			n++;
 		}
@@ -132,7 +132,7 @@ static gboolean scan_piece(RamScanner *self, const PrScanRequest *piece, uint64_
 	uint64_t end = MIN(start + n * UNIT, self->conn->session->ram->blocks[piece->block].size);
 	g_autoptr(GArray) grants = g_array_new(FALSE, FALSE, sizeof(PrGrant));
 
-	pr_bitmap_set(self->told[piece->block], piece->unit, n);
+	pr_bitmap_set(self->scanned[piece->block], piece->unit, n);
 	conn->path->ops->grants_within(conn->path, piece->block, start, end - start, grants);
 	/* A path that has failed does not grant all data. The rest must not pass for zeros. */
 	return !pr_session_attempt_has_failed(conn->session) &&
@@ -182,8 +182,8 @@ static RamScanner *scanner_new(PrConn *conn, GError **error)
 	for (guint i = 0; i < ram->n_blocks; i++) {
 		gsize bytes = pr_bitmap_words(n_units(self, i)) * sizeof(unsigned long);
 
-		self->told[i] = pr_try_alloc(bytes, "the bitmap of scanned RAM", error);
-		if (!self->told[i])
+		self->scanned[i] = pr_try_alloc(bytes, "the bitmap of scanned RAM", error);
+		if (!self->scanned[i])
 			return NULL;
 	}
 	return g_steal_pointer(&self);

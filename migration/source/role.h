@@ -16,7 +16,7 @@ typedef struct PrSource {
 	PrHandoverRecord *record; /* NULL: nothing is written down */
 	GThread *fence_thread;	  /* write-protects the guest's RAM (fence.c); NULL: none runs */
 	GPtrArray *keepers;	  /* PrKeeper* (standby.c) */
-	gboolean holes_told;	  /* the destination knows all holes */
+	gboolean holes_sent;	  /* the destination knows all holes */
 	gboolean run_may_be_seen; /* this guest never runs here again */
 
 	/* PrSession.lock */

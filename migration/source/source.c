@@ -157,11 +157,11 @@ static gboolean begin_recovery(PrSource *source)
 	return wanted;
 }
 
-/* The last connection may have been lost before all holes were told, and over rdma a hole can't be
+/* The last connection may have been lost before all holes were sent, and over rdma a hole can't be
  * read. */
 static gboolean send_missing_holes(PrSource *source, PrConn *conn, GError **error)
 {
-	return source->holes_told || pr_source_send_holes(conn, error);
+	return source->holes_sent || pr_source_send_holes(conn, error);
 }
 
 static gboolean recover_over(PrSource *source, PrConn *conn, GError **error)
@@ -171,7 +171,7 @@ static gboolean recover_over(PrSource *source, PrConn *conn, GError **error)
 	    !send_missing_holes(source, conn, error) || !pr_source_recover(conn, error))
 		return FALSE;
 	/* The destination has answered, so it has handled what was sent before. */
-	source->holes_told = TRUE;
+	source->holes_sent = TRUE;
 	pr_handover_update(source);
 	pr_source_report_guest(conn);
 	pr_crash_point(PR_CRASH_SOURCE_RECOVERED);

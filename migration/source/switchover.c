@@ -146,7 +146,7 @@ static gboolean send_early_state(PrSource *source, PrConn *conn, GError **error)
 
 /* When its steps were done, monotonic us. */
 typedef struct Downtime {
-	gint64 began, stopped, told, saved, loaded;
+	gint64 began, stopped, granted, saved, loaded;
 	gsize state_bytes;
 } Downtime;
 
@@ -160,9 +160,10 @@ static void log_downtime(const Downtime *times)
 	g_info("%.1f ms since the guest stopped: telling what may be read %.1f, saving and sending "
 	       "%" G_GSIZE_FORMAT " bytes of device state %.1f, loading them %.1f; before that "
 	       "%.1f until it had stopped",
-	       ms_between(times->stopped, times->loaded), ms_between(times->stopped, times->told),
-	       times->state_bytes, ms_between(times->told, times->saved),
-	       ms_between(times->saved, times->loaded), ms_between(times->began, times->stopped));
+	       ms_between(times->stopped, times->loaded),
+	       ms_between(times->stopped, times->granted), times->state_bytes,
+	       ms_between(times->granted, times->saved), ms_between(times->saved, times->loaded),
+	       ms_between(times->began, times->stopped));
 }
 
 static gboolean stop_guest(PrSource *source, gboolean *ret_was_running, GError **error)
@@ -300,7 +301,7 @@ static gboolean stop_and_hand_over(PrSource *source, PrConn *conn, GThread **ret
 	times.stopped = now_us();
 	if (!grant_ram(source, conn, ret_scanner, error))
 		return FALSE;
-	times.told = now_us();
+	times.granted = now_us();
 	pr_crash_point(PR_CRASH_SOURCE_RAM_TOLD);
 	if (!send_device_state(source, conn, was_running, &times, error) ||
 	    !hand_over(source, conn, error))
@@ -331,8 +332,8 @@ static gboolean ping_and_wait(PrSource *source, PrConn *conn, uint32_t ping)
 }
 
 /* Tells the destination which pages it need not read. Finding them takes longer the more RAM there
- * is, and takes processors, so it waits until the guest runs; until a hole is told, the destination
- * reads zeros there. Returns whether all were told; a failure reports itself. */
+ * is, and takes processors, so it waits until the guest runs; until a hole was sent, the destination
+ * reads zeros there. Returns whether all were sent; a failure reports itself. */
 static gboolean send_remaining_holes(PrSource *source, PrConn *conn)
 {
 	pr_watch_idle(source->watch);
@@ -344,17 +345,17 @@ static gboolean move_guest(PrSource *source, PrConn *conn, GError **error)
 {
 	GThread *scanner = NULL;
 
-	source->holes_told = FALSE;
+	source->holes_sent = FALSE;
 	source->run_may_be_seen = FALSE;
 	gboolean moved = stop_and_hand_over(source, conn, &scanner, error);
 	if (!moved)
 		/* So that the scanner does not wait for the destination. */
 		pr_session_attempt_failed(source->session, *error);
 	if (scanner)
-		source->holes_told = pr_ram_scan_finish(source, scanner) &&
+		source->holes_sent = pr_ram_scan_finish(source, scanner) &&
 				     ping_and_wait(source, conn, PR_PING_TOLD);
 	else if (moved)
-		source->holes_told = send_remaining_holes(source, conn);
+		source->holes_sent = send_remaining_holes(source, conn);
 	return moved;
 }
 
