@@ -100,12 +100,12 @@ struct PrWatchdog *pr_migration_watchdog(PrMigration *migration);
 void pr_migration_secure(PrMigration *migration, const PrSecurity *security);
 
 /*
- * An engine follows one that has died (resume.c). Both come before the first command, from the thread
- * that made the migration, and may block for the guest's timeout.
+ * An engine follows one that has died (resume.c). Both come before the first command, from the
+ * thread that made the migration, and may block for the guest's timeout.
  *
  * keep_record(): the source writes down, in a file of this directory, what its next engine has to
- * know. spec: the guest, as in --guest. Without this call nothing is written. Refuses a file that it
- * does not understand.
+ * know. spec: the guest, as in --guest. Without this call nothing is written. Refuses a file that
+ * it does not understand.
  *
  * resume(): goes on with the migration that the last engine of this guest has left. asked: with
  * --resume; without, it fails where there is a migration to go on with. *ret_role: this side's role
@@ -116,7 +116,8 @@ gboolean pr_migration_keep_record(PrMigration *migration, const char *dir, const
 gboolean pr_migration_resume(PrMigration *migration, gboolean asked, PrRole *ret_role,
 			     GError **error);
 
-/* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is used. */
+/* Source: `migrate URI[,URI…]`, and with resume `migrate -r`. The first path that connects is
+ * used. */
 gboolean pr_migration_start(PrMigration *migration, const char *uris, gboolean resume,
 			    GError **error);
 /* Destination: listens on all of the URIs (`--incoming`, `migrate-incoming`). This and the next one

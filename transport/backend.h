@@ -103,7 +103,8 @@ gboolean pr_path_life_end(PrPathLife *life, PrPathLifeState how);
 /* Unless the path has ended: ends it, stops it, and calls on_failed with PR_PATH_ERROR_LOST and
  * "NAME: REASON". The reason is a printf format. */
 void pr_path_life_fail(PrPathLife *life, const char *format, ...) G_GNUC_PRINTF(2, 3);
-/* The same with PR_PATH_ERROR_CLOSED: the connection has ended, and not by an error on this side. */
+/* The same with PR_PATH_ERROR_CLOSED: the connection has ended, and not by an error on this
+ * side. */
 void pr_path_life_fail_closed(PrPathLife *life);
 /* Unless the path has ended: ends it and stops it. */
 void pr_path_life_shut(PrPathLife *life);
@@ -127,8 +128,8 @@ gboolean *pr_regions_storable(const PrRegion *regions, guint n_regions);
 gboolean pr_region_store(const PrRegion *region, uint64_t offset, const void *data, gsize length);
 
 /*
- * What a lane's thread sleeps on: an epoll fd with the lane's own descriptors, and a waker by which any
- * other thread makes it readable for good.
+ * What a lane's thread sleeps on: an epoll fd with the lane's own descriptors, and a waker by which
+ * any other thread makes it readable for good.
  */
 typedef struct PrPollSet {
 	int epoll_fd; /* -1: none */

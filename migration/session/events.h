@@ -36,6 +36,6 @@ void pr_events_clear(PrEvents *self);
 void pr_events_queue_state(PrEvents *self, PrState state, const char *reason);
 void pr_events_queue_path(PrEvents *self, const char *path, PrPathState state, const char *device,
 			  const char *reason);
-/* Reports all queued events. Returns at once while another thread reports, which then reports these,
- * too, and while events are held. With `lock` held, which is released meanwhile. */
+/* Reports all queued events. Returns at once while another thread reports, which then reports
+ * these, too, and while events are held. With `lock` held, which is released meanwhile. */
 void pr_events_flush(PrEvents *self, GMutex *lock);

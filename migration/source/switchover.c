@@ -332,8 +332,8 @@ static gboolean ping_and_wait(PrSource *source, PrConn *conn, uint32_t ping)
 }
 
 /* Tells the destination which pages it need not read. Finding them takes longer the more RAM there
- * is, and takes processors, so it waits until the guest runs; until a hole was sent, the destination
- * reads zeros there. Returns whether all were sent; a failure reports itself. */
+ * is, and takes processors, so it waits until the guest runs; until a hole was sent, the
+ * destination reads zeros there. Returns whether all were sent; a failure reports itself. */
 static gboolean send_remaining_holes(PrSource *source, PrConn *conn)
 {
 	pr_watch_idle(source->watch);

@@ -16,9 +16,9 @@ void pr_tcp_listener_close(PrDataListener *listener);
 /* Tells the source that its lane is accepted. */
 void pr_tcp_acknowledge(GSocketConnection *connection);
 
-/* server.c: answers the REQ_PAGES of one connection until it ends. Returns the reason, to be
- * freed; NULL: the peer closed the connection. The socket blocks; another thread ends the call by shutdown(2). After each answer the
- * thread polls for spin_us before it sleeps. */
+/* server.c: answers the REQ_PAGES of one connection until it ends. Returns the reason, to be freed;
+ * NULL: the peer closed the connection. The socket blocks; another thread ends the call by
+ * shutdown(2). After each answer the thread polls for spin_us before it sleeps. */
 char *pr_tcp_serve(int fd, const PrRegion *regions, guint n_regions, guint spin_us);
 /* The source's side of a new lane: connects, sends the lane's hello, waits for the answer. The
  * socket blocks. */
