@@ -29,7 +29,7 @@ struct PrMigration {
 	char *reason;		/* lock */
 	char *last_call;	/* lock */
 	char *fail;		/* lock */
-	gboolean names_blocked; /* lock; name look-ups do not end */
+	gboolean names_blocked; /* lock; while set, name look-ups do not end */
 	GCond changed;		/* signals changes of names_blocked, and cancelled look-ups */
 };
 
@@ -114,7 +114,7 @@ char *fake_last_call(PrMigration *migration)
 	return g_strdup(migration->last_call);
 }
 
-/* Takes call. */
+/* Owns `call` from now on. */
 static gboolean record(PrMigration *migration, char *call, GError **error)
 {
 	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&migration->lock);

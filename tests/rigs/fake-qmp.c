@@ -98,7 +98,7 @@ static char *look_up(FakeQmp *fake, const char *key)
 	return g_strdup(g_hash_table_lookup(fake->answers, key));
 }
 
-/* FALSE: close. */
+/* Returns FALSE to close the connection. */
 static gboolean answer(FakeQmp *fake, gint64 id, const char *text)
 {
 	if (!text)

@@ -21,14 +21,16 @@ typedef struct FakeQmp FakeQmp;
 
 /* greeting: NULL for the usual one, "" for none. */
 FakeQmp *fake_qmp_new(const char *greeting);
-/* Waits for the thread. Before, the client has to be gone, or the server has to have closed the
- * connection. */
+/*
+ * Waits for the server's thread. The client must be gone by then, or the server must have closed
+ * the connection.
+ */
 void fake_qmp_free(FakeQmp *fake);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(FakeQmp, fake_qmp_free)
 
 const char *fake_qmp_path(FakeQmp *fake);
 void fake_qmp_set(FakeQmp *fake, const char *key, const char *answer);
-/* Sends raw text that is no answer, once there is a connection. */
+/* Sends raw text that is not an answer, once a client is connected. */
 void fake_qmp_say(FakeQmp *fake, const char *text);
 /* How often the client has sent a command. */
 guint fake_qmp_count(FakeQmp *fake, const char *key);

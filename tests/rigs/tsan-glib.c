@@ -95,9 +95,9 @@ POP(g_async_queue_try_pop, (GAsyncQueue * queue), (queue))
 POP(g_async_queue_timeout_pop, (GAsyncQueue * queue, guint64 timeout), (queue, timeout))
 
 /*
- * What was written before a source is attached is seen when it is called. A context's thread learns
- * of new sources in its poll function, which does not know the context: one token stands for all of
- * them.
+ * What was written before a source is attached is visible when it is called. A context's thread
+ * learns of new sources in its poll function, which does not know the context. So one token stands
+ * for all contexts.
  */
 static char sources;
 

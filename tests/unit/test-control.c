@@ -185,7 +185,7 @@ static void a_busy_consumer_with_a_full_queue_is_not_dead(void **state)
 	gint64 deadline = g_get_monotonic_time() + LONG_MS * 1000;
 
 	while (g_atomic_int_get(&sender.sent) < 30 && g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	assert_false(failure_wait(&pair->sink_failure, TIMEOUT_MS + 1000));
 	assert_int_equal(failure_calls(&pair->source_failure), 0);
 	/* The queue is bounded: this side still has what the queue and the sockets did not take. */
@@ -508,7 +508,7 @@ static void on_failed_is_called_after_the_last_messages(void **state)
 	pr_control_shutdown(pair->sink, reason);
 	while (!pr_control_has_ended(pair->source)) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(100); /* between two looks at the condition */
+		g_usleep(100); /* between two checks of the condition */
 	}
 	assert_int_equal(failure_calls(&pair->source_failure), 0);
 	assert_receives(pair->source, PR_MSG_PAUSE, "\0\4done", 6);

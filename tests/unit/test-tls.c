@@ -45,7 +45,7 @@ static void assert_logged(const char *text)
 	while (!was_logged(text)) {
 		if (g_get_monotonic_time() > deadline)
 			fail_msg("not logged: \"%s\"; but: %s", text, log_text->str);
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	}
 }
 
