@@ -31,7 +31,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(FakeQmp, fake_qmp_free)
 const char *fake_qmp_path(FakeQmp *fake);
 void fake_qmp_set(FakeQmp *fake, const char *key, const char *answer);
 /* Sends raw text that is not an answer, once a client is connected. */
-void fake_qmp_say(FakeQmp *fake, const char *text);
+void fake_qmp_send(FakeQmp *fake, const char *text);
 /* How often the client has sent a command. */
 guint fake_qmp_count(FakeQmp *fake, const char *key);
 /* The command's last arguments, as JSON; NULL: none. */

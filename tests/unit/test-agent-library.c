@@ -84,7 +84,7 @@ static void open_as_stranger(void *opaque)
 {
 	Place *place = opaque;
 
-	/* More connections than the agent has slots: none of them stays. */
+	/* These are more connections than the agent has slots. It closes all of them. */
 	for (guint i = 0; i < 20; i++) {
 		g_autoptr(GError) error = NULL;
 
@@ -184,7 +184,7 @@ static void regions_are_checked(void **state)
 	close(memfd);
 }
 
-/* The error tells the options for such an agent, with the path of its socket and nothing else. */
+/* The error names the options for such an agent, with the path of its socket and nothing else. */
 static void an_agent_without_callbacks_is_refused_by_the_path_of_its_socket(void **state)
 {
 	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
@@ -208,7 +208,9 @@ static void an_agent_without_callbacks_is_refused_by_the_path_of_its_socket(void
 	rmdir(dir);
 }
 
-/* Without free descriptors the agent waits instead of spinning, and goes on later. */
+/*
+ * Without free descriptors the agent waits instead of spinning. It accepts connections again later.
+ */
 static void an_agent_without_descriptors_goes_on_later(void **state)
 {
 	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);

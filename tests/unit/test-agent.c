@@ -474,7 +474,10 @@ static void silent_connections_do_not_keep_the_engine_out(void **state)
 
 	for (guint i = 0; i < G_N_ELEMENTS(conns); i++) {
 		conns[i] = raw_connect(guest);
-		/* Accepted; the one before it was closed, or waits. */
+		/*
+		 * The agent has accepted it, and has closed the connection before it or keeps that
+		 * waiting.
+		 */
 		if (i >= 16)
 			assert_closed(conns[i - 16]);
 	}

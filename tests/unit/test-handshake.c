@@ -217,7 +217,7 @@ static gpointer cancel_main(gpointer cancel)
 	return NULL;
 }
 
-/* The kernel accepts the connection, and no process ever answers. */
+/* The kernel accepts the connection, and no process answers. */
 static void a_connect_can_be_cancelled(void **state)
 {
 	g_autoptr(GCancellable) cancel = g_cancellable_new();

@@ -22,7 +22,10 @@ static PrHeartbeat fresh(void)
 	return heartbeat;
 }
 
-/* Sleeps as asked and wakes up `late` after that. Returns the time. */
+/*
+ * Sleeps for the time that the heartbeat asks for, and wakes up `late` after that. Returns the
+ * time.
+ */
 static gint64 sleep_and_wake(PrHeartbeat *heartbeat, gint64 now, gint64 late)
 {
 	PrHeartbeatBody body;

@@ -25,8 +25,10 @@ static gboolean wait_for_mutex(gpointer opaque)
 	return G_SOURCE_REMOVE;
 }
 
-/* Each command of the greedy client counts a parameter up. Its value in the other client's answer
- * tells how many of them were run before. */
+/*
+ * Each command of the busy client increments a parameter. Its value in the other client's answer
+ * shows how many of them were run before.
+ */
 static void many_commands_of_one_client_do_not_delay_others(void **state)
 {
 	Bench *bench = *state;
@@ -52,8 +54,10 @@ static void many_commands_of_one_client_do_not_delay_others(void **state)
 	const char *value = strstr(answer, "\"handshake-timeout\":");
 	assert_non_null(value);
 	assert_int_equal(sscanf(value, "\"handshake-timeout\":%d", &stands), 1);
-	/* A few may come first. Before the first one the parameter has its default, which is
-	 * larger. */
+	/*
+	 * A few of them may have run. Before the first one the parameter has its default, which is
+	 * larger.
+	 */
 	assert_true(stands < FIRST + ASKED / 10 || stands > FIRST + ASKED);
 
 	for (guint i = 0; i < ASKED; i++) {
@@ -184,7 +188,7 @@ static void a_client_may_disconnect_during_a_look_up(void **state)
 	assert_answered(other, VERSION, "return");
 }
 
-/* The teardown checks that the engine ends. */
+/* The teardown fails if the engine does not end. */
 static void a_look_up_does_not_delay_the_engines_end(void **state)
 {
 	Bench *bench = *state;

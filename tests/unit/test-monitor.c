@@ -202,7 +202,7 @@ static void errors_name_the_mistake(void **state)
 	g_autoptr(Client) client = client_ready(bench);
 
 	converse(bench, client, turns, G_N_ELEMENTS(turns));
-	/* A set with a mistake changes nothing. */
+	/* A command with one wrong argument changes nothing. */
 	assert_int_equal(pr_param(&bench->params, PR_PARAM_BULK_WINDOW), 32);
 	assert_true(pr_capability(&bench->params, PR_CAP_ZERO_PAGES));
 	assert_int_equal(g_atomic_int_get(&bench->quits), 0);
@@ -403,7 +403,7 @@ static void the_end_of_an_earlier_migration_ends_no_wait(void **state)
 	for (guint i = 0; i < 50; i++) {
 		g_autofree char *query = NULL, *ended = NULL;
 
-		/* The state changes and the command race to the main loop. */
+		/* The state changes and the command may reach the main loop in any order. */
 		fake_set_state(bench->migration, PR_STATE_ACTIVE, NULL);
 		fake_set_state(bench->migration, PR_STATE_FAILED, "stale");
 		client_send(client, HMP("migrate -r tcp:b:1"));

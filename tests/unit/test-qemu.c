@@ -110,7 +110,7 @@ static GSubprocess *start_qemu(Fixture *fix, const char *name, gboolean preload,
 	qemu = g_subprocess_launcher_spawnv(launcher, (const char *const *)argv->pdata, &error);
 	assert_null(error);
 	g_ptr_array_add(fix->qemus, qemu);
-	/* The probe of the QMP socket connects as QEMU's only client, and disconnects at once. */
+	/* QEMU serves one QMP client at a time, so this probe disconnects at once. */
 	wait_for_socket(qmp, SOCK_STREAM);
 	if (preload)
 		wait_for_socket(agent, SOCK_SEQPACKET);
@@ -273,7 +273,10 @@ static void private_ram_is_refused(void **state)
 static void shared_ram_of_a_file_is_refused(void **state)
 {
 	Fixture *fix = *state;
-	/* A helper serves a file in memory, as in many a /tmp. QEMU makes it without a name. */
+	/*
+	 * A helper accepts a file in memory, which /tmp often is. QEMU makes that file without a
+	 * name.
+	 */
 	const char *backend = "memory-backend-file,id=mem,size=64M,share=on,mem-path=/var/tmp";
 	const char *const args[] = {"-object",	backend,
 				    "-machine", "q35,memory-backend=mem",
@@ -288,7 +291,7 @@ static void shared_ram_of_a_file_is_refused(void **state)
 		       fix->attached ? "is the file" : "shared memory of a memory-backend-file");
 }
 
-/* A helper finds such a file as well as a memfd. */
+/* A helper finds a file in memory as it finds a memfd. */
 static void ram_in_a_file_in_memory_is_found(void **state)
 {
 	g_autofree char *file = g_strdup_printf("/dev/shm/test-qemu-%d", (int)getpid());
@@ -307,7 +310,7 @@ static void ram_in_a_file_in_memory_is_found(void **state)
 	assert_int_equal(blocks[0].size, 64 << 20);
 }
 
-/* As libvirt does: another process makes the socket, and passes it to QEMU. */
+/* libvirt makes the socket in its own process and passes it to QEMU. */
 static void a_socket_that_another_process_made_needs_the_pid(void **state)
 {
 	Fixture *fix = *state;
@@ -433,7 +436,7 @@ static void the_preload_library_is_not_inherited(void **state)
 	g_subprocess_launcher_setenv(launcher, "POSTROAD_AGENT", agent, TRUE);
 	qemu = g_subprocess_launcher_spawnv(launcher, argv, NULL);
 	assert_non_null(qemu);
-	/* The script says no, so this QEMU ends by itself. */
+	/* The script fails, so this QEMU ends by itself. */
 	g_subprocess_wait(qemu, NULL, NULL);
 	if (!g_file_get_contents(output, &env, NULL, NULL)) {
 		print_message("skipped: no tap device to be had here\n");
@@ -461,7 +464,7 @@ static void a_daemon_is_served(void **state)
 	guest = attach(fix, "a");
 	prepare(guest, PR_GUEST_SOURCE, &n);
 	assert_int_equal(n, 1);
-	/* As if this test was killed. */
+	/* The guard gets this signal when a test is killed. */
 	g_subprocess_send_signal(guard, SIGTERM);
 	g_subprocess_wait(guard, NULL, NULL);
 	assert_int_equal(kill(atoi(pid), 0), -1);
@@ -575,7 +578,7 @@ static void a_guest_moves_by_hand(void **state)
 	assert_false(is_running(to));
 	assert_true(to->ops->run(to, &error));
 	assert_true(is_running(to));
-	/* The migration is given up at the last moment. The source can go on, and try again. */
+	/* The migration fails at the last moment. The source can resume, and try again. */
 	assert_true(from->ops->resume(from, &error));
 	assert_true(is_running(from));
 	prepare(from, PR_GUEST_SOURCE, &n_source);
@@ -655,7 +658,7 @@ static gpointer load_thread(gpointer data)
 	return NULL;
 }
 
-/* Half of a device state, and no more: the load waits until it is aborted. */
+/* The load gets only half of a device state, and waits until it is aborted. */
 static void a_load_can_be_aborted(void **state)
 {
 	const char *const args[] = {RAM, "-incoming", "defer", NULL};

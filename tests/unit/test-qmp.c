@@ -285,7 +285,7 @@ static void a_late_answer_is_ignored(void **state)
 	fake_qmp_set(fake, "slow", FAKE_HOLD);
 	fake_qmp_set(fake, "fast", "{}");
 	assert_fails(qmp, "slow", PR_GUEST_ERROR_TIMEOUT, "no answer to 'slow'");
-	/* Both answers come now. */
+	/* The server sends the late answer together with the next ones. */
 	assert_true(pr_qmp_command(qmp, "fast", NULL, -1, NULL));
 	assert_true(pr_qmp_command(qmp, "fast", NULL, -1, NULL));
 	pr_qmp_free(qmp);
@@ -297,8 +297,9 @@ static void events_are_delivered_in_order(void **state)
 	g_auto(Seen) seen = {.events = g_string_new(NULL)};
 	PrQmp *qmp = connect_to(fake, TIMEOUT, &seen);
 
-	fake_qmp_say(fake, "{\"event\": \"STOP\"}{\"event\": \"MIGRATION\", \"data\": {\"status\": "
-			   "\"setup\"}}\n{\n\"event\"\n:\"RESUME\"}\n");
+	fake_qmp_send(fake,
+		      "{\"event\": \"STOP\"}{\"event\": \"MIGRATION\", \"data\": {\"status\": "
+		      "\"setup\"}}\n{\n\"event\"\n:\"RESUME\"}\n");
 	wait_for_events(&seen, "STOP MIGRATION+ RESUME ");
 	pr_qmp_free(qmp);
 	assert_int_equal(seen.deaths, 0);
@@ -332,7 +333,7 @@ static void another_protocol_is_recognized(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL));
 }
 
-/* Each ends the waiting call and every later one, and is reported to the owner once. */
+/* Each of these ends the waiting call and every later one, and is reported once. */
 static void garbage_ends_the_connection(void **state)
 {
 	static const char *const garbage[] = {
@@ -354,7 +355,7 @@ static void garbage_ends_the_connection(void **state)
 	}
 }
 
-/* JSON that is no answer is ignored. */
+/* JSON that is not an answer is ignored. */
 static void strange_objects_are_skipped(void **state)
 {
 	static const char *const strange[] = {
@@ -375,7 +376,7 @@ static void strange_objects_are_skipped(void **state)
 
 	fake_qmp_set(fake, "stop", "{}");
 	for (guint i = 0; i < G_N_ELEMENTS(strange); i++) {
-		fake_qmp_say(fake, strange[i]);
+		fake_qmp_send(fake, strange[i]);
 		assert_true(pr_qmp_command(qmp, "stop", NULL, -1, NULL));
 	}
 	pr_qmp_free(qmp);
@@ -420,7 +421,7 @@ static void a_shutdown_is_named(void **state)
 	PrQmp *qmp = connect_to(fake, TIMEOUT, &seen);
 
 	fake_qmp_set(fake, "stop", FAKE_CLOSE);
-	fake_qmp_say(fake, "{\"event\": \"SHUTDOWN\", \"data\": {\"reason\": \"host-qmp-quit\"}}");
+	fake_qmp_send(fake, "{\"event\": \"SHUTDOWN\", \"data\": {\"reason\": \"host-qmp-quit\"}}");
 	assert_fails(qmp, "stop", PR_GUEST_ERROR_DIED, "host-qmp-quit");
 	pr_qmp_free(qmp);
 }

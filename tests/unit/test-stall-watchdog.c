@@ -13,7 +13,7 @@
 #define MS	 1000
 #define CHECK	 (PR_WATCH_CHECK_MS * MS)
 #define START	 (1000 * MS)
-#define SLOW_US	 300000	 /* that a callback holds the main loop up */
+#define SLOW_US	 300000	 /* us; for how long a callback blocks the main loop */
 #define PATIENCE 5000000 /* us; for the watchdog's thread */
 
 static const PrWatchPoint cooking = {"cooking", 200};
@@ -25,7 +25,7 @@ typedef struct Bench {
 	PrWatchdog *watchdog;
 	PrWatch *watch;
 	GThread *cook;
-	pid_t tid; /* lock; the cook's */
+	pid_t tid; /* lock; of the watched thread */
 	GMutex lock;
 	GCond changed;
 	gboolean end; /* lock; so is watch until it is set */
@@ -33,7 +33,7 @@ typedef struct Bench {
 	GString *logged; /* since the test last read it */
 } Bench;
 
-static gpointer cook_thread(gpointer opaque)
+static gpointer watched_thread(gpointer opaque)
 {
 	Bench *bench = opaque;
 
@@ -47,7 +47,7 @@ static gpointer cook_thread(gpointer opaque)
 	return NULL;
 }
 
-static void wait_until_it_sleeps(pid_t tid)
+static void wait_until_asleep(pid_t tid)
 {
 	g_autofree char *path = g_strdup_printf("/proc/self/task/%d/stat", (int)tid);
 	gint64 until = g_get_monotonic_time() + PATIENCE;
@@ -70,11 +70,11 @@ static int set_up(void **state)
 	g_mutex_init(&bench->lock);
 	g_cond_init(&bench->changed);
 	g_mutex_lock(&bench->lock);
-	bench->cook = g_thread_new("cook", cook_thread, bench);
+	bench->cook = g_thread_new("cook", watched_thread, bench);
 	while (!bench->watch)
 		g_cond_wait(&bench->changed, &bench->lock);
 	g_mutex_unlock(&bench->lock);
-	wait_until_it_sleeps(bench->tid);
+	wait_until_asleep(bench->tid);
 	bench->now = START;
 	bench->logged = g_string_new(NULL);
 	*state = bench;
@@ -199,7 +199,7 @@ static void no_thread_is_reported_when_the_whole_process_stood_still(void **stat
 	assert_int_equal(count_logged(bench, "this engine stood still for 9950 ms"), 1);
 	pass(bench, 150);
 	assert_string_equal(bench->logged->str, "");
-	/* The time after it counts. */
+	/* Time after the standstill counts. */
 	pass(bench, 150);
 	assert_int_equal(count_logged(bench, "cooking for"), 1);
 }
