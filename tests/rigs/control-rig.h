@@ -90,7 +90,7 @@ int raw_connect(uint16_t port);
 int raw_listen(PrUri **ret_uri);
 void raw_write(int fd, const void *data, gsize length);
 void raw_send(int fd, uint16_t type, const void *body, uint32_t length);
-/* Writes all bytes, also if the process is stopped in between. */
+/* Reads exactly so many bytes, also if the process is stopped in between. */
 void raw_read(int fd, void *data, gsize length);
 /*
  * Reads and drops everything up to the end of the stream or a reset. Returns FALSE if neither

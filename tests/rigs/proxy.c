@@ -58,7 +58,7 @@ static void forward(Proxy *proxy, int from)
 	int to = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 	if (connect(to, (struct sockaddr *)&address, sizeof(address)) < 0)
-		g_error("the proxy leads nowhere");
+		g_error("the proxy cannot connect to the destination");
 	g_array_append_val(proxy->sockets, from);
 	g_array_append_val(proxy->sockets, to);
 	pump(proxy, from, to);

@@ -474,10 +474,7 @@ static void silent_connections_do_not_keep_the_engine_out(void **state)
 
 	for (guint i = 0; i < G_N_ELEMENTS(conns); i++) {
 		conns[i] = raw_connect(guest);
-		/*
-		 * The agent has accepted it, and has closed the connection before it or keeps that
-		 * waiting.
-		 */
+		/* To accept a new connection the agent closes an older one. */
 		if (i >= 16)
 			assert_closed(conns[i - 16]);
 	}

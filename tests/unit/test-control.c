@@ -415,7 +415,7 @@ static void messages_that_come_after_a_failed_write_are_read(void **state)
 	for (guint i = 0; i < TRIES; i++)
 		if (reads_last_messages_after_a_failed_write())
 			return;
-	fail_msg("no last words were heard in time");
+	fail_msg("no try read the last messages in time");
 }
 
 static void an_end_in_the_middle_of_a_message_is_reported_as_such(void **state)

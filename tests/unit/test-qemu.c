@@ -274,8 +274,8 @@ static void shared_ram_of_a_file_is_refused(void **state)
 {
 	Fixture *fix = *state;
 	/*
-	 * A helper accepts a file in memory, which /tmp often is. QEMU makes that file without a
-	 * name.
+	 * A helper accepts a file in memory, which a file in /tmp often is. QEMU removes the name of
+	 * such a file. So this test uses /var/tmp.
 	 */
 	const char *backend = "memory-backend-file,id=mem,size=64M,share=on,mem-path=/var/tmp";
 	const char *const args[] = {"-object",	backend,
@@ -439,7 +439,7 @@ static void the_preload_library_is_not_inherited(void **state)
 	/* The script fails, so this QEMU ends by itself. */
 	g_subprocess_wait(qemu, NULL, NULL);
 	if (!g_file_get_contents(output, &env, NULL, NULL)) {
-		print_message("skipped: no tap device to be had here\n");
+		print_message("skipped: no tap device can be made here\n");
 		skip();
 	}
 	assert_non_null(strstr(env, "PATH="));

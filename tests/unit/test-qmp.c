@@ -285,7 +285,7 @@ static void a_late_answer_is_ignored(void **state)
 	fake_qmp_set(fake, "slow", FAKE_HOLD);
 	fake_qmp_set(fake, "fast", "{}");
 	assert_fails(qmp, "slow", PR_GUEST_ERROR_TIMEOUT, "no answer to 'slow'");
-	/* The server sends the late answer together with the next ones. */
+	/* The late answer comes behind the answer to the first of these commands. */
 	assert_true(pr_qmp_command(qmp, "fast", NULL, -1, NULL));
 	assert_true(pr_qmp_command(qmp, "fast", NULL, -1, NULL));
 	pr_qmp_free(qmp);

@@ -324,7 +324,7 @@ static void peers_that_stall_in_the_handshake_do_not_keep_others_out(void **stat
 	/* The oldest connection was evicted, and the peer did not wait for the others. */
 	assert_true(raw_reaches_end(halfway[0]));
 	if (g_get_monotonic_time() - began > 3 * LONG_MS * 1000)
-		fail_msg("the peer had to wait for the stallers");
+		fail_msg("the peer had to wait for those that stall");
 	for (guint i = 0; i < G_N_ELEMENTS(silent); i++)
 		close(silent[i]);
 	for (guint i = 0; i < G_N_ELEMENTS(halfway); i++)
@@ -332,7 +332,8 @@ static void peers_that_stall_in_the_handshake_do_not_keep_others_out(void **stat
 }
 
 /*
- * A rate limit for each host keeps these handshakes from cancelling the peer's before it is done.
+ * Hosts get turns to shake hands (PrTokenBucket). Otherwise each handshake of the flood would
+ * cancel the peer's before it is done.
  */
 static void a_flood_of_handshakes_from_another_host_does_not_keep_the_peer_out(void **state)
 {

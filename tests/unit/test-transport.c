@@ -279,7 +279,7 @@ static void on_end(const GError *reason, void *opaque)
 
 #define INCARNATIONS 4
 
-/* All are accepted before the first lane connects. The newest incarnation connects first. */
+/* The listener expects all of them before the first lane comes. The newest one connects first. */
 static void incarnations_that_connect_at_once_get_their_own_lanes(void **state)
 {
 	g_autoptr(Rig) rig = new_rig(state);

@@ -293,7 +293,7 @@ static void wrong_lengths_are_refused(void **state)
 				memset(body->data + lies[i].at, step == 2 ? 0xff : 0,
 				       lies[i].width);
 			if (decode_exact(kind, body->data, body->len, &error))
-				fail_msg("%s: lie %u about the length at %zu was believed",
+				fail_msg("%s: wrong length %u at %zu was accepted",
 					 pr_msg_name(kind->type), step, lies[i].at);
 		}
 	}
