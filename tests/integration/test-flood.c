@@ -96,7 +96,7 @@ static void wait_fds(guint at_most)
 	}
 }
 
-static void a_flood_disturbs_no_migration(void **state)
+static void a_flood_does_not_disturb_a_migration(void **state)
 {
 	static const char garbage[64] = "GET / HTTP/1.1\r\n\r\n";
 	static const char tls[] = "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
@@ -156,7 +156,7 @@ static void a_flood_disturbs_no_migration(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		BOTH(a_flood_disturbs_no_migration),
+		BOTH(a_flood_does_not_disturb_a_migration),
 	};
 
 	return RUN_CASES("flood", tests);

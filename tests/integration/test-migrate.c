@@ -83,7 +83,7 @@ static void passes_through_the_states_in_order(void **state)
  * The command pauses both sides, on whichever side it is given. The guest continues with the pages
  * that have arrived.
  */
-static void pauses_both_sides_when_asked(void **state)
+static void a_pause_command_pauses_both_sides(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -252,7 +252,7 @@ int main(void)
 		BOTH(moves_a_working_guest),
 		BOTH(moves_a_paused_guest_byte_for_byte),
 		BOTH(passes_through_the_states_in_order),
-		BOTH(pauses_both_sides_when_asked),
+		BOTH(a_pause_command_pauses_both_sides),
 		BOTH(refuses_commands_that_do_not_fit_the_state),
 		OVER("tcp", names_the_block_that_differs),
 		BOTH(reports_that_no_destination_listens),

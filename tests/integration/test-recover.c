@@ -237,7 +237,7 @@ static void recovers_forty_times_in_one_migration(void **state)
  * During the pause the guest reads every page that has arrived. Pulled pages are mapped. Holes are
  * mapped on the first access, so the engine has to serve those faults while it is paused.
  */
-static void guest_runs_on_while_paused(void **state)
+static void the_guest_runs_while_the_migration_is_paused(void **state)
 {
 	PairConfig config = {
 		.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = MIB, .paused = TRUE};
@@ -455,7 +455,7 @@ int main(void)
 		BOTH(zero_pages_arrive_without_reads),
 		BOTH(recovers_from_cuts_at_random_reads),
 		BOTH(recovers_forty_times_in_one_migration),
-		BOTH(guest_runs_on_while_paused),
+		BOTH(the_guest_runs_while_the_migration_is_paused),
 		BOTH(recovers_when_reads_are_never_answered),
 		BOTH(recovers_over_a_new_listener),
 		BOTH(failed_recoveries_go_back_to_paused),

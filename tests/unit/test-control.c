@@ -470,7 +470,7 @@ static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
 }
 
 /* Returns FALSE if it took longer than the channel lingers. Then it proves nothing. */
-static gboolean delivers_what_was_sent_before_a_shutdown(void)
+static gboolean delivers_messages_sent_before_a_shutdown(void)
 {
 	g_autoptr(Pair) pair = pair_new();
 	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "done");
@@ -498,12 +498,12 @@ static gboolean delivers_what_was_sent_before_a_shutdown(void)
 	return in_time;
 }
 
-static void what_was_sent_before_a_shutdown_arrives(void **state)
+static void messages_sent_before_a_shutdown_arrive(void **state)
 {
 	guint arrived = 0;
 
 	for (guint round = 0; round < 20 || (!arrived && round < 20 * TRIES); round++)
-		arrived += delivers_what_was_sent_before_a_shutdown();
+		arrived += delivers_messages_sent_before_a_shutdown();
 	assert_true(arrived > 0);
 }
 
@@ -602,7 +602,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(messages_that_come_after_a_failed_write_are_read),
 		cmocka_unit_test(an_end_in_the_middle_of_a_message_is_reported_as_such),
 		cmocka_unit_test(shutdown_ends_a_blocked_send_and_a_blocked_receive),
-		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
+		cmocka_unit_test(messages_sent_before_a_shutdown_arrive),
 		cmocka_unit_test(on_failed_is_called_after_the_last_messages),
 		cmocka_unit_test(send_nowait_is_postponed_behind_an_unfinished_message),
 		cmocka_unit_test(fault_injection_cuts_the_channel_at_a_message),
@@ -615,7 +615,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(big_messages_pass_both_ways_at_once),
 		cmocka_unit_test(frames_of_several_threads_are_not_mixed),
 		cmocka_unit_test(a_frame_larger_than_the_queue_passes_alone),
-		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
+		cmocka_unit_test(messages_sent_before_a_shutdown_arrive),
 		cmocka_unit_test(send_nowait_is_postponed_behind_an_unfinished_message),
 	};
 

@@ -154,7 +154,7 @@ static guint lose_first_packet(void)
  * The kernel sends a lost packet again after a second. The source connects anew before that, which
  * this test sees. A source that gets no CPU for a second is too late, so there are five tries.
  */
-static void a_lost_first_packet_is_not_waited_for(void **state)
+static void a_lost_first_packet_does_not_delay_the_connection(void **state)
 {
 	for (guint i = 0; i < 5; i++)
 		if (lose_first_packet() == 0)
@@ -268,7 +268,7 @@ int main(void)
 		cmocka_unit_test(a_peer_that_stalls_does_not_keep_the_real_peer_out),
 		cmocka_unit_test(a_flood_of_silent_connections_does_not_keep_the_peer_out),
 		cmocka_unit_test(a_flood_from_another_host_does_not_evict_a_slow_peer),
-		cmocka_unit_test(a_lost_first_packet_is_not_waited_for),
+		cmocka_unit_test(a_lost_first_packet_does_not_delay_the_connection),
 		cmocka_unit_test(peers_that_send_garbage_are_closed),
 		cmocka_unit_test(a_slow_on_hello_does_not_stop_accepting),
 		cmocka_unit_test(a_port_in_use_is_named_with_the_remedy),

@@ -432,7 +432,7 @@ static void devices_are_compared_by_place_and_type(void **state)
 }
 
 /* An attacker with a certificate may be the source. */
-static void early_state_that_makes_no_sense_is_refused(void **state)
+static void invalid_early_state_is_refused(void **state)
 {
 	static char deep[1 << 20] = "{\"a\": "; /* deeper than the stack of a recursive parser */
 	static const struct {
@@ -641,7 +641,7 @@ int main(void)
 		cmocka_unit_test(two_frame_buffers_of_one_name_are_not_mixed_up),
 		cmocka_unit_test(differences_are_named_while_the_guest_runs),
 		cmocka_unit_test(devices_are_compared_by_place_and_type),
-		cmocka_unit_test(early_state_that_makes_no_sense_is_refused),
+		cmocka_unit_test(invalid_early_state_is_refused),
 		cmocka_unit_test(a_failed_load_reports_the_cause),
 		cmocka_unit_test(a_load_waits_for_its_event),
 		cmocka_unit_test(a_guest_that_runs_when_it_is_loaded_is_refused),

@@ -279,7 +279,7 @@ static void wait_state(Engine *engine, PrState state, const char *words)
 
 /* QEMU refuses `cont`, as if the destination still had a lock on the disk image. The engine's
  * monitor answers meanwhile and shows that, until QEMU accepts the command. */
-static void an_engine_that_follows_tries_until_the_guest_runs(void **state)
+static void a_new_engine_retries_until_the_guest_runs(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
 	g_autoptr(GError) error = NULL;
@@ -330,7 +330,7 @@ int main(void)
 		cmocka_unit_test(a_stop_that_hangs_is_reported_and_blocks_no_caller),
 		cmocka_unit_test(a_stop_that_is_refused_is_sent_again),
 		cmocka_unit_test(a_guest_that_the_engine_resumes_runs_on),
-		cmocka_unit_test(an_engine_that_follows_tries_until_the_guest_runs),
+		cmocka_unit_test(a_new_engine_retries_until_the_guest_runs),
 		cmocka_unit_test(an_engine_gives_up_a_guest_whose_qemu_is_gone),
 	};
 

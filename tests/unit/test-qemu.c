@@ -220,7 +220,7 @@ static void the_ram_is_found(void **state)
 
 /* Two nodes of the same size, and one backend that the machine does not use: each block finds its
  * own memfd, as the guest's memory shows. */
-static void numa_nodes_of_one_size_are_told_apart(void **state)
+static void numa_nodes_of_one_size_are_distinguished(void **state)
 {
 	const char *const args[] = {"-machine", "q35",
 				    "-m",	"64M",
@@ -274,8 +274,8 @@ static void shared_ram_of_a_file_is_refused(void **state)
 {
 	Fixture *fix = *state;
 	/*
-	 * A helper accepts a file in memory, which a file in /tmp often is. QEMU removes the name of
-	 * such a file. So this test uses /var/tmp.
+	 * A helper accepts a file in memory, which a file in /tmp often is. QEMU makes it without a
+	 * name. So this test uses /var/tmp.
 	 */
 	const char *backend = "memory-backend-file,id=mem,size=64M,share=on,mem-path=/var/tmp";
 	const char *const args[] = {"-object",	backend,
@@ -546,7 +546,7 @@ static gboolean is_running(PrGuest *guest)
 	return was_running;
 }
 
-static void a_guest_moves_by_hand(void **state)
+static void a_guest_moves_step_by_step(void **state)
 {
 	const char *const args[] = {RAM, "-device", "VGA", NULL};
 	const char *const incoming[] = {RAM, "-device", "VGA", "-incoming", "defer", NULL};
@@ -763,7 +763,7 @@ int main(void)
 	g_autofree char *qemu = g_find_program_in_path("qemu-system-x86_64");
 	const struct CMUnitTest tests[] = {
 		TEST(the_ram_is_found),
-		TEST(numa_nodes_of_one_size_are_told_apart),
+		TEST(numa_nodes_of_one_size_are_distinguished),
 		TEST(private_ram_is_refused),
 		TEST(shared_ram_of_a_file_is_refused),
 		TEST(a_missing_agent_is_named),
@@ -773,14 +773,14 @@ int main(void)
 		TEST(a_daemon_is_served),
 		TEST(a_wrapper_does_not_lose_the_agent),
 		TEST(locked_ram_takes_the_fault_mode),
-		TEST(a_guest_moves_by_hand),
+		TEST(a_guest_moves_step_by_step),
 		TEST(a_broken_save_resumes),
 		TEST(a_paused_guest_stays_paused),
 		TEST(a_load_can_be_aborted),
 		TEST(garbage_instead_of_a_device_state_is_an_error),
 		TEST(the_death_of_qemu_is_reported_at_once),
 		ATTACHED(the_ram_is_found),
-		ATTACHED(numa_nodes_of_one_size_are_told_apart),
+		ATTACHED(numa_nodes_of_one_size_are_distinguished),
 		ATTACHED(private_ram_is_refused),
 		ATTACHED(shared_ram_of_a_file_is_refused),
 		ATTACHED(ram_in_a_file_in_memory_is_found),
@@ -789,7 +789,7 @@ int main(void)
 		ATTACHED(a_daemon_is_served),
 		ATTACHED(a_wrapper_does_not_lose_the_agent),
 		ATTACHED(locked_ram_takes_the_fault_mode),
-		ATTACHED(a_guest_moves_by_hand),
+		ATTACHED(a_guest_moves_step_by_step),
 		ATTACHED(a_paused_guest_stays_paused),
 		ATTACHED(the_death_of_qemu_is_reported_at_once),
 	};

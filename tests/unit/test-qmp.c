@@ -356,7 +356,7 @@ static void garbage_ends_the_connection(void **state)
 }
 
 /* JSON that is not an answer is ignored. */
-static void strange_objects_are_skipped(void **state)
+static void objects_that_are_no_answer_are_skipped(void **state)
 {
 	static const char *const strange[] = {
 		"{}",
@@ -442,7 +442,7 @@ int main(void)
 		cmocka_unit_test(a_missing_socket_is_named),
 		cmocka_unit_test(another_protocol_is_recognized),
 		cmocka_unit_test(garbage_ends_the_connection),
-		cmocka_unit_test(strange_objects_are_skipped),
+		cmocka_unit_test(objects_that_are_no_answer_are_skipped),
 		cmocka_unit_test(an_answer_without_return_or_error_is_an_error),
 		cmocka_unit_test(the_end_is_reported_once_with_its_cause),
 		cmocka_unit_test(a_shutdown_is_named),

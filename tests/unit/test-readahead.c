@@ -82,7 +82,7 @@ static void the_window_doubles_up_to_the_limit(void **state)
  * A thread that is faster than the READs faults on pages that are already being read. That confirms
  * the guess, and no page is suggested twice.
  */
-static void faults_among_the_guesses_confirm_them(void **state)
+static void faults_on_pages_being_read_confirm_the_guess(void **state)
 {
 	PrReadahead ahead = {0};
 	PrReadaheadRun run;
@@ -139,7 +139,7 @@ static void a_step_too_large_is_no_stride(void **state)
 	assert_int_equal(bench->ahead, 0);
 }
 
-static void a_fault_that_strays_ends_it(void **state)
+static void a_fault_off_the_walk_ends_it(void **state)
 {
 	g_autofree Bench *bench = bench_new(32);
 
@@ -174,7 +174,7 @@ static void random_faults_suggest_next_to_nothing(void **state)
 }
 
 /* A copy reads one stream and writes another one, in turn. */
-static void two_walks_of_one_thread_are_told_apart(void **state)
+static void two_walks_of_one_thread_are_distinguished(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
 
@@ -208,7 +208,7 @@ static void faults_without_a_thread_are_followed_by_address(void **state)
 	assert_true(bench->faults < 4000 / 8);
 }
 
-static void walks_with_and_without_a_thread_are_told_apart(void **state)
+static void walks_with_and_without_a_thread_are_distinguished(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
 	uint64_t random = 88172645463325252ull;
@@ -277,15 +277,15 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(nothing_is_guessed_from_less_than_two_steps),
 		cmocka_unit_test(the_window_doubles_up_to_the_limit),
-		cmocka_unit_test(faults_among_the_guesses_confirm_them),
+		cmocka_unit_test(faults_on_pages_being_read_confirm_the_guess),
 		cmocka_unit_test(walks_down_and_in_strides),
 		cmocka_unit_test(a_step_too_large_is_no_stride),
-		cmocka_unit_test(a_fault_that_strays_ends_it),
+		cmocka_unit_test(a_fault_off_the_walk_ends_it),
 		cmocka_unit_test(random_faults_suggest_next_to_nothing),
-		cmocka_unit_test(two_walks_of_one_thread_are_told_apart),
+		cmocka_unit_test(two_walks_of_one_thread_are_distinguished),
 		cmocka_unit_test(threads_do_not_disturb_each_other),
 		cmocka_unit_test(faults_without_a_thread_are_followed_by_address),
-		cmocka_unit_test(walks_with_and_without_a_thread_are_told_apart),
+		cmocka_unit_test(walks_with_and_without_a_thread_are_distinguished),
 		cmocka_unit_test(stays_within_the_block),
 		cmocka_unit_test(blocks_are_walked_separately),
 		cmocka_unit_test(a_limit_of_zero_turns_it_off),

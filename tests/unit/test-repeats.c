@@ -62,7 +62,7 @@ static void a_new_fault_ends_the_row(void **state)
 }
 
 /* A thread that handles a signal now and then faults again each time. */
-static void repeats_that_come_seldom_bring_no_rest(void **state)
+static void rare_repeats_cause_no_rest(void **state)
 {
 	PrRepeats repeats = {0};
 	int64_t now_ns = PR_REPEATS_SELDOM_NS;
@@ -78,7 +78,7 @@ int main(void)
 		cmocka_unit_test(rests_grow_up_to_the_bound),
 		cmocka_unit_test(a_rest_is_due_once),
 		cmocka_unit_test(a_new_fault_ends_the_row),
-		cmocka_unit_test(repeats_that_come_seldom_bring_no_rest),
+		cmocka_unit_test(rare_repeats_cause_no_rest),
 	};
 
 	return cmocka_run_group_tests_name("repeats", tests, NULL, NULL);

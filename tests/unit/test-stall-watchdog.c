@@ -188,7 +188,7 @@ static void reports_come_at_doubling_intervals_and_when_the_thread_goes_on(void 
 	assert_int_equal(count_logged(bench, "goes on"), 1);
 }
 
-static void no_thread_is_reported_when_the_whole_process_stood_still(void **state)
+static void no_thread_is_reported_after_a_stop_of_the_process(void **state)
 {
 	Bench *bench = *state;
 
@@ -204,7 +204,7 @@ static void no_thread_is_reported_when_the_whole_process_stood_still(void **stat
 	assert_int_equal(count_logged(bench, "cooking for"), 1);
 }
 
-static void a_thread_that_runs_is_given_longer(void **state)
+static void a_running_thread_gets_a_longer_limit(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(PrWatch) own = pr_watch_new(bench->watchdog, "own");
@@ -243,7 +243,7 @@ static gboolean end_idle(gpointer loop)
 	return G_SOURCE_REMOVE;
 }
 
-static void a_main_loop_that_does_not_turn_is_reported(void **state)
+static void a_blocked_main_loop_is_reported(void **state)
 {
 	g_autoptr(GMainContext) context = g_main_context_new();
 	g_autoptr(GMainLoop) loop = g_main_loop_new(context, FALSE);
@@ -282,14 +282,13 @@ int main(void)
 		cmocka_unit_test_setup_teardown(
 			reports_come_at_doubling_intervals_and_when_the_thread_goes_on, set_up,
 			tear_down),
-		cmocka_unit_test_setup_teardown(
-			no_thread_is_reported_when_the_whole_process_stood_still, set_up,
-			tear_down),
-		cmocka_unit_test_setup_teardown(a_thread_that_runs_is_given_longer, set_up,
+		cmocka_unit_test_setup_teardown(no_thread_is_reported_after_a_stop_of_the_process,
+						set_up, tear_down),
+		cmocka_unit_test_setup_teardown(a_running_thread_gets_a_longer_limit, set_up,
 						tear_down),
 		cmocka_unit_test_setup_teardown(a_thread_that_has_ended_is_forgotten, set_up,
 						tear_down),
-		cmocka_unit_test(a_main_loop_that_does_not_turn_is_reported),
+		cmocka_unit_test(a_blocked_main_loop_is_reported),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

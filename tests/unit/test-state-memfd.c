@@ -309,7 +309,7 @@ static void a_process_uses_its_memory_until_its_last_thread_ends(void **state)
 }
 
 /* A process that can't be seen may still be there. */
-static void a_process_out_of_sight_may_use_its_memory(void **state)
+static void a_process_that_cannot_be_seen_may_use_its_memory(void **state)
 {
 	assert_true(pr_process_uses_memory("0 0 4026531836 -"));
 	assert_true(pr_process_uses_memory("4711 0 4026531836 -"));
@@ -326,7 +326,7 @@ int main(void)
 		cmocka_unit_test(no_value_in_the_head_leads_outside_the_memfd),
 		cmocka_unit_test(the_previous_engine_is_waited_for),
 		cmocka_unit_test(a_process_uses_its_memory_until_its_last_thread_ends),
-		cmocka_unit_test(a_process_out_of_sight_may_use_its_memory),
+		cmocka_unit_test(a_process_that_cannot_be_seen_may_use_its_memory),
 	};
 
 	return cmocka_run_group_tests_name("state-memfd", tests, NULL, NULL);

@@ -115,7 +115,7 @@ static void a_name_in_the_uri_is_checked_as_a_name(void **state)
 		fail_msg("%s", error->message);
 }
 
-static void nothing_that_is_sent_can_be_read_on_the_way(void **state)
+static void no_sent_text_is_readable_on_the_network(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(PrUri) uri = NULL;
@@ -436,7 +436,7 @@ static void assert_bad_dir(const char *dir, const char *words)
 		fail_msg("\"%s\" lacks \"%s\"", error->message, words);
 }
 
-static void a_directory_that_lacks_something_is_refused_by_name(void **state)
+static void a_directory_that_lacks_a_file_is_refused_by_name(void **state)
 {
 	g_autoptr(Certs) dir = certs_new_beside(good);
 	g_autofree char *crl = g_build_filename(dir, "ca-crl.pem", NULL);
@@ -504,7 +504,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(a_source_with_a_certificate_can_connect_repeatedly),
 		cmocka_unit_test(a_name_in_the_uri_is_checked_as_a_name),
-		cmocka_unit_test(nothing_that_is_sent_can_be_read_on_the_way),
+		cmocka_unit_test(no_sent_text_is_readable_on_the_network),
 		cmocka_unit_test(a_server_of_another_ca_is_refused),
 		cmocka_unit_test(an_expired_server_is_refused),
 		cmocka_unit_test(a_server_of_another_name_is_refused),
@@ -521,7 +521,7 @@ int main(void)
 		cmocka_unit_test(a_listener_can_be_freed_in_the_middle_of_handshakes),
 		cmocka_unit_test(a_handshake_can_be_cancelled),
 		cmocka_unit_test(renewed_certificates_are_used_by_the_next_connection),
-		cmocka_unit_test(a_directory_that_lacks_something_is_refused_by_name),
+		cmocka_unit_test(a_directory_that_lacks_a_file_is_refused_by_name),
 		cmocka_unit_test(without_tls_the_destination_listens_on_this_host_only),
 	};
 
