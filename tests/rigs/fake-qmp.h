@@ -42,6 +42,8 @@ int fake_qmp_take_fd(FakeQmp *fake);
 /* The bytes that `xen-save-devices-state` writes to the last descriptor that came. */
 void fake_qmp_set_state(FakeQmp *fake, const void *bytes, gsize len);
 
-/* Answers of a QEMU 7.2 with 64 MiB of shared RAM in a backend named "mem", which can be migrated
- * unless the test changes an answer. */
+/*
+ * Sets the answers of a QEMU 7.2 with 64 MiB of shared RAM in a backend named "mem". Its guest can
+ * be migrated unless the test changes an answer.
+ */
 void fake_qmp_set_healthy(FakeQmp *fake);

@@ -179,7 +179,7 @@ static char *listening_uri(Side *destination)
 
 static char *the_certs; /* shared by all pairs of the process; the main thread's */
 
-static void forget_certs(void)
+static void free_shared_certs(void)
 {
 	certs_free(g_steal_pointer(&the_certs));
 }
@@ -188,7 +188,7 @@ static const char *shared_certs(void)
 {
 	if (!the_certs) {
 		the_certs = certs_new();
-		atexit(forget_certs);
+		atexit(free_shared_certs);
 	}
 	return the_certs;
 }

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Tells ThreadSanitizer about GLib's locks and queues. GLib is not instrumented and its mutex is a
- * bare futex, so that without this every datum under a GMutex would be reported as a race. Linked
- * into the tests of a build with -Db_sanitize=thread, where these definitions come before GLib's.
+ * Tells ThreadSanitizer about GLib's locks and queues. GLib is not instrumented, and its mutex is a
+ * bare futex. Without this file every datum under a GMutex would be reported as a race. It is
+ * linked into the tests of a build with -Db_sanitize=thread, where these definitions come before
+ * GLib's.
  */
 #include <dlfcn.h>
 #include <glib.h>

@@ -577,7 +577,7 @@ static int use_tls(void **state)
 	return 0;
 }
 
-static int forget_tls(void **state)
+static int unset_tls(void **state)
 {
 	certs_free(*state);
 	return 0;
@@ -620,7 +620,7 @@ int main(int argc, char **argv)
 	};
 
 	if (argc == 2 && !strcmp(argv[1], "tls"))
-		return cmocka_run_group_tests(over_tls, use_tls, forget_tls);
+		return cmocka_run_group_tests(over_tls, use_tls, unset_tls);
 	if (argc == 3 && !strcmp(argv[1], "--echo"))
 		return echo_main(argv[2]);
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -11,7 +11,7 @@
 
 static Certs *good; /* constant once made; read by all tests */
 
-/* What was logged since forget_log(), so that tests can also check the destination's log. */
+/* What was logged since clear_log(), so that tests can also check the destination's log. */
 static GMutex log_lock;
 static GString *log_text; /* log_lock */
 
@@ -30,7 +30,7 @@ static gboolean was_logged(const char *text)
 	return strstr(log_text->str, text) != NULL;
 }
 
-static void forget_log(void)
+static void clear_log(void)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&log_lock);
 
@@ -95,7 +95,7 @@ static void a_source_with_a_certificate_can_connect_repeatedly(void **state)
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
 
-	forget_log();
+	clear_log();
 	/* The second time there is a TLS session to resume. */
 	for (guint i = 0; i < 3; i++) {
 		assert_works(connect_destination(destination), destination);
@@ -154,7 +154,7 @@ static void assert_source_refuses(const char *server_dir, const char *client_dir
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", server);
 	g_autoptr(GError) error = NULL;
 
-	forget_log();
+	clear_log();
 	assert_null(connect_with_tls(destination, client, NULL, LONG_MS, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
 	for (; *words; words++)
@@ -204,7 +204,7 @@ static void assert_client_is_refused(const char *client_dir, const char *const *
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", server);
 	g_autoptr(GError) error = NULL;
 
-	forget_log();
+	clear_log();
 	assert_null(connect_with_tls(destination, client, NULL, LONG_MS, &error));
 	if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED) ||
 	    !strstr(error->message, words))
@@ -268,7 +268,7 @@ static void a_plain_source_is_told_to_use_tls(void **state)
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
 	g_autoptr(GError) error = NULL;
 
-	forget_log();
+	clear_log();
 	assert_null(connect_with_tls(destination, NULL, NULL, LONG_MS, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
 	assert_non_null(strstr(error->message, "wants TLS: start the source with --tls-dir"));
@@ -296,7 +296,7 @@ static void a_source_with_tls_says_that_the_destination_has_none(void **state)
 	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
 	g_autoptr(GError) error = NULL;
 
-	forget_log();
+	clear_log();
 	assert_null(connect_with_tls(destination, tls, NULL, LONG_MS, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
 	assert_non_null(strstr(error->message, "was the destination started with --tls-dir, too?"));
@@ -354,7 +354,7 @@ static void peers_that_stall_are_closed_at_their_deadline(void **state)
 	int silent = raw_connect(destination_port(destination));
 	int halfway = raw_connect(destination_port(destination));
 
-	forget_log();
+	clear_log();
 	raw_write(halfway, half, sizeof half - 1);
 	assert_true(raw_reaches_end(silent));
 	assert_true(raw_reaches_end(halfway));
