@@ -77,7 +77,7 @@ Destination *destination_new(const char *text);
 Destination *destination_new_tls(const char *text, const PrTls *tls);
 /* The same with STALL_MS as handshake timeout. */
 Destination *destination_new_hasty(const char *text, const PrTls *tls);
-void destination_hold(Destination *destination, gboolean hold);
+void destination_block_hello(Destination *destination, gboolean hold);
 PrControl *destination_control(Destination *destination);
 void destination_wait_hellos(Destination *destination, guint n);
 uint16_t destination_port(Destination *destination);

@@ -336,7 +336,7 @@ Client *client_ready(Bench *bench)
 {
 	g_autoptr(Client) client = client_new(bench);
 	G_GNUC_UNUSED g_autoptr(JsonNode) greeting = client_receive(client);
-	g_autofree char *answer = client_ask(client, "{\"execute\":\"qmp_capabilities\"}");
+	g_autofree char *answer = client_request(client, "{\"execute\":\"qmp_capabilities\"}");
 
 	assert_string_equal(answer, "{\"return\":{}}");
 	return g_steal_pointer(&client);
@@ -399,7 +399,7 @@ JsonNode *client_receive(Client *client)
 	return node;
 }
 
-char *client_ask(Client *client, const char *text)
+char *client_request(Client *client, const char *text)
 {
 	if (text)
 		client_send(client, text);

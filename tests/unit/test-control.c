@@ -95,7 +95,7 @@ static void raw_drop_all(int fd)
  * The process is stopped for longer than the timeout, and no heartbeat has arrived meanwhile. It
  * must not report the peer as dead, as the peer may have been stopped too.
  */
-static void a_process_that_was_stopped_does_not_take_its_peer_for_dead(void **state)
+static void a_stopped_process_does_not_report_its_peer_as_dead(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
 	g_autofree char *text = pr_uri_address(raw->uri);
@@ -588,7 +588,7 @@ int main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(an_idle_channel_stays_open_and_knows_its_round_trip),
 		cmocka_unit_test(a_silent_peer_is_dead_after_the_timeout),
-		cmocka_unit_test(a_process_that_was_stopped_does_not_take_its_peer_for_dead),
+		cmocka_unit_test(a_stopped_process_does_not_report_its_peer_as_dead),
 		cmocka_unit_test(a_blocked_send_ends_when_the_peer_is_silent),
 		cmocka_unit_test(a_busy_consumer_with_a_full_queue_is_not_dead),
 		cmocka_unit_test(big_messages_pass_both_ways_at_once),

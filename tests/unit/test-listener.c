@@ -174,7 +174,7 @@ static void a_slow_on_hello_does_not_stop_accepting(void **state)
 	gint64 began;
 	int fd;
 
-	destination_hold(destination, TRUE);
+	destination_block_hello(destination, TRUE);
 	first = g_thread_new("first", connect_main, destination);
 	destination_wait_hellos(destination, 1);
 	second = g_thread_new("second", connect_main, destination);
@@ -186,7 +186,7 @@ static void a_slow_on_hello_does_not_stop_accepting(void **state)
 	close(fd);
 	/* One at a time: the second HELLO waits for the first callback. */
 	assert_int_equal(destination->hellos, 1);
-	destination_hold(destination, FALSE);
+	destination_block_hello(destination, FALSE);
 	destination_wait_hellos(destination, 2);
 	pr_control_free(g_thread_join(first));
 	pr_control_free(g_thread_join(second));

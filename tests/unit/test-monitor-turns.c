@@ -50,7 +50,7 @@ static void many_commands_of_one_client_do_not_delay_others(void **state)
 	client_send(client, "{\"execute\":\"query-migrate-parameters\"}");
 	g_mutex_unlock(&busy);
 
-	g_autofree char *answer = client_ask(client, NULL);
+	g_autofree char *answer = client_request(client, NULL);
 	const char *value = strstr(answer, "\"handshake-timeout\":");
 	assert_non_null(value);
 	assert_int_equal(sscanf(value, "\"handshake-timeout\":%d", &stands), 1);
@@ -61,7 +61,7 @@ static void many_commands_of_one_client_do_not_delay_others(void **state)
 	assert_true(stands < FIRST + ASKED / 10 || stands > FIRST + ASKED);
 
 	for (guint i = 0; i < ASKED; i++) {
-		g_autofree char *done = client_ask(greedy, NULL);
+		g_autofree char *done = client_request(greedy, NULL);
 
 		assert_non_null(strstr(done, "return"));
 	}
@@ -92,7 +92,7 @@ static void wait_for_call(Bench *bench, const char *wanted)
 
 static void assert_answered(Client *client, const char *text, const char *part)
 {
-	g_autofree char *answer = client_ask(client, text);
+	g_autofree char *answer = client_request(client, text);
 
 	if (!strstr(answer, part))
 		fail_msg("'%s' is not in: %s", part, answer);
