@@ -49,8 +49,8 @@ static double measure_pull(const Bench *bench, const char *scheme)
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pr_migration_query(pair->destination.engine, &info);
-	gint64 from = side_told_at(&pair->destination, PR_STATE_DEVICE);
-	gint64 to = side_told_at(&pair->destination, PR_STATE_COMPLETED);
+	gint64 from = side_reported_at(&pair->destination, PR_STATE_DEVICE);
+	gint64 to = side_reported_at(&pair->destination, PR_STATE_COMPLETED);
 	return (double)info.transferred * G_USEC_PER_SEC / (double)(to - from);
 }
 

@@ -72,8 +72,8 @@ static void touch_while_pulled(Pair *pair, Touch *touch, TouchResult *ret)
 static double pull_rate(Pair *pair)
 {
 	g_auto(PrMigrationInfo) info = {0};
-	gint64 from = side_told_at(&pair->destination, PR_STATE_DEVICE);
-	gint64 to = side_told_at(&pair->destination, PR_STATE_COMPLETED);
+	gint64 from = side_reported_at(&pair->destination, PR_STATE_DEVICE);
+	gint64 to = side_reported_at(&pair->destination, PR_STATE_COMPLETED);
 
 	pr_migration_query(pair->destination.engine, &info);
 	return (double)info.transferred * G_USEC_PER_SEC / (double)(to - from);

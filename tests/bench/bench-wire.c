@@ -118,8 +118,8 @@ static void measure_pull(const Bench *bench, const char *scheme, guint mbit, Fig
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pr_migration_query(pair->destination.engine, &info);
-	gint64 from = side_told_at(&pair->destination, PR_STATE_POSTCOPY_ACTIVE);
-	gint64 to = side_told_at(&pair->destination, PR_STATE_COMPLETED);
+	gint64 from = side_reported_at(&pair->destination, PR_STATE_POSTCOPY_ACTIVE);
+	gint64 to = side_reported_at(&pair->destination, PR_STATE_COMPLETED);
 	series_add(&figures->pull, (double)info.transferred * G_USEC_PER_SEC / (double)(to - from));
 	if (!raw_tcp_rate(size, RAW_READ, RAW_WINDOW, &raw, &error))
 		g_error("%s", error->message);

@@ -129,11 +129,11 @@ static double ms_between(gint64 from, gint64 to)
 static void take_times(Figures *f, Pair *pair, const Watch *here, const Watch *there)
 {
 	Side *source = &pair->source, *destination = &pair->destination;
-	gint64 began = side_told_at(source, PR_STATE_SETUP);
-	gint64 device = side_told_at(source, PR_STATE_DEVICE);
-	gint64 handed_over = side_told_at(source, PR_STATE_POSTCOPY_ACTIVE);
-	gint64 completed = side_told_at(destination, PR_STATE_COMPLETED);
-	gint64 pull_began = side_told_at(destination, PR_STATE_DEVICE);
+	gint64 began = side_reported_at(source, PR_STATE_SETUP);
+	gint64 device = side_reported_at(source, PR_STATE_DEVICE);
+	gint64 handed_over = side_reported_at(source, PR_STATE_POSTCOPY_ACTIVE);
+	gint64 completed = side_reported_at(destination, PR_STATE_COMPLETED);
+	gint64 pull_began = side_reported_at(destination, PR_STATE_DEVICE);
 	g_auto(PrMigrationInfo) info = {0};
 
 	pr_migration_query(destination->engine, &info);

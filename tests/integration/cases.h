@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What every program of tests with two engines lists its tests with, and runs them. */
+/* How each program of tests with two engines lists and runs its tests. */
 #pragma once
 
 #include <setjmp.h>

@@ -1,25 +1,27 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Two listed paths: which one is taken when the one in use is lost, and what stands by. */
+/*
+ * Failover between two listed paths: which path the engine uses next, and which one is the standby.
+ */
 #include <string.h>
 
 #include "migration/internal.h"
 #include "migration/session/messages.h"
 #include "tests/integration/cases.h"
-#include "tests/rigs/door.h"
+#include "tests/rigs/proxy.h"
 
 #define MIB (1024ull * 1024)
 
-/* Two paths, each with faults of its own. */
+/* A pair with two paths. Each path has its own fault injection. */
 typedef struct TwoPaths {
 	Pair *pair;
 	PrFaults *faults[2];
 	char *uri[2];
-	char *uris; /* for migrate */
+	char *uris; /* the list that `migrate` gets */
 } TwoPaths;
 
 static void two_paths_init(TwoPaths *two, const PairConfig *config)
 {
-	static int count; /* of the main thread; names the faults of each test */
+	static int count; /* used by the main thread only; makes the fault IDs unique */
 	g_auto(PrMigrationInfo) info = {0};
 
 	two->pair = pair_new(config);
@@ -45,37 +47,39 @@ static void two_paths_clear(TwoPaths *two)
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(TwoPaths, two_paths_clear)
 
-static guint news_so_far(Side *side)
+static guint count_path_events(Side *side)
 {
 	g_mutex_lock(&side->lock);
-	guint n = side->path_news->len;
+	guint n = side->path_events->len;
 	g_mutex_unlock(&side->lock);
 	return n;
 }
 
-/* Waits until it was told, behind the first n news, that the path was in this state, if only for a moment.
- * Returns the number of the news up to there. */
-static guint wait_path_news_behind(Side *side, guint n, const char *uri, PrPathState state)
+/*
+ * Waits for an event with this state of the path, ignoring the first n path events. The path may
+ * have left that state again. Returns the number of events up to and including that one.
+ */
+static guint wait_path_event_after(Side *side, guint n, const char *uri, PrPathState state)
 {
 	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
-	gboolean told = FALSE;
+	gboolean found = FALSE;
 
 	g_mutex_lock(&side->lock);
-	while (!told) {
-		for (; n < side->path_news->len && !told; n++) {
-			const PathNews *news = &g_array_index(side->path_news, PathNews, n);
-			told = news->state == state && strcmp(news->uri, uri) == 0;
+	while (!found) {
+		for (; n < side->path_events->len && !found; n++) {
+			const PathEvent *event = &g_array_index(side->path_events, PathEvent, n);
+			found = event->state == state && strcmp(event->uri, uri) == 0;
 		}
-		if (!told)
+		if (!found)
 			assert_true(g_cond_wait_until(&side->changed, &side->lock, deadline));
 	}
 	g_mutex_unlock(&side->lock);
 	return n;
 }
 
-static void wait_path_news(Side *side, const char *uri, PrPathState state)
+static void wait_path_event(Side *side, const char *uri, PrPathState state)
 {
-	wait_path_news_behind(side, 0, uri, state);
+	wait_path_event_after(side, 0, uri, state);
 }
 
 static void start(TwoPaths *two, void **state)
@@ -83,7 +87,7 @@ static void start(TwoPaths *two, void **state)
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS, .more = {scheme_of(state)}};
 
 	two_paths_init(two, &config);
-	/* Probes follow each other fast here. */
+	/* A short interval, so that a path is trusted soon. */
 	assert_true(pr_params_set(&two->pair->destination.params, "probe-interval", 20, NULL));
 	assert_true(pr_migration_start(two->pair->source.engine, two->uris, FALSE, NULL));
 	pair_wait(two->pair, PR_STATE_POSTCOPY_ACTIVE);
@@ -109,12 +113,12 @@ static void a_standby_takes_over_without_a_new_connection(void **state)
 	pair_wait_recovered(two.pair, 1);
 	side_check_path(source, two.uri[1], PR_PATH_ACTIVE);
 	assert_int_equal(pr_faults_counts(two.faults[1]).paths, paths);
-	wait_path_news(source, two.uri[0], PR_PATH_FAILED);
+	wait_path_event(source, two.uri[0], PR_PATH_FAILED);
 	finish(&two);
 	side_wait_path(source, two.uri[1], PR_PATH_IDLE);
 }
 
-static void a_standby_that_dies_is_known_and_disturbs_nobody(void **state)
+static void a_lost_standby_is_reported_and_does_not_pause(void **state)
 {
 	g_auto(TwoPaths) two = {0};
 	g_auto(PrMigrationInfo) info = {0};
@@ -122,27 +126,30 @@ static void a_standby_that_dies_is_known_and_disturbs_nobody(void **state)
 	start(&two, state);
 	side_wait_path(&two.pair->source, two.uri[1], PR_PATH_STANDBY);
 	pr_faults_cut_paths(two.faults[1]);
-	wait_path_news(&two.pair->source, two.uri[1], PR_PATH_FAILED);
-	/* It is connected again, and not trusted yet. */
-	wait_path_news(&two.pair->source, two.uri[1], PR_PATH_PROBATION);
+	wait_path_event(&two.pair->source, two.uri[1], PR_PATH_FAILED);
+	/* The source has connected the path again, and does not trust it yet. */
+	wait_path_event(&two.pair->source, two.uri[1], PR_PATH_PROBATION);
 	finish(&two);
 	pr_migration_query(two.pair->source.engine, &info);
 	assert_int_equal(info.pauses, 0);
 }
 
-/* Waits until the path stands by and has answered a probe: from then on it may be taken. */
+/* Waits until the path has answered a probe. Only such a standby may be activated. */
 static void wait_probed(Side *side, const char *uri)
 {
 	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
 
 	while (side_path(side, uri).data_rtt_us == 0) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
-/* The first path and the second are lost by turns, n times. The other is taken as it stands by, not connected anew. */
-static void lose_by_turns(TwoPaths *two, guint n)
+/*
+ * Cuts the first path and the second one alternately, n times in all. Each time the engine
+ * activates the connected standby, without a new connection.
+ */
+static void lose_alternately(TwoPaths *two, guint n)
 {
 	Side *source = &two->pair->source;
 
@@ -157,23 +164,23 @@ static void lose_by_turns(TwoPaths *two, guint n)
 	}
 }
 
-static void a_path_on_probation_is_taken_where_there_is_no_better_one(void **state)
+static void a_path_on_probation_is_used_if_no_other_is_connected(void **state)
 {
 	g_auto(TwoPaths) two = {0};
 
 	start(&two, state);
-	lose_by_turns(&two, 4);
+	lose_alternately(&two, 4);
 	finish(&two);
 }
 
-static void of_two_on_probation_the_first_to_be_trusted_is_taken(void **state)
+static void of_two_paths_on_probation_the_one_trusted_first_is_used(void **state)
 {
 	g_auto(TwoPaths) two = {0};
 	Side *source = NULL;
 
 	start(&two, state);
 	source = &two.pair->source;
-	lose_by_turns(&two, 2);
+	lose_alternately(&two, 2);
 	pr_params_set_capability(&source->params, "auto-recover", FALSE, NULL);
 	pr_faults_cut_paths(two.faults[0]);
 	pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
@@ -185,7 +192,7 @@ static void of_two_on_probation_the_first_to_be_trusted_is_taken(void **state)
 	finish(&two);
 }
 
-static void no_standby_is_kept_when_that_is_switched_off(void **state)
+static void without_standby_paths_each_failover_connects_anew(void **state)
 {
 	g_auto(TwoPaths) two = {0};
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS, .more = {scheme_of(state)}};
@@ -205,8 +212,8 @@ static void no_standby_is_kept_when_that_is_switched_off(void **state)
 	finish(&two);
 }
 
-/* The destination says over the standby that it has lost the path in use. */
-static void say_lost(Pair *pair, uint64_t epoch)
+/* The destination reports over the standby that it has lost the path in use. */
+static void send_lost(Pair *pair, uint64_t epoch)
 {
 	PrMigration *m = pair->destination.engine;
 	g_autoptr(GError) why = g_error_new_literal(PR_PATH_ERROR, PR_PATH_ERROR_LOST, "a test");
@@ -217,7 +224,7 @@ static void say_lost(Pair *pair, uint64_t epoch)
 	g_mutex_unlock(&m->session.lock);
 }
 
-static void news_over_a_standby_pauses_and_old_news_does_not(void **state)
+static void a_lost_message_over_a_standby_pauses_only_in_its_epoch(void **state)
 {
 	g_auto(TwoPaths) two = {0};
 	g_auto(PrMigrationInfo) info = {0};
@@ -228,18 +235,21 @@ static void news_over_a_standby_pauses_and_old_news_does_not(void **state)
 	g_mutex_lock(&m->session.lock);
 	uint64_t epoch = m->session.conn->epoch;
 	g_mutex_unlock(&m->session.lock);
-	say_lost(two.pair, epoch + 1);
-	say_lost(two.pair, epoch);
+	send_lost(two.pair, epoch + 1);
+	send_lost(two.pair, epoch);
 	pair_wait_recovered(two.pair, 1);
 	side_wait_path(&two.pair->source, two.uri[1], PR_PATH_ACTIVE);
-	/* That was one pause, not two. */
+	/* The source has paused once: it has ignored the message of the other epoch. */
 	finish(&two);
 	pr_migration_query(two.pair->source.engine, &info);
 	assert_int_equal(info.pauses, 1);
 }
 
-/* A human names the path that stands by: its standby is used, also when automatic recovery is off. */
-static void a_human_uses_the_standby_too(void **state)
+/*
+ * The operator recovers over the path of the standby. The engine uses the connected standby, also
+ * when automatic recovery is off.
+ */
+static void a_manual_recovery_uses_the_standby(void **state)
 {
 	g_auto(TwoPaths) two = {0};
 	g_autoptr(GError) error = NULL;
@@ -264,7 +274,7 @@ static void fails_over_twenty_times_in_one_migration(void **state)
 
 	start(&two, state);
 	for (guint i = 0; i < 20; i++) {
-		/* Whichever is in use. */
+		/* Cut the path that is in use at this moment. */
 		guint used =
 			side_path(&two.pair->source, two.uri[0]).state == PR_PATH_ACTIVE ? 0 : 1;
 		if (i % 3)
@@ -276,8 +286,11 @@ static void fails_over_twenty_times_in_one_migration(void **state)
 	finish(&two);
 }
 
-/* It is the source that would come by itself. */
-static void wait_held(Pair *pair)
+/*
+ * Waits until the source knows that the operator has paused, as it is the source that starts
+ * automatic recoveries.
+ */
+static void wait_paused_by_operator(Pair *pair)
 {
 	PrMigration *m = pair->source.engine;
 	gint64 deadline = g_get_monotonic_time() + 60 * G_USEC_PER_SEC;
@@ -288,7 +301,7 @@ static void wait_held(Pair *pair)
 	g_mutex_unlock(&m->session.lock);
 }
 
-static guint count_told(Side *side, PrState state)
+static guint count_reported(Side *side, PrState state)
 {
 	guint n = 0;
 
@@ -299,8 +312,8 @@ static guint count_told(Side *side, PrState state)
 	return n;
 }
 
-/* A pause that a human asked for is ended by a human, from whichever side it came. */
-static void stays_paused_when_a_human_paused(void **state)
+/* After `migrate_pause` on either side, only the operator starts a recovery. */
+static void a_pause_by_the_operator_is_not_ended_automatically(void **state)
 {
 	g_auto(TwoPaths) two = {0};
 	g_autoptr(GError) error = NULL;
@@ -309,20 +322,29 @@ static void stays_paused_when_a_human_paused(void **state)
 	for (guint i = 0; i < 2; i++) {
 		Side *asked = i ? &two.pair->source : &two.pair->destination;
 		assert_true(pr_migration_pause(asked->engine, NULL));
-		/* A source that did not hear why tries once, and is told. */
-		wait_held(two.pair);
+		/*
+		 * A source that has lost the path before it got the reason tries to recover once.
+		 * The destination refuses that and sends the reason.
+		 */
+		wait_paused_by_operator(two.pair);
 		pair_wait(two.pair, PR_STATE_POSTCOPY_PAUSED);
-		guint attempts = count_told(&two.pair->source, PR_STATE_POSTCOPY_RECOVER_SETUP);
-		/* No attempt may come for as long: there is no condition to wait for. */
+		guint attempts = count_reported(&two.pair->source, PR_STATE_POSTCOPY_RECOVER_SETUP);
+		/*
+		 * A check that no attempt follows has no condition to wait for, so it needs this
+		 * time.
+		 */
 		g_usleep(400 * 1000);
-		wait_held(two.pair);
-		assert_int_equal(count_told(&two.pair->source, PR_STATE_POSTCOPY_RECOVER_SETUP),
+		wait_paused_by_operator(two.pair);
+		assert_int_equal(count_reported(&two.pair->source, PR_STATE_POSTCOPY_RECOVER_SETUP),
 				 attempts);
 		pr_migration_start(two.pair->source.engine, two.uris, /* resume= */ TRUE, &error);
 		g_assert_no_error(error);
 		pair_wait_recovered(two.pair, i + 1);
 	}
-	/* Switched off, a lost path waits for a human, too; switched on again, it is recovered. */
+	/*
+	 * With auto-recover off a lost path also waits for the operator. Switching it on starts the
+	 * recovery.
+	 */
 	assert_true(
 		pr_params_set_capability(&two.pair->source.params, "auto-recover", FALSE, NULL));
 	pr_faults_cut_paths(two.faults[0]);
@@ -339,9 +361,12 @@ static guint16 port_of(const char *text)
 	return uri->port;
 }
 
-/* An attempt to connect a standby has no answer; meanwhile its path is connected otherwise, and used. What becomes of the
- * attempt says nothing of the path then. */
-static void a_late_attempt_for_a_standby_says_nothing_of_the_path_in_use(void **state)
+/*
+ * The destination does not answer a connection attempt for a standby. Meanwhile the destination's
+ * recovery uses the same path over another connection. The failure of the late attempt must not
+ * change the state of that path.
+ */
+static void a_late_standby_attempt_does_not_change_the_active_path(void **state)
 {
 	PairConfig config = {.scheme = "tcp", PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -350,26 +375,29 @@ static void a_late_attempt_for_a_standby_says_nothing_of_the_path_in_use(void **
 
 	pr_migration_query(pair->destination.engine, &info);
 	const PrPathInfo *listening = g_ptr_array_index(info.paths, 0);
-	g_autoptr(Door) door = door_new(port_of(listening->uri));
-	g_autofree char *second = g_strdup_printf("tcp:127.0.0.1:%u", door_port(door));
+	g_autoptr(Proxy) proxy = proxy_new(port_of(listening->uri));
+	g_autofree char *second = g_strdup_printf("tcp:127.0.0.1:%u", proxy_port(proxy));
 	g_autofree char *uris = g_strdup_printf("%s,%s", pair->uri, second);
 
 	assert_true(pr_params_set(&source->params, "handshake-timeout", 600000, NULL));
 	assert_true(pr_migration_start(source->engine, uris, FALSE, NULL));
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
-	door_wait_knocked(door);
-	guint news = news_so_far(source);
+	proxy_wait_connected(proxy);
+	guint n_events = count_path_events(source);
 	pr_faults_cut_paths(pair->faults);
 	pair_wait_recovered(pair, 1);
 	side_check_path(source, second, PR_PATH_ACTIVE);
 
-	wait_path_news_behind(source, news, pair->uri, PR_PATH_PROBATION);
-	door_turn_away(door);
-	/* Another standby comes and goes: by then the keeper has taken notice. */
-	news = news_so_far(source);
+	wait_path_event_after(source, n_events, pair->uri, PR_PATH_PROBATION);
+	proxy_close_first(proxy);
+	/*
+	 * Then another standby is lost and connected again. By that event the path's keeper
+	 * (source/standby.c) has also handled the end of the late attempt.
+	 */
+	n_events = count_path_events(source);
 	pr_faults_cut_paths(pair->faults);
-	news = wait_path_news_behind(source, news, pair->uri, PR_PATH_FAILED);
-	wait_path_news_behind(source, news, pair->uri, PR_PATH_PROBATION);
+	n_events = wait_path_event_after(source, n_events, pair->uri, PR_PATH_FAILED);
+	wait_path_event_after(source, n_events, pair->uri, PR_PATH_PROBATION);
 	side_check_path(source, second, PR_PATH_ACTIVE);
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 	pair_wait(pair, PR_STATE_COMPLETED);
@@ -379,16 +407,16 @@ static void a_late_attempt_for_a_standby_says_nothing_of_the_path_in_use(void **
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(a_late_attempt_for_a_standby_says_nothing_of_the_path_in_use),
+		cmocka_unit_test(a_late_standby_attempt_does_not_change_the_active_path),
 		BOTH(a_standby_takes_over_without_a_new_connection),
-		BOTH(a_standby_that_dies_is_known_and_disturbs_nobody),
-		BOTH(a_path_on_probation_is_taken_where_there_is_no_better_one),
-		BOTH(of_two_on_probation_the_first_to_be_trusted_is_taken),
-		BOTH(no_standby_is_kept_when_that_is_switched_off),
-		BOTH(news_over_a_standby_pauses_and_old_news_does_not),
-		BOTH(a_human_uses_the_standby_too),
+		BOTH(a_lost_standby_is_reported_and_does_not_pause),
+		BOTH(a_path_on_probation_is_used_if_no_other_is_connected),
+		BOTH(of_two_paths_on_probation_the_one_trusted_first_is_used),
+		BOTH(without_standby_paths_each_failover_connects_anew),
+		BOTH(a_lost_message_over_a_standby_pauses_only_in_its_epoch),
+		BOTH(a_manual_recovery_uses_the_standby),
 		BOTH(fails_over_twenty_times_in_one_migration),
-		BOTH(stays_paused_when_a_human_paused),
+		BOTH(a_pause_by_the_operator_is_not_ended_automatically),
 	};
 
 	return RUN_CASES("failover", tests);

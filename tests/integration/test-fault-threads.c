@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* One fault thread or several, each with an urgent lane: nobody is forgotten, whatever becomes of the path. */
+/*
+ * With one fault thread or several, each with its own urgent lane, every waiting guest thread gets
+ * its page, also after path failures.
+ */
 #include <string.h>
 #include <unistd.h>
 
@@ -9,8 +12,8 @@
 #define MIB	 (1024ull * 1024)
 #define PAGE	 4096
 #define TOUCHERS 32
-#define N_PAGES	 1500 /* that each of them touches */
-#define GATES	 4    /* where all of them wait for the test */
+#define N_PAGES	 1500 /* that each thread touches */
+#define GATES	 4    /* points where all threads wait for the test */
 #define CROWDS	 5
 #define PATIENCE (60 * G_USEC_PER_SEC)
 
@@ -19,17 +22,20 @@ typedef struct Case {
 	guint n_threads;
 } Case;
 
-/* All touch the same pages; some in the same order, so that they wait for the same ones together. */
+/*
+ * Threads that touch the same pages. Some touch them in the same order, so that several threads
+ * wait for one page.
+ */
 typedef struct Crowd {
 	const volatile uint8_t *map;
 	guint n_pages;
-	guint order; /* the next one's; atomic */
+	guint order; /* of the next thread; atomic */
 	GThread *threads[TOUCHERS];
 
 	GMutex lock; /* protects what follows */
 	GCond changed;
-	guint n_arrived; /* at gates, all threads' together */
-	guint n_open;	 /* gates */
+	guint n_arrived; /* arrivals at gates, of all threads together */
+	guint n_open;	 /* the number of open gates */
 } Crowd;
 
 static void pass_gate(Crowd *crowd, guint gate)
@@ -59,7 +65,7 @@ static gpointer touch_pages(gpointer opaque)
 	return NULL;
 }
 
-/* With all gates open, or closed. */
+/* open: whether all gates are open from the start. */
 static void crowd_start(Crowd *crowd, Pair *pair, guint first, guint n_pages, gboolean open)
 {
 	*crowd = (Crowd){
@@ -82,7 +88,7 @@ static void crowd_join(Crowd *crowd)
 	g_cond_clear(&crowd->changed);
 }
 
-/* Lets all of them go on from the next gate, when they are there. */
+/* Waits until all threads have arrived at the next gate, and opens it. */
 static void crowd_open(Crowd *crowd)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE;
@@ -97,8 +103,10 @@ static void crowd_open(Crowd *crowd)
 	g_mutex_unlock(&crowd->lock);
 }
 
-/* A guest that stands still, most of its memory at the source. */
-static Pair *arrive(const Case *params)
+/*
+ * Migrates a paused guest with hardly any bulk pull, so most of its memory is still at the source.
+ */
+static Pair *start_paused_guest(const Case *params)
 {
 	PairConfig config = {
 		.scheme = params->scheme, .size = 16 * MIB, .bandwidth = 1, .paused = TRUE};
@@ -110,7 +118,7 @@ static Pair *arrive(const Case *params)
 	return pair;
 }
 
-static void complete(Pair *pair)
+static void complete_and_compare(Pair *pair)
 {
 	g_autofree char *difference = NULL;
 
@@ -133,10 +141,10 @@ static PrFaultStats fault_stats(Pair *pair)
 	return stats;
 }
 
-static void a_crowd_on_the_same_pages_is_served(void **state)
+static void many_threads_on_the_same_pages_are_served(void **state)
 {
 	const Case *params = *state;
-	g_autoptr(Pair) pair = arrive(params);
+	g_autoptr(Pair) pair = start_paused_guest(params);
 	PrFaultStats before = fault_stats(pair), stats = before;
 	guint n_pages = N_PAGES / CROWDS;
 
@@ -147,13 +155,13 @@ static void a_crowd_on_the_same_pages_is_served(void **state)
 		crowd_join(&crowd);
 	}
 	stats = fault_stats(pair);
-	/* However many wait for a page, it is asked for once. */
+	/* However many threads wait for a page, the engine requests it once. */
 	assert_in_range(stats.requests - before.requests, 1, N_PAGES);
 	if (params->n_threads == 1)
 		assert_int_equal(stats.helped, 0);
 	else
 		assert_true(stats.helped > 0);
-	complete(pair);
+	complete_and_compare(pair);
 }
 
 static void lose_path(Pair *pair)
@@ -168,10 +176,10 @@ static void recover(Pair *pair)
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
 }
 
-/* The path is lost just when all of them go on. */
-static void nobody_is_forgotten_when_paths_are_lost(void **state)
+/* Each path is lost just after all threads have passed a gate. */
+static void waiting_threads_are_served_after_lost_paths(void **state)
 {
-	g_autoptr(Pair) pair = arrive(*state);
+	g_autoptr(Pair) pair = start_paused_guest(*state);
 	Crowd crowd;
 
 	crowd_start(&crowd, pair, 0, N_PAGES, /* open= */ FALSE);
@@ -181,13 +189,13 @@ static void nobody_is_forgotten_when_paths_are_lost(void **state)
 		recover(pair);
 	}
 	crowd_join(&crowd);
-	complete(pair);
+	complete_and_compare(pair);
 }
 
-/* The next path has another number of lanes than there are threads. */
+/* The number of lanes of the next path differs from the number of threads that were faulting. */
 static void lose_path_and_change(const Case *params, guint n_lanes)
 {
-	g_autoptr(Pair) pair = arrive(params);
+	g_autoptr(Pair) pair = start_paused_guest(params);
 	Crowd crowd;
 
 	crowd_start(&crowd, pair, 0, N_PAGES, /* open= */ FALSE);
@@ -200,7 +208,7 @@ static void lose_path_and_change(const Case *params, guint n_lanes)
 		recover(pair);
 	}
 	crowd_join(&crowd);
-	complete(pair);
+	complete_and_compare(pair);
 }
 
 static void the_next_path_may_have_fewer_lanes(void **state)
@@ -213,8 +221,8 @@ static void the_next_path_may_have_more_lanes(void **state)
 	lose_path_and_change(*state, PR_URGENT_LANES_MAX);
 }
 
-/* All memory is touched by the guest itself, which checks what it reads. */
-static void a_busy_guest_stays_sound(void **state)
+/* The threads of the guest itself touch all memory, and check what they read. */
+static void a_busy_guest_reads_correct_pages(void **state)
 {
 	const Case *params = *state;
 	PairConfig config = {
@@ -228,8 +236,11 @@ static void a_busy_guest_stays_sound(void **state)
 	pair_check_completed(pair);
 }
 
-/* Comes in place of the source, which can serve so many urgent lanes more. Returns how many the destination wants. */
-static guint ask_for_lanes(Pair *pair, guint64 epoch, guint offered)
+/*
+ * Connects in the source's place and offers so many additional urgent lanes. Returns how many of
+ * them the destination accepts.
+ */
+static guint connect_offering_lanes(Pair *pair, guint64 epoch, guint offered)
 {
 	PrMigration *m = pair->source.engine;
 	PrHello hello = {.version = PR_WIRE_VERSION,
@@ -260,13 +271,16 @@ static void the_source_says_how_many_lanes_it_can_serve(void **state)
 	const guint offers[] = {0, 1, 3, 7, 255};
 	const guint answers[] = {0, 1, 3, 3, 3};
 	Case params = {*state, 4};
-	g_autoptr(Pair) pair = arrive(&params);
+	g_autoptr(Pair) pair = start_paused_guest(&params);
 
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
 	for (guint i = 0; i < G_N_ELEMENTS(offers); i++) {
-		assert_int_equal(ask_for_lanes(pair, 10 + i, offers[i]), answers[i]);
-		/* It comes to nothing, and the next one may come. */
+		assert_int_equal(connect_offering_lanes(pair, 10 + i, offers[i]), answers[i]);
+		/*
+		 * This recovery fails, as the test closes the connection, and a later one may
+		 * follow.
+		 */
 		side_wait(&pair->destination, PR_STATE_POSTCOPY_PAUSED);
 	}
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
@@ -288,9 +302,9 @@ static void the_source_says_how_many_lanes_it_can_serve(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		FOR_ALL(a_crowd_on_the_same_pages_is_served),
-		FOR_ALL(nobody_is_forgotten_when_paths_are_lost),
-		FOR_ALL(a_busy_guest_stays_sound),
+		FOR_ALL(many_threads_on_the_same_pages_are_served),
+		FOR_ALL(waiting_threads_are_served_after_lost_paths),
+		FOR_ALL(a_busy_guest_reads_correct_pages),
 		FOR("tcp", 4, the_next_path_may_have_fewer_lanes),
 		FOR("ofi", 4, the_next_path_may_have_fewer_lanes),
 		FOR("tcp", 1, the_next_path_may_have_more_lanes),

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the fault service counts: who waited for pages, and what it reads ahead. */
+/*
+ * The statistics of the fault service: which threads waited for pages, and how many pages were read
+ * ahead.
+ */
 #include <string.h>
 #include <unistd.h>
 
@@ -28,7 +31,7 @@ static gpointer touch(gpointer opaque)
 	return NULL;
 }
 
-/* FALSE: this thread is not among those that have waited. */
+/* Returns FALSE if no wait of this thread was counted. */
 static gboolean find_thread(const PrMigrationInfo *info, uint32_t tid, PrThreadTime *ret)
 {
 	for (guint i = 0; info->blocktime.threads && i < info->blocktime.threads->len; i++) {
@@ -39,7 +42,7 @@ static gboolean find_thread(const PrMigrationInfo *info, uint32_t tid, PrThreadT
 	return FALSE;
 }
 
-/* Waits until a thread of the destination's guest has waited, for so many pages. */
+/* Waits until the engine reports a wait of this thread, with so many completed faults. */
 static PrThreadTime wait_for_faults(Pair *pair, Toucher *toucher, uint64_t faults)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
@@ -53,15 +56,14 @@ static PrThreadTime wait_for_faults(Pair *pair, Toucher *toucher, uint64_t fault
 		if (find_thread(&info, tid, &time) && time.faults == faults && time.blocked_ns > 0)
 			return time;
 		if (g_get_monotonic_time() > deadline)
-			g_error("thread %u is not among those that have waited for %" G_GUINT64_FORMAT
-				" pages",
+			g_error("no wait of thread %u with %" G_GUINT64_FORMAT " pages was counted",
 				tid, faults);
-		g_usleep(200); /* between two looks at the condition */
+		g_usleep(200); /* between two checks of the condition */
 	}
 }
 
-/* Also while the path is away: so that both are certain to wait at the same time. */
-static void each_thread_that_waits_for_a_page_counts(void **state)
+/* The path is cut first, so that all threads are certain to wait at the same time. */
+static void each_waiting_thread_is_counted(void **state)
 {
 	PairConfig config = {
 		.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = 1, .paused = TRUE};
@@ -101,7 +103,7 @@ static uint64_t faults_of_threads(const PrBlocktimeInfo *info)
 	return sum;
 }
 
-static void threads_and_totals_tell_the_same(void **state)
+static void faults_of_threads_add_up_to_the_total(void **state)
 {
 	PairConfig config = {
 		.scheme = scheme_of(state), .size = 64 * MIB, .n_threads = 4, .bandwidth = 8 * MIB};
@@ -111,14 +113,14 @@ static void threads_and_totals_tell_the_same(void **state)
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);
-	/* The workers settle what they still have after that. */
+	/* The fault threads may count their last faults after completion. */
 	for (;;) {
 		g_auto(PrMigrationInfo) info = {0};
 
 		pr_migration_query(pair->destination.engine, &info);
 		assert_false(info.blocktime.vcpus_known);
 		assert_true(info.faults > 0);
-		/* The four, and who has loaded the device state. */
+		/* The four threads of the guest, and the one that has loaded the device state. */
 		if (info.blocktime.threads->len >= 4 &&
 		    faults_of_threads(&info.blocktime) == info.faults)
 			break;
@@ -127,11 +129,11 @@ static void threads_and_totals_tell_the_same(void **state)
 				 " in all",
 				 info.blocktime.threads->len, faults_of_threads(&info.blocktime),
 				 info.faults);
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	}
 }
 
-/* Reads so many pages of the destination's second block, one after the other. */
+/* Reads n pages of the destination's second block in order. */
 typedef struct Walker {
 	Pair *pair;
 	guint first, n;
@@ -147,7 +149,9 @@ static gpointer walk(gpointer opaque)
 	return NULL;
 }
 
-/* With all but no bulk pull: what a walk over 2000 pages has cost. */
+/*
+ * Returns the statistics of a walk over 2000 pages. The bandwidth limit leaves almost no bulk pull.
+ */
 static void walk_and_count(const char *scheme, uint64_t limit, PrMigrationInfo *ret)
 {
 	PairConfig config = {.scheme = scheme, .size = 32 * MIB, .bandwidth = 1, .paused = TRUE};
@@ -176,8 +180,10 @@ static void a_walk_faults_far_less_with_read_ahead(void **state)
 
 	walk_and_count(scheme_of(state), 0, &without);
 	walk_and_count(scheme_of(state), 32, &with);
-	/* One page in sixteen is a hole, one is found to be zero: the source tells of them, sooner or later than
-	 * the walk comes by. A first READ or two of the bulk pull may cover some more. */
+	/*
+	 * One page in sixteen is a hole, and one is all zero. The source sends both as zero ranges,
+	 * before or after the walk reaches them. The first bulk READs may cover a few more pages.
+	 */
 	assert_in_range(without.faults, 1500, 2000);
 	assert_int_equal(without.readahead_pages, 0);
 	assert_true(with.faults < without.faults / 4);
@@ -185,7 +191,7 @@ static void a_walk_faults_far_less_with_read_ahead(void **state)
 	assert_true(with.readahead_waited <= with.faults);
 }
 
-/* READs ahead that are lost with the path are asked for again, as the others are. */
+/* Pages whose read-ahead was lost with the path are requested again. */
 static void read_ahead_survives_lost_paths(void **state)
 {
 	PairConfig config = {
@@ -224,8 +230,8 @@ static void read_ahead_survives_lost_paths(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		BOTH(each_thread_that_waits_for_a_page_counts),
-		BOTH(threads_and_totals_tell_the_same),
+		BOTH(each_waiting_thread_is_counted),
+		BOTH(faults_of_threads_add_up_to_the_total),
 		BOTH(a_walk_faults_far_less_with_read_ahead),
 		BOTH(read_ahead_survives_lost_paths),
 	};

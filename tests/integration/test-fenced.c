@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The guest runs on one side: what anybody does to the source's guest after the hand-over does not come to the destination;
- * and before the hand-over the source's guest runs on, however long that takes. */
+/*
+ * The guest runs on one side only. After the hand-over, writes at the source do not reach the
+ * destination. Before the hand-over, a failed migration resumes the source's guest, however long
+ * that takes.
+ */
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <string.h>
@@ -15,7 +18,7 @@
 #define PAGE	    4096
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
 
-/* Waits until a side's reason has these words. */
+/* Waits until the reason in a side's status contains these words. */
 static void wait_reason(Side *side, const char *words)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
@@ -29,7 +32,7 @@ static void wait_reason(Side *side, const char *words)
 		if (g_get_monotonic_time() > deadline)
 			g_error("%s never said \"%s\"; it says \"%s\"", side->name, words,
 				info.reason);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
@@ -38,7 +41,7 @@ static void full_speed(Pair *pair)
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 }
 
-/* What the hook looks for: there is one pair at a time. */
+/* Used by the crash-point hook. There is one pair at a time. */
 static Pair *cancelled;
 static gint fenced; /* atomic */
 
@@ -76,13 +79,16 @@ static void migrate_until_fenced(Pair *pair)
 	pair_migrate(pair);
 	while (!g_atomic_int_get(&fenced)) {
 		g_assert_cmpint(g_get_monotonic_time(), <, deadline);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 	end_hook();
 }
 
-/* Waits until some thread of the guest waits to write: it can't be parked any more. */
-static void wait_stuck(TestGuest *guest)
+/*
+ * Waits until the write protection blocks a thread of the guest. That thread can't be parked any
+ * more.
+ */
+static void wait_blocked(TestGuest *guest)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
@@ -100,27 +106,32 @@ static void wait_parked(TestGuest *guest)
 		g_assert_cmpint(g_get_monotonic_time(), <, deadline);
 }
 
-/* Its VMM lets the guest run at the source, while its pages are on their way: its threads would write them. They wait
- * until everything has moved, also while the engine is another one. */
-static void what_runs_at_the_source_changes_nothing(void **state)
+/*
+ * After the hand-over the VMM resumes the guest at the source. The fence blocks the threads that
+ * write. They stay blocked until the migration has completed, also during a recovery.
+ */
+static void writes_at_the_source_after_the_hand_over_do_not_arrive(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
 
 	migrate_until_fenced(pair);
 	testguest_resume(pair->source.guest);
-	wait_stuck(pair->source.guest);
+	wait_blocked(pair->source.guest);
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
-	assert_false(testguest_pause(pair->source.guest, 500)); /* longer than its threads rest */
+	/* The timeout is longer than the threads sleep between pages. */
+	assert_false(testguest_pause(pair->source.guest, 500));
 	full_speed(pair);
 	pair_resume_until_completed(pair, 3);
 	wait_parked(pair->source.guest);
 	pair_check_completed(pair);
 }
 
-/* Another userfaultfd over the source's RAM keeps the fence out. */
-static int occupy(TestGuest *guest)
+/*
+ * Registers another userfaultfd over the source's RAM, so that the engine can't write-protect it.
+ */
+static int occupy_ram(TestGuest *guest)
 {
 	struct uffdio_api api = {.api = UFFD_API,
 				 .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP |
@@ -139,21 +150,21 @@ static int occupy(TestGuest *guest)
 	return fd;
 }
 
-static void a_fence_that_cannot_be_had_is_told_on_both_sides(void **state)
+static void a_missing_fence_is_reported_on_both_sides(void **state)
 {
 	PairConfig config = {.scheme = "tcp", PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
-	int fd = occupy(pair->source.guest);
+	int fd = occupy_ram(pair->source.guest);
 
 	pair_migrate(pair);
 	wait_reason(&pair->source, "the source's RAM is not write-protected");
 	wait_reason(&pair->destination, "the source says: the source's RAM is not write-protected");
-	/* Over each new connection, too. */
+	/* The message is sent again over each new connection. */
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
 	pair_resume(pair);
 	wait_reason(&pair->destination, "the source says: the source's RAM is not write-protected");
-	/* What was in its way passes. */
+	/* Once the other userfaultfd is closed, the engine's next try to fence succeeds. */
 	close(fd);
 	pair_wait_fenced(pair, TRUE);
 	full_speed(pair);
@@ -162,9 +173,12 @@ static void a_fence_that_cannot_be_had_is_told_on_both_sides(void **state)
 	pair_check_completed(pair);
 }
 
-static void the_source_tries_until_its_guest_runs(void **state)
+static void a_cancelled_source_retries_until_its_guest_runs(void **state)
 {
-	/* Seven tries take about seven seconds: long enough to be seen trying. */
+	/*
+	 * Seven tries take about seven seconds, long enough for the test to see the state between
+	 * them.
+	 */
 	PairConfig config = {.scheme = "tcp", .size = 4 * MIB, .refused_runs = 7};
 	g_autoptr(Pair) pair = pair_new(&config);
 
@@ -175,15 +189,15 @@ static void the_source_tries_until_its_guest_runs(void **state)
 	end_hook();
 	assert_int_equal(testguest_refused_runs(pair->source.guest), 7);
 	pair_check_undone(pair);
-	/* And it may leave again. */
+	/* The guest may be migrated again. */
 	pair_wait_taken_back(pair);
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);
 }
 
-/* An engine that is to end does not wait for what may never come. */
-static void an_engine_ends_while_it_tries(void **state)
+/* Ending the engine ends the retries, which might never succeed. */
+static void an_engine_can_be_ended_during_these_retries(void **state)
 {
 	PairConfig config = {.scheme = "tcp", .size = 4 * MIB, .refused_runs = 1000000};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -199,10 +213,10 @@ static void an_engine_ends_while_it_tries(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		BOTH(what_runs_at_the_source_changes_nothing),
-		cmocka_unit_test(a_fence_that_cannot_be_had_is_told_on_both_sides),
-		cmocka_unit_test(the_source_tries_until_its_guest_runs),
-		cmocka_unit_test(an_engine_ends_while_it_tries),
+		BOTH(writes_at_the_source_after_the_hand_over_do_not_arrive),
+		cmocka_unit_test(a_missing_fence_is_reported_on_both_sides),
+		cmocka_unit_test(a_cancelled_source_retries_until_its_guest_runs),
+		cmocka_unit_test(an_engine_can_be_ended_during_these_retries),
 	};
 
 	return RUN_CASES("fenced", tests);

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* A host that floods the port of a running migration in every way: it goes on, and whoever belongs to it gets in. */
+/*
+ * A host floods the port of a running migration in every way. The migration continues, and the real
+ * source can still reconnect.
+ */
 #include <string.h>
 
 #include "migration/internal.h"
@@ -19,7 +22,7 @@ static guint count_fds(void)
 	return n;
 }
 
-/* A HELLO of no migration that is known here, as a frame. */
+/* A HELLO frame of a migration that the destination does not know. */
 static GByteArray *foreign_hello(const char *scheme)
 {
 	PrWireBlock block = {"mem0", 4096, 4096};
@@ -42,7 +45,7 @@ static GByteArray *foreign_hello(const char *scheme)
 	return frame;
 }
 
-/* A data lane of the running migration's connection, with a token that is wrong. */
+/* A LANE frame for the running migration, with a wrong token. */
 static GByteArray *foreign_lane(Pair *pair)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
@@ -53,7 +56,7 @@ static GByteArray *foreign_lane(Pair *pair)
 	g_mutex_lock(&pair->source.engine->session.lock);
 	memcpy(lane.uuid, pair->source.engine->session.binding.uuid, PR_UUID_BYTES);
 	lane.epoch =
-		pair->source.engine->session.binding.epoch + 1; /* that of the recovery to come */
+		pair->source.engine->session.binding.epoch + 1; /* the epoch of the next recovery */
 	g_mutex_unlock(&pair->source.engine->session.lock);
 	pr_lane_hello_encode(body, &lane);
 	pr_header_encode(header, PR_MSG_LANE, body->len);
@@ -80,7 +83,7 @@ static guint64 pauses(Side *side)
 	return info.pauses;
 }
 
-/* What was opened for those that came is closed. */
+/* Waits until the descriptors of the flood's connections are closed. */
 static void wait_fds(guint at_most)
 {
 	gint64 deadline = g_get_monotonic_time() + 30 * G_USEC_PER_SEC;
@@ -93,11 +96,11 @@ static void wait_fds(guint at_most)
 	}
 }
 
-static void a_flood_disturbs_no_migration(void **state)
+static void a_flood_does_not_disturb_a_migration(void **state)
 {
 	static const char garbage[64] = "GET / HTTP/1.1\r\n\r\n";
 	static const char tls[] = "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
-	/* Longer than PAIR_LASTS: all of the floods have to fit in. */
+	/* Longer than PAIR_LASTS, so that all floods end before the migration. */
 	PairConfig config = {
 		.scheme = *state, .size = 64 * MIB, .bandwidth = MIB / 4, .pace_us = 500000};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -108,7 +111,8 @@ static void a_flood_disturbs_no_migration(void **state)
 
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
-	pair_wait_fenced(pair, TRUE); /* which opens a descriptor of its own */
+	/* The fence opens a descriptor, so the test counts descriptors after it. */
+	pair_wait_fenced(pair, TRUE);
 	lane = foreign_lane(pair);
 	port = port_of(pair);
 	fds = count_fds();
@@ -130,7 +134,7 @@ static void a_flood_disturbs_no_migration(void **state)
 	assert_int_equal(pauses(&pair->source), 0);
 	assert_int_equal(pauses(&pair->destination), 0);
 
-	/* Whoever belongs to it gets in, while they come. */
+	/* The real source recovers while the floods go on. */
 	for (guint64 n = 1; n <= 3; n++) {
 		pr_faults_cut_paths(pair->faults);
 		pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
@@ -152,7 +156,7 @@ static void a_flood_disturbs_no_migration(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		BOTH(a_flood_disturbs_no_migration),
+		BOTH(a_flood_does_not_disturb_a_migration),
 	};
 
 	return RUN_CASES("flood", tests);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Guests whose memory consists of huge pages, or was allocated beforehand. */
+/* Guests that use huge pages, or whose memory was allocated before the migration. */
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -60,8 +60,8 @@ static void threads_wait_for_the_same_pages(void **state)
 	}
 }
 
-/* One piece of a huge page; the others are right. */
-static void a_piece_that_comes_in_wrong_is_read_again(void **state)
+/* Corrupts one 4 KiB piece of a huge page. The other pieces are correct. */
+static void a_corrupt_piece_of_a_huge_page_is_read_again(void **state)
 {
 	for (guint read = 1; read < 12; read += 5) {
 		PairConfig config = {.scheme = scheme_of(state),
@@ -100,8 +100,11 @@ static uint64_t size_of(TestGuest *guest)
 	return testguest_n_blocks(guest) * testguest_block_size(guest);
 }
 
-/* What firmware may have left at the destination; a sixteenth of the source's memory are holes. */
-static void memory_that_is_kept_is_cleared(void **state)
+/*
+ * The destination's memory has data already, as firmware may leave it. A sixteenth of the source's
+ * memory are holes, which must read as zero.
+ */
+static void old_data_at_the_destination_is_cleared(void **state)
 {
 	static const guint small[] = {0, PAIR_DESTINATION};
 
@@ -122,8 +125,10 @@ static void memory_that_is_kept_is_cleared(void **state)
 	}
 }
 
-/* Nobody fills the holes of the source by looking for them. With next to no bulk pull they arrive because they are told,
- * but for the few that loading the device state reads. */
+/*
+ * Scanning the source's memory does not fill its holes. With almost no bulk pull the holes can only
+ * arrive as zero ranges. Loading the device state reads a few of them.
+ */
 static void holes_stay_holes(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state),
@@ -147,7 +152,7 @@ static void holes_stay_holes(void **state)
 	expect_equal(pair);
 }
 
-/* What of a huge page has come before a cut need not come again. */
+/* The pieces of a huge page that arrived before a cut are not transferred again. */
 static void recovers_from_cuts_within_huge_pages(void **state)
 {
 	PairConfig config = {
@@ -176,8 +181,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		BOTH(host_pages_may_differ),
 		BOTH(threads_wait_for_the_same_pages),
-		BOTH(a_piece_that_comes_in_wrong_is_read_again),
-		BOTH(memory_that_is_kept_is_cleared),
+		BOTH(a_corrupt_piece_of_a_huge_page_is_read_again),
+		BOTH(old_data_at_the_destination_is_cleared),
 		BOTH(holes_stay_holes),
 		BOTH(recovers_from_cuts_within_huge_pages),
 	};

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Paths over which the source tells what may be read while the guest runs at the destination already, as rdma: does. The
- * path itself complains of every READ that was not granted. */
+/*
+ * Paths whose source grants ranges while the guest runs at the destination already, as rdma: does.
+ * The faulty path reports each READ of a range that was not granted.
+ */
 #include <string.h>
 
 #include "tests/integration/cases.h"
@@ -9,10 +11,10 @@
 #define SIZE	 (256 * MIB)
 #define US_A_MIB 6000
 
-/* All of it takes 1.5 s to be told. */
+/* Granting all memory takes 1.5 s. */
 static const PairConfig slow = {
 	.scheme = "tcp", .size = SIZE, .incremental_grants_us = US_A_MIB, .pace_us = 1000};
-/* The same, and its pages take far longer to move, until full_speed(). */
+/* The same grants, and a pull that takes far longer, until full_speed(). */
 static const PairConfig lasting = {.scheme = "tcp",
 				   .size = SIZE,
 				   .incremental_grants_us = US_A_MIB,
@@ -24,14 +26,14 @@ static void full_speed(Pair *pair)
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 }
 
-/* From the source's stop to when the guest may run, us. */
+/* Returns the time from the source's stop until the guest may run, in us. */
 static gint64 down_us(Pair *pair)
 {
-	return side_told_at(&pair->destination, PR_STATE_POSTCOPY_ACTIVE) -
-	       side_told_at(&pair->destination, PR_STATE_DEVICE);
+	return side_reported_at(&pair->destination, PR_STATE_POSTCOPY_ACTIVE) -
+	       side_reported_at(&pair->destination, PR_STATE_DEVICE);
 }
 
-/* Whether the guest ran long before all was told. */
+/* Returns whether the guest ran long before the last grant. */
 static gboolean runs_early(void)
 {
 	g_autoptr(Pair) pair = pair_new(&slow);
@@ -39,15 +41,17 @@ static gboolean runs_early(void)
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);
-	gint64 telling = side_told_at(&pair->destination, PR_STATE_COMPLETED) -
-			 side_told_at(&pair->destination, PR_STATE_DEVICE);
-	assert_true(telling >= (gint64)(SIZE / MIB) * US_A_MIB);
-	return down_us(pair) < telling * 3 / 4;
+	gint64 granting = side_reported_at(&pair->destination, PR_STATE_COMPLETED) -
+			  side_reported_at(&pair->destination, PR_STATE_DEVICE);
+	assert_true(granting >= (gint64)(SIZE / MIB) * US_A_MIB);
+	return down_us(pair) < granting * 3 / 4;
 }
 
-/* Loading touches RAM (PairConfig), which is told first then; the guest does not wait for the rest. A stall of this
- * machine may make it late, though not every time. */
-static void guest_runs_before_its_ram_was_told(void **state)
+/*
+ * The pages that loading touches (see PairConfig) are granted first, and the guest does not wait
+ * for the rest. A busy machine may delay the guest, though not in all of five tries.
+ */
+static void guest_runs_before_all_ram_is_granted(void **state)
 {
 	gboolean early = FALSE;
 
@@ -70,7 +74,7 @@ static void moves_a_paused_guest_byte_for_byte(void **state)
 		fail_msg("%s", difference);
 }
 
-static void path_that_is_lost_while_ram_is_told_is_recovered_from(void **state)
+static void recovers_from_a_path_lost_before_all_ram_is_granted(void **state)
 {
 	g_autoptr(Pair) pair = pair_new(&lasting);
 
@@ -87,17 +91,17 @@ static void path_that_is_lost_while_ram_is_told_is_recovered_from(void **state)
 	pair_check_completed(pair);
 }
 
-static void path_that_is_lost_before_run_leaves_the_guest_at_the_source(void **state)
+static void a_path_lost_before_run_leaves_the_guest_at_the_source(void **state)
 {
 	g_autoptr(Pair) pair = pair_new(&lasting);
 
 	pair_migrate(pair);
-	side_wait_told(&pair->destination, PR_STATE_DEVICE);
+	side_wait_reported(&pair->destination, PR_STATE_DEVICE);
 	pr_faults_cut_next_message(pair->faults);
 	PrState end = side_wait_any(&pair->source,
 				    1u << PR_STATE_FAILED | 1u << PR_STATE_POSTCOPY_PAUSED);
 	full_speed(pair);
-	if (end == PR_STATE_POSTCOPY_PAUSED) { /* the message was one behind RUN */
+	if (end == PR_STATE_POSTCOPY_PAUSED) { /* the cut message came after RUN */
 		side_wait(&pair->destination, PR_STATE_POSTCOPY_PAUSED);
 		pair_resume(pair);
 		pair_wait(pair, PR_STATE_COMPLETED);
@@ -105,7 +109,10 @@ static void path_that_is_lost_before_run_leaves_the_guest_at_the_source(void **s
 		return;
 	}
 	pair_check_undone(pair);
-	/* The source knows first. The destination has failed as well, or waits for a RUN that never comes. */
+	/*
+	 * The source fails first. The destination fails as well, or waits for a RUN that never
+	 * comes.
+	 */
 	PrState there = side_wait_any(&pair->destination,
 				      1u << PR_STATE_FAILED | 1u << PR_STATE_POSTCOPY_PAUSED);
 	if (there == PR_STATE_POSTCOPY_PAUSED) {
@@ -120,10 +127,10 @@ static void path_that_is_lost_before_run_leaves_the_guest_at_the_source(void **s
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(guest_runs_before_its_ram_was_told),
+		cmocka_unit_test(guest_runs_before_all_ram_is_granted),
 		cmocka_unit_test(moves_a_paused_guest_byte_for_byte),
-		cmocka_unit_test(path_that_is_lost_while_ram_is_told_is_recovered_from),
-		cmocka_unit_test(path_that_is_lost_before_run_leaves_the_guest_at_the_source),
+		cmocka_unit_test(recovers_from_a_path_lost_before_all_ram_is_granted),
+		cmocka_unit_test(a_path_lost_before_run_leaves_the_guest_at_the_source),
 	};
 
 	return RUN_CASES("incremental_grants", tests);

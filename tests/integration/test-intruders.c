@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Others that come to the port of a running migration: with TLS they are turned away, and change nothing. */
+/*
+ * Other peers connect to the port of a running migration. With TLS they are refused, and the
+ * migration does not change.
+ */
 #include <string.h>
 
 #include "migration/internal.h"
@@ -9,7 +12,7 @@
 
 #define MIB (1024ull * 1024)
 
-/* A HELLO of the right migration, with these certificates (NULL: without TLS). */
+/* Sends a HELLO of the right migration with these certificates. NULL: without TLS. */
 static void assert_is_refused(Pair *pair, const PrTls *tls, int code, const char *words)
 {
 	g_auto(PrMigrationInfo) info = {0};
@@ -35,9 +38,12 @@ static void assert_is_refused(Pair *pair, const PrTls *tls, int code, const char
 		fail_msg("failed with %d, \"%s\", not \"%s\"", error->code, error->message, words);
 }
 
-static void those_without_a_certificate_disturb_nothing(void **state)
+static void peers_without_a_certificate_are_refused_without_effect(void **state)
 {
-	/* It has to be under way until all have come: nothing but the slow pull moves its pages. */
+	/*
+	 * The migration must last until all peers were refused. The guest does not run, so only the
+	 * slow pull moves pages.
+	 */
 	PairConfig config = {
 		.scheme = *state, .size = 16 * MIB, .bandwidth = MIB / 8, .paused = TRUE};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -70,7 +76,7 @@ static void those_without_a_certificate_disturb_nothing(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		BOTH(those_without_a_certificate_disturb_nothing),
+		BOTH(peers_without_a_certificate_are_refused_without_effect),
 	};
 
 	return RUN_CASES("intruders", tests);

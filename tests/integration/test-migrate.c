@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Whole migrations of the test guest: the way it goes, and what an operator may do to it. */
+/* Whole migrations of the test guest: the sequence of states, and the operator's commands. */
 #include <string.h>
 
 #include "migration/core/crash-point.h"
@@ -9,7 +9,7 @@
 
 static void moves_a_working_guest(void **state)
 {
-	/* Slow enough for the guest to fault, however busy the machine is. */
+	/* Slow enough that the guest faults even on a busy machine. */
 	PairConfig config = {.scheme = scheme_of(state), .size = 64 * MIB, .bandwidth = 8 * MIB};
 	g_autoptr(Pair) pair = pair_new(&config);
 
@@ -66,7 +66,8 @@ static void passes_through_the_states_in_order(void **state)
 
 	pair_migrate(pair);
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
-	pair_wait_received(pair, 8 * MIB); /* holes, a sixteenth, are told before */
+	/* More than the holes, a sixteenth of RAM, which arrive first. */
+	pair_wait_received(pair, 8 * MIB);
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
@@ -78,8 +79,11 @@ static void passes_through_the_states_in_order(void **state)
 	assert_memory_equal(pair->source.states->data, expected, sizeof(expected));
 }
 
-/* Both sides pause, whoever is asked, and the guest runs on with what it has. */
-static void pauses_both_sides_when_asked(void **state)
+/*
+ * The command pauses both sides, on whichever side it is given. The guest continues with the pages
+ * that have arrived.
+ */
+static void a_pause_command_pauses_both_sides(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -105,7 +109,7 @@ static void pauses_both_sides_when_asked(void **state)
 	assert_int_equal(info.recoveries, 2);
 }
 
-static void refuses_what_makes_no_sense_now(void **state)
+static void refuses_commands_that_do_not_fit_the_state(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -154,7 +158,7 @@ static void names_the_block_that_differs(void **state)
 	pair_check_undone(pair);
 }
 
-static void says_when_nobody_listens(void **state)
+static void reports_that_no_destination_listens(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state), .size = 8 * MIB};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -168,16 +172,16 @@ static void says_when_nobody_listens(void **state)
 	assert_non_null(strstr(info.error_desc, nowhere));
 	pair_check_undone(pair);
 
-	/* With a second path in the list, the first one's absence does not matter. */
+	/* If the first path of a list is not reachable, the engine uses the second one. */
 	assert_true(pr_migration_start(pair->source.engine, both, FALSE, NULL));
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);
 }
 
-/* What the hook looks for: there is one pair at a time. */
+/* Used by the crash-point hook. There is one pair at a time. */
 static Pair *to_cancel;
 static PrCrashPoint cancel_at;
-static gint cancels; /* atomic: how many were accepted */
+static gint cancels; /* atomic: the number of accepted commands */
 
 static void cancel_hook(PrCrashPoint point)
 {
@@ -197,7 +201,10 @@ static void cancel_once(Pair *pair, PrCrashPoint point)
 	assert_int_equal(g_atomic_int_get(&cancels), 1);
 }
 
-/* Wherever it comes before the hand-over. It is asked for by the source itself, so it never comes too late. */
+/*
+ * Cancels at each crash point before the hand-over. The source's own thread gives the command, so
+ * it is never too late.
+ */
 static void cancel_leaves_the_guest_at_the_source(void **state)
 {
 	static const PrCrashPoint points[] = {PR_CRASH_SOURCE_STOPPED, PR_CRASH_SOURCE_RAM_TOLD,
@@ -216,7 +223,7 @@ static void cancel_leaves_the_guest_at_the_source(void **state)
 	}
 }
 
-/* Not from below: on a busy machine it may be slower. */
+/* Checks the upper bound only, as a busy machine may be slower. */
 static void pulls_no_faster_than_the_bandwidth_limit(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state),
@@ -230,9 +237,9 @@ static void pulls_no_faster_than_the_bandwidth_limit(void **state)
 	pair_wait(pair, PR_STATE_COMPLETED);
 	pair_check_completed(pair);
 	pr_migration_query(pair->destination.engine, &info);
-	gint64 took = side_told_at(&pair->destination, PR_STATE_COMPLETED) -
-		      side_told_at(&pair->destination, PR_STATE_DEVICE);
-	/* Nobody is limited who faults: loading the device state does, a little. */
+	gint64 took = side_reported_at(&pair->destination, PR_STATE_COMPLETED) -
+		      side_reported_at(&pair->destination, PR_STATE_DEVICE);
+	/* READs for faults are not limited. Loading the device state causes a few faults. */
 	assert_in_range(info.postcopy_requests, 0, 16);
 	assert_true(info.transferred > 20 * MIB);
 	assert_true(took >= G_USEC_PER_SEC);
@@ -245,10 +252,10 @@ int main(void)
 		BOTH(moves_a_working_guest),
 		BOTH(moves_a_paused_guest_byte_for_byte),
 		BOTH(passes_through_the_states_in_order),
-		BOTH(pauses_both_sides_when_asked),
-		BOTH(refuses_what_makes_no_sense_now),
+		BOTH(a_pause_command_pauses_both_sides),
+		BOTH(refuses_commands_that_do_not_fit_the_state),
 		OVER("tcp", names_the_block_that_differs),
-		BOTH(says_when_nobody_listens),
+		BOTH(reports_that_no_destination_listens),
 		BOTH(cancel_leaves_the_guest_at_the_source),
 		BOTH(pulls_no_faster_than_the_bandwidth_limit),
 	};

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Several rails at once: the standbys pull along, and may die at any time. */
+/* Several rails at once: standbys carry bulk READs as well, and may fail at any time. */
 #include <string.h>
 
 #include "migration/internal.h"
@@ -9,14 +9,14 @@
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
 #define MAX_RAILS   3
 
-/* Paths with faults at the destination's end, where READs are posted. */
+/* Paths with fault injection at the destination, which posts the READs. */
 typedef struct Rails {
 	Pair *pair;
 	guint n;
-	char *here[MAX_RAILS];	/* what the destination calls them */
-	char *there[MAX_RAILS]; /* what the source calls them */
+	char *here[MAX_RAILS];	/* URIs at the destination */
+	char *there[MAX_RAILS]; /* URIs at the source */
 	PrFaults *faults[MAX_RAILS];
-	char *uris; /* for migrate */
+	char *uris; /* the list that `migrate` gets */
 } Rails;
 
 static void rails_init(Rails *rails, guint n, const char *scheme, PairConfig config)
@@ -40,7 +40,7 @@ static void rails_init(Rails *rails, guint n, const char *scheme, PairConfig con
 		g_string_append_printf(uris, "%s%s", i ? "," : "", rails->there[i]);
 	}
 	rails->uris = g_strdup(uris->str);
-	/* Probes follow each other fast here. */
+	/* A short interval, so that standbys are trusted soon. */
 	assert_true(pr_params_set(&rails->pair->destination.params, "probe-interval", 20, NULL));
 }
 
@@ -71,7 +71,7 @@ static void wait_rails_at_least(Side *side, guint n)
 
 	while (rails_of(side) < n) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
@@ -82,7 +82,7 @@ static void wait_rails(Side *side, guint n)
 	while (rails_of(side) != n) {
 		if (g_get_monotonic_time() > deadline)
 			g_error("%s: %u rails, not %u", side->name, rails_of(side), n);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
@@ -91,7 +91,7 @@ static uint64_t path_bytes(Rails *rails, guint i)
 	return side_path(&rails->pair->destination, rails->here[i]).bytes;
 }
 
-/* Waits until the destination has pulled so much more over this path. */
+/* Waits until the destination has pulled so many bytes more over this path. */
 static void wait_carries(Rails *rails, guint i, uint64_t more)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
@@ -100,7 +100,7 @@ static void wait_carries(Rails *rails, guint i, uint64_t more)
 	while (path_bytes(rails, i) < before + more) {
 		if (g_get_monotonic_time() > deadline)
 			g_error("path %s does not carry anything", rails->here[i]);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
@@ -110,10 +110,13 @@ static void set_bandwidth(Rails *rails, uint64_t rate)
 				  NULL));
 }
 
-/* What a rail has to carry before a test goes on; the limit is far lower than what rails can do. */
+/*
+ * The bytes that a rail has to carry before a test continues. The bandwidth limit is far below what
+ * rails can carry.
+ */
 #define SHARE (128 * 1024)
 
-/* In mid-pull, over all n of them. */
+/* Starts a migration, and waits until the pull uses all n rails. */
 static void start(Rails *rails, guint n, void **state)
 {
 	PairConfig config = {PAIR_LASTS};
@@ -149,7 +152,7 @@ static void every_rail_carries_its_share(void **state)
 	start(&rails, 3, state);
 	for (guint i = 0; i < 3; i++)
 		wait_carries(&rails, i, SHARE);
-	/* The source hears of it, too. */
+	/* The destination reports the number of rails to the source. */
 	wait_rails(&rails.pair->source, 3);
 	finish(&rails, 0);
 	for (guint i = 0; i < 3; i++) {
@@ -158,11 +161,11 @@ static void every_rail_carries_its_share(void **state)
 		assert_true(here >= SHARE);
 		assert_true(there >= SHARE);
 	}
-	/* What is over is no rail. */
+	/* A completed migration has no rails. */
 	wait_rails(&rails.pair->source, 0);
 }
 
-static void a_rail_that_is_cut_is_not_missed(void **state)
+static void the_pull_goes_on_without_a_cut_rail(void **state)
 {
 	g_auto(Rails) rails = {0};
 
@@ -176,8 +179,8 @@ static void a_rail_that_is_cut_is_not_missed(void **state)
 	finish(&rails, 0);
 }
 
-/* READs die at all places of their lives: when they are posted, and when they complete. */
-static void a_rail_that_dies_at_a_read_is_not_missed(void **state)
+/* READs fail at each stage: when they are posted, and when they complete. */
+static void the_pull_goes_on_after_a_rail_fails_at_a_read(void **state)
 {
 	g_auto(Rails) rails = {0};
 
@@ -193,8 +196,11 @@ static void a_rail_that_dies_at_a_read_is_not_missed(void **state)
 	finish(&rails, 0);
 }
 
-/* Nothing fails, nothing comes: what was asked for over this rail is asked for again over another. */
-static void a_rail_that_is_silent_is_given_up(void **state)
+/*
+ * The rail reports no error and no completion. Its outstanding pages are read again over another
+ * rail.
+ */
+static void a_silent_rail_is_dropped(void **state)
 {
 	g_auto(Rails) rails = {0};
 
@@ -219,7 +225,7 @@ static void the_path_in_use_is_lost_and_a_rail_takes_over(void **state)
 	pr_faults_cut_paths(rails.faults[0]);
 	pair_wait_recovered(rails.pair, 1);
 	side_check_path(&rails.pair->destination, rails.here[1], PR_PATH_ACTIVE);
-	/* The third one was a rail all the time. */
+	/* The third path has been a rail all the time. */
 	wait_carries(&rails, 1, SHARE);
 	wait_carries(&rails, 2, SHARE);
 	pr_faults_cut_paths(rails.faults[1]);
@@ -228,14 +234,17 @@ static void the_path_in_use_is_lost_and_a_rail_takes_over(void **state)
 	finish(&rails, 2);
 }
 
-/* READs that are under way over slow rails when the path in use is fenced land long after it, and on pages that
- * nobody else may have read meanwhile. The first of the rails is activated with some outstanding. */
+/*
+ * When the path in use is fenced, READs of the slow rails are still outstanding. They land long
+ * after the fence, on pages that no other rail may have read meanwhile. The first of these rails is
+ * activated with READs outstanding.
+ */
 static void reads_of_slow_rails_outlive_the_path_in_use(void **state)
 {
 	g_auto(Rails) rails = {0};
 	PrFaultPlan slow[] = {{0}, {.delay_ms = 5}, {.delay_ms = 1000}};
 
-	/* It lasts until the last rail has brought its first few READs, a second each. */
+	/* The migration lasts until the first READs of the last rail complete, a second each. */
 	start(&rails, 3, state);
 	for (guint i = 1; i < 3; i++) {
 		pr_faults_set_plan(rails.faults[i], &slow[i]);
@@ -243,12 +252,15 @@ static void reads_of_slow_rails_outlive_the_path_in_use(void **state)
 	}
 	pr_faults_cut_paths(rails.faults[0]);
 	pair_wait_recovered(rails.pair, 1);
-	/* Far less than a second later the walk comes round to what the last rail has been asked for. */
+	/*
+	 * Far less than a second later the pull reaches the pages that the last rail still has to
+	 * bring.
+	 */
 	finish(&rails, 1);
 }
 
-/* The path in use and a rail at the same time; the third one is left. */
-static void two_of_three_die_at_once(void **state)
+/* The path in use and one rail fail at the same time, and the third path takes over. */
+static void two_of_three_paths_fail_at_once(void **state)
 {
 	g_auto(Rails) rails = {0};
 
@@ -262,19 +274,21 @@ static void two_of_three_die_at_once(void **state)
 	finish(&rails, 1);
 }
 
-/* Waits until more READs than these have been posted. */
+/* Waits until more than `posted` READs have been posted. */
 static void wait_reads(PrFaults *faults, guint64 posted)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	while (pr_faults_counts(faults).reads == posted) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
-/* A rail whose READs stay without an answer can't be activated before they are accounted for; it is given up
- * instead. */
+/*
+ * A rail whose READs are not answered can't be activated before these READs have ended. The engine
+ * drops that rail and activates another one.
+ */
 static void a_silent_rail_is_not_activated(void **state)
 {
 	g_auto(Rails) rails = {0};
@@ -299,24 +313,29 @@ static uint64_t transferred(Rails *rails)
 	return info.transferred;
 }
 
-/* Whether at least half of what may come in at this limit does, within some time. More never comes. */
-static gboolean comes_at_rate(Rails *rails, uint64_t rate)
+/*
+ * Fails if more bytes arrive than the limit allows. Returns whether at least half of what it allows
+ * has arrived.
+ */
+static gboolean arrives_at_rate(Rails *rails, uint64_t rate)
 {
 	uint64_t slack =
-		3 * 8 * 128 *
-		1024; /* what is outstanding: counted when it lands, not when it is posted */
+		3 * 8 * 128 * 1024; /* outstanding READs, which are counted when they land */
 
-	/* The clock is read outside of the counts, so that a stall between the two makes it no more. */
+	/*
+	 * The clock is read before the first count and after the second one. So a stall in between
+	 * does not increase the measured rate.
+	 */
 	gint64 began = g_get_monotonic_time();
 	uint64_t before = transferred(rails);
-	g_usleep(1500 * 1000); /* a rate is taken over time */
-	uint64_t came = transferred(rails) - before;
+	g_usleep(1500 * 1000); /* a rate needs a time to measure it over */
+	uint64_t arrived = transferred(rails) - before;
 	double allowed = (double)rate * (double)(g_get_monotonic_time() - began) / G_USEC_PER_SEC;
-	assert_true((double)came < allowed * 1.05 + (double)slack);
-	return (double)came > allowed * 0.5;
+	assert_true((double)arrived < allowed * 1.05 + (double)slack);
+	return (double)arrived > allowed * 0.5;
 }
 
-/* A stalled machine may make the pull slow, though not in every one of these windows. */
+/* A busy machine may slow the pull down, though not in all of these windows. */
 static void check_rate(Rails *rails, uint64_t rate)
 {
 	gboolean holds = FALSE;
@@ -324,11 +343,11 @@ static void check_rate(Rails *rails, uint64_t rate)
 	set_bandwidth(rails, rate);
 	wait_carries(rails, 0, SHARE);
 	for (guint i = 0; i < 10 && !holds; i++)
-		holds = comes_at_rate(rails, rate);
+		holds = arrives_at_rate(rails, rate);
 	assert_true(holds);
 }
 
-static void the_bandwidth_is_that_of_all_rails(void **state)
+static void the_bandwidth_limit_covers_all_rails(void **state)
 {
 	g_auto(Rails) rails = {0};
 	PairConfig config = {.size = 96 * MIB, .bandwidth = 2 * MIB, .paused = TRUE};
@@ -337,24 +356,27 @@ static void the_bandwidth_is_that_of_all_rails(void **state)
 	assert_true(pr_migration_start(rails.pair->source.engine, rails.uris, FALSE, NULL));
 	pair_wait(rails.pair, PR_STATE_POSTCOPY_ACTIVE);
 	wait_rails(&rails.pair->destination, 3);
-	/* Ten windows at half of these rates are less than there is. */
+	/*
+	 * Ten windows at these rates need less than the guest's memory, if half of each rate is
+	 * reached.
+	 */
 	check_rate(&rails, 8 * MIB);
 	check_rate(&rails, 4 * MIB);
 	set_bandwidth(&rails, 0);
 	pair_wait(rails.pair, PR_STATE_COMPLETED);
 }
 
-static void wait_pulls_no_more(Rails *rails, guint i)
+static void wait_pull_ended(Rails *rails, guint i)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	while (side_path(&rails->pair->destination, rails->here[i]).pulls) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
-static void a_pause_holds_every_rail(void **state)
+static void a_pause_stops_every_rail(void **state)
 {
 	g_auto(Rails) rails = {0};
 	g_autoptr(GError) error = NULL;
@@ -364,23 +386,25 @@ static void a_pause_holds_every_rail(void **state)
 		wait_carries(&rails, i, SHARE);
 	assert_true(pr_migration_pause(rails.pair->destination.engine, NULL));
 	pair_wait(rails.pair, PR_STATE_POSTCOPY_PAUSED);
-	/* Rails end where nothing is left to pull, once their READs have completed. */
-	wait_pulls_no_more(&rails, 1);
-	wait_pulls_no_more(&rails, 2);
+	/* A rail's thread stops pulling after its outstanding READs have completed. */
+	wait_pull_ended(&rails, 1);
+	wait_pull_ended(&rails, 2);
 	uint64_t before = transferred(&rails);
-	/* Nothing may come for as long: there is no condition to wait for. */
+	/* A check that nothing arrives has no condition to wait for, so it needs this time. */
 	g_usleep(300 * 1000);
 	assert_int_equal(transferred(&rails), before);
 	pr_migration_start(rails.pair->source.engine, rails.uris, /* resume= */ TRUE, &error);
 	g_assert_no_error(error);
 	pair_wait_recovered(rails.pair, 1);
-	/* The source may have tried one of the others, in vain, so that that is on probation now; the last one has
-	 * stood by all the time. */
+	/*
+	 * The source may have tried to recover over one of the other paths, which is then on
+	 * probation. The last path has been a standby all the time.
+	 */
 	wait_rails_at_least(&rails.pair->destination, 2);
 	finish(&rails, 1);
 }
 
-static void can_be_switched_off_and_on(void **state)
+static void rails_can_be_switched_off_and_on(void **state)
 {
 	g_auto(Rails) rails = {0};
 
@@ -399,7 +423,7 @@ static void can_be_switched_off_and_on(void **state)
 	finish(&rails, 0);
 }
 
-/* Whoever quits leaves the other side paused, and nothing behind. */
+/* Ends one engine. The other side must pause, and nothing may leak. */
 static void either_side_may_quit_in_mid_pull(void **state)
 {
 	for (guint i = 0; i < 2; i++) {
@@ -414,8 +438,8 @@ static void either_side_may_quit_in_mid_pull(void **state)
 	}
 }
 
-/* A path of another transport is there for when all else fails. */
-static void the_path_of_last_resort_is_no_rail(void **state)
+/* A path of another transport is only used if all others fail, and is no rail. */
+static void a_path_of_another_transport_is_no_rail(void **state)
 {
 	PairConfig config = {.scheme = "ofi", PAIR_LASTS, .more = {"tcp"}};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -441,21 +465,23 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		BOTH(every_rail_carries_its_share),
-		BOTH(a_rail_that_is_cut_is_not_missed),
-		BOTH(a_rail_that_dies_at_a_read_is_not_missed),
-		BOTH(a_rail_that_is_silent_is_given_up),
+		BOTH(the_pull_goes_on_without_a_cut_rail),
+		BOTH(the_pull_goes_on_after_a_rail_fails_at_a_read),
+		BOTH(a_silent_rail_is_dropped),
 		BOTH(the_path_in_use_is_lost_and_a_rail_takes_over),
 		BOTH(reads_of_slow_rails_outlive_the_path_in_use),
-		BOTH(two_of_three_die_at_once),
+		BOTH(two_of_three_paths_fail_at_once),
 		BOTH(a_silent_rail_is_not_activated),
-		BOTH(the_bandwidth_is_that_of_all_rails),
-		BOTH(a_pause_holds_every_rail),
-		BOTH(can_be_switched_off_and_on),
+		BOTH(the_bandwidth_limit_covers_all_rails),
+		BOTH(a_pause_stops_every_rail),
+		BOTH(rails_can_be_switched_off_and_on),
 		BOTH(either_side_may_quit_in_mid_pull),
-		cmocka_unit_test(the_path_of_last_resort_is_no_rail),
+		cmocka_unit_test(a_path_of_another_transport_is_no_rail),
 	};
 
-	/* A page that is placed twice is one: pr_ram_received(). */
+	/*
+	 * To place a page twice is a critical log message (pr_ram_received()), which ends the test.
+	 */
 	g_log_set_always_fatal(G_LOG_FATAL_MASK | G_LOG_LEVEL_CRITICAL);
 	return RUN_CASES("rails", tests);
 }

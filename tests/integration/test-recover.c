@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Path failures at every place, and what follows: nothing is lost, whatever is cut, however often. */
+/* Path failures at every point of a migration: after each recovery no page is lost. */
 #include <string.h>
 #include <unistd.h>
 
@@ -11,7 +11,10 @@
 
 /* ---- cuts of the control channel, at each message in turn ---- */
 
-/* Migrates with the channel cut at the N-th message. FALSE: there is no such message any more. */
+/*
+ * Migrates with the control channel cut at the N-th message. Returns FALSE if the migration had
+ * fewer messages.
+ */
 static gboolean cut_at_message(const char *scheme, guint64 message)
 {
 	PairConfig config = {.scheme = scheme, .size = 4 * MIB, .pace_us = 100};
@@ -26,7 +29,7 @@ static gboolean cut_at_message(const char *scheme, guint64 message)
 	gboolean fired = pr_faults_counts(pair->faults).fired > 0;
 
 	if (ended == PR_STATE_FAILED) {
-		/* Before RUN: the guest runs on at the source. */
+		/* The cut came before RUN, so the source's guest has resumed. */
 		pair_check_undone(pair);
 		pair_wait_taken_back(pair);
 		assert_false(testguest_running(pair->destination.guest));
@@ -45,14 +48,17 @@ static void recovers_from_a_cut_at_every_message(void **state)
 		assert_true(message < 1000);
 		message++;
 	}
-	/* HELLO to SHUT: at the very least these many messages pass. */
+	/* From HELLO to SHUT at least these messages are sent. */
 	assert_true(message > 12);
 }
 
-/* Pauses in mid-pull, then cuts the N-th message of the recovery. */
+/*
+ * Pauses during the pull, then cuts the N-th message of the recovery. Returns FALSE if the recovery
+ * had fewer messages.
+ */
 static gboolean cut_at_recovery_message(const char *scheme, guint64 message)
 {
-	/* It lasts for some seconds, so that a stall of this machine comes to an end before it does. */
+	/* The migration takes some seconds, longer than a stall of a busy machine. */
 	PairConfig config = {.scheme = scheme,
 			     .size = 2 * MIB,
 			     .bandwidth = MIB / 16,
@@ -86,7 +92,7 @@ static void recovers_from_a_cut_at_every_message_of_a_recovery(void **state)
 	assert_true(message > 9);
 }
 
-/* Whether the destination has all pages from `start` to `end`, bytes. */
+/* Whether the destination has all pages from `start` to `end`, in bytes. */
 static gboolean have_arrived(const PrRamBlock *block, uint64_t start, uint64_t end)
 {
 	for (uint64_t page = start / block->page_size; page < end / block->page_size; page++)
@@ -95,7 +101,7 @@ static gboolean have_arrived(const PrRamBlock *block, uint64_t start, uint64_t e
 	return TRUE;
 }
 
-/* What the source's memfds do not have. */
+/* Whether the destination has all pages that are holes in the source's memfds. */
 static gboolean holes_have_arrived(Pair *pair)
 {
 	const PrRam *ram = pair->source.engine->session.ram;
@@ -115,9 +121,11 @@ static gboolean holes_have_arrived(Pair *pair)
 	return TRUE;
 }
 
-/* Migrates a guest that touches nothing, with next to no bulk pull, and the channel cut at the N-th message.
- * FALSE: before RUN, there was nothing to recover. */
-static gboolean holes_are_told_despite_cut(const char *scheme, guint64 message)
+/*
+ * Migrates a paused guest with almost no bulk pull, and cuts the channel at the N-th message.
+ * Returns FALSE if the cut came before RUN, where there is nothing to recover.
+ */
+static gboolean holes_arrive_despite_cut(const char *scheme, guint64 message)
 {
 	PairConfig config = {.scheme = scheme, .size = 64 * MIB, .bandwidth = 1, .paused = TRUE};
 	PrFaultPlan plan = {.cut_after_messages = message};
@@ -131,27 +139,30 @@ static gboolean holes_are_told_despite_cut(const char *scheme, guint64 message)
 	    PR_STATE_FAILED)
 		return FALSE;
 	pair_resume(pair);
-	/* The few READs that the limit lets through bring none, or some of them. */
+	/* The few READs that the limit allows bring at most some of the holes. */
 	while (!holes_have_arrived(pair)) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 	pair_wait(pair, PR_STATE_COMPLETED);
 	return TRUE;
 }
 
-static void holes_are_told_whatever_is_cut(void **state)
+static void holes_arrive_despite_a_cut_at_any_message(void **state)
 {
 	guint recovered = 0;
 
 	for (guint64 message = 1; message < 24; message++)
-		recovered += holes_are_told_despite_cut(scheme_of(state), message);
+		recovered += holes_arrive_despite_cut(scheme_of(state), message);
 	assert_true(recovered > 5);
 }
 
-/* With next to no bulk pull and a guest that touches nothing they arrive because the source tells them, or not. */
-static void zero_pages_are_told(void **state)
+/*
+ * The guest is paused and there is almost no bulk pull. So these pages can only arrive as zero
+ * ranges from the source.
+ */
+static void zero_pages_arrive_without_reads(void **state)
 {
 	PairConfig config = {
 		.scheme = scheme_of(state), .size = 64 * MIB, .bandwidth = 1, .paused = TRUE};
@@ -166,7 +177,7 @@ static void zero_pages_are_told(void **state)
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
 	while (!have_arrived(&pair->destination.engine->session.ram->blocks[0], start, end)) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 	pair_wait(pair, PR_STATE_COMPLETED);
@@ -222,9 +233,11 @@ static void recovers_forty_times_in_one_migration(void **state)
 	assert_int_equal(info.recoveries, 40);
 }
 
-/* While the path is down the guest reads every page that is in place: what was pulled, and holes, which are
- * mapped only when they are touched. */
-static void guest_runs_on_while_paused(void **state)
+/*
+ * During the pause the guest reads every page that has arrived. Pulled pages are mapped. Holes are
+ * mapped on the first access, so the engine has to serve those faults while it is paused.
+ */
+static void the_guest_runs_while_the_migration_is_paused(void **state)
 {
 	PairConfig config = {
 		.scheme = scheme_of(state), .size = 16 * MIB, .bandwidth = MIB, .paused = TRUE};
@@ -240,7 +253,7 @@ static void guest_runs_on_while_paused(void **state)
 	const volatile uint8_t *map = testguest_block_map(pair->destination.guest, 0);
 	for (uint64_t page = 0; page < block->n_pages; page++)
 		if (pr_bitmap_test(block->received, page)) {
-			(void)map[page * block->page_size]; /* hangs if nobody serves it */
+			(void)map[page * block->page_size]; /* hangs if the fault is not served */
 			pages++;
 		}
 	assert_true(pages > 0);
@@ -251,7 +264,10 @@ static void guest_runs_on_while_paused(void **state)
 	pair_check_completed(pair);
 }
 
-/* READs without an answer: nothing fails by itself; a human pauses, and the fence must not wait. */
+/*
+ * READs are never answered and nothing fails by itself. The operator pauses, and the fence must not
+ * wait for these READs.
+ */
 static void recovers_when_reads_are_never_answered(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
@@ -302,11 +318,14 @@ static void failed_recoveries_go_back_to_paused(void **state)
 	pr_faults_cut_paths(pair->faults);
 	pair_wait(pair, PR_STATE_POSTCOPY_PAUSED);
 	for (guint i = 0; i < 5; i++) {
-		/* Refused at once by the kernel; the state is told when it is over. */
-		guint told = pair->source.states->len;
+		/*
+		 * The kernel refuses the connection at once. The two state changes tell when the
+		 * attempt is over.
+		 */
+		guint reported = pair->source.states->len;
 		assert_true(pr_migration_start(pair->source.engine, "tcp:127.0.0.1:1", TRUE, NULL));
 		g_mutex_lock(&pair->source.lock);
-		while (pair->source.states->len < told + 2)
+		while (pair->source.states->len < reported + 2)
 			g_cond_wait(&pair->source.changed, &pair->source.lock);
 		assert_int_equal(pair->source.state, PR_STATE_POSTCOPY_PAUSED);
 		g_mutex_unlock(&pair->source.lock);
@@ -321,9 +340,10 @@ static void failed_recoveries_go_back_to_paused(void **state)
 	assert_int_equal(info.recoveries, 1);
 }
 
-/* ---- who else comes ---- */
+/* ---- other peers ---- */
 
-static PrControl *knock(Pair *pair, const PrHello *hello, PrHelloAck *ack, GError **error)
+static PrControl *connect_with_hello(Pair *pair, const PrHello *hello, PrHelloAck *ack,
+				     GError **error)
 {
 	g_auto(PrMigrationInfo) info = {0};
 
@@ -333,7 +353,7 @@ static PrControl *knock(Pair *pair, const PrHello *hello, PrHelloAck *ack, GErro
 	return pr_control_connect(uri, pair->tls, hello, 20000, 20000, NULL, ack, error);
 }
 
-/* The hello that the source would send to resume. */
+/* The HELLO with which the source would resume, with the epoch of the present connection. */
 static PrHello resume_hello(Pair *pair, const char *scheme)
 {
 	PrMigration *m = pair->source.engine;
@@ -355,7 +375,7 @@ static void assert_refused(Pair *pair, const PrHello *hello, const char *reason)
 {
 	g_autoptr(GError) error = NULL;
 	PrHelloAck ack;
-	g_autoptr(PrControl) control = knock(pair, hello, &ack, &error);
+	g_autoptr(PrControl) control = connect_with_hello(pair, hello, &ack, &error);
 
 	assert_null(control);
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
@@ -364,7 +384,7 @@ static void assert_refused(Pair *pair, const PrHello *hello, const char *reason)
 	assert_int_equal(side_state(&pair->destination), PR_STATE_POSTCOPY_ACTIVE);
 }
 
-static void turns_strangers_away(void **state)
+static void refuses_hellos_of_other_migrations_and_old_epochs(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -395,7 +415,10 @@ static void turns_strangers_away(void **state)
 	assert_int_equal(info.pauses, 0);
 }
 
-/* Only the source has noticed: its higher epoch pauses the destination, and the old path is fenced. */
+/*
+ * The source may reconnect before the destination has noticed a failure. A connection with a higher
+ * epoch pauses the destination, and fences the old path.
+ */
 static void newer_epoch_takes_over(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state), PAIR_LASTS};
@@ -407,14 +430,17 @@ static void newer_epoch_takes_over(void **state)
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
 	g_auto(PrHello) newer = resume_hello(pair, scheme_of(state));
 	newer.epoch += 1;
-	g_autoptr(PrControl) control = knock(pair, &newer, &ack, &error);
+	g_autoptr(PrControl) control = connect_with_hello(pair, &newer, &ack, &error);
 	g_assert_no_error(error);
 	assert_int_equal(ack.status, PR_HELLO_OK);
 	side_wait(&pair->source, PR_STATE_POSTCOPY_PAUSED);
 	g_clear_pointer(&control, pr_control_free);
 	side_wait(&pair->destination, PR_STATE_POSTCOPY_PAUSED);
 
-	/* The real source's next epoch is over already; the one after is not. */
+	/*
+	 * The destination has used the source's next epoch already, so the first resume fails. The
+	 * one after it succeeds.
+	 */
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 	pair_resume_until_completed(pair, 3);
 	pair_check_completed(pair);
@@ -425,15 +451,15 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		BOTH(recovers_from_a_cut_at_every_message),
 		BOTH(recovers_from_a_cut_at_every_message_of_a_recovery),
-		BOTH(holes_are_told_whatever_is_cut),
-		BOTH(zero_pages_are_told),
+		BOTH(holes_arrive_despite_a_cut_at_any_message),
+		BOTH(zero_pages_arrive_without_reads),
 		BOTH(recovers_from_cuts_at_random_reads),
 		BOTH(recovers_forty_times_in_one_migration),
-		BOTH(guest_runs_on_while_paused),
+		BOTH(the_guest_runs_while_the_migration_is_paused),
 		BOTH(recovers_when_reads_are_never_answered),
 		BOTH(recovers_over_a_new_listener),
 		BOTH(failed_recoveries_go_back_to_paused),
-		BOTH(turns_strangers_away),
+		BOTH(refuses_hellos_of_other_migrations_and_old_epochs),
 		BOTH(newer_epoch_takes_over),
 	};
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * One engine follows another, in one process: under the sanitizers, and where no kill leads to. Engines that are
- * killed are tests/e2e/test_resume.py and test_crash_points.py.
+ * One engine follows another one in the same process. This covers points where no engine can be
+ * killed, and runs with the sanitizers. tests/e2e/test_resume.py and test_crash_points.py test
+ * killed engines.
  */
 #include <glib/gstdio.h>
 #include <string.h>
@@ -11,11 +12,11 @@
 
 #define MIB (1024ull * 1024)
 
-/* A pair whose source writes down what has to be known. */
+/* A pair whose source keeps a hand-over record. */
 typedef struct Rig {
 	Pair *pair;
 	char *dir;
-	char *listening; /* the destination's URI, without faults */
+	char *listening; /* the destination's URI, without fault injection */
 } Rig;
 
 static void keep_record(Rig *rig)
@@ -95,7 +96,10 @@ static void full_speed(Rig *rig)
 	pr_params_set(&rig->pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 }
 
-/* Again and again, each side in its turn; the received bitmap goes through all of it. */
+/*
+ * Replaces the source's engine, the destination's, or both, six times. The received bitmap has to
+ * survive all of it.
+ */
 static void engines_follow_each_other(void **state)
 {
 	PairConfig config = {.scheme = *state, PAIR_LASTS};
@@ -125,7 +129,7 @@ static void engines_follow_each_other(void **state)
 	pair_check_completed(rig->pair);
 }
 
-static void assert_must_be_asked(Side *side, const char *why)
+static void assert_requires_resume(Side *side, const char *why)
 {
 	g_autoptr(GError) error = NULL;
 	PrRole role;
@@ -136,7 +140,7 @@ static void assert_must_be_asked(Side *side, const char *why)
 		fail_msg("\"%s\" does not say \"%s\"", error->message, why);
 }
 
-static void an_engine_does_not_begin_anew_unasked(void **state)
+static void a_new_engine_requires_the_resume_option(void **state)
 {
 	PairConfig config = {.scheme = "tcp", PAIR_LASTS};
 	g_autoptr(Rig) rig = rig_new(&config);
@@ -146,23 +150,26 @@ static void an_engine_does_not_begin_anew_unasked(void **state)
 	side_end_engine(&pair->source);
 	side_begin_engine(&pair->source);
 	keep_record(rig);
-	assert_must_be_asked(&pair->source, "belongs to the destination");
+	assert_requires_resume(&pair->source, "belongs to the destination");
 	assert_false(testguest_running(pair->source.guest));
 	side_end_engine(&pair->destination);
 	side_begin_engine(&pair->destination);
-	assert_must_be_asked(&pair->destination, "in the middle of its migration");
+	assert_requires_resume(&pair->destination, "in the middle of its migration");
 
-	/* Both have changed nothing. */
+	/* The two refusals have changed nothing. */
 	replace_source(rig);
 	replace_destination(rig);
 	full_speed(rig);
 	pair_resume_until_completed(pair, 3);
 	pair_check_completed(pair);
-	/* Nor does it when the guest has gone for good; the destination may: it is its guest. */
+	/*
+	 * After completion the source still refuses, as its guest has left for good. The
+	 * destination's engine starts without --resume, as the guest is its own.
+	 */
 	side_end_engine(&pair->source);
 	side_begin_engine(&pair->source);
 	keep_record(rig);
-	assert_must_be_asked(&pair->source, "has moved to another host for good");
+	assert_requires_resume(&pair->source, "has moved to another host for good");
 	side_end_engine(&pair->destination);
 	side_begin_engine(&pair->destination);
 	g_autoptr(GError) error = NULL;
@@ -172,7 +179,7 @@ static void an_engine_does_not_begin_anew_unasked(void **state)
 	assert_int_equal(role, PR_ROLE_NONE);
 }
 
-static void a_completed_side_tells_who_asks(void **state)
+static void a_completed_migration_is_known_after_a_restart(void **state)
 {
 	PairConfig config = {.scheme = "tcp", .size = 8 * MIB};
 	g_autoptr(Rig) rig = rig_new(&config);
@@ -189,14 +196,14 @@ static void a_completed_side_tells_who_asks(void **state)
 	assert_true(testguest_running(rig->pair->destination.guest));
 }
 
-/* What the hook sees: there is one at a time. */
+/* Used by the crash-point hooks. There is one test at a time. */
 static struct {
 	Rig *rig;
-	guint cancelled, taken_back,
-		paused; /* times; of the source's thread, read when it is over */
+	guint cancelled, revoked,
+		paused; /* counts; written by the source's thread, read after it has ended */
 } seen;
 
-static void cancel_when_noted(PrCrashPoint point)
+static void cancel_when_recorded(PrCrashPoint point)
 {
 	g_autoptr(GError) error = NULL;
 	Side *source = &seen.rig->pair->source;
@@ -207,32 +214,34 @@ static void cancel_when_noted(PrCrashPoint point)
 	}
 	if (point != PR_CRASH_SOURCE_TAKEN_BACK_NOTED)
 		return;
-	/* Whoever came now would find this. */
+	/* The record as a new engine would find it now. */
 	g_autoptr(GDir) dir = g_dir_open(seen.rig->dir, 0, NULL);
 	const char *name = dir ? g_dir_read_name(dir) : NULL;
 	g_autofree char *path = name ? g_build_filename(seen.rig->dir, name, NULL) : NULL;
 	g_autofree char *text = NULL;
-	seen.taken_back += path && g_file_get_contents(path, &text, NULL, NULL) &&
-			   strstr(text, "stage=stopping") && !testguest_running(source->guest);
+	seen.revoked += path && g_file_get_contents(path, &text, NULL, NULL) &&
+			strstr(text, "stage=stopping") && !testguest_running(source->guest);
 }
 
-/* Between the note that RUN may have been sent and RUN itself the migration is cancelled. */
-static void what_was_not_sent_is_taken_back_before_the_guest_runs(void **state)
+/*
+ * Cancels the migration after the record says that RUN may have been sent, and before RUN is sent.
+ */
+static void a_cancel_before_run_is_recorded_before_the_guest_resumes(void **state)
 {
 	PairConfig config = {.scheme = "tcp", .size = 4 * MIB};
 	g_autoptr(Rig) rig = rig_new(&config);
 
 	memset(&seen, 0, sizeof(seen));
 	seen.rig = rig;
-	__atomic_store_n(&pr_crash_hook, cancel_when_noted, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, cancel_when_recorded, __ATOMIC_RELEASE);
 	pair_migrate(rig->pair);
 	side_wait(&rig->pair->source, PR_STATE_CANCELLED);
 	__atomic_store_n(&pr_crash_hook, NULL, __ATOMIC_RELEASE);
 	assert_int_equal(seen.cancelled, 1);
-	assert_int_equal(seen.taken_back, 1);
+	assert_int_equal(seen.revoked, 1);
 	pair_check_undone(rig->pair);
 	assert_false(testguest_running(rig->pair->destination.guest));
-	/* And nothing is left to resume. */
+	/* There is nothing to resume. */
 	side_end_engine(&rig->pair->source);
 	side_begin_engine(&rig->pair->source);
 	keep_record(rig);
@@ -248,8 +257,11 @@ static void pause_before_run(PrCrashPoint point)
 		pr_migration_pause(seen.rig->pair->source.engine, &error);
 }
 
-/* RUN was never sent, and the source has handed the guest over all the same: who ends the engines must not lose it. */
-static void engines_that_end_before_run_lose_nothing(void **state)
+/*
+ * RUN was never sent, but the record says that the guest was handed over. Ending both engines must
+ * not lose the guest.
+ */
+static void engines_that_end_before_run_do_not_lose_the_guest(void **state)
 {
 	PairConfig config = {.scheme = "tcp", .size = 8 * MIB};
 	g_autoptr(Rig) rig = rig_new(&config);
@@ -271,7 +283,7 @@ static void engines_that_end_before_run_lose_nothing(void **state)
 	assert_true(testguest_running(rig->pair->destination.guest));
 }
 
-static void a_guest_does_not_leave_unrecorded(void **state)
+static void a_guest_does_not_leave_without_a_record(void **state)
 {
 	PairConfig config = {.scheme = "tcp", .size = 4 * MIB};
 	g_autoptr(Rig) rig = rig_new(&config);
@@ -291,11 +303,11 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		BOTH(engines_follow_each_other),
-		cmocka_unit_test(an_engine_does_not_begin_anew_unasked),
-		cmocka_unit_test(a_completed_side_tells_who_asks),
-		cmocka_unit_test(what_was_not_sent_is_taken_back_before_the_guest_runs),
-		cmocka_unit_test(engines_that_end_before_run_lose_nothing),
-		cmocka_unit_test(a_guest_does_not_leave_unrecorded),
+		cmocka_unit_test(a_new_engine_requires_the_resume_option),
+		cmocka_unit_test(a_completed_migration_is_known_after_a_restart),
+		cmocka_unit_test(a_cancel_before_run_is_recorded_before_the_guest_resumes),
+		cmocka_unit_test(engines_that_end_before_run_do_not_lose_the_guest),
+		cmocka_unit_test(a_guest_does_not_leave_without_a_record),
 	};
 
 	return RUN_CASES("resume", tests);

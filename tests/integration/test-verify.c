@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Capability verify: what a path does to the data in between is found, counted and read again, and no guest sees it. */
+/*
+ * Capability verify: the engine detects and counts pages that a path has corrupted, and reads them
+ * again. The guest never sees a corrupted page.
+ */
 #include <string.h>
 
 #include "tests/integration/cases.h"
@@ -8,12 +11,12 @@
 #define PAGE	    4096
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
 
-static void fast(Pair *pair)
+static void full_speed(Pair *pair)
 {
 	g_assert_true(pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL));
 }
 
-/* All that has travelled was compared, and this many pages were wrong at first. */
+/* All transferred pages were compared, and `corrupt` of them were wrong when they arrived. */
 static void check_verified(Pair *pair, guint64 corrupt)
 {
 	g_auto(PrMigrationInfo) info = {0}, there = {0};
@@ -40,7 +43,7 @@ static void every_page_is_verified(void **state)
 	check_verified(pair, 0);
 }
 
-static void both_sides_have_to_want_it(void **state)
+static void verification_needs_the_capability_on_both_sides(void **state)
 {
 	for (guint i = 0; i < 2; i++) {
 		PairConfig config = {.scheme = scheme_of(state),
@@ -63,8 +66,8 @@ static void both_sides_have_to_want_it(void **state)
 	}
 }
 
-/* What it is for: without it, nobody notices but the guest. */
-static void without_it_the_guest_sees_what_a_path_has_flipped(void **state)
+/* Shows what the capability is for: without it the engine does not notice a corrupted page. */
+static void without_verify_the_guest_reads_a_corrupted_page(void **state)
 {
 	PairConfig config = {
 		.scheme = scheme_of(state), .size = 4 * MIB, .paused = TRUE, .landing = "bare"};
@@ -80,8 +83,11 @@ static void without_it_the_guest_sees_what_a_path_has_flipped(void **state)
 	assert_int_equal(corrupt, 1);
 }
 
-/* READs of the load, of the guest's faults and of the bulk pull in turn. */
-static void a_page_that_comes_in_wrong_is_read_again(void **state)
+/*
+ * The number of the corrupted READ varies, so that it is one for loading, for a guest's fault, or
+ * of the bulk pull.
+ */
+static void a_corrupted_page_is_read_again(void **state)
 {
 	for (guint read = 1; read < 60; read += 7) {
 		PairConfig config = {.scheme = scheme_of(state),
@@ -119,9 +125,11 @@ static uint64_t corrupt_reads(Pair *pair)
 	return info.corrupt_reads;
 }
 
-/* Nothing but faults is read, and always comes in wrong: that is the path's fault. Of the bulk pull there is one READ, which
- * may happen to bring one of the pages, right, with another one that is wrong. */
-static void a_page_that_is_wrong_three_times_pauses(void **state)
+/*
+ * The path corrupts every READ. The bandwidth limit leaves one bulk READ, which may bring some
+ * correct page together with a corrupted one. All others are READs for faults.
+ */
+static void a_page_corrupted_three_times_pauses_the_migration(void **state)
 {
 	PairConfig config = {.scheme = scheme_of(state),
 			     .size = 16 * MIB,
@@ -148,8 +156,8 @@ static void a_page_that_is_wrong_three_times_pauses(void **state)
 	assert_non_null(strstr(info.reason, "RAM block ram1"));
 
 	pr_faults_set_plan(faults, &never);
-	fast(pair);
-	/* What has landed wrong already is one more strike over the next path. */
+	full_speed(pair);
+	/* A page that has landed corrupted counts as one more strike on the next path. */
 	pair_resume_until_completed(pair, G_N_ELEMENTS(touchers));
 	for (guint i = 0; i < G_N_ELEMENTS(touchers); i++)
 		g_thread_join(touchers[i]);
@@ -157,7 +165,7 @@ static void a_page_that_is_wrong_three_times_pauses(void **state)
 	check_verified(pair, corrupt_reads(pair));
 }
 
-/* What had landed is kept, what was asked for is asked for again. */
+/* After a recovery, landed pages are kept, and hashes that were requested are requested again. */
 static void verified_migrations_recover(void **state)
 {
 	PairConfig config = {
@@ -188,7 +196,7 @@ static void verified_migrations_recover(void **state)
 			side_wait_any(&pair->source, settled | over);
 		}
 	}
-	fast(pair);
+	full_speed(pair);
 	pair_resume_until_completed(pair, 3);
 	pair_check_completed(pair);
 	check_verified(pair, 0);
@@ -198,10 +206,10 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		BOTH(every_page_is_verified),
-		BOTH(both_sides_have_to_want_it),
-		BOTH(without_it_the_guest_sees_what_a_path_has_flipped),
-		BOTH(a_page_that_comes_in_wrong_is_read_again),
-		BOTH(a_page_that_is_wrong_three_times_pauses),
+		BOTH(verification_needs_the_capability_on_both_sides),
+		BOTH(without_verify_the_guest_reads_a_corrupted_page),
+		BOTH(a_corrupted_page_is_read_again),
+		BOTH(a_page_corrupted_three_times_pauses_the_migration),
 		BOTH(verified_migrations_recover),
 	};
 

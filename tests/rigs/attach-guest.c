@@ -155,7 +155,10 @@ static void *map_tmpfs(void)
 	if (fd < 0 || unlink(name) < 0 || ftruncate(fd, size) < 0)
 		_exit(1);
 	at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	/* A second mapping is read-only, and so no guest's RAM. */
+	/*
+	 * The second mapping of this file is read-only, so the helper does not list it as guest
+	 * RAM.
+	 */
 	if (at == MAP_FAILED || mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0) == MAP_FAILED)
 		_exit(1);
 	return at;

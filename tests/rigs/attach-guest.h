@@ -22,29 +22,29 @@ typedef struct AttachGuest AttachGuest;
 void attach_guest_main(int argc, char **argv);
 
 AttachGuest *attach_guest_new(void);
-/* Kills it. */
+/* Kills the process and frees the rig. */
 void attach_guest_free(AttachGuest *guest);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(AttachGuest, attach_guest_free)
 
 pid_t attach_guest_pid(AttachGuest *guest);
-/* The addresses of its mappings. */
+/* The addresses of the process's mappings. */
 uint64_t attach_guest_memfd(AttachGuest *guest);
 uint64_t attach_guest_tmpfs(AttachGuest *guest);
 
-/* An access by a thread of its own; returns the thread. */
+/* Starts an access by a new thread of the process; returns the thread. */
 pid_t attach_guest_write(AttachGuest *guest, uint64_t at, uint8_t value);
 pid_t attach_guest_read(AttachGuest *guest, uint64_t at);
-/* The same by its main thread, which can't do anything else meanwhile. */
+/* The same access by the main thread, which runs no command until the access ends. */
 pid_t attach_guest_write_in_main(AttachGuest *guest, uint64_t at, uint8_t value);
 /* Waits for the end of the next access. Returns its thread, and the value that it has read or
  * written. */
 pid_t attach_guest_done(AttachGuest *guest, uint8_t *ret_value);
-/* A whole read. */
+/* Reads a byte, and waits for the result. */
 uint8_t attach_guest_value(AttachGuest *guest, uint64_t at);
 /* Waits until the thread sleeps on a page fault. */
 void attach_guest_wait_faulting(AttachGuest *guest, pid_t thread);
 /* The number of SIGUSR1 that its main thread has handled; the number of its descriptors. */
 guint attach_guest_signals(AttachGuest *guest);
 guint attach_guest_files(AttachGuest *guest);
-/* Has its main thread sleep in another call for ever. */
+/* Makes the main thread sleep for ever in another system call than ppoll(). */
 void attach_guest_leave_poll(AttachGuest *guest);

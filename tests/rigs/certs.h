@@ -5,13 +5,13 @@
 #include <glib.h>
 
 /*
- * A new directory with a CA, a server's certificate for 127.0.0.1, ::1 and localhost, and a
+ * Makes a directory with a CA, a server's certificate for 127.0.0.1, ::1 and localhost, and a
  * client's with the common name "source".
  */
 char *certs_new(void);
-/* An empty one with the CA of another. */
+/* Makes a directory with the CA of another one, and no certificates. */
 char *certs_new_beside(const char *of);
-/* Adds to a directory: what: further arguments of make-certs. days: its DAYS. */
+/* Adds certificates to a directory. days: their DAYS; what: further arguments of make-certs. */
 void certs_add(const char *dir, int days, const char *what);
 /* Removes the directory, frees its name. */
 void certs_free(char *dir);

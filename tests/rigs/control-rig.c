@@ -108,7 +108,7 @@ Destination *destination_new_hasty(const char *text, const PrTls *tls)
 	return new_destination(text, tls, STALL_MS);
 }
 
-void destination_hold(Destination *destination, gboolean hold)
+void destination_block_hello(Destination *destination, gboolean hold)
 {
 	g_mutex_lock(&destination->lock);
 	destination->hold = hold;
@@ -118,7 +118,7 @@ void destination_hold(Destination *destination, gboolean hold)
 
 void destination_free(Destination *destination)
 {
-	destination_hold(destination, FALSE);
+	destination_block_hello(destination, FALSE);
 	pr_listener_free(destination->listener);
 	g_queue_clear_full(&destination->controls, (GDestroyNotify)pr_control_free);
 	g_mutex_clear(&destination->lock);

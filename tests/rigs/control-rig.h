@@ -11,17 +11,17 @@
 
 #include "transport/control/control.h"
 
-#define LONG_MS	    20000  /* bounds what should come at once, on a slow machine with a sanitizer */
-#define PATIENT_MS  120000 /* a destination's handshake: longer than any test waits for anything */
-#define STALL_MS    3000   /* in place of it, for tests that wait until it is over */
+#define LONG_MS	    20000  /* bound of what should happen at once, on a slow machine */
+#define PATIENT_MS  120000 /* handshake timeout of a destination: longer than any test waits */
+#define STALL_MS    3000   /* instead of PATIENT_MS, in tests that wait for this timeout */
 #define INTERVAL_MS 20
-#define TIMEOUT_MS  4000 /* a thread may get no CPU for a few seconds */
-#define SILENCE_MS  1000 /* in place of TIMEOUT_MS, for tests that wait until it is over */
+#define TIMEOUT_MS  4000 /* heartbeat timeout: a thread may get no CPU for a few seconds */
+#define SILENCE_MS  1000 /* instead of TIMEOUT_MS, in tests that wait for this timeout */
 #define MIB	    (1024 * 1024)
 
-/* The failure of a channel, as on_failed gets it. */
+/* The failure that on_failed has got for a channel. */
 typedef struct Failure {
-	GMutex lock; /* of the rest */
+	GMutex lock; /* protects the rest */
 	GCond changed;
 	guint calls;
 	GError *reason;
@@ -35,11 +35,11 @@ typedef struct Destination {
 	PrListener *listener;
 	const PrTls *tls; /* the source uses it, too */
 	PrHelloAck ack;
-	GMutex lock; /* of the rest */
+	GMutex lock; /* protects the rest */
 	GCond changed;
-	GQueue controls; /* PrControl, answered */
+	GQueue controls; /* PrControl: the channels whose HELLO was answered */
 	guint hellos;
-	gboolean hold; /* on_hello waits */
+	gboolean hold; /* while it is set, on_hello waits */
 	char scheme[16];
 } Destination;
 
@@ -69,15 +69,15 @@ void raw_free(Raw *raw);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Raw, raw_free)
 
 guint failure_calls(Failure *failure);
-/* Waits for on_failed; FALSE: it was not called within the time. */
+/* Waits until on_failed is called. Returns FALSE after the time is up. */
 gboolean failure_wait(Failure *failure, gint64 ms);
 void start(PrControl *control, Failure *failure);
 void on_hello(PrControl *control, const PrHello *hello, PrListener *listener, void *opaque);
 Destination *destination_new(const char *text);
 Destination *destination_new_tls(const char *text, const PrTls *tls);
-/* The same with STALL_MS for a handshake. */
+/* The same with STALL_MS as handshake timeout. */
 Destination *destination_new_hasty(const char *text, const PrTls *tls);
-void destination_hold(Destination *destination, gboolean hold);
+void destination_block_hello(Destination *destination, gboolean hold);
 PrControl *destination_control(Destination *destination);
 void destination_wait_hellos(Destination *destination, guint n);
 uint16_t destination_port(Destination *destination);
@@ -90,9 +90,12 @@ int raw_connect(uint16_t port);
 int raw_listen(PrUri **ret_uri);
 void raw_write(int fd, const void *data, gsize length);
 void raw_send(int fd, uint16_t type, const void *body, uint32_t length);
-/* Writes all of it; a process that is stopped meanwhile goes on later. */
+/* Reads exactly so many bytes, also if the process is stopped in between. */
 void raw_read(int fd, void *data, gsize length);
-/* Everything up to the end of the stream or a reset is read and dropped. FALSE: it didn't end. */
+/*
+ * Reads and drops everything up to the end of the stream or a reset. Returns FALSE if neither
+ * comes.
+ */
 gboolean raw_reaches_end(int fd);
 void raw_read_hello(int fd);
 Raw *raw_new(void (*script)(int fd));
@@ -101,12 +104,17 @@ int raw_join(Raw *raw);
 void script_answer(int fd);
 /* A started channel to a raw peer that has answered HELLO properly. */
 PrControl *connect_raw(Raw *raw, Failure *failure);
-/* The same with SILENCE_MS. */
+/* The same with SILENCE_MS as heartbeat timeout. */
 PrControl *connect_raw_hasty(Raw *raw, Failure *failure);
-/* A connection whose end the test holds, for a channel that is not started: its writes fail as
- * soon as the test says so. Returns that end. */
+/*
+ * Gives a channel that is not started a connection whose other end the test has, so the test can
+ * make its writes fail. Returns the other end.
+ */
 int put_socket_pair(PrControl *control);
-/* The channel has failed with this code and text; on_failed was called once, before. */
+/*
+ * Asserts that the channel has failed with this code and text, and that on_failed was called once,
+ * earlier.
+ */
 void assert_fails(PrControl *control, Failure *failure, int code, const char *text);
 void assert_receives(PrControl *control, uint16_t type, const void *body, gsize length);
 void on_failed(const GError *reason, void *opaque);

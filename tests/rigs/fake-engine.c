@@ -29,7 +29,7 @@ struct PrMigration {
 	char *reason;		/* lock */
 	char *last_call;	/* lock */
 	char *fail;		/* lock */
-	gboolean names_blocked; /* lock; name look-ups do not end */
+	gboolean names_blocked; /* lock; while set, name look-ups do not end */
 	GCond changed;		/* signals changes of names_blocked, and cancelled look-ups */
 };
 
@@ -114,7 +114,7 @@ char *fake_last_call(PrMigration *migration)
 	return g_strdup(migration->last_call);
 }
 
-/* Takes call. */
+/* Owns `call` from now on. */
 static gboolean record(PrMigration *migration, char *call, GError **error)
 {
 	G_GNUC_UNUSED g_autoptr(GMutexLocker) locker = g_mutex_locker_new(&migration->lock);
@@ -336,7 +336,7 @@ Client *client_ready(Bench *bench)
 {
 	g_autoptr(Client) client = client_new(bench);
 	G_GNUC_UNUSED g_autoptr(JsonNode) greeting = client_receive(client);
-	g_autofree char *answer = client_ask(client, "{\"execute\":\"qmp_capabilities\"}");
+	g_autofree char *answer = client_request(client, "{\"execute\":\"qmp_capabilities\"}");
 
 	assert_string_equal(answer, "{\"return\":{}}");
 	return g_steal_pointer(&client);
@@ -399,7 +399,7 @@ JsonNode *client_receive(Client *client)
 	return node;
 }
 
-char *client_ask(Client *client, const char *text)
+char *client_request(Client *client, const char *text)
 {
 	if (text)
 		client_send(client, text);

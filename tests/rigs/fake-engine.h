@@ -54,7 +54,7 @@ void client_send(Client *client, const char *text);
 /* Returns the next message of any kind. */
 JsonNode *client_receive(Client *client);
 /* Sends text (NULL: nothing) and returns the next answer. Events that come first are queued. */
-char *client_ask(Client *client, const char *text);
+char *client_request(Client *client, const char *text);
 /* Returns the next event, queued or not read yet, as "STATUS" or "STATUS/REASON". */
 char *client_event(Client *client);
 /* Reads to the end of the connection. TRUE: the server has closed it in time. */

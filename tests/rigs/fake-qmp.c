@@ -98,7 +98,7 @@ static char *look_up(FakeQmp *fake, const char *key)
 	return g_strdup(g_hash_table_lookup(fake->answers, key));
 }
 
-/* FALSE: close. */
+/* Returns FALSE to close the connection. */
 static gboolean answer(FakeQmp *fake, gint64 id, const char *text)
 {
 	if (!text)
@@ -270,7 +270,7 @@ void fake_qmp_set(FakeQmp *fake, const char *key, const char *answer)
 	g_hash_table_insert(fake->answers, g_strdup(key), g_strdup(answer));
 }
 
-void fake_qmp_say(FakeQmp *fake, const char *text)
+void fake_qmp_send(FakeQmp *fake, const char *text)
 {
 	g_mutex_lock(&fake->lock);
 	while (fake->conn < 0)

@@ -21,15 +21,17 @@ typedef struct FakeQmp FakeQmp;
 
 /* greeting: NULL for the usual one, "" for none. */
 FakeQmp *fake_qmp_new(const char *greeting);
-/* Waits for the thread. Before, the client has to be gone, or the server has to have closed the
- * connection. */
+/*
+ * Waits for the server's thread. The client must be gone by then, or the server must have closed
+ * the connection.
+ */
 void fake_qmp_free(FakeQmp *fake);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(FakeQmp, fake_qmp_free)
 
 const char *fake_qmp_path(FakeQmp *fake);
 void fake_qmp_set(FakeQmp *fake, const char *key, const char *answer);
-/* Sends raw text that is no answer, once there is a connection. */
-void fake_qmp_say(FakeQmp *fake, const char *text);
+/* Sends raw text that is not an answer, once a client is connected. */
+void fake_qmp_send(FakeQmp *fake, const char *text);
 /* How often the client has sent a command. */
 guint fake_qmp_count(FakeQmp *fake, const char *key);
 /* The command's last arguments, as JSON; NULL: none. */
@@ -40,6 +42,8 @@ int fake_qmp_take_fd(FakeQmp *fake);
 /* The bytes that `xen-save-devices-state` writes to the last descriptor that came. */
 void fake_qmp_set_state(FakeQmp *fake, const void *bytes, gsize len);
 
-/* Answers of a QEMU 7.2 with 64 MiB of shared RAM in a backend named "mem", which can be migrated
- * unless the test changes an answer. */
+/*
+ * Sets the answers of a QEMU 7.2 with 64 MiB of shared RAM in a backend named "mem". Its guest can
+ * be migrated unless the test changes an answer.
+ */
 void fake_qmp_set_healthy(FakeQmp *fake);

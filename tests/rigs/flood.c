@@ -25,7 +25,7 @@ static int connect_once(Flood *flood)
 	const struct linger reset = {.l_onoff = 1};
 	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
-	/* Closing resets it, or this host would run out of ports. */
+	/* Close with a reset, as this host would run out of ports otherwise. */
 	setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
 	if (bind(fd, (struct sockaddr *)&flood->from, sizeof(flood->from)) == 0 &&
 	    connect(fd, (struct sockaddr *)&flood->to, sizeof(flood->to)) == 0) {

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* A host that floods a port: it connects for ever, sends something each time, and keeps its
- * connections open. */
+/*
+ * A host that floods a port: it connects again and again, sends some bytes each time, and keeps its
+ * connections open.
+ */
 #pragma once
 
 #include <glib.h>
@@ -10,10 +12,10 @@
 
 typedef struct Flood Flood;
 
-/* From an address of this host (127.0.0.2, say). bytes: not owned. */
+/* from: an address of this host, such as 127.0.0.2. bytes: not owned. */
 Flood *flood_new(const char *from, uint16_t port, const void *bytes, gsize n);
-/* Waits until it has connected so many times more; FALSE: not within a minute. */
+/* Waits until it has made so many more connections. Returns FALSE after a minute. */
 gboolean flood_wait(Flood *flood, guint more);
-/* Ends it, and closes what it has. */
+/* Stops the flood, and closes its connections. */
 void flood_free(Flood *flood);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Flood, flood_free)

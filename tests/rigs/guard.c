@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* Children beyond one buffer are killed at the next SIGCHLD. */
+/* The buffer may be too small for all children. The others are killed at the next SIGCHLD. */
 static void kill_children(void)
 {
 	char text[4096], *at = text, *end;
@@ -41,7 +41,7 @@ static void kill_on_signal(const sigset_t *signals)
 	while (has_children()) {
 		if (ending)
 			kill_children();
-		/* Ended by the end of a child, by the test, or by the end of the test. */
+		/* A child's end, the test or the end of the test sends a signal here. */
 		sigwait(signals, &number);
 		ending = ending || number == SIGTERM;
 	}

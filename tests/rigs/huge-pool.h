@@ -10,10 +10,10 @@
 #define HUGE_POOL_IN_USE "/run/lock/postroad-huge-pages-in-use"
 
 /*
- * Call it before the first huge page is used. The lock is held until the program ends: a test that
- * counts the free pages of the pool waits for that, and this call waits for such a test. Without
- * the right to open the lock nothing is locked: then that test, which needs root, does not run
- * either.
+ * Call it before the first huge page is used. The lock is held until the program ends. A test that
+ * counts the free pages of the pool waits for that, and this call waits for such a test. A program
+ * that may not open the lock file goes on without it: the tests that count need root, so they do
+ * not run then.
  */
 static inline void huge_pool_use(void)
 {

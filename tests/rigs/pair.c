@@ -12,7 +12,7 @@
 #include "tests/rigs/certs.h"
 #include "tests/rigs/huge-pool.h"
 
-/* Far above what anything here takes, sanitizers and a busy machine included. */
+/* Far longer than any step takes here, even with sanitizers on a busy machine. */
 #define PATIENCE_US (60 * G_USEC_PER_SEC)
 #define HUGE_PAGES  640 /* as tests/run makes them */
 
@@ -23,7 +23,7 @@ static void check_no_error(const GError *error)
 		fail_msg("%s", error->message);
 }
 
-/* Before main(): of the huge pages that several such programs want at a time. */
+/* Runs before main(). The programs that need huge pages share them, so each may have to wait. */
 static void __attribute__((constructor)) require_huge_pages(void)
 {
 	g_autofree char *text = NULL;
@@ -57,18 +57,18 @@ static void on_path(const char *uri, PrPathState state, const char *device, cons
 		    void *opaque)
 {
 	Side *side = opaque;
-	PathNews news = {g_strdup(uri), state};
+	PathEvent event = {g_strdup(uri), state};
 
 	g_mutex_lock(&side->lock);
 	g_debug("%s: path %s is %s (%s)", side->name, uri, pr_path_state_name(state), reason);
-	g_array_append_val(side->path_news, news);
+	g_array_append_val(side->path_events, event);
 	g_cond_broadcast(&side->changed);
 	g_mutex_unlock(&side->lock);
 }
 
-static void clear_news(gpointer news)
+static void clear_path_event(gpointer event)
 {
-	g_free(((PathNews *)news)->uri);
+	g_free(((PathEvent *)event)->uri);
 }
 
 static void side_init(Side *side, const char *name, const PairConfig *config, uint64_t size)
@@ -92,12 +92,14 @@ static void side_init(Side *side, const char *name, const PairConfig *config, ui
 	g_cond_init(&side->changed);
 	side->states = g_array_new(FALSE, FALSE, sizeof(PrState));
 	side->times = g_array_new(FALSE, FALSE, sizeof(gint64));
-	side->path_news = g_array_new(FALSE, FALSE, sizeof(PathNews));
-	g_array_set_clear_func(side->path_news, clear_news);
+	side->path_events = g_array_new(FALSE, FALSE, sizeof(PathEvent));
+	g_array_set_clear_func(side->path_events, clear_path_event);
 	side->guest = testguest_new(&guest, &error);
 	check_no_error(error);
 	pr_params_init(&side->params);
-	/* Two engines, a guest and perhaps a sanitizer share few cores: silence means less here. */
+	/*
+	 * Two engines, a guest and perhaps a sanitizer share few cores, so the timeouts are long.
+	 */
 	assert_true(pr_params_set(&side->params, "heartbeat-timeout", 10000, NULL));
 	assert_true(pr_params_set(&side->params, "connect-timeout", 20000, NULL));
 	assert_true(pr_params_set(&side->params, "handshake-timeout", 20000, NULL));
@@ -139,12 +141,12 @@ static void side_clear(Side *side)
 	testguest_free(side->guest);
 	g_array_unref(side->states);
 	g_array_unref(side->times);
-	g_array_unref(side->path_news);
+	g_array_unref(side->path_events);
 	g_mutex_clear(&side->lock);
 	g_cond_clear(&side->changed);
 }
 
-/* What the destination is to listen on. */
+/* The URIs on which the destination listens. */
 static char *incoming_uris(const PairConfig *config)
 {
 	GString *uris = g_string_new(NULL);
@@ -162,7 +164,7 @@ static char *incoming_uris(const PairConfig *config)
 	return g_string_free(uris, FALSE);
 }
 
-/* "tcp:127.0.0.1:PORT", where the destination really listens, without its own faults. */
+/* Returns "tcp:127.0.0.1:PORT", the address of the destination without fault injection. */
 static char *listening_uri(Side *destination)
 {
 	g_auto(PrMigrationInfo) info = {0};
@@ -175,9 +177,9 @@ static char *listening_uri(Side *destination)
 	return g_strndup(uri, strcspn(uri, "?"));
 }
 
-static char *the_certs; /* the process's, of the main thread */
+static char *the_certs; /* shared by all pairs of the process; the main thread's */
 
-static void forget_certs(void)
+static void free_shared_certs(void)
 {
 	certs_free(g_steal_pointer(&the_certs));
 }
@@ -186,12 +188,12 @@ static const char *shared_certs(void)
 {
 	if (!the_certs) {
 		the_certs = certs_new();
-		atexit(forget_certs);
+		atexit(free_shared_certs);
 	}
 	return the_certs;
 }
 
-/* Before the engines are told anything. */
+/* Call it before the engines get any command. */
 static void use_tls(Pair *pair)
 {
 	g_autoptr(GError) error = NULL;
@@ -208,7 +210,7 @@ static void use_tls(Pair *pair)
 
 Pair *pair_new(const PairConfig *config)
 {
-	static int count; /* atomic; names the faults of each pair */
+	static int count; /* atomic; makes the fault IDs unique */
 	Pair *pair = g_new0(Pair, 1);
 	g_autoptr(GError) error = NULL;
 	g_autofree char *id = g_strdup_printf("pair-%d", g_atomic_int_add(&count, 1));
@@ -255,15 +257,17 @@ void pair_resume(Pair *pair)
 	Side *side = &pair->source;
 
 	g_mutex_lock(&side->lock);
-	guint told = side->states->len;
+	guint reported = side->states->len;
 	g_mutex_unlock(&side->lock);
 	pr_migration_start(side->engine, pair->uri, /* resume= */ TRUE, &error);
 	check_no_error(error);
-	/* Until then the last state told is the old one. */
+	/*
+	 * The state must have changed, or a caller's wait could see the state before the recovery.
+	 */
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 	gboolean in_time = TRUE;
 	g_mutex_lock(&side->lock);
-	while (side->states->len == told && in_time)
+	while (side->states->len == reported && in_time)
 		in_time = g_cond_wait_until(&side->changed, &side->lock, deadline);
 	g_mutex_unlock(&side->lock);
 	if (!in_time)
@@ -275,7 +279,7 @@ PrState side_wait_any(Side *side, guint mask)
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	g_mutex_lock(&side->lock);
-	/* Nothing follows after completed. */
+	/* No state follows after completed. */
 	while (!(mask & 1u << side->state) && side->state != PR_STATE_COMPLETED &&
 	       g_cond_wait_until(&side->changed, &side->lock, deadline))
 		;
@@ -296,8 +300,8 @@ void side_wait(Side *side, PrState state)
 	side_wait_any(side, 1u << state);
 }
 
-/* With the side's lock held. */
-static gboolean was_told(const Side *side, PrState state)
+/* The caller holds the side's lock. */
+static gboolean was_reported(const Side *side, PrState state)
 {
 	for (guint i = 0; i < side->states->len; i++)
 		if (g_array_index(side->states, PrState, i) == state)
@@ -305,17 +309,18 @@ static gboolean was_told(const Side *side, PrState state)
 	return FALSE;
 }
 
-void side_wait_told(Side *side, PrState state)
+void side_wait_reported(Side *side, PrState state)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	g_mutex_lock(&side->lock);
-	while (!was_told(side, state) && g_cond_wait_until(&side->changed, &side->lock, deadline))
+	while (!was_reported(side, state) &&
+	       g_cond_wait_until(&side->changed, &side->lock, deadline))
 		;
-	gboolean told = was_told(side, state);
+	gboolean reported = was_reported(side, state);
 	PrState now = side->state;
 	g_mutex_unlock(&side->lock);
-	if (!told)
+	if (!reported)
 		fail_msg("%s: was never %s, it is %s", side->name, pr_state_name(state),
 			 pr_state_name(now));
 }
@@ -339,7 +344,7 @@ PrState side_state(Side *side)
 	return state;
 }
 
-gint64 side_told_at(Side *side, PrState state)
+gint64 side_reported_at(Side *side, PrState state)
 {
 	gint64 at = 0;
 
@@ -403,7 +408,7 @@ void side_wait_path(Side *side, const char *uri, PrPathState state)
 			fail_msg("%s: path %s is %s, not %s", side->name, uri,
 				 pr_path_state_name(side_path(side, uri).state),
 				 pr_path_state_name(state));
-		g_usleep(500); /* between two looks at the condition */
+		g_usleep(500); /* between two checks of the condition */
 	}
 }
 
@@ -422,7 +427,7 @@ void pair_wait_recovered(Pair *pair, guint64 n)
 				fail_msg("%s: waited for recovery %" G_GUINT64_FORMAT
 					 " of a migration that is %s: %s",
 					 sides[i]->name, n, pr_state_name(info.state), info.reason);
-			g_usleep(500); /* between two looks at the condition */
+			g_usleep(500); /* between two checks of the condition */
 		}
 }
 
@@ -438,7 +443,7 @@ void pair_wait_fenced(Pair *pair, gboolean fenced)
 			return;
 		if (g_get_monotonic_time() > deadline)
 			fail_msg("the guest of the source is %s", fenced ? "not fenced" : "fenced");
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	}
 }
 
@@ -454,7 +459,7 @@ void pair_wait_received(Pair *pair, uint64_t bytes)
 		if (g_get_monotonic_time() > deadline)
 			fail_msg("the destination never received %" G_GUINT64_FORMAT " bytes: %s",
 				 bytes, info.reason);
-		g_usleep(200); /* between two looks at the condition */
+		g_usleep(200); /* between two checks of the condition */
 	}
 }
 
@@ -490,8 +495,8 @@ void pair_check_completed(Pair *pair)
 	assert_int_equal(there.duplicate, here.duplicate);
 	assert_int_equal(there.postcopy_requests, here.postcopy_requests);
 	/*
-	 * A source that hears only on coming back that all is done has paused once more than it
-	 * recovered.
+	 * A source may learn only from a recovery that the destination has completed. That recovery
+	 * is not counted, so it has one more pause.
 	 */
 	assert_in_range(there.recoveries, there.pauses - MIN(there.pauses, 1), there.pauses);
 

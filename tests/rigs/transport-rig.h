@@ -64,8 +64,10 @@ void rig_connect(Rig *rig);
 /* As above, with the source in another process. */
 void rig_connect_child(Rig *rig);
 void rig_kill_child(Rig *rig);
-/* main() of a test program calls this first. In the process that rig_connect_child() starts, it runs
- * the source and does not return. */
+/*
+ * main() of a test program calls this first. In the process that rig_connect_child() starts, it
+ * runs the source and does not return.
+ */
 void rig_main_source(int argc, char **argv);
 
 /* The byte that belongs at an offset of a block. */

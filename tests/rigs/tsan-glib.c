@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Tells ThreadSanitizer about GLib's locks and queues. GLib is not instrumented and its mutex is a
- * bare futex, so that without this every datum under a GMutex would be reported as a race. Linked
- * into the tests of a build with -Db_sanitize=thread, where these definitions come before GLib's.
+ * Tells ThreadSanitizer about GLib's locks and queues. GLib is not instrumented, and its mutex is a
+ * bare futex. Without this file every datum under a GMutex would be reported as a race. It is
+ * linked into the tests of a build with -Db_sanitize=thread, where these definitions come before
+ * GLib's.
  */
 #include <dlfcn.h>
 #include <glib.h>
@@ -95,9 +96,9 @@ POP(g_async_queue_try_pop, (GAsyncQueue * queue), (queue))
 POP(g_async_queue_timeout_pop, (GAsyncQueue * queue, guint64 timeout), (queue, timeout))
 
 /*
- * What was written before a source is attached is seen when it is called. A context's thread learns
- * of new sources in its poll function, which does not know the context: one token stands for all of
- * them.
+ * What was written before a source is attached is visible when it is called. A context's thread
+ * learns of new sources in its poll function, which does not know the context. So one token stands
+ * for all contexts.
  */
 static char sources;
 

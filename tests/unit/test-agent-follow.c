@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* An engine that follows another one: what it learns from the agent. */
+/* What an engine that follows another one learns from the agent. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

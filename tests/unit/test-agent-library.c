@@ -80,11 +80,11 @@ static void place_clear(Place *place)
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Place, place_clear)
 
-static void open_as_stranger(void *opaque)
+static void open_as_other_user(void *opaque)
 {
 	Place *place = opaque;
 
-	/* More connections than the agent has slots: none of them stays. */
+	/* These are more connections than the agent has slots. It closes all of them. */
 	for (guint i = 0; i < 20; i++) {
 		g_autoptr(GError) error = NULL;
 
@@ -110,7 +110,7 @@ static void engines_of_other_users_are_refused(void **state)
 	/* The mode of the socket file keeps other users out. The test widens it, as an
 	 * administrator might. */
 	assert_int_equal(chmod(place.path, 0666), 0);
-	as_user(NOBODY, open_as_stranger, &place);
+	as_user(NOBODY, open_as_other_user, &place);
 	client = pr_agent_client_open(place.path, TIMEOUT, &error);
 	g_assert_no_error(error);
 	pr_agent_client_free(client);
@@ -140,7 +140,7 @@ static void open_as_other(void *opaque)
 		strstr(error->message, "served by user 65534, this engine is user 65533's"));
 }
 
-static void an_agent_of_another_user_is_not_believed(void **state)
+static void an_agent_of_another_user_is_refused(void **state)
 {
 	if (geteuid() != 0)
 		skip();
@@ -184,7 +184,7 @@ static void regions_are_checked(void **state)
 	close(memfd);
 }
 
-/* The error tells the options for such an agent, with the path of its socket and nothing else. */
+/* The error names the options for such an agent, with the path of its socket and nothing else. */
 static void an_agent_without_callbacks_is_refused_by_the_path_of_its_socket(void **state)
 {
 	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
@@ -208,7 +208,9 @@ static void an_agent_without_callbacks_is_refused_by_the_path_of_its_socket(void
 	rmdir(dir);
 }
 
-/* Without free descriptors the agent waits instead of spinning, and goes on later. */
+/*
+ * Without free descriptors the agent waits instead of spinning. It accepts connections again later.
+ */
 static void an_agent_without_descriptors_goes_on_later(void **state)
 {
 	g_autofree char *dir = g_dir_make_tmp("test-agent-XXXXXX", NULL);
@@ -319,7 +321,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(a_live_socket_is_kept_and_a_stale_one_replaced),
 		cmocka_unit_test(engines_of_other_users_are_refused),
-		cmocka_unit_test(an_agent_of_another_user_is_not_believed),
+		cmocka_unit_test(an_agent_of_another_user_is_refused),
 		cmocka_unit_test(regions_are_checked),
 		cmocka_unit_test(an_agent_without_callbacks_is_refused_by_the_path_of_its_socket),
 		cmocka_unit_test(an_agent_without_descriptors_goes_on_later),

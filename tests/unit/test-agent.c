@@ -474,7 +474,7 @@ static void silent_connections_do_not_keep_the_engine_out(void **state)
 
 	for (guint i = 0; i < G_N_ELEMENTS(conns); i++) {
 		conns[i] = raw_connect(guest);
-		/* Accepted; the one before it was closed, or waits. */
+		/* To accept a new connection the agent closes an older one. */
 		if (i >= 16)
 			assert_closed(conns[i - 16]);
 	}
@@ -605,7 +605,7 @@ static gboolean has_verified(void *opaque)
 }
 
 /* A whole migration by hand: stop, save, copy, load, run. */
-static void a_guest_moves_by_hand(void **state)
+static void a_guest_moves_step_by_step(void **state)
 {
 	g_autoptr(TestGuest) source = new_guest(TRUE, FALSE);
 	g_autoptr(TestGuest) destination = new_guest(FALSE, FALSE);
@@ -634,7 +634,7 @@ static void a_guest_moves_by_hand(void **state)
 }
 
 /* The test guest has to find a page that is wrong by one bit. */
-static void one_wrong_bit_is_seen(void **state)
+static void one_wrong_bit_is_detected(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest(TRUE, TRUE);
 	g_autoptr(TestGuest) other = new_guest(TRUE, TRUE);
@@ -753,8 +753,8 @@ int main(void)
 		cmocka_unit_test(the_guests_death_is_reported_once),
 		cmocka_unit_test(stop_and_resume_keep_the_run_state),
 		cmocka_unit_test(a_running_guest_does_not_save),
-		cmocka_unit_test(a_guest_moves_by_hand),
-		cmocka_unit_test(one_wrong_bit_is_seen),
+		cmocka_unit_test(a_guest_moves_step_by_step),
+		cmocka_unit_test(one_wrong_bit_is_detected),
 		cmocka_unit_test(a_load_that_waits_for_a_page_can_be_aborted),
 		cmocka_unit_test(a_guest_that_waits_for_pages_can_be_freed),
 		cmocka_unit_test(a_foreign_state_is_refused),

@@ -161,7 +161,7 @@ static void only_read_pages_are_allocated_before_the_guest_runs(void **state)
 	rig_free(rig);
 }
 
-static void data_in_an_allocated_page_stay(void **state)
+static void data_in_an_allocated_page_is_kept(void **state)
 {
 	Rig *rig = rig_new(real_server, N_PAGES * PAGE);
 	uint8_t *host = rig->ram->blocks[0].host;
@@ -175,7 +175,7 @@ static void data_in_an_allocated_page_stay(void **state)
 	rig_free(rig);
 }
 
-static void blocks_of_huge_pages_are_left_alone(void **state)
+static void blocks_of_huge_pages_are_not_allocated(void **state)
 {
 	Rig *rig = rig_new(real_server, N_PAGES * PAGE);
 
@@ -445,8 +445,8 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(only_read_pages_are_allocated_before_the_guest_runs),
-		cmocka_unit_test(data_in_an_allocated_page_stay),
-		cmocka_unit_test(blocks_of_huge_pages_are_left_alone),
+		cmocka_unit_test(data_in_an_allocated_page_is_kept),
+		cmocka_unit_test(blocks_of_huge_pages_are_not_allocated),
 		cmocka_unit_test(the_walk_skips_received_and_ungranted_pages),
 		cmocka_unit_test(the_engines_own_bitmaps_are_allocated_likewise),
 		cmocka_unit_test(a_full_cgroup_fails_the_read_and_can_be_mended),

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Packets that an attach helper gets from an engine under an attacker's control. Needs root. */
+/*
+ * Malformed packets to an attach helper, as an attacker who controls the engine may send them.
+ * Needs root.
+ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -45,7 +48,7 @@ static PrAgentRequest request_of(PrAgentOp op)
 		.magic = PR_AGENT_MAGIC, .version = PR_AGENT_VERSION, .op = op, .id = op};
 }
 
-/* Whether the helper has replied, and not ended. */
+/* Returns FALSE if the helper has ended instead of replying. */
 static gboolean is_answered(int socket)
 {
 	g_autofree PrAgentReply *reply = g_malloc(PR_AGENT_REPLY_MAX);
@@ -55,7 +58,7 @@ static gboolean is_answered(int socket)
 	return recv(socket, reply, PR_AGENT_REPLY_MAX, 0) >= (ssize_t)sizeof(*reply);
 }
 
-static gboolean say_raw(int socket, PrAgentOp op, int fd)
+static gboolean send_op_raw(int socket, PrAgentOp op, int fd)
 {
 	PrAgentRequest request = request_of(op);
 
@@ -63,7 +66,7 @@ static gboolean say_raw(int socket, PrAgentOp op, int fd)
 	return is_answered(socket);
 }
 
-static void say_nonsense(int socket, guint which, int pidfd)
+static void send_malformed(int socket, guint which, int pidfd)
 {
 	struct {
 		PrAgentRequest head;
@@ -72,16 +75,16 @@ static void say_nonsense(int socket, guint which, int pidfd)
 
 	switch (which) {
 	case 0: /* another process */
-		assert_false(say_raw(socket, PR_AGENT_ATTACH, pidfd));
+		assert_false(send_op_raw(socket, PR_AGENT_ATTACH, pidfd));
 		break;
 	case 1:
-		assert_false(say_raw(socket, PR_AGENT_HELLO, -1));
+		assert_false(send_op_raw(socket, PR_AGENT_HELLO, -1));
 		break;
 	case 2:
-		assert_false(say_raw(socket, PR_AGENT_REGIONS, pidfd));
+		assert_false(send_op_raw(socket, PR_AGENT_REGIONS, pidfd));
 		break;
 	case 3:
-		assert_false(say_raw(socket, PR_AGENT_N_OPS, -1));
+		assert_false(send_op_raw(socket, PR_AGENT_N_OPS, -1));
 		break;
 	case 4:
 		send_raw(socket, &packet, sizeof(packet), -1);
@@ -109,9 +112,9 @@ static void malformed_packets_end_the_helper_and_harm_no_process(void **state)
 		int socket = pr_attach_fork(TRUE, &helper);
 
 		assert_true(socket >= 0);
-		assert_true(say_raw(socket, PR_AGENT_ATTACH, pidfd));
-		assert_true(say_raw(socket, PR_AGENT_HELLO, -1));
-		say_nonsense(socket, which, pidfd);
+		assert_true(send_op_raw(socket, PR_AGENT_ATTACH, pidfd));
+		assert_true(send_op_raw(socket, PR_AGENT_HELLO, -1));
+		send_malformed(socket, which, pidfd);
 		close(socket);
 		assert_int_equal(waitpid(helper, &status, 0), helper);
 		assert_true(WIFEXITED(status));

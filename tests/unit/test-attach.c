@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The attach helper, with a process of the test's own (attach-guest.h). Needs root. */
+/*
+ * The attach helper, attached to a process that the test has started (attach-guest.h). Needs root.
+ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -83,7 +85,7 @@ static const PrGuestBlock *find_at(GArray *regions, uint64_t base)
 	return NULL;
 }
 
-/* Chooses the memfd as the guest's RAM, and not the file in the tmpfs. Returns the memfd. */
+/* Chooses the memfd as the guest's RAM, but not the file in the tmpfs. Returns the memfd. */
 static int choose(Attached *attached, AttachGuest *guest)
 {
 	g_autoptr(GError) error = NULL;
@@ -109,7 +111,10 @@ static int uffd_enable(Attached *attached)
 	return uffd;
 }
 
-/* The helper closes descriptors after a reply, and before the next one. */
+/*
+ * After a reply the helper may still have descriptors to close. It closes them before its next
+ * reply, so this waits for one more.
+ */
 static void wait_closed(Attached *attached)
 {
 	g_autoptr(GError) error = NULL;
@@ -145,12 +150,12 @@ static void fence_off(Attached *attached)
 
 static void wait_readable(int fd)
 {
-	struct pollfd look = {.fd = fd, .events = POLLIN};
+	struct pollfd entry = {.fd = fd, .events = POLLIN};
 
-	assert_int_equal(poll(&look, 1, TIMEOUT), 1);
+	assert_int_equal(poll(&entry, 1, TIMEOUT), 1);
 }
 
-/* As an engine does: writes the page, then CONTINUE. */
+/* Serves a fault as an engine does: writes the page, then CONTINUE. */
 static void serve_fault(int uffd, AttachGuest *guest, int memfd, uint64_t at, uint8_t value)
 {
 	struct uffdio_continue go = {
@@ -167,7 +172,7 @@ static void serve_fault(int uffd, AttachGuest *guest, int memfd, uint64_t at, ui
 	assert_int_equal(ioctl(uffd, UFFDIO_CONTINUE, &go), 0);
 }
 
-/* Reads a page that existed before, and one that never did. */
+/* Reads a page that had data, and one that never existed. */
 static void check_faults(Attached *attached, AttachGuest *guest, int memfd)
 {
 	int uffd = uffd_enable(attached);
@@ -235,8 +240,8 @@ static void faults_are_served(void **state)
 	close(memfd);
 }
 
-/* A thread that waits for a page goes on when the fault mode is turned off. */
-static void fault_off_wakes(void **state)
+/* A thread that waits for a page continues when the fault mode is turned off. */
+static void uffd_disable_wakes_waiting_threads(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
@@ -273,14 +278,14 @@ static int new_state(char mark)
 	return fd;
 }
 
-static void keep(Attached *attached, int fd)
+static void store_state(Attached *attached, int fd)
 {
 	g_autoptr(GError) error = NULL;
 
 	check(pr_agent_client_store_state_fd(attached->client, fd, &error), error);
 }
 
-static int fetch(Attached *attached)
+static int fetch_state(Attached *attached)
 {
 	g_autoptr(GError) error = NULL;
 	int fd = pr_agent_client_fetch_state(attached->client, &error);
@@ -295,12 +300,12 @@ static void parked_descriptors_outlive_helpers(void **state)
 	g_auto(Attached) first = attach(guest);
 	g_auto(Attached) second = {0};
 	uint64_t at = attach_guest_memfd(guest) + 3 * ATTACH_PAGE;
-	int memfd = choose(&first, guest), kept = new_state('1'), fetched, uffd;
+	int memfd = choose(&first, guest), stored = new_state('1'), fetched, uffd;
 	guint files = attach_guest_files(guest);
 	uint8_t value;
 
-	assert_int_equal(fetch(&first), -1);
-	keep(&first, kept);
+	assert_int_equal(fetch_state(&first), -1);
+	store_state(&first, stored);
 	close(uffd_enable(&first));
 	attach_guest_read(guest, at);
 	kill_helper(&first);
@@ -308,23 +313,23 @@ static void parked_descriptors_outlive_helpers(void **state)
 
 	second = attach(guest);
 	assert_true(pr_agent_client_was_faulting(second.client));
-	fetched = fetch(&second);
-	assert_int_equal(inode_of(fetched), inode_of(kept));
+	fetched = fetch_state(&second);
+	assert_int_equal(inode_of(fetched), inode_of(stored));
 	close(choose(&second, guest));
 	uffd = uffd_enable(&second);
 	serve_fault(uffd, guest, memfd, at, 99);
 	attach_guest_done(guest, &value);
 	assert_int_equal(value, 99);
 	uffd_disable(&second);
-	keep(&second, -1);
+	store_state(&second, -1);
 	assert_int_equal(attach_guest_files(guest), files);
-	assert_int_equal(fetch(&second), -1);
+	assert_int_equal(fetch_state(&second), -1);
 	detach(&second);
 	second = attach(guest);
 	assert_false(pr_agent_client_was_faulting(second.client));
 	close(uffd);
 	close(fetched);
-	close(kept);
+	close(stored);
 	close(memfd);
 }
 
@@ -335,18 +340,18 @@ static void a_newer_state_replaces_the_older(void **state)
 	guint files = attach_guest_files(guest);
 
 	for (guint i = 0; i < 3; i++) {
-		int kept = new_state((char)('1' + i)), fetched;
+		int stored = new_state((char)('1' + i)), fetched;
 
-		keep(&attached, kept);
-		fetched = fetch(&attached);
-		assert_int_equal(inode_of(fetched), inode_of(kept));
+		store_state(&attached, stored);
+		fetched = fetch_state(&attached);
+		assert_int_equal(inode_of(fetched), inode_of(stored));
 		assert_int_equal(attach_guest_files(guest), files + 1);
 		close(fetched);
-		close(kept);
+		close(stored);
 	}
 }
 
-static void the_fence_holds_writers_and_lets_readers_pass(void **state)
+static void the_fence_blocks_writers_but_not_readers(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
@@ -384,8 +389,11 @@ static void the_fence_holds_writers_and_lets_readers_pass(void **state)
 	close(memfd);
 }
 
-/* The main thread can't be stopped while it waits, so FENCE_OFF must work without a stop. */
-static void a_main_thread_that_waits_at_the_fence_is_freed(void **state)
+/*
+ * The main thread can't be stopped while the fence blocks it, so FENCE_OFF must work without
+ * stopping it.
+ */
+static void a_main_thread_that_waits_at_the_fence_is_released(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
@@ -415,8 +423,9 @@ static void assert_refused(pid_t pid, int code, const char *words)
 	assert_non_null(strstr(error->message, words));
 }
 
-/* The lock lasts as long as the engine, which may still write into the guest's memory when its
- * helper has ended. */
+/*
+ * The engine keeps the lock when its helper has ended, as it may still write to the guest's memory.
+ */
 static void one_engine_at_a_time(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -447,7 +456,7 @@ static void a_process_that_is_gone_is_refused(void **state)
 
 	if (pid == 0)
 		_exit(0);
-	/* A zombie: dead, but its pid is not free yet. */
+	/* A zombie: the process has ended, but its pid is still in use. */
 	siginfo_t info;
 	waitid(P_PID, pid, &info, WEXITED | WNOWAIT);
 	assert_refused(pid, PR_GUEST_ERROR_REFUSED, "is gone");
@@ -471,7 +480,7 @@ static void a_stopped_process_is_refused_with_the_remedy(void **state)
 	check(pr_agent_client_probe(attached.client, &error), error);
 }
 
-/* Returns when it traces the process. */
+/* Returns the pid of a process that traces this one. */
 static pid_t start_debugger(pid_t pid)
 {
 	int pair[2];
@@ -516,42 +525,42 @@ static void a_main_thread_that_never_rests_in_poll_is_refused(void **state)
 	assert_probe_refused(&attached, "never slept in ppoll");
 }
 
-typedef struct Shooter {
+typedef struct SignalSender {
 	pid_t pid;
 	gint stop; /* atomic */
 	guint sent;
-} Shooter;
+} SignalSender;
 
-static gpointer shoot(gpointer data)
+static gpointer send_signals(gpointer data)
 {
-	Shooter *shooter = data;
+	SignalSender *sender = data;
 
-	while (!g_atomic_int_get(&shooter->stop)) {
-		shooter->sent += syscall(SYS_tgkill, shooter->pid, shooter->pid, SIGUSR1) == 0;
+	while (!g_atomic_int_get(&sender->stop)) {
+		sender->sent += syscall(SYS_tgkill, sender->pid, sender->pid, SIGUSR1) == 0;
 		g_usleep(100);
 	}
 	return NULL;
 }
 
-/* Signals are delivered as without a tracer, and no call is lost or made twice. */
+/* Signals arrive as without a tracer, and no system call is lost or made twice. */
 static void signals_are_delivered_and_no_call_is_lost(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
 	guint files = attach_guest_files(guest);
-	Shooter shooter = {.pid = attach_guest_pid(guest)};
-	int kept = new_state('1');
-	GThread *thread = g_thread_new("shooter", shoot, &shooter);
+	SignalSender sender = {.pid = attach_guest_pid(guest)};
+	int stored = new_state('1');
+	GThread *thread = g_thread_new("sender", send_signals, &sender);
 
 	for (guint i = 0; i < ROUNDS; i++)
-		keep(&attached, kept);
-	g_atomic_int_set(&shooter.stop, 1);
+		store_state(&attached, stored);
+	g_atomic_int_set(&sender.stop, 1);
 	g_thread_join(thread);
 	assert_true(attach_guest_signals(guest) > 0);
 	assert_int_equal(attach_guest_files(guest), files + 1);
 	close(choose(&attached, guest));
 	assert_int_equal(attach_guest_value(guest, attach_guest_memfd(guest)), 0);
-	close(kept);
+	close(stored);
 }
 
 typedef struct Death {
@@ -606,9 +615,11 @@ static void the_end_of_the_process_is_reported(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED));
 }
 
-/* The end of the helper is not that of the guest. Calls fail, and the end of the guest is reported
- * when it comes. */
-static void the_end_of_the_helper_is_not_the_guests(void **state)
+/*
+ * The end of the helper is not reported as the guest's. Calls fail from then on, and the guest's
+ * end is reported when it comes.
+ */
+static void the_end_of_the_helper_is_not_reported_as_the_guests(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
 	g_auto(Attached) attached = attach(guest);
@@ -633,13 +644,13 @@ static void the_end_of_the_helper_is_not_the_guests(void **state)
 
 static PrAttachCrashPoint wanted; /* constant in a helper */
 
-static void die_there(PrAttachCrashPoint point)
+static void die_at_wanted_point(PrAttachCrashPoint point)
 {
 	if (point == wanted)
 		kill(getpid(), SIGKILL);
 }
 
-static void do_all(Attached *attached, AttachGuest *guest, int kept, int ret_uffd[1])
+static void run_all_steps(Attached *attached, AttachGuest *guest, int stored, int ret_uffd[1])
 {
 	PrAgentClient *client = attached->client;
 	g_autoptr(GArray) regions = pr_agent_client_regions(client, NULL);
@@ -648,8 +659,8 @@ static void do_all(Attached *attached, AttachGuest *guest, int kept, int ret_uff
 	if (regions)
 		pr_agent_client_choose(client, find_at(regions, attach_guest_memfd(guest)), 1,
 				       NULL);
-	pr_agent_client_store_state_fd(client, kept, NULL);
-	pr_agent_client_store_state_fd(client, kept, NULL);
+	pr_agent_client_store_state_fd(client, stored, NULL);
+	pr_agent_client_store_state_fd(client, stored, NULL);
 	ret_uffd[0] = pr_agent_client_uffd_enable(client, NULL);
 	pr_agent_client_uffd_disable(client, NULL);
 	pr_agent_client_fence_on(client, NULL);
@@ -670,39 +681,41 @@ static void assert_killed(pid_t helper, PrAttachCrashPoint point)
 	assert_int_equal(info.si_code, CLD_KILLED);
 }
 
-static void die_at(AttachGuest *guest, PrAttachCrashPoint point)
+static void kill_helper_at(AttachGuest *guest, PrAttachCrashPoint point)
 {
-	int kept = new_state('1'), uffd;
+	int stored = new_state('1'), uffd;
 	Attached attached;
 
 	wanted = point;
-	pr_attach_crash_hook = die_there;
+	pr_attach_crash_hook = die_at_wanted_point;
 	attached = attach(guest);
 	pr_attach_crash_hook = NULL;
-	do_all(&attached, guest, kept, &uffd);
+	run_all_steps(&attached, guest, stored, &uffd);
 	assert_killed(attached.helper, point);
 	detach(&attached);
 	if (uffd >= 0)
 		close(uffd);
-	close(kept);
+	close(stored);
 }
 
-/* At whichever crash point a helper dies, the process lives on, and the next helper works with
- * it. */
-static void a_helper_may_die_anywhere(void **state)
+/*
+ * At whichever crash point a helper dies, the process goes on running, and the next helper can work
+ * with it.
+ */
+static void a_process_survives_a_helper_killed_at_any_crash_point(void **state)
 {
 	for (PrAttachCrashPoint point = 0; point < PR_ATTACH_N_CRASH_POINTS; point++) {
 		g_autoptr(AttachGuest) guest = attach_guest_new();
 		g_auto(Attached) attached = {0};
-		int memfd, kept = new_state('2'), fetched;
+		int memfd, stored = new_state('2'), fetched;
 
-		die_at(guest, point);
+		kill_helper_at(guest, point);
 		attached = attach(guest);
 		memfd = choose(&attached, guest);
 		uffd_disable(&attached);
-		keep(&attached, kept);
-		fetched = fetch(&attached);
-		assert_int_equal(inode_of(fetched), inode_of(kept));
+		store_state(&attached, stored);
+		fetched = fetch_state(&attached);
+		assert_int_equal(inode_of(fetched), inode_of(stored));
 		check_faults(&attached, guest, memfd);
 		uffd_disable(&attached);
 		fence_on(&attached);
@@ -712,12 +725,15 @@ static void a_helper_may_die_anywhere(void **state)
 		assert_int_equal(attach_guest_value(guest, attach_guest_memfd(guest)), 9);
 		close(fetched);
 		close(memfd);
-		close(kept);
+		close(stored);
 	}
 }
 
-/* A userfaultfd is parked, and registered in part. The next UFFD_ENABLE completes it. */
-static void an_unfinished_fault_mode_is_finished(void **state)
+/*
+ * The killed helper has left a parked userfaultfd, with some regions registered. The next
+ * UFFD_ENABLE registers the rest.
+ */
+static void the_next_helper_completes_a_partial_uffd_enable(void **state)
 {
 	static const PrAttachCrashPoint points[] = {PR_ATTACH_CRASH_UFFD_MADE,
 						    PR_ATTACH_CRASH_UFFD_READY,
@@ -732,14 +748,16 @@ static void an_unfinished_fault_mode_is_finished(void **state)
 
 		attach_guest_write(guest, attach_guest_memfd(guest), 1);
 		attach_guest_done(guest, NULL);
-		die_at(guest, points[i]);
+		kill_helper_at(guest, points[i]);
 		attached = attach(guest);
 		memfd = choose(&attached, guest);
 		check_faults(&attached, guest, memfd);
 		uffd_disable(&attached);
-		keep(&attached, -1);
-		/* At most the device's descriptor is left, which the first helper had no time to
-		 * close. */
+		store_state(&attached, -1);
+		/*
+		 * At most one descriptor is left, that of the device, if the first helper was
+		 * killed before it closed it.
+		 */
 		assert_in_range(attach_guest_files(guest), files, files + 1);
 		close(memfd);
 	}
@@ -758,7 +776,10 @@ static void the_memory_is_opened_for_the_engine(void **state)
 	assert_int_equal(pwrite(memory, &value, 1, (off_t)at), 1);
 	assert_int_equal(attach_guest_value(guest, at), 123);
 	close(memory);
-	/* The process has the standard error of this test, which may be a file. */
+	/*
+	 * The process inherited this test's standard error. It is opened only if it is a file, and
+	 * neither case is an error.
+	 */
 	close(pr_agent_client_stderr(attached.client, &error));
 	assert_null(error);
 }
@@ -770,11 +791,11 @@ int main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		TEST(shared_memory_is_found_and_joined),
 		TEST(faults_are_served),
-		TEST(fault_off_wakes),
+		TEST(uffd_disable_wakes_waiting_threads),
 		TEST(parked_descriptors_outlive_helpers),
 		TEST(a_newer_state_replaces_the_older),
-		TEST(the_fence_holds_writers_and_lets_readers_pass),
-		TEST(a_main_thread_that_waits_at_the_fence_is_freed),
+		TEST(the_fence_blocks_writers_but_not_readers),
+		TEST(a_main_thread_that_waits_at_the_fence_is_released),
 		TEST(one_engine_at_a_time),
 		TEST(a_process_that_is_gone_is_refused),
 		TEST(a_stopped_process_is_refused_with_the_remedy),
@@ -782,9 +803,9 @@ int main(int argc, char **argv)
 		TEST(a_main_thread_that_never_rests_in_poll_is_refused),
 		TEST(signals_are_delivered_and_no_call_is_lost),
 		TEST(the_end_of_the_process_is_reported),
-		TEST(the_end_of_the_helper_is_not_the_guests),
-		TEST(a_helper_may_die_anywhere),
-		TEST(an_unfinished_fault_mode_is_finished),
+		TEST(the_end_of_the_helper_is_not_reported_as_the_guests),
+		TEST(a_process_survives_a_helper_killed_at_any_crash_point),
+		TEST(the_next_helper_completes_a_partial_uffd_enable),
 		TEST(the_memory_is_opened_for_the_engine),
 	};
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* How long threads have waited for pages. The test makes up the time. */
+/* How long threads have waited for pages. The tests pass the time in. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -74,7 +74,7 @@ static void sums_up_each_vcpus_waits(void **state)
 	assert_int_equal(all_blocked(times, 400), 0);
 }
 
-/* QEMU's postcopy-blocktime: from the last one's fault to the first one's waking. */
+/* As QEMU's postcopy-blocktime: from the fault of the last vCPU until the first one is woken. */
 static void counts_the_time_when_all_vcpus_wait(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 2);
@@ -140,7 +140,7 @@ static void waits_of_others_bound_the_time_from_above(void **state)
 	pr_blocktime_woken(times, &b, 500);
 	expect_bounds(times, 600, 0, 200, 400);
 	pr_blocktime_woken(times, &vcpu, 700);
-	/* Without others it is the same as what is known. */
+	/* Without other threads the upper bound is equal to the known time. */
 	pr_blocktime_blocked(times, 101, 1000, &a);
 	pr_blocktime_blocked(times, 102, 1100, &b);
 	pr_blocktime_woken(times, &a, 1150);
@@ -160,7 +160,7 @@ static void waits_of_others_end_with_the_service(void **state)
 	expect_bounds(times, 990, 0, 200, 200);
 }
 
-static void tells_vcpus_from_others(void **state)
+static void distinguishes_vcpus_from_other_threads(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 2);
 	g_autoptr(PrBlocktime) unknown = pr_blocktime_new(NULL, 0);
@@ -174,8 +174,10 @@ static void tells_vcpus_from_others(void **state)
 	assert_true(pr_blocktime_is_other(unknown, 0));
 }
 
-/* It was woken, and faults again, before the one who keeps the books hears that its page is
- * there. */
+/*
+ * The thread was woken and faults again, before the fault thread has counted the end of the first
+ * wait.
+ */
 static void a_new_wait_ends_the_one_before(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(two, 1);
@@ -210,7 +212,10 @@ static void a_wait_that_goes_on_counts(void **state)
 	assert_int_equal(thread_at(times, 0, 990).blocked_ns, 500);
 }
 
-/* A guest whose vCPUs nobody knows: the first threads that fault are followed, the rest lumped. */
+/*
+ * The vCPUs of this guest are not known. The first threads that fault are counted one by one, and
+ * all others together.
+ */
 static void follows_the_first_threads_up_to_the_bound(void **state)
 {
 	g_autoptr(PrBlocktime) times = pr_blocktime_new(NULL, 0);
@@ -288,7 +293,7 @@ static gpointer read_on(gpointer opaque)
 	return NULL;
 }
 
-/* For ThreadSanitizer, above all: a reader beside the writer. */
+/* Mainly for ThreadSanitizer: one thread reads while another one writes. */
 static void can_be_read_by_another_thread(void **state)
 {
 	Reader reader = {.times = pr_blocktime_new(NULL, 0)};
@@ -318,7 +323,7 @@ int main(void)
 		cmocka_unit_test(others_do_not_count_as_vcpus),
 		cmocka_unit_test(waits_of_others_bound_the_time_from_above),
 		cmocka_unit_test(waits_of_others_end_with_the_service),
-		cmocka_unit_test(tells_vcpus_from_others),
+		cmocka_unit_test(distinguishes_vcpus_from_other_threads),
 		cmocka_unit_test(a_new_wait_ends_the_one_before),
 		cmocka_unit_test(a_wait_that_goes_on_counts),
 		cmocka_unit_test(follows_the_first_threads_up_to_the_bound),

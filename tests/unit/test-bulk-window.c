@@ -84,10 +84,10 @@ static void queue_is_below_100_us_and_the_rail_full(void **state)
 		pr_bulk_window_init(&window, now);
 		Measured measured = run(&window, &rails[i], &now);
 		double one = (double)window.read_bytes / rails[i].bytes_per_us;
-		print_message(
-			"%.0f bytes/us, %d us: %u READs of %d, waits %.0f us + %.0f, carries %.2f\n",
-			rails[i].bytes_per_us, (int)rails[i].delay_us, window.reads,
-			(int)window.read_bytes, measured.queue_us, one, measured.carried);
+		print_message("%.0f bytes/us, %d us: %u READs of %d, waits %.0f us + %.0f, "
+			      "carries %.2f\n",
+			      rails[i].bytes_per_us, (int)rails[i].delay_us, window.reads,
+			      (int)window.read_bytes, measured.queue_us, one, measured.carried);
 		assert_true(measured.queue_us + one <= 100);
 		assert_true(measured.carried >= 0.95);
 	}

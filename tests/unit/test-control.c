@@ -82,7 +82,7 @@ static void raw_expect(int fd, uint16_t type)
 	}
 }
 
-/* Drops the bytes that have come in so far: whole frames, when the sender is stopped. */
+/* Drops all bytes that have arrived. These are whole frames, as the sender is stopped. */
 static void raw_drop_all(int fd)
 {
 	uint8_t waste[4096];
@@ -91,9 +91,11 @@ static void raw_drop_all(int fd)
 		;
 }
 
-/* The process is stopped for longer than the timeout, and not one heartbeat waits for it
- * afterwards: the peer may have been stopped with it. */
-static void a_process_that_was_stopped_does_not_take_its_peer_for_dead(void **state)
+/*
+ * The process is stopped for longer than the timeout, and no heartbeat has arrived meanwhile. It
+ * must not report the peer as dead, as the peer may have been stopped too.
+ */
+static void a_stopped_process_does_not_report_its_peer_as_dead(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
 	g_autofree char *text = pr_uri_address(raw->uri);
@@ -124,7 +126,7 @@ static void a_process_that_was_stopped_does_not_take_its_peer_for_dead(void **st
 	assert_int_equal(WEXITSTATUS(status), 0);
 }
 
-static void a_send_that_cannot_go_on_ends_with_the_silence(void **state)
+static void a_blocked_send_ends_when_the_peer_is_silent(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
 	g_auto(Failure) failure = {0};
@@ -185,10 +187,13 @@ static void a_busy_consumer_with_a_full_queue_is_not_dead(void **state)
 	gint64 deadline = g_get_monotonic_time() + LONG_MS * 1000;
 
 	while (g_atomic_int_get(&sender.sent) < 30 && g_get_monotonic_time() < deadline)
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	assert_false(failure_wait(&pair->sink_failure, TIMEOUT_MS + 1000));
 	assert_int_equal(failure_calls(&pair->source_failure), 0);
-	/* The queue is bounded: this side still has what the queue and the sockets did not take. */
+	/*
+	 * The queue is bounded, so the sender still has the messages that neither the queue nor the
+	 * sockets can hold.
+	 */
 	assert_in_range(g_atomic_int_get(&sender.sent), 30, 79);
 	assert_receives_numbered(pair->sink, 80, MIB);
 	g_thread_join(thread);
@@ -289,8 +294,7 @@ static void frames_may_come_byte_by_byte(void **state)
 
 /* Ends */
 
-/* Times of reader.c. A try in which one ran out, as where a thread gets no CPU, is made
- * again. */
+/* Timeouts of reader.c. A try that takes longer, because a thread got no CPU, is repeated. */
 #define LINGER_MS     200
 #define LAST_WORDS_MS 1000
 #define TRIES	      5
@@ -335,8 +339,10 @@ static void messages_before_the_end_are_returned_first(void **state)
 	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "the peer closed the connection");
 }
 
-/* The peer's last messages are in our socket, and it has reset the connection: our next write
- * fails. */
+/*
+ * The peer's last messages have arrived here, and the peer has reset the connection. The next write
+ * on this side fails.
+ */
 static void messages_before_the_end_are_read_although_a_write_failed(void **state)
 {
 	g_autoptr(Raw) raw = raw_new(script_answer);
@@ -360,8 +366,11 @@ static void messages_before_the_end_are_read_although_a_write_failed(void **stat
 	assert_fails(control, &failure, PR_PATH_ERROR_LOST, "127.0.0.1:");
 }
 
-/* FALSE: it took longer than the channel waits for the last messages, and proves nothing. */
-static gboolean hears_last_words_after_a_failed_write(void)
+/*
+ * Returns FALSE if it took longer than the channel waits for the last messages. Then it proves
+ * nothing.
+ */
+static gboolean reads_last_messages_after_a_failed_write(void)
 {
 	static const uint8_t shut[] = {
 		PR_RP_SHUT >> 8, PR_RP_SHUT & 0xff, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0};
@@ -397,14 +406,16 @@ static gboolean hears_last_words_after_a_failed_write(void)
 	return TRUE;
 }
 
-/* TLS behind a descriptor learns that it can't write any more while its thread still has what the
- * peer said. */
+/*
+ * With TLS a write may fail on the descriptor while the TLS thread still has messages from the
+ * peer.
+ */
 static void messages_that_come_after_a_failed_write_are_read(void **state)
 {
 	for (guint i = 0; i < TRIES; i++)
-		if (hears_last_words_after_a_failed_write())
+		if (reads_last_messages_after_a_failed_write())
 			return;
-	fail_msg("no last words were heard in time");
+	fail_msg("no try read the last messages in time");
 }
 
 static void an_end_in_the_middle_of_a_message_is_reported_as_such(void **state)
@@ -440,7 +451,7 @@ static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
 	GThread *sending, *receiving;
 
 	raw_join(raw);
-	/* No silence within this test. */
+	/* The heartbeat timeout must not expire in this test. */
 	assert_true(
 		pr_control_start(control, INTERVAL_MS, 10 * LONG_MS, on_failed, &failure, NULL));
 	sending = g_thread_new("sender", sender_main, &sender);
@@ -458,8 +469,8 @@ static void shutdown_ends_a_blocked_send_and_a_blocked_receive(void **state)
 	g_clear_error(&receiver.error);
 }
 
-/* FALSE: it took longer than the channel lingers, and proves nothing. */
-static gboolean delivers_what_was_sent_before_a_shutdown(void)
+/* Returns FALSE if it took longer than the channel lingers. Then it proves nothing. */
+static gboolean delivers_messages_sent_before_a_shutdown(void)
 {
 	g_autoptr(Pair) pair = pair_new();
 	g_autoptr(GError) reason = g_error_new(PR_PATH_ERROR, PR_PATH_ERROR_LOCAL_REQUEST, "done");
@@ -471,7 +482,7 @@ static gboolean delivers_what_was_sent_before_a_shutdown(void)
 	gint64 ended;
 
 	pr_reason_encode(last, "done");
-	/* The other side sends meanwhile, and this side does not read. */
+	/* The other side sends while this side does not read. */
 	assert_true(pr_control_send(pair->sink, PR_CMD_PACKAGED, body, MIB, NULL));
 	ended = g_get_monotonic_time();
 	pr_control_send_nowait(pair->sink, PR_MSG_PAUSE, last);
@@ -487,12 +498,12 @@ static gboolean delivers_what_was_sent_before_a_shutdown(void)
 	return in_time;
 }
 
-static void what_was_sent_before_a_shutdown_arrives(void **state)
+static void messages_sent_before_a_shutdown_arrive(void **state)
 {
 	guint arrived = 0;
 
 	for (guint round = 0; round < 20 || (!arrived && round < 20 * TRIES); round++)
-		arrived += delivers_what_was_sent_before_a_shutdown();
+		arrived += delivers_messages_sent_before_a_shutdown();
 	assert_true(arrived > 0);
 }
 
@@ -508,7 +519,7 @@ static void on_failed_is_called_after_the_last_messages(void **state)
 	pr_control_shutdown(pair->sink, reason);
 	while (!pr_control_has_ended(pair->source)) {
 		assert_true(g_get_monotonic_time() < deadline);
-		g_usleep(100); /* between two looks at the condition */
+		g_usleep(100); /* between two checks of the condition */
 	}
 	assert_int_equal(failure_calls(&pair->source_failure), 0);
 	assert_receives(pair->source, PR_MSG_PAUSE, "\0\4done", 6);
@@ -566,7 +577,7 @@ static int use_tls(void **state)
 	return 0;
 }
 
-static int forget_tls(void **state)
+static int unset_tls(void **state)
 {
 	certs_free(*state);
 	return 0;
@@ -577,8 +588,8 @@ int main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(an_idle_channel_stays_open_and_knows_its_round_trip),
 		cmocka_unit_test(a_silent_peer_is_dead_after_the_timeout),
-		cmocka_unit_test(a_process_that_was_stopped_does_not_take_its_peer_for_dead),
-		cmocka_unit_test(a_send_that_cannot_go_on_ends_with_the_silence),
+		cmocka_unit_test(a_stopped_process_does_not_report_its_peer_as_dead),
+		cmocka_unit_test(a_blocked_send_ends_when_the_peer_is_silent),
 		cmocka_unit_test(a_busy_consumer_with_a_full_queue_is_not_dead),
 		cmocka_unit_test(big_messages_pass_both_ways_at_once),
 		cmocka_unit_test(frames_of_several_threads_are_not_mixed),
@@ -591,7 +602,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(messages_that_come_after_a_failed_write_are_read),
 		cmocka_unit_test(an_end_in_the_middle_of_a_message_is_reported_as_such),
 		cmocka_unit_test(shutdown_ends_a_blocked_send_and_a_blocked_receive),
-		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
+		cmocka_unit_test(messages_sent_before_a_shutdown_arrive),
 		cmocka_unit_test(on_failed_is_called_after_the_last_messages),
 		cmocka_unit_test(send_nowait_is_postponed_behind_an_unfinished_message),
 		cmocka_unit_test(fault_injection_cuts_the_channel_at_a_message),
@@ -604,12 +615,12 @@ int main(int argc, char **argv)
 		cmocka_unit_test(big_messages_pass_both_ways_at_once),
 		cmocka_unit_test(frames_of_several_threads_are_not_mixed),
 		cmocka_unit_test(a_frame_larger_than_the_queue_passes_alone),
-		cmocka_unit_test(what_was_sent_before_a_shutdown_arrives),
+		cmocka_unit_test(messages_sent_before_a_shutdown_arrive),
 		cmocka_unit_test(send_nowait_is_postponed_behind_an_unfinished_message),
 	};
 
 	if (argc == 2 && !strcmp(argv[1], "tls"))
-		return cmocka_run_group_tests(over_tls, use_tls, forget_tls);
+		return cmocka_run_group_tests(over_tls, use_tls, unset_tls);
 	if (argc == 3 && !strcmp(argv[1], "--echo"))
 		return echo_main(argv[2]);
 	return cmocka_run_group_tests(tests, NULL, NULL);

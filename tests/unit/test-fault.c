@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The fault threads alone. This process is the guest as well; paths are made up. */
+/* The fault threads by themselves. This process is also the guest, and the tests make the paths. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -53,7 +53,10 @@ static void on_broken(const GError *error, void *opaque)
 	g_error("%s", error->message);
 }
 
-/* Kernel-mode accesses have to fault, too, so the plain system call is for root alone. */
+/*
+ * A userfaultfd that also reports faults of kernel accesses. The system call without flags needs
+ * root.
+ */
 static int new_uffd(void)
 {
 	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
@@ -104,7 +107,7 @@ static Bench *bench_new(void)
 	return bench;
 }
 
-/* uffd: any descriptor that faults can be read from. */
+/* uffd: any descriptor from which faults can be read. */
 static void bench_serve(Bench *bench, int uffd, guint n_threads)
 {
 	const PrFaultHooks hooks = {on_complete, on_request_grant, on_no_huge_read, on_broken,
@@ -148,8 +151,8 @@ static void bench_free(Bench *bench)
 }
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Bench, bench_free)
 
-/* As when a READ of another thread lands. */
-static void bring(Bench *bench, uint64_t page, uint8_t value)
+/* Places a page, as when a READ of another thread lands. */
+static void land_page(Bench *bench, uint64_t page, uint8_t value)
 {
 	PrRamBlock *block = &bench->ram->blocks[0];
 
@@ -194,7 +197,7 @@ static void *write_page(void *opaque)
 {
 	Writer *writer = opaque;
 
-	/* Not the C library's: a sanitizer's would look at the page first. */
+	/* The C library's write() is not used, as a sanitizer would read the page in it first. */
 	while (syscall(SYS_write, writer->pipe[1], writer->at, 1) < 0 && errno == EINTR)
 		;
 	return NULL;
@@ -221,8 +224,10 @@ static uint8_t writer_end(Writer *writer)
 	return value;
 }
 
-/* From now on the kernel repeats the writer's fault until the page is there. */
-static void make_it_repeat(Writer *writer, Bench *bench)
+/*
+ * Interrupts the writer's call, after which the kernel repeats its fault until the page is there.
+ */
+static void make_fault_repeat(Writer *writer, Bench *bench)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
@@ -289,7 +294,7 @@ static void repeats_of_a_pending_fault_are_read_seldom(void **state)
 	Flood flood;
 
 	flood_start(&flood, (uintptr_t)bench->guest + 7 * PAGE);
-	/* This thread may get no CPU between any two steps: all batches are within the time. */
+	/* This thread may get no CPU between any two steps, so the time includes all batches. */
 	gint64 start = g_get_monotonic_time();
 	bench_serve(bench, flood.pipe[0], 1);
 	wait_repeats(bench, 30000);
@@ -297,7 +302,10 @@ static void repeats_of_a_pending_fault_are_read_seldom(void **state)
 	uint64_t took_ms = (uint64_t)(g_get_monotonic_time() - start) / 1000;
 	bench_stop(bench);
 	flood_end(&flood);
-	/* Twice as many, and the first ones, whose rests are shorter. */
+	/*
+	 * The limit is twice the expected number, and allows for the first batches, whose rests are
+	 * shorter.
+	 */
 	if (batches > 2 * took_ms + 20)
 		fail_msg("%" G_GUINT64_FORMAT " batches were read in %" G_GUINT64_FORMAT " ms",
 			 batches, took_ms);
@@ -447,7 +455,7 @@ static gpointer touch(gpointer opaque)
 typedef struct LandingPath {
 	PrDataPath path;
 	const PrRam *ram;
-	uint64_t token; /* of the READ whose completion was not taken yet; 0: none */
+	uint64_t token; /* of the READ that has completed and was not polled yet; 0: none */
 } LandingPath;
 
 static gboolean landing_post_read(PrDataPath *path, PrLaneId lane, uint32_t block, uint64_t offset,
@@ -475,14 +483,16 @@ static PrCrashPoint
 	passed[8];     /* the fault thread writes them, and is joined before they are read */
 static guint n_passed; /* likewise */
 
-static void note_crash_point(PrCrashPoint point)
+static void record_crash_point(PrCrashPoint point)
 {
 	if (n_passed < G_N_ELEMENTS(passed))
 		passed[n_passed++] = point;
 }
 
-/* An engine that dies anywhere between the READ's end and the guest's waking has a crash point to
- * die at. */
+/*
+ * Between the end of a READ and the waking of the guest there are crash points, where tests kill
+ * the engine.
+ */
 static void a_page_for_a_fault_passes_each_crash_point(void **state)
 {
 	PrTransportOps ops = endless_ops;
@@ -494,7 +504,7 @@ static void a_page_for_a_fault_passes_each_crash_point(void **state)
 	ops.poll = landing_poll;
 	n_passed = 0;
 	bench_serve_uffd(bench, 1);
-	__atomic_store_n(&pr_crash_hook, note_crash_point, __ATOMIC_RELEASE);
+	__atomic_store_n(&pr_crash_hook, record_crash_point, __ATOMIC_RELEASE);
 	pr_fault_attach(bench->faults, &landing.path);
 	g_thread_join(g_thread_new("toucher", touch, &toucher));
 	pr_fault_detach(bench->faults);
@@ -507,7 +517,7 @@ static void a_page_for_a_fault_passes_each_crash_point(void **state)
 	assert_int_equal(passed[2], PR_CRASH_DESTINATION_PAGE_EXPOSED);
 }
 
-/* Helpers or not: the page is exposed at once, and the kernel's access ends. */
+/* With one fault thread or several, the page is placed at once and the kernel's access ends. */
 static void a_thread_whose_fault_repeats_gets_its_page(void **state)
 {
 	for (guint n_threads = 1; n_threads <= 3; n_threads += 2) {
@@ -516,14 +526,14 @@ static void a_thread_whose_fault_repeats_gets_its_page(void **state)
 
 		bench_serve_uffd(bench, n_threads);
 		writer_start(&writer, bench, 7);
-		make_it_repeat(&writer, bench);
+		make_fault_repeat(&writer, bench);
 		wait_repeats(bench, 100);
-		bring(bench, 7, 0x5a);
+		land_page(bench, 7, 0x5a);
 		assert_int_equal(writer_end(&writer), 0x5a);
 	}
 }
 
-/* Each of these faults ends the row of repeats, so not all of them wait for a rest. */
+/* Each fault of another thread ends the series of repeats, so the fault thread rests less. */
 static void faults_of_others_are_served_beside_repeats(void **state)
 {
 	g_autoptr(Bench) bench = bench_new();
@@ -532,15 +542,15 @@ static void faults_of_others_are_served_beside_repeats(void **state)
 
 	bench_serve_uffd(bench, 1);
 	for (guint i = 0; i < toucher.n; i++)
-		bring(bench, toucher.first + i, 1);
+		land_page(bench, toucher.first + i, 1);
 	writer_start(&writer, bench, 7);
-	make_it_repeat(&writer, bench);
+	make_fault_repeat(&writer, bench);
 	wait_repeats(bench, 100);
 	gint64 start = g_get_monotonic_time();
 	g_thread_join(g_thread_new("toucher", touch, &toucher));
 	assert_in_range(g_get_monotonic_time() - start, 0, toucher.n * 50000);
 	assert_int_equal(toucher.sum, toucher.n);
-	bring(bench, 7, 0x5a);
+	land_page(bench, 7, 0x5a);
 	assert_int_equal(writer_end(&writer), 0x5a);
 	assert_int_equal(stats_of(bench).resolved, 1);
 }

@@ -166,7 +166,7 @@ static void cut_next_message_cuts_one(void **state)
 	assert_true(rig->ops->admit_message(rig->uri, FALSE, PR_RP_PONG));
 }
 
-static void cut_paths_fails_what_is_up_at_once(void **state)
+static void cut_paths_fails_all_open_paths_at_once(void **state)
 {
 	g_autoptr(PrFaults) faults = pr_faults_new("cut-now");
 	g_autoptr(Rig) rig = new_rig("cut-now", "");
@@ -182,7 +182,7 @@ static void cut_paths_fails_what_is_up_at_once(void **state)
 	assert_int_equal(rig->destination.n_failures, 1);
 }
 
-static void stall_paths_stalls_what_is_up_until_shutdown(void **state)
+static void stall_paths_stalls_open_paths_until_shutdown(void **state)
 {
 	g_autoptr(PrFaults) faults = pr_faults_new("stall-now");
 	g_autoptr(Rig) rig = new_rig("stall-now", "");
@@ -329,8 +329,8 @@ int main(int argc, char **argv)
 		cmocka_unit_test(delay_ms_delays_each_read_but_not_the_window),
 		cmocka_unit_test(cut_after_messages_cuts_at_that_message_once),
 		cmocka_unit_test(cut_next_message_cuts_one),
-		cmocka_unit_test(cut_paths_fails_what_is_up_at_once),
-		cmocka_unit_test(stall_paths_stalls_what_is_up_until_shutdown),
+		cmocka_unit_test(cut_paths_fails_all_open_paths_at_once),
+		cmocka_unit_test(stall_paths_stalls_open_paths_until_shutdown),
 		cmocka_unit_test(a_new_plan_can_happen_again),
 		cmocka_unit_test(different_ids_are_counted_apart),
 		cmocka_unit_test(without_an_id_the_text_of_the_uri_counts),

@@ -71,8 +71,10 @@ typedef struct Writer {
 	atomic_bool done;
 } Writer;
 
-/* Relaxed, as this store may wait, and ThreadSanitizer holds a lock of its own over stronger
- * ones. */
+/*
+ * The order is relaxed. ThreadSanitizer holds an internal lock during other stores, and this store
+ * may block.
+ */
 static guint8 byte_at(const Writer *writer)
 {
 	return atomic_load_explicit(writer->at, memory_order_relaxed);
@@ -189,9 +191,11 @@ static void the_fence_outlives_the_engine(void **state)
 	assert_false(says_fenced(guest));
 }
 
-/* What a page held before is what the destination reads after a writer was let go again and fenced
- * out again. */
-static void a_second_fence_protects_regions_added_since(void **state)
+/*
+ * A writer runs between two fences. The second fence blocks it again, so the destination reads the
+ * page without the later write.
+ */
+static void a_second_fence_blocks_writers_again(void **state)
 {
 	g_autoptr(TestGuest) guest = new_guest();
 	g_autoptr(PrGuest) engine = attach(guest);
@@ -208,8 +212,11 @@ static void a_second_fence_protects_regions_added_since(void **state)
 	assert_goes_on(&writer);
 }
 
-/* The guest's threads run until one of them waits to write; then they can't be parked any more. */
-static gboolean comes_to_a_write(TestGuest *guest)
+/*
+ * Lets the guest's threads run until the fence blocks one of them. Then they can't be parked any
+ * more.
+ */
+static gboolean reaches_a_write(TestGuest *guest)
 {
 	gint64 deadline = g_get_monotonic_time() + TIMEOUT * G_TIME_SPAN_MILLISECOND;
 
@@ -219,14 +226,14 @@ static gboolean comes_to_a_write(TestGuest *guest)
 	return testguest_running(guest);
 }
 
-/* Writers that wait in the fence do not keep the guest's process from freeing the agent. */
+/* The guest's process can free the agent while the fence blocks writers. */
 static void freeing_the_agent_wakes_all_writers(void **state)
 {
 	TestGuest *guest = new_guest();
 	PrGuest *engine = attach(guest);
 
 	fence_or_skip(engine);
-	assert_true(comes_to_a_write(guest));
+	assert_true(reaches_a_write(guest));
 	pr_guest_close(engine);
 	testguest_free(guest);
 }
@@ -283,7 +290,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(writers_wait_and_readers_pass),
 		cmocka_unit_test(the_fence_outlives_the_engine),
-		cmocka_unit_test(a_second_fence_protects_regions_added_since),
+		cmocka_unit_test(a_second_fence_blocks_writers_again),
 		cmocka_unit_test(freeing_the_agent_wakes_all_writers),
 		cmocka_unit_test(memory_and_standard_error_are_opened_for_the_engine),
 	};

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What a source writes down is there again, or is as it was before; never half of it. */
+/*
+ * A new engine finds the record as the source has saved it, or as it was before, but never half of
+ * a change.
+ */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -18,7 +21,7 @@
 
 typedef struct Fixture {
 	char *dir;
-	char *sub; /* not there yet */
+	char *sub; /* a directory that does not exist yet */
 } Fixture;
 
 static int set_up(void **state)
@@ -83,7 +86,7 @@ static void save(PrHandoverRecord *record, PrHandoverStage stage)
 	g_assert_no_error(error);
 }
 
-static void what_was_saved_is_found(void **state)
+static void a_saved_record_is_read_back(void **state)
 {
 	Fixture *fixture = *state;
 	g_autoptr(PrHandoverRecord) record = open_record(fixture, PROCESS);
@@ -104,7 +107,7 @@ static void what_was_saved_is_found(void **state)
 	assert_string_equal(found->blocks[1].idstr, "odd;=name\n");
 	assert_int_equal(found->blocks[1].base, 1ull << 46);
 	assert_int_equal(found->blocks[1].page_size, 2 << 20);
-	/* The secret is nobody else's. */
+	/* The record has a secret, so only its owner may read it. */
 	assert_int_equal(stat(found->path, &st), 0);
 	assert_int_equal(st.st_mode & 0777, 0600);
 	assert_int_equal(stat(fixture->sub, &st), 0);
@@ -115,7 +118,7 @@ static void what_was_saved_is_found(void **state)
 	assert_int_equal(none->stage, PR_HANDOVER_NONE);
 }
 
-/* Its sockets have the same names; it is another guest all the same. */
+/* A new process may use the same socket names, but it is another guest. */
 static void another_process_has_no_record(void **state)
 {
 	g_autoptr(PrHandoverRecord) record = open_record(*state, PROCESS);
@@ -126,7 +129,7 @@ static void another_process_has_no_record(void **state)
 	assert_int_equal(other->stage, PR_HANDOVER_NONE);
 }
 
-static void what_is_no_record_is_refused(void **state)
+static void an_invalid_record_is_refused(void **state)
 {
 	static const char *const texts[] = {
 		"\n",
@@ -145,7 +148,7 @@ static void what_is_no_record_is_refused(void **state)
 	for (guint i = 0; i <= G_N_ELEMENTS(texts); i++) {
 		g_autoptr(GError) error = NULL;
 
-		/* The last one: cut off in the middle. */
+		/* The last text is a record that is cut off in the middle. */
 		if (i == G_N_ELEMENTS(texts))
 			whole[strlen(whole) / 2] = '\0';
 		assert_true(g_file_set_contents(
@@ -157,8 +160,10 @@ static void what_is_no_record_is_refused(void **state)
 	}
 }
 
-/* What was not synced before the host went down; the guest went with it. */
-static void what_a_crash_of_the_host_emptied_says_nothing(void **state)
+/*
+ * A crash of the host may leave an empty file, if it was not synced. The guest died with the host.
+ */
+static void an_empty_file_counts_as_no_record(void **state)
 {
 	g_autoptr(PrHandoverRecord) record = open_record(*state, PROCESS);
 
@@ -171,14 +176,17 @@ static void what_a_crash_of_the_host_emptied_says_nothing(void **state)
 
 static PrCrashPoint die_at;
 
-static void die_there(PrCrashPoint point)
+static void die_at_wanted_point(PrCrashPoint point)
 {
 	if (point == die_at)
 		_exit(0);
 }
 
-/* Killed between any two steps of a change: the file is the old one or the new one. */
-static void a_change_is_whole_or_has_not_happened(void **state)
+/*
+ * The engine may be killed between any two steps of a change. The file is then the old one or the
+ * new one.
+ */
+static void a_change_is_atomic(void **state)
 {
 	static const struct {
 		PrCrashPoint point;
@@ -195,7 +203,7 @@ static void a_change_is_whole_or_has_not_happened(void **state)
 		pid_t child = fork();
 		if (child == 0) {
 			die_at = deaths[i].point;
-			pr_crash_hook = die_there;
+			pr_crash_hook = die_at_wanted_point;
 			pr_handover_record_save(record, PR_HANDOVER_HANDED_OVER, NULL);
 			_exit(1);
 		}
@@ -225,11 +233,11 @@ static void a_directory_that_cannot_be_written_is_named(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		TEST(what_was_saved_is_found),
+		TEST(a_saved_record_is_read_back),
 		TEST(another_process_has_no_record),
-		TEST(what_is_no_record_is_refused),
-		TEST(what_a_crash_of_the_host_emptied_says_nothing),
-		TEST(a_change_is_whole_or_has_not_happened),
+		TEST(an_invalid_record_is_refused),
+		TEST(an_empty_file_counts_as_no_record),
+		TEST(a_change_is_atomic),
 		TEST(a_directory_that_cannot_be_written_is_named),
 	};
 

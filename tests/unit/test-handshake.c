@@ -118,7 +118,7 @@ static void script_stall(int fd)
 	raw_read_hello(fd);
 }
 
-static void peers_that_do_not_answer_properly_are_told_apart(void **state)
+static void each_improper_answer_has_its_own_error(void **state)
 {
 	static const struct {
 		void (*script)(int fd);
@@ -164,7 +164,7 @@ static void nobody_listening_names_the_path_and_the_cause(void **state)
 }
 
 /* No destination can listen behind a missing route. */
-static void a_network_that_cannot_be_reached_is_told_apart(void **state)
+static void an_unreachable_network_has_its_own_error(void **state)
 {
 	/* The kernel has no route to a multicast group for TCP. */
 	g_autoptr(PrUri) uri = pr_uri_parse("tcp:224.0.0.1:4444", FALSE, NULL);
@@ -217,7 +217,7 @@ static gpointer cancel_main(gpointer cancel)
 	return NULL;
 }
 
-/* The kernel accepts the connection, and no process ever answers. */
+/* The kernel accepts the connection, and no process answers. */
 static void a_connect_can_be_cancelled(void **state)
 {
 	g_autoptr(GCancellable) cancel = g_cancellable_new();
@@ -243,9 +243,9 @@ int main(void)
 		cmocka_unit_test(a_refusal_carries_its_reason),
 		cmocka_unit_test(a_completed_migration_is_no_error),
 		cmocka_unit_test(another_version_is_refused_with_both_numbers),
-		cmocka_unit_test(peers_that_do_not_answer_properly_are_told_apart),
+		cmocka_unit_test(each_improper_answer_has_its_own_error),
 		cmocka_unit_test(nobody_listening_names_the_path_and_the_cause),
-		cmocka_unit_test(a_network_that_cannot_be_reached_is_told_apart),
+		cmocka_unit_test(an_unreachable_network_has_its_own_error),
 		cmocka_unit_test(an_unknown_scheme_lists_those_of_this_build),
 		cmocka_unit_test(the_local_address_can_be_chosen),
 		cmocka_unit_test(a_connect_can_be_cancelled),

@@ -19,7 +19,7 @@ static void step(PrHealth *health, PrHealthEvent event, gint64 now, PrPathState 
 	assert_string_equal(pr_path_state_name(health->state), pr_path_state_name(expected));
 }
 
-/* Connected, and probed once a second from then on; returns when it was fit. */
+/* Connects the path, and probes it once a second until it is fit. Returns that time. */
 static gint64 wait_fit(PrHealth *health, gint64 now)
 {
 	gint64 give_up = now + 100 * SECOND;
@@ -106,7 +106,7 @@ static void a_path_that_cannot_be_connected_is_tried_at_growing_intervals(void *
 		step(&health, PR_HEALTH_CONNECTS, now, i ? PR_PATH_FAILED : PR_PATH_CONNECTING);
 		step(&health, PR_HEALTH_FAILED, now, PR_PATH_FAILED);
 		assert_int_equal(health.retry_at, now + expected);
-		/* It was never up: it has no hold-down. */
+		/* The path was never up, so it has no hold-down. */
 		assert_int_equal(health.hold_until, 0);
 		expected = MIN(2 * expected, PR_HEALTH_RETRY_MAX);
 		now = health.retry_at;

@@ -22,7 +22,10 @@ static PrHeartbeat fresh(void)
 	return heartbeat;
 }
 
-/* Sleeps as asked and wakes up `late` after that. Returns the time. */
+/*
+ * Sleeps for the time that the heartbeat asks for, and wakes up `late` after that. Returns the
+ * time.
+ */
 static gint64 sleep_and_wake(PrHeartbeat *heartbeat, gint64 now, gint64 late)
 {
 	PrHeartbeatBody body;
@@ -115,7 +118,7 @@ static void the_round_trip_excludes_the_time_at_the_peer(void **state)
 	assert_int_equal(pr_heartbeat_handle(&a, START + 87 * MS, &body), 7 * MS);
 }
 
-static void a_senseless_echo_gives_no_round_trip(void **state)
+static void an_invalid_echo_gives_no_round_trip(void **state)
 {
 	static const PrHeartbeatBody table[] = {
 		{1, START + 1, 0}, {1, G_MAXUINT64, 0}, {1, START, G_MAXUINT64}, {1, 1, START}};
@@ -137,7 +140,7 @@ int main(void)
 		cmocka_unit_test(a_stop_between_waking_and_sleeping_is_not_silence),
 		cmocka_unit_test(being_late_again_and_again_does_not_hide_a_dead_peer),
 		cmocka_unit_test(the_round_trip_excludes_the_time_at_the_peer),
-		cmocka_unit_test(a_senseless_echo_gives_no_round_trip),
+		cmocka_unit_test(an_invalid_echo_gives_no_round_trip),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -35,9 +35,9 @@ typedef void (*Breach)(PrRam *ram);
 
 /* Breaks an invariant in a child. Returns what the child printed before it died; fails if it
  * lives. */
-static char *last_words(Breach breach)
+static char *output_before_death(Breach breach)
 {
-	char said[1024] = "";
+	char output[1024] = "";
 	int pipe_fds[2], status;
 
 	assert_int_equal(pipe(pipe_fds), 0);
@@ -45,7 +45,7 @@ static char *last_words(Breach breach)
 	assert_true(child >= 0);
 	if (child == 0) {
 		dup2(pipe_fds[1], STDERR_FILENO);
-		/* A library of libfabric's has put a handler there. */
+		/* A library that libfabric loads has set a handler for it. */
 		signal(SIGABRT, SIG_DFL);
 		breach(new_ram());
 		_exit(0);
@@ -53,20 +53,20 @@ static char *last_words(Breach breach)
 	close(pipe_fds[1]);
 	gsize length = 0;
 	ssize_t n;
-	while ((n = read(pipe_fds[0], said + length, sizeof(said) - 1 - length)) > 0)
+	while ((n = read(pipe_fds[0], output + length, sizeof(output) - 1 - length)) > 0)
 		length += n;
 	close(pipe_fds[0]);
 	assert_int_equal(waitpid(child, &status, 0), child);
 	if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGABRT)
-		fail_msg("the child lives on: status 0x%x, it said \"%s\"", status, said);
-	return g_strdup(said);
+		fail_msg("the child lives on: status 0x%x, it printed \"%s\"", status, output);
+	return g_strdup(output);
 }
 
 static void assert_dies(Breach breach, const char *words)
 {
-	g_autofree char *said = last_words(breach);
-	if (!strstr(said, words))
-		fail_msg("\"%s\" does not say \"%s\"", said, words);
+	g_autofree char *output = output_before_death(breach);
+	if (!strstr(output, words))
+		fail_msg("\"%s\" does not say \"%s\"", output, words);
 }
 
 static void place_twice(PrRam *ram)

@@ -242,7 +242,7 @@ static void a_claim_can_be_cancelled(void **state)
 
 #define WITH_BENCH(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
 
-/* The secret is not in it, and it differs for each lane, epoch and migration. */
+/* The token does not contain the secret, and it differs for each lane, epoch and migration. */
 static void a_token_is_good_for_one_lane_of_one_connection(void **state)
 {
 	PrBinding binding = {.uuid = {1, 2, 3}, .epoch = 7, .secret = "0123456789abcde"};
@@ -262,7 +262,10 @@ static void a_token_is_good_for_one_lane_of_one_connection(void **state)
 	assert_memory_not_equal(urgent.token, bulk.token, PR_TOKEN_BYTES);
 	assert_memory_not_equal(urgent.token, later.token, PR_TOKEN_BYTES);
 
-	/* A token that was read on the wire, replayed for another lane, epoch or migration. */
+	/*
+	 * An attacker may replay a token that he has read on the wire for another lane, epoch or
+	 * migration.
+	 */
 	later = urgent;
 	later.lane = PR_LANE_BULK;
 	assert_false(pr_backend_binding_matches(&binding, &later));

@@ -124,7 +124,7 @@ static void a_pipe_that_is_not_read_does_not_block(void **state)
 	assert_int_equal(pipe(ends), 0);
 	log_to(ends[1]);
 	log_many();
-	/* A flush, as at the end of the program, does not wait for ever either. */
+	/* A flush at the end of the program has a bound, too. */
 	assert_false(pr_log_flush(50));
 	/* If the writer thread gets no CPU at first, the log has several gaps. So all of it is read
 	 * before the next line is logged. */

@@ -20,7 +20,7 @@ static void assert_contains(const char *text, const char *part)
 static void expect_refused(Bench *bench, const char *why)
 {
 	g_autoptr(Client) client = client_new(bench);
-	g_autofree char *text = client_ask(client, NULL);
+	g_autofree char *text = client_request(client, NULL);
 
 	assert_contains(text, "{\"error\":{\"class\":\"GenericError\"");
 	assert_contains(text, why);
@@ -37,13 +37,13 @@ static void too_many_clients_get_an_error(void **state)
 		g_ptr_array_add(clients, client_ready(bench));
 	for (guint i = 0; i < 200; i++)
 		expect_refused(bench, "there are 64 clients already");
-	answer = client_ask(clients->pdata[63], "{\"execute\":\"query-version\"}");
+	answer = client_request(clients->pdata[63], "{\"execute\":\"query-version\"}");
 	assert_contains(answer, "return");
 	/* After a client has disconnected, the monitor accepts another one. */
 	g_ptr_array_set_size(clients, 63);
 	for (gboolean accepted = FALSE; !accepted;) {
 		g_autoptr(Client) client = client_new(bench);
-		g_autofree char *text = client_ask(client, NULL);
+		g_autofree char *text = client_request(client, NULL);
 
 		accepted = strstr(text, "\"QMP\"") != NULL;
 	}
@@ -67,7 +67,7 @@ static void other_users_are_refused(void **state)
 	as_user(NOBODY, connect_as_nobody, bench);
 
 	g_autoptr(Client) client = client_ready(bench);
-	answer = client_ask(client, "{\"execute\":\"query-version\"}");
+	answer = client_request(client, "{\"execute\":\"query-version\"}");
 	assert_contains(answer, "return");
 }
 

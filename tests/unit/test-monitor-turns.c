@@ -25,8 +25,10 @@ static gboolean wait_for_mutex(gpointer opaque)
 	return G_SOURCE_REMOVE;
 }
 
-/* Each command of the greedy client counts a parameter up. Its value in the other client's answer
- * tells how many of them were run before. */
+/*
+ * Each command of the busy client increments a parameter. Its value in the other client's answer
+ * shows how many of them were run before.
+ */
 static void many_commands_of_one_client_do_not_delay_others(void **state)
 {
 	Bench *bench = *state;
@@ -48,16 +50,18 @@ static void many_commands_of_one_client_do_not_delay_others(void **state)
 	client_send(client, "{\"execute\":\"query-migrate-parameters\"}");
 	g_mutex_unlock(&busy);
 
-	g_autofree char *answer = client_ask(client, NULL);
+	g_autofree char *answer = client_request(client, NULL);
 	const char *value = strstr(answer, "\"handshake-timeout\":");
 	assert_non_null(value);
 	assert_int_equal(sscanf(value, "\"handshake-timeout\":%d", &stands), 1);
-	/* A few may come first. Before the first one the parameter has its default, which is
-	 * larger. */
+	/*
+	 * A few of them may have run. Before the first one the parameter has its default, which is
+	 * larger.
+	 */
 	assert_true(stands < FIRST + ASKED / 10 || stands > FIRST + ASKED);
 
 	for (guint i = 0; i < ASKED; i++) {
-		g_autofree char *done = client_ask(greedy, NULL);
+		g_autofree char *done = client_request(greedy, NULL);
 
 		assert_non_null(strstr(done, "return"));
 	}
@@ -88,7 +92,7 @@ static void wait_for_call(Bench *bench, const char *wanted)
 
 static void assert_answered(Client *client, const char *text, const char *part)
 {
-	g_autofree char *answer = client_ask(client, text);
+	g_autofree char *answer = client_request(client, text);
 
 	if (!strstr(answer, part))
 		fail_msg("'%s' is not in: %s", part, answer);
@@ -184,7 +188,7 @@ static void a_client_may_disconnect_during_a_look_up(void **state)
 	assert_answered(other, VERSION, "return");
 }
 
-/* The teardown checks that the engine ends. */
+/* The teardown fails if the engine does not end. */
 static void a_look_up_does_not_delay_the_engines_end(void **state)
 {
 	Bench *bench = *state;

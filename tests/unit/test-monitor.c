@@ -55,7 +55,7 @@ typedef struct Turn {
 static void converse(Bench *bench, Client *client, const Turn *turns, guint n)
 {
 	for (guint i = 0; i < n; i++) {
-		g_autofree char *answer = client_ask(client, turns[i].sent);
+		g_autofree char *answer = client_request(client, turns[i].sent);
 		g_autofree char *call = fake_last_call(bench->migration);
 
 		assert_contains(answer, turns[i].answer);
@@ -202,7 +202,7 @@ static void errors_name_the_mistake(void **state)
 	g_autoptr(Client) client = client_ready(bench);
 
 	converse(bench, client, turns, G_N_ELEMENTS(turns));
-	/* A set with a mistake changes nothing. */
+	/* A command with one wrong argument changes nothing. */
 	assert_int_equal(pr_param(&bench->params, PR_PARAM_BULK_WINDOW), 32);
 	assert_true(pr_capability(&bench->params, PR_CAP_ZERO_PAGES));
 	assert_int_equal(g_atomic_int_get(&bench->quits), 0);
@@ -224,7 +224,7 @@ static void errors_of_the_engine_are_passed_on(void **state)
 		g_autofree char *answer = NULL;
 
 		fake_fail_next(bench->migration, "not in this state");
-		answer = client_ask(client, commands[i]);
+		answer = client_request(client, commands[i]);
 		assert_string_equal(answer, "{\"error\":{\"class\":\"GenericError\","
 					    "\"desc\":\"not in this state\"}}");
 	}
@@ -255,8 +255,8 @@ static void messages_need_no_newline_and_may_be_split(void **state)
 
 	client_send(client, "{\"execute\":\"migrate-pause\",");
 	client_send(client, "\"id\":1}{\"execute\":\"migrate-pause\",\"id\":\"}{\\\"\"}  \r\n");
-	first = client_ask(client, NULL);
-	second = client_ask(client, NULL);
+	first = client_request(client, NULL);
+	second = client_request(client, NULL);
 	assert_string_equal(first, "{\"return\":{},\"id\":1}");
 	assert_string_equal(second, "{\"return\":{},\"id\":\"}{\\\"\"}");
 }
@@ -319,7 +319,7 @@ static void state_changes_are_events_in_order(void **state)
 		assert_string_equal(first, expected);
 		assert_string_equal(second, expected);
 	}
-	answer = client_ask(unready, "{\"execute\":\"query-version\"}");
+	answer = client_request(unready, "{\"execute\":\"query-version\"}");
 	assert_contains(answer, "Expecting capabilities");
 	assert_true(g_queue_is_empty(unready->events));
 }
@@ -342,7 +342,7 @@ static void without_the_capability_there_are_no_events(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(Client) client = client_ready(bench);
-	g_autofree char *set = client_ask(
+	g_autofree char *set = client_request(
 		client, "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":"
 			"[{\"capability\":\"events\",\"state\":false}]}}");
 	g_autofree char *event = NULL;
@@ -351,7 +351,7 @@ static void without_the_capability_there_are_no_events(void **state)
 	fake_set_state(bench->migration, PR_STATE_SETUP, NULL);
 	/* An answer follows all events that were queued before. */
 	for (guint i = 0; i < 3; i++)
-		g_free(client_ask(client, "{\"execute\":\"query-migrate\"}"));
+		g_free(client_request(client, "{\"execute\":\"query-migrate\"}"));
 	assert_true(g_queue_is_empty(client->events));
 	assert_true(pr_params_set_capability(&bench->params, "events", TRUE, NULL));
 	fake_set_state(bench->migration, PR_STATE_ACTIVE, NULL);
@@ -384,13 +384,13 @@ static void migrate_without_d_is_answered_at_its_end(void **state)
 
 		client_send(client, HMP("migrate tcp:a:1"));
 		/* Meanwhile this client and others are served. */
-		same = client_ask(client, "{\"execute\":\"query-migrate\",\"id\":2}");
+		same = client_request(client, "{\"execute\":\"query-migrate\",\"id\":2}");
 		assert_contains(same, "\"status\":\"setup\"");
-		second = client_ask(other, "{\"execute\":\"query-migrate\",\"id\":3}");
+		second = client_request(other, "{\"execute\":\"query-migrate\",\"id\":3}");
 		assert_contains(second, "\"id\":3");
 		fake_set_state(bench->migration, PR_STATE_POSTCOPY_ACTIVE, NULL);
 		fake_set_state(bench->migration, rows[i].end, "why");
-		answer = client_ask(client, NULL);
+		answer = client_request(client, NULL);
 		assert_contains(answer, rows[i].answer);
 	}
 }
@@ -403,14 +403,14 @@ static void the_end_of_an_earlier_migration_ends_no_wait(void **state)
 	for (guint i = 0; i < 50; i++) {
 		g_autofree char *query = NULL, *ended = NULL;
 
-		/* The state changes and the command race to the main loop. */
+		/* The state changes and the command may reach the main loop in any order. */
 		fake_set_state(bench->migration, PR_STATE_ACTIVE, NULL);
 		fake_set_state(bench->migration, PR_STATE_FAILED, "stale");
 		client_send(client, HMP("migrate -r tcp:b:1"));
-		query = client_ask(client, "{\"execute\":\"query-migrate\",\"id\":2}");
+		query = client_request(client, "{\"execute\":\"query-migrate\",\"id\":2}");
 		assert_contains(query, "\"id\":2");
 		fake_set_state(bench->migration, PR_STATE_COMPLETED, NULL);
-		ended = client_ask(client, NULL);
+		ended = client_request(client, NULL);
 		assert_contains(ended, "completed: ");
 	}
 }
@@ -423,10 +423,10 @@ static void a_waiting_client_may_disconnect(void **state)
 	g_autofree char *query = NULL, *still = NULL;
 
 	client_send(client, HMP("migrate tcp:a:1"));
-	query = client_ask(client, "{\"execute\":\"query-migrate\"}");
+	query = client_request(client, "{\"execute\":\"query-migrate\"}");
 	g_clear_pointer(&client, client_free);
 	fake_set_state(bench->migration, PR_STATE_COMPLETED, NULL);
-	still = client_ask(other, "{\"execute\":\"query-migrate\"}");
+	still = client_request(other, "{\"execute\":\"query-migrate\"}");
 	assert_contains(still, "completed");
 }
 
@@ -451,11 +451,11 @@ static void a_refused_migrate_is_answered_at_once(void **state)
 	g_autofree char *answer = NULL, *text = NULL;
 
 	fake_fail_next(bench->migration, "one runs already");
-	answer = client_ask(client, HMP("migrate tcp:a:1"));
+	answer = client_request(client, HMP("migrate tcp:a:1"));
 	assert_contains(answer, "\"desc\":\"one runs already\"");
 	fake_fail_next(bench->migration, "one runs already");
-	text = client_ask(client, "{\"execute\":\"human-monitor-command\",\"arguments\":"
-				  "{\"command-line\":\"migrate tcp:a:1\"}}");
+	text = client_request(client, "{\"execute\":\"human-monitor-command\",\"arguments\":"
+				      "{\"command-line\":\"migrate tcp:a:1\"}}");
 	assert_string_equal(text, "{\"return\":\"Error: one runs already\\r\\n\"}");
 }
 
@@ -580,7 +580,7 @@ static void hmp_at_a_terminal_waits_for_migrate(void **state)
 	event = client_event(client);
 	assert_string_equal(event, "setup/asked to");
 	/* The next lines wait; the QMP client is served. */
-	query = client_ask(client, "{\"execute\":\"query-migrate\"}");
+	query = client_request(client, "{\"execute\":\"query-migrate\"}");
 	assert_contains(query, "setup");
 	{
 		g_autofree char *call = fake_last_call(bench->migration);
@@ -605,7 +605,7 @@ static void the_end_of_the_terminal_affects_no_other_client(void **state)
 	assert_int_equal(shutdown(bench->hmp_fd, SHUT_RDWR), 0);
 	fake_set_state(bench->migration, PR_STATE_SETUP, NULL);
 	fake_set_state(bench->migration, PR_STATE_COMPLETED, NULL);
-	answer = client_ask(client, "{\"execute\":\"query-version\"}");
+	answer = client_request(client, "{\"execute\":\"query-version\"}");
 	assert_contains(answer, "return");
 }
 
@@ -624,7 +624,7 @@ static void a_client_that_does_not_read_is_disconnected(void **state)
 		if (n < 0 && errno == EAGAIN) {
 			/* The silent client's queue is full; the other client is still served. */
 			g_autofree char *answer =
-				client_ask(client, "{\"execute\":\"query-version\"}");
+				client_request(client, "{\"execute\":\"query-version\"}");
 
 			assert_contains(answer, "return");
 		} else if (n != (ssize_t)strlen(flood)) {
@@ -636,7 +636,7 @@ static void a_client_that_does_not_read_is_disconnected(void **state)
 	/* Its connection ends, because it did not read its answers. */
 	assert_true(client_at_end(silent));
 	{
-		g_autofree char *answer = client_ask(client, "{\"execute\":\"query-version\"}");
+		g_autofree char *answer = client_request(client, "{\"execute\":\"query-version\"}");
 
 		assert_contains(answer, "return");
 	}
@@ -652,13 +652,13 @@ static void after_a_huge_message_the_client_is_served(void **state)
 	g_autofree char *deep = g_strdup_printf("%s\n", brackets);
 	g_autofree char *first = NULL, *second = NULL, *third = NULL, *fourth = NULL;
 
-	first = client_ask(client, huge);
+	first = client_request(client, huge);
 	assert_contains(first, "longer than 1 MiB");
-	second = client_ask(client, "{\"execute\":\"query-version\"}");
+	second = client_request(client, "{\"execute\":\"query-version\"}");
 	assert_contains(second, "return");
-	third = client_ask(client, deep);
+	third = client_request(client, deep);
 	assert_contains(third, "64 deep");
-	fourth = client_ask(client, "{\"execute\":\"query-version\"}");
+	fourth = client_request(client, "{\"execute\":\"query-version\"}");
 	assert_contains(fourth, "return");
 }
 

@@ -19,7 +19,7 @@ static void defaults_are_within_their_ranges(void **state)
 		assert_true(info->min <= info->def && info->def <= info->max);
 		assert_true(info->help && info->unit);
 		assert_int_equal(pr_param(&params, i), info->def);
-		/* A value that is set already is always valid. */
+		/* Each parameter accepts the value that it has. */
 		assert_true(pr_params_set(&params, info->name, info->def, NULL));
 	}
 	for (guint i = 0; i < PR_N_CAPABILITIES; i++)
@@ -59,7 +59,7 @@ static void values_are_numbers_with_an_optional_suffix(void **state)
 	static const struct {
 		const char *name, *text;
 		PrParam param;
-		int64_t value; /* -1: refused */
+		int64_t value; /* expected; -1: refused */
 	} rows[] = {
 		{"bulk-window", "1", PR_PARAM_BULK_WINDOW, 1},
 		{"bulk-window", "64", PR_PARAM_BULK_WINDOW, 64},
@@ -118,7 +118,7 @@ static void a_range_error_names_parameter_value_and_range(void **state)
 					    "expected a whole number from 10 to 60000 ms");
 }
 
-static void an_unknown_parameter_lists_the_known(void **state)
+static void an_unknown_parameter_is_refused_with_the_known_names(void **state)
 {
 	g_autoptr(GError) error = NULL;
 	PrParams params;
@@ -145,7 +145,7 @@ static void the_heartbeat_stays_below_its_timeout(void **state)
 	assert_true(pr_params_set(&params, "heartbeat-interval", 500, NULL));
 }
 
-static void fixed_capabilities_stay(void **state)
+static void fixed_capabilities_cannot_be_changed(void **state)
 {
 	g_autoptr(GError) error = NULL;
 	PrParams params;
@@ -161,7 +161,7 @@ static void fixed_capabilities_stay(void **state)
 	assert_false(pr_capability(&params, PR_CAP_ZERO_PAGES));
 }
 
-static void an_unknown_capability_lists_the_known(void **state)
+static void an_unknown_capability_is_refused_with_the_known_names(void **state)
 {
 	g_autoptr(GError) error = NULL;
 	PrParams params;
@@ -180,10 +180,10 @@ int main(void)
 		cmocka_unit_test(the_defaults_have_these_values),
 		cmocka_unit_test(values_are_numbers_with_an_optional_suffix),
 		cmocka_unit_test(a_range_error_names_parameter_value_and_range),
-		cmocka_unit_test(an_unknown_parameter_lists_the_known),
+		cmocka_unit_test(an_unknown_parameter_is_refused_with_the_known_names),
 		cmocka_unit_test(the_heartbeat_stays_below_its_timeout),
-		cmocka_unit_test(fixed_capabilities_stay),
-		cmocka_unit_test(an_unknown_capability_lists_the_known),
+		cmocka_unit_test(fixed_capabilities_cannot_be_changed),
+		cmocka_unit_test(an_unknown_capability_is_refused_with_the_known_names),
 	};
 
 	return cmocka_run_group_tests_name("params", tests, NULL, NULL);

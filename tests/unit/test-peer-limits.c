@@ -61,7 +61,7 @@ static void a_burst_is_followed_by_a_rate(void **state)
 		}
 	}
 	assert_in_range(taken, 10 * PR_TOKENS_PER_SECOND - 2, 10 * PR_TOKENS_PER_SECOND + 2);
-	/* After a long rest a whole burst is there again, and no more than one. */
+	/* After a long idle time there is a whole burst again, and no more than one. */
 	now += 1000 * SECOND;
 	for (guint i = 0; i < PR_TOKENS_BURST; i++) {
 		assert_int_equal(pr_token_bucket_available_at(&bucket, now), now);
@@ -76,7 +76,7 @@ static void the_host_that_had_fewest_tokens_is_next(void **state)
 	PrPeerHost hosts[64];
 	gint64 now = SECOND;
 
-	/* No host has had a token: the oldest connection is next. */
+	/* No host has got a token yet, so the oldest connection is next. */
 	assert_int_equal(pr_token_bucket_pick_next(&bucket, hosts, hosts_of("aab", hosts)), 0);
 	hosts_of("a", hosts);
 	for (guint i = 0; i < 3 * PR_TOKENS_REMEMBERED; i++)

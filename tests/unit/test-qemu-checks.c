@@ -32,7 +32,7 @@ static void a_healthy_qemu_is_accepted(void **state)
 	assert_ptr_equal((void *)(gsize)blocks[0].base, qemu->map);
 }
 
-static void vcpus_are_asked_for_by_thread(void **state)
+static void the_threads_of_vcpus_are_queried(void **state)
 {
 	static const struct {
 		const char *answer, *words; /* words: NULL: there are two, 4711 and 4712 */
@@ -358,7 +358,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(a_healthy_qemu_is_accepted),
 		cmocka_unit_test(each_flaw_is_refused_by_name),
-		cmocka_unit_test(vcpus_are_asked_for_by_thread),
+		cmocka_unit_test(the_threads_of_vcpus_are_queried),
 		cmocka_unit_test(the_spec_is_checked),
 		cmocka_unit_test(ramblocks_of_old_and_new_monitors_are_read),
 		cmocka_unit_test(host_addresses_are_found_through_the_guests),

@@ -89,7 +89,7 @@ static void assert_bytes(const GString *bytes, const char *expected, gsize len)
 	assert_memory_equal(bytes->str, expected, len);
 }
 
-static void a_state_is_saved_completed_and_the_guest_let_run_on(void **state)
+static void a_state_is_saved_and_the_guest_resumed(void **state)
 {
 	static const char expected[] = "QEVM\0\0\0\3"
 				       "\7\0\0\0\12pc-q35-7.2"
@@ -116,10 +116,10 @@ static void a_state_is_saved_completed_and_the_guest_let_run_on(void **state)
 	assert_true(ops->resume(qemu->guest, &error));
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 1);
 	assert_int_equal(fake_qmp_count(qemu->fake, "remove-fd"), 1);
-	/* A second call does nothing. */
+	/* Calling it again has no effect. */
 	assert_true(ops->resume(qemu->guest, &error));
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 1);
-	/* No migration of QEMU's own, and none of its settings was changed. */
+	/* No migration of QEMU itself was started, and none of its settings was changed. */
 	assert_int_equal(fake_qmp_count(qemu->fake, "migrate"), 0);
 	assert_int_equal(fake_qmp_count(qemu->fake, "migrate-set-capabilities"), 0);
 	sections_clear(&sections);
@@ -139,8 +139,8 @@ static void a_guest_that_was_paused_stays_paused(void **state)
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 0);
 }
 
-/* The guest's memory must not change until the destination has it. */
-static void a_guest_that_is_let_run_in_between_is_not_moved(void **state)
+/* The guest's memory must not change until the destination has its device state. */
+static void a_guest_that_runs_during_a_save_is_not_moved(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
 	g_autoptr(GError) error = NULL;
@@ -149,7 +149,7 @@ static void a_guest_that_is_let_run_in_between_is_not_moved(void **state)
 
 	qemu_attach(qemu);
 	assert_true(qemu->guest->ops->stop(qemu->guest, &was_running, &error));
-	fake_qmp_say(qemu->fake, STOPPED RESUMED);
+	fake_qmp_send(qemu->fake, STOPPED RESUMED);
 	while (qemu->guest->ops->check_stopped(qemu->guest, &error)) {
 		assert_true(g_get_monotonic_time() < deadline);
 		g_usleep(1000); /* between two checks */
@@ -157,7 +157,7 @@ static void a_guest_that_is_let_run_in_between_is_not_moved(void **state)
 	assert_says(error, "let the guest run");
 }
 
-static void a_save_that_fails_says_why(void **state)
+static void a_failed_save_reports_the_cause(void **state)
 {
 	static const struct {
 		const char *answer, *bytes;
@@ -245,7 +245,7 @@ static void private_ram_moves_and_only_what_changed_moves_again(void **state)
 	assert_true(from->guest->ops->describe(from->guest, collect, &early, &error));
 	assert_true(from->guest->ops->save_early(from->guest, NULL, collect, &early, &error));
 	assert_true(to->guest->ops->prepare_load(to->guest, &error));
-	/* The stream is cut at any place. */
+	/* The stream may be cut into chunks at any place. */
 	for (guint at = 0; at < early.raw->len; at += 1000)
 		assert_true(to->guest->ops->load_early(to->guest, early.raw->data + at,
 						       MIN(1000, early.raw->len - at), &error));
@@ -299,7 +299,7 @@ static void private_ram_that_is_found_late_is_written_late(void **state)
 		     "\"  00000000fd000000-00000000fd0fffff (prio 1, ram): vga.vram\\r\\n\"");
 	fake_qmp_set(to->fake, "human-monitor-command gpa2hva 0xfd000000", hva);
 	assert_true(to->guest->ops->load_begin(to->guest, &error));
-	fake_qmp_say(to->fake, COMPLETED);
+	fake_qmp_send(to->fake, COMPLETED);
 	assert_true(to->guest->ops->load_end(to->guest, &error));
 	assert_memory_equal(vram, there, VRAM);
 	munmap(vram, VRAM);
@@ -431,8 +431,8 @@ static void devices_are_compared_by_place_and_type(void **state)
 	}
 }
 
-/* Any process with a certificate may be the source. */
-static void early_state_that_makes_no_sense_is_refused(void **state)
+/* An attacker with a certificate may be the source. */
+static void invalid_early_state_is_refused(void **state)
 {
 	static char deep[1 << 20] = "{\"a\": "; /* deeper than the stack of a recursive parser */
 	static const struct {
@@ -528,7 +528,7 @@ static void a_load_waits_for_its_event(void **state)
 	fd = load_begin(&loading, qemu);
 	assert_stream_is(fd, "device state");
 	assert_int_equal(fake_qmp_count(qemu->fake, "query-status"), 0);
-	fake_qmp_say(qemu->fake, COMPLETED);
+	fake_qmp_send(qemu->fake, COMPLETED);
 	g_thread_join(loading.thread);
 	assert_true(loading.ok);
 	assert_int_equal(fake_qmp_count(qemu->fake, "query-status"), 0);
@@ -541,7 +541,7 @@ static void a_load_waits_for_its_event(void **state)
 }
 
 /* The error has QEMU's own text. */
-static void a_load_that_fails_says_why(void **state)
+static void a_failed_load_reports_the_cause(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new();
 	Loading loading;
@@ -554,7 +554,7 @@ static void a_load_that_fails_says_why(void **state)
 	assert_stream_is(fd, "device state");
 	fake_qmp_set(qemu->fake, "query-migrate",
 		     "{\"status\": \"failed\", \"error-desc\": \"Unknown savevm section\"}");
-	fake_qmp_say(qemu->fake, FAILED);
+	fake_qmp_send(qemu->fake, FAILED);
 	g_thread_join(loading.thread);
 	assert_false(loading.ok);
 	assert_true(g_error_matches(loading.error, PR_GUEST_ERROR, PR_GUEST_ERROR_REFUSED));
@@ -573,7 +573,7 @@ static void a_guest_that_runs_when_it_is_loaded_is_refused(void **state)
 	qemu_attach(qemu);
 	fd = load_begin(&loading, qemu);
 	assert_stream_is(fd, "device state");
-	fake_qmp_say(qemu->fake, RESUMED COMPLETED);
+	fake_qmp_send(qemu->fake, RESUMED COMPLETED);
 	g_thread_join(loading.thread);
 	assert_false(loading.ok);
 	assert_says(loading.error, "runs already");
@@ -606,7 +606,7 @@ static void a_load_ends_when_qemu_dies(void **state)
 
 	qemu_attach(qemu);
 	fd = load_begin(&loading, qemu);
-	fake_qmp_say(qemu->fake, "this is not JSON");
+	fake_qmp_send(qemu->fake, "this is not JSON");
 	g_thread_join(loading.thread);
 	assert_false(loading.ok);
 	assert_true(g_error_matches(loading.error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED));
@@ -631,18 +631,18 @@ static void loading_without_a_beginning_is_an_error(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(a_state_is_saved_completed_and_the_guest_let_run_on),
+		cmocka_unit_test(a_state_is_saved_and_the_guest_resumed),
 		cmocka_unit_test(a_guest_that_was_paused_stays_paused),
-		cmocka_unit_test(a_guest_that_is_let_run_in_between_is_not_moved),
-		cmocka_unit_test(a_save_that_fails_says_why),
+		cmocka_unit_test(a_guest_that_runs_during_a_save_is_not_moved),
+		cmocka_unit_test(a_failed_save_reports_the_cause),
 		cmocka_unit_test(a_save_that_was_cancelled_is_not_begun),
 		cmocka_unit_test(private_ram_moves_and_only_what_changed_moves_again),
 		cmocka_unit_test(private_ram_that_is_found_late_is_written_late),
 		cmocka_unit_test(two_frame_buffers_of_one_name_are_not_mixed_up),
 		cmocka_unit_test(differences_are_named_while_the_guest_runs),
 		cmocka_unit_test(devices_are_compared_by_place_and_type),
-		cmocka_unit_test(early_state_that_makes_no_sense_is_refused),
-		cmocka_unit_test(a_load_that_fails_says_why),
+		cmocka_unit_test(invalid_early_state_is_refused),
+		cmocka_unit_test(a_failed_load_reports_the_cause),
 		cmocka_unit_test(a_load_waits_for_its_event),
 		cmocka_unit_test(a_guest_that_runs_when_it_is_loaded_is_refused),
 		cmocka_unit_test(a_load_that_hangs_can_be_aborted),

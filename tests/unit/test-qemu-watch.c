@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* A guest that was handed over is let run in its QEMU. Against a scripted QMP server and a real
- * agent. */
+/*
+ * Somebody resumes a guest in its QEMU after it was handed over. Against a scripted QMP server and
+ * a real agent.
+ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -92,15 +94,15 @@ static void fence(Qemu *qemu)
 		print_message("not fenced: %s\n", error->message);
 }
 
-/* The n-th report, counted from 0, has these words. */
-static void assert_told(Qemu *qemu, guint n, const char *words)
+/* Asserts that the n-th report, counted from 0, contains these words. */
+static void assert_reported(Qemu *qemu, guint n, const char *words)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	g_mutex_lock(&qemu->lock);
 	while (qemu->words->len <= n)
 		if (!g_cond_wait_until(&qemu->told, &qemu->lock, deadline))
-			g_error("nobody was told \"%s\"", words);
+			g_error("\"%s\" was not reported", words);
 	if (!strstr(g_ptr_array_index(qemu->words, n), words))
 		g_error("\"%s\" does not say \"%s\"", (char *)g_ptr_array_index(qemu->words, n),
 			words);
@@ -117,35 +119,35 @@ static void wait_count(Qemu *qemu, const char *command, guint n)
 	}
 }
 
-static void a_guest_that_is_let_run_is_stopped_each_time(void **state)
+static void a_resumed_guest_is_stopped_each_time(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
 
 	fence(qemu);
 	wait_count(qemu, "query-status", 1);
 	for (guint i = 0; i < 3; i++) {
-		fake_qmp_say(qemu->fake, RESUMED);
-		assert_told(qemu, i, "event RESUME");
-		assert_told(qemu, i, "and has stopped");
+		fake_qmp_send(qemu->fake, RESUMED);
+		assert_reported(qemu, i, "event RESUME");
+		assert_reported(qemu, i, "and has stopped");
 		assert_int_equal(fake_qmp_count(qemu->fake, "stop"), i + 1);
 	}
 }
 
-/* Earlier events are ignored, but the guest may have been let run before. */
-static void a_guest_that_runs_when_the_watch_begins_is_stopped(void **state)
+/* Events from before the watch are ignored, so it has to ask whether the guest runs. */
+static void a_guest_that_runs_at_the_start_is_stopped(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
 	g_autoptr(GError) error = NULL;
 	gboolean running;
 
 	fake_qmp_set(qemu->fake, "query-status", RUNS);
-	fake_qmp_say(qemu->fake, RESUMED);
+	fake_qmp_send(qemu->fake, RESUMED);
 	/* The answer comes after the event. */
 	assert_true(qemu->guest->ops->is_running(qemu->guest, &running, &error));
 	assert_true(running);
 	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
 	fence(qemu);
-	assert_told(qemu, 0, "lets the guest run already");
+	assert_reported(qemu, 0, "lets the guest run already");
 	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 1);
 }
 
@@ -154,8 +156,8 @@ static void a_reset_is_reported(void **state)
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
 
 	fence(qemu);
-	fake_qmp_say(qemu->fake, RESET);
-	assert_told(qemu, 0, "event RESET");
+	fake_qmp_send(qemu->fake, RESET);
+	assert_reported(qemu, 0, "event RESET");
 	assert_int_equal(fake_qmp_count(qemu->fake, "stop"), 0);
 }
 
@@ -167,14 +169,14 @@ static void a_stop_that_hangs_is_reported_and_blocks_no_caller(void **state)
 	fence(qemu);
 	wait_count(qemu, "query-status", 1);
 	fake_qmp_set(qemu->fake, "stop", FAKE_SILENCE);
-	fake_qmp_say(qemu->fake, RESUMED);
+	fake_qmp_send(qemu->fake, RESUMED);
 	wait_count(qemu, "stop", 1);
 	assert_true(qemu->guest->ops->unfence(qemu->guest, &error));
-	assert_told(qemu, 0, "has not yet");
-	/* The watch goes on without the fence. */
+	assert_reported(qemu, 0, "has not yet");
+	/* The watch works without the fence, too. */
 	fake_qmp_set(qemu->fake, "stop", "{}");
-	fake_qmp_say(qemu->fake, RESUMED);
-	assert_told(qemu, 1, "and has stopped");
+	fake_qmp_send(qemu->fake, RESUMED);
+	assert_reported(qemu, 1, "and has stopped");
 }
 
 static void a_stop_that_is_refused_is_sent_again(void **state)
@@ -184,10 +186,10 @@ static void a_stop_that_is_refused_is_sent_again(void **state)
 	fence(qemu);
 	wait_count(qemu, "query-status", 1);
 	fake_qmp_set(qemu->fake, "stop", FAKE_ERROR "not now");
-	fake_qmp_say(qemu->fake, RESUMED);
-	assert_told(qemu, 0, "not now");
+	fake_qmp_send(qemu->fake, RESUMED);
+	assert_reported(qemu, 0, "not now");
 	fake_qmp_set(qemu->fake, "stop", "{}");
-	assert_told(qemu, 1, "and has stopped");
+	assert_reported(qemu, 1, "and has stopped");
 }
 
 /* The engine itself lets the guest run, which the watch must not undo. */
@@ -202,7 +204,7 @@ static void a_guest_that_the_engine_resumes_runs_on(void **state)
 	wait_count(qemu, "query-status", 1);
 	assert_true(qemu->guest->ops->unfence(qemu->guest, &error));
 	assert_true(qemu->guest->ops->resume(qemu->guest, &error));
-	fake_qmp_say(qemu->fake, RESUMED);
+	fake_qmp_send(qemu->fake, RESUMED);
 	assert_true(qemu->guest->ops->is_running(qemu->guest, &running, &error));
 	qemu->guest->ops->on_run_again(qemu->guest, NULL, NULL);
 	assert_int_equal(fake_qmp_count(qemu->fake, "cont"), 1);
@@ -221,7 +223,7 @@ static void on_state(PrState state, const char *reason, void *opaque)
 {
 }
 
-/* The state that a dead engine has left: stopped, and not handed over. */
+/* Saves the record that a dead engine leaves: the guest is stopped, and not handed over. */
 static void leave_record(Qemu *qemu, const char *dir)
 {
 	const PrGuestBlock block = {
@@ -277,7 +279,7 @@ static void wait_state(Engine *engine, PrState state, const char *words)
 
 /* QEMU refuses `cont`, as if the destination still had a lock on the disk image. The engine's
  * monitor answers meanwhile and shows that, until QEMU accepts the command. */
-static void an_engine_that_follows_tries_until_the_guest_runs(void **state)
+static void a_new_engine_retries_until_the_guest_runs(void **state)
 {
 	g_autoptr(Qemu) qemu = qemu_new(TIMEOUT);
 	g_autoptr(GError) error = NULL;
@@ -322,13 +324,13 @@ static void an_engine_gives_up_a_guest_whose_qemu_is_gone(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(a_guest_that_is_let_run_is_stopped_each_time),
-		cmocka_unit_test(a_guest_that_runs_when_the_watch_begins_is_stopped),
+		cmocka_unit_test(a_resumed_guest_is_stopped_each_time),
+		cmocka_unit_test(a_guest_that_runs_at_the_start_is_stopped),
 		cmocka_unit_test(a_reset_is_reported),
 		cmocka_unit_test(a_stop_that_hangs_is_reported_and_blocks_no_caller),
 		cmocka_unit_test(a_stop_that_is_refused_is_sent_again),
 		cmocka_unit_test(a_guest_that_the_engine_resumes_runs_on),
-		cmocka_unit_test(an_engine_that_follows_tries_until_the_guest_runs),
+		cmocka_unit_test(a_new_engine_retries_until_the_guest_runs),
 		cmocka_unit_test(an_engine_gives_up_a_guest_whose_qemu_is_gone),
 	};
 

@@ -110,7 +110,7 @@ static GSubprocess *start_qemu(Fixture *fix, const char *name, gboolean preload,
 	qemu = g_subprocess_launcher_spawnv(launcher, (const char *const *)argv->pdata, &error);
 	assert_null(error);
 	g_ptr_array_add(fix->qemus, qemu);
-	/* The probe of the QMP socket connects as QEMU's only client, and disconnects at once. */
+	/* QEMU serves one QMP client at a time, so this probe disconnects at once. */
 	wait_for_socket(qmp, SOCK_STREAM);
 	if (preload)
 		wait_for_socket(agent, SOCK_SEQPACKET);
@@ -220,7 +220,7 @@ static void the_ram_is_found(void **state)
 
 /* Two nodes of the same size, and one backend that the machine does not use: each block finds its
  * own memfd, as the guest's memory shows. */
-static void numa_nodes_of_one_size_are_told_apart(void **state)
+static void numa_nodes_of_one_size_are_distinguished(void **state)
 {
 	const char *const args[] = {"-machine", "q35",
 				    "-m",	"64M",
@@ -273,7 +273,10 @@ static void private_ram_is_refused(void **state)
 static void shared_ram_of_a_file_is_refused(void **state)
 {
 	Fixture *fix = *state;
-	/* A helper serves a file in memory, as in many a /tmp. QEMU makes it without a name. */
+	/*
+	 * A helper accepts a file in memory, which a file in /tmp often is. QEMU makes it without a
+	 * name. So this test uses /var/tmp.
+	 */
 	const char *backend = "memory-backend-file,id=mem,size=64M,share=on,mem-path=/var/tmp";
 	const char *const args[] = {"-object",	backend,
 				    "-machine", "q35,memory-backend=mem",
@@ -288,7 +291,7 @@ static void shared_ram_of_a_file_is_refused(void **state)
 		       fix->attached ? "is the file" : "shared memory of a memory-backend-file");
 }
 
-/* A helper finds such a file as well as a memfd. */
+/* A helper finds a file in memory as it finds a memfd. */
 static void ram_in_a_file_in_memory_is_found(void **state)
 {
 	g_autofree char *file = g_strdup_printf("/dev/shm/test-qemu-%d", (int)getpid());
@@ -307,7 +310,7 @@ static void ram_in_a_file_in_memory_is_found(void **state)
 	assert_int_equal(blocks[0].size, 64 << 20);
 }
 
-/* As libvirt does: another process makes the socket, and passes it to QEMU. */
+/* libvirt makes the socket in its own process and passes it to QEMU. */
 static void a_socket_that_another_process_made_needs_the_pid(void **state)
 {
 	Fixture *fix = *state;
@@ -433,10 +436,10 @@ static void the_preload_library_is_not_inherited(void **state)
 	g_subprocess_launcher_setenv(launcher, "POSTROAD_AGENT", agent, TRUE);
 	qemu = g_subprocess_launcher_spawnv(launcher, argv, NULL);
 	assert_non_null(qemu);
-	/* The script says no, so this QEMU ends by itself. */
+	/* The script fails, so this QEMU ends by itself. */
 	g_subprocess_wait(qemu, NULL, NULL);
 	if (!g_file_get_contents(output, &env, NULL, NULL)) {
-		print_message("skipped: no tap device to be had here\n");
+		print_message("skipped: no tap device can be made here\n");
 		skip();
 	}
 	assert_non_null(strstr(env, "PATH="));
@@ -461,7 +464,7 @@ static void a_daemon_is_served(void **state)
 	guest = attach(fix, "a");
 	prepare(guest, PR_GUEST_SOURCE, &n);
 	assert_int_equal(n, 1);
-	/* As if this test was killed. */
+	/* The guard gets this signal when a test is killed. */
 	g_subprocess_send_signal(guard, SIGTERM);
 	g_subprocess_wait(guard, NULL, NULL);
 	assert_int_equal(kill(atoi(pid), 0), -1);
@@ -543,7 +546,7 @@ static gboolean is_running(PrGuest *guest)
 	return was_running;
 }
 
-static void a_guest_moves_by_hand(void **state)
+static void a_guest_moves_step_by_step(void **state)
 {
 	const char *const args[] = {RAM, "-device", "VGA", NULL};
 	const char *const incoming[] = {RAM, "-device", "VGA", "-incoming", "defer", NULL};
@@ -575,7 +578,7 @@ static void a_guest_moves_by_hand(void **state)
 	assert_false(is_running(to));
 	assert_true(to->ops->run(to, &error));
 	assert_true(is_running(to));
-	/* The migration is given up at the last moment. The source can go on, and try again. */
+	/* The migration fails at the last moment. The source can resume, and try again. */
 	assert_true(from->ops->resume(from, &error));
 	assert_true(is_running(from));
 	prepare(from, PR_GUEST_SOURCE, &n_source);
@@ -655,7 +658,7 @@ static gpointer load_thread(gpointer data)
 	return NULL;
 }
 
-/* Half of a device state, and no more: the load waits until it is aborted. */
+/* The load gets only half of a device state, and waits until it is aborted. */
 static void a_load_can_be_aborted(void **state)
 {
 	const char *const args[] = {RAM, "-incoming", "defer", NULL};
@@ -760,7 +763,7 @@ int main(void)
 	g_autofree char *qemu = g_find_program_in_path("qemu-system-x86_64");
 	const struct CMUnitTest tests[] = {
 		TEST(the_ram_is_found),
-		TEST(numa_nodes_of_one_size_are_told_apart),
+		TEST(numa_nodes_of_one_size_are_distinguished),
 		TEST(private_ram_is_refused),
 		TEST(shared_ram_of_a_file_is_refused),
 		TEST(a_missing_agent_is_named),
@@ -770,14 +773,14 @@ int main(void)
 		TEST(a_daemon_is_served),
 		TEST(a_wrapper_does_not_lose_the_agent),
 		TEST(locked_ram_takes_the_fault_mode),
-		TEST(a_guest_moves_by_hand),
+		TEST(a_guest_moves_step_by_step),
 		TEST(a_broken_save_resumes),
 		TEST(a_paused_guest_stays_paused),
 		TEST(a_load_can_be_aborted),
 		TEST(garbage_instead_of_a_device_state_is_an_error),
 		TEST(the_death_of_qemu_is_reported_at_once),
 		ATTACHED(the_ram_is_found),
-		ATTACHED(numa_nodes_of_one_size_are_told_apart),
+		ATTACHED(numa_nodes_of_one_size_are_distinguished),
 		ATTACHED(private_ram_is_refused),
 		ATTACHED(shared_ram_of_a_file_is_refused),
 		ATTACHED(ram_in_a_file_in_memory_is_found),
@@ -786,7 +789,7 @@ int main(void)
 		ATTACHED(a_daemon_is_served),
 		ATTACHED(a_wrapper_does_not_lose_the_agent),
 		ATTACHED(locked_ram_takes_the_fault_mode),
-		ATTACHED(a_guest_moves_by_hand),
+		ATTACHED(a_guest_moves_step_by_step),
 		ATTACHED(a_paused_guest_stays_paused),
 		ATTACHED(the_death_of_qemu_is_reported_at_once),
 	};

@@ -285,7 +285,7 @@ static void a_late_answer_is_ignored(void **state)
 	fake_qmp_set(fake, "slow", FAKE_HOLD);
 	fake_qmp_set(fake, "fast", "{}");
 	assert_fails(qmp, "slow", PR_GUEST_ERROR_TIMEOUT, "no answer to 'slow'");
-	/* Both answers come now. */
+	/* The late answer comes behind the answer to the first of these commands. */
 	assert_true(pr_qmp_command(qmp, "fast", NULL, -1, NULL));
 	assert_true(pr_qmp_command(qmp, "fast", NULL, -1, NULL));
 	pr_qmp_free(qmp);
@@ -297,8 +297,9 @@ static void events_are_delivered_in_order(void **state)
 	g_auto(Seen) seen = {.events = g_string_new(NULL)};
 	PrQmp *qmp = connect_to(fake, TIMEOUT, &seen);
 
-	fake_qmp_say(fake, "{\"event\": \"STOP\"}{\"event\": \"MIGRATION\", \"data\": {\"status\": "
-			   "\"setup\"}}\n{\n\"event\"\n:\"RESUME\"}\n");
+	fake_qmp_send(fake,
+		      "{\"event\": \"STOP\"}{\"event\": \"MIGRATION\", \"data\": {\"status\": "
+		      "\"setup\"}}\n{\n\"event\"\n:\"RESUME\"}\n");
 	wait_for_events(&seen, "STOP MIGRATION+ RESUME ");
 	pr_qmp_free(qmp);
 	assert_int_equal(seen.deaths, 0);
@@ -332,7 +333,7 @@ static void another_protocol_is_recognized(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_PROTOCOL));
 }
 
-/* Each ends the waiting call and every later one, and is reported to the owner once. */
+/* Each of these ends the waiting call and every later one, and is reported once. */
 static void garbage_ends_the_connection(void **state)
 {
 	static const char *const garbage[] = {
@@ -354,8 +355,8 @@ static void garbage_ends_the_connection(void **state)
 	}
 }
 
-/* JSON that is no answer is ignored. */
-static void strange_objects_are_skipped(void **state)
+/* JSON that is not an answer is ignored. */
+static void objects_that_are_no_answer_are_skipped(void **state)
 {
 	static const char *const strange[] = {
 		"{}",
@@ -375,7 +376,7 @@ static void strange_objects_are_skipped(void **state)
 
 	fake_qmp_set(fake, "stop", "{}");
 	for (guint i = 0; i < G_N_ELEMENTS(strange); i++) {
-		fake_qmp_say(fake, strange[i]);
+		fake_qmp_send(fake, strange[i]);
 		assert_true(pr_qmp_command(qmp, "stop", NULL, -1, NULL));
 	}
 	pr_qmp_free(qmp);
@@ -420,7 +421,7 @@ static void a_shutdown_is_named(void **state)
 	PrQmp *qmp = connect_to(fake, TIMEOUT, &seen);
 
 	fake_qmp_set(fake, "stop", FAKE_CLOSE);
-	fake_qmp_say(fake, "{\"event\": \"SHUTDOWN\", \"data\": {\"reason\": \"host-qmp-quit\"}}");
+	fake_qmp_send(fake, "{\"event\": \"SHUTDOWN\", \"data\": {\"reason\": \"host-qmp-quit\"}}");
 	assert_fails(qmp, "stop", PR_GUEST_ERROR_DIED, "host-qmp-quit");
 	pr_qmp_free(qmp);
 }
@@ -441,7 +442,7 @@ int main(void)
 		cmocka_unit_test(a_missing_socket_is_named),
 		cmocka_unit_test(another_protocol_is_recognized),
 		cmocka_unit_test(garbage_ends_the_connection),
-		cmocka_unit_test(strange_objects_are_skipped),
+		cmocka_unit_test(objects_that_are_no_answer_are_skipped),
 		cmocka_unit_test(an_answer_without_return_or_error_is_an_error),
 		cmocka_unit_test(the_end_is_reported_once_with_its_cause),
 		cmocka_unit_test(a_shutdown_is_named),

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Bitmaps, claims and the received bitmap. */
+/* Bitmaps, claims of pages, and the received bitmap. */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -14,8 +14,8 @@
 
 #define N_BITS 1000
 
-/* The same operations on a bitmap and on an array of booleans. */
-static void bitmaps_do_what_arrays_do(void **state)
+/* Makes the same changes to a bitmap and to an array of booleans, and compares them. */
+static void bitmaps_match_arrays_of_booleans(void **state)
 {
 	g_autoptr(GRand) random = g_rand_new_with_seed(7);
 	g_autofree unsigned long *map = pr_bitmap_new(N_BITS);
@@ -104,14 +104,17 @@ static void a_page_has_one_reader_at_a_time(void **state)
 	assert_int_equal(pr_ram_received_bytes(ram), 4096);
 }
 
-/* The path in use is fenced; other rails' READs are still under way. */
+/* The path in use was fenced, while READs of other rails are still outstanding. */
 static void claims_of_other_rails_outlive_a_fence(void **state)
 {
 	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
 	PrRam *ram = fixture->ram;
 	PrRamBlock *block = &ram->blocks[1];
 	uint64_t page;
-	/* In no order; next to each other; at both ends; of another block. */
+	/*
+	 * Ranges out of order, adjacent to each other, at both ends of a block, and in another
+	 * block.
+	 */
 	const uint64_t kept[] = {pr_token_pack(1, 290, 10), pr_token_pack(1, 70, 30),
 				 pr_token_pack(1, 0, 2), pr_token_pack(1, 100, 1),
 				 pr_token_pack(0, 50, 5)};
@@ -126,13 +129,13 @@ static void claims_of_other_rails_outlive_a_fence(void **state)
 	assert_int_equal(page, 2);
 	assert_int_equal(pr_ram_claim_run(block, 70, 300, &page), 189);
 	assert_int_equal(page, 101);
-	/* One of them dies, too. */
+	/* One of these READs fails as well. */
 	pr_ram_forget(ram, kept[1]);
 	assert_int_equal(pr_ram_claim_run(block, 0, 300, &page), 30);
 	assert_int_equal(page, 70);
 }
 
-static void zeros_spare_what_is_being_read(void **state)
+static void zero_ranges_skip_pages_that_are_being_read(void **state)
 {
 	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
 	PrRam *ram = fixture->ram;
@@ -168,8 +171,8 @@ static gpointer claim_all(gpointer data)
 	return GSIZE_TO_POINTER(mine);
 }
 
-/* Each page is told once, in whatever way; twice does no harm. */
-static void ungranted_pages_are_claimed_by_nobody(void **state)
+/* A page may be granted as part of different ranges. A second grant of a page has no effect. */
+static void ungranted_pages_cannot_be_claimed(void **state)
 {
 	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
 	PrRam *ram = fixture->ram;
@@ -182,7 +185,7 @@ static void ungranted_pages_are_claimed_by_nobody(void **state)
 	pr_ram_grant(block, 60, 20);
 	assert_int_equal(pr_ram_claim_run(block, 0, 8, &page), 8);
 	assert_int_equal(page, 60);
-	/* The claims of 60 to 67 are a reader's now. */
+	/* A reader has claimed 60 to 67, so the second grant must not release them. */
 	pr_ram_grant(block, 60, 20);
 	assert_false(pr_ram_claim(block, 60));
 	assert_int_equal(pr_ram_zero(ram, block, 50, 100), 92);
@@ -200,7 +203,7 @@ static void ungranted_pages_are_claimed_by_nobody(void **state)
 	assert_true(pr_ram_claim(&ram->blocks[0], 3));
 }
 
-static void readers_share_the_pages(void **state)
+static void concurrent_readers_claim_each_page_once(void **state)
 {
 	for (guint round = 0; round < 50; round++) {
 		g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
@@ -274,7 +277,7 @@ static void differing_block_tables_are_named(void **state)
 	}
 }
 
-static void offsets_out_of_a_block_are_seen(void **state)
+static void offsets_outside_a_block_are_detected(void **state)
 {
 	g_autoptr(Fixture) fixture = fixture_new(PR_GUEST_DESTINATION);
 	const PrRamBlock *block = &fixture->ram->blocks[0];
@@ -288,7 +291,7 @@ static void offsets_out_of_a_block_are_seen(void **state)
 	assert_false(pr_ram_block_contains(block, 0, 100));
 }
 
-/* VmFlags of the mapping that begins there, as /proc/self/smaps has them. */
+/* Returns VmFlags of the mapping that starts at `map`, from /proc/self/smaps. */
 static char *flags_of(const void *map)
 {
 	g_autofree char *text = NULL;
@@ -323,16 +326,16 @@ static void a_core_dump_has_no_guest_memory(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(bitmaps_do_what_arrays_do),
+		cmocka_unit_test(bitmaps_match_arrays_of_booleans),
 		cmocka_unit_test(a_page_has_one_reader_at_a_time),
 		cmocka_unit_test(claims_of_other_rails_outlive_a_fence),
-		cmocka_unit_test(zeros_spare_what_is_being_read),
-		cmocka_unit_test(ungranted_pages_are_claimed_by_nobody),
-		cmocka_unit_test(readers_share_the_pages),
+		cmocka_unit_test(zero_ranges_skip_pages_that_are_being_read),
+		cmocka_unit_test(ungranted_pages_cannot_be_claimed),
+		cmocka_unit_test(concurrent_readers_claim_each_page_once),
 		cmocka_unit_test(holes_and_zero_pages_are_found),
 		cmocka_unit_test(differing_block_tables_are_named),
 		cmocka_unit_test(a_core_dump_has_no_guest_memory),
-		cmocka_unit_test(offsets_out_of_a_block_are_seen),
+		cmocka_unit_test(offsets_outside_a_block_are_detected),
 	};
 
 	return cmocka_run_group_tests_name("ram", tests, NULL, NULL);

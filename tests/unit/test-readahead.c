@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Which pages are guessed from a thread's faults. */
+/* Which pages a thread's faults suggest to read ahead. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -78,9 +78,11 @@ static void the_window_doubles_up_to_the_limit(void **state)
 	}
 }
 
-/* A thread that is faster than the READs faults among the pages that are under way: it is on
- * course, and nothing is suggested twice. */
-static void faults_among_the_guesses_confirm_them(void **state)
+/*
+ * A thread that is faster than the READs faults on pages that are already being read. That confirms
+ * the guess, and no page is suggested twice.
+ */
+static void faults_on_pages_being_read_confirm_the_guess(void **state)
 {
 	PrReadahead ahead = {0};
 	PrReadaheadRun run;
@@ -93,8 +95,10 @@ static void faults_among_the_guesses_confirm_them(void **state)
 	expect_run(run, 15, 1, 3); /* to 17 */
 	pr_readahead_fault(&ahead, 1, 0, 14, N_PAGES, 8, &run);
 	expect_run(run, 18, 1, 5); /* to 22 */
-	/* Now the window is as large as it may be. The next ones come when half of it is used
-	 * up. */
+	/*
+	 * The window has its largest size now. More pages are suggested when half of the window is
+	 * used.
+	 */
 	for (uint64_t page = 15; page < 18; page++) {
 		pr_readahead_fault(&ahead, 1, 0, page, N_PAGES, 8, &run);
 		expect_run(run, 0, 0, 0);
@@ -116,8 +120,10 @@ static void walks_down_and_in_strides(void **state)
 			touch(bench, 1, page);
 			page += (uint64_t)strides[i];
 		}
-		/* 3 to see it, windows of 2, 4, then 8 each: not more than one fault in 4
-		 * touches. */
+		/*
+		 * It takes 3 faults to see the walk, then windows of 2, 4, and 8 pages each. So at
+		 * most one touch in 4 faults.
+		 */
 		assert_in_range(bench->faults, 4, 12);
 		assert_in_range(bench->ahead, touches - bench->faults,
 				touches - bench->faults + bench->limit);
@@ -133,7 +139,7 @@ static void a_step_too_large_is_no_stride(void **state)
 	assert_int_equal(bench->ahead, 0);
 }
 
-static void a_fault_that_strays_ends_it(void **state)
+static void a_fault_off_the_walk_ends_it(void **state)
 {
 	g_autofree Bench *bench = bench_new(32);
 
@@ -141,12 +147,12 @@ static void a_fault_that_strays_ends_it(void **state)
 		touch(bench, 1, page);
 	assert_true(bench->ahead > 50);
 	bench->ahead = 0;
-	/* Nearby, but neither where it was expected nor at a regular distance. */
+	/* Near the walk, but neither at the expected page nor at a regular distance. */
 	touch(bench, 1, 400);
 	touch(bench, 1, 407);
 	touch(bench, 1, 403);
 	assert_int_equal(bench->ahead, 0);
-	/* From the beginning, with the smallest window. */
+	/* The walk starts again with the smallest window. */
 	touch(bench, 1, 420);
 	touch(bench, 1, 421);
 	expect_run(touch(bench, 1, 422), 423, 1, PR_READAHEAD_START);
@@ -167,8 +173,8 @@ static void random_faults_suggest_next_to_nothing(void **state)
 	assert_true(bench->ahead < bench->faults / 100);
 }
 
-/* As a copy does: one stream read, one written, in turn. */
-static void two_walks_of_one_thread_are_told_apart(void **state)
+/* A copy reads one stream and writes another one, in turn. */
+static void two_walks_of_one_thread_are_distinguished(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
 
@@ -183,14 +189,14 @@ static void threads_do_not_disturb_each_other(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
 
-	/* On interleaved pages, so that no sequence is to be seen in all faults together. */
+	/* The pages are interleaved, so the faults of all threads together show no sequence. */
 	for (uint64_t i = 0; i < 1000; i++)
 		for (uint32_t tid = 1; tid <= 3; tid++)
 			touch(bench, tid, tid * 20000 + (tid == 2 ? 5000 - i : i));
 	assert_true(bench->faults < 3000 / 8);
 }
 
-/* KVM's asynchronous faults: any kworker waits in a vCPU's place. */
+/* With KVM's asynchronous faults any kworker may wait for a vCPU. */
 static void faults_without_a_thread_are_followed_by_address(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
@@ -202,7 +208,7 @@ static void faults_without_a_thread_are_followed_by_address(void **state)
 	assert_true(bench->faults < 4000 / 8);
 }
 
-static void walks_with_and_without_a_thread_are_told_apart(void **state)
+static void walks_with_and_without_a_thread_are_distinguished(void **state)
 {
 	g_autofree Bench *bench = bench_new(16);
 	uint64_t random = 88172645463325252ull;
@@ -254,7 +260,7 @@ static void a_limit_of_zero_turns_it_off(void **state)
 	for (uint64_t page = 0; page < 1000; page++)
 		touch(bench, 1, page);
 	assert_int_equal(bench->faults, 1000);
-	/* One that changes on the way is respected. */
+	/* The limit may change during a walk. */
 	bench->limit = 16;
 	for (uint64_t page = 1000; page < 2000; page++)
 		touch(bench, 1, page);
@@ -271,15 +277,15 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(nothing_is_guessed_from_less_than_two_steps),
 		cmocka_unit_test(the_window_doubles_up_to_the_limit),
-		cmocka_unit_test(faults_among_the_guesses_confirm_them),
+		cmocka_unit_test(faults_on_pages_being_read_confirm_the_guess),
 		cmocka_unit_test(walks_down_and_in_strides),
 		cmocka_unit_test(a_step_too_large_is_no_stride),
-		cmocka_unit_test(a_fault_that_strays_ends_it),
+		cmocka_unit_test(a_fault_off_the_walk_ends_it),
 		cmocka_unit_test(random_faults_suggest_next_to_nothing),
-		cmocka_unit_test(two_walks_of_one_thread_are_told_apart),
+		cmocka_unit_test(two_walks_of_one_thread_are_distinguished),
 		cmocka_unit_test(threads_do_not_disturb_each_other),
 		cmocka_unit_test(faults_without_a_thread_are_followed_by_address),
-		cmocka_unit_test(walks_with_and_without_a_thread_are_told_apart),
+		cmocka_unit_test(walks_with_and_without_a_thread_are_distinguished),
 		cmocka_unit_test(stays_within_the_block),
 		cmocka_unit_test(blocks_are_walked_separately),
 		cmocka_unit_test(a_limit_of_zero_turns_it_off),

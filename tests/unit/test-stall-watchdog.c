@@ -13,7 +13,7 @@
 #define MS	 1000
 #define CHECK	 (PR_WATCH_CHECK_MS * MS)
 #define START	 (1000 * MS)
-#define SLOW_US	 300000	 /* that a callback holds the main loop up */
+#define SLOW_US	 300000	 /* us; for how long a callback blocks the main loop */
 #define PATIENCE 5000000 /* us; for the watchdog's thread */
 
 static const PrWatchPoint cooking = {"cooking", 200};
@@ -25,7 +25,7 @@ typedef struct Bench {
 	PrWatchdog *watchdog;
 	PrWatch *watch;
 	GThread *cook;
-	pid_t tid; /* lock; the cook's */
+	pid_t tid; /* lock; of the watched thread */
 	GMutex lock;
 	GCond changed;
 	gboolean end; /* lock; so is watch until it is set */
@@ -33,7 +33,7 @@ typedef struct Bench {
 	GString *logged; /* since the test last read it */
 } Bench;
 
-static gpointer cook_thread(gpointer opaque)
+static gpointer watched_thread(gpointer opaque)
 {
 	Bench *bench = opaque;
 
@@ -47,7 +47,7 @@ static gpointer cook_thread(gpointer opaque)
 	return NULL;
 }
 
-static void wait_until_it_sleeps(pid_t tid)
+static void wait_until_asleep(pid_t tid)
 {
 	g_autofree char *path = g_strdup_printf("/proc/self/task/%d/stat", (int)tid);
 	gint64 until = g_get_monotonic_time() + PATIENCE;
@@ -70,11 +70,11 @@ static int set_up(void **state)
 	g_mutex_init(&bench->lock);
 	g_cond_init(&bench->changed);
 	g_mutex_lock(&bench->lock);
-	bench->cook = g_thread_new("cook", cook_thread, bench);
+	bench->cook = g_thread_new("cook", watched_thread, bench);
 	while (!bench->watch)
 		g_cond_wait(&bench->changed, &bench->lock);
 	g_mutex_unlock(&bench->lock);
-	wait_until_it_sleeps(bench->tid);
+	wait_until_asleep(bench->tid);
 	bench->now = START;
 	bench->logged = g_string_new(NULL);
 	*state = bench;
@@ -188,7 +188,7 @@ static void reports_come_at_doubling_intervals_and_when_the_thread_goes_on(void 
 	assert_int_equal(count_logged(bench, "goes on"), 1);
 }
 
-static void no_thread_is_reported_when_the_whole_process_stood_still(void **state)
+static void no_thread_is_reported_after_a_stop_of_the_process(void **state)
 {
 	Bench *bench = *state;
 
@@ -199,12 +199,12 @@ static void no_thread_is_reported_when_the_whole_process_stood_still(void **stat
 	assert_int_equal(count_logged(bench, "this engine stood still for 9950 ms"), 1);
 	pass(bench, 150);
 	assert_string_equal(bench->logged->str, "");
-	/* The time after it counts. */
+	/* Time after the standstill counts. */
 	pass(bench, 150);
 	assert_int_equal(count_logged(bench, "cooking for"), 1);
 }
 
-static void a_thread_that_runs_is_given_longer(void **state)
+static void a_running_thread_gets_a_longer_limit(void **state)
 {
 	Bench *bench = *state;
 	g_autoptr(PrWatch) own = pr_watch_new(bench->watchdog, "own");
@@ -243,7 +243,7 @@ static gboolean end_idle(gpointer loop)
 	return G_SOURCE_REMOVE;
 }
 
-static void a_main_loop_that_does_not_turn_is_reported(void **state)
+static void a_blocked_main_loop_is_reported(void **state)
 {
 	g_autoptr(GMainContext) context = g_main_context_new();
 	g_autoptr(GMainLoop) loop = g_main_loop_new(context, FALSE);
@@ -282,14 +282,13 @@ int main(void)
 		cmocka_unit_test_setup_teardown(
 			reports_come_at_doubling_intervals_and_when_the_thread_goes_on, set_up,
 			tear_down),
-		cmocka_unit_test_setup_teardown(
-			no_thread_is_reported_when_the_whole_process_stood_still, set_up,
-			tear_down),
-		cmocka_unit_test_setup_teardown(a_thread_that_runs_is_given_longer, set_up,
+		cmocka_unit_test_setup_teardown(no_thread_is_reported_after_a_stop_of_the_process,
+						set_up, tear_down),
+		cmocka_unit_test_setup_teardown(a_running_thread_gets_a_longer_limit, set_up,
 						tear_down),
 		cmocka_unit_test_setup_teardown(a_thread_that_has_ended_is_forgotten, set_up,
 						tear_down),
-		cmocka_unit_test(a_main_loop_that_does_not_turn_is_reported),
+		cmocka_unit_test(a_blocked_main_loop_is_reported),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The state memfd: the next engine finds what the last one has stored; other files are refused. */
+/*
+ * A new engine finds in the state memfd what the previous one has stored. Other files are refused.
+ */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -43,7 +45,7 @@ static void close_blocks(PrGuestBlock *blocks)
 		close(blocks[i].memfd);
 }
 
-/* The descriptor of a state memfd as an engine has left it. */
+/* Returns the descriptor of a state memfd as an engine leaves it. */
 static int left_behind(const PrGuestBlock *blocks)
 {
 	g_autoptr(GError) error = NULL;
@@ -60,12 +62,12 @@ static int left_behind(const PrGuestBlock *blocks)
 	assert_int_equal(pr_ram_claim_run(&ram->blocks[0], 10, 5, &page), 5);
 	pr_ram_received(ram, &ram->blocks[0], 10, 5, TRUE);
 	assert_int_equal(pr_ram_zero(ram, &ram->blocks[1], 60000, 10000), 10000);
-	/* In flight when the engine died. */
+	/* This READ was outstanding when the engine died. */
 	assert_true(pr_ram_claim(&ram->blocks[1], 5));
 	return dup(pr_state_memfd_fd(ram->state_memfd));
 }
 
-static void what_was_received_is_found_again(void **state)
+static void received_pages_are_found_by_the_next_engine(void **state)
 {
 	PrGuestBlock blocks[N_BLOCKS];
 	g_autoptr(GError) error = NULL;
@@ -95,7 +97,7 @@ static void what_was_received_is_found_again(void **state)
 	assert_int_equal(pr_ram_received_bytes(ram), 10005 * 4096);
 	assert_int_equal(pr_ram_zero_bytes(ram), 10000 * 4096);
 	assert_false(pr_ram_claim(&ram->blocks[0], 12));
-	/* The READ that had claimed it died with the engine. */
+	/* The READ that had claimed the page ended with the engine. */
 	assert_true(pr_ram_claim(&ram->blocks[1], 5));
 	close_blocks(blocks);
 }
@@ -139,8 +141,8 @@ static void assert_refused(int fd, const char *why)
 		fail_msg("\"%s\" does not say \"%s\"", error->message, why);
 }
 
-/* A copy of a good one with its first `bytes` bytes, and with one word changed. */
-static int spoilt(gsize bytes, gsize offset, uint64_t value)
+/* Returns a copy of a valid state memfd, cut to `bytes` bytes and with one word changed. */
+static int damaged_copy(gsize bytes, gsize offset, uint64_t value)
 {
 	PrGuestBlock blocks[N_BLOCKS];
 	struct stat st;
@@ -161,7 +163,7 @@ static int spoilt(gsize bytes, gsize offset, uint64_t value)
 	return fd;
 }
 
-static void what_is_not_whole_is_refused(void **state)
+static void a_damaged_state_memfd_is_refused(void **state)
 {
 	int fd = plain_memfd(1 << 20);
 
@@ -170,18 +172,21 @@ static void what_is_not_whole_is_refused(void **state)
 	fd = plain_memfd(1 << 20);
 	assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW), 0);
 	assert_refused(fd, "its first bytes are 0x0");
-	assert_refused(spoilt(G_MAXSIZE, 8, 99), "version 99");
-	assert_refused(spoilt(7 * 4096, G_MAXSIZE, 0), "should have");
-	assert_refused(spoilt(G_MAXSIZE, 16, 5), "should have 5");
-	/* An unchanged copy is accepted. */
+	assert_refused(damaged_copy(G_MAXSIZE, 8, 99), "version 99");
+	assert_refused(damaged_copy(7 * 4096, G_MAXSIZE, 0), "should have");
+	assert_refused(damaged_copy(G_MAXSIZE, 16, 5), "should have 5");
+	/* A copy without changes is accepted. */
 	g_autoptr(GError) error = NULL;
 	g_autoptr(PrStateMemfd) attached =
-		pr_state_memfd_attach(spoilt(G_MAXSIZE, G_MAXSIZE, 0), &error);
+		pr_state_memfd_attach(damaged_copy(G_MAXSIZE, G_MAXSIZE, 0), &error);
 	g_assert_no_error(error);
 }
 
-/* Any single word of the head may be anything: it is refused, or harmless. */
-static void no_word_of_the_head_leads_outside(void **state)
+/*
+ * Each word of the head is changed to extreme values. The memfd is then refused, or using it is
+ * harmless.
+ */
+static void no_value_in_the_head_leads_outside_the_memfd(void **state)
 {
 	static const uint64_t values[] = {0, 1, 4096, G_MAXUINT32, 1ull << 40, G_MAXUINT64};
 	PrGuestBlock blocks[N_BLOCKS];
@@ -215,8 +220,8 @@ static void no_word_of_the_head_leads_outside(void **state)
 	close_blocks(blocks);
 }
 
-/* The last engine may still be ending. The wait for it has a bound. */
-static void the_last_engine_is_waited_for(void **state)
+/* The previous engine may still be ending. The wait for its end has a bound. */
+static void the_previous_engine_is_waited_for(void **state)
 {
 	PrGuestBlock blocks[N_BLOCKS];
 	g_autoptr(GError) error = NULL;
@@ -304,7 +309,7 @@ static void a_process_uses_its_memory_until_its_last_thread_ends(void **state)
 }
 
 /* A process that can't be seen may still be there. */
-static void a_process_out_of_sight_may_use_its_memory(void **state)
+static void a_process_that_cannot_be_seen_may_use_its_memory(void **state)
 {
 	assert_true(pr_process_uses_memory("0 0 4026531836 -"));
 	assert_true(pr_process_uses_memory("4711 0 4026531836 -"));
@@ -315,13 +320,13 @@ static void a_process_out_of_sight_may_use_its_memory(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(what_was_received_is_found_again),
+		cmocka_unit_test(received_pages_are_found_by_the_next_engine),
 		cmocka_unit_test(the_bitmap_is_the_memfd),
-		cmocka_unit_test(what_is_not_whole_is_refused),
-		cmocka_unit_test(no_word_of_the_head_leads_outside),
-		cmocka_unit_test(the_last_engine_is_waited_for),
+		cmocka_unit_test(a_damaged_state_memfd_is_refused),
+		cmocka_unit_test(no_value_in_the_head_leads_outside_the_memfd),
+		cmocka_unit_test(the_previous_engine_is_waited_for),
 		cmocka_unit_test(a_process_uses_its_memory_until_its_last_thread_ends),
-		cmocka_unit_test(a_process_out_of_sight_may_use_its_memory),
+		cmocka_unit_test(a_process_that_cannot_be_seen_may_use_its_memory),
 	};
 
 	return cmocka_run_group_tests_name("state-memfd", tests, NULL, NULL);

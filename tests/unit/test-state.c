@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The state machine as tables: conversations that must work, and every (state, event) pair. */
+/* The state machine, tested as tables: sequences of events, and every event in every state. */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -106,7 +106,7 @@ static const Conversation conversations[] = {
 	 7},
 };
 
-static void conversations_go_as_told(void **state)
+static void each_conversation_leads_to_the_expected_states(void **state)
 {
 	for (guint i = 0; i < G_N_ELEMENTS(conversations); i++) {
 		const Conversation *c = &conversations[i];
@@ -123,7 +123,7 @@ static void conversations_go_as_told(void **state)
 	}
 }
 
-/* The events that are acted upon, per state; all others are refused or ignored. */
+/* The events that each state acts upon. It refuses or ignores all others. */
 static const char *const acted_upon[2][PR_N_STATES] = {
 	{
 		[PR_STATE_NONE] = "start",
@@ -157,7 +157,7 @@ static const char *const acted_upon[2][PR_N_STATES] = {
 	},
 };
 
-static void every_pair_is_decided(void **state)
+static void every_event_is_decided_in_every_state(void **state)
 {
 	for (guint r = 0; r < 2; r++) {
 		PrRole role = r == 0 ? PR_ROLE_SOURCE : PR_ROLE_DESTINATION;
@@ -194,7 +194,7 @@ static void times_of_pauses_add_up(void **state)
 	assert_int_equal(pr_state_time_paused(&sm, t + 5), 5);
 	pr_state_step(&sm, PR_EVENT_RESUME, PR_ROLE_SOURCE, t += 1000);
 	pr_state_step(&sm, PR_EVENT_PATH_LOST, PR_ROLE_SOURCE,
-		      t += 30); /* the same pause goes on */
+		      t += 30); /* the same pause continues */
 	pr_state_step(&sm, PR_EVENT_RESUME, PR_ROLE_SOURCE, t += 500);
 	pr_state_step(&sm, PR_EVENT_CONNECTED, PR_ROLE_SOURCE, t += 20);
 	pr_state_step(&sm, PR_EVENT_RESUMED, PR_ROLE_SOURCE, t += 3);
@@ -210,7 +210,7 @@ static void times_of_pauses_add_up(void **state)
 	assert_int_equal(sm.ended, t);
 }
 
-static void an_arrived_guest_may_move_on(void **state)
+static void a_completed_destination_may_become_a_source(void **state)
 {
 	PrStateMachine sm = {.role = PR_ROLE_DESTINATION, .state = PR_STATE_COMPLETED, .run = TRUE};
 
@@ -222,15 +222,18 @@ static void an_arrived_guest_may_move_on(void **state)
 	assert_false(sm.run);
 }
 
-/* A new engine begins where the last one's migration stands, and goes on from there as that one would have. */
-static void a_restored_machine_goes_on(void **state)
+/*
+ * A new engine starts in the state of the previous engine's migration, and continues as that engine
+ * would have.
+ */
+static void a_restored_machine_continues_the_migration(void **state)
 {
 	PrStateMachine sm;
 
 	pr_state_restore(&sm, PR_ROLE_DESTINATION, PR_STATE_POSTCOPY_PAUSED, /* run= */ TRUE, 100);
 	assert_int_equal(pr_state_step(&sm, PR_EVENT_CANCEL, sm.role, 110), PR_ACTION_REFUSE);
 	assert_int_equal(pr_state_step(&sm, PR_EVENT_CONNECTED, sm.role, 120), PR_ACTION_NONE);
-	/* It was let run before. */
+	/* The guest has run already, so there is no second RUN. */
 	assert_int_equal(pr_state_step(&sm, PR_EVENT_RESUMED, sm.role, 130), PR_ACTION_NONE);
 	assert_int_equal(sm.state, PR_STATE_POSTCOPY_ACTIVE);
 	assert_int_equal(sm.recoveries, 1);
@@ -251,11 +254,11 @@ static void a_restored_machine_goes_on(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(conversations_go_as_told),
-		cmocka_unit_test(every_pair_is_decided),
+		cmocka_unit_test(each_conversation_leads_to_the_expected_states),
+		cmocka_unit_test(every_event_is_decided_in_every_state),
 		cmocka_unit_test(times_of_pauses_add_up),
-		cmocka_unit_test(an_arrived_guest_may_move_on),
-		cmocka_unit_test(a_restored_machine_goes_on),
+		cmocka_unit_test(a_completed_destination_may_become_a_source),
+		cmocka_unit_test(a_restored_machine_continues_the_migration),
 	};
 
 	return cmocka_run_group_tests_name("state", tests, NULL, NULL);

@@ -36,7 +36,7 @@ static void request(GSocketConnection *lane, const PrReqPages *req)
 					      frame, sizeof(frame), NULL, NULL, NULL));
 }
 
-static void a_tcp_source_gives_nothing_but_its_regions(void **state)
+static void a_tcp_source_sends_only_its_regions(void **state)
 {
 	static const PrReqPages requests[] = {
 		{.block = RIG_REGIONS, .start = 0, .length = 4096},
@@ -73,7 +73,7 @@ static void a_tcp_source_gives_nothing_but_its_regions(void **state)
 int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(a_tcp_source_gives_nothing_but_its_regions),
+		cmocka_unit_test(a_tcp_source_sends_only_its_regions),
 	};
 
 	rig_main_source(argc, argv);

@@ -11,12 +11,12 @@
 
 static Certs *good; /* constant once made; read by all tests */
 
-/* What the library logged since forget_log(), so that the log of the destination can be checked,
- * too. */
+/* What was logged since clear_log(), so that tests can also check the destination's log. */
 static GMutex log_lock;
 static GString *log_text; /* log_lock */
 
-static void take_log(const char *domain, GLogLevelFlags level, const char *message, gpointer opaque)
+static void capture_log(const char *domain, GLogLevelFlags level, const char *message,
+			gpointer opaque)
 {
 	g_mutex_lock(&log_lock);
 	g_string_append_printf(log_text, "%s\n", message);
@@ -30,14 +30,14 @@ static gboolean was_logged(const char *text)
 	return strstr(log_text->str, text) != NULL;
 }
 
-static void forget_log(void)
+static void clear_log(void)
 {
 	g_autoptr(GMutexLocker) locker G_GNUC_UNUSED = g_mutex_locker_new(&log_lock);
 
 	g_string_truncate(log_text, 0);
 }
 
-/* Waits, because the destination logs it from a thread of its own. */
+/* Waits for the text, as another thread of the destination logs it. */
 static void assert_logged(const char *text)
 {
 	gint64 deadline = g_get_monotonic_time() + LONG_MS * 1000;
@@ -45,7 +45,7 @@ static void assert_logged(const char *text)
 	while (!was_logged(text)) {
 		if (g_get_monotonic_time() > deadline)
 			fail_msg("not logged: \"%s\"; but: %s", text, log_text->str);
-		g_usleep(1000); /* between two looks at the condition */
+		g_usleep(1000); /* between two checks of the condition */
 	}
 }
 
@@ -60,8 +60,8 @@ static PrTls *tls_of(const char *dir, const char *const *allow)
 }
 
 /* Connects with these certificates, at another name of this host if one is given. */
-static PrControl *knock(Destination *destination, const PrTls *tls, const char *host,
-			guint handshake_ms, GError **error)
+static PrControl *connect_with_tls(Destination *destination, const PrTls *tls, const char *host,
+				   guint handshake_ms, GError **error)
 {
 	g_autofree char *text = g_strdup_printf("tcp:%s:%u", host ? host : "127.0.0.1",
 						destination_port(destination));
@@ -72,11 +72,11 @@ static PrControl *knock(Destination *destination, const PrTls *tls, const char *
 	return pr_control_connect(uri, tls, &hello, LONG_MS, handshake_ms, NULL, &ack, error);
 }
 
-/* Takes the source's end. */
-static void assert_works(PrControl *taken, Destination *destination)
+/* Owns the source's end from now on. */
+static void assert_works(PrControl *owned, Destination *destination)
 {
 	g_auto(Failure) failure = {0}, sink_failure = {0};
-	g_autoptr(PrControl) source = taken;
+	g_autoptr(PrControl) source = owned;
 	g_autoptr(PrControl) sink = destination_control(destination);
 	g_autofree char *host = pr_control_local_host(sink);
 
@@ -90,12 +90,12 @@ static void assert_works(PrControl *taken, Destination *destination)
 	assert_receives(source, PR_RP_PONG, "\5\6\7\10", 4);
 }
 
-static void a_source_with_a_certificate_gets_in_again_and_again(void **state)
+static void a_source_with_a_certificate_can_connect_repeatedly(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
 
-	forget_log();
+	clear_log();
 	/* The second time there is a TLS session to resume. */
 	for (guint i = 0; i < 3; i++) {
 		assert_works(connect_destination(destination), destination);
@@ -108,13 +108,14 @@ static void a_name_in_the_uri_is_checked_as_a_name(void **state)
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
 	g_autoptr(GError) error = NULL;
-	g_autoptr(PrControl) source = knock(destination, tls, "localhost", LONG_MS, &error);
+	g_autoptr(PrControl) source =
+		connect_with_tls(destination, tls, "localhost", LONG_MS, &error);
 
 	if (!source)
 		fail_msg("%s", error->message);
 }
 
-static void nothing_that_is_sent_can_be_read_on_the_way(void **state)
+static void no_sent_text_is_readable_on_the_network(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(PrUri) uri = NULL;
@@ -122,11 +123,13 @@ static void nothing_that_is_sent_can_be_read_on_the_way(void **state)
 	PrHello hello = hello_of(PR_WIRE_VERSION);
 	PrHelloAck ack;
 	uint8_t head[3];
-	ssize_t said = 0;
+	ssize_t received = 0;
 
-	/* Nobody answers: what it has said by then is the beginning of a handshake. Where a CPU
-	 * is not to be had it has said nothing by then, and gets longer. */
-	for (guint ms = 300; said == 0; ms *= 2) {
+	/*
+	 * The peer does not answer, so the source sends only the start of a handshake. A source
+	 * that gets no CPU has sent nothing by then, so the time is doubled until it has.
+	 */
+	for (guint ms = 300; received == 0; ms *= 2) {
 		g_autoptr(GError) error = NULL;
 
 		assert_true(ms < LONG_MS);
@@ -134,10 +137,10 @@ static void nothing_that_is_sent_can_be_read_on_the_way(void **state)
 		assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_TIMEOUT));
 		assert_non_null(strstr(error->message, "did not finish the TLS handshake in time"));
 		int fd = accept(listening, NULL, NULL);
-		said = recv(fd, head, sizeof head, MSG_WAITALL);
+		received = recv(fd, head, sizeof head, MSG_WAITALL);
 		close(fd);
 	}
-	assert_int_equal(said, sizeof head);
+	assert_int_equal(received, sizeof head);
 	assert_memory_equal(head, "\x16\x03", 2);
 	close(listening);
 }
@@ -151,8 +154,8 @@ static void assert_source_refuses(const char *server_dir, const char *client_dir
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", server);
 	g_autoptr(GError) error = NULL;
 
-	forget_log();
-	assert_null(knock(destination, client, NULL, LONG_MS, &error));
+	clear_log();
+	assert_null(connect_with_tls(destination, client, NULL, LONG_MS, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
 	for (; *words; words++)
 		if (!strstr(error->message, *words))
@@ -201,22 +204,22 @@ static void assert_client_is_refused(const char *client_dir, const char *const *
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", server);
 	g_autoptr(GError) error = NULL;
 
-	forget_log();
-	assert_null(knock(destination, client, NULL, LONG_MS, &error));
+	clear_log();
+	assert_null(connect_with_tls(destination, client, NULL, LONG_MS, &error));
 	if (!g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED) ||
 	    !strstr(error->message, words))
 		fail_msg("failed with %d, \"%s\", not \"%s\"", error->code, error->message, words);
 	assert_logged(words);
 	assert_int_equal(destination->hellos, 0);
 	if (!allow) {
-		PrControl *source = knock(destination, welcome, NULL, LONG_MS, NULL);
+		PrControl *source = connect_with_tls(destination, welcome, NULL, LONG_MS, NULL);
 
 		assert_non_null(source);
 		assert_works(source, destination);
 	}
 }
 
-static void clients_without_a_good_certificate_are_told_why(void **state)
+static void clients_without_a_valid_certificate_get_the_reason(void **state)
 {
 	g_autoptr(Certs) other = certs_new();
 	g_autoptr(Certs) old = certs_new_beside(good);
@@ -225,7 +228,7 @@ static void clients_without_a_good_certificate_are_told_why(void **state)
 
 	certs_add(old, -1, "client source");
 	certs_add(none, 30, "server 127.0.0.1");
-	/* It trusts the destination, but its own certificate is of its own CA. */
+	/* It trusts the destination's CA, but another CA has signed its own certificate. */
 	assert_true(g_spawn_command_line_sync(command, NULL, NULL, NULL, NULL));
 	assert_client_is_refused(other, NULL, "not signed by the CA");
 	assert_client_is_refused(old, NULL, "it has expired at 20");
@@ -265,15 +268,15 @@ static void a_plain_source_is_told_to_use_tls(void **state)
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
 	g_autoptr(GError) error = NULL;
 
-	forget_log();
-	assert_null(knock(destination, NULL, NULL, LONG_MS, &error));
+	clear_log();
+	assert_null(connect_with_tls(destination, NULL, NULL, LONG_MS, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_REFUSED));
 	assert_non_null(strstr(error->message, "wants TLS: start the source with --tls-dir"));
 	assert_logged("wants TLS");
 	assert_int_equal(destination->hellos, 0);
 }
 
-static void a_plain_lane_is_turned_away(void **state)
+static void a_plain_lane_is_refused(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
 	g_autoptr(Destination) destination = destination_new_tls("tcp:127.0.0.1:0", tls);
@@ -293,8 +296,8 @@ static void a_source_with_tls_says_that_the_destination_has_none(void **state)
 	g_autoptr(Destination) destination = destination_new("tcp:127.0.0.1:0");
 	g_autoptr(GError) error = NULL;
 
-	forget_log();
-	assert_null(knock(destination, tls, NULL, LONG_MS, &error));
+	clear_log();
+	assert_null(connect_with_tls(destination, tls, NULL, LONG_MS, &error));
 	assert_true(g_error_matches(error, PR_PATH_ERROR, PR_PATH_ERROR_CONNECT));
 	assert_non_null(strstr(error->message, "was the destination started with --tls-dir, too?"));
 	assert_logged("it begins with TLS, which this side does not use");
@@ -318,17 +321,20 @@ static void peers_that_stall_in_the_handshake_do_not_keep_others_out(void **stat
 	}
 	for (guint i = 0; i < 3; i++)
 		assert_works(connect_destination(destination), destination);
-	/* The oldest was evicted; the peer did not wait for those that stay. */
+	/* The oldest connection was evicted, and the peer did not wait for the others. */
 	assert_true(raw_reaches_end(halfway[0]));
 	if (g_get_monotonic_time() - began > 3 * LONG_MS * 1000)
-		fail_msg("the peer had to wait for the stallers");
+		fail_msg("the peer had to wait for those that stall");
 	for (guint i = 0; i < G_N_ELEMENTS(silent); i++)
 		close(silent[i]);
 	for (guint i = 0; i < G_N_ELEMENTS(halfway); i++)
 		close(halfway[i]);
 }
 
-/* Without turns each handshake of the flood would cancel the peer's before that is done. */
+/*
+ * Hosts get turns to shake hands (PrTokenBucket). Otherwise each handshake of the flood would
+ * cancel the peer's before it is done.
+ */
 static void a_flood_of_handshakes_from_another_host_does_not_keep_the_peer_out(void **state)
 {
 	g_autoptr(PrTls) tls = tls_of(good, NULL);
@@ -348,7 +354,7 @@ static void peers_that_stall_are_closed_at_their_deadline(void **state)
 	int silent = raw_connect(destination_port(destination));
 	int halfway = raw_connect(destination_port(destination));
 
-	forget_log();
+	clear_log();
 	raw_write(halfway, half, sizeof half - 1);
 	assert_true(raw_reaches_end(silent));
 	assert_true(raw_reaches_end(halfway));
@@ -379,7 +385,7 @@ static void a_listener_can_be_freed_in_the_middle_of_handshakes(void **state)
 
 static gpointer cancel_main(gpointer cancel)
 {
-	g_usleep(50000); /* so that the handshake has begun, more often than not */
+	g_usleep(50000); /* more often than not the handshake has begun by then */
 	g_cancellable_cancel(cancel);
 	return NULL;
 }
@@ -403,7 +409,7 @@ static void a_handshake_can_be_cancelled(void **state)
 	close(listening);
 }
 
-/* Certificates expire during a migration, and are renewed. */
+/* Certificates may expire during a migration, and be renewed. */
 static void renewed_certificates_are_used_by_the_next_connection(void **state)
 {
 	g_autoptr(Certs) dir = certs_new_beside(good);
@@ -414,9 +420,9 @@ static void renewed_certificates_are_used_by_the_next_connection(void **state)
 
 	certs_add(dir, -1, "client source");
 	client = tls_of(dir, NULL);
-	assert_null(knock(destination, client, NULL, LONG_MS, NULL));
+	assert_null(connect_with_tls(destination, client, NULL, LONG_MS, NULL));
 	certs_add(dir, 30, "client source");
-	source = knock(destination, client, NULL, LONG_MS, NULL);
+	source = connect_with_tls(destination, client, NULL, LONG_MS, NULL);
 	assert_non_null(source);
 	assert_works(source, destination);
 }
@@ -430,7 +436,7 @@ static void assert_bad_dir(const char *dir, const char *words)
 		fail_msg("\"%s\" lacks \"%s\"", error->message, words);
 }
 
-static void a_directory_that_lacks_something_is_refused_by_name(void **state)
+static void a_directory_that_lacks_a_file_is_refused_by_name(void **state)
 {
 	g_autoptr(Certs) dir = certs_new_beside(good);
 	g_autofree char *crl = g_build_filename(dir, "ca-crl.pem", NULL);
@@ -454,7 +460,7 @@ static void a_directory_that_lacks_something_is_refused_by_name(void **state)
 	assert_bad_dir(dir, "client-key.pem");
 }
 
-static void without_tls_only_this_host_is_listened_to(void **state)
+static void without_tls_the_destination_listens_on_this_host_only(void **state)
 {
 	static const char *const open[] = {"tcp:0.0.0.0:0", "tcp:[::]:0"};
 	static const PrSecurity insecure = {.plain_net = TRUE};
@@ -480,7 +486,7 @@ static void without_tls_only_this_host_is_listened_to(void **state)
 static int make_certs(void **state)
 {
 	log_text = g_string_new(NULL);
-	g_log_set_default_handler(take_log, NULL);
+	g_log_set_default_handler(capture_log, NULL);
 	good = certs_new();
 	return 0;
 }
@@ -496,17 +502,17 @@ static int remove_certs(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(a_source_with_a_certificate_gets_in_again_and_again),
+		cmocka_unit_test(a_source_with_a_certificate_can_connect_repeatedly),
 		cmocka_unit_test(a_name_in_the_uri_is_checked_as_a_name),
-		cmocka_unit_test(nothing_that_is_sent_can_be_read_on_the_way),
+		cmocka_unit_test(no_sent_text_is_readable_on_the_network),
 		cmocka_unit_test(a_server_of_another_ca_is_refused),
 		cmocka_unit_test(an_expired_server_is_refused),
 		cmocka_unit_test(a_server_of_another_name_is_refused),
-		cmocka_unit_test(clients_without_a_good_certificate_are_told_why),
+		cmocka_unit_test(clients_without_a_valid_certificate_get_the_reason),
 		cmocka_unit_test(only_clients_named_by_tls_allow_may_connect),
 		cmocka_unit_test(a_comma_in_a_name_does_not_make_two_names),
 		cmocka_unit_test(a_plain_source_is_told_to_use_tls),
-		cmocka_unit_test(a_plain_lane_is_turned_away),
+		cmocka_unit_test(a_plain_lane_is_refused),
 		cmocka_unit_test(a_source_with_tls_says_that_the_destination_has_none),
 		cmocka_unit_test(peers_that_stall_in_the_handshake_do_not_keep_others_out),
 		cmocka_unit_test(
@@ -515,8 +521,8 @@ int main(void)
 		cmocka_unit_test(a_listener_can_be_freed_in_the_middle_of_handshakes),
 		cmocka_unit_test(a_handshake_can_be_cancelled),
 		cmocka_unit_test(renewed_certificates_are_used_by_the_next_connection),
-		cmocka_unit_test(a_directory_that_lacks_something_is_refused_by_name),
-		cmocka_unit_test(without_tls_only_this_host_is_listened_to),
+		cmocka_unit_test(a_directory_that_lacks_a_file_is_refused_by_name),
+		cmocka_unit_test(without_tls_the_destination_listens_on_this_host_only),
 	};
 
 	return cmocka_run_group_tests(tests, make_certs, remove_certs);

@@ -86,7 +86,7 @@ static void a_full_memfd_fails_the_path_with_that_reason(void **state)
 		return;
 	rig_connect(rig);
 	assert_true(rig_read(rig, PR_LANE_BULK, RIG_REGIONS - 1, 0, 65536));
-	/* From now on the memfd takes no more writes, as a full one would. */
+	/* The seal makes writes to the memfd fail, as if it was full. */
 	assert_int_equal(fcntl(region->memfd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE), 0);
 	assert_false(rig_read(rig, PR_LANE_URGENT, RIG_REGIONS - 1, 65536, 4096));
 	rig_await_failure(&rig->destination);
@@ -279,7 +279,7 @@ static void on_end(const GError *reason, void *opaque)
 
 #define INCARNATIONS 4
 
-/* All are expected before the first lane comes. The newest incarnation connects first. */
+/* The listener expects all of them before the first lane comes. The newest one connects first. */
 static void incarnations_that_connect_at_once_get_their_own_lanes(void **state)
 {
 	g_autoptr(Rig) rig = new_rig(state);
@@ -455,7 +455,7 @@ static gint64 drain_with_a_silent_source(void **state)
 	return took;
 }
 
-/* Five tries: one in which this process gets no CPU takes longer. */
+/* One of five tries must be fast enough, as this process may get no CPU in some of them. */
 static void a_silent_source_delays_shutdown_and_drain_by_less_than_a_second(void **state)
 {
 	for (guint i = 0; i < 5; i++)
@@ -711,7 +711,7 @@ static void fifty_paths_leave_no_descriptor_and_no_thread_behind(void **state)
 	g_autoptr(Rig) rig = new_rig(state);
 	guint n_fds, n_threads;
 
-	/* The first path makes the libraries open what they keep. */
+	/* The first path opens descriptors that the libraries keep. */
 	connect_read_and_destroy(rig);
 	n_fds = count_entries("/proc/self/fd");
 	n_threads = count_entries("/proc/self/task");
@@ -757,7 +757,7 @@ static const struct CMUnitTest tests[] = {
 	FOR_BACKEND(fifty_paths_leave_no_descriptor_and_no_thread_behind),
 };
 
-#define SKIPPED 77 /* as meson has it */
+#define SKIPPED 77 /* meson's exit status for a skipped test */
 
 /* Arguments after the program's name select the backend: "tcp", "ofi?provider=tcp", … */
 int main(int argc, char **argv)

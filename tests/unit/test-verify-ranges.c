@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the verify thread asks for, keeps and gives up. Nothing that is right is placed here: that
- * needs a userfaultfd, and is in the migrations of tests/integration/test-verify.c. */
+/*
+ * Which hashes the verify thread requests, which landed READs it keeps, and which it gives up. All
+ * pages here are wrong, as placing a page needs a userfaultfd. tests/integration/test-verify.c
+ * tests correct pages.
+ */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -16,18 +19,18 @@
 #define N_PAGES	    256
 #define PATIENCE_US (20 * G_USEC_PER_SEC)
 
-/* A destination without a guest, and what it hears. */
+/* A destination without a guest, and the calls of its hooks. */
 typedef struct Rig {
 	PrRam *ram;
 	PrVerify *verify;
 	GMutex lock; /* protects what follows */
 	GCond changed;
-	GArray *asked;	 /* uint64_t: tokens, in order */
-	GArray *corrupt; /* PrCorrupt */
+	GArray *requested; /* uint64_t: the requested ranges as tokens, in order */
+	GArray *corrupt;   /* PrCorrupt */
 	guint settled;
 } Rig;
 
-static void on_ask(guint block, const PrWireRange *ranges, guint n, void *opaque)
+static void on_request(guint block, const PrWireRange *ranges, guint n, void *opaque)
 {
 	Rig *rig = opaque;
 
@@ -35,7 +38,7 @@ static void on_ask(guint block, const PrWireRange *ranges, guint n, void *opaque
 	for (guint i = 0; i < n; i++) {
 		uint64_t token =
 			pr_token_pack(block, ranges[i].offset / PAGE, ranges[i].length / PAGE);
-		g_array_append_val(rig->asked, token);
+		g_array_append_val(rig->requested, token);
 	}
 	g_cond_broadcast(&rig->changed);
 	g_mutex_unlock(&rig->lock);
@@ -60,7 +63,7 @@ static void on_corrupt(const PrCorrupt *corrupt, void *opaque)
 {
 	Rig *rig = opaque;
 
-	/* Until it is given up nobody else may read it. */
+	/* The page is still claimed here, so no other thread may read it. */
 	g_assert_false(pr_ram_claim(&rig->ram->blocks[0], corrupt->page));
 	g_mutex_lock(&rig->lock);
 	g_array_append_val(rig->corrupt, *corrupt);
@@ -75,7 +78,8 @@ static void on_broken(const GError *error, void *opaque)
 static int rig_setup(void **state)
 {
 	Rig *rig = g_new0(Rig, 1);
-	const PrVerifyHooks hooks = {on_ask, on_settled, on_complete, on_corrupt, on_broken, rig};
+	const PrVerifyHooks hooks = {on_request, on_settled, on_complete,
+				     on_corrupt, on_broken,  rig};
 	int memfd = memfd_create("ram", MFD_CLOEXEC);
 	PrGuestBlock block = {
 		.idstr = (char *)"ram0", .size = N_PAGES * PAGE, .page_size = PAGE, .memfd = memfd};
@@ -84,7 +88,7 @@ static int rig_setup(void **state)
 	rig->ram = pr_ram_new(&block, 1, PR_GUEST_DESTINATION, NULL);
 	g_mutex_init(&rig->lock);
 	g_cond_init(&rig->changed);
-	rig->asked = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+	rig->requested = g_array_new(FALSE, FALSE, sizeof(uint64_t));
 	rig->corrupt = g_array_new(FALSE, FALSE, sizeof(PrCorrupt));
 	rig->verify = pr_verify_start(rig->ram, -1, &hooks, NULL);
 	*state = rig;
@@ -100,7 +104,7 @@ static int rig_teardown(void **state)
 	pr_verify_free(rig->verify);
 	pr_ram_free(rig->ram);
 	close(memfd);
-	g_array_unref(rig->asked);
+	g_array_unref(rig->requested);
 	g_array_unref(rig->corrupt);
 	g_mutex_clear(&rig->lock);
 	g_cond_clear(&rig->changed);
@@ -108,22 +112,22 @@ static int rig_teardown(void **state)
 	return 0;
 }
 
-/* Waits until so many ranges were asked for in all; fails if there are more. */
-static void wait_asked(Rig *rig, guint n)
+/* Waits until n ranges were requested in all. Fails if there are more. */
+static void wait_requested(Rig *rig, guint n)
 {
 	gint64 deadline = g_get_monotonic_time() + PATIENCE_US;
 
 	g_mutex_lock(&rig->lock);
-	while (rig->asked->len < n)
+	while (rig->requested->len < n)
 		assert_true(g_cond_wait_until(&rig->changed, &rig->lock, deadline));
-	assert_int_equal(rig->asked->len, n);
+	assert_int_equal(rig->requested->len, n);
 	g_mutex_unlock(&rig->lock);
 }
 
-static uint64_t asked(Rig *rig, guint i)
+static uint64_t requested(Rig *rig, guint i)
 {
 	g_mutex_lock(&rig->lock);
-	uint64_t token = g_array_index(rig->asked, uint64_t, i);
+	uint64_t token = g_array_index(rig->requested, uint64_t, i);
 	g_mutex_unlock(&rig->lock);
 	return token;
 }
@@ -145,8 +149,8 @@ static uint64_t claim(Rig *rig, uint64_t page, uint64_t n)
 	return pr_token_pack(0, page, n);
 }
 
-/* No page has this hash. */
-static void answer_wrongly(Rig *rig, uint64_t page, guint n)
+/* Sends hashes that match no page. */
+static void send_wrong_hashes(Rig *rig, uint64_t page, guint n)
 {
 	PrHashes hashes = {.offset = page * PAGE, .n = n};
 
@@ -161,7 +165,7 @@ static guint count_landed(Rig *rig)
 	return tokens->len;
 }
 
-static void a_wrong_page_may_be_read_again_at_once(void **state)
+static void a_corrupt_page_may_be_read_again_at_once(void **state)
 {
 	Rig *rig = *state;
 
@@ -170,11 +174,11 @@ static void a_wrong_page_may_be_read_again_at_once(void **state)
 		uint64_t token = claim(rig, 7, 1);
 
 		pr_verify_posted(rig->verify, token, /* urgent= */ TRUE);
-		wait_asked(rig, strike);
-		assert_int_equal(asked(rig, strike - 1), token);
+		wait_requested(rig, strike);
+		assert_int_equal(requested(rig, strike - 1), token);
 		pr_verify_landed(rig->verify, token, /* rail= */ 0);
 		assert_int_equal(count_landed(rig), 1);
-		answer_wrongly(rig, 7, 1);
+		send_wrong_hashes(rig, 7, 1);
 		wait_settled(rig, strike);
 		assert_int_equal(count_landed(rig), 0);
 		assert_int_equal(rig->corrupt->len, strike);
@@ -186,8 +190,8 @@ static void a_wrong_page_may_be_read_again_at_once(void **state)
 	pr_verify_detach(rig->verify);
 }
 
-/* What has come in wrong is not there any more when the source says that the page is zero. */
-static void a_wrong_page_may_be_called_zero(void **state)
+/* A corrupt page is emptied. The source may then send it as a zero page. */
+static void a_corrupt_page_may_become_a_zero_page(void **state)
 {
 	Rig *rig = *state;
 	PrRamBlock *block = &rig->ram->blocks[0];
@@ -196,17 +200,17 @@ static void a_wrong_page_may_be_called_zero(void **state)
 
 	pr_verify_attach(rig->verify);
 	pr_verify_posted(rig->verify, token, /* urgent= */ TRUE);
-	wait_asked(rig, 1);
+	wait_requested(rig, 1);
 	memset(block->host + 7 * PAGE, 0x10, 2 * PAGE);
 	pr_verify_landed(rig->verify, token, /* rail= */ 0);
-	answer_wrongly(rig, 7, 2);
+	send_wrong_hashes(rig, 7, 2);
 	wait_settled(rig, 1);
 	assert_int_equal(pr_ram_zero(rig->ram, block, 7, 2), 2);
 	assert_memory_equal(block->host + 7 * PAGE, zeros, sizeof(zeros));
 	pr_verify_detach(rig->verify);
 }
 
-static void what_has_landed_outlives_the_connection(void **state)
+static void landed_pages_are_kept_across_connections(void **state)
 {
 	Rig *rig = *state;
 	uint64_t landed = claim(rig, 10, 4), lost = claim(rig, 20, 4);
@@ -214,48 +218,51 @@ static void what_has_landed_outlives_the_connection(void **state)
 	pr_verify_attach(rig->verify);
 	pr_verify_posted(rig->verify, landed, FALSE);
 	pr_verify_posted(rig->verify, lost, FALSE);
-	wait_asked(rig, 2);
+	wait_requested(rig, 2);
 	pr_verify_landed(rig->verify, landed, 0);
 	pr_verify_detach(rig->verify);
 	assert_int_equal(count_landed(rig), 1);
-	/* An answer that comes late is none. */
-	answer_wrongly(rig, 10, 4);
+	/* Hashes that arrive after the detach are ignored. */
+	send_wrong_hashes(rig, 10, 4);
 	assert_int_equal(count_landed(rig), 1);
-	/* A READ of another rail, whose path is alive. */
+	/* This READ belongs to another rail, whose path still works. */
 	pr_verify_landed(rig->verify, lost, /* rail= */ 3);
 	assert_int_equal(count_landed(rig), 2);
 	pr_verify_attach(rig->verify);
-	wait_asked(rig, 4);
-	assert_true(asked(rig, 2) != asked(rig, 3));
+	wait_requested(rig, 4);
+	assert_true(requested(rig, 2) != requested(rig, 3));
 	pr_verify_detach(rig->verify);
 }
 
-/* Faults are asked for whatever the bulk waits for, and the bulk a few at a time. */
-static void faults_do_not_queue_behind_the_bulk(void **state)
+/*
+ * Hashes for faults are requested at once. Only a few requests for the bulk pull are outstanding at
+ * a time.
+ */
+static void hashes_for_faults_do_not_queue_behind_the_bulk(void **state)
 {
 	Rig *rig = *state;
 
 	pr_verify_attach(rig->verify);
 	for (guint i = 0; i < 20; i++)
 		pr_verify_posted(rig->verify, claim(rig, i * 4, 4), FALSE);
-	wait_asked(rig, 8);
+	wait_requested(rig, 8);
 	uint64_t fault = claim(rig, 200, 1);
 	pr_verify_posted(rig->verify, fault, TRUE);
-	wait_asked(rig, 9);
-	assert_int_equal(asked(rig, 8), fault);
-	/* An answer makes room for the next. */
-	answer_wrongly(rig, 0, 4);
-	wait_asked(rig, 10);
-	assert_int_equal(asked(rig, 9), pr_token_pack(0, 32, 4));
-	/* What is not going to come need not be asked for. */
+	wait_requested(rig, 9);
+	assert_int_equal(requested(rig, 8), fault);
+	/* Each answer lets one more request be sent. */
+	send_wrong_hashes(rig, 0, 4);
+	wait_requested(rig, 10);
+	assert_int_equal(requested(rig, 9), pr_token_pack(0, 32, 4));
+	/* No hashes are requested for a READ that was dropped. */
 	pr_verify_drop(rig->verify, pr_token_pack(0, 36, 4));
-	answer_wrongly(rig, 4, 4);
-	wait_asked(rig, 11);
-	assert_int_equal(asked(rig, 10), pr_token_pack(0, 40, 4));
+	send_wrong_hashes(rig, 4, 4);
+	wait_requested(rig, 11);
+	assert_int_equal(requested(rig, 10), pr_token_pack(0, 40, 4));
 	pr_verify_detach(rig->verify);
 }
 
-/* Bulk READs pause while much waits for its hashes. */
+/* The bulk pull pauses while many landed READs wait for their hashes. */
 static void the_bulk_pauses_when_hashes_are_late(void **state)
 {
 	Rig *rig = *state;
@@ -270,8 +277,8 @@ static void the_bulk_pauses_when_hashes_are_late(void **state)
 		pr_verify_landed(rig->verify, token, 0);
 	}
 	assert_true(held > 8);
-	wait_asked(rig, 8);
-	answer_wrongly(rig, 0, 1);
+	wait_requested(rig, 8);
+	send_wrong_hashes(rig, 0, 1);
 	assert_true(pr_verify_has_room(rig->verify));
 	pr_verify_detach(rig->verify);
 }
@@ -281,10 +288,10 @@ static void the_bulk_pauses_when_hashes_are_late(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		ON_RIG(a_wrong_page_may_be_read_again_at_once),
-		ON_RIG(a_wrong_page_may_be_called_zero),
-		ON_RIG(what_has_landed_outlives_the_connection),
-		ON_RIG(faults_do_not_queue_behind_the_bulk),
+		ON_RIG(a_corrupt_page_may_be_read_again_at_once),
+		ON_RIG(a_corrupt_page_may_become_a_zero_page),
+		ON_RIG(landed_pages_are_kept_across_connections),
+		ON_RIG(hashes_for_faults_do_not_queue_behind_the_bulk),
 		ON_RIG(the_bulk_pauses_when_hashes_are_late),
 	};
 

@@ -30,7 +30,7 @@ static void stays_awake_until_it_is_drained(void **state)
 	assert_true(is_awake(&waker, 0));
 	pr_waker_drain(&waker);
 	assert_false(is_awake(&waker, 0));
-	/* Nobody has woken it since: must not block. */
+	/* It was drained, so this must not block. */
 	pr_waker_drain(&waker);
 	pr_waker_clear(&waker);
 	pr_waker_clear(&waker);
@@ -71,7 +71,7 @@ static void without_descriptors_the_error_names_the_limit(void **state)
 	assert_false(made);
 	assert_true(g_error_matches(error, PR_RESOURCE_ERROR, PR_RESOURCE_ERROR_SCARCE));
 	assert_non_null(strstr(error->message, "ulimit -n"));
-	/* As one that was never set up. */
+	/* Like a waker that was never set up. */
 	pr_waker_wake(&waker);
 	pr_waker_clear(&waker);
 }

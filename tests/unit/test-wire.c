@@ -42,7 +42,10 @@ static void every_truncation_and_every_extra_byte_is_refused(void **state)
 	}
 }
 
-/* Whatever a peer changes in a body: no crash, no read out of bounds, and an error if refused. */
+/*
+ * A peer may change any byte of a body. Decoding must not crash or read out of bounds, and sets an
+ * error if it refuses.
+ */
 static void every_changed_byte_is_decoded_or_refused(void **state)
 {
 	static const uint8_t values[] = {0x00, 0x01, 0x7f, 0x80, 0xff};
@@ -126,11 +129,12 @@ static void the_largest_hello_ack_fits(void **state)
 	assert_string_equal(back.reason, ack.reason);
 }
 
-static void a_hello_that_makes_no_sense_is_refused(void **state)
+static void an_inconsistent_hello_is_refused(void **state)
 {
 	static const struct {
 		const char *says;
-		PrHello hello; /* version, role, uuid, epoch, resume, secret, capabilities, scheme, n_blocks */
+		/* version, role, uuid, epoch, resume, secret, capabilities, scheme, n_blocks */
+		PrHello hello;
 		PrWireBlock block;
 	} table[] = {
 		{"version 9", {9, 1, {0}, 1, 0, {0}, 0, "tcp", 1, NULL}, {"a", 4096, 4096}},
@@ -237,7 +241,7 @@ static void a_refusal_of_another_version_can_be_read(void **state)
 	assert_non_null(strstr(error->message, "version 9"));
 }
 
-/* "faulty\0ofi": what is behind the NUL would be read by nobody, and is checked by nobody. */
+/* "faulty\0ofi": no code would read or check the part behind the NUL. */
 static void a_scheme_with_a_nul_in_it_is_refused(void **state)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
@@ -251,8 +255,8 @@ static void a_scheme_with_a_nul_in_it_is_refused(void **state)
 	assert_non_null(strstr(error->message, "scheme"));
 }
 
-/* A length or count at `at` (bytes wide) that lies. */
-static void lengths_that_lie_are_refused(void **state)
+/* A wrong length or count at offset `at`, `bytes` bytes wide. */
+static void wrong_lengths_are_refused(void **state)
 {
 	static const struct {
 		uint16_t type;
@@ -289,7 +293,7 @@ static void lengths_that_lie_are_refused(void **state)
 				memset(body->data + lies[i].at, step == 2 ? 0xff : 0,
 				       lies[i].width);
 			if (decode_exact(kind, body->data, body->len, &error))
-				fail_msg("%s: lie %u about the length at %zu was believed",
+				fail_msg("%s: wrong length %u at %zu was accepted",
 					 pr_msg_name(kind->type), step, lies[i].at);
 		}
 	}
@@ -347,8 +351,8 @@ static void grants_round_trip(void **state)
 	assert_int_equal(grants[1].key, 43);
 }
 
-/* What the peer reads of it. */
-static void pass_reason(const char *text, char ret[PR_REASON_MAX + 1])
+/* Returns the reason as the peer reads it. */
+static void round_trip_reason(const char *text, char ret[PR_REASON_MAX + 1])
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
 
@@ -360,7 +364,7 @@ static void a_reason_is_cleaned(void **state)
 {
 	char back[PR_REASON_MAX + 1];
 
-	pass_reason("a\033[2Jb\nc", back);
+	round_trip_reason("a\033[2Jb\nc", back);
 	assert_string_equal(back, "a [2Jb c");
 }
 
@@ -369,12 +373,12 @@ static void the_longest_reason_is_sent_whole(void **state)
 	g_autofree char *text = g_strnfill(PR_REASON_MAX, 'x');
 	char back[PR_REASON_MAX + 1];
 
-	pass_reason(text, back);
+	round_trip_reason(text, back);
 	assert_string_equal(back, text);
 }
 
-/* Whatever its length, and wherever that cuts the characters of several bytes. */
-static void of_a_reason_with_a_long_uri_the_cause_survives(void **state)
+/* A long reason is cut at any length, also within a character of several bytes. */
+static void a_shortened_reason_keeps_the_cause(void **state)
 {
 	for (guint more = 0; more < 8; more++) {
 		g_autofree char *padding = g_strnfill(more, 'y');
@@ -385,7 +389,7 @@ static void of_a_reason_with_a_long_uri_the_cause_survives(void **state)
 		while (text->len < 2 * PR_REASON_MAX)
 			g_string_append(text, "☂");
 		g_string_append(text, ": the address is in use");
-		pass_reason(text->str, back);
+		round_trip_reason(text->str, back);
 		assert_true(g_str_has_prefix(back, "path tcp:10.0.0.1:4444?id="));
 		assert_true(g_str_has_suffix(back, "☂: the address is in use"));
 		assert_non_null(strstr(back, "☂ ... ☂"));
@@ -402,8 +406,11 @@ static void a_reason_with_control_characters_is_refused(void **state)
 	assert_false(decode_reason(nul, sizeof nul, NULL));
 }
 
-/* What QEMU itself would put on the wire (migration/savevm.c, migration/memory/ram.c). */
-static void bodies_of_qemu_are_its_bytes(void **state)
+/*
+ * The bytes that QEMU itself puts on the wire for these messages (its migration/savevm.c and
+ * ram.c).
+ */
+static void shared_messages_have_qemus_bytes(void **state)
 {
 	static const uint8_t ping[] = {0, 0, 0, 0x42};
 	static const uint8_t advise[] = {0, 0, 0, 0, 0, 0x20, 0x10, 0, 0, 0, 0, 0, 0, 0, 0x10, 0};
@@ -432,7 +439,7 @@ static void bodies_of_qemu_are_its_bytes(void **state)
 	}
 }
 
-static void numbers_of_qemu_are_kept(void **state)
+static void shared_messages_have_qemus_numbers(void **state)
 {
 	assert_int_equal(PR_CMD_PING & 0xff, 2);
 	assert_int_equal(PR_CMD_POSTCOPY_ADVISE & 0xff, 3);
@@ -522,7 +529,7 @@ static void a_bitmap_for_another_size_or_with_stray_bits_is_refused(void **state
 	assert_null(bits);
 }
 
-/* What comes back of a bitmap that was sent in the shorter way. */
+/* Encodes a bitmap in the shorter way, decodes it, and compares. Returns the message type. */
 static uint16_t round_trip(const unsigned long *bits, uint64_t n_bits)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
@@ -554,7 +561,7 @@ static void a_bitmap_is_compressed_where_that_is_shorter(void **state)
 	g_rand_free(rand);
 }
 
-/* A frame that is right in itself and has another size than it says is refused. */
+/* A valid frame whose bitmap has another size than the head says is refused. */
 static void a_compressed_bitmap_of_another_size_is_refused(void **state)
 {
 	g_autoptr(GByteArray) body = g_byte_array_new();
@@ -563,7 +570,7 @@ static void a_compressed_bitmap_of_another_size_is_refused(void **state)
 
 	pr_recv_bitmap_encode(body, "mem0", bits, 65536, TRUE);
 	for (guint n_bits = 64; n_bits <= 131072; n_bits *= 2) {
-		/* the size in the head, behind the name, says what would fit */
+		/* The size in the head, behind the name, is the size that would fit. */
 		uint64_t size = GUINT64_TO_BE(n_bits / 8);
 
 		memcpy(body->data + 5, &size, sizeof size);
@@ -629,20 +636,20 @@ int main(void)
 		cmocka_unit_test(a_scheme_with_a_nul_in_it_is_refused),
 		cmocka_unit_test(the_largest_hello_fits),
 		cmocka_unit_test(the_largest_hello_ack_fits),
-		cmocka_unit_test(a_hello_that_makes_no_sense_is_refused),
+		cmocka_unit_test(an_inconsistent_hello_is_refused),
 		cmocka_unit_test(two_blocks_of_one_name_are_refused),
 		cmocka_unit_test(a_destination_may_list_no_block),
 		cmocka_unit_test(a_refusal_of_another_version_can_be_read),
-		cmocka_unit_test(lengths_that_lie_are_refused),
+		cmocka_unit_test(wrong_lengths_are_refused),
 		cmocka_unit_test(ranges_that_overflow_or_are_empty_are_refused),
 		cmocka_unit_test(ranges_round_trip),
 		cmocka_unit_test(grants_round_trip),
 		cmocka_unit_test(a_reason_is_cleaned),
 		cmocka_unit_test(the_longest_reason_is_sent_whole),
-		cmocka_unit_test(of_a_reason_with_a_long_uri_the_cause_survives),
+		cmocka_unit_test(a_shortened_reason_keeps_the_cause),
 		cmocka_unit_test(a_reason_with_control_characters_is_refused),
-		cmocka_unit_test(bodies_of_qemu_are_its_bytes),
-		cmocka_unit_test(numbers_of_qemu_are_kept),
+		cmocka_unit_test(shared_messages_have_qemus_bytes),
+		cmocka_unit_test(shared_messages_have_qemus_numbers),
 		cmocka_unit_test(req_pages_begins_as_in_qemu),
 		cmocka_unit_test(req_pages_is_bounded),
 		cmocka_unit_test(bitmaps_of_every_length_round_trip),
