@@ -274,7 +274,7 @@ void size_migrations(const Bench *bench, guint max_mib)
 	bench_say(
 		bench,
 		"  downtime = stop + holes + state + run. holes: the source's scan for holes, and\n"
-		"  grants; state: the device state, 1 MiB for each GiB of this guest (a VMM's does\n"
-		"  not grow with its RAM), and the destination's fault mode, for which the source\n"
-		"  waits; memory: private memory of both engines together\n");
+		"  grants; state: the device state, 1 MiB for each GiB of this guest (a VMM's\n"
+		"  does not grow with its RAM), and the destination's fault mode, for which the\n"
+		"  source waits; memory: private memory of both engines together\n");
 }
