@@ -125,8 +125,8 @@ gboolean *pr_regions_storable(const PrRegion *regions, guint n_regions);
 gboolean pr_region_store(const PrRegion *region, uint64_t offset, const void *data, gsize length);
 
 /*
- * What a lane's thread sleeps on: an epoll fd with the lane's own descriptors, and a waker by which any
- * other thread makes it readable for good.
+ * A lane's thread sleeps in poll on these: an epoll fd with the lane's own descriptors, and a waker
+ * with which any other thread makes it readable for good.
  */
 typedef struct PrPollSet {
 	int epoll_fd; /* -1: none */

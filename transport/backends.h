@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The ops tables of this build, for pr_transport_find() and for their own files. Everybody else asks
- * pr_transport_find().
+ * The ops tables of this build, for pr_transport_find() and for their own files. All other code
+ * calls pr_transport_find().
  */
 #pragma once
 

@@ -298,7 +298,8 @@ static GTlsConnection *new_client(const PrTls *tls, GSocketConnection *connectio
 		if (!own)
 			return NULL;
 	}
-	/* Not g_tls_client_connection_new: without a database it loads the system's CAs each time. */
+	/* Not g_tls_client_connection_new(): without a database it loads the system's CAs each
+	 * time. */
 	client = g_initable_new(
 		g_tls_backend_get_client_connection_type(g_tls_backend_get_default()), NULL, error,
 		"base-io-stream", connection, "server-identity", identity, "database", ca, NULL);
