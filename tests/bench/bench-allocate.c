@@ -19,7 +19,7 @@
 
 typedef enum Way { WITHOUT_ALLOCATOR, WITH_ALLOCATOR, N_WAYS } Way;
 
-static const char *const way_names[] = {"nobody", "ahead"};
+static const char *const way_names[] = {"without", "with"};
 
 static int size_mib = 512, faults = 4000;
 

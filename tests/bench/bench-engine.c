@@ -123,7 +123,7 @@ static void measure_floors(const char *scheme, Figures *figures)
 	series_add(&figures->floor_p99, fault.p99_us + read.p99_us);
 }
 
-/* ---- what is printed ---- */
+/* ---- the report ---- */
 
 static void print_latency(const Bench *bench, const char *name, const Series *seen,
 			  const Series *floor)
@@ -197,8 +197,7 @@ int main(int argc, char **argv)
 	static Figures figures[G_N_ELEMENTS(schemes)];
 	Bench bench;
 
-	bench_begin(&bench, "bench-engine", "- the engine beside its floors", options, &argc,
-		    &argv);
+	bench_begin(&bench, "bench-engine", "- the engine and its floors", options, &argc, &argv);
 	check_options(&bench);
 	for (int round = 0; round < bench.rounds; round++)
 		for (guint i = 0; i < G_N_ELEMENTS(schemes); i++) {

@@ -32,7 +32,7 @@ class Spoiled(LabError):
 
 def is_spoiled(lab):
     """Returns whether rping gets no answer over rail 1. A message of rdma_cm that soft-RoCE could
-    not send may spoil a device's management queue pair until the device is made anew
+    not send may spoil a device's management queue pair until the device is recreated
     (soft-roce/README.md).
     """
     server = lab.b.popen("rping", "-s", "-a", lab.b.address(1), "-C", "1")

@@ -138,7 +138,7 @@ class LabUser:
         except (LabError, OutOfTime) as error:
             if self.options.lab:
                 raise
-            say(f"the lab is booted anew: {error}")
+            say(f"the lab is booted again: {error}")
             self.stop()
 
     def run(self, group, name, test):

@@ -47,7 +47,7 @@ def right_bytes(pair):
     pair.connect()
     for lane in (0, 1):
         for size in (4 * KIB, 8 * KIB, 64 * KIB, 256 * KIB, MIB):
-            # 5 MiB - 4 KiB: READs begin and end beside the borders of registered chunks.
+            # 5 MiB - 4 KiB: READs do not begin and end at the borders of registered chunks.
             offset = (3 + 5 * lane) * MIB - 4 * KIB
             pair.check(0, offset, max(size, 4 * MIB if size == MIB else 512 * KIB), size, lane)
     pair.close()

@@ -114,9 +114,9 @@ def fail_over(move, fault, rail, host, **reasons):
 
 
 def fail_over_again_and_again(test, faults):
-    """Each fault hits the rail to which the previous one has led. rdma-del comes last, if at all:
-    soft-RoCE's device cannot come back while an engine has it open. The guest's memory takes two
-    minutes, since each fault may take many seconds on a busy machine."""
+    """Each fault breaks the rail that is in use since the previous fault. rdma-del comes last, if
+    at all: soft-RoCE's device cannot come back while an engine has it open. The guest's memory
+    takes two minutes, since each fault may take many seconds on a busy machine."""
     move = test.move(size_mb=32, pace_us=1000000)
     move.start_slowly(*both_rails(move), bandwidth="128K")
     rail = 1

@@ -58,8 +58,8 @@ def expect_charged_to_guest(move, before, megabytes):
     peak = host.run("sh", "-c", f"cat {ROOT}/engine/memory.peak || cat {ROOT}/engine/memory.current", check=True)
     events = host.run("cat", f"{ROOT}/engine/memory.events", check=True).stdout.split()
     grown = usage(host, "guest") - before
-    told = f"engine: at most {int(peak.stdout) / MB:.1f} MiB; guest: {grown / MB:.0f} MiB more"
-    move.notes.append(told)
-    expect(grown >= megabytes * MB, f"the guest's group was not charged for {megabytes} MiB that have arrived: {told}")
+    usages = f"engine: at most {int(peak.stdout) / MB:.1f} MiB; guest: {grown / MB:.0f} MiB more"
+    move.notes.append(usages)
+    expect(grown >= megabytes * MB, f"the guest's group was not charged for {megabytes} MiB that have arrived: {usages}")
     full = dict(zip(events[::2], events[1::2]))
-    expect(full["max"] == full["oom"] == "0", f"the engine's group was full: {told}; {full}")
+    expect(full["max"] == full["oom"] == "0", f"the engine's group was full: {usages}; {full}")

@@ -20,7 +20,7 @@ from harness.process import Failure, expect, wait_for  # noqa: E402
 from roce_lab import FAULTS, RAILS, Lab, LabError, on_each  # noqa: E402
 
 PORT, TCP_PORT = 4444, 4445
-SLOW = "256K"  # a guest's memory takes half a minute, so that a cut comes in the middle of it
+SLOW = "256K"  # a guest's memory takes half a minute, so that a cut hits the middle of it
 # Emulated hosts get no CPU for long moments on a busy machine: READs get 2.1 s (urgent) and 3.2 s
 # (bulk), heartbeats 5 s, the first attempt to connect a lane 3 s.
 PATIENT_URI = "connect-timeout-ms=3000"
