@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# A thin cover over meson: everything here can be done by hand, too (HACKING.md).
+# Short names for meson and the test scripts, which can also be used directly (HACKING.md).
 MESON_FLAGS = --werror
 PREFIX ?= /usr/local
 
-# A PREFIX that is given counts for a build that is there already, too.
+# A PREFIX on the command line also changes an existing build.
 all: build/build.ninja
 	$(if $(filter-out file,$(origin PREFIX)),meson configure build --prefix=$(PREFIX))
 	meson compile -C build
@@ -11,7 +11,7 @@ all: build/build.ninja
 build/build.ninja: | deps
 	meson setup build --prefix=$(PREFIX) $(MESON_FLAGS)
 
-# What has to be installed (Debian 12); quick when it is.
+# Installs the packages that are needed (Debian 12), if any is missing.
 deps:
 	@tests/deps.sh
 
@@ -19,46 +19,48 @@ deps:
 check: deps
 	@tests/run
 
-# libFuzzer on every decoder and on both engines as their peers, for so many seconds each.
+# libFuzzer on every decoder, and as the peer of both engines, for FUZZ_SECONDS each.
 FUZZ_SECONDS ?= 60
 fuzz: deps
 	@tests/fuzz/run --seconds $(FUZZ_SECONDS)
 
-# A night's worth of everything that can go wrong, in an order that SEED decides (a random one):
-# RECOVERIES of them, or as many as come in SECONDS or ROUNDS. More options: tests/chaos/run --help.
+# Migrations with random faults, for a night. SEED decides the order (default: a random one). The
+# run ends after RECOVERIES recoveries, SECONDS or ROUNDS. More options: tests/chaos/run --help.
 RECOVERIES ?= $(if $(SECONDS)$(ROUNDS),,1000)
 chaos: all
-	@tests/chaos/run --build build $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
-		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(RECOVERIES),--recoveries $(RECOVERIES))
+	@tests/chaos/run --build build $(if $(SEED),--seed $(SEED)) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+		$(if $(RECOVERIES),--recoveries $(RECOVERIES))
 
-# A guest moves, loses its path, and recovers: told on the terminal in a minute. QEMU=PROGRAM: with
-# that one (tests/qemu-versions tells which there are).
+# Shows on the terminal, in a minute, a guest that migrates, loses its path, and recovers.
+# QEMU=PROGRAM chooses a QEMU (tests/qemu-versions lists them).
 demo: all linux-guest
 	@tests/demo.py --build build
 
-# The same between two emulated hosts with RoCE rails: real verbs, and nobody asks for the recovery.
+# The same between two emulated hosts with RoCE rails: real verbs, and an automatic recovery.
 demo-roce: all
 	@tests/demo-roce.py --build build
 
-# The tests on these hosts alone: the lab, the data path, and whole migrations over rdma:.
+# Only the tests on these hosts: the lab, the data path, and whole migrations over rdma:.
 check-roce: all
 	@tests/roce/run --build build
 
-# A build with Debian 13's compiler and libraries, and its unit tests there.
+# A build with Debian 13's compiler and libraries, and its unit tests.
 check-debian13: deps
 	@tests/debian13
 
-# rdma: beside perftest, and how long a failover takes.
+# The speed of rdma: compared with perftest, and the duration of a failover.
 bench-roce: all
 	@tests/roce/bench --build build
 
-# The machine's floors, the engine beside them, each knob, many threads, the bandwidth limit, what
-# grows with the guest's size, and Postroad against QEMU's own postcopy and its preempt mode: half
-# an hour at most. Parts, or more of them: tests/bench/run --help, tests/bench/against-qemu --help.
+# The benchmarks, in half an hour at most: the machine's floors, the engine alone, many threads,
+# each knob, the bandwidth limit, the costs that grow with the guest's size, and a comparison with
+# QEMU's own postcopy and its preempt mode. tests/bench/run --help and tests/bench/against-qemu
+# --help describe how to run a part, or longer.
 bench: all linux-guest
 	@tests/bench/run --build build
 
-# Whether the benchmarks work, in two minutes; their figures mean nothing.
+# Checks in two minutes that the benchmarks work; their figures mean nothing.
 bench-smoke: all linux-guest
 	@tests/bench/run --build build --quick
 
@@ -75,4 +77,5 @@ format: deps
 clean:
 	rm -rf build build-asan build-tsan build-fuzz build-debian13
 
-.PHONY: all deps check check-roce check-debian13 chaos fuzz demo demo-roce bench bench-smoke bench-roce linux-guest install format clean
+.PHONY: all deps check check-roce check-debian13 chaos fuzz demo demo-roce bench bench-smoke \
+	bench-roce linux-guest install format clean

@@ -301,7 +301,8 @@ def stat_fields(pid):
 
 
 def start_time(pid):
-    """When a process was started, in the kernel's ticks. None: there is no such process, or it is a zombie."""
+    """Returns the start time of a process in the kernel's ticks; None: it does not exist, or is a
+    zombie."""
     fields = stat_fields(pid)
     return int(fields[19]) if fields and fields[0] != "Z" else None
 

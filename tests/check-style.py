@@ -1,21 +1,27 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checks what a reviewer should not have to look at: format, licence lines, layers, sizes.
+"""Checks format, licence lines, layers, sizes and line widths, so that a reviewer need not.
 
-Prints a line for each check, and what is wrong."""
+The script prints one line for each check, and below it each fault that the check found."""
 
+import ast
+import io
 import os
 import re
 import subprocess
 import sys
+import tokenize
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MAX_LINES = 800
+MAX_COLUMNS = 100
+TAB = 8
 
-# The rooms of the house: who may include whom. A file belongs to the room with the longest matching name; what a
-# room may include are these rooms and itself. HACKING.md has the picture.
+# The rooms of the source tree, and the rooms that each may include besides itself.
+# A file belongs to the room with the longest name that matches. HACKING.md has the picture.
 UTIL = ("util", "postroad")
 GROUND = ("guest", "transport", *UTIL)
+SESSION = ("migration/postcopy", "migration/memory", "migration/core", *GROUND)
 ROOMS = {
     "include": ("postroad",),
     "util": (),
@@ -24,13 +30,13 @@ ROOMS = {
     "migration/core": GROUND,
     "migration/memory": ("migration/core", *GROUND),
     "migration/postcopy": ("migration/memory", "migration/core", *GROUND),
-    "migration/session": ("migration/postcopy", "migration/memory", "migration/core", *GROUND),
-    "migration/source": ("migration/session", "migration/postcopy", "migration/memory", "migration/core", *GROUND),
-    "migration/destination": ("migration/session", "migration/postcopy", "migration/memory", "migration/core", *GROUND),
+    "migration/session": SESSION,
+    "migration/source": ("migration/session", *SESSION),
+    "migration/destination": ("migration/session", *SESSION),
     "migration": ("migration", *GROUND),
     "monitor": ("migration", *GROUND),
 }
-CIRCLE_MAX = 3  # files of one room that may need each other
+CIRCLE_MAX = 3  # the most files of one room that may include or call each other in a circle
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 NO_LICENCE_LINE = (".md", ".gitignore", ".editorconfig", ".clang-format", ".txt")
 NO_LICENCE_FOLDERS = ("LICENSES/",)
@@ -75,7 +81,7 @@ def check_format(names):
     found = sorted({line.split(":")[0] for line in done.stderr.splitlines() if ": error:" in line})
     if done.returncode and not found:
         return [done.stderr.strip()]
-    return [f"{name}: not as clang-format would have it; run 'make format'" for name in found]
+    return [f"{name}: not formatted by clang-format; run 'make format'" for name in found]
 
 
 def check_licence(names):
@@ -88,7 +94,7 @@ def check_licence(names):
 
 
 def room_of(name):
-    """The longest of the rooms that this file is in, or its top folder."""
+    """Returns the longest of the rooms that this file is in, or its top folder."""
     inside = [room for room in ROOMS if name.startswith(room + "/")]
     return max(inside, key=len) if inside else name.split("/")[0]
 
@@ -105,14 +111,14 @@ def check_rooms(names):
     return wrong
 
 
-# A function that other files see, as clang-format writes it; and anything that may be its use.
+# The definition of a function that is not static, as clang-format writes it; and a possible call.
 DEFINITION = re.compile(r"^(?!static\b|typedef\b|extern\b)[A-Za-z_][^;{}=#]*?\b(\w+)\([^;{}]*\)\n\{", re.M)
 WORD = re.compile(r"\b(?:pr|agent|attach)_\w+\b")
 COMMENT = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:[^"\\\n]|\\.)*"', re.S)
 
 
 def dependencies(names):
-    """For each module (a source with its header) the modules that it includes or calls."""
+    """Returns for each module (a source with its header) the modules that it includes or calls."""
     sources = [name for name in names if name.endswith((".c", ".h")) and room_of(name) in ROOMS]
     texts = {name: COMMENT.sub("", read(name)) for name in sources}
     homes = {}
@@ -125,14 +131,17 @@ def dependencies(names):
         module.update(included[:-2] for included in INCLUDE.findall(read(name)))
         if name.endswith(".c"):
             for word in set(WORD.findall(texts[name])):
-                # A function of several homes is chosen as the program is built.
+                # If several files define a function, each program links one of them.
                 if len(homes.get(word, ())) == 1:
                     module.update(homes[word])
-    return {module: {other for other in others if other in needs and other != module} for module, others in needs.items()}
+    return {
+        module: {other for other in others if other in needs and other != module}
+        for module, others in needs.items()
+    }
 
 
 def circles(needs):
-    """The sets of modules that need each other (strongly connected; Tarjan)."""
+    """Returns the sets of modules that need each other: Tarjan's strongly connected components."""
     order, low, stack, found = {}, {}, [], []
 
     def visit(module):
@@ -193,7 +202,54 @@ def check_left_overs(names):
     ]
 
 
-# Waits without a limit of time.
+def comment_lines(name, text):
+    """Returns the numbers of the lines with a comment, a docstring or prose; in C of all lines."""
+    lines = text.splitlines()
+    interpreter = lines[0] if lines and lines[0].startswith("#!") else ""
+    if name.endswith((".c", ".h")):
+        return range(1, len(lines) + 1)
+    if name.endswith(".md"):
+        return prose_lines(lines)
+    if name.endswith(".py") or "python" in interpreter:
+        return python_comment_lines(text)
+    if name.endswith((".sh", "meson.build")) or re.search(r"\b(ba)?sh\b", interpreter):
+        return [number for number, line in enumerate(lines, 1) if line.lstrip().startswith("#")]
+    return []
+
+
+def prose_lines(lines):
+    """Returns the numbers of a Markdown file's lines outside of tables and code blocks."""
+    found, in_code = [], False
+    for number, line in enumerate(lines, 1):
+        if line.lstrip().startswith("```"):
+            in_code = not in_code
+        elif not in_code and not line.startswith(("|", "    ", "\t")):
+            found.append(number)
+    return found
+
+
+def python_comment_lines(text):
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    found = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found.update(range(node.lineno, node.end_lineno + 1))
+    return sorted(found)
+
+
+def check_columns(names):
+    wrong = []
+    for name in names:
+        text = read(name)
+        lines = text.splitlines()
+        for number in comment_lines(name, text):
+            line = lines[number - 1].expandtabs(TAB)
+            if len(line) > MAX_COLUMNS and not re.search(r"https?://", line):
+                wrong.append(f"{name}:{number}: {len(line)} columns, more than {MAX_COLUMNS}")
+    return wrong
+
+
+# A wait without a time limit; and the comment that names the event that ends it.
 ENDLESS = re.compile(r"\b(g_cond_wait|pthread_cond_wait)\(|\bp?poll\(.*, -1\)")
 ENDED = re.compile(r"[Ee]nded (by|as)\b")
 LINES_ABOVE = 6
@@ -201,7 +257,7 @@ WAITING_FOLDERS = ("guest/", "migration/", "monitor/", "transport/")
 
 
 def check_waits(names):
-    """doc/waits.md has the others."""
+    """doc/waits.md describes the waits with a time limit."""
     wrong = []
     for name in names:
         if not name.startswith(WAITING_FOLDERS) or not name.endswith(".c"):
@@ -210,7 +266,7 @@ def check_waits(names):
         for number, line in enumerate(lines, 1):
             above = "\n".join(lines[max(0, number - 1 - LINES_ABOVE) : number])
             if ENDLESS.search(line) and not ENDED.search(above):
-                wrong.append(f"{name}:{number}: no comment says by what this wait is ended: {line.strip()}")
+                wrong.append(f"{name}:{number}: no comment names what ends this wait: {line.strip()}")
     return wrong
 
 
@@ -221,6 +277,7 @@ CHECKS = {
     "no circle of files of several rooms, or of many files": check_circles,
     "includes are spelled from the root": check_includes_from_root,
     "files stay small": check_sizes,
+    "comments and prose keep within 100 columns": check_columns,
     "nothing is left to do": check_left_overs,
     "waits without a bound say what ends them": check_waits,
 }

@@ -1,16 +1,17 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-or-later
-# Makes sure that everything Postroad is built, tested and shown with is installed: Debian 12's
-# packages, by name. Quick, and offline, when it all is.
+# Installs the Debian 12 packages that the build, the tests and the demos need. If none is missing,
+# the script is quick and needs no network.
 set -eu
 
 packages="
 gcc ccache libc6-dev make meson ninja-build pkg-config
-libglib2.0-dev libjson-glib-dev libfabric-dev libibverbs-dev librdmacm-dev libzstd-dev libxxhash-dev libcmocka-dev
-libseccomp-dev libcap-ng-dev
+libglib2.0-dev libjson-glib-dev libfabric-dev libibverbs-dev librdmacm-dev libzstd-dev
+libxxhash-dev libcmocka-dev libseccomp-dev libcap-ng-dev
 glib-networking openssl
 clang-format clang-14 libclang-rt-14-dev
-python3 qemu-system-x86 seabios ipxe-qemu ovmf busybox-static cpio gzip xz-utils iproute2 socat util-linux
+python3 qemu-system-x86 seabios ipxe-qemu ovmf busybox-static cpio gzip xz-utils iproute2 socat
+util-linux
 gnuplot-nox
 kmod binutils perftest ibverbs-utils rdmacm-utils
 "

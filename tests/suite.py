@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Packages of other Debian suites, unpacked beside the machine's own: fetched with apt from the
-mirror that the machine uses, with a state of apt's own, so that nothing of the machine changes. apt
-verifies them with the machine's keyring.
+"""Fetches packages of other Debian suites and unpacks them into a cache.
 
-A tree stays in the cache until its recipe changes, and is there as a whole or not at all: it is
-unpacked beside its place and renamed. The lock is held meanwhile, so that others who want it
-wait for it."""
+The mirror is that of the machine's apt. The apt that fetches the packages has its own state, so
+that nothing of the machine changes. It verifies the packages with the machine's keyring.
+
+A tree of unpacked packages stays in the cache until its recipe changes. It is never incomplete: it
+is unpacked under another name, and then renamed. A lock makes other processes wait meanwhile."""
 
 import contextlib
 import fcntl
@@ -21,17 +21,17 @@ SYSTEM_CACHE = "/var/cache/postroad-tests"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 ARCHITECTURE = "amd64"
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
-MERGED = ("bin", "sbin", "lib", "lib64")  # links into /usr
+MERGED = ("bin", "sbin", "lib", "lib64")  # symbolic links into /usr
 STABLE = ("stable", "oldstable", "oldoldstable")
-FORMAT = "1"  # of a tree: another one has every tree fetched again
+FORMAT = "1"  # of the trees; after a change, every tree is fetched again
 
 
 class SuiteError(Exception):
-    """A tree can't be had; says why."""
+    """A tree is not available. The message has the reason."""
 
 
 def cache_directory():
-    """POSTROAD_CACHE, or one that all check-outs on this machine share."""
+    """Returns POSTROAD_CACHE, or a directory that all check-outs on this machine share."""
     chosen = os.environ.get("POSTROAD_CACHE")
     if chosen:
         return os.path.abspath(chosen)
@@ -42,7 +42,7 @@ def cache_directory():
 
 
 def run(argv, what, **kind):
-    """The output of a program that has to succeed."""
+    """Runs a program that must succeed, and returns its output. what: starts an error message."""
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **kind)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
@@ -52,12 +52,12 @@ def run(argv, what, **kind):
 
 
 def mirrors():
-    """Where the machine's apt gets its own release from, as apt says; one that is not Debian's
-    fails at the signature."""
+    """Returns the mirrors from which the machine's apt gets its own release. A mirror of another
+    distribution would fail at the signature."""
     with open("/etc/os-release") as file:
         release = dict(line.strip().split("=", 1) for line in file if "=" in line)
     wanted = (release.get("VERSION_CODENAME", "").strip('"'), *STABLE)
-    with tempfile.TemporaryDirectory() as nothing:  # with lists that are there, apt tells only what is new
+    with tempfile.TemporaryDirectory() as nothing:  # if lists exist, apt prints only the new files
         listed = run(
             ["apt-get", "-o", f"Dir::State::lists={nothing}", "update", "--print-uris"], "apt's sources"
         )
@@ -71,8 +71,8 @@ def mirrors():
 
 
 def apt_configuration(directory):
-    """How the machine's apt reaches its mirror, as proxies, and nothing else of what it is told:
-    no pins, no hooks."""
+    """Returns a configuration with the machine's settings for access to its mirror, for example
+    proxies. It has none of the machine's other settings, such as pins and hooks."""
     reach = [
         line
         for line in run(["apt-config", "dump"], "apt-config").splitlines()
@@ -91,13 +91,13 @@ def apt_configuration(directory):
         "APT::Architecture": ARCHITECTURE,
         "APT::Sandbox::User": "root",  # another user may not write here
         "APT::Install-Recommends": "false",
-        "Debug::NoLocking": "true",  # we have one of our own
+        "Debug::NoLocking": "true",  # locked() has a lock of its own
     }
     return "\n".join(reach + [f'{name} "{value}";' for name, value in ours.items()]) + "\n"
 
 
 class Apt:
-    """An apt for one suite, in a directory of its own, to which nothing is installed."""
+    """An apt for one suite, with its state in a directory of its own. It only fetches packages."""
 
     def __init__(self, directory, suite, keyring):
         self.suite = suite
@@ -117,7 +117,7 @@ class Apt:
         return run(["apt-get", "-q", "-y", *words], f"{self.suite}: apt-get {words[0]}", env=self.environment)
 
     def update(self):
-        """Reads the suite's list of packages, of the first mirror that has it."""
+        """Fetches the suite's list of packages from the first mirror that has it."""
         failures = []
         for mirror in mirrors():
             self._write(
@@ -133,13 +133,13 @@ class Apt:
         raise SuiteError("; ".join(failures))
 
     def download(self, packages):
-        """The files of these packages and of all that they need."""
+        """Fetches these packages and all their dependencies. Returns the names of the files."""
         self._run("install", "--download-only", *packages)
         return sorted(glob.glob(os.path.join(self.directory, "cache", "archives", "*.deb")))
 
 
 def unpack(files, root):
-    """As dpkg does it, without running anything of the packages."""
+    """Unpacks packages like dpkg, but runs none of their scripts."""
     for name in MERGED:
         os.makedirs(os.path.join(root, "usr", name))
         os.symlink(f"usr/{name}", os.path.join(root, name))
@@ -164,8 +164,8 @@ def locked(cache):
 
 
 class Tree:
-    """The packages of a suite and all that they need, under one root folder. finish(tree, root)
-    does the rest of what its users want, where it is being made; root is its place for good."""
+    """Packages of a suite and all their dependencies, unpacked into one root folder. finish(new,
+    root) completes the tree: `new` is its folder at that time, `root` its final path."""
 
     def __init__(self, name, suite, packages, finish, keyring=KEYRING):
         recipe = hashlib.sha256(" ".join([FORMAT, suite, *packages]).encode()).hexdigest()[:8]
@@ -177,7 +177,7 @@ class Tree:
         return not os.path.isdir(self.path)
 
     def provide(self, say, refresh=False):
-        """Returns its path, and fetches it where it is not there yet."""
+        """Returns the tree's path. Fetches the tree if it is missing, or with `refresh`."""
         if refresh or self.missing():
             with locked(self.cache):
                 if refresh or self.missing():
@@ -185,7 +185,7 @@ class Tree:
         return self.path
 
     def _make(self, say):
-        for left_over in glob.glob(f"{self.path}.*"):  # by one that was killed
+        for left_over in glob.glob(f"{self.path}.*"):  # left by a process that was killed
             shutil.rmtree(left_over)
         say(f"fetching {self.suite}: {' '.join(self.packages[:3])}{' …' if len(self.packages) > 3 else ''}")
         work, new, old = (f"{self.path}.{kind}" for kind in ("apt", "new", "old"))

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What it costs that the guest's pages are allocated by another process, before they are read (migration/postcopy/allocate.c):
- * the bulk pull, and a guest that touches pages in an order that nobody would guess, while the bulk stands still. Side by
- * side in each round: as where engine and guest share a memory cgroup (nobody allocates), and with the allocator.
+ * The cost of allocation by another process: the allocator allocates the guest's pages before the
+ * engine reads them (migration/postcopy/allocate.c). The benchmark measures the bulk pull, and the
+ * faults of a guest that touches pages in an unpredictable order while the bulk pull is as good as
+ * off. Each round measures both without the allocator, as where engine and guest share a memory
+ * cgroup, and with it.
  */
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -15,9 +17,9 @@
 
 #define MIB (1024ull * 1024)
 
-typedef enum Way { NOBODY, WALKING, N_WAYS } Way;
+typedef enum Way { WITHOUT_ALLOCATOR, WITH_ALLOCATOR, N_WAYS } Way;
 
-static const char *const way_names[] = {"nobody", "ahead"};
+static const char *const way_names[] = {"without", "with"};
 
 static int size_mib = 512, faults = 4000;
 
@@ -29,11 +31,11 @@ static const GOptionEntry options[] = {
 
 typedef struct Figures {
 	Series pull;	       /* bytes a second */
-	Series total;	       /* ms, from the stop to the last page */
+	Series total;	       /* ms, from the guest's stop to the last page */
 	Series mean, p50, p99; /* us */
 } Figures;
 
-/* A process with the allocator in it; one at a time. */
+/* The process of the allocator. Only one exists at a time. */
 static struct {
 	pid_t pid;
 	int socket;
@@ -45,12 +47,12 @@ static int allocator_socket(PrGuest *guest, GError **error)
 	return allocator.socket;
 }
 
-/* As the attach helper's child: a process of its own. */
+/* The allocator is a child process, like that of the attach helper. */
 static void begin_allocator(Pair *pair, Way way)
 {
 	int sockets[2];
 
-	if (way == NOBODY)
+	if (way == WITHOUT_ALLOCATOR)
 		return;
 	g_assert(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sockets) == 0);
 	allocator.pid = fork();
@@ -66,13 +68,13 @@ static void begin_allocator(Pair *pair, Way way)
 	pair->destination.adapter->ops = &allocator.ops;
 }
 
-/* After the pair's end: the engine has the socket until then. */
+/* Called after pair_free(): the engine uses the socket until then. */
 static void end_allocator(Way way)
 {
-	if (way == NOBODY)
+	if (way == WITHOUT_ALLOCATOR)
 		return;
 	close(allocator.socket);
-	/* Ended by the end of its socket. */
+	/* The allocator ends when its socket is closed. */
 	waitpid(allocator.pid, NULL, 0);
 }
 
@@ -103,7 +105,7 @@ static void measure_pull(const Bench *bench, const char *scheme, Way way, Figure
 	end_allocator(way);
 }
 
-/* Each for the first time. */
+/* Touches each page once, in an order that no read-ahead predicts. */
 static void touch_pages(TestGuest *guest, uint64_t *samples)
 {
 	volatile uint8_t *map = testguest_block_map(guest, 0);
@@ -155,22 +157,24 @@ static void print(const Bench *bench, const char *scheme, Figures *figures)
 	};
 
 	bench_say(bench,
-		  "\n%s: medians of %d rounds, and times what it is where nobody allocates\n",
+		  "\n%s: medians of %d rounds without the allocator, and the ratio with it\n",
 		  scheme, bench->rounds);
 	bench_json_object(bench, scheme);
 	for (guint i = 0; i < G_N_ELEMENTS(rows); i++) {
-		const Series *nobody = &G_STRUCT_MEMBER(Series, &figures[NOBODY], rows[i].offset);
+		const Series *without =
+			&G_STRUCT_MEMBER(Series, &figures[WITHOUT_ALLOCATOR], rows[i].offset);
 
 		bench_say(bench, "  %-12s %10.1f %-4s", rows[i].name,
-			  series_median(nobody) * rows[i].scale, rows[i].unit);
+			  series_median(without) * rows[i].scale, rows[i].unit);
 		bench_json_object(bench, rows[i].name);
-		bench_json_number(bench, way_names[NOBODY], series_median(nobody) * rows[i].scale);
-		for (guint way = WALKING; way < N_WAYS; way++) {
+		bench_json_number(bench, way_names[WITHOUT_ALLOCATOR],
+				  series_median(without) * rows[i].scale);
+		for (guint way = WITH_ALLOCATOR; way < N_WAYS; way++) {
 			const Series *series =
 				&G_STRUCT_MEMBER(Series, &figures[way], rows[i].offset);
 			bench_say(bench, "   %s: %.2f x", way_names[way],
-				  series_ratio(series, nobody));
-			bench_json_number(bench, way_names[way], series_ratio(series, nobody));
+				  series_ratio(series, without));
+			bench_json_number(bench, way_names[way], series_ratio(series, without));
 		}
 		bench_json_end_object(bench);
 		bench_say(bench, "\n");
@@ -196,13 +200,12 @@ int main(int argc, char **argv)
 	static Figures figures[G_N_ELEMENTS(schemes)][N_WAYS];
 	Bench bench;
 
-	bench_begin(&bench, "bench-allocate",
-		    "- what it costs that another process allocates the pages", options, &argc,
-		    &argv);
+	bench_begin(&bench, "bench-allocate", "- the cost of allocation by another process",
+		    options, &argc, &argv);
 	check_options(&bench);
 	for (int round = 0; round < bench.rounds; round++)
 		for (guint i = 0; i < G_N_ELEMENTS(schemes); i++)
-			for (Way way = NOBODY; way < N_WAYS; way++) {
+			for (Way way = WITHOUT_ALLOCATOR; way < N_WAYS; way++) {
 				measure_pull(&bench, schemes[i], way, &figures[i][way]);
 				measure_faults(&bench, schemes[i], way, &figures[i][way]);
 			}

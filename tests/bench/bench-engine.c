@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The engine beside its floors, in one run: how fast the bulk pull is, and how long a fault takes, over
- * loopback, with a guest that does nothing else. Rounds alternate between floor and engine, because
- * the machine's mood changes; medians are shown.
+ * The engine and its floors in one run, over loopback: the rate of the bulk pull, and the latency
+ * of a fault, with a guest that does nothing else. Rounds alternate between floor and engine,
+ * because the machine's load changes. The results are medians.
  */
 #include <string.h>
 
@@ -22,7 +22,7 @@ static const GOptionEntry options[] = {
 	{NULL},
 };
 
-/* What is measured for one transport. */
+/* The figures of one transport. */
 typedef struct Figures {
 	Series pull, raw_read, copy;		 /* bytes a second */
 	Series mean, p50, p99, engine_mean;	 /* us: seen by the guest, and by the engine */
@@ -54,7 +54,7 @@ static double measure_pull(const Bench *bench, const char *scheme)
 	return (double)info.transferred * G_USEC_PER_SEC / (double)(to - from);
 }
 
-/* Touches pages in an order that no read-ahead would guess; each for the first time. */
+/* Touches each page once, in an order that no read-ahead predicts. */
 static void touch_pages(TestGuest *guest, uint64_t *samples)
 {
 	volatile uint8_t *map = testguest_block_map(guest, 0);
@@ -73,7 +73,7 @@ static void touch_pages(TestGuest *guest, uint64_t *samples)
 
 static void measure_faults(const Bench *bench, const char *scheme, Figures *figures)
 {
-	/* The bulk pull all but stands still: what is measured is the fault service alone. */
+	/* The bulk pull is as good as off, so that only the fault service is measured. */
 	PairConfig config = {
 		.scheme = scheme, .size = 2ull * faults * 4096 * 2, .paused = TRUE, .bandwidth = 1};
 	g_autoptr(Pair) pair = pair_new(&config);
@@ -123,7 +123,7 @@ static void measure_floors(const char *scheme, Figures *figures)
 	series_add(&figures->floor_p99, fault.p99_us + read.p99_us);
 }
 
-/* ---- what is printed ---- */
+/* ---- the report ---- */
 
 static void print_latency(const Bench *bench, const char *name, const Series *seen,
 			  const Series *floor)
@@ -147,7 +147,7 @@ static void print_table(const Bench *bench, const char *scheme, Figures *f)
 	print_latency(bench, "mean", &f->mean, &f->floor_mean);
 	print_latency(bench, "p50", &f->p50, &f->floor_p50);
 	print_latency(bench, "p99", &f->p99, &f->floor_p99);
-	bench_say(bench, "  as the engine sees it %7.1f us mean; distribution of all rounds:\n",
+	bench_say(bench, "  measured by the engine %7.1f us mean; distribution of all rounds:\n",
 		  series_median(&f->engine_mean));
 	for (guint i = 0; i < PR_LATENCY_BUCKETS; i++)
 		if (f->dist[i])
@@ -197,8 +197,7 @@ int main(int argc, char **argv)
 	static Figures figures[G_N_ELEMENTS(schemes)];
 	Bench bench;
 
-	bench_begin(&bench, "bench-engine", "- the engine beside its floors", options, &argc,
-		    &argv);
+	bench_begin(&bench, "bench-engine", "- the engine and its floors", options, &argc, &argv);
 	check_options(&bench);
 	for (int round = 0; round < bench.rounds; round++)
 		for (guint i = 0; i < G_N_ELEMENTS(schemes); i++) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the books of a fault cost the fault thread: who waits for how long, and what to read ahead. */
+/* The time that the fault thread spends on a fault's block time and on the choice of read-ahead. */
 #include <stdio.h>
 #include <time.h>
 

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What each knob does by itself: the bulk pull's rate, and how long faults take while it runs, for some values of
- * one parameter or capability, all others being at their defaults. All values of a knob are measured in each
- * round, its default among them; ratios are to that one, of the same round.
+ * The effect of each knob by itself: the rate of the bulk pull, and the latency of faults during
+ * it. The benchmark tries some values of one parameter or capability, with all others at their
+ * defaults. Each round measures all values of a knob, its default among them. A ratio compares a
+ * value with the default in the same round.
  */
 #include <math.h>
 #include <string.h>
@@ -13,12 +14,12 @@
 
 #define MIB	   (1024ull * 1024)
 #define MAX_VALUES 12
-#define N_THREADS  2   /* that touch pages */
-#define REST_US	   200 /* after each touch: a guest that also computes */
+#define N_THREADS  2   /* threads that touch pages */
+#define REST_US	   200 /* pause after each touch, as in a guest that also computes */
 
 typedef struct Knob {
-	const char *name;   /* of a parameter or a capability; set on both sides */
-	const char *values; /* as an operator types them; the default is added if it is not there */
+	const char *name;   /* a parameter or a capability; set on both sides */
+	const char *values; /* as an operator types them; the default is added if it is missing */
 } Knob;
 
 static const Knob knobs[] = {
@@ -36,14 +37,14 @@ static char **others, **only;
 
 static const GOptionEntry options[] = {
 	{"size", 's', 0, G_OPTION_ARG_INT, &size_mib, "guest RAM (64 to 8192; default 512)", "MIB"},
-	{"only", 'o', 0, G_OPTION_ARG_STRING_ARRAY, &only, "only this knob (may be repeated)",
-	 "NAME"},
+	{"only", 'o', 0, G_OPTION_ARG_STRING_ARRAY, &only,
+	 "measure only this knob (may be repeated)", "NAME"},
 	{"knob", 'k', 0, G_OPTION_ARG_STRING_ARRAY, &others,
-	 "instead of the built-in ones (may be repeated)", "NAME=VALUE,VALUE…"},
+	 "measure this knob, not the built-in ones (may be repeated)", "NAME=VALUE,VALUE…"},
 	{NULL},
 };
 
-/* Over the rounds. */
+/* The figures of one value over all rounds. */
 typedef struct Figures {
 	Series rate;	  /* bytes a second */
 	Series mean, p99; /* us */
@@ -54,13 +55,13 @@ typedef struct Sweep {
 	char *name;
 	char *values[MAX_VALUES];
 	guint n_values;
-	guint def; /* which of them is the default */
+	guint def; /* index of the default */
 	Figures figures[MAX_VALUES];
 } Sweep;
 
 /* ---- one measurement ---- */
 
-/* Ends with the pull: what faults later meets no bulk READs. */
+/* Stops when the pull ends: later faults would not compete with bulk READs. */
 static void touch_while_pulled(Pair *pair, Touch *touch, TouchResult *ret)
 {
 	side_wait(&pair->destination, PR_STATE_POSTCOPY_ACTIVE);
@@ -110,7 +111,7 @@ static void measure(const Bench *bench, const char *scheme, const char *name, co
 
 /* ---- the table of knobs ---- */
 
-/* As an operator types it, or NULL: there is no such knob. */
+/* Returns the text that an operator types, or NULL if there is no such knob. */
 static char *default_of(const char *name)
 {
 	for (guint i = 0; i < PR_N_CAPABILITIES; i++)
@@ -199,7 +200,7 @@ static GArray *choose_sweeps(const Bench *bench)
 	return sweeps;
 }
 
-/* ---- what is printed ---- */
+/* ---- the report ---- */
 
 static void report_value(const Bench *bench, const Sweep *sweep, guint i)
 {
@@ -258,15 +259,15 @@ int main(int argc, char **argv)
 	static const char *const schemes[] = {"ofi", "tcp"};
 	Bench bench;
 
-	bench_begin(&bench, "bench-knobs", "- what each knob does by itself", options, &argc,
+	bench_begin(&bench, "bench-knobs", "- the effect of each knob by itself", options, &argc,
 		    &argv);
 	if (size_mib < 64 || size_mib > 8192)
 		bench_usage_error(&bench, "--size %d: 64 to 8192", size_mib);
 	if (bench.quick)
 		size_mib = 128;
 	bench_say(&bench,
-		  "a guest of %d MiB, %d threads of which touch random pages, with %d us of rest "
-		  "between; medians of %d\n",
+		  "a guest of %d MiB; %d threads touch random pages, and pause for %d us after "
+		  "each; medians of %d\n",
 		  size_mib, N_THREADS, REST_US, bench.rounds);
 	bench_json_number(&bench, "size_mib", size_mib);
 	for (guint i = 0; i < G_N_ELEMENTS(schemes); i++)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * max-postcopy-bandwidth: the bulk pull's rate against the limit, over a second and more, with nobody faulting; and in
- * a run of its own, how long faults take under the limit, against faults without one.
+ * max-postcopy-bandwidth. One run compares the rate of the bulk pull with the limit, over more than
+ * a second and without faults. A second run compares the latency of faults under the limit with
+ * that of faults without a limit.
  */
 #include <math.h>
 
@@ -13,20 +14,20 @@
 #define N_THREADS 2
 #define REST_US	  200
 #define TOLERANCE 0.05
-#define SECONDS	  1.5 /* that the pull lasts under each limit */
-#define WARM_UP	  0.2 /* of which are not measured: the limiter's first burst is in them */
+#define SECONDS	  1.5 /* duration of the pull under each limit */
+#define WARM_UP	  0.2 /* seconds at its start that are not measured: the limiter's first burst */
 #define SLICE_US  (50 * 1000)
 
 static const guint limits[] = {50, 100, 200, 400, 0}; /* MB/s; 0: none */
 #define N_LIMITS     G_N_ELEMENTS(limits)
 #define NO_LIMIT     (N_LIMITS - 1)
-#define UNLIMITED_MB 400 /* a second for a guest that is pulled without a limit */
+#define UNLIMITED_MB 400 /* assumed MB/s without a limit; sets the guest's size */
 
-/* Over the rounds. */
+/* The figures of one limit over all rounds. */
 typedef struct Figures {
 	Series rate;	  /* bytes a second */
 	Series most;	  /* bytes a second, in the fastest 50 ms */
-	Series seconds;	  /* that were measured */
+	Series seconds;	  /* duration of the measurement */
 	Series mean, p99; /* us */
 	guint n_faults;
 } Figures;
@@ -35,7 +36,7 @@ static PairConfig config_for(const char *scheme, guint limit, double seconds)
 {
 	uint64_t size = (uint64_t)((limit ? limit : UNLIMITED_MB) * seconds * MB);
 
-	/* One page in eight does not travel. */
+	/* The test guest leaves one page in eight as a hole or as zeros: those are not sent. */
 	return (PairConfig){.scheme = scheme,
 			    .size = size * 8 / 7,
 			    .n_blocks = 1,
@@ -47,7 +48,7 @@ static void start(const Bench *bench, Pair *pair)
 {
 	bench_apply_settings(bench, &pair->source.params);
 	bench_apply_settings(bench, &pair->destination.params);
-	/* The source's look for them takes CPU time from the pull, at its beginning. */
+	/* The source's scan for zero pages would take CPU time from the start of the pull. */
 	pr_params_set_capability(&pair->source.params, "zero-pages", FALSE, NULL);
 	pair_migrate(pair);
 	side_wait(&pair->destination, PR_STATE_POSTCOPY_ACTIVE);
@@ -58,7 +59,7 @@ typedef struct Sample {
 	uint64_t bytes;
 } Sample;
 
-static Sample look(Pair *pair, gboolean *ret_active)
+static Sample take_sample(Pair *pair, gboolean *ret_active)
 {
 	g_auto(PrMigrationInfo) info = {0};
 	gint64 before = g_get_monotonic_time();
@@ -73,7 +74,7 @@ static double rate_between(Sample from, Sample to)
 	return (double)(to.bytes - from.bytes) * G_USEC_PER_SEC / (double)(to.us - from.us);
 }
 
-/* Samples what has arrived, from the end of the warm-up to the last look that saw the pull in progress. */
+/* Samples the received bytes from the end of the warm-up to the last sample during the pull. */
 static void measure_rate(const Bench *bench, const char *scheme, guint limit, double seconds,
 			 Figures *figures)
 {
@@ -84,10 +85,10 @@ static void measure_rate(const Bench *bench, const char *scheme, guint limit, do
 
 	start(bench, pair);
 	g_usleep(limit ? (gulong)(WARM_UP * G_USEC_PER_SEC) : 0);
-	Sample first = look(pair, &active), last = first;
+	Sample first = take_sample(pair, &active), last = first;
 	while (active) {
 		g_usleep(limit ? SLICE_US : SLICE_US / 10);
-		Sample now = look(pair, &active);
+		Sample now = take_sample(pair, &active);
 		if (!active)
 			break;
 		most = MAX(most, rate_between(last, now));
@@ -125,7 +126,7 @@ static void measure_latency(const Bench *bench, const char *scheme, guint limit,
 	figures->n_faults += latency.n;
 }
 
-/* TRUE: the limit holds. */
+/* Returns whether the limit holds. */
 static gboolean report_limit(const Bench *bench, guint i, const Figures figures[N_LIMITS])
 {
 	const Figures *f = &figures[i], *without = &figures[NO_LIMIT];
@@ -160,7 +161,9 @@ static gboolean report(const Bench *bench, const char *scheme, const Figures fig
 {
 	gboolean hold = TRUE;
 
-	bench_say(bench, "\n%s, medians of %d; faults: %d threads at random pages, %d us of rest\n",
+	bench_say(bench,
+		  "\n%s, medians of %d; faults: %d threads at random pages, "
+		  "a pause of %d us after each\n",
 		  scheme, bench->rounds, N_THREADS, REST_US);
 	bench_say(bench, "  %-10s %12s %6s %7s %8s %11s %6s %12s %6s %7s\n", "limit, MB/s",
 		  "bulk pull", "/limit", "50 ms", "over", "fault mean", "ratio", "fault p99",
@@ -179,7 +182,7 @@ int main(int argc, char **argv)
 	gboolean hold = TRUE;
 	Bench bench;
 
-	bench_begin(&bench, "bench-limit", "- max-postcopy-bandwidth: does it hold?", NULL, &argc,
+	bench_begin(&bench, "bench-limit", "- whether max-postcopy-bandwidth holds", NULL, &argc,
 		    &argv);
 	double seconds = bench.quick ? 0.5 : SECONDS;
 	for (int round = 0; round < bench.rounds; round++)
@@ -193,7 +196,8 @@ int main(int argc, char **argv)
 	for (guint s = 0; s < G_N_ELEMENTS(schemes); s++)
 		hold = report(&bench, schemes[s], figures[s]) && hold;
 	bench_say(&bench,
-		  "'50 ms': the fastest 50 ms, to the limit; 'ratio': to faults without a limit\n"
+		  "'50 ms': the rate of the fastest 50 ms, divided by the limit;\n"
+		  "'ratio': the latency, divided by that of faults without a limit\n"
 		  "all limits hold within %.0f %%: %s\n",
 		  TOLERANCE * 100, hold ? "yes" : "NO");
 	bench_json_number(&bench, "hold", hold);

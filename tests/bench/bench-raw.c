@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * bench-raw [--quick] [ofi|tcp|memory]…: the floors of raw.h as one JSON object. Without names: all of them.
+ * bench-raw [--quick] [ofi|tcp|memory]… prints the floors of raw.h as one JSON object; without
+ * names, all floors.
  */
 #include <gio/gio.h>
 #include <stdio.h>

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What fault-readahead is worth: one thread walks over pages of a guest that has just arrived, in one
- * pattern after the other, with the bulk pull at several speeds. Rounds go through all limits in turn;
- * medians are shown.
+ * The effect of fault-readahead. One thread touches the pages of a guest that has just arrived, in
+ * several patterns and with the bulk pull at several speeds. Each round measures all limits in
+ * turn. The results are medians.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,14 +24,15 @@ static const GOptionEntry options[] = {
 	{"touches", 't', 0, G_OPTION_ARG_INT, &touches, "pages touched a round (100 to 8000)", "N"},
 	{"limits", 'l', 0, G_OPTION_ARG_STRING, &limits_text, "fault-readahead (default 0,8,32)",
 	 "N,N…"},
-	{"only", 'o', 0, G_OPTION_ARG_STRING, &only, "only lines with this in their name", "TEXT"},
+	{"only", 'o', 0, G_OPTION_ARG_STRING, &only, "only measurements whose name contains this",
+	 "TEXT"},
 	{NULL},
 };
 
 typedef struct Pattern {
 	const char *name;
-	uint64_t first, step; /* page of the i-th touch: first + i * step, within the block */
-	gboolean beside;      /* while another thread walks up the other block */
+	uint64_t first, step; /* page of the i-th touch: first + i * step, modulo the block */
+	gboolean beside;      /* another thread touches the other block in ascending order */
 } Pattern;
 
 static const Pattern patterns[] = {
@@ -41,7 +42,7 @@ static const Pattern patterns[] = {
 
 static const struct {
 	const char *name;
-	uint64_t bandwidth; /* of the bulk pull, bytes a second; 0: unlimited */
+	uint64_t bandwidth; /* limit of the bulk pull, bytes a second; 0: unlimited */
 } speeds[] = {{"none", 1}, {"32 MB/s", 32 * MIB}, {"full", 0}};
 
 enum { FAULTS, TOUCH_US, FAULT_US, AHEAD, WAITED, N_FIGURES };
@@ -55,7 +56,7 @@ static uint64_t page_of(const Pattern *pattern, uint64_t i, uint64_t n_pages)
 {
 	if (pattern->step)
 		return (pattern->first + i * pattern->step) % n_pages;
-	return (pattern->first + i * 2654435761u) % n_pages; /* odd: each page once */
+	return (pattern->first + i * 2654435761u) % n_pages; /* the factor is odd: each page once */
 }
 
 static double walk(TestGuest *guest, const Pattern *pattern)
@@ -75,7 +76,7 @@ static double walk(TestGuest *guest, const Pattern *pattern)
 	return (double)(g_get_monotonic_time() - start) / touches;
 }
 
-/* The other thread: what it does counts in `faults`, not in us/touch. */
+/* The second thread. Its touches count in `faults`, not in us/touch. */
 typedef struct Companion {
 	TestGuest *guest;
 	gint stop; /* atomic */

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* bench-size [bitmaps|holes|migrations]…: what grows with the guest's size, and what it costs for each GiB. */
+/* bench-size [bitmaps|holes|migrations]…: the costs that grow with the guest's size, for each
+ * GiB. */
 #include <malloc.h>
 #include <string.h>
 
@@ -8,8 +9,8 @@
 static int gib = 1024, max_mib = 8192;
 
 static const GOptionEntry options[] = {
-	{"gib", 'g', 0, G_OPTION_ARG_INT, &gib, "guest of the bitmaps (1 to 4096; default 1024)",
-	 "GIB"},
+	{"gib", 'g', 0, G_OPTION_ARG_INT, &gib,
+	 "guest size for the bitmaps (1 to 4096; default 1024)", "GIB"},
 	{"max", 'm', 0, G_OPTION_ARG_INT, &max_mib, "largest guest that is moved (default 8192)",
 	 "MIB"},
 	{NULL},
@@ -26,9 +27,9 @@ static void check_arguments(const Bench *bench, char **arguments)
 
 	for (guint i = 1; arguments[i]; i++)
 		if (!g_strv_contains(parts, arguments[i]))
-			bench_usage_error(
-				bench, "'%s': there are bitmaps, holes and migrations; see --help",
-				arguments[i]);
+			bench_usage_error(bench,
+					  "'%s': not one of bitmaps, holes, migrations; see --help",
+					  arguments[i]);
 	if (gib < 1 || gib > 4096)
 		bench_usage_error(bench, "--gib %d: 1 to 4096", gib);
 }
@@ -37,10 +38,10 @@ int main(int argc, char **argv)
 {
 	Bench bench;
 
-	/* Large blocks go back to the kernel when they are freed: memory is measured. */
+	/* free() returns large blocks to the kernel, so that measured memory is memory in use. */
 	mallopt(M_MMAP_THRESHOLD, 128 * 1024);
 	bench_begin(&bench, "bench-size",
-		    "[bitmaps|holes|migrations]… - what grows with the guest's size", options,
+		    "[bitmaps|holes|migrations]… - costs that grow with the guest's size", options,
 		    &argc, &argv);
 	check_arguments(&bench, argv);
 	if (wanted(argv, "holes"))

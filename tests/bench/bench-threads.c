@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Many vCPUs that fault at once: 1 to 64 threads touch random pages of the guest at the destination, each of a
- * slice of its own, while the bulk pull all but stands still. Beside it, in the same round, what the kernel
- * lets through at most: as many threads, their faults continued at once by a bare loop, the data being there.
- * Each with one fault thread and with several; the bare loop then runs in as many threads.
+ * Many vCPUs that fault at once: 1 to 64 threads touch random pages of the guest at the
+ * destination. Each thread has its own slice, and the bulk pull is as good as off. The same round
+ * measures the kernel's ceiling with as many threads: the data is in memory, and a bare loop
+ * continues each fault at once. Both are measured with one fault thread and with several; the bare
+ * loop then runs in as many threads.
  */
 #include <math.h>
 #include <string.h>
@@ -14,9 +15,9 @@
 #include "transport/transport.h"
 
 #define PAGE	      4096ull
-#define TOUCHES	      16000 /* of all threads together, in each measurement */
+#define TOUCHES	      16000 /* all threads together, in each measurement */
 #define QUICK_TOUCHES 1280
-#define FAULTED_PART  0.5 /* less, and it was not faults that were measured */
+#define FAULTED_PART  0.5 /* the least part of the touches that must be faults */
 
 static const guint thread_counts[] = {1, 2, 4, 8, 16, 32, 64};
 /* The ceiling, and the transports. */
@@ -30,10 +31,11 @@ static gint more_fault_threads = 2;
 static char *only_kind;
 
 static const GOptionEntry options[] = {
-	{"threads", 't', 0, G_OPTION_ARG_INT, &only_threads, "measure so many threads alone", "N"},
+	{"threads", 't', 0, G_OPTION_ARG_INT, &only_threads, "measure only this number of threads",
+	 "N"},
 	{"fault-threads", 'f', 0, G_OPTION_ARG_INT, &more_fault_threads,
-	 "beside one fault thread, so many (default 2, at most 8; 1: leave that out)", "N"},
-	{"kind", 'k', 0, G_OPTION_ARG_STRING, &only_kind, "measure this alone: ceiling, ofi, tcp",
+	 "fault threads of the second row (1 to 8; default 2; 1: no such row)", "N"},
+	{"kind", 'k', 0, G_OPTION_ARG_STRING, &only_kind, "measure only this: ceiling, ofi or tcp",
 	 "KIND"},
 	{NULL},
 };
@@ -43,21 +45,21 @@ static guint fault_threads_of(guint row)
 	return row < N_KINDS ? 1 : (guint)more_fault_threads;
 }
 
-/* kind NULL: any. */
+/* kind: NULL stands for any kind. */
 static gboolean is_wanted(guint count, const char *kind)
 {
 	return (only_threads == 0 || (guint)only_threads == count) &&
 	       (!kind || !only_kind || strcmp(only_kind, kind) == 0);
 }
 
-/* Over the rounds; latencies in us, as the threads saw them. */
+/* The figures over all rounds; latencies in us, measured by the threads that touch. */
 typedef struct Figures {
 	Series rate; /* faults a second */
 	Series mean, p50, p99, max;
-	GArray *faults; /* uint64_t: ns, of all rounds */
+	GArray *faults; /* uint64_t: ns; the faults of all rounds */
 } Figures;
 
-static void take(Figures *figures, const TouchResult *result, const char *kind)
+static void add_result(Figures *figures, const TouchResult *result, const char *kind)
 {
 	if (result->faults->len < FAULTED_PART * (double)result->touched)
 		g_error("%s: only %u of %" G_GUINT64_FORMAT " touches were faults", kind,
@@ -97,13 +99,13 @@ static void measure_ceiling(guint n_fault_threads, guint n_threads, guint n_touc
 	if (!guest)
 		g_error("%s", error->message);
 	touch(raw_guest_map(guest), n_pages, n_threads, n_touches, &result);
-	take(figures, &result, "ceiling");
+	add_result(figures, &result, "ceiling");
 }
 
 static void measure_engine(const Bench *bench, const char *scheme, guint n_fault_threads,
 			   guint n_threads, guint n_touches, uint64_t n_pages, Figures *figures)
 {
-	/* One bulk READ, and hours until the next. */
+	/* With this limit, hours pass between the first bulk READ and the second. */
 	PairConfig config = {.scheme = scheme,
 			     .size = n_pages * PAGE,
 			     .n_blocks = 1,
@@ -120,7 +122,7 @@ static void measure_engine(const Bench *bench, const char *scheme, guint n_fault
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
 	touch(testguest_block_map(pair->destination.guest, 0), n_pages, n_threads, n_touches,
 	      &result);
-	take(figures, &result, scheme);
+	add_result(figures, &result, scheme);
 	pr_params_set(&pair->destination.params, "max-postcopy-bandwidth", 0, NULL);
 	pair_wait(pair, PR_STATE_COMPLETED);
 }
@@ -128,7 +130,7 @@ static void measure_engine(const Bench *bench, const char *scheme, guint n_fault
 static void measure(const Bench *bench, const char *kind, guint n_fault_threads, guint n_threads,
 		    guint n_touches, Figures *figures)
 {
-	uint64_t n_pages = n_touches * 2ull; /* 14 of 16 may be touched */
+	uint64_t n_pages = n_touches * 2ull; /* 14 of 16 pages can be touched (touch.c) */
 
 	if (strcmp(kind, "ceiling") == 0)
 		measure_ceiling(n_fault_threads, n_threads, n_touches, n_pages, figures);
@@ -137,7 +139,7 @@ static void measure(const Bench *bench, const char *kind, guint n_fault_threads,
 			       figures);
 }
 
-/* The part of the faults that took at least as long, at eight points for each doubling. */
+/* The part of the faults that took at least this long, at eight points for each doubling. */
 static void report_distribution(const Bench *bench, Figures *figures)
 {
 	guint n = figures->faults->len, i = 0;
@@ -190,8 +192,8 @@ static void report(const Bench *bench, Figures figures[N_COUNTS][N_ROWS])
 {
 	bench_say(
 		bench,
-		"\nThreads that touch random pages, medians of %d; ceiling: the data is there, and a "
-		"bare loop continues each fault\n",
+		"\nThreads that touch random pages, medians of %d; ceiling: the data is in memory, "
+		"and a bare loop continues each fault\n",
 		bench->rounds);
 	bench_say(bench, "  %-8s %5s %10s %9s %9s %9s %10s %9s %10s %10s\n", "", "f.thr",
 		  "faults/s", "mean us", "p50 us", "p99 us", "max us", "n", "rate/ceil.",

@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the bulk pull costs a fault on a link that is the limit: faults of a guest with the pull as good as off, and
- * with it at full speed, and how fast that is beside raw reads. What a fault waits longer is time on the wire of what
- * went ahead of it. The engine is to keep that below 100 us, and the link full.
+ * The effect of the bulk pull on faults where the link is the bottleneck. The benchmark measures
+ * faults with the pull as good as off and with the pull at full speed. It compares the rate of the
+ * pull with that of raw reads. The extra latency of a fault is the time that bytes sent before it
+ * spend on the wire. The engine has to keep it below 100 us, and the link full.
  *
- * The link is the loopback device of a network namespace of our own (needs root): from the source's address to the
- * destination's a token bucket, and another one back.
+ * The link is the loopback device of the program's own network namespace (needs root). A token
+ * bucket limits the direction from the source's address to the destination's, and another one the
+ * opposite direction.
  */
 #include <math.h>
 #include <sched.h>
@@ -17,7 +19,7 @@
 #define MB	   1000000ull
 #define N_THREADS  1
 #define REST_US	   1000
-#define SECONDS	   0.8 /* that the pull lasts beside the faults */
+#define SECONDS	   0.8 /* duration of the pull while faults are measured */
 #define N_QUIET	   200 /* faults without the pull */
 #define SOURCE	   "127.0.0.2"
 #define RAW_READ   (128u * 1024)
@@ -31,16 +33,16 @@ static const char *qdisc = "pfifo limit 4000";
 
 static const GOptionEntry options[] = {
 	{"qdisc", 0, 0, G_OPTION_ARG_STRING, &qdisc,
-	 "what queues before the link (default: \"pfifo limit 4000\")", "TC"},
+	 "queueing discipline of the link (default: \"pfifo limit 4000\")", "TC"},
 	{NULL},
 };
 
-/* Over the rounds. */
+/* The figures of one link over all rounds. */
 typedef struct Figures {
 	Series pull, raw;	     /* bytes a second */
 	Series quiet_p50, quiet_p99; /* us */
 	Series busy_p50, busy_p99;
-	Series ahead; /* us: busy_p50 - quiet_p50 of a round */
+	Series ahead; /* us: busy_p50 - quiet_p50 of each round */
 	guint n_faults;
 } Figures;
 
@@ -61,25 +63,27 @@ static void run(const char *format, ...)
 		g_error("%s: %s", command, complaint);
 }
 
-/* Both ways. What is sent in one piece takes 25 us, as if packets of several connections took turns. */
+/* Limits both directions. The largest segment takes 25 us, so that the packets of several
+ * connections alternate. */
 static void set_link(guint mbit)
 {
 	guint us_bytes = mbit / 8;
 
 	run("ip link set lo gso_max_size %u", MAX(3000, us_bytes * 25));
 	for (guint way = 1; way <= 2; way++) {
-		/* What a timer may be late without the link standing idle: 50 us. */
-		run("tc class replace dev lo parent 1: classid 1:%u htb rate %umbit burst %u cburst %u",
+		/* The burst keeps the link busy when a timer is up to 50 us late. */
+		run("tc class replace dev lo parent 1: classid 1:%u htb "
+		    "rate %umbit burst %u cburst %u",
 		    way, mbit, us_bytes * 50 + 3028, us_bytes * 50 + 3028);
 		run("tc qdisc replace dev lo parent 1:%u handle %u: %s", way, way + 1, qdisc);
 	}
 }
 
-/* Before there are threads. */
+/* Called before the first thread starts: unshare() affects only the calling thread. */
 static void make_namespace(const Bench *bench)
 {
 	if (unshare(CLONE_NEWNET) < 0)
-		bench_usage_error(bench, "no network namespace of its own (%s); run it as root",
+		bench_usage_error(bench, "can't create a network namespace (%s); run it as root",
 				  g_strerror(errno));
 	run("ip link set lo mtu 1500 up");
 	run("tc qdisc add dev lo root handle 1: htb default 1");
@@ -96,7 +100,7 @@ static Pair *start(const Bench *bench, const PairConfig *config)
 	pair->uri = uri;
 	bench_apply_settings(bench, &pair->source.params);
 	bench_apply_settings(bench, &pair->destination.params);
-	/* The source's look for them takes CPU time from the pull. */
+	/* The source's scan for zero pages would take CPU time from the pull. */
 	pr_params_set_capability(&pair->source.params, "zero-pages", FALSE, NULL);
 	return pair;
 }
@@ -126,7 +130,7 @@ static void measure_pull(const Bench *bench, const char *scheme, guint mbit, Fig
 	series_add(&figures->raw, raw);
 }
 
-/* Faults beside a pull of so many bytes a second, 0: all that the link carries. */
+/* Measures faults during a pull. bandwidth: its limit in bytes a second; 0: no limit. */
 static RawLatency measure_faults(const Bench *bench, const char *scheme, guint mbit,
 				 uint64_t bandwidth)
 {
@@ -199,7 +203,7 @@ int main(int argc, char **argv)
 	static Figures figures[G_N_ELEMENTS(schemes)][N_RATES];
 	Bench bench;
 
-	bench_begin(&bench, "bench-wire", "- faults beside the bulk pull on a full link", options,
+	bench_begin(&bench, "bench-wire", "- faults during the bulk pull on a full link", options,
 		    &argc, &argv);
 	make_namespace(&bench);
 	for (int round = 0; round < bench.rounds; round++)
@@ -207,8 +211,8 @@ int main(int argc, char **argv)
 			for (guint i = 0; i < N_RATES; i++)
 				measure(&bench, schemes[s], rates[i], &figures[s][i]);
 	bench_say(&bench,
-		  "\nmedians of %d, us; 'ahead': what the median fault waits longer, and KiB "
-		  "of this link's time; pull in MB/s and to raw reads; queue: %s\n",
+		  "\nmedians of %d, us; 'ahead': extra latency of the median fault, also as KiB "
+		  "on this link; pull in MB/s, and divided by raw reads; queue: %s\n",
 		  bench.rounds, qdisc);
 	bench_say(&bench, "  %-4s %6s %9s %9s %9s %9s %10s %9s %8s %6s %7s\n", "", "Mbit/s", "p50",
 		  "p99", "p50 busy", "p99 busy", "ahead", "KiB", "pull", "/raw", "n");

@@ -85,13 +85,13 @@ static void parse(Bench *bench, const char *summary, const GOptionEntry *more, i
 		{"rounds", 'r', 0, G_OPTION_ARG_INT, &bench->rounds,
 		 "rounds of each measurement (1 to 25; default 3)", "N"},
 		{"quick", 'q', 0, G_OPTION_ARG_NONE, &bench->quick,
-		 "does it work? In seconds; the figures mean nothing", NULL},
+		 "only check that it works, in seconds; the figures mean nothing", NULL},
 		{"set", 'S', 0, G_OPTION_ARG_STRING_ARRAY, &bench->settings,
-		 "a parameter or a capability of both engines (may be repeated)", "NAME=VALUE"},
+		 "set a parameter or a capability of both engines (may be repeated)", "NAME=VALUE"},
 		{"sandbox", 0, 0, G_OPTION_ARG_NONE, &bench->sandbox,
-		 "with the filter of system calls that postroad has", NULL},
+		 "run with the filter of system calls that postroad has", NULL},
 		{"json", 'j', 0, G_OPTION_ARG_FILENAME, &bench->output,
-		 "write the figures there, too; -: to stdout, and no table", "FILE"},
+		 "also write the figures to this file; -: to stdout, without a table", "FILE"},
 		{NULL},
 	};
 	g_autoptr(GOptionContext) context = g_option_context_new(summary);
@@ -108,7 +108,7 @@ static void parse(Bench *bench, const char *summary, const GOptionEntry *more, i
 		bench->rounds = 1;
 }
 
-/* For all threads that there will be. */
+/* The threads that the program starts later inherit the filter. */
 static void enter_sandbox(const Bench *bench)
 {
 	g_autoptr(GError) error = NULL;
@@ -139,7 +139,7 @@ void bench_apply_settings(const Bench *bench, PrParams *params)
 	}
 }
 
-/* So that a mistake is told before anything is measured. */
+/* Reports a wrong setting before the first measurement. */
 static void check_settings(const Bench *bench)
 {
 	PrParams scratch;
@@ -217,7 +217,7 @@ void bench_end(Bench *bench)
 	g_clear_pointer(&bench->settings, g_strfreev);
 }
 
-/* JSON has no NAN: null. */
+/* JSON has no NAN; it becomes null. */
 void bench_json_number(const Bench *bench, const char *name, double value)
 {
 	if (name)

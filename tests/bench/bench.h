@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the benchmark programs share: options, medians, and figures as a table and as JSON. */
+/* Code that the benchmark programs share: options, medians, and figures as a table and as JSON. */
 #pragma once
 
 #include <glib.h>
@@ -11,44 +11,46 @@
 
 #define BENCH_MAX_ROUNDS 25
 
-/* One figure over the rounds. */
+/* The values of one figure, one from each round. */
 typedef struct Series {
 	double value[BENCH_MAX_ROUNDS];
 	guint n;
 } Series;
 
 void series_add(Series *series, double value);
-/* Leaves NANs out. NAN: there are no values. */
+/* Ignores NANs. Returns NAN if there are no values. */
 double series_median(const Series *series);
-/* The median of value / reference, each round's by itself: machines are noisy. */
+/* The median of the ratios value / reference of the single rounds. A machine's load changes between
+ * rounds, and a round's ratio does not show it. */
 double series_ratio(const Series *series, const Series *reference);
 
 typedef struct Bench {
 	const char *name;
 	int rounds;
-	gboolean quick;	   /* does it work? The figures mean nothing */
-	gboolean sandbox;  /* as postroad's */
-	char **settings;   /* NAME=VALUE: for the engines; or NULL */
-	char *output;	   /* where the JSON goes; "-": stdout, and no table; NULL: nowhere */
+	gboolean quick;	   /* a check that the program works; the figures mean nothing */
+	gboolean sandbox;  /* run with postroad's filter of system calls */
+	char **settings;   /* NAME=VALUE for the engines; or NULL */
+	char *output;	   /* file for the JSON; "-": stdout, without a table; NULL: no JSON */
 	JsonBuilder *json; /* inside the outermost object */
 	gint64 began;
 } Bench;
 
-/* Takes --rounds, --quick, --set and --json, and the program's own options; leaves other arguments. Exits when an
- * option is wrong, or with the help. Engines' messages are not shown. */
+/* Parses --rounds, --quick, --set, --sandbox, --json, and the program's own options. Other
+ * arguments stay in argv. Exits when an option is wrong, or with the help. Hides the engines'
+ * messages. */
 void bench_begin(Bench *bench, const char *name, const char *summary, const GOptionEntry *more,
 		 int *argc, char ***argv);
-/* Writes the JSON, says how long it took, and frees what the Bench has. */
+/* Writes the JSON, prints the duration, and frees the contents of the Bench. */
 void bench_end(Bench *bench);
 
-/* A parameter or a capability (on, off), as an operator types it. */
+/* Sets a parameter or a capability (on, off) from the text that an operator types. */
 gboolean bench_set(PrParams *params, const char *name, const char *value, GError **error);
-/* What --set says. */
+/* Applies the settings of --set. */
 void bench_apply_settings(const Bench *bench, PrParams *params);
 
 /* Exits with status 2. */
 G_NORETURN void bench_usage_error(const Bench *bench, const char *format, ...) G_GNUC_PRINTF(2, 3);
-/* A line or a part of it, for the reader. */
+/* Prints text of the table, unless stdout has the JSON. */
 void bench_say(const Bench *bench, const char *format, ...) G_GNUC_PRINTF(2, 3);
 
 void bench_json_number(const Bench *bench, const char *name, double value);

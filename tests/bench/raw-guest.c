@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The kernel's ceiling: a mapping whose faults a bare loop continues at once, the data being there. */
+/* The kernel's ceiling: a bare loop continues the faults of a mapping at once. The data is in
+ * memory. */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -45,7 +46,7 @@ static gboolean continue_some(RawGuest *guest)
 	return got > 0;
 }
 
-/* Polls for spin_us after the last fault, then sleeps: as the engine does it. */
+/* Like the engine, polls for spin_us after the last fault, and then sleeps. */
 static gpointer continue_thread(gpointer opaque)
 {
 	RawGuest *guest = opaque;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the files of raw.h share. */
+/* Code that the files of raw.h share. */
 #pragma once
 
 #include <glib.h>
@@ -12,7 +12,7 @@ typedef struct RawMemory {
 } RawMemory;
 
 #define RAW_MEMORY_INIT ((RawMemory){.fd = -1})
-/* Filled: its pages are there already. */
+/* filled: the pages are allocated and have data. */
 gboolean raw_memory_init(RawMemory *memory, uint64_t size, gboolean filled, GError **error);
 void raw_memory_clear(RawMemory *memory);
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(RawMemory, raw_memory_clear)
@@ -20,5 +20,5 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(RawMemory, raw_memory_clear)
 uint64_t raw_now_ns(void);
 /* Sets "WHAT: strerror(errno)"; returns FALSE. */
 gboolean raw_errno(const char *what, GError **error);
-/* A userfaultfd for minor faults of a shared mapping, non-blocking; or -1. */
+/* Returns a non-blocking userfaultfd for minor faults of a shared mapping; or -1. */
 int raw_minor_uffd(uint8_t *at, uint64_t size, GError **error);

@@ -16,10 +16,10 @@
 #include "tests/bench/raw.h"
 
 #define PAGE	      4096
-#define LATENCY_PAGES 1024 /* are read over and over */
+#define LATENCY_PAGES 1024 /* pages that the READs repeat in turn */
 #define KEY	      1
 #define CONNECT_MS    5000
-#define SERVE_MS      10 /* how long the source sleeps in libfabric before it looks for the end */
+#define SERVE_MS      10 /* longest sleep of the source in libfabric; then it checks for the end */
 
 typedef struct End {
 	struct fi_info *info;
@@ -86,7 +86,7 @@ static int open_endpoint(End *end, struct fi_info *info, guint window)
 	return err ? err : fi_enable(end->ep);
 }
 
-/* Waits for that event. */
+/* Waits for the event `wanted`. */
 static int await_event(End *end, uint32_t wanted, struct fi_eq_cm_entry *ret)
 {
 	uint32_t type;
@@ -105,7 +105,8 @@ static gboolean is_over(End *end)
 	return fi_eq_read(end->eq, &type, &entry, sizeof(entry), 0) != -FI_EAGAIN;
 }
 
-/* The source: accepts, then only makes progress. Returns an error number as a pointer. */
+/* The source accepts the connection, and then only makes progress. Returns an error number as a
+ * pointer. */
 static gpointer source_thread(gpointer opaque)
 {
 	Bench *bench = opaque;
@@ -221,7 +222,7 @@ static void bench_clear(Bench *bench)
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Bench, bench_clear)
 
-/* Where the peer's memory begins, as it wants to be addressed. */
+/* Returns the start of the peer's memory: an address or 0, as the provider's mr_mode demands. */
 static uint64_t remote_base(Bench *bench)
 {
 	int mode = bench->destination.info->domain_attr->mr_mode;
@@ -239,7 +240,7 @@ static gboolean post(Bench *bench, uint64_t offset, uint64_t length, struct fi_c
 	return err ? fi_failed("READ", (int)err, error) : TRUE;
 }
 
-/* Returns how many READs completed, -1 on error. */
+/* Returns the number of completed READs; -1: error. */
 static gssize await_reads(Bench *bench, struct fi_cq_entry *ret, gsize max, GError **error)
 {
 	struct fid_cq *cq = bench->destination.cq;

@@ -11,7 +11,7 @@
 #include "tests/bench/raw.h"
 
 #define PAGE	      4096
-#define LATENCY_PAGES 1024 /* are read over and over */
+#define LATENCY_PAGES 1024 /* pages that the reads repeat in turn */
 
 typedef struct Request {
 	uint64_t offset, length;
@@ -69,7 +69,7 @@ static gboolean connect_pair(int listener, int ret[2], GError **error)
 }
 
 typedef struct Pair {
-	int fds[2]; /* client's, server's */
+	int fds[2]; /* of the client, of the server */
 	Server server;
 	GThread *thread;
 	RawMemory to;
@@ -108,7 +108,7 @@ static void pair_clear(Pair *pair)
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Pair, pair_clear)
 
-static gboolean ask(Pair *pair, uint64_t offset, uint64_t length, GError **error)
+static gboolean send_request(Pair *pair, uint64_t offset, uint64_t length, GError **error)
 {
 	Request request = {offset, length};
 
@@ -119,14 +119,15 @@ static gboolean ask(Pair *pair, uint64_t offset, uint64_t length, GError **error
 gboolean raw_tcp_rate(uint64_t total, uint32_t size, guint window, double *ret_rate, GError **error)
 {
 	g_auto(Pair) pair = PAIR_INIT;
-	uint64_t asked = 0, begin;
+	uint64_t requested = 0, begin;
 
 	if (!pair_init(&pair, total, error))
 		return FALSE;
 	begin = raw_now_ns();
 	for (uint64_t at = 0; at < total; at += size) {
-		for (; asked < total && asked - at < (uint64_t)window * size; asked += size)
-			if (!ask(&pair, asked, MIN(size, total - asked), error))
+		for (; requested < total && requested - at < (uint64_t)window * size;
+		     requested += size)
+			if (!send_request(&pair, requested, MIN(size, total - requested), error))
 				return FALSE;
 		if (!transfer(pair.fds[0], pair.to.at + at, MIN(size, total - at), FALSE))
 			return raw_errno("recv", error);
@@ -145,7 +146,7 @@ gboolean raw_tcp_latency(guint n, RawLatency *ret, GError **error)
 	for (guint i = 0; i < n; i++) {
 		uint64_t begin = raw_now_ns(), offset = (uint64_t)(i % LATENCY_PAGES) * PAGE;
 
-		if (!ask(&pair, offset, PAGE, error))
+		if (!send_request(&pair, offset, PAGE, error))
 			return FALSE;
 		if (!transfer(pair.fds[0], pair.to.at + offset, PAGE, FALSE))
 			return raw_errno("recv", error);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What a recovery costs that grows with the guest: the received bitmap encoded, decoded and turned into the dirty
- * bitmap, for a guest of the given size (1 TiB) in pages of 4 KiB. Memory is the bitmaps themselves.
+ * The costs of a recovery that grow with the guest: to encode the received bitmap, to decode it,
+ * and to rebuild the dirty bitmap from it. The guest has the given size (default 1 TiB) and pages
+ * of 4 KiB. The memory measured is that of the bitmaps themselves.
  */
 #include <string.h>
 #include <sys/resource.h>
@@ -48,7 +49,7 @@ static double rebuild_ms(const unsigned long *received, uint64_t n_words)
 {
 	g_autofree unsigned long *dirty = g_new(unsigned long, n_words);
 
-	/* The engine has it already. */
+	/* The engine's dirty bitmap exists before the recovery, so its pages are allocated. */
 	memset(dirty, 1, n_words * sizeof(*dirty));
 	gint64 began = g_get_monotonic_time();
 	for (uint64_t i = 0; i < n_words; i++)
@@ -109,7 +110,7 @@ void size_bitmaps(const Bench *bench, uint64_t gib)
 	g_autofree unsigned long *bits = g_new(unsigned long, pr_bitmap_words(n_pages));
 
 	bench_say(bench,
-		  "\nThe received bitmap in a recovery, a guest of %" G_GUINT64_FORMAT
+		  "\nThe received bitmap in a recovery of a guest of %" G_GUINT64_FORMAT
 		  " GiB; times in ms, medians of %d\n  %-20s %-5s %10s %9s %9s %9s %9s %12s\n",
 		  gib, bench->rounds, "received", "sent", "bytes", "encode", "decode", "rebuild",
 		  "all", "ms per GiB");
@@ -125,6 +126,6 @@ void size_bitmaps(const Bench *bench, uint64_t gib)
 	bench_json_end_array(bench);
 	bench_json_number(bench, "peak_mib", peak_mib());
 	bench_json_end_object(bench);
-	bench_say(bench, "  peak memory %.0f MiB, of which the bitmap itself %.0f MiB\n",
-		  peak_mib(), (double)pr_bitmap_words(n_pages) * sizeof(*bits) / (1 << 20));
+	bench_say(bench, "  peak memory %.0f MiB; the bitmap itself has %.0f MiB\n", peak_mib(),
+		  (double)pr_bitmap_words(n_pages) * sizeof(*bits) / (1 << 20));
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The source looks for holes while its guest is stopped: lseek(SEEK_DATA) and (SEEK_HOLE) over the memfd. */
+/* The source's scan for holes while its guest is stopped: lseek() with SEEK_DATA and SEEK_HOLE. */
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -15,7 +15,7 @@
 static const struct {
 	const char *name;
 	uint64_t size, quick_size;
-	uint64_t run, every; /* bytes that hold data out of so many; 0: none */
+	uint64_t run, every; /* the first `run` bytes of each `every` bytes are data; 0: none */
 } cases[] = {
 	{"all data", 2 * GIB, 64 * MIB, 2 * MIB, 2 * MIB},
 	{"every other 2 MiB", 4 * GIB, 64 * MIB, 2 * MIB, 4 * MIB},
@@ -24,7 +24,7 @@ static const struct {
 	{"nothing", 1024 * GIB, 16 * GIB, 0, 0},
 };
 
-/* Written to, as a guest does: memory that was only allocated counts as a hole. */
+/* Writes the data as a guest does: memory that was only allocated counts as a hole. */
 static int make_memfd(uint64_t size, uint64_t run, uint64_t every)
 {
 	int fd = memfd_create("holes", MFD_CLOEXEC);
@@ -41,7 +41,7 @@ static int make_memfd(uint64_t size, uint64_t run, uint64_t every)
 	return fd;
 }
 
-/* As the engine's switch-over does it, without sending. Returns ns. */
+/* Scans like the engine in the switch-over, but sends nothing. Returns ns. */
 static uint64_t scan(const PrRamBlock *block, guint *ret_extents)
 {
 	uint64_t began = raw_now_ns();
@@ -81,7 +81,7 @@ static void measure(const Bench *bench, guint i)
 void size_holes(const Bench *bench)
 {
 	bench_say(bench,
-		  "\nThe source's look for holes, its guest being stopped; medians of %d\n"
+		  "\nThe source's scan for holes while its guest is stopped; medians of %d\n"
 		  "  %-22s %12s %9s %13s %13s\n",
 		  bench->rounds, "memory that holds data", "size", "extents", "scan", "per GiB");
 	bench_json_array(bench, "holes");

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Whole migrations of guests of different sizes: what is proportional to the size, and where in the downtime. To see
- * that, both sides' guests note when the engines call them.
+ * Whole migrations of guests of different sizes show the costs that grow with the size, and their
+ * part of the downtime. The guests of both sides record the times at which the engines call them.
  *
- * The test guest's device state is 1 MiB for each GiB; a VMM's does not grow with its RAM. It shows in "state".
+ * The test guest has 1 MiB of device state for each GiB of RAM, and the column "state" shows it. A
+ * VMM's device state does not grow with its RAM.
  */
 #include <math.h>
 #include <string.h>
@@ -12,20 +13,20 @@
 #include "tests/rigs/pair.h"
 
 #define MIB	    (1024ull * 1024)
-#define MARGIN	    (1024 * MIB) /* of memory that stays free */
-#define LARGE_MIB   4096	 /* from there on, one round */
+#define MARGIN	    (1024 * MIB) /* memory that stays free */
+#define LARGE_MIB   4096	 /* guests of this size and more have one round */
 #define MAX_SIZES   8
 #define PACE_US	    1000 /* the guest's thread reads and writes 16 pages each time */
-#define STATE_SHARE 1024 /* bytes of RAM for a byte of the test guest's device state */
+#define STATE_SHARE 1024 /* bytes of RAM for each byte of the test guest's device state */
 
 static const guint sizes_mib[] = {256, 1024, 2048, 4096, 8192};
 
-/* A guest's operations, and when they were called last: us. */
+/* A guest's operations, and the times of their last calls in us. */
 typedef struct Watch {
 	PrGuestOps ops;
 	const PrGuestOps *real;
-	gint64 stopped, save_began, saved;			     /* source */
-	gint64 fault_on_began, uffd_enable, load_began, loaded, ran; /* destination */
+	gint64 stopped, save_began, saved;				 /* source */
+	gint64 uffd_enable_began, uffd_enabled, load_began, loaded, ran; /* destination */
 } Watch;
 
 static Watch *watch_of(PrGuest *guest)
@@ -52,9 +53,9 @@ static gboolean watched_save(PrGuest *guest, GCancellable *cancel, PrGuestSink s
 
 static int watched_uffd_enable(PrGuest *guest, GError **error)
 {
-	watch_of(guest)->fault_on_began = g_get_monotonic_time();
+	watch_of(guest)->uffd_enable_began = g_get_monotonic_time();
 	int fd = watch_of(guest)->real->uffd_enable(guest, error);
-	watch_of(guest)->uffd_enable = g_get_monotonic_time();
+	watch_of(guest)->uffd_enabled = g_get_monotonic_time();
 	return fd;
 }
 
@@ -80,7 +81,7 @@ static gboolean watched_run(PrGuest *guest, GError **error)
 	return done;
 }
 
-/* Before the engine calls the guest. */
+/* Called before the engine calls the guest. */
 static void watch_begin(Watch *watch, PrGuest *guest)
 {
 	*watch = (Watch){.ops = *guest->ops, .real = guest->ops};
@@ -109,7 +110,7 @@ typedef struct Figures {
 	Series of[N_COLUMNS];
 } Figures;
 
-/* Private memory of this process, in bytes; memfds are not. */
+/* Returns the private memory of this process in bytes; memfds do not count. */
 static double anonymous_memory(void)
 {
 	g_autofree char *text = NULL;
@@ -126,7 +127,7 @@ static double ms_between(gint64 from, gint64 to)
 	return (double)(to - from) / 1000;
 }
 
-static void take_times(Figures *f, Pair *pair, const Watch *here, const Watch *there)
+static void add_times(Figures *f, Pair *pair, const Watch *here, const Watch *there)
 {
 	Side *source = &pair->source, *destination = &pair->destination;
 	gint64 began = side_reported_at(source, PR_STATE_SETUP);
@@ -137,14 +138,14 @@ static void take_times(Figures *f, Pair *pair, const Watch *here, const Watch *t
 	g_auto(PrMigrationInfo) info = {0};
 
 	pr_migration_query(destination->engine, &info);
-	g_assert(here->stopped && here->save_began && there->uffd_enable && there->ran);
+	g_assert(here->stopped && here->save_began && there->uffd_enabled && there->ran);
 	series_add(&f->of[TOTAL], ms_between(began, completed));
 	series_add(&f->of[SETUP], ms_between(began, device));
 	series_add(&f->of[DOWNTIME], ms_between(device, there->ran));
 	series_add(&f->of[STOP], ms_between(device, here->stopped));
 	series_add(&f->of[HOLES], ms_between(here->stopped, here->save_began));
 	series_add(&f->of[STATE], ms_between(here->save_began, handed_over));
-	series_add(&f->of[FAULT_MODE], ms_between(there->fault_on_began, there->uffd_enable));
+	series_add(&f->of[FAULT_MODE], ms_between(there->uffd_enable_began, there->uffd_enabled));
 	series_add(&f->of[RUN], ms_between(handed_over, there->ran));
 	series_add(&f->of[PULL], (double)info.transferred / (double)(completed - pull_began));
 }
@@ -167,8 +168,8 @@ static void migrate(const Bench *bench, const char *scheme, Figures *f)
 	double active = anonymous_memory();
 	pair_wait(pair, PR_STATE_COMPLETED);
 	double during = MAX(active, anonymous_memory());
-	take_times(f, pair, &here, &there);
-	/* The incoming guest's device state is the guest's own. */
+	add_times(f, pair, &here, &there);
+	/* The device state of the incoming guest is memory of the test guest. */
 	series_add(&f->of[MEMORY], (during - before - (double)size / STATE_SHARE) / (double)MIB);
 	if (testguest_corrupt(pair->destination.guest) > 0)
 		g_error("%s, %u MiB: the guest found corrupt pages", scheme, f->mib);
@@ -191,7 +192,8 @@ static gboolean enough_memory(const Bench *bench, guint mib)
 
 static void report_head(const Bench *bench, const char *scheme)
 {
-	bench_say(bench, "\nWhole migrations over %s, medians of %d (%d MiB and more: of 1)\n  %7s",
+	bench_say(bench,
+		  "\nWhole migrations over %s, medians of %d (%d MiB and more: one round)\n  %7s",
 		  scheme, bench->rounds, LARGE_MIB, "MiB");
 	for (guint c = 0; c < N_COLUMNS; c++)
 		bench_say(bench, " %11s", columns[c].name);
@@ -215,7 +217,7 @@ static void report(const Bench *bench, const Figures *f)
 	bench_json_end_object(bench);
 }
 
-/* What a GiB more costs, from the smallest guest to the largest. */
+/* Reports the cost of each GiB, from the smallest guest and the largest. */
 static void report_slope(const Bench *bench, const Figures *small, const Figures *large)
 {
 	double gib = (large->mib - small->mib) / 1024.0;
@@ -271,7 +273,8 @@ void size_migrations(const Bench *bench, guint max_mib)
 	bench_json_end_object(bench);
 	bench_say(
 		bench,
-		"  downtime = stop + holes + state + run. holes: the source's look for them, and grants;\n"
-		"  state: the device state, 1 MiB for each GiB of this guest (not so in a VMM), and the\n"
-		"  destination's fault mode, which it waits for; memory: private, both engines together\n");
+		"  downtime = stop + holes + state + run. holes: the source's scan for holes, and\n"
+		"  grants; state: the device state, 1 MiB for each GiB of this guest (a VMM's\n"
+		"  does not grow with its RAM), and the destination's fault mode, for which the\n"
+		"  source waits; memory: private memory of both engines together\n");
 }

@@ -13,20 +13,21 @@
 typedef struct Toucher {
 	Touch *touch;
 	GThread *thread;
-	GArray *pages;	/* uint32_t: its slice, in the order of the touches */
+	GArray *pages;	/* uint32_t: the pages of its slice, in the order of the touches */
 	GArray *faults; /* uint64_t: ns */
 	guint64 touched;
 } Toucher;
 
 struct Touch {
 	TouchConfig config; /* constant */
-	Toucher *touchers;  /* each thread's own */
+	Toucher *touchers;  /* each is used by its own thread until touch_finish() has joined it */
 	pthread_barrier_t start;
 	gint stop;	   /* atomic */
-	uint64_t began_ns; /* the owner's */
+	uint64_t began_ns; /* used by the owner of the Touch alone */
 };
 
-static gboolean travels(uint64_t page)
+/* The test guest leaves 2 of 16 pages as holes or zeros; these are not sent. */
+static gboolean is_sent(uint64_t page)
 {
 	return page % 16 >= 2;
 }
@@ -41,7 +42,7 @@ static void choose_pages(Toucher *toucher, guint index)
 	toucher->pages = g_array_new(FALSE, FALSE, sizeof(uint32_t));
 	for (uint64_t page = from; page < to; page++) {
 		uint32_t number = (uint32_t)page;
-		if (travels(page))
+		if (is_sent(page))
 			g_array_append_val(toucher->pages, number);
 	}
 	for (guint i = toucher->pages->len; i > 1; i--) {
@@ -57,7 +58,7 @@ static void choose_pages(Toucher *toucher, guint index)
 		g_array_set_size(toucher->pages, config->n_each);
 }
 
-/* How a fault that waited is counted depends on the kernel. */
+/* The kernel's version decides whether a fault that waited counts as major or minor. */
 static long faults_so_far(void)
 {
 	struct rusage usage;

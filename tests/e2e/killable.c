@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Linked into the engine, which then kills itself at a crash point (migration/core/crash-point.h),
- * or its attach helper does (guest/attach/crash-point.h). POSTROAD_KILL=NAME[:N] kills it with SIGKILL
- * when it reaches the point for the N-th time. POSTROAD_KILL=list prints the names of the engine's
- * points, list-attach those of the helper's. POSTROAD_FREEZE=NAME[:N] stops it there with SIGSTOP
- * instead; it continues when it gets SIGCONT.
+ * With this file linked in, the engine kills itself at a crash point
+ * (migration/core/crash-point.h), or its attach helper does (guest/attach/crash-point.h).
+ * POSTROAD_KILL=NAME[:N] kills the process with SIGKILL when it reaches the point the N-th time.
+ * POSTROAD_KILL=list prints the names of the engine's points, list-attach those of the helper's.
+ * POSTROAD_FREEZE=NAME[:N] stops the process there with SIGSTOP instead; it continues at SIGCONT.
  */
 #include <signal.h>
 #include <stdio.h>

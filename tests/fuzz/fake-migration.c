@@ -6,7 +6,7 @@
 void fake_migration_set(PrMigration *migration, PrState state)
 {
 	migration->state = state;
-	pr_monitor_on_state(state, "asked to", migration->monitor);
+	pr_monitor_on_state(state, "fake reason", migration->monitor);
 }
 
 static gboolean check_uris(const char *text, gboolean listening, GError **error)
@@ -60,7 +60,7 @@ void pr_migration_query(PrMigration *migration, PrMigrationInfo *ret)
 	*ret = (PrMigrationInfo){
 		.role = PR_ROLE_SOURCE,
 		.state = migration->state,
-		.reason = g_strdup("asked to"),
+		.reason = g_strdup("fake reason"),
 		.uuid = "5a8c",
 		.total = 64 << 20,
 		.remaining = 16 << 20,

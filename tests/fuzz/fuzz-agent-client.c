@@ -138,7 +138,7 @@ static void check_regions(GError **error)
 	}
 }
 
-/* Makes one call. The error tells whether it succeeded. */
+/* Makes one call. An error is set if it failed. */
 static void call(guint which, GError **error)
 {
 	gboolean was_running;

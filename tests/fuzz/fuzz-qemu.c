@@ -164,7 +164,7 @@ static gboolean load_early(GError **error)
 	return pr_qemu_load_early(rig.load, section->data, section->len, error);
 }
 
-static void ask_all(PrGuestRole role)
+static void run_all_calls(PrGuestRole role)
 {
 	g_autoptr(GError) check_error = NULL, ram_error = NULL, state_error = NULL;
 	gboolean ok = pr_qemu_check(rig.qmp, role, TRUE, &check_error);
@@ -192,7 +192,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	g_assert(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) == 0);
 	rig.qemu_fd = fds[1];
 	open_qmp(fds[0]);
-	ask_all(fuzz_u8(&rig.input) & 1 ? PR_GUEST_DESTINATION : PR_GUEST_SOURCE);
+	run_all_calls(fuzz_u8(&rig.input) & 1 ? PR_GUEST_DESTINATION : PR_GUEST_SOURCE);
 	close_qmp();
 	close(fds[1]);
 	g_assert_cmpint(next_fd, ==, fuzz_next_fd());

@@ -36,12 +36,13 @@ void reach_listener_free(PrListener *listener)
 
 void reach_listener_accept(PrListener *listener, int fd)
 {
-	/* A connection that comes in while this one's HELLO is handled waits in its own call of this function. */
+	/* A connection that arrives while this HELLO is handled waits in its own call of this
+	 * function. */
 	guint others = listener->pending->len;
 
 	accept_conn(listener, fd);
 	while (listener->pending->len > others) {
-		/* It has said nothing yet: the next bytes of the script are sent here. */
+		/* The connection has sent nothing yet: this sends the next bytes of the script. */
 		fuzz_wait_fd(fd, POLLIN, 0, NULL);
 		if (!advance(listener, listener->pending->pdata[others]))
 			g_ptr_array_remove_index(listener->pending, others);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A data path of rdma: between the lab's hosts, driven step by step: host a is the source, host b
+"""Drives a data path of rdma: between the lab's hosts step by step. Host a is the source, host b
 the destination.
 
 On each host one rdma-pair process (tests/roce/pair/) serves one test after another. It is replaced
@@ -30,9 +30,10 @@ class Spoiled(LabError):
     """rdma_cm makes no connection over rail 1 any more, for any program."""
 
 
-def nobody_connects(lab):
-    """Whether rping gets no answer over rail 1. A message of rdma_cm that soft-RoCE could not send
-    may spoil a device's management queue pair until the device is made anew (soft-roce/README.md).
+def is_spoiled(lab):
+    """Returns whether rping gets no answer over rail 1. A message of rdma_cm that soft-RoCE could
+    not send may spoil a device's management queue pair until the device is recreated
+    (soft-roce/README.md).
     """
     server = lab.b.popen("rping", "-s", "-a", lab.b.address(1), "-C", "1")
     try:
@@ -40,7 +41,7 @@ def nobody_connects(lab):
         done = lab.a.run("timeout", "8", "rping", "-c", "-a", lab.b.address(1), "-C", "1", timeout=30)
     finally:
         server.kill()
-    return done.returncode == 124  # of timeout; a refusal is an answer, too
+    return done.returncode == 124  # the exit code of timeout; a refusal also counts as an answer
 
 
 class Program:
@@ -64,7 +65,7 @@ class Program:
         self.process.write((" ".join(map(str, words)) + "\n").encode())
 
     def answer(self, seconds=90):
-        """The text behind "ok". LabError with the text behind "error"."""
+        """Returns the text after "ok", or raises LabError with the text after "error"."""
         deadline = time.monotonic() + seconds
         while (line := self._next_line()) is None:
             expect(self.process.alive() or not self.lines.empty(), f"rdma-pair has ended: {self.error_text()}")
@@ -84,7 +85,7 @@ class Program:
         return self.answer(seconds)
 
     def resources(self):
-        """Descriptors, threads, pinned bytes, and the bytes in each block of a side."""
+        """Returns descriptors, threads, pinned bytes, and the bytes in each block of a side."""
         fds, threads, pinned, *blocks = map(int, self.do("resources").split())
         return {"fds": fds, "threads": threads, "pinned": pinned * KIB, "blocks": [n * KIB for n in blocks]}
 
@@ -92,7 +93,7 @@ class Program:
         return self.errors.decode(errors="replace")
 
     def expect_no_complaint(self):
-        """Standard error has no warning and no report of a sanitizer since the last call."""
+        """Expects no warning and no sanitizer's report on standard error since the last call."""
         text = self.error_text()
         self.errors.clear()
         expect(not any(mark in text for mark in BAD_WORDS), f"rdma-pair on host {self.host.name}: {text}")
@@ -113,7 +114,7 @@ class Programs:
         self.running = ()
 
     def both(self):
-        """(source, destination)"""
+        """Returns (source, destination)."""
         if not all(program.process.alive() for program in self.running):
             self.kill()
         if not self.running:
@@ -121,7 +122,7 @@ class Programs:
         return self.running
 
     def end(self):
-        """Ends both. LabError if one ends with an error."""
+        """Ends both. Raises LabError if one ends with an error."""
         running, self.running = self.running, ()
         on_each(running, Program.end) if running else None
 
@@ -142,7 +143,7 @@ class Side:
         self.do("begin", role, uri)
 
     def refuses(self, *words):
-        """The reason for which a command is refused."""
+        """Returns the reason for which a command is refused."""
         try:
             self.do(*words)
             if (self.name, words[0]) == ("destination", "open"):
@@ -156,8 +157,8 @@ class Pair:
     """Source and destination over rail 1, for one test."""
 
     def __init__(self, programs, options="", notes=None, fresh=False):
-        """options: of the URI. notes: lines for the report. fresh: in new processes, which have no
-        device open."""
+        """options: of the URI. notes: lines for the report. fresh: start new processes, which have
+        no device open."""
         self.lab, self.programs = programs.lab, programs
         self.uri = f"rdma:{self.lab.b.address(1)}:{PORT}" + (f"?{options}" if options else "")
         self.notes = [] if notes is None else notes
@@ -193,12 +194,15 @@ class Pair:
         self.device_removed |= fault == "rdma-del"
 
     def mend(self):
-        """Makes rail 1 whole. Waits until the paths have ended that were closed while it was down:
-        a rail that goes down again in that moment would spoil the device."""
+        """Restores rail 1. Waits for the end of the paths that were closed while it was down: a
+        rail that goes down again at that moment would spoil the device."""
         self.restore()
         for side, threads in self.threads:
             wait_until(
-                f"{side.name} keeps no closed path", 60, lambda s=side, n=threads: s.resources()["threads"] == n, 0.1
+                f"{side.name} keeps no closed path",
+                60,
+                lambda s=side, n=threads: s.resources()["threads"] == n,
+                0.1,
             )
 
     def restore(self):
@@ -208,7 +212,7 @@ class Pair:
     # Beginning and end
 
     def other(self, role, wrapper=(), port=PORT):
-        """One more side, in a process of its own."""
+        """Starts one more side, in a process of its own."""
         host = self.lab.a if role == "source" else self.lab.b
         program = Program(host, self.programs.path, wrapper)
         self.others.append(program)
@@ -255,14 +259,14 @@ class Pair:
         self.destination.answer()
 
     def _try_open(self):
-        """A destination may not listen yet after its device came back."""
+        """Tries once: a destination may not listen yet after its device came back."""
         try:
             self.source.do("open", self.epoch, CONNECT_MS)
             return True
         except LabError as error:
             if "nobody listens" in str(error):
                 return False
-            if "no answer in time" in str(error) and nobody_connects(self.lab):
+            if "no answer in time" in str(error) and is_spoiled(self.lab):
                 raise Spoiled(str(error)) from None
             raise
 
@@ -277,19 +281,19 @@ class Pair:
         return self.grant()
 
     def close(self):
-        """Returns what draining took, in microseconds."""
+        """Returns the duration of draining in microseconds."""
         return [int(side.do("close")) for side in self.sides]
 
     def fill(self, block, offset, length, seed=1):
         self.source.do("fill", block, offset, length, seed)
 
     def check(self, block, offset, length, size=64 * KIB, lane=1, seed=1):
-        """READs of `size` bytes, one by one, have to bring what fill() wrote."""
+        """Expects that READs of `size` bytes, one by one, fetch the bytes that fill() wrote."""
         self.destination.do("check", lane, block, offset, length, size, seed)
 
 
 def at_rest(program, threads):
-    """Whether a process without a side has given back what tests took."""
+    """Returns whether a process without a side has released the resources of the tests."""
     found = program.resources()
     expect(found["pinned"] == 0, f"rdma-pair on host {program.host.name} has pinned memory without a side: {found}")
     return found["threads"] <= threads

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs groups of tests on RoCE labs. Two labs run at a time, since tests wait a good deal. Each
-belongs to a process of its own (a worker), which takes one test after another.
+"""Runs groups of tests on RoCE labs. Two labs run at a time, since tests often wait. Each lab
+belongs to its own process (a worker), which runs one test after another.
 
-No test can hang: a test that exceeds its bound is interrupted and fails. If what it leaves behind
-cannot be cleared away in time, the next test gets a lab that is booted anew. When the program ends,
-in whatever way, so does all that it has started (supervisor.py)."""
+No test can hang: a test that exceeds its bound is interrupted and fails. If its remains cannot be
+removed in time, the next test gets a newly booted lab. All processes that the program has started
+end with it, however it ends (supervisor.py)."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ from roce_lab import KERNELS, RAILS, Lab, LabError, start_time  # noqa: E402
 from supervisor import supervise  # noqa: E402
 
 WORKERS = 2
-ENOUGH = 8  # tests; the boot of a second lab pays for more
+ENOUGH = 8  # tests; only for more tests a second lab saves more time than its boot takes
 CASE_SECONDS = 400
 CLEANING_SECONDS = 60
 FORK = multiprocessing.get_context("fork")
@@ -42,16 +42,16 @@ class Group:
 
     name: str
     cases: list  # (name, test)
-    perform: object  # (subject, test, notes): runs a test, raises if it fails; notes: for the report
-    subject: object  # (lab, build): makes what all tests on one lab share; its end() may fail
+    perform: object  # (subject, test, notes): runs a test, raises if it fails; notes: report lines
+    subject: object  # (lab, build): creates the object that the tests on a lab share; has an end()
     seconds: int = CASE_SECONDS  # bound of a test
     hosts: dict = field(default_factory=dict)  # needs of the lab's hosts: fields of roce_lab.Spec
 
 
 @contextmanager
 def bounded(seconds):
-    """Raises OutOfTime in the main thread after that time, and again each CLEANING_SECONDS: this
-    bounds the cleaning, too."""
+    """Raises OutOfTime in the main thread after that time. Raises it again each CLEANING_SECONDS,
+    so that cleaning up is bounded, too."""
 
     def stop(_number, _frame):
         raise OutOfTime(f"it was interrupted after its bound of {seconds} s")
@@ -66,7 +66,7 @@ def bounded(seconds):
 
 
 class LabUser:
-    """Has a lab for tests, which need different kinds of hosts one after another."""
+    """Provides a lab for tests, which need different kinds of hosts one after another."""
 
     def __init__(self, options):
         self.options = options
@@ -84,7 +84,7 @@ class LabUser:
         self.stop()
 
     def have_hosts(self, hosts):
-        """Boots a lab with hosts of this kind, if it has none."""
+        """Boots a lab with hosts of this kind, unless such a lab runs."""
         if hosts == self.hosts or self.options.lab:
             return
         for refused, error in self.refused:
@@ -103,7 +103,10 @@ class LabUser:
         self.lab.start()
         self.hosts = hosts
         seconds, used = time.monotonic() - began, self.lab.cpu_seconds()
-        say(f"the lab is up under {self.lab.accel}, Linux {self.lab.spec.kernel} ({seconds:.1f} s, {used:.1f} s of CPU)")
+        say(
+            f"the lab is up under {self.lab.accel}, Linux {self.lab.spec.kernel}"
+            f" ({seconds:.1f} s, {used:.1f} s of CPU)"
+        )
 
     def subject(self, group):
         if group.name not in self.subjects:
@@ -111,13 +114,13 @@ class LabUser:
         return self.subjects[group.name]
 
     def end_subject(self, group):
-        """Ends what the group's tests have shared. Raises if that ends with an error."""
+        """Ends the object that the group's tests shared. Raises if it ends with an error."""
         subject = self.subjects.pop(group.name, None)
         if hasattr(subject, "end"):
             subject.end()
 
     def stop(self):
-        """Ends the lab, if it is not somebody else's."""
+        """Ends the lab, unless it was started outside of this program (--lab)."""
         if self.options.lab or self.hosts is None:
             return
         self.hosts = None
@@ -128,14 +131,14 @@ class LabUser:
         self.left += [directory] if os.path.exists(directory) else []
 
     def recover(self):
-        """Has a lab for the next test, after a test that failed."""
+        """Provides a lab for the next test after a test that failed."""
         try:
             with bounded(CLEANING_SECONDS):
                 self.lab.renew(*RAILS)
         except (LabError, OutOfTime) as error:
             if self.options.lab:
                 raise
-            say(f"the lab is booted anew: {error}")
+            say(f"the lab is booted again: {error}")
             self.stop()
 
     def run(self, group, name, test):
@@ -162,7 +165,7 @@ class LabUser:
 
 
 def why_failed(seconds, action):
-    """Runs this within a bound. Returns an empty text, or the reason for which it has failed."""
+    """Runs an action within a bound. Returns an empty text, or the reason of its failure."""
     try:
         with bounded(seconds):
             action()
@@ -174,7 +177,7 @@ def why_failed(seconds, action):
 
 
 def say(text):
-    """In one write, since workers share the output."""
+    """Prints a text with one write, since workers share the output."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -192,7 +195,7 @@ def report(entry):
 
 
 class Plan:
-    """All tests, in their order, and who has taken them. Workers share it."""
+    """All tests, in their order, and which of them workers have taken. Workers share the plan."""
 
     FREE, TAKEN = 0, 1
 
@@ -206,8 +209,8 @@ class Plan:
         self.users = FORK.Array("i", len(self.kinds))  # workers with such hosts; under taken's lock
 
     def take(self, current):
-        """The index of a test for a worker whose lab has this kind of hosts, or None. A worker
-        changes to another kind when there is no more work for its lab, at best to one that no
+        """Returns the index of a test for a worker whose lab has this kind of hosts, or None. A
+        worker changes to another kind when no test for its lab remains, preferably to one that no
         worker has."""
         with self.taken.get_lock():
             free = [at for at, taken in enumerate(self.taken) if not taken]
@@ -225,8 +228,8 @@ class Plan:
 
 
 def work(plan, options, results):
-    """A worker: takes tests until there are no more. results: a file that gets a line of JSON for
-    each."""
+    """Runs a worker, which takes tests until none remains. results: a file that gets a line of JSON
+    for each test."""
     with LabUser(options) as user, open(results, "a") as file:
 
         def note(entry):
@@ -251,7 +254,8 @@ def work(plan, options, results):
 
 
 def end_groups(user, groups, note):
-    """Ends what the tests of each group have shared on a lab. A failure is a result of its own."""
+    """Ends the objects that the tests of each group shared on a lab. A failure is a result of its
+    own."""
     for group in groups:
         message = why_failed(CLEANING_SECONDS, lambda group=group: user.end_subject(group))
         if message:
@@ -282,8 +286,8 @@ def run_tests(wanted, options):
 
 
 def collect(files):
-    """Reads what workers have written: results, and for each worker that ended well what its labs
-    left behind."""
+    """Reads the files of the workers: the results, and for each worker that ended well the
+    processes and files that its labs left behind."""
     results, left = [], []
     for name in filter(os.path.exists, files):
         with open(name) as file:
@@ -296,7 +300,7 @@ def collect(files):
 
 
 def fit(wanted, spec):
-    """The tests that the hosts of a running lab are good for."""
+    """Returns the tests that can run on the hosts of a running lab."""
     fitting = [each for each in wanted if each[0].hosts.get("kernel", KERNELS[0]) == spec.kernel]
     if len(fitting) < len(wanted):
         say(f"{len(wanted) - len(fitting)} tests are left out, for labs with another kernel than {spec.kernel}")
@@ -319,7 +323,7 @@ def run_groups(groups, options):
 
 
 def exit_on_signals():
-    """Has everything cleaned up when the program is told to end."""
+    """Lets signals that end the program raise SystemExit, so that it cleans up."""
 
     def stop(number, _frame):
         raise SystemExit(128 + number)
@@ -329,9 +333,9 @@ def exit_on_signals():
 
 
 def main(groups, description):
-    """The whole of a program that runs these groups; returns its exit code."""
+    """The main function of a program that runs these groups. Returns its exit code."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("pattern", nargs="?", default="", help="run only tests with this in their name")
+    parser.add_argument("pattern", nargs="?", default="", help="run only tests whose name contains this")
     parser.add_argument("--build", default="build", help="build directory (default: build)")
     parser.add_argument("--lab", metavar="DIRECTORY", help="use the lab that runs there")
     parser.add_argument("--jobs", type=int, default=WORKERS, help=f"labs at a time ({WORKERS})")

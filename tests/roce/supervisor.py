@@ -19,8 +19,8 @@ END_SECONDS = 60  # for children that clean up after SIGTERM
 
 
 def supervise(actions):
-    """Runs each action in a child process; returns after all have ended. The children of children
-    that are left then, or at an exception, are killed."""
+    """Runs each action in a child process, and returns after all have ended. Kills the processes
+    that the children have left then, or at an exception."""
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ours = os.getpid()
     started = []
@@ -34,14 +34,14 @@ def supervise(actions):
 
 
 def start(action, parent):
-    """Starts a child process for this; returns its process ID."""
+    """Starts a child process for an action. Returns its process ID."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() == parent:  # else it has ended before the prctl
+        if os.getppid() == parent:  # otherwise the parent ended before the prctl
             action()
             code = 0
     except SystemExit as stop:
@@ -53,7 +53,8 @@ def start(action, parent):
 
 
 def end(started):
-    """Tells these children to end, and kills whatever is left after them or after END_SECONDS."""
+    """Sends SIGTERM to these children. Kills those that remain after END_SECONDS, and all processes
+    that they leave."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
     deadline = time.monotonic() + END_SECONDS
     for pid in children():
@@ -71,7 +72,7 @@ def end(started):
 
 
 def children():
-    """The process IDs of all children. Those that have ended are reaped first."""
+    """Reaps the children that have ended, and returns the process IDs of the others."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

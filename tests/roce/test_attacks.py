@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A malicious peer: what it can do to the other side's memory over its own connection, with the
-keys that it got.
+"""Attacks of a malicious peer on the other side's memory, over its own connection and with the keys
+that it got.
 
 As in test_verbs.py, rdma-pair stands in for both engines, with the engine's own code for the data
 path."""
@@ -63,11 +63,11 @@ def foreign_write(pair):
     for operation, lane in (("write", BULK), ("atomic", URGENT)):
         pair.connect()
         addr, key = granted(pair)
-        expect(attack(pair.destination, lane, "read", addr, key) == "success", "the key is not even good for reading")
+        expect(attack(pair.destination, lane, "read", addr, key) == "success", "the key does not admit a READ")
         expect_refused(pair, lane, operation, addr, key, NOT_ALLOWED, "as it is granted")
         pair.close()
-        # A queue pair that takes any operation leaves the key, which refuses. The open page shows
-        # that the operation works.
+        # The queue pair now admits every operation, so that only the key refuses. The open page
+        # shows that the operation works.
         pair.connect()
         addr, key = granted(pair)
         open_page = pair.source.do("allow").split()
@@ -101,8 +101,8 @@ def foreign_key(pair):
 
 @case("malicious-source-cannot-access-the-destinations-memory")
 def foreign_source(pair):
-    """The destination grants nothing. Even the key that it uses itself, for READs to land, admits
-    no peer."""
+    """The destination grants nothing. Even the key that it uses itself for incoming READs admits no
+    peer."""
     pair.fill(0, 0, 4 * MIB)
     for operation in ("read", "write", "atomic"):
         for opened, statuses in ((False, NOT_ALLOWED), (True, BAD_KEY)):
@@ -111,9 +111,12 @@ def foreign_source(pair):
             where = pair.destination.do("own-key", 0, 0).split()
             if opened:
                 open_page = pair.destination.do("allow").split()
-                expect(attack(pair.source, BULK, operation, *open_page) == "success", f"{operation} does not work at all")
+                expect(
+                    attack(pair.source, BULK, operation, *open_page) == "success",
+                    f"{operation} does not work at all",
+                )
             ended = attack(pair.source, BULK, operation, *where)
-            pair.note(f"{operation}{', over a queue pair that takes anything' if opened else ''}: {ended}")
+            pair.note(f"{operation}{', over a queue pair that admits everything' if opened else ''}: {ended}")
             expect(ended in statuses, f"{operation} ended with {ended!r}, not with one of {statuses}")
             pair.destination.do("verify", 0, 0, 4 * MIB, 1)
             pair.close()

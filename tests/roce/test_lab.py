@@ -31,11 +31,11 @@ def case(name):
 
 
 def sleeps(host):
-    """The number of sleep commands that run on a host."""
+    """Returns the number of sleep commands that run on a host."""
     return len(host.run("busybox", "pidof", "sleep").stdout.split())
 
 
-# Traffic over a rail, as host a sees it
+# Traffic over a rail, observed on host a
 
 
 def pings(host, rail, peer):
@@ -44,7 +44,7 @@ def pings(host, rail, peer):
 
 
 def expect_pings(host, rail, peer, message):
-    """A busy host may take seconds to answer."""
+    """Waits for an answered ping: a busy host may take seconds to answer."""
     try:
         wait_until("a ping is answered", 30, lambda: pings(host, rail, peer))
     except LabError:
@@ -52,7 +52,7 @@ def expect_pings(host, rail, peer, message):
 
 
 def connects(host, address, port):
-    """Whether a TCP connection is made within a second."""
+    """Returns whether a TCP connection is established within a second."""
     argv = ["socat", "-u", "OPEN:/dev/null", f"TCP:{address}:{port},connect-timeout=1"]
     return host.run(*argv).returncode == 0
 
@@ -91,8 +91,9 @@ def expect_no_reads(lab, rail):
 
 
 def read_lat(lab, rail):
-    """The typical latency of 4 KiB RDMA READs, in microseconds."""
-    # Not with -R: its server listens anew between two connections, and a client may be faster.
+    """Returns the typical latency of 4 KiB RDMA READs in microseconds."""
+    # Without -R: with it, the server stops listening between two connections, and a client may be
+    # faster.
     options = ["-x", "1", "-F", "-s", "4096", "-n", "200", "-d", f"rxe{rail}"]
     server = lab.b.popen("ib_read_lat", *options)
     try:
@@ -204,7 +205,7 @@ def sockets(lab):
                 piece = connection.recv(65536)
                 expect(piece, f"the connection ended after {len(got)} of 50000 bytes")
                 got += piece
-            expect(got == b"hello" * 10000, "what came back is not what was sent")
+            expect(got == b"hello" * 10000, "the received bytes differ from those sent")
     finally:
         server.kill()
     try:
@@ -235,8 +236,7 @@ def nested(lab):
         said = "after 5 rounds, the guest has printed what is in its output"
         wait_until(said, 60, lambda: guest.output("out").count(".") >= 5 or not guest.alive())
         expect(guest.output("out").startswith("B....."), f"the guest printed {guest.output()!r}")
-        # Changes one byte of the guest. The guest may overwrite it before it verifies: hence
-        # repeatedly.
+        # Changes one byte of the guest, repeatedly: the guest may overwrite it before it verifies.
         change = f"printf Z | dd of={memory} bs=1 seek={0x180000} conv=notrunc"
 
         def noticed():
@@ -257,7 +257,7 @@ def rails(lab):
         expect_pings(lab.a, rail, lab.b, f"no answer to a ping over rail {rail}")
         expect_reads(lab, rail)
         typical = read_lat(lab, rail)
-        # Delays of a TCP socket in between would be 40 ms.
+        # A TCP socket between the hosts would add delays of 40 ms.
         expect(typical < 30000, f"a 4 KiB READ takes {typical} us over rail {rail}")
 
 
@@ -276,7 +276,7 @@ def cut_one_end(lab):
     lab.cut(2, "a")
     wait_until("the port on host a is down", 30, lambda: port_state(lab.a, 2) == "DOWN")
     expect_dead(lab, 2)
-    expect(port_state(lab.b, 2) == "ACTIVE", f"b's port is {port_state(lab.b, 2)}, and should be unaware of the cut")
+    expect(port_state(lab.b, 2) == "ACTIVE", f"b's port should not show the cut, but is {port_state(lab.b, 2)}")
     lab.mend(2)
     expect_whole(lab, 2)
 
@@ -286,7 +286,8 @@ def blackhole(lab):
     lab.inject("blackhole", 1)
     expect_dead(lab, 1)
     for host in lab.hosts:
-        expect(port_state(host, 1) == "ACTIVE", f"the port of host {host.name} is {port_state(host, 1)}, and should be unaware of the fault")
+        state = port_state(host, 1)
+        expect(state == "ACTIVE", f"the port of host {host.name} should not show the fault, but is {state}")
     expect_no_reads(lab, 1)
     lab.undo("blackhole", 1)
     expect_whole(lab, 1)
@@ -298,7 +299,7 @@ def blackhole_one_way(lab):
     # a loses b's answers to its pings and to its ARP requests.
     lab.b.run("ip", "neighbour", "flush", "dev", "eth1", check=True)
     before = received(lab.b, 1)
-    expect(not pings(lab.a, 1, lab.b), "the answer came in spite of a's black hole")
+    expect(not pings(lab.a, 1, lab.b), "the answer came despite a's black hole")
     expect(received(lab.b, 1) > before, "no packet of a has arrived at b")
     lab.undo("blackhole", 1, "a")
     expect_whole(lab, 1)
@@ -332,7 +333,7 @@ def link_down(lab):
 @case("removed-address-takes-its-gid-along")
 def address_del(lab):
     def gids():
-        # The table has a thousand places, which are used from the first on.
+        # The table has a thousand entries; the first ones are used first.
         return lab.b.run("sh", "-c", "cat /sys/class/infiniband/rxe1/ports/1/gids/?").stdout
 
     mine = "ffff:0a58:0102"
@@ -421,7 +422,7 @@ def by_hand(lab):
 
 
 def started(directory):
-    """The process IDs of both machines, or None until both have started."""
+    """Returns the process IDs of both machines, or None until both have started."""
     try:
         pids = machines_of(directory)
     except LabError:
@@ -431,7 +432,7 @@ def started(directory):
 
 @case("lab-of-a-killed-test-ends-with-it")
 def killed(lab):
-    """The machines need not have booted for this."""
+    """Kills the program that started the lab; its machines need not have booted."""
     code = (
         f"import sys; sys.path.insert(0, {ROOT + '/soft-roce'!r})\n"
         "from roce_lab import Lab\n"

@@ -21,8 +21,8 @@ from roce_lab import LabError, wait_until  # noqa: E402
 NOTICED_SECONDS = 15.0  # after a fault: 3.2 s for the lanes' timers, the rest for emulated hosts
 CASES = []
 
-# The device gives up a READ after 3.8 s instead of 0.3, so that a host that gets no CPU for a
-# moment is no broken rail.
+# The device gives up a READ after 3.8 s instead of 0.3 s. A host that gets no CPU for a moment must
+# not look like a broken rail.
 TIMERS = "ack-timeout=17&retry=6&bulk-retry=6&read-deadline-ms=0"
 PATIENT = TIMERS + "&connect-timeout-ms=3000"
 # For tests that break a rail: 2.1 s for an urgent READ, 3.2 s for a bulk READ.
@@ -47,7 +47,7 @@ def right_bytes(pair):
     pair.connect()
     for lane in (0, 1):
         for size in (4 * KIB, 8 * KIB, 64 * KIB, 256 * KIB, MIB):
-            # 5 MiB - 4 KiB: READs begin and end beside the borders of registered chunks.
+            # 5 MiB - 4 KiB: READs do not begin and end at the borders of registered chunks.
             offset = (3 + 5 * lane) * MIB - 4 * KIB
             pair.check(0, offset, max(size, 4 * MIB if size == MIB else 512 * KIB), size, lane)
     pair.close()
@@ -130,7 +130,8 @@ def exchanged(pair):
 
 
 def covered(grants):
-    """The ranges of one block that its grants cover, as (begin, end), with neighbours merged."""
+    """Returns the ranges (begin, end) that the grants of one block cover; adjacent ranges are
+    merged."""
     spans = []
     for begin, length in sorted((at, n) for _, at, n, *_ in grants):
         expect(not spans or spans[-1][1] <= begin, f"granted twice: {grants}")
@@ -177,7 +178,7 @@ def probes(pair):
     for lane in (0, 1):
         for count in (1, 4):
             pair.destination.do("probe", lane, count)
-    expect(pair.destination.resources()["blocks"] == [0, 0], "a probe has brought memory")
+    expect(pair.destination.resources()["blocks"] == [0, 0], "a probe has transferred memory")
     pair.fill(0, 0, 16 * MIB)
     pair.grant()
     pair.destination.do("probe", 0, 4)
@@ -198,7 +199,10 @@ def strangers(pair):
         reason = pair.source.refuses("open", epoch, CONNECT_MS, *rest)
         expect("refused the data lane" in reason, f"{binding} was refused with: {reason}")
     stranger = pair.lab.a.run("rping", "-c", "-a", pair.lab.b.address(1), "-p", PORT, "-C", 1)
-    expect("RDMA_CM_EVENT_REJECTED" in stranger.stderr + stranger.stdout, f"another program was not rejected: {stranger}")
+    expect(
+        "RDMA_CM_EVENT_REJECTED" in stranger.stderr + stranger.stdout,
+        f"another program was not rejected: {stranger}",
+    )
     pair.source.do("open", 7, CONNECT_MS)
     pair.destination.answer()
     pair.grant()
@@ -246,7 +250,10 @@ def urgent_lanes(pair):
     break_rail(pair, "blackhole", "b", TIMED_OUT)
 
 
-@case("urgent-read-that-takes-too-long-on-another-lane-fails-the-path-too", "ack-timeout=20&retry=6&read-deadline-ms=600")
+@case(
+    "urgent-read-that-takes-too-long-on-another-lane-fails-the-path-too",
+    "ack-timeout=20&retry=6&read-deadline-ms=600",
+)
 def late_read_on_another_lane(pair):
     for side in pair.sides:
         side.do("lanes", 3)
@@ -260,7 +267,7 @@ def late_read_on_another_lane(pair):
     pair.close()
 
 
-# With these the device's own timers take 30 s to notice a fault.
+# With these options the device's own timers notice a fault only after 30 s.
 PATIENT_DEVICE = "ack-timeout=20&retry=6&bulk-retry=6&read-deadline-ms="
 
 
@@ -287,9 +294,9 @@ def stopped(pair):
     pair.destination.do("pull")
     for _ in range(3):
         pair.destination.process.signal(19)
-        time.sleep(4.5)  # more than the deadline, which is under test
+        time.sleep(4.5)  # more than the deadline that is under test
         pair.destination.process.signal(18)
-        time.sleep(0.3)  # READs are under way again; the test holds if not
+        time.sleep(0.3)  # for READs to be in flight again; the test does not depend on it
     expect("has not failed" in pair.destination.refuses("await-failure", 2000), "the path has failed")
     pair.source.do("close")
     pair.destination.do("await-failure", 10000)
@@ -367,7 +374,8 @@ def expect_words(pair, reason, *words):
 def memlock(pair):
     limited = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", f"--memlock={MIB}")
     side = pair.other("destination", limited, PORT + 1)
-    expect_words(pair, side.refuses("open", 1, 1000), "128 MiB", "RLIMIT_MEMLOCK is 1 MiB", "ulimit -l 132096", side.uri)
+    reason = side.refuses("open", 1, 1000)
+    expect_words(pair, reason, "128 MiB", "RLIMIT_MEMLOCK is 1 MiB", "ulimit -l 132096", side.uri)
     side = pair.other("source", limited)
     side.do("fill", 0, 0, 2 * MIB, 1)
     expect_words(pair, side.refuses("open", 1, 1000), "2 MiB", "RLIMIT_MEMLOCK is 1 MiB", "ulimit -l 3072", side.uri)
@@ -397,7 +405,7 @@ def no_device(pair):
         pair.lab.restore(2)
 
 
-# With the default options, as a refusal has little room for its text, which names the path.
+# The default options, because a refusal has little room for its text, which names the path.
 @case("unequal-mtu-is-an-error-that-names-both", DEFAULTS)
 def unequal_mtu(pair):
     pair.broken = True
@@ -414,14 +422,14 @@ def unequal_mtu(pair):
 
 
 def packets_dropped(host, rail):
-    """The number of packets that a black hole there has dropped."""
+    """Returns the number of packets that a black hole on this rail has dropped."""
     text = host.run("tc", "-s", "filter", "show", "dev", f"eth{rail}", "ingress", check=True).stdout
     return int(re.search(r"(\d+) pkt", text)[1])
 
 
 def reconnect_after_loss(pair):
-    """Loses a connect request. Returns the seconds from the mending of the rail until both sides
-    are connected."""
+    """Loses a connect request. Returns the seconds from the restoration of the rail until both
+    sides are connected."""
     pair.epoch += 1
     pair.inject("blackhole", "b")
     pair.destination.do("open", pair.epoch, CONNECT_MS)
@@ -436,13 +444,13 @@ def reconnect_after_loss(pair):
 
 @case("connect-request-that-is-lost-is-repeated-sooner-than-rdma-cm-would", TIMERS)
 def lost_request(pair):
-    """A busy host may be late, but hardly three times."""
+    """Tries three times, because a busy host may be late."""
     pair.fill(0, 0, MIB)
     pair.connect()
     pair.close()
     for _ in range(3):
         seconds = reconnect_after_loss(pair)
-        pair.note(f"connected {seconds:.2f} s after the rail was whole again")
+        pair.note(f"connected {seconds:.2f} s after the rail was restored")
         pair.grant()
         pair.check(0, 0, MIB)
         pair.close()
@@ -454,8 +462,8 @@ def lost_request(pair):
 @case("attempt-that-is-given-up-on-a-dead-rail-leaves-the-device-as-it-was")
 def attempt_on_dead_rail(pair):
     def connect():
-        """A device that is spoiled now was spoiled by the attempt. That is a failure, and no reason
-        to try once more."""
+        """Connects. If the device is spoiled now, the attempt spoiled it. That is a failure, and no
+        reason for a second attempt."""
         try:
             pair.connect()
         except Spoiled as error:
@@ -466,7 +474,7 @@ def attempt_on_dead_rail(pair):
     pair.close()
     hits = 0
     for _ in range(4):
-        connect()  # it works, and resolves the address for the next attempt
+        connect()  # this attempt succeeds, and resolves the address for the next one
         pair.check(0, 0, MIB)
         pair.close()
         pair.inject("blackhole", "b")
@@ -486,7 +494,7 @@ def attempt_on_dead_rail(pair):
         pair.mend()
         if hits == 2:
             break
-    expect(hits, "no attempt was under way when its rail went down")
+    expect(hits, "no attempt was in progress when its rail went down")
     connect()
     pair.check(0, 0, MIB)
     pair.close()
@@ -515,9 +523,9 @@ def wrong_uris(pair):
 
 
 def break_rail(pair, fault, host, reasons, noticed_by="destination"):
-    """Breaks rail 1 under READs: all of them complete, each side reports one failure with a reason,
-    and the end is quick. noticed_by: the side whose host has the fault. The destination always
-    notices."""
+    """Breaks rail 1 during READs. All READs must complete, each side must report one failure with a
+    reason, and the path must end quickly. noticed_by: the side whose host has the fault. The
+    destination always notices it."""
     pair.destination.do("pull")
     pair.inject(fault, host)
     # A host that is busy with READs may take seconds to run the command that breaks its rail.
@@ -538,7 +546,7 @@ def break_rail(pair, fault, host, reasons, noticed_by="destination"):
 
 
 def fault_case(name, fault, host, reasons, noticed_by="destination", comes_back=True):
-    """Breaks rail 1 and mends it, twice, each time with a new epoch."""
+    """Registers a test that breaks and restores rail 1 twice, each time with a new epoch."""
 
     @case(name, BRIEF if TIMED_OUT[0] in reasons else PATIENT)
     def test(pair):
@@ -564,7 +572,7 @@ fault_case("link-down-at-the-source", "link-down", "a", TIMED_OUT, "source")
 fault_case("address-removed-at-the-destination", "address-del", "b", LOCAL)
 fault_case("black-hole-at-the-destination", "blackhole", "b", TIMED_OUT)
 fault_case("black-hole-at-the-source", "blackhole", "a", TIMED_OUT)
-# soft-RoCE's device goes, and can come back, only after the programs that used it have ended.
+# soft-RoCE's device disappears, and can come back, only after the programs that used it have ended.
 fault_case("device-removed-at-the-destination", "rdma-del", "b", REMOVED, comes_back=False)
 fault_case("device-removed-at-the-source", "rdma-del", "a", REMOVED, "source", comes_back=False)
 

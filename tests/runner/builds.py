@@ -12,7 +12,7 @@ from .keepers import some_huge_pages
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-# Tests of one build at a time, for each CPU: most of them wait, most of the time.
+# The number of tests of one build that run at a time, for each CPU. Most tests mostly wait.
 TESTS_A_CPU = 2
 
 SANITIZER_ENV = {
@@ -22,27 +22,29 @@ SANITIZER_ENV = {
     "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
 }
 
-# -O1 and line numbers alone: half the time of -O2 -g, and what sanitizers report needs no more.
+# -O1 and line numbers: it compiles in half the time of -O2 -g, and sanitizer reports need no more.
 LIGHT = ["-Dinvariants=enabled", "-Doptimization=1", "-Dc_args=-g1"]
 
 
 @dataclass(frozen=True)
 class Build:
-    """A kind of build, and which of the tests it runs."""
+    """A kind of build, and the tests that it runs."""
 
     name: str
     directory: str
     options: tuple
-    suites: tuple  # of meson: each test that is in one of them
-    programs: tuple = None  # for other stages, built beside the programs of its tests; None: everything is built
-    timeouts: int = 4  # meson's timeouts times this: other stages run beside
+    suites: tuple  # meson's suites; the build runs each test that is in one of them
+    # Programs that other stages need, built besides those of its tests; None: all programs are
+    # built.
+    programs: tuple = None
+    timeouts: int = 4  # a factor for meson's timeouts, as other stages run at the same time
 
     def path(self, *names):
         return os.path.join(ROOT, self.directory, *names)
 
 
-# Each test is in the suite "unit" or "inprocess". Those that differ without a sanitizer are in
-# "plain", too, and those with threads in "threads" (tests/meson.build).
+# Each test is in the suite "unit" or "inprocess". Tests that behave differently without a sanitizer
+# are also in "plain", and tests with threads also in "threads" (tests/meson.build).
 PLAIN = Build("plain", "build", (), ("plain",))
 ASAN = Build(
     "asan",
@@ -58,8 +60,8 @@ BUILDS = (PLAIN, ASAN, TSAN)
 
 
 def run(argv, **kind):
-    """Runs a program and waits for its end; a signal does not make it shorter, since the program
-    has the signal, too. Returns it with its output, if that was asked for, in stdout."""
+    """Runs a program and waits for its end, even after a signal: the program gets the same signal.
+    Returns the result, with the output in stdout if `kind` redirects it to a pipe."""
     with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.DEVNULL, text=True, **kind) as process:
         output, _ = process.communicate()
     return subprocess.CompletedProcess(argv, process.returncode, output)
@@ -92,12 +94,12 @@ def name_of(test):
 
 
 def runs(build, test):
-    """Whether a build is to run this test, as meson describes it."""
+    """Returns whether a build has to run this test. test: as meson describes it."""
     return bool({suite.split(":")[-1] for suite in test["suite"]} & set(build.suites))
 
 
 def programs_of_tests(build):
-    """The files that ninja makes for the tests that a build runs, relative to its directory."""
+    """Returns the files that ninja builds for the tests of a build, relative to its directory."""
     wanted = {target for test in introspect(build, "tests") if runs(build, test) for target in test["depends"]}
     return sorted(
         os.path.relpath(file, build.path())
@@ -108,7 +110,7 @@ def programs_of_tests(build):
 
 
 def check_all_run(tally, builds):
-    """Each test that one of the builds has is run by one of them."""
+    """Checks that each test of the builds is run by at least one of them."""
     tests = {name_of(test): [] for build in builds for test in introspect(build, "tests")}
     for build in builds:
         for test in introspect(build, "tests"):
@@ -117,11 +119,13 @@ def check_all_run(tally, builds):
     lost = sorted(name for name, where in tests.items() if not where)
     for build in builds:
         print(f"{build.name} runs {sum(build.name in where for where in tests.values())} of {len(tests)} programs")
-    tally.add("fail" if lost else "pass", "every test belongs to a build", f"no build runs {', '.join(lost)}" if lost else "")
+    detail = f"no build runs {', '.join(lost)}" if lost else ""
+    tally.add("fail" if lost else "pass", "every test belongs to a build", detail)
 
 
 def randomness_wrapper():
-    """ThreadSanitizer of GCC 12 finds no room where addresses have more than 28 random bits."""
+    """Returns meson's options that disable address randomization where ThreadSanitizer needs it.
+    That of GCC 12 does not start if addresses have more than 28 random bits."""
     try:
         with open("/proc/sys/vm/mmap_rnd_bits") as bits:
             if int(bits.read()) <= 28:
@@ -133,9 +137,9 @@ def randomness_wrapper():
 
 
 def run_tests(tally, build, enter=()):
-    """The tests of one build, each cmocka test counted. enter: a program that meson is to run
-    under."""
-    logs = build.path("meson-logs", "testlog*.json")  # its name tells of a wrapper
+    """Runs the tests of one build, and counts each cmocka test. enter: a command that starts
+    meson."""
+    logs = build.path("meson-logs", "testlog*.json")  # with a wrapper, meson adds to the name
     for old in glob.glob(logs):
         os.unlink(old)
     argv = [*enter, "meson", "test", "-C", build.directory, "--no-rebuild", "--quiet"]

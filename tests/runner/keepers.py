@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Settings of the kernel that the tests need for as long as they run."""
+"""Kernel settings that the tests need while they run."""
 
 import contextlib
 import os
@@ -12,15 +12,15 @@ from harness.hugepages import larger_pool
 # live thread's own data as leaked (for a GLib thread: 2048 bytes in 2 allocations from g_malloc0).
 # With 32768 IDs, the kernel's default, IDs are used again within minutes.
 PID_MAX = "/proc/sys/kernel/pid_max"
-THREAD_IDS = 4194304  # the kernel's maximum; systemd sets it, too
+THREAD_IDS = 4194304  # the kernel's maximum; systemd sets the same value
 
-HUGE_MB = 1280  # of memory in huge pages, for the tests of one build that run at a time
+HUGE_MB = 1280  # MiB of huge pages, for the tests of one build that run at the same time
 
 
 @contextlib.contextmanager
 def many_thread_ids():
-    """As root: raises kernel.pid_max, if it is low. A process that outlives this one restores
-    it, however this one ends."""
+    """If run by root, raises kernel.pid_max where it is low. A second process restores the value,
+    even if this one is killed."""
     with open(PID_MAX) as file:
         enough = int(file.read()) >= THREAD_IDS
     if enough or os.geteuid() != 0:
@@ -43,6 +43,6 @@ def many_thread_ids():
 
 
 def some_huge_pages():
-    """For the tests that need some; they are given back at the end. Several stages may ask at
-    the same time."""
+    """If run by root, reserves huge pages for the tests, and releases them at the end. Several
+    stages can do so at the same time."""
     return larger_pool(HUGE_MB) if os.geteuid() == 0 else contextlib.nullcontext()

@@ -4,8 +4,8 @@
 Each stage runs in a process of its own, which leads a process group. Its output goes to a file,
 and the scheduler prints the file as a block when the stage has ended. A stage starts when all
 stages that it needs have passed, and when the CPUs that the running stages use leave room for
-it. Of the stages that may start, the one with the longest way to the end comes first. An
-exclusive stage starts when no other stage runs or can start, and then runs alone."""
+it. Of the stages that can start, the one with the longest time to the end of the run comes first.
+An exclusive stage starts when no other stage runs or can start, and then runs alone."""
 
 import contextlib
 import ctypes
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from .tally import Tally
 
 POLL_SECONDS = 0.2
-PROGRESS_SECONDS = 60  # between two lines of progress while nothing ends
-TERM_SECONDS = 60  # a stage may take so long to clean up when it is told to end
+PROGRESS_SECONDS = 60  # between two lines of progress while no stage ends
+TERM_SECONDS = 60  # a stage has this time to clean up after SIGTERM
 PR_SET_PDEATHSIG = 1
-TOLD = re.compile(rb"^(?:ok  |FAIL|skip) ", re.M)  # the line of a test
+TEST_LINE = re.compile(rb"^(?:ok  |FAIL|skip) ", re.M)
 
 
 @dataclass
@@ -34,27 +34,27 @@ class Stage:
     name: str
     function: object  # (tally): runs the stage's tests
     needs: tuple = ()  # names of stages that must have passed
-    cpus: float = 1  # that it keeps busy on average
-    seconds: int = 10  # it takes on 2 CPUs; decides only the order
-    exclusive: bool = False  # runs with no other stage beside it
-    niceness: int = 0  # of its processes: a stage that only computes yields to one whose tests measure time
-    limit: int = 3000  # seconds until it is ended and has failed
+    cpus: float = 1  # the number of CPUs that it keeps busy on average
+    seconds: int = 10  # duration on 2 CPUs; decides only the order
+    exclusive: bool = False  # no other stage runs at the same time
+    niceness: int = 0  # a stage that only computes yields to one whose tests measure time
+    limit: int = 3000  # seconds; a stage that exceeds it is ended, and has failed
     inputs: tuple = ()  # folders and files that it depends on, for --changed
     implied: bool = False  # runs only if another stage needs it
 
 
 @dataclass
 class Outcome:
-    """What became of a stage."""
+    """The results of a stage."""
 
     tally: Tally
     seconds: float = 0
     cpu_seconds: float = 0
-    note: str = ""  # why it did not run
+    note: str = ""  # the reason if the stage did not run
 
 
 def select(stages, names):
-    """These stages and all that they need, in the order of the table."""
+    """Returns these stages and all that they need, in the order of the table."""
     by_name = {stage.name: stage for stage in stages}
     wanted, left = set(), list(names)
     while left:
@@ -66,7 +66,8 @@ def select(stages, names):
 
 
 def seconds_to_end(stages):
-    """For each stage the seconds until the last stage that needs it has ended."""
+    """Returns for each stage the time until all stages that need it can have ended, itself
+    included."""
     longest = {}
     for stage in reversed(stages):  # a stage comes after those that it needs
         after = [longest[other.name] for other in stages if stage.name in other.needs]
@@ -75,7 +76,7 @@ def seconds_to_end(stages):
 
 
 def choose(ready, running, longest, budget):
-    """The stage to start now, or None."""
+    """Returns the stage to start now, or None."""
     if any(stage.exclusive for stage in running):
         return None
     room = budget - sum(stage.cpus for stage in running)
@@ -101,13 +102,13 @@ class Running:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.result_fd)
-            self._live(theirs)
+            self._run_child(theirs)
         os.close(theirs)
-        with contextlib.suppress(OSError):  # the child does the same; whoever is first
+        with contextlib.suppress(OSError):  # the child does the same: one of both is first
             os.setpgid(self.pid, self.pid)
 
-    def _live(self, result_fd):
-        """The whole life of the stage's process."""
+    def _run_child(self, result_fd):
+        """Runs the stage in its process, and ends the process."""
         code = 1
         try:
             os.setpgid(0, 0)
@@ -144,11 +145,12 @@ class Running:
         return b""
 
     def __str__(self):
-        told = len(TOLD.findall(self.output()))
-        return f"{self.stage.name} ({self.seconds():.0f} s" + (f", {told} tests)" if told else ")")
+        tests = len(TEST_LINE.findall(self.output()))
+        return f"{self.stage.name} ({self.seconds():.0f} s" + (f", {tests} tests)" if tests else ")")
 
     def has_ended(self):
-        """Also ends it when its time is over."""
+        """Returns whether the process has ended. Sends signals to a process that exceeds its
+        limit."""
         if self.seconds() > self.stage.limit and not self.cut_short:
             self.cut_short = f"did not end within {self.stage.limit} s"
             self.signal(signal.SIGTERM)
@@ -161,9 +163,9 @@ class Running:
             os.killpg(self.pid, number)
 
     def outcome(self):
-        """Of a stage that has ended; ends what it has left running."""
+        """Returns the outcome of a stage that has ended, and kills its remaining processes."""
         seconds = self.seconds()
-        self.signal(signal.SIGKILL)  # the group's id is not in use again before the wait
+        self.signal(signal.SIGKILL)  # the kernel does not reuse the group's id before the wait
         _, status, usage = os.wait4(self.pid, 0)
         with os.fdopen(self.result_fd) as file:
             text = file.read()
@@ -179,14 +181,14 @@ class Running:
 
 
 def end_group(_number, _frame):
-    """Ends a stage's whole process group on SIGTERM, also when the scheduler was killed."""
+    """Handles SIGTERM: ends the stage's whole process group, even if the scheduler was killed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
     raise SystemExit(1)
 
 
 class Scheduler:
-    """All stages of one run."""
+    """Runs all stages of one run of tests/run."""
 
     def __init__(self, stages, budget, directory):
         self.stages = stages
@@ -196,14 +198,15 @@ class Scheduler:
         self.waiting = list(stages)
         self.running = []
         self.outcomes = {}  # by name, in the order of their ends
-        self.began = self.told = time.monotonic()
+        self.began = self.last_progress = time.monotonic()
 
     def run(self):
-        """Returns the outcomes of all stages. An exception, as of a signal, ends all that runs."""
+        """Runs all stages and returns their outcomes. An exception, for example from a signal
+        handler, ends the running stages."""
         os.makedirs(self.directory, exist_ok=True)
         try:
             while self.waiting or self.running:
-                self._drop_hopeless()
+                self._drop_unrunnable()
                 self._start()
                 self._collect()
         finally:
@@ -213,7 +216,7 @@ class Scheduler:
     def _passed(self, name):
         return name in self.outcomes and not self.outcomes[name].tally.count["fail"] and not self.outcomes[name].note
 
-    def _drop_hopeless(self):
+    def _drop_unrunnable(self):
         for stage in list(self.waiting):
             wrong = [name for name in stage.needs if name in self.outcomes and not self._passed(name)]
             if wrong:
@@ -228,7 +231,7 @@ class Scheduler:
                 return
             self.waiting.remove(stage)
             self.running.append(Running(stage, self.directory))
-            self._tell(f"{stage.name} begins")
+            self._print_progress(f"{stage.name} begins")
 
     def _collect(self):
         time.sleep(POLL_SECONDS)
@@ -238,13 +241,13 @@ class Scheduler:
             print(f"\n== {each.stage.name}", flush=True)
             sys.stdout.buffer.write(each.output())
             print(f"== {outcome.seconds:.0f} s: {each.stage.name}", flush=True)
-            self._tell(f"{each.stage.name} has ended: {outcome.tally}")
-        if time.monotonic() - self.told > PROGRESS_SECONDS:
-            self._tell("at work")
+            self._print_progress(f"{each.stage.name} has ended: {outcome.tally}")
+        if time.monotonic() - self.last_progress > PROGRESS_SECONDS:
+            self._print_progress("at work")
 
-    def _tell(self, what):
-        self.told = time.monotonic()
-        print(f"-- {self.told - self.began:4.0f} s: {what}", end="")
+    def _print_progress(self, what):
+        self.last_progress = time.monotonic()
+        print(f"-- {self.last_progress - self.began:4.0f} s: {what}", end="")
         for word, entries in (("running", self.running), ("waiting", [stage.name for stage in self.waiting])):
             if entries:
                 print(f"; {word}: {', '.join(map(str, entries))}", end="")
@@ -262,7 +265,7 @@ class Scheduler:
 
 
 def table(outcomes):
-    """The stages with their time and counts, as lines."""
+    """Returns the stages with their times and counts, as the lines of a table."""
     lines = [f"{'stage':<16}{'seconds':>8}{'CPU':>8}{'passed':>8}{'failed':>8}{'skipped':>8}"]
     for name, outcome in outcomes.items():
         count = outcome.tally.count

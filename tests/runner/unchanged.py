@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Remembers what each stage last passed with, for tests/run --changed."""
+"""Stores a hash of the inputs with which each stage last passed, for tests/run --changed."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 
-# Part of every stage's inputs.
+# Every stage depends on these files.
 COMMON = ("tests/run", "tests/runner", "tests/suite.py")
 VARIABLES = ("CC", "CFLAGS", "LDFLAGS", "PATH", "QEMU")
 VARIABLE_PREFIXES = ("POSTROAD_", "PAIR_", "TEST_")
@@ -30,7 +30,7 @@ def source_files(root):
 
 
 def environment():
-    """What stages depend on beside the files of the check-out."""
+    """Returns, as text, everything but the files of the check-out that stages depend on."""
     chosen = [f"{k}={v}" for k, v in os.environ.items() if k in VARIABLES or k.startswith(VARIABLE_PREFIXES)]
     packages = hashlib.sha256(read(PACKAGES)).hexdigest()
     return "\n".join([*sorted(chosen), platform.platform(), packages, str(os.geteuid()), str(os.cpu_count())])
@@ -40,7 +40,7 @@ class Memory:
     """The hash of each stage's inputs when it last passed, in a file."""
 
     def __init__(self, root, path, builds):
-        """builds: directories whose options and programs stages depend on."""
+        """builds: the build directories, on whose options stages depend."""
         self.root = root
         self.path = path
         self.files = source_files(root)
@@ -54,7 +54,8 @@ class Memory:
             self.passed = {}
 
     def hash_of(self, stage):
-        """stage.inputs: names of files and of folders; "." is the whole check-out."""
+        """Returns the hash of a stage's inputs. stage.inputs has names of files and folders; "." is
+        the whole check-out."""
         inputs = COMMON + stage.inputs
         state = hashlib.sha256(self.common.encode())
         for name in self.files:
@@ -66,11 +67,11 @@ class Memory:
         return self.passed.get(stage.name) == self.hash_of(stage)
 
     def begin(self, stages):
-        """Takes the hashes before the stages run: files may change meanwhile."""
+        """Computes the hashes before the stages run, because files may change while they run."""
         self.begun = {stage.name: self.hash_of(stage) for stage in stages}
 
     def remember(self, outcomes):
-        """Keeps the hashes of the stages that passed, and forgets those that did not."""
+        """Stores the hashes of the stages that passed, and removes those of the others."""
         for name, outcome in outcomes.items():
             self.passed.pop(name, None)
             if outcome.tally.count["pass"] and not outcome.tally.count["fail"]:

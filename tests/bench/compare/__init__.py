@@ -1,3 +1,4 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Postroad beside QEMU's own postcopy: the same guest, the same hosts, the same link, figures from
-inside the guest. Python's standard library and the end-to-end tests' harness; gnuplot for the plots."""
+"""Compares Postroad with QEMU's own postcopy: the same guest, hosts and link, and figures from
+inside the guest. It needs only Python's standard library and the end-to-end tests' harness; the
+plots need gnuplot."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engines that are compared: each takes a guest from the source to the destination."""
+"""The engines that are compared. Each moves a guest from the source to the destination."""
 
 import time
 
@@ -12,22 +12,23 @@ OVER = ("failed", "cancelled")
 
 
 def wait_status(qmp, name, status, seconds):
-    """Waits for a MIGRATION event, and only listens meanwhile: questions would keep the engine busy."""
+    """Waits for a MIGRATION event, and sends no commands meanwhile: they would use CPU time of the
+    engine."""
     deadline = time.monotonic() + seconds
     while True:
         for event in qmp.drain_events():
             if event["event"] != "MIGRATION":
                 continue
             if event["data"]["status"] == status:
-                return stamp(event)
+                return event_time(event)
             if event["data"]["status"] in OVER:
                 raise Failure(f"{name}: the migration is {event['data']['status']}: {qmp.command('query-migrate')}")
         if time.monotonic() > deadline:
             raise Failure(f"{name}: not {status} after {seconds} s: {qmp.command('query-migrate')}")
 
 
-def stamp(event):
-    """When an event happened, by the clock of this machine, seconds."""
+def event_time(event):
+    """Returns the time of an event in seconds, by the clock of this machine."""
     at = event["timestamp"]
     return at["seconds"] + at["microseconds"] / 1e6
 
@@ -35,12 +36,12 @@ def stamp(event):
 def first_event(qmp, name):
     for event in qmp.drain_events():
         if event["event"] == name:
-            return stamp(event)
-    raise Failure(f"monitor {qmp.path}: no event {name}")
+            return event_time(event)
+    raise Failure(f"monitor {qmp.path}: the event {name} is missing")
 
 
 class Mover:
-    """Both QEMUs and whatever moves the guest between them."""
+    """Both QEMUs and the engines that move the guest between them."""
 
     def __init__(self, lab, spec):
         self.lab = lab
@@ -53,27 +54,27 @@ class Mover:
         return f"{self.destination_host.address(1)}:{PORT}"
 
     def prepare(self):
-        """All that an operator can do before the word to go."""
+        """Does all that an operator can do before the migration starts."""
 
-    def go(self):
-        """The word to go."""
+    def start(self):
+        """Starts the migration."""
 
     def wait_completed(self, seconds):
-        """Returns when the last side said that it is done."""
+        """Waits for the end on both sides, and returns the time of the later one."""
 
     def engines(self):
-        """The processes beside the QEMUs: (source, destination), or nothing."""
+        """Returns the engines' own processes (source, destination), or () if QEMU is the engine."""
         return ()
 
     def statistics(self):
-        """What the engine says about its migration: (source, destination)."""
+        """Returns the engine's own statistics of the migration: (source, destination)."""
 
     def resolved_settings(self):
         return {}
 
 
 class QemuMover(Mover):
-    """QEMU's own postcopy, entered as soon as it lets us."""
+    """QEMU's own postcopy, started as early as QEMU permits."""
 
     preempt = False
 
@@ -83,7 +84,7 @@ class QemuMover(Mover):
         wanted = [{"capability": name, "state": True} for name in capabilities]
         for vm in (self.source_vm, self.destination_vm):
             vm.qmp.command("migrate-set-capabilities", capabilities=wanted)
-        # Nothing is held back: by default the part before postcopy has 128 MiB/s.
+        # No bandwidth limits: by default QEMU limits precopy to 128 MiB/s.
         self.source_vm.qmp.command("migrate-set-parameters", **{"max-bandwidth": 0, "max-postcopy-bandwidth": 0})
         self.destination_vm.qmp.command("migrate-incoming", uri=f"tcp:{self.address()}")
         enabled = {
@@ -94,7 +95,7 @@ class QemuMover(Mover):
         }
         expect(enabled == set(capabilities), f"QEMU has enabled {enabled}, not {capabilities}")
 
-    def go(self):
+    def start(self):
         self.source_vm.qmp.command("migrate", uri=f"tcp:{self.address()}")
         self.source_vm.qmp.command("migrate-start-postcopy")
 
@@ -123,7 +124,7 @@ class Postroad(Mover):
         self.source = Engine(self.lab, self.source_host, self.source_vm.guest_option())
         self.destination = Engine(self.lab, self.destination_host, self.destination_vm.guest_option(), uri)
 
-    def go(self):
+    def start(self):
         self.source.qmp.command("migrate", uri=f"{self.scheme}:{self.address()}")
 
     def wait_completed(self, seconds):
@@ -150,7 +151,7 @@ class PostroadTcp(Postroad):
     scheme = "tcp"
 
 
-# In the order in which their runs alternate; the ratios are to the second.
+# The runs alternate in this order. The ratios compare with REFERENCE.
 ENGINES = {
     "qemu-postcopy": QemuMover,
     "qemu-preempt": QemuPreempt,

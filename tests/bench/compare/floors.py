@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The floors: what the machine can do without an engine, and the engine alone beside it
+"""The floors: the speed of the machine without an engine, and the engine alone for comparison
 (bench-engine and bench-raw, over loopback)."""
 
 import json
@@ -23,7 +23,7 @@ def run_json(argv):
             preexec_fn=die_with_parent,
         )
     except subprocess.TimeoutExpired:
-        raise Failure(f"{argv[0]}: not done after {SECONDS} s") from None
+        raise Failure(f"{argv[0]}: did not end within {SECONDS} s") from None
     if done.returncode:
         raise Failure(f"{' '.join(argv)}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
     try:
@@ -42,8 +42,8 @@ def measure(build, rounds, quick):
 
 
 def table(floors):
-    """Lines for a reader."""
-    lines = ["Floors, and the engine alone beside them (over loopback; medians)"]
+    """Returns the floors as lines of a table."""
+    lines = ["Floors, and the engine alone (over loopback; medians)"]
     lines.append(f"  {'':<26}{'engine':>14}{'floor':>14}{'ratio':>8}")
     for scheme in ("ofi", "tcp"):
         figures = floors["engine"][scheme]

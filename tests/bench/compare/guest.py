@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The benchmark's guest (tests/guest/linux/latency.c), and its figures as they lie in its RAM."""
+"""The benchmark's guest (tests/guest/linux/latency.c), and the figures that it keeps in its RAM."""
 
 import os
 import re
@@ -19,14 +19,15 @@ N_BUCKETS = 120
 SLOT = struct.Struct(f"<4Q{N_BUCKETS}I")
 REGION_PAGES = 1 + N_SLOTS * SLOT_BYTES // PAGE
 
-# An access that takes as long counts as a stall: dozens of times what one takes whose page is there, and
-# less than an engine needs to bring a page. It is a bucket's start, so that stalls can be told by buckets.
+# An access counts as a stall if it takes this long. An access to a page in memory takes a few
+# percent of it, and an engine takes longer to fetch a page. The value is the start of a bucket, so
+# that the buckets separate stalls from other accesses.
 STALL_NS = 20480
 
 KINDS = ("random-write", "sequential", "read-mostly", "idle")
 
-# The clock that user space reads without a system call or a device: a look at it costs 0.1 us, and no
-# lock of QEMU's is involved. The figures' pages must stay where they are: no transparent huge pages.
+# User space reads the TSC without a system call or a device: a read costs 0.1 us and takes no lock
+# of QEMU. The kernel must not move the pages with the figures, hence no transparent huge pages.
 KERNEL = (
     "console=ttyS0 quiet loglevel=3 panic=-1 nokaslr nowatchdog mitigations=off"
     " rcupdate.rcu_cpu_stall_suppress=1 tsc=reliable clocksource=tsc transparent_hugepage=never"
@@ -35,13 +36,13 @@ KERNEL = (
 
 @dataclass
 class LatencySpec(GuestSpec):
-    """A guest of so many vCPUs with a worker on each."""
+    """A guest with a worker on each vCPU."""
 
     kind: str = "random-write"
     cpus: int = 1
 
     def memory(self, machine_options=""):
-        # The last -smp counts.
+        # QEMU uses the last -smp.
         return super().memory(machine_options) + ["-smp", str(self.cpus)]
 
     def kernel_line(self):
@@ -52,7 +53,7 @@ class LatencySpec(GuestSpec):
 
 
 def bucket_start(bucket):
-    """The shortest latency that is counted in a bucket, in ns."""
+    """Returns the shortest latency that a bucket counts, in ns."""
     if bucket == 0:
         return 0
     octave, quarter = divmod(bucket - 1, 4)
@@ -64,7 +65,7 @@ assert bucket_start(FIRST_STALL) == STALL_NS
 
 
 class Slot:
-    """What ended within SLOT_NS of the guest's clock, of one worker or of all."""
+    """The accesses that ended within SLOT_NS of the guest's clock, of one worker or of all."""
 
     def __init__(self, number):
         self.number = number
@@ -83,8 +84,8 @@ class Slot:
 
 
 class GuestRam:
-    """The figures of a guest that runs in a QEMU, read out of the memfd behind its RAM. The guest does
-    not notice. At a destination this makes sense only when all pages are there."""
+    """Reads the figures of a running guest from the memfd of its RAM, without an effect on the
+    guest. At a destination the figures are complete only when all pages have arrived."""
 
     def __init__(self, vm, frames, cpus):
         self.frames = frames
@@ -98,23 +99,25 @@ class GuestRam:
         return os.pread(self.fd, PAGE, self.frames[worker * REGION_PAGES + number] * PAGE)
 
     def heads(self):
-        """(now, accesses, corrupt) of each worker."""
+        """Returns (now, accesses, corrupt) of each worker."""
         found = []
         for worker in range(self.cpus):
             magic, number, now, accesses, corrupt, _ = HEAD.unpack_from(self._page(worker, 0))
             expect(
                 magic == MAGIC and number == worker,
-                f"the guest's figures are not where it said: worker {worker} has magic {magic:#x}",
+                f"the figures of worker {worker} are not at their place in the guest's RAM:"
+                f" magic {magic:#x}",
             )
             found.append((now, accesses, corrupt))
         return found
 
     def now(self):
-        """The guest's clock when it last ended an access, ns."""
+        """Returns the guest's time at the end of its last access, in ns."""
         return max(now for now, _, _ in self.heads())
 
     def slots(self, first, last):
-        """All workers' figures from slot `first` to `last`, by number; empty where nothing ended."""
+        """Returns the sums of all workers' slots from `first` to `last`, by number. A slot is empty
+        if no access ended in it."""
         slots = {number: Slot(number) for number in range(first, last + 1)}
         per_page = PAGE // SLOT_BYTES
         for worker in range(self.cpus):
@@ -131,7 +134,7 @@ class GuestRam:
 
 
 def open_ram(pid):
-    """The memfd of QEMU's RAM backend."""
+    """Opens the memfd of QEMU's RAM backend."""
     folder = f"/proc/{pid}/fd"
     for name in os.listdir(folder):
         if os.readlink(f"{folder}/{name}").startswith("/memfd:memory-backend-memfd"):
@@ -140,7 +143,8 @@ def open_ram(pid):
 
 
 def wait_ready(vm, spec, seconds=90):
-    """Waits until the workers run; returns the page frames of their figures."""
+    """Waits until the workers run. Returns the page frames of their figures, and the guest's
+    clock."""
 
     def ready():
         text = vm.console.text()
@@ -154,7 +158,7 @@ def wait_ready(vm, spec, seconds=90):
         frames += range(int(first), int(first) + int(count))
     expect(
         len(frames) == spec.cpus * REGION_PAGES,
-        f"the guest names {len(frames)} pages with figures, {spec.cpus * REGION_PAGES} were expected",
+        f"the guest names {len(frames)} pages with figures, not {spec.cpus * REGION_PAGES}",
     )
     return frames, clock_of(text)
 

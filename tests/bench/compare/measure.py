@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One run: a fresh guest on fresh hosts is moved by one engine, and what that was like."""
+"""Measures one run: one engine moves a new guest between new hosts."""
 
 import os
 import time
@@ -10,31 +10,31 @@ from harness.process import Failure, expect, wait_for
 from .engines import first_event
 from .guest import FIRST_STALL, SLOT_NS, GuestRam, bucket_start, wait_ready
 
-BEFORE_SECONDS = 1.0  # the guest's own speed, just before the word to go
-AFTER_SECONDS = 0.5  # how long it is watched at least once everything has arrived,
-PATIENCE_SECONDS = 5.0  # and at most, if it does not get back to its speed
+BEFORE_SECONDS = 1.0  # just before the migration: the guest's normal speed is measured
+AFTER_SECONDS = 0.5  # after the migration the guest is measured at least for this time,
+AFTER_SECONDS_MAX = 5.0  # and at most for this time, if it does not reach its normal speed
 WINDOW = 10  # slots: speeds are means over 100 ms
-BACK = 0.9  # of its speed before: the guest is itself again
+RECOVERED = 0.9  # of its normal speed: the guest counts as recovered
 LIMIT_SECONDS = 60
-CLOCK_TOLERANCE = 0.1  # workers that wait for a processor show an older time
+CLOCK_TOLERANCE = 0.1  # a worker that waits for a CPU shows an old time
 TICK = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid):
-    """What a process has used so far, threads that have ended included."""
+    """Returns the CPU time of a process, including its ended threads."""
     with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / TICK
 
 
-def thread_seconds(pid, thread):
+def thread_cpu_seconds(pid, thread):
     with open(f"/proc/{pid}/task/{thread}/stat") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / TICK
 
 
 def wire_bytes(host, link="link1"):
-    """What a link of a host has sent and received since it was made."""
+    """Returns the bytes that a link of a host has sent and received since its creation."""
     with open(f"/proc/{host.holder.pid}/net/dev") as counters:
         for line in counters:
             name, _, fields = line.partition(":")
@@ -44,7 +44,8 @@ def wire_bytes(host, link="link1"):
 
 
 class NotReady(Failure):
-    """The guest does not work before the word to go: nothing is known of any engine."""
+    """The guest did not work before the migration started, so the run says nothing about the
+    engine."""
 
 
 def ready(action, *args):
@@ -55,7 +56,7 @@ def ready(action, *args):
 
 
 class Meter:
-    """Counters of both sides, and what was added to them since."""
+    """Counters of both sides, and their increase since the Meter was created."""
 
     def __init__(self, mover):
         self.mover = mover
@@ -71,7 +72,7 @@ class Meter:
         sides = (("source", mover.source_vm, engines[0]), ("destination", mover.destination_vm, engines[1]))
         for side, vm, engine in sides:
             pid = vm.process.pid
-            vcpus = sum(thread_seconds(pid, thread) for thread in self.vcpus[vm])
+            vcpus = sum(thread_cpu_seconds(pid, thread) for thread in self.vcpus[vm])
             values[f"cpu_{side}_qemu"] = cpu_seconds(pid) - vcpus
             values[f"cpu_{side}_vcpus"] = vcpus
             values[f"cpu_{side}_engine"] = cpu_seconds(engine.pid) if engine else 0.0
@@ -84,7 +85,7 @@ class Meter:
 
 
 def percentile(buckets, fraction):
-    """In us, interpolated within the bucket (19 % wide)."""
+    """Returns a percentile in us, interpolated within its bucket (19 % wide)."""
     total = sum(buckets)
     if not total:
         return None
@@ -99,14 +100,14 @@ def percentile(buckets, fraction):
 
 
 def expect_consistent(what, buckets, sum_ns):
-    """The histogram and the sum are kept apart, and have to tell the same story."""
+    """Checks that the histogram and the sum, which the guest keeps separately, agree."""
     least = sum(count * bucket_start(bucket) for bucket, count in enumerate(buckets))
     most = sum(count * bucket_start(bucket + 1) for bucket, count in enumerate(buckets))
-    expect(least <= sum_ns <= most, f"{what} last {sum_ns} ns; by their histogram {least} to {most}")
+    expect(least <= sum_ns <= most, f"{what}: {sum_ns} ns in all, but {least} to {most} ns by their histogram")
 
 
 def summary(slots, cpus):
-    """The accesses of a stretch of slots; stalled time is the mean of the vCPUs."""
+    """Returns the figures of a range of slots. The stalled time is the mean of the vCPUs."""
     buckets = [sum(column) for column in zip(*(slot.buckets for slot in slots))]
     stalls = [0] * FIRST_STALL + buckets[FIRST_STALL:]
     n = sum(buckets)
@@ -132,24 +133,24 @@ def summary(slots, cpus):
 
 
 def time_until_back(slots, first, last, speed):
-    """Seconds of the guest's clock from slot `first` to the end of the first WINDOW in which it was as
-    fast as before again; None: it was not, as long as it was watched."""
+    """Returns the seconds of the guest's clock from slot `first` to the end of the first WINDOW
+    with the normal speed; None: there was none."""
     window = [slots[number].accesses for number in range(first, last + 1)]
     for end in range(WINDOW, len(window) + 1):
-        if sum(window[end - WINDOW : end]) >= BACK * speed * WINDOW:
+        if sum(window[end - WINDOW : end]) >= RECOVERED * speed * WINDOW:
             return end * SLOT_NS / 1e9
     return None
 
 
 def lost_work(slots, first, last, speed):
-    """How long the guest would have needed, at its speed before, for what it did not get done from slot
-    `first` to `last`, ms: one figure for slow and for standing still."""
+    """Returns the time in ms that the guest would need at its normal speed for the work that it
+    missed from slot `first` to `last`. It counts slow and stopped phases alike."""
     done = sum(slots[number].accesses for number in range(first, last + 1))
     return (last + 1 - first - done / speed) * SLOT_NS / 1e6
 
 
 class Run:
-    """Everything that happens to one guest."""
+    """The migration of one guest."""
 
     def __init__(self, build, accel, engine, spec):
         self.lab = Lab(build, accel)
@@ -168,14 +169,14 @@ class Run:
         self.frames, clock = ready(wait_ready, mover.source_vm, self.spec)
         expect(clock[0].startswith("tsc"), f"the guest's clock is {clock[0]}, not the TSC")
         mover.prepare()
-        ready(self._let_run, mover.source_vm, BEFORE_SECONDS + 0.3)
+        ready(self._wait_for_work, mover.source_vm, BEFORE_SECONDS + 0.3)
         moved = self._move()
         watched = 0.0
         seen = {"back_ms": None}
-        while seen["back_ms"] is None and watched < PATIENCE_SECONDS:
-            self._let_run(mover.destination_vm, AFTER_SECONDS)
+        while seen["back_ms"] is None and watched < AFTER_SECONDS_MAX:
+            self._wait_for_work(mover.destination_vm, AFTER_SECONDS)
             watched += AFTER_SECONDS
-            seen = self._seen_by_guest(moved)
+            seen = self._guest_figures(moved)
         figures = {**moved, **seen, "clock_ns": clock[1]}
         figures["statistics"] = [strip(side) for side in mover.statistics()]
         figures["settings"] = mover.resolved_settings()
@@ -184,9 +185,9 @@ class Run:
     def _ram(self, vm):
         return GuestRam(vm, self.frames, self.spec.cpus)
 
-    def _let_run(self, vm, seconds):
-        """Until so much time has passed for the guest; all workers have to take part, and its clock has to
-        go as ours does, or its figures mean nothing."""
+    def _wait_for_work(self, vm, seconds):
+        """Waits until each worker has worked for this time by the guest's clock. The clock must run
+        as fast as the host's, or the guest's figures would mean nothing."""
         ram = self._ram(vm)
         wait_for(f"every worker in {vm.name} works", 30, lambda: all(now for now, _, _ in ram.heads()))
         begin = [now for now, _, _ in ram.heads()]
@@ -200,52 +201,55 @@ class Run:
         passed = (ram.now() - max(begin)) / 1e9
         ram.close()
         ratio = passed / (time.monotonic() - clock)
-        expect(abs(ratio - 1) < CLOCK_TOLERANCE, f"the clock of the guest in {vm.name} goes {ratio:.2f} times ours")
+        expect(
+            abs(ratio - 1) < CLOCK_TOLERANCE,
+            f"the clock of the guest in {vm.name} runs at {ratio:.2f} times the host's",
+        )
 
     def _move(self):
         mover = self.mover
         source_ram = self._ram(mover.source_vm)
         meter = Meter(mover)
-        guest_go = source_ram.now()
-        go = time.time()
-        mover.go()
+        guest_start = source_ram.now()
+        start = time.time()
+        mover.start()
         completed = mover.wait_completed(LIMIT_SECONDS)
         added = meter.added()
         stop = first_event(mover.source_vm.qmp, "STOP")
         resume = first_event(mover.destination_vm.qmp, "RESUME")
-        expect(go < stop < resume < completed, f"go {go}, stop {stop}, resume {resume}, completed {completed}")
-        self.guest_go = guest_go
+        expect(start < stop < resume < completed, f"start {start}, stop {stop}, resume {resume}, completed {completed}")
+        self.guest_start = guest_start
         self.guest_stop = source_ram.now()  # the source's RAM has not changed since
         self.source_heads = source_ram.heads()
         source_ram.close()
         return {
-            "precopy_ms": (stop - go) * 1e3,
+            "precopy_ms": (stop - start) * 1e3,
             "downtime_ms": (resume - stop) * 1e3,
             "postcopy_ms": (completed - resume) * 1e3,
-            "total_ms": (completed - go) * 1e3,
+            "total_ms": (completed - start) * 1e3,
             **added,
         }
 
-    def _seen_by_guest(self, moved):
+    def _guest_figures(self, moved):
         ram = self._ram(self.mover.destination_vm)
         self._expect_sound(ram)
-        before = (self.guest_go - int(BEFORE_SECONDS * 1e9)) // SLOT_NS + 1
-        go = self.guest_go // SLOT_NS
+        before = (self.guest_start - int(BEFORE_SECONDS * 1e9)) // SLOT_NS + 1
+        start = self.guest_start // SLOT_NS
         stop = self.guest_stop // SLOT_NS
         end = stop + int(moved["postcopy_ms"] * 1e6) // SLOT_NS + 1
         last = min(now for now, _, _ in ram.heads()) // SLOT_NS - 1
         slots = ram.slots(before, last)
         ram.close()
         phase = [slots[number] for number in range(stop, min(end, last) + 1)]
-        speed = sum(slots[number].accesses for number in range(before, go)) / (go - before)
+        speed = sum(slots[number].accesses for number in range(before, start)) / (start - before)
         back = time_until_back(slots, stop, last, speed)
         return {
-            "before": summary([slots[number] for number in range(before, go)], self.spec.cpus),
+            "before": summary([slots[number] for number in range(before, start)], self.spec.cpus),
             "phase": summary(phase, self.spec.cpus),
             "speed": speed * 1e9 / SLOT_NS,
             "back_ms": None if back is None else back * 1e3 + moved["downtime_ms"],
             "lost_ms": lost_work(slots, stop, min(end, last), speed) + moved["downtime_ms"],
-            "timeline": self._timeline(slots, go, stop, moved["downtime_ms"], speed),
+            "timeline": self._timeline(slots, start, stop, moved["downtime_ms"], speed),
         }
 
     def _expect_sound(self, ram):
@@ -254,15 +258,17 @@ class Run:
         for (now, done, _), (then, had_done, _) in zip(heads, self.source_heads):
             expect(
                 now > then and done > had_done,
-                f"a worker does not go on: {had_done} accesses at the source, {done} at the destination",
+                f"a worker does not continue: {had_done} accesses at the source,"
+                f" {done} at the destination",
             )
 
-    def _timeline(self, slots, go, stop, downtime_ms, speed):
-        """[(ms since the word to go, part of the speed before)]; zero between stop and start."""
+    def _timeline(self, slots, start, stop, downtime_ms, speed):
+        """Returns [(ms since the start, part of the normal speed)]; zero while the guest is
+        stopped."""
         slot_ms = SLOT_NS / 1e6
         points = []
         for number, slot in slots.items():
-            at = (number - go) * slot_ms + (downtime_ms if number > stop else 0)
+            at = (number - start) * slot_ms + (downtime_ms if number > stop else 0)
             points.append((round(at, 1), round(slot.accesses / speed, 4)))
             if number == stop:
                 standing = range(1, int(downtime_ms / slot_ms) + 1)
@@ -271,7 +277,7 @@ class Run:
 
 
 def strip(info):
-    """An engine's own statistics without what the source and the destination have of everything."""
+    """Returns those of an engine's own statistics that the reports use."""
     keep = (
         *("status", "downtime", "total-time", "setup-time", "postcopy-blocktime", "postcopy-vcpu-blocktime"),
         *("postcopy-latency", "postcopy-latency-dist", "postroad", "ram"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""SVG plots, drawn by gnuplot: how latencies are distributed, and how fast the guest was when."""
+"""SVG plots, drawn by gnuplot: the distribution of latencies, and the guest's speed over time."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ COLOURS = {
     "postroad-tcp": "#7570b3",
     "before": "#cccccc",
 }
-SMOOTH = 5  # slots of 10 ms that a point of the time line is the mean of
+SMOOTH = 5  # a point of the time line is the mean of this many slots of 10 ms
 
 
 def draw(path, script):
@@ -37,7 +37,7 @@ def data_block(name, points):
 
 
 def curves(series):
-    """series: {engine: points}. A plot command, with the data before it."""
+    """Returns the data blocks and the plot command. series: {engine: points}."""
     blocks, parts = [], []
     for index, (name, points) in enumerate(series.items()):
         blocks.append(data_block(f"d{index}", points))
@@ -50,7 +50,7 @@ def pooled(runs, part):
 
 
 def slower_than(buckets):
-    """[(us, part of the accesses that took at least as long)]"""
+    """Returns [(us, part of the accesses that took at least this long)]."""
     total = left = sum(buckets)
     points = []
     for bucket, count in enumerate(buckets):
@@ -75,7 +75,7 @@ def latencies(path, config):
 
 
 def typical(runs):
-    """The run with the median of the total time."""
+    """Returns the run with the median total time."""
     return sorted(runs, key=lambda run: run["total_ms"])[len(runs) // 2]
 
 
@@ -93,14 +93,14 @@ def speeds(path, config):
     draw(
         path,
         f'{blocks}set title "{config["name"]}: speed of the guest (typical run of each)"\n'
-        'set xlabel "ms since the command to migrate"\nset ylabel "part of its speed before"\n'
+        'set xlabel "ms since the command to migrate"\nset ylabel "part of its normal speed"\n'
         "set xrange [-300:*]\nset yrange [0:1.5]\nset grid\n"
         f"{plot}",
     )
 
 
 def draw_config(folder, config):
-    """Both plots of one configuration; returns their paths."""
+    """Draws both plots of one configuration. Returns their paths."""
     paths = [os.path.join(folder, f"{config['name']}-{what}.svg") for what in ("latency", "speed")]
     latencies(paths[0], config)
     speeds(paths[1], config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a run has to show to be believed, medians over the runs, and the tables."""
+"""Checks that a run is plausible, medians over the runs, and the tables."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ RATIOS = ("postroad-ofi", "postroad-tcp")
 
 
 def cpu(side):
-    """What moving the guest cost a host: the engine, and QEMU without its vCPUs."""
+    """Returns the CPU time of a host for the migration: the engine, and QEMU without its vCPUs."""
     return lambda run: run[f"cpu_{side}_engine"] + run[f"cpu_{side}_qemu"]
 
 
@@ -33,8 +33,8 @@ def of_destination(name, scale=1.0):
     return value
 
 
-# Name, unit, how to get it, whether ratios make sense. All times are of the postcopy, from the stop at the
-# source to the end, unless the name says otherwise.
+# (name, unit, function of a run, whether the tables have ratios). All times are from the stop at
+# the source to the end of the postcopy, unless the name says otherwise.
 FIGURES = (
     ("access, mean", "us", phase("mean_us"), True),
     ("access, p50", "us", phase("p50_us"), True),
@@ -65,12 +65,12 @@ FIGURES = (
 
 
 def check_run(name, spec, run):
-    """Refuses figures that can't be true, or that come from something else than a postcopy."""
+    """Refuses figures that are impossible, or that do not come from a postcopy."""
     seen = run["phase"]
     source, destination = run["statistics"]
-    expect(run["speed"] > 0, f"{name}: the guest did nothing before it was moved")
-    expect(seen["accesses"] > 0, f"{name}: the guest accessed nothing while its pages travelled")
-    expect(seen["stalls"] > 0, f"{name}: no access waited for its page: this was no postcopy")
+    expect(run["speed"] > 0, f"{name}: the guest did nothing before the migration")
+    expect(seen["accesses"] > 0, f"{name}: the guest accessed no memory during the migration")
+    expect(seen["stalls"] > 0, f"{name}: no access waited for its page, so this was no postcopy")
     expect(
         run["wire_bytes"] >= spec.work_mb << 20,
         f"{name}: {run['wire_bytes']} bytes on the wire, the guest uses {spec.work_mb} MiB",
@@ -79,7 +79,7 @@ def check_run(name, spec, run):
         source["status"] == destination["status"] == "completed",
         f"{name}: {source['status']} at the source, {destination['status']} at the destination",
     )
-    expect(source["ram"]["postcopy-requests"] > 0, f"{name}: no page was asked for")
+    expect(source["ram"]["postcopy-requests"] > 0, f"{name}: no page was requested")
     if name.startswith("qemu"):
         expect(destination.get("postcopy-blocktime", 0) > 0, f"{name}: QEMU reports no blocktime")
         sent = source["ram"]
@@ -90,11 +90,11 @@ def check_run(name, spec, run):
     else:
         expect(destination["postroad"]["faults"] > 0, f"{name}: the engine served no fault")
         expect(destination["postcopy-latency"] > 0, f"{name}: the engine reports no latency")
-        expect(source["postroad"]["pauses"] == 0, f"{name}: the migration was paused on its way")
+        expect(source["postroad"]["pauses"] == 0, f"{name}: the migration was paused")
 
 
 def median(values):
-    """Of the values that are there; None, if most are not."""
+    """Returns the median, with None as infinity; None if at least half of the values are None."""
     known = [value for value in values if value is not None]
     if len(known) * 2 <= len(values):
         return None
@@ -121,7 +121,8 @@ def ratio(value, reference):
 
 
 def table(config):
-    """Lines for a reader: a row for each figure, a column for each engine, ratios to QEMU's preempt."""
+    """Returns the lines of a table: a row for each figure, a column for each engine, and ratios to
+    QEMU's preempt mode."""
     found = {name: config["engines"][name]["median"] for name in ENGINES if name in config["engines"]}
     compared = [name for name in RATIOS if name in found and REFERENCE in found]
     counts = sorted({len(config["engines"][name]["runs"]) for name in found})
@@ -141,17 +142,18 @@ def table(config):
 
 
 def own_histogram(name, engine):
-    """How long faults took by the engine's own account, all runs together; QEMU 7.2 keeps none."""
+    """Returns a line with the engine's own histogram of fault latencies over all runs. QEMU 7.2 has
+    none."""
     dists = [run["statistics"][1].get("postcopy-latency-dist") for run in engine["runs"]]
     if not all(dists):
         return []
     total = [sum(column) for column in zip(*dists)]
     shown = [f"{1 << i if i else 0} us: {count}" for i, count in enumerate(total) if count]
-    return [f"  {name}, faults by the engine's own account, from … on: {', '.join(shown)}"]
+    return [f"  {name}, the engine's own histogram of faults, from … on: {', '.join(shown)}"]
 
 
 def machine():
-    """Where this was measured."""
+    """Describes the machine of the measurement."""
     with open("/proc/cpuinfo") as info:
         models = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
     version = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout

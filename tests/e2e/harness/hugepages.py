@@ -12,8 +12,8 @@ from .process import expect
 SIZE_MB = 2
 POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
 LOCK = "/run/lock/postroad-huge-pages"  # other tests change the pool at the same time
-# Every user of the pool, and whoever changes its size, holds this lock shared. A test that counts the
-# free pages holds it alone (tests/rigs/huge-pool.h).
+# A process that uses the pool or changes its size holds this lock shared. A test that counts the
+# free pages holds it exclusively (tests/rigs/huge-pool.h).
 IN_USE = "/run/lock/postroad-huge-pages-in-use"
 RETURN_SECONDS = 300  # the pool shrinks only after a test that counts its free pages has ended
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tests of migrations over rdma: that are disturbed on their way.
+"""Tests of faults during migrations over rdma:.
 
 At the end of each test the guest verifies all of its memory at the destination. Faults that differ
-only in their kind follow each other within one migration, from rail to rail and back."""
+only in their kind follow each other within one migration, alternately on both rails."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from roce_lab import on_each
 CASES = []
 DEAD_SECONDS = 20
 RACES = 8
-ANSWER_SECONDS = 10.0  # of a monitor: a few ms when idle, the rest is for emulated hosts
+ANSWER_SECONDS = 10.0  # an idle monitor answers in a few ms; the rest is for emulated hosts
 WHERE = {None: "both hosts", "a": "the source", "b": "the destination"}
 
 
@@ -35,8 +35,8 @@ def case(name):
 
 
 class Test:
-    """The lab and the migrations of one test. At its end they are ended, and both rails are whole
-    again."""
+    """The lab and the migrations of one test. close() ends the migrations and restores both
+    rails."""
 
     def __init__(self, lab, build, notes):
         self.lab, self.build, self.notes = lab, build, notes
@@ -54,8 +54,8 @@ class Test:
     def close(self):
         for move in self.moves:
             move.close()
-        # soft-RoCE's management queue pair does not outlive a message that could not be sent, such
-        # as the last one of a process that ends while its rail is down.
+        # A message that cannot be sent breaks soft-RoCE's management queue pair. An example is the
+        # last message of a process that ends while its rail is down.
         self.lab.renew_disturbed()
 
 
@@ -83,7 +83,7 @@ def completes(test):
 
 @case("small-engine-brings-in-a-large-guest-over-rdma")
 def small_engine(test):
-    """A rail is cut in the middle."""
+    """Cuts a rail in the middle of the migration."""
     with cgroups.groups(test):
         move = test.move(wrapper=cgroups.WRAPPER, size_mb=48)
         cgroups.put_guest(move.destination_guest)
@@ -96,12 +96,12 @@ def small_engine(test):
         move.finish()
 
 
-# A path is lost, and the engines recover over the other rail by themselves
+# A path is lost, and the engines recover automatically over the other rail
 
 
 def fail_over(move, fault, rail, host, **reasons):
-    """Breaks a rail and waits for the recovery; returns its times. reasons: for a side the texts of
-    which its pause has to give one."""
+    """Breaks a rail and waits for the recovery. Returns its times. reasons: for a side the texts,
+    of which the reason of its pause must be one."""
     cut = move.cut(lambda: break_rail(move.lab, fault, rail, host))
     cut.wait_active()
     cut.expect_path(move.uri(3 - rail))
@@ -114,9 +114,9 @@ def fail_over(move, fault, rail, host, **reasons):
 
 
 def fail_over_again_and_again(test, faults):
-    """Each fault hits the rail to which the previous one has led. rdma-del comes last, if at all:
-    soft-RoCE's device cannot come back while an engine has it open. The guest's memory takes two
-    minutes, since each fault may take many seconds on a busy machine."""
+    """Each fault breaks the rail that is in use since the previous fault. rdma-del comes last, if
+    at all: soft-RoCE's device cannot come back while an engine has it open. The guest's memory
+    takes two minutes, since each fault may take many seconds on a busy machine."""
     move = test.move(size_mb=32, pace_us=1000000)
     move.start_slowly(*both_rails(move), bandwidth="128K")
     rail = 1
@@ -179,7 +179,7 @@ def fault_threads(test):
     move.finish()
 
 
-# No path over rdma:, for a while or for good
+# Both rails fail, for a while or permanently
 
 
 @case("both-rails-dead-for-20-s-keep-both-sides-paused-until-one-is-back")
@@ -222,11 +222,11 @@ CASES += [
 ]
 
 
-# Recovery by hand, and what may interfere with it
+# Recovery by command, and interference with it
 
 
 def reasons_of_pause(engine, nth):
-    """The reason that the engine's n-th event of a pause gives."""
+    """Returns the reason in the engine's n-th event of a pause."""
     paused = [event["data"] for event in engine.migrations() if event["data"]["status"] == "postcopy-paused"]
     return f"{engine.name}: {paused[nth - 1].get('reason')}" if len(paused) >= nth else f"{engine.name}: not paused"
 
@@ -247,7 +247,7 @@ def by_hand(test):
     cut.wait_active()
     cut.expect_path(move.uri(2))
     cut.report()
-    expect(typed.alive(), f"the command has not waited: {typed.output()}")
+    expect(typed.alive(), f"the command did not wait: {typed.output()}")
     move.complete()
     code = typed.wait(20)
     expect(code == 0, f"the command ended with {code}: {typed.output()}")
@@ -285,7 +285,8 @@ def without_privileges(test):
         )
         move.start_slowly(*both_rails(move), bandwidth="128K")
         pinned = [unprivileged.expect_unprivileged(engine) for engine in move.engines]
-        test.notes.append(f"pinned by source and destination, with a limit of {unprivileged.LIMIT // 1024} KiB: {pinned} KiB")
+        limit = unprivileged.LIMIT // 1024
+        test.notes.append(f"pinned by source and destination, with a limit of {limit} KiB: {pinned} KiB")
         for rail in RAILS:
             fail_over(move, "cut", rail, None)
             test.lab.restore(rail)
@@ -301,7 +302,7 @@ def without_privileges(test):
 
 
 def recover_at_another_port(move, port):
-    """By hand: the destination listens at another port."""
+    """Recovers by command. The destination listens at another port."""
     move.source.hmp("migrate_pause")
     move.wait_all("postcopy-paused")
     move.destination.hmp(f"migrate_recover rdma:0.0.0.0:{port}?ack-timeout=17&{PATIENT_URI}")
@@ -312,7 +313,7 @@ def recover_at_another_port(move, port):
 
 @case("engine-without-permission-on-rdma-devices-says-how-to-get-it")
 def may_not(test):
-    """The guest stays where it is, and moves once the engines have the permission."""
+    """The guest stays at the source, and migrates once the engines have the permission."""
     words = "no permission on /dev/infiniband/*", "--group"
     move = test.move(incoming="defer", options=unprivileged.as_user())
     listen = f"migrate_incoming rdma:0.0.0.0:{PORT}?ack-timeout=17&{PATIENT_URI}"
@@ -343,16 +344,16 @@ def stale_and_strange(test):
     foreign = strangers.of_another_migration(late)
 
     def current():
-        """The epoch in use. Standby connections use up numbers, too."""
+        """Returns the epoch in use. Standby connections also consume numbers."""
         return move.destination.query()["postroad"]["epoch"]
 
     def send_hellos():
-        """Sends the HELLO of epoch 1, that of a source that has missed a recovery, and that of
-        another migration."""
+        """Sends three HELLOs: that of epoch 1, that of a source that has missed a recovery, and
+        that of another migration."""
         reasons = strangers.send_hellos(lab.a, lab.b.address(2), hello, late, foreign)
         test.notes.append("; ".join(reasons))
         over = f"epoch 1 is over; the current one is {current()}"
-        expect(len(reasons) == 3 and over in reasons[1], f"epoch 1 should be over, and they say {reasons}")
+        expect(len(reasons) == 3 and over in reasons[1], f"a reason should say that epoch 1 is over: {reasons}")
 
     def stranger(timeout_ms):
         return strangers.StrangersQueuePair(lab.a, test.build, move.uri(2), timeout_ms)
@@ -360,7 +361,7 @@ def stale_and_strange(test):
     send_hellos()
     stranger(1000).expect_refused()
     statuses = [cut.statuses(engine) for engine in move.engines]
-    expect(not any(statuses), f"strangers have led a running migration to {statuses}")
+    expect(not any(statuses), f"strangers changed the state of a running migration: {statuses}")
 
     cut = move.cut(lambda: lab.cut(1))
     cut.wait_paused()
@@ -375,14 +376,14 @@ def stale_and_strange(test):
     expect(current() > 1, "the recovery has taken no new epoch")
     send_hellos()
     statuses = [cut.statuses(engine) for engine in move.engines]
-    expect(not any(statuses), f"strangers have led a recovered migration to {statuses}")
+    expect(not any(statuses), f"strangers changed the state of a recovered migration: {statuses}")
     move.finish()
 
 
 @case("malicious-destination-cannot-change-the-sources-memory")
 def hostile(test):
-    """It posts a WRITE and an atomic addition in place of two READs, with the keys that it has.
-    Both pages are read afterwards, so that the guest would find a change."""
+    """The destination posts a WRITE and an atomic addition in place of two READs, with the keys
+    that it has. It reads both pages afterwards, so that the guest would find a change."""
     move = test.move(destination_env={"LD_PRELOAD": find_built(test.build, "libhostile.so")})
     move.start_slowly(*both_rails(move))
     for what, recoveries in (("WRITE", 1), ("atomic", 2)):
@@ -391,19 +392,19 @@ def hostile(test):
             60,
             lambda n=recoveries: move.source.query()["postroad"]["recoveries"] >= n,
         )
-        expect(f"hostile: {what} to" in move.destination.process.output(), "recovered without a reason")
+        posted = f"hostile: {what} to" in move.destination.process.output()
+        expect(posted, f"the engines recovered, but the destination posted no {what}")
         test.notes.append(f"{what}: " + "; ".join(reasons_of_pause(each, recoveries) for each in move.engines))
     move.complete()
     move.destination_guest.end()
     move.source.end()
     said = move.destination.process.output()
     tries = re.findall(r"only a bug explains: remote (?:access|invalid request) error", said)
-    expect(len(tries) == 2, f"two operations were to be refused: {tries}")
+    expect(len(tries) == 2, f"two operations should have been refused: {tries}")
 
 
 def cut_rail_2_in_recovery(move):
-    """Returns whether the rail was cut before the recovery was complete. That is a race, on
-    purpose."""
+    """Returns whether the rail was cut before the recovery was complete. The race is intended."""
     again = move.cut(lambda: move.source.hmp(f"migrate -d -r {move.uri(2)}"))
     again.wait_seen("postcopy-recover-setup", 30, [move.source])
     move.lab.cut(2)
@@ -414,7 +415,7 @@ def cut_rail_2_in_recovery(move):
 
 
 def cut_after_messages(move, messages):
-    """The path is lost after that many messages of the recovery's handshake."""
+    """Cuts the path after this number of messages of the recovery's handshake."""
     uri = f"faulty+{move.uri(2)}&cut-after-messages={messages}"
     again = move.cut(lambda: move.source.hmp(f"migrate -d -r {uri}"))
     again.wait_seen("postcopy-paused", 60, [move.source])
@@ -435,7 +436,7 @@ def cut_during_recovery(test):
         hits += cut_rail_2_in_recovery(move)
         if hits == 2:
             break
-    expect(hits, f"{RACES} recoveries, and none was cut before it was complete")
+    expect(hits, f"none of {RACES} recoveries was cut before it was complete")
     last = move.cut(lambda: move.source.hmp(f"migrate -d -r {move.uri(2)}"))
     last.wait_seen("postcopy-active", 60)
     last.expect_path(move.uri(2))

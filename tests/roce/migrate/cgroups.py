@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory cgroups (version 2) on the lab's hosts: one with a low limit for the engine, one for the
-guest."""
+"""Memory cgroups (version 2) on the lab's hosts: one for the engine, with a low limit, and one for
+the guest."""
 
 from contextlib import contextmanager
 
@@ -16,7 +16,7 @@ mkdir {ROOT}/engine {ROOT}/guest &&
 echo {LIMIT} >{ROOT}/engine/memory.max
 """
 
-# Their processes have been killed, and may not have ended yet.
+# The processes of the groups have been killed, and may not have ended yet.
 REMOVE = f"""
 for i in $(seq 100); do
     rmdir {ROOT}/engine {ROOT}/guest 2>/dev/null
@@ -32,7 +32,7 @@ WRAPPER = ("sh", "-c", f'echo $$ >{ROOT}/engine/cgroup.procs && exec "$@"', "sh"
 
 @contextmanager
 def groups(test):
-    """Has both groups meanwhile. Kills the processes of the test at the end."""
+    """Creates both groups. At the end kills the processes of the test and removes the groups."""
     hosts = test.lab.hosts
     on_each(hosts, lambda host: host.run("sh", "-c", MAKE, check=True))
     try:
@@ -52,14 +52,14 @@ def usage(host, group):
 
 
 def expect_charged_to_guest(move, before, megabytes):
-    """The guest's group was charged for the pages, and the engine's group was never full.
-    memory.peak needs Linux 5.19."""
+    """Expects that the guest's group was charged for the pages, and that the engine's group was
+    never full. memory.peak needs Linux 5.19."""
     host = move.destination.host
     peak = host.run("sh", "-c", f"cat {ROOT}/engine/memory.peak || cat {ROOT}/engine/memory.current", check=True)
     events = host.run("cat", f"{ROOT}/engine/memory.events", check=True).stdout.split()
     grown = usage(host, "guest") - before
-    told = f"engine: at most {int(peak.stdout) / MB:.1f} MiB; guest: {grown / MB:.0f} MiB more"
-    move.notes.append(told)
-    expect(grown >= megabytes * MB, f"the guest's group was not charged for {megabytes} MiB that have come in: {told}")
+    usages = f"engine: at most {int(peak.stdout) / MB:.1f} MiB; guest: {grown / MB:.0f} MiB more"
+    move.notes.append(usages)
+    expect(grown >= megabytes * MB, f"the guest's group was not charged for {megabytes} MiB that have arrived: {usages}")
     full = dict(zip(events[::2], events[1::2]))
-    expect(full["max"] == full["oom"] == "0", f"the engine's group was full: {told}; {full}")
+    expect(full["max"] == full["oom"] == "0", f"the engine's group was full: {usages}; {full}")

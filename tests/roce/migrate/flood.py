@@ -13,7 +13,7 @@ import time
 
 BURST = 8
 SIZE = 1400
-PATIENCE = 0.2  # seconds for the answers to a burst; later ones are not counted
+ANSWER_SECONDS = 0.2  # for the answers to a burst; later ones are not counted
 TICK = 0.5
 
 
@@ -25,7 +25,7 @@ def burst(port, number):
         sent[name] = name + os.urandom(SIZE - len(name))
         port.send(sent[name])
     echoed = bad = 0
-    while sent and select.select([port], [], [], PATIENCE)[0]:
+    while sent and select.select([port], [], [], ANSWER_SECONDS)[0]:
         data = port.recv(SIZE * 2)
         expected = sent.pop(data[:8], None)
         if expected is None and int.from_bytes(data[:8], "big") < number * BURST:
@@ -45,7 +45,7 @@ def main():
             more, wrong = burst(port, number)
             echoed, bad = echoed + more, bad + wrong
         except OSError:  # the guest does not answer (yet)
-            time.sleep(PATIENCE)
+            time.sleep(ANSWER_SECONDS)
         number += 1
         if time.monotonic() >= said + TICK:
             print(f"flood: echoed={echoed} bad={bad}", flush=True)

@@ -27,8 +27,8 @@ def subject(lab, build):
     return lab, build
 
 
-# One CPU: Linux patches its own code when a guest under KVM begins or ends, which can crash an
-# emulated host of two.
+# One CPU: Linux patches its own code when a guest under KVM starts or ends. This can crash an
+# emulated host with two CPUs.
 NEWER = {"kernel": "6.12", "cpus": 1}
 GROUPS = [
     runner.Group("rdma", cases.CASES, perform, subject),

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guests that are moved between the lab's hosts.
 
-All kinds verify the contents of their pages all the time, and print what they find. A guest has
+All kinds verify the contents of their pages all the time, and print the results. A guest has
   option                 argument of the engine's --guest
   wait_ready()           waits until an engine can connect
   wait_running()         waits until it runs on this host
   wait_verifies()        waits until it has verified more pages, all of them right
-  expect_stopped()       it does not run on this host (any more)
-  end()                  ends it; it must not have found a wrong page"""
+  expect_stopped()       expects that it does not run on this host (any more)
+  end()                  ends it, and expects that it has found no wrong page"""
 
 import os
 import re
@@ -65,7 +65,8 @@ class Workload:
         wait_socket(self.host, self.agent, self.process)
 
     def last(self):
-        """(state, pages verified, pages written, pages corrupt) of its last line, or None."""
+        """Returns (state, pages verified, pages written, pages corrupt) of its last line, or
+        None."""
         lines = self.LINE.findall(self.process.output("out"))
         return (lines[-1][0], *map(int, lines[-1][1:])) if lines else None
 
@@ -89,10 +90,10 @@ class Workload:
         expect(self.last()[3] == 0, f"{self.last()[3]} corrupt pages: {self.process.output()[-1000:]}")
 
     def expect_stopped(self):
-        expect(self.last()[0] == "paused", f"the guest runs on host {self.host.name}, too")
+        expect(self.last()[0] == "paused", f"the guest also runs on host {self.host.name}")
 
     def end(self):
-        """It verifies every page before it ends."""
+        """Ends the guest, which verifies every page before."""
         self.process.signal(15)
         code = self.process.wait(60)
         said = self.process.output()
@@ -142,25 +143,29 @@ class HostQemu:
         expect(code == 0, f"QEMU on host {self.host.name} ended with {code}: {self.process.output()[-1000:]}")
 
     def expect_sound(self):
-        """The guest has found no wrong page on this host."""
+        """Expects that the guest has found no wrong page on this host."""
         raise NotImplementedError
 
 
 class BootGuest(HostQemu):
     """The boot-sector guest (tests/roce/bootguest), small enough for emulation within emulation. It
-    prints a dot for each round in which all of its memory was right."""
+    prints a dot for each round in which all of its memory was correct."""
 
     RAM_MB = 32
     ROUNDS = 3
 
     def __init__(self, host, build, directory, image=None, backend="memfd", **kind):
-        argv = [*GuestSpec(ram_mb=self.RAM_MB, backend=backend).memory(), "-drive", f"file={image},format=raw,if=ide,snapshot=on"]
+        drive = f"file={image},format=raw,if=ide,snapshot=on"
+        argv = [*GuestSpec(ram_mb=self.RAM_MB, backend=backend).memory(), "-drive", drive]
         super().__init__(host, build, directory, argv, **kind)
 
     def said(self):
-        """What it has printed on this host, which must not be a wrong page."""
+        """Returns the guest's output on this host, and expects no report of a wrong page."""
         said = self.process.output("out")
-        expect("BAD" not in said, f"the guest on host {self.host.name} has found a wrong word in its memory: {said[-200:]}")
+        expect(
+            "BAD" not in said,
+            f"the guest on host {self.host.name} has found a wrong word in its memory: {said[-200:]}",
+        )
         return said
 
     def rounds(self):
@@ -174,10 +179,12 @@ class BootGuest(HostQemu):
         )
 
     def wait_verifies(self, seconds=90):
-        """Waits for the present round and more, so that each word is compared at least twice."""
+        """Waits for the end of the current round and for more rounds, so that the guest compares
+        each word at least twice."""
         before = self.rounds()
         wait_for(
-            f"the guest of QEMU on host {self.host.name} completes {self.ROUNDS} more rounds through its memory",
+            f"the guest of QEMU on host {self.host.name} completes {self.ROUNDS} more rounds"
+            " through its memory",
             seconds,
             lambda: self.rounds() >= before + self.ROUNDS or self.expect_alive(),
         )
@@ -187,7 +194,7 @@ class BootGuest(HostQemu):
 
 
 def build_boot_sector(path, megabytes):
-    """Builds a disk with the guest that works on that much of its memory; returns its path."""
+    """Builds a disk with the guest that works on this much of its memory. Returns its path."""
     builder = os.path.join(HERE, "..", "bootguest", "build")
     done = subprocess.run([builder, path, str(megabytes * MB)], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -17,7 +17,8 @@ def set_pool(host, pages):
 
 @contextmanager
 def huge_pages(test, pages):
-    """Reserves huge pages on both hosts meanwhile. Ends the processes of the test at the end."""
+    """Reserves huge pages on both hosts. At the end ends the processes of the test and releases the
+    pages."""
     hosts = test.lab.hosts
     on_each(hosts, lambda host: set_pool(host, pages))
     try:

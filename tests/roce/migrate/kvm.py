@@ -2,9 +2,9 @@
 """Guests under KVM: a stock QEMU on the lab's hosts, whose CPUs have AMD's SVM (emulated, where
 this machine's KVM is not used for the hosts).
 
-Three things differ there. A vCPU waits for a page inside KVM_RUN, in the kernel. The kernel itself
-accesses the guest's memory. KVM tells Linux guests of a missing page, and they run another task
-meanwhile (asynchronous page faults)."""
+Under KVM three things differ. A vCPU waits for a page inside KVM_RUN, in the kernel. The kernel
+itself accesses the guest's memory. KVM notifies Linux guests of a missing page, and they run
+another task until it arrives (asynchronous page faults)."""
 
 import re
 import time
@@ -21,10 +21,10 @@ SECONDS, LINUX_SECONDS = 300, 800  # bounds of a test
 PATIENT = ("heartbeat-timeout=10000", "connect-timeout=20000", "handshake-timeout=30000")
 IN_KVM_RUN = "kvm_arch_vcpu_ioctl_run"
 IN_USERFAULT = "handle_userfault"
-PAGES_TOLD = 50
+PAGES_NOTIFIED = 50
 GAP_SECONDS = 60
 
-# Prints state and kernel stack of these threads of a process.
+# Prints the state and the kernel stack of some threads of a process.
 STACKS = """
 pid=$1
 shift
@@ -52,7 +52,7 @@ done
 
 
 def case(name, *lists):
-    """Registers a test with the kernels that it is done with."""
+    """Registers a test in the lists of the kernels with which it runs."""
 
     def register(function):
         for each in lists:
@@ -72,7 +72,7 @@ def vcpu_threads(guest):
 
 
 def waiting(guest, threads):
-    """The states, as ps letters, of the vCPUs that wait in KVM_RUN for a page."""
+    """Returns the states, as letters of ps, of the vCPUs that wait in KVM_RUN for a page."""
     done = guest.host.run("sh", "-c", STACKS, "sh", guest.process.pid, *threads)
     stacks = done.stdout.split("thread ")[1:]
     there = [stack for stack in stacks if IN_KVM_RUN in stack and IN_USERFAULT in stack]
@@ -80,7 +80,7 @@ def waiting(guest, threads):
 
 
 def answered(test, what, ask):
-    """Asks a monitor, which has to answer soon; returns its answer."""
+    """Expects that a monitor answers soon. Returns its answer."""
     began = time.monotonic()
     answer = ask()
     seconds = time.monotonic() - began
@@ -95,14 +95,14 @@ def expect_paused_engine_answers(test, engine):
 
 
 def expect_answers_without_vcpu(test, guest):
-    """A query for which QEMU needs no vCPU."""
+    """Sends a query for which QEMU needs no vCPU."""
     info = answered(test, "QEMU's query-status", lambda: guest.qmp.command("query-status"))
     expect(info["status"] == "running", f"QEMU at the destination is {info}")
 
 
 def expect_answers_with_vcpu(test, guest):
-    """Commands for which QEMU interrupts its vCPUs, which Linux 6.12 allows while they wait for a
-    page."""
+    """Sends commands for which QEMU interrupts its vCPUs. Linux 6.12 allows that while they wait
+    for a page."""
     qmp = guest.qmp
     answered(test, "QEMU's stop", lambda: qmp.command("stop"))
     line = {"command-line": "info registers"}
@@ -139,7 +139,7 @@ def huge(test):
 
 
 def pause_with_waiting_vcpu(test, break_off):
-    """Breaks a migration off. Returns it, and the threads of the destination's vCPUs, one of which
+    """Interrupts a migration. Returns it, and the threads of the destination's vCPUs, one of which
     waits for a page."""
     move = move_under_kvm(test, settings=("auto-recover=off",))
     threads = vcpu_threads(move.destination_guest)
@@ -164,7 +164,7 @@ def go_on(move, rail):
 
 @case("engine-killed-and-resumed-while-a-vcpu-waits-in-kvm-run", CASES)
 def killed(test):
-    """Linux 6.1 does not interrupt that vCPU, so QEMU gets no command that needs it."""
+    """Linux 6.1 does not interrupt that vCPU, so the test sends QEMU no command that needs it."""
     move, threads = pause_with_waiting_vcpu(test, lambda move: move.destination.kill())
     expect_answers_without_vcpu(test, move.destination_guest)
     move.follow(move.destination)
@@ -187,8 +187,8 @@ def answers(test):
     go_on(move, 2)
 
 
-# Somebody lets the source's guest run again after the hand-over. The write protection stops it at
-# its first write.
+# The operator lets the source's guest run again after the hand-over. The write protection stops it
+# at its first write.
 
 
 def start_fenced(test):
@@ -207,8 +207,8 @@ def with_ram(command, move):
 
 
 def let_run(move, watched):
-    """Lets the source's guest run: it waits at its first write, or a watching engine has stopped it
-    before. Its memory does not change."""
+    """Lets the source's guest run. It must wait at its first write, unless a watching engine stops
+    it before. Its memory must not change."""
     guest = move.source_guest
     threads, rounds = vcpu_threads(guest), guest.rounds()
     copied = with_ram("cp", move)
@@ -234,7 +234,7 @@ def recover(move):
 
 
 def finish_fenced(move):
-    """The answer to `cont` may come only after the fence was lifted."""
+    """Completes the migration. The answer to `cont` may come only after the fence was lifted."""
     move.full_speed()
     move.wait_all("completed", 90)
     guest = move.source_guest
@@ -245,7 +245,7 @@ def finish_fenced(move):
 
 @case("guest-let-run-at-the-source-changes-no-page-and-is-stopped", CASES)
 def let_run_watched(test):
-    """The migration is paused, so that it does not end meanwhile."""
+    """The migration is paused, so that it does not end during the test."""
     move = start_fenced(test)
     pause(move)
     let_run(move, watched=True)
@@ -271,7 +271,7 @@ def let_run_orphan(test):
 # Linux
 
 
-# Waiters for pages, each known by a kernel function that only its faults come through.
+# Users that wait for pages. Only the faults of one user pass through its kernel function.
 WAITERS = {
     "kvm_mmu_page_fault": "vCPUs in KVM_RUN",
     "kvm_set_msr_common": "MSRs that are set while the state is loaded, such as kvmclock's",
@@ -292,7 +292,7 @@ def linux(test):
     arriving = Flood(move, destination)
     with recorded(destination.host) as faults:
         move.start_slowly(*both_rails(move))
-        expect_told(move)
+        expect_notified(move)
         arriving.wait_more()
         fail_over(move, "cut", 1, None)
         arriving.wait_more()
@@ -302,30 +302,31 @@ def linux(test):
     move.finish()
 
 
-def expect_told(move):
-    """KVM tells the guest at the destination of pages that have come (asynchronous page faults)."""
+def expect_notified(move):
+    """Waits until KVM has notified the guest at the destination of arrived pages (asynchronous page
+    faults)."""
     source, destination = move.source_guest.console, move.destination_guest.console
     before = source.kvm().told
 
-    def told():
-        return destination.kvm() and destination.kvm().told >= before + PAGES_TOLD
+    def notified():
+        return destination.kvm() and destination.kvm().told >= before + PAGES_NOTIFIED
 
-    wait_for(f"KVM tells the guest of {PAGES_TOLD} pages that have come", 120, told)
+    wait_for(f"KVM notifies the guest of {PAGES_NOTIFIED} pages", 120, notified)
     move.expect_midway()
 
 
 def expect_all_waited(test, faults):
     for function, who in WAITERS.items():
-        expect(faults.get(function), f"no missing page was waited for by {who}: {faults}")
+        expect(faults.get(function), f"{who} waited for no missing page: {faults}")
     waited = ", ".join(f"{faults[function]} by {who}" for function, who in WAITERS.items())
     test.notes.append(f"pages waited for: {waited}")
 
 
 def expect_times(source, destination):
-    """The guest uses KVM's clock, which continues at the destination, and its steal time grows
-    there."""
+    """Expects that the guest's clock is KVM's and continues at the destination, and that the steal
+    time grows there."""
     first, last = destination.kvm_lines()[0], destination.kvm()
     expect(last.clock == "kvm-clock", f"the guest's clock is {last.clock}")
-    expect(last.steal > first.steal, f"the steal time at the destination was and is {last.steal}")
+    expect(last.steal > first.steal, f"the steal time at the destination does not grow: {last.steal}")
     gap = destination.progress()[0].t - source.last().t
-    expect(0 < gap < GAP_SECONDS, f"between the last line at the source and the first at the destination are {gap} s")
+    expect(0 < gap < GAP_SECONDS, f"{gap} s lie between the last line at the source and the first at the destination")

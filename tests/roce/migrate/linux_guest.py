@@ -39,7 +39,7 @@ def build_linux(build):
 
 @dataclass
 class KvmLine:
-    """KVM as the guest sees it: its clock, the ticks that the host stole from all its CPUs, and the
+    """The guest's view of KVM: the clock, the ticks that the host stole from all its CPUs, and the
     number of pages whose arrival KVM has announced."""
 
     clock: str
@@ -48,7 +48,7 @@ class KvmLine:
 
 
 class HostConsole(Console):  # pylint: disable=super-init-not-called
-    """What the guest has printed on one host."""
+    """The guest's output on one host."""
 
     def __init__(self, process):
         self.path = process.name
@@ -61,13 +61,13 @@ class HostConsole(Console):  # pylint: disable=super-init-not-called
         return [KvmLine(clock, int(steal), int(told)) for clock, steal, told in KVM_LINE.findall(self.text())]
 
     def kvm(self):
-        """The last of them, or None."""
+        """Returns the last KvmLine, or None."""
         lines = self.kvm_lines()
         return lines[-1] if lines else None
 
 
 class LinuxGuest(HostQemu):
-    """With two vCPUs, under KVM."""
+    """A Linux guest with two vCPUs under KVM."""
 
     def __init__(self, host, build, directory, incoming=False):
         host.run("sh", "-c", TAP, check=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A migration between the two hosts of the RoCE lab: guests and engines, its steps, and the times
+"""A migration between the two hosts of the RoCE lab: guests and engines, the steps, and the times
 of a failover.
 
 Host a is the source, host b the destination. On each host run a guest (guests.py), an engine, and
@@ -20,7 +20,7 @@ from harness.process import Failure, expect, wait_for  # noqa: E402
 from roce_lab import FAULTS, RAILS, Lab, LabError, on_each  # noqa: E402
 
 PORT, TCP_PORT = 4444, 4445
-SLOW = "256K"  # a guest's memory takes half a minute, so that a cut comes in the middle of it
+SLOW = "256K"  # a guest's memory takes half a minute, so that a cut hits the middle of it
 # Emulated hosts get no CPU for long moments on a busy machine: READs get 2.1 s (urgent) and 3.2 s
 # (bulk), heartbeats 5 s, the first attempt to connect a lane 3 s.
 PATIENT_URI = "connect-timeout-ms=3000"
@@ -31,15 +31,17 @@ NUMBERS = itertools.count(1)
 
 
 class HostEngine(Engine):  # pylint: disable=super-init-not-called
-    """The engine of a host, beside that host's guest."""
+    """The engine of a host's guest."""
 
-    def __init__(self, host, name, build, directory, guest, incoming=None, settings=(), options=(), env=None, wrapper=()):
+    def __init__(  # pylint: disable=too-many-arguments
+        self, host, name, build, directory, guest, incoming=None, settings=(), options=(), env=None, wrapper=()
+    ):
         self.host = host
         self.name = name
         self.ctl = f"{build}/postroadctl"
         self.qmp_path = f"{directory}/{name}.qmp"
         argv = [*wrapper, f"{build}/postroad", "--guest", guest.option, "--qmp", self.qmp_path]
-        argv += ["--log", "debug", "--insecure"]  # the rails lead nowhere else
+        argv += ["--log", "debug", "--insecure"]  # only the lab's hosts can use the rails
         argv += ["--incoming", incoming] if incoming else []
         argv += options
         for setting in settings:
@@ -49,7 +51,7 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
         self.qmp = None
 
     def kill(self):
-        """kill -9."""
+        """Kills the engine with SIGKILL."""
         self.qmp.close()
         self.process.signal(9)
         code = self.process.wait(20)
@@ -66,8 +68,8 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
             raise Failure(f"{failure}; {self.name} said: {self.process.output()[-1000:]}") from None
 
     def hmp(self, line, seconds=20):
-        """As postroadctl does it, whose start costs an emulated host 0.2 s. Returns what
-        postroadctl would print."""
+        """Sends a command like postroadctl, whose start takes an emulated host 0.2 s. Returns the
+        text that postroadctl would print."""
         self.qmp.send("x-postroad-hmp", **{"command-line": line})
         answer = self.qmp.answer(seconds)
         if answer is None or "error" in answer:
@@ -78,11 +80,11 @@ class HostEngine(Engine):  # pylint: disable=super-init-not-called
         return self.host.run(self.ctl, self.qmp_path, line, timeout=seconds)
 
     def migrations(self):
-        """Its MIGRATION events so far."""
+        """Returns the engine's MIGRATION events so far."""
         return [event for event in self.qmp.drain_events() if event["event"] == "MIGRATION"]
 
     def end(self):
-        """Ends it as an operator would. It must not have failed before."""
+        """Ends the engine like an operator, and expects that it has not failed before."""
         self.qmp.close()
         self.process.signal(15)
         code = self.process.wait(20)
@@ -109,7 +111,7 @@ class Move:
         uri_options="",
         **kind,
     ):
-        """options: further ones of both engines. wrapper: a command that execs the engine.
+        """options: more options of both engines. wrapper: a command that execs the engine.
         uri_options: of all rdma: URIs.
         destination_env: environment of the destination's engine. kind: of the guest."""
         self.lab = lab
@@ -156,7 +158,7 @@ class Move:
         on_each(self.lab.hosts, lambda host: host.run("busybox", "rm", "-rf", self.directory))
 
     def logs(self):
-        """The last lines of all output, for the report of a failure."""
+        """Returns the last lines of all output, for the report of a failure."""
         out = []
         for member, process in self.started:
             name = getattr(member, "name", "guest")
@@ -181,13 +183,13 @@ class Move:
         self.source.hmp(f"migrate -d {','.join(uris)}")
 
     def start_slowly(self, *uris, bandwidth=SLOW):
-        """Waits until a part of the pages has arrived."""
+        """Starts a slow migration, and waits until a part of the pages has arrived."""
         self.slow_down(bandwidth)
         self.start(*uris)
         self.wait_midway()
 
     def wait_midway(self):
-        """Waits until some pages have come in postcopy, while others are missing."""
+        """Waits until some pages have arrived in postcopy while others are missing."""
 
         def in_postcopy():
             info = self.destination.query()
@@ -219,15 +221,14 @@ class Move:
         self.source_guest.expect_stopped()
 
     def finish(self):
-        """Also ends both engines and the destination's guest. The source's guest is stopped and
-        stays."""
+        """Completes the migration, and ends both engines and the destination's guest. The source's
+        guest stays, stopped."""
         self.complete()
         for member in (self.destination_guest, self.source, self.destination):
             member.end()
 
     def cut(self, what):
-        """Calls `what`, which breaks the path in use; returns the Cut that observes the
-        consequences."""
+        """Calls `what`, which breaks the path in use. Returns a Cut that observes the effects."""
         self.expect_midway()
         cut = Cut(self)
         what()
@@ -235,14 +236,14 @@ class Move:
 
 
 def in_postcopy_now(engine):
-    """Whether the last of its events says so. Events may arrive later than an answer of the other
-    engine."""
+    """Returns whether the engine's last event says so. An event may arrive later than an answer of
+    the other engine."""
     events = engine.migrations()
     return bool(events) and events[-1]["data"]["status"] == "postcopy-active"
 
 
 class Cut:
-    """The loss of a path, and the recovery, as the events of both sides show them."""
+    """The loss of a path and the recovery, observed in the events of both sides."""
 
     def __init__(self, move):
         self.move = move
@@ -250,11 +251,11 @@ class Cut:
         self.at = time.time()
 
     def migrations(self, engine):
-        """Its MIGRATION events since the cut."""
+        """Returns the engine's MIGRATION events since the cut."""
         return engine.migrations()[self.seen[engine.name] :]
 
     def events(self, engine):
-        """(status, time in seconds by the engine's clock) since the cut."""
+        """Returns (status, time in seconds by the engine's clock) of the events since the cut."""
         return [
             (
                 event["data"]["status"],
@@ -267,7 +268,7 @@ class Cut:
         return [status for status, _ in self.events(engine)]
 
     def reason(self, engine, status):
-        """The first reason that the engine gave for this state since the cut."""
+        """Returns the first reason that the engine gave for this state since the cut."""
         wanted = (event["data"] for event in self.migrations(engine) if event["data"]["status"] == status)
         return next((data.get("reason", "") for data in wanted), None)
 
@@ -288,11 +289,11 @@ class Cut:
         self.wait_seen("postcopy-active", seconds)
 
     def expect_path(self, uri):
-        """Expects that the source says that it has recovered over this path."""
+        """Expects that the source reports a recovery over this path."""
         wanted = f"connected again over {uri}"
         events = self.migrations(self.move.source)
         reasons = [event["data"].get("reason") for event in events if event["data"]["status"] == "postcopy-recover"]
-        expect(reasons and reasons[-1] == wanted, f"the source should have {wanted}, and says {reasons}")
+        expect(reasons and reasons[-1] == wanted, f"the source should report {wanted}, not {reasons}")
 
     def expect_only_paused(self):
         for engine in self.move.engines:
@@ -300,8 +301,8 @@ class Cut:
             expect(not strange, f"{engine.name} left the pause: {self.statuses(engine)}")
 
     def times(self):
-        """Seconds from the cut until both sides were paused, and until both were in postcopy again,
-        by this machine's clock."""
+        """Returns the seconds from the cut until both sides were paused, and until both were in
+        postcopy again, by this machine's clock."""
         paused, active = [], []
         for engine in self.move.engines:
             ahead, _ = engine.host.clock_offset()

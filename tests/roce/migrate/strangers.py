@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Peers that connect to a destination without right: with an epoch that is over, or of another
+"""Peers that must not get a connection to a destination: their epoch is over, or belongs to another
 migration.
 
-The real source's HELLO is recorded on its way, so that it can be sent again when its epoch is over,
-with the same migration and secret."""
+The test records the real source's HELLO on the network. It can then send that HELLO again when its
+epoch is over, with the same migration and secret."""
 
 import os
 import struct
@@ -76,7 +76,7 @@ def of_another_migration(hello):
 
 
 def of_a_recovery(hello):
-    """A HELLO of the same epoch that resumes the migration."""
+    """Returns a HELLO of the same epoch that resumes the migration."""
     return hello[:RESUME_AT] + bytes([RESUME_ASKED]) + hello[RESUME_AT + 1 :]
 
 
@@ -85,14 +85,14 @@ def epoch_of(hello):
 
 
 def send_hellos(host, address, *hellos):
-    """Sends each of them to a destination; returns the reasons of the refusals."""
+    """Sends each HELLO to a destination. Returns the reasons of the refusals."""
     argv = ["python3", "-c", HELLO_SENDER, address, PORT, *(hello.hex() for hello in hellos)]
     answers = host.run(*argv, check=True).stdout.splitlines()
     return [reason_of(bytes.fromhex(answer)) for answer in answers]
 
 
 def reason_of(answer):
-    """The reason that a HELLO_ACK gives for a refusal."""
+    """Returns the reason that a HELLO_ACK has for a refusal."""
     kind, _, length = struct.unpack_from(">HHI", answer) if len(answer) >= 8 else (0, 0, 0)
     expect(kind == HELLO_ACK, f"the stranger got {answer[:64].hex()}, no HELLO_ACK")
     status = struct.unpack_from(">I", answer, 8 + 4 + 2)[0]
@@ -114,9 +114,9 @@ class StrangersQueuePair:
 
     def expect_refused(self, *words, seconds=40):
         answer = wait_for("the stranger's queue pair is refused", seconds, self.answers)[0]
-        expect(answer.startswith("error "), f"the stranger's queue pair got in: {answer}")
+        expect(answer.startswith("error "), f"the stranger's queue pair was admitted: {answer}")
         for word in words:
-            expect(word in answer, f"that should have {word!r}: {answer}")
+            expect(word in answer, f"the answer should contain {word!r}: {answer}")
         self.process.write(b"")
         self.process.wait(20)
         return answer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Engines that root starts and that then become another user (--user)."""
+"""Engines that are started by root and then become another user (--user)."""
 
 import re
 from contextlib import contextmanager
@@ -23,7 +23,8 @@ def devices_of_group(*hosts):
 
     def give(owner, mode):
         devices = "/dev/infiniband/*"
-        on_each(hosts, lambda host: host.run("sh", "-c", f"chown {owner} {devices} && chmod {mode} {devices}", check=True))
+        change = f"chown {owner} {devices} && chmod {mode} {devices}"
+        on_each(hosts, lambda host: host.run("sh", "-c", change, check=True))
 
     give(f"root:{GROUP}", "660")
     try:
@@ -33,18 +34,18 @@ def devices_of_group(*hosts):
 
 
 def as_user(*options):
-    """Options for an engine that becomes that user."""
+    """Returns the options for an engine that becomes that user."""
     return "--user", USER, *options
 
 
 def limited():
-    """A wrapper for an engine whose starter may lock very little memory."""
+    """Returns a wrapper for an engine whose starter may lock very little memory."""
     return "prlimit", f"--memlock={LIMIT}:{LIMIT}"
 
 
 def expect_unprivileged(engine):
-    """Each thread runs as that user without capabilities, and yet the engine has pinned the guest's
-    memory. Returns its KiB."""
+    """Expects that each thread runs as that user without capabilities, and that the engine has
+    pinned the guest's memory nevertheless. Returns the pinned KiB."""
     threads = engine.host.run("busybox", "sh", "-c", THREADS, "sh", engine.process.pid, check=True).stdout.splitlines()
     strange = [thread for thread in threads if thread.split() != [UID, "0" * 16]]
     expect(len(threads) > 2 and not strange, f"threads of the {engine.name} have user and capabilities {threads}")
@@ -52,7 +53,7 @@ def expect_unprivileged(engine):
 
 
 def pinned_kib(engine):
-    """The pinned KiB; None within the limit, which proves nothing."""
+    """Returns the pinned KiB; None if they are within the limit, which proves nothing."""
     status = engine.host.run("cat", f"/proc/{engine.process.pid}/status", check=True).stdout
     pinned = int(re.search(r"VmPin:\s+(\d+)", status)[1])
     return pinned if pinned * 1024 > LIMIT else None

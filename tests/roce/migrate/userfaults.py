@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Counts the waiters for a guest's pages on a host, by kernel stack, where the kernel hands a fault
-to userfaultfd."""
+"""Counts the faults that a host's kernel hands to userfaultfd, by kernel stack."""
 
 import re
 from contextlib import contextmanager
@@ -26,8 +25,8 @@ class Userfaults:
         self.host = host
 
     def count(self):
-        """The number of faults that came through each kernel function. Only the innermost functions
-        of a stack are known."""
+        """Returns the number of faults that came through each kernel function. Only the innermost
+        functions of a stack are known."""
         counts = {}
         for stack, hits in STACK.findall(self.host.run("cat", f"{EVENT}/hist", check=True).stdout):
             for function in set(re.findall(r"(\w+)(?:\.\S+)?\+0x", stack)):
@@ -37,7 +36,7 @@ class Userfaults:
 
 @contextmanager
 def recorded(host):
-    """Counts meanwhile."""
+    """Counts the faults within the context."""
     host.run("sh", "-c", ON, check=True)
     try:
         yield Userfaults(host)
