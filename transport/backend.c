@@ -219,8 +219,7 @@ gboolean pr_path_life_end(PrPathLife *life, PrPathLifeState how)
 
 static void report_failure(PrPathLife *life, PrPathError code, const char *what)
 {
-	g_autoptr(GError) error =
-		g_error_new(PR_PATH_ERROR, code, "%s: %s", life->name, what);
+	g_autoptr(GError) error = g_error_new(PR_PATH_ERROR, code, "%s: %s", life->name, what);
 
 	life->stop(life->path);
 	life->on_failed(error, life->opaque);

@@ -219,7 +219,7 @@ def sockets(lab):
 def clocks(lab):
     for host in lab.hosts:
         offset, error = host.clock_offset()
-        # The clock was set at boot. That of a busy emulated host drifts: 35 ms were seen after minutes.
+        # The clock was set at boot. A busy emulated host's drifts: 35 ms were seen after minutes.
         expect(abs(offset) <= 0.2 + error, f"host {host.name} is {offset:.3f} s off (+/- {error:.3f} s)")
 
 

@@ -1,7 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/*
- * The attach helper, attached to a process that the test has started (attach-guest.h). Needs root.
- */
+/* The attach helper, attached to a process of the test's own (attach-guest.h). Needs root. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -111,10 +109,8 @@ static int uffd_enable(Attached *attached)
 	return uffd;
 }
 
-/*
- * After a reply the helper may still have descriptors to close. It closes them before its next
- * reply, so this waits for one more.
- */
+/* After a reply the helper may still have descriptors to close. It closes them before its next
+ * reply, so this waits for one more. */
 static void wait_closed(Attached *attached)
 {
 	g_autoptr(GError) error = NULL;
@@ -389,10 +385,8 @@ static void the_fence_blocks_writers_but_not_readers(void **state)
 	close(memfd);
 }
 
-/*
- * The main thread can't be stopped while the fence blocks it, so FENCE_OFF must work without
- * stopping it.
- */
+/* The main thread can't be stopped while the fence blocks it, so FENCE_OFF must work without
+ * stopping it. */
 static void a_main_thread_that_waits_at_the_fence_is_released(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -423,9 +417,7 @@ static void assert_refused(pid_t pid, int code, const char *words)
 	assert_non_null(strstr(error->message, words));
 }
 
-/*
- * The engine keeps the lock when its helper has ended, as it may still write to the guest's memory.
- */
+/* The engine keeps the lock when its helper has ended: it may still write to the guest's RAM. */
 static void one_engine_at_a_time(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -471,9 +463,8 @@ static void a_stopped_process_is_refused_with_the_remedy(void **state)
 	g_autoptr(GError) error = NULL;
 
 	close(choose(&attached, guest));
-	/* A signal needs a moment to stop a process that sleeps. */
+	siginfo_t stopped; /* a signal needs a moment to stop a process that sleeps */
 	kill(pid, SIGSTOP);
-	siginfo_t stopped;
 	assert_int_equal(waitid(P_PID, (id_t)pid, &stopped, WSTOPPED | WNOWAIT), 0);
 	assert_probe_refused(&attached, "kill -CONT");
 	kill(pid, SIGCONT);
@@ -615,10 +606,8 @@ static void the_end_of_the_process_is_reported(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED));
 }
 
-/*
- * The end of the helper is not reported as the guest's. Calls fail from then on, and the guest's
- * end is reported when it comes.
- */
+/* The end of the helper is not reported as the guest's. Calls fail from then on, and the guest's
+ * end is reported when it comes. */
 static void the_end_of_the_helper_is_not_reported_as_the_guests(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -698,10 +687,8 @@ static void kill_helper_at(AttachGuest *guest, PrAttachCrashPoint point)
 	close(stored);
 }
 
-/*
- * At whichever crash point a helper dies, the process goes on running, and the next helper can work
- * with it.
- */
+/* At whichever crash point a helper dies, the process goes on running, and the next helper can work
+ * with it. */
 static void a_process_survives_a_helper_killed_at_any_crash_point(void **state)
 {
 	for (PrAttachCrashPoint point = 0; point < PR_ATTACH_N_CRASH_POINTS; point++) {
@@ -729,10 +716,8 @@ static void a_process_survives_a_helper_killed_at_any_crash_point(void **state)
 	}
 }
 
-/*
- * The killed helper has left a parked userfaultfd, with some regions registered. The next
- * UFFD_ENABLE registers the rest.
- */
+/* The killed helper has left a parked userfaultfd, with some regions registered. The next
+ * UFFD_ENABLE registers the rest. */
 static void the_next_helper_completes_a_partial_uffd_enable(void **state)
 {
 	static const PrAttachCrashPoint points[] = {PR_ATTACH_CRASH_UFFD_MADE,
@@ -754,10 +739,8 @@ static void the_next_helper_completes_a_partial_uffd_enable(void **state)
 		check_faults(&attached, guest, memfd);
 		uffd_disable(&attached);
 		store_state(&attached, -1);
-		/*
-		 * At most one descriptor is left, that of the device, if the first helper was
-		 * killed before it closed it.
-		 */
+		/* At most one descriptor is left, that of the device, if the first helper was
+		 * killed before it closed it. */
 		assert_in_range(attach_guest_files(guest), files, files + 1);
 		close(memfd);
 	}
@@ -776,10 +759,8 @@ static void the_memory_is_opened_for_the_engine(void **state)
 	assert_int_equal(pwrite(memory, &value, 1, (off_t)at), 1);
 	assert_int_equal(attach_guest_value(guest, at), 123);
 	close(memory);
-	/*
-	 * The process inherited this test's standard error. It is opened only if it is a file, and
-	 * neither case is an error.
-	 */
+	/* The process inherited this test's standard error. It is opened only if it is a file, and
+	 * neither case is an error. */
 	close(pr_agent_client_stderr(attached.client, &error));
 	assert_null(error);
 }

@@ -1,9 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/*
- * The `qemu:` kind with a real QEMU that runs its firmware only: which QEMUs prepare() accepts, and
+/* The `qemu:` kind with a real QEMU that runs its firmware only: which QEMUs prepare() accepts, and
  * a migration step by step. With the preload agent, and (as root) with a helper that attaches.
- * Skipped without qemu-system-x86_64. POSTROAD_AGENT_LIBRARY: the path of the agent library.
- */
+ * Skipped without qemu-system-x86_64. POSTROAD_AGENT_LIBRARY: the path of the agent library. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -273,10 +271,8 @@ static void private_ram_is_refused(void **state)
 static void shared_ram_of_a_file_is_refused(void **state)
 {
 	Fixture *fix = *state;
-	/*
-	 * A helper accepts a file in memory, which a file in /tmp often is. QEMU makes it without a
-	 * name. So this test uses /var/tmp.
-	 */
+	/* A helper accepts a file in memory, which a file in /tmp often is. QEMU makes it without a
+	 * name. So this test uses /var/tmp. */
 	const char *backend = "memory-backend-file,id=mem,size=64M,share=on,mem-path=/var/tmp";
 	const char *const args[] = {"-object",	backend,
 				    "-machine", "q35,memory-backend=mem",

@@ -43,9 +43,9 @@ static const char *remedy(int number)
 		/* librdmacm sets ENOENT in this case. */
 		if (access(CM_DEVICE, R_OK | W_OK) < 0)
 			return NO_PERMISSION;
-		return "; no RDMA device of this host (rdma link) has that address or a route to "
-		       "it: check the addresses and links, for soft-RoCE: rdma link add rxe0 type rxe "
-		       "netdev ETH";
+		return "; no RDMA device of this host (rdma link) has that address or a route "
+		       "to it: check the addresses and links, for soft-RoCE: rdma link add rxe0 "
+		       "type rxe netdev ETH";
 	case ENOMEM:
 		return "; check `ulimit -l` and the limits of the device";
 	default:
