@@ -73,7 +73,7 @@ def foreign_write(pair):
         open_page = pair.source.do("allow").split()
         expect(attack(pair.destination, lane, operation, *open_page) == "success", f"{operation} does not work at all")
         expect(int(pair.source.do("open-page"), 16) != 0, f"{operation} has not arrived")
-        expect_refused(pair, lane, operation, addr, key, BAD_KEY, "over a queue pair that takes anything")
+        expect_refused(pair, lane, operation, addr, key, BAD_KEY, "over a queue pair that admits everything")
         pair.close()
 
 
