@@ -1,7 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/*
- * The attach helper, attached to a process that the test has started (attach-guest.h). Needs root.
- */
+/* The attach helper, with a process that the test has started (attach-guest.h). Needs root. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -111,10 +109,7 @@ static int uffd_enable(Attached *attached)
 	return uffd;
 }
 
-/*
- * After a reply the helper may still have descriptors to close. It closes them before its next
- * reply, so this waits for one more.
- */
+/* The helper may close descriptors after a reply. It does so before the next one. */
 static void wait_closed(Attached *attached)
 {
 	g_autoptr(GError) error = NULL;
@@ -389,10 +384,7 @@ static void the_fence_blocks_writers_but_not_readers(void **state)
 	close(memfd);
 }
 
-/*
- * The main thread can't be stopped while the fence blocks it, so FENCE_OFF must work without
- * stopping it.
- */
+/* FENCE_OFF must work although a main thread that the fence blocks can't be stopped. */
 static void a_main_thread_that_waits_at_the_fence_is_released(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -423,9 +415,7 @@ static void assert_refused(pid_t pid, int code, const char *words)
 	assert_non_null(strstr(error->message, words));
 }
 
-/*
- * The engine keeps the lock when its helper has ended, as it may still write to the guest's memory.
- */
+/* An engine whose helper has ended keeps the lock, as it may still write to the guest's memory. */
 static void one_engine_at_a_time(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -612,10 +602,7 @@ static void the_end_of_the_process_is_reported(void **state)
 	assert_true(g_error_matches(error, PR_GUEST_ERROR, PR_GUEST_ERROR_DIED));
 }
 
-/*
- * The end of the helper is not reported as the guest's. Calls fail from then on, and the guest's
- * end is reported when it comes.
- */
+/* After the helper has ended calls fail. The guest's end is reported only when it comes. */
 static void the_end_of_the_helper_is_not_reported_as_the_guests(void **state)
 {
 	g_autoptr(AttachGuest) guest = attach_guest_new();
@@ -695,10 +682,7 @@ static void kill_helper_at(AttachGuest *guest, PrAttachCrashPoint point)
 	close(stored);
 }
 
-/*
- * At whichever crash point a helper dies, the process goes on running, and the next helper can work
- * with it.
- */
+/* The process goes on running, and the next helper can work with it. */
 static void a_process_survives_a_helper_killed_at_any_crash_point(void **state)
 {
 	for (PrAttachCrashPoint point = 0; point < PR_ATTACH_N_CRASH_POINTS; point++) {
@@ -726,10 +710,7 @@ static void a_process_survives_a_helper_killed_at_any_crash_point(void **state)
 	}
 }
 
-/*
- * The killed helper has left a parked userfaultfd, with some regions registered. The next
- * UFFD_ENABLE registers the rest.
- */
+/* The killed helper has parked a userfaultfd, and has registered only some regions. */
 static void the_next_helper_completes_a_partial_uffd_enable(void **state)
 {
 	static const PrAttachCrashPoint points[] = {PR_ATTACH_CRASH_UFFD_MADE,
@@ -751,10 +732,7 @@ static void the_next_helper_completes_a_partial_uffd_enable(void **state)
 		check_faults(&attached, guest, memfd);
 		uffd_disable(&attached);
 		store_state(&attached, -1);
-		/*
-		 * At most one descriptor is left, that of the device, if the first helper was
-		 * killed before it closed it.
-		 */
+		/* The killed helper may have left the descriptor of the device open. */
 		assert_in_range(attach_guest_files(guest), files, files + 1);
 		close(memfd);
 	}
@@ -773,10 +751,7 @@ static void the_memory_is_opened_for_the_engine(void **state)
 	assert_int_equal(pwrite(memory, &value, 1, (off_t)at), 1);
 	assert_int_equal(attach_guest_value(guest, at), 123);
 	close(memory);
-	/*
-	 * The process inherited this test's standard error. It is opened only if it is a file, and
-	 * neither case is an error.
-	 */
+	/* The process inherited this test's standard error, which may be a file or not. */
 	close(pr_agent_client_stderr(attached.client, &error));
 	assert_null(error);
 }

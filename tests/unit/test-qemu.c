@@ -273,10 +273,7 @@ static void private_ram_is_refused(void **state)
 static void shared_ram_of_a_file_is_refused(void **state)
 {
 	Fixture *fix = *state;
-	/*
-	 * A helper accepts a file in memory, which a file in /tmp often is. QEMU makes it without a
-	 * name. So this test uses /var/tmp.
-	 */
+	/* Not in /tmp, which is often in memory: a helper accepts a file there. */
 	const char *backend = "memory-backend-file,id=mem,size=64M,share=on,mem-path=/var/tmp";
 	const char *const args[] = {"-object",	backend,
 				    "-machine", "q35,memory-backend=mem",
