@@ -361,6 +361,24 @@ static guint16 port_of(const char *text)
 	return uri->port;
 }
 
+/* Cuts the first path until the source recovers over this one. Where the source's owner is slow, a
+ * new standby of the first path may be up in time, and is preferred. Returns the number of path
+ * events before the last cut. */
+static guint fail_over_to(Pair *pair, const char *uri)
+{
+	guint n_events = 0;
+
+	for (guint n = 1; n <= 20; n++) {
+		n_events = count_path_events(&pair->source);
+		pr_faults_cut_paths(pair->faults);
+		pair_wait_recovered(pair, n);
+		if (side_path(&pair->source, uri).state == PR_PATH_ACTIVE)
+			return n_events;
+	}
+	side_check_path(&pair->source, uri, PR_PATH_ACTIVE);
+	return n_events;
+}
+
 /*
  * The destination does not answer a connection attempt for a standby. Meanwhile the destination's
  * recovery uses the same path over another connection. The failure of the late attempt must not
@@ -383,10 +401,7 @@ static void a_late_standby_attempt_does_not_change_the_active_path(void **state)
 	assert_true(pr_migration_start(source->engine, uris, FALSE, NULL));
 	pair_wait(pair, PR_STATE_POSTCOPY_ACTIVE);
 	proxy_wait_connected(proxy);
-	guint n_events = count_path_events(source);
-	pr_faults_cut_paths(pair->faults);
-	pair_wait_recovered(pair, 1);
-	side_check_path(source, second, PR_PATH_ACTIVE);
+	guint n_events = fail_over_to(pair, second);
 
 	wait_path_event_after(source, n_events, pair->uri, PR_PATH_PROBATION);
 	proxy_close_first(proxy);
