@@ -24,7 +24,8 @@ typedef struct PrDestination {
 	PrLogRatelimit refusals; /* has a lock of its own */
 	GMutex pull_lock; /* for rails.c, and to end the pull threads; before PrSession.lock */
 
-	/* The owner; before it starts, and after it has ended, the thread that calls in. */
+	/* The owner alone. Before it starts, and after it has ended: the thread that starts or
+	 * frees the migration. */
 	PrWatch *watch;
 	int uffd;	     /* -1: none. Closed only after the workers, who read it, have ended */
 	char *guest_process; /* whose uffd it is (guest/process.h); NULL: none */

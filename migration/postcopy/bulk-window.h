@@ -40,7 +40,7 @@
 #define PR_BULK_WINDOW_RTT_PART	       32    /* this part of the round trip is added to the slack */
 #define PR_BULK_WINDOW_GAIN	       1.1   /* what more slack must carry to be worth it */
 #define PR_BULK_WINDOW_FADE	       0.9   /* of the best rate, each round */
-#define PR_BULK_WINDOW_LEAP	       1.5   /* the rail has become another one */
+#define PR_BULK_WINDOW_LEAP	       1.5   /* a probe that carries so much more: another rail */
 
 typedef struct PrBulkWindow {
 	/* the result */

@@ -92,8 +92,8 @@ void pr_conn_failed(const GError *error, void *opaque);
 void pr_conn_failed_locked(PrConn *conn, const GError *error);
 /* Ends all waits on the connection; it stays valid. */
 void pr_conn_shutdown(PrConn *conn);
-/* The thread that has the connection ends it: when this returns, its path is fenced. A thread that
- * nobody joins frees the rest. Not to be called from the connection's return-path thread. */
+/* The thread that has the connection ends it: when this returns, its path is fenced. A detached
+ * thread frees the rest. Not to be called from the connection's return-path thread. */
 void pr_conn_close(PrConn *conn);
 /* Ends all standbys, and waits until nothing of any connection is left but the one in use. */
 void pr_conn_await_threads(PrSession *session);

@@ -14,8 +14,7 @@
 /* Called from any thread, with no lock of the engine held. */
 typedef struct PrMigrationHooks {
 	void (*on_state)(PrState state, const char *reason, void *opaque);
-	/* device: NULL where the path has no named device. The hook is NULL where nobody wants to
-	 * know. */
+	/* device: NULL where the path has no named device. The hook may be NULL. */
 	void (*on_path)(const char *uri, PrPathState state, const char *device, const char *reason,
 			void *opaque);
 	void *opaque;

@@ -75,7 +75,7 @@ typedef struct PrSession {
 	PrBinding binding;
 	PrConn *conn;		  /* in use */
 	GPtrArray *standbys;	  /* PrConn*, not owned */
-	guint n_threads;	  /* that nobody joins: they count down when they end */
+	guint n_threads;	  /* detached threads that run; each counts down when it ends */
 	GThread *thread;	  /* the owner; joined by the next one, or at the end */
 	GThread *previous_thread; /* the one before, until the next one has joined it */
 
@@ -162,7 +162,7 @@ void pr_session_forget_fence(PrSession *session);
 /* Starts the thread that owns the course of the migration. */
 gboolean pr_session_start_thread(PrSession *session, const char *name, GThreadFunc func,
 				 gpointer opaque, GError **error);
-/* A thread that nobody joins; pr_conn_await_threads() waits for all of them. Without memory for a
+/* A detached thread; pr_conn_await_threads() waits for all of them. Without memory for a
  * thread, func is called here. */
 void pr_session_spawn(PrSession *session, const char *name, GThreadFunc func, gpointer opaque);
 /* To be called by such a thread when it is done. */

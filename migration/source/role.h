@@ -11,7 +11,8 @@
 typedef struct PrSource {
 	PrSession *session; /* constant */
 
-	/* The owner; before it starts, and after it has ended, the thread that calls in. */
+	/* The owner alone. Before it starts, and after it has ended: the thread that starts or
+	 * frees the migration. */
 	PrWatch *watch;
 	PrHandoverRecord *record; /* NULL: nothing is written down */
 	GThread *fence_thread;	  /* write-protects the guest's RAM (fence.c); NULL: none runs */
